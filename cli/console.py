@@ -1,0 +1,195 @@
+"""All that people and programs see: the only module that prints.
+
+Results go to standard output; progress, notes and errors to standard error. With `--json`, standard output
+carries one object a line and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import FinetuneError, RecipeError
+
+if TYPE_CHECKING:
+    from finetune.run.events import Event, Report, TrainingFinished
+
+    from .progress import Follower
+
+_json_mode = False
+
+
+def show_result(text: str) -> None:
+    """Print what the command was asked for."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
+def show_note(text: str) -> None:
+    """Print a remark on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def show_error(error: FinetuneError) -> None:
+    """Print what went wrong, where, and what to do; with `--json` as an event too."""
+    if _json_mode:
+        show_result(json.dumps({"event": "error", "code": error.exit_code, **_error_fields(error)}))
+    for line in error.lines():
+        show_note(_styled(line, "33") if line.startswith("  ->") else f"{_styled('error', '1;31')}: {line}")
+
+
+def _error_fields(error: FinetuneError) -> dict[str, Any]:
+    if isinstance(error, RecipeError):
+        return {"what": error.what, "problems": [vars(problem) for problem in error.problems]}
+    return {"what": error.what, "where": error.where, "hint": error.hint}
+
+
+def _styled(text: str, code: str) -> str:
+    """ANSI colours for a terminal, plain text elsewhere."""
+    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
+@contextmanager
+def reporting(quiet: bool, as_json: bool, log: Path | None = None) -> Iterator[Report]:
+    """Follow a job: yields the function that it reports to.
+
+    Args:
+        quiet: Show remarks only.
+        as_json: Write events to standard output as JSON.
+        log: A file that gets every event and remark in words, whatever the terminal shows.
+    """
+    from .progress import JsonLines, Lines, Live, Silent
+
+    global _json_mode
+    _json_mode = as_json
+    follower: Follower
+    if as_json:
+        follower = JsonLines(sys.stdout, sys.stderr)
+    elif quiet:
+        follower = Silent(sys.stderr)
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        follower = Live(Console(stderr=True))
+    else:
+        follower = Lines(sys.stderr)
+    with _logging_to(follower, log) as log_event:
+
+        def report(event: Any) -> None:
+            follower.event(event)
+            log_event(event)
+
+        try:
+            yield report
+        finally:
+            follower.close()
+
+
+@contextmanager
+def _logging_to(follower: Follower, log: Path | None) -> Iterator[Report]:
+    """Send the library's log to the follower, and with the events' words to the log file."""
+    _quiet_libraries()
+    logger = logging.getLogger("finetune")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handlers: list[logging.Handler] = [_NoteHandler(follower)]
+    if log is not None:
+        file = logging.FileHandler(log, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    logger.handlers[:] = handlers
+    try:
+        yield lambda event: _log_event(handlers[1:], event)
+    finally:
+        for handler in handlers:
+            handler.close()
+        logger.handlers.clear()
+
+
+class _NoteHandler(logging.Handler):
+    """Shows what the library logs as remarks."""
+
+    def __init__(self, follower: Follower) -> None:
+        super().__init__()
+        self.follower = follower
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "note" if record.levelno < logging.WARNING else "warning"
+        self.follower.note(f"{prefix}: {record.getMessage()}")
+
+
+def _log_event(handlers: list[logging.Handler], event: Event) -> None:
+    from . import wording
+
+    text = wording.line(event)
+    for handler in handlers if text else ():
+        handler.emit(logging.LogRecord("finetune", logging.INFO, "", 0, text, None, None))
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and remarks off the terminal: what matters of them, we say ourselves."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("bitsandbytes", "accelerate", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
+    """Print what a training came to, and the commands that usually come next."""
+    from . import wording
+
+    if as_json:
+        show_result(json.dumps(finished.to_json()))
+        return
+    trained = Path(finished.trained).name
+    lines = [*wording.outcome(finished), f"weights: {run / trained}", f"next: ft eval {run}   ft merge {run}"]
+    show_result("\n".join(lines))
+
+
+def show_comparison(comparison: dict[str, Any], run: Path, as_json: bool) -> None:
+    """Print base and run side by side."""
+    if as_json:
+        show_result(json.dumps(comparison))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{comparison['rows']} held-out rows, {comparison['answered']} answered", title_justify="left")
+    table.add_column("")
+    for column in ("base", "tuned", "difference"):
+        table.add_column(column, justify="right")
+    shares = ("exact_match", "f1")
+    for name, base in comparison["base"].items():
+        tuned, difference = comparison["tuned"][name], comparison["difference"][name]
+        form, scale = ("{:.1f} %", 100) if name in shares else ("{:.4f}", 1)
+        sign = "+" if difference > 0 else ""
+        cells = [form.format(scale * value) for value in (base, tuned, difference)]
+        table.add_row(name.replace("_", " "), cells[0], f"[bold]{cells[1]}", sign + cells[2])
+    Console().print(table)
+    show_result(f"answers: {run / 'eval' / 'generations.jsonl'}")
+
+
+def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the merged model is and how it compares with the trained one."""
+    if as_json:
+        show_result(json.dumps({"event": "merged", "folder": str(folder), **certificate}))
+        return
+    show_result(
+        f"merged model: {folder} ({certificate['dtype']})\n"
+        f"checked on {certificate['positions']} tokens of {certificate['rows']} real rows: largest logit difference "
+        f"{certificate['relative_difference']:.1e} of the largest logit (bound {certificate['bound']:.0e}),\n"
+        f"KL divergence {certificate['kl_divergence']:.1e}, same likeliest token at "
+        f"{100 * certificate['top1_agreement']:.1f} % of the positions"
+    )

@@ -1,0 +1,121 @@
+"""Following a job: a live display on a terminal, lines in a pipe, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as LiveProgress
+
+from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingStarted, Validated
+
+from . import wording
+
+
+class Follower(ABC):
+    """Shows events and remarks while a job runs."""
+
+    @abstractmethod
+    def event(self, event: Event) -> None:
+        """Show an event."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """Show a remark, such as a warning."""
+
+    def close(self) -> None:
+        """The job has ended."""
+        return None
+
+
+class Silent(Follower):
+    """Shows remarks only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def event(self, event: Event) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self.stream.write(text + "\n")
+
+
+class Lines(Silent):
+    """A line an event, for pipes and log files; of a long training about a hundred steps are shown."""
+
+    shown_steps = 100
+
+    def event(self, event: Event) -> None:
+        """Write the event's line, unless it is one of many."""
+        if isinstance(event, StepMetrics) and not self._is_shown(event):
+            return
+        if (text := wording.line(event)) is not None:
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+    def _is_shown(self, event: StepMetrics) -> bool:
+        stride = -(-event.total_steps // self.shown_steps)
+        return event.step % stride == 0 or event.step in (1, event.total_steps)
+
+
+class JsonLines(Silent):
+    """An object a line on standard output; remarks go to standard error."""
+
+    def __init__(self, output: TextIO, errors: TextIO) -> None:
+        super().__init__(errors)
+        self.output = output
+
+    def event(self, event: Event) -> None:
+        """Write the event with all its fields."""
+        self.output.write(json.dumps(event.to_json()) + "\n")
+        self.output.flush()
+
+
+class Live(Follower):
+    """One moving line on a terminal; what should stay is printed above it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.display = LiveProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[figures]}"),
+            console=console,
+            transient=True,
+        )
+        self.display.start()
+        self.task: TaskID | None = None
+
+    def event(self, event: Event) -> None:
+        """Move the line, or print above it."""
+        match event:
+            case Phase():
+                self._show(f"[cyan]{event.doing}", total=None)
+            case TrainingStarted():
+                self.console.print(f"[dim]{wording.line(event)}", highlight=False)
+            case StepMetrics():
+                figures = f"{wording.numbers(event)}  {wording.duration(wording.seconds_left(event))} left"
+                self._show("[green]training", event.total_steps, event.step, figures)
+            case Progress():
+                self._show(f"[cyan]{event.doing}", event.total, event.done)
+            case Validated():
+                self.console.print(wording.line(event), highlight=False)
+
+    def note(self, text: str) -> None:
+        """Print above the moving line."""
+        self.console.print(f"[yellow]{text}", highlight=False)
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        self.display.stop()
+
+    def _show(self, description: str, total: int | None, done: int = 0, figures: str = "") -> None:
+        if self.task is None:
+            self.task = self.display.add_task(description, total=total, figures=figures)
+        self.display.update(self.task, description=description, total=total, completed=done, figures=figures)

@@ -1,0 +1,14 @@
+"""`ft schema`: the recipe's JSON Schema, for editors."""
+
+from __future__ import annotations
+
+import json
+
+from . import console
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for completion and checks in an editor."""
+    from finetune.recipe.load import json_schema
+
+    console.show_result(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,80 @@
+"""Events and numbers in words, the same for the terminal, a pipe and the log file."""
+
+from __future__ import annotations
+
+from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, Validated
+
+
+def count(number: float) -> str:
+    """4884480 -> `4.88M`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def memory(size_bytes: int) -> str:
+    """Bytes in GB, as memory is sold: 10^9."""
+    return f"{size_bytes / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """95 -> `1:35`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def seconds_left(event: StepMetrics) -> float:
+    """By the mean time of the steps so far."""
+    return event.seconds / event.step * (event.total_steps - event.step)
+
+
+def numbers(event: StepMetrics) -> str:
+    """The figures of a step that one watches."""
+    return (
+        f"loss {event.loss:.4f}  grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  "
+        f"{event.tokens_per_second:.0f} tok/s  {memory(event.peak_memory_bytes)}"
+    )
+
+
+def line(event: Event) -> str | None:
+    """An event as a line of text; None for one that says nothing by itself."""
+    match event:
+        case Phase():
+            return f"{event.doing} ..."
+        case TrainingStarted():
+            return _start(event)
+        case StepMetrics():
+            left = duration(seconds_left(event))
+            return f"step {event.step}/{event.total_steps}  {numbers(event)}  {left} left"
+        case Validated():
+            measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
+            return f"{measured} (step {event.step}, {event.rows} rows)"
+        case Progress(done=done, total=total) if done == total:
+            return f"{event.doing}: {total} rows"
+    return None
+
+
+def _start(event: TrainingStarted) -> str:
+    share = 100 * event.trainable_parameters / event.total_parameters
+    held_out = f", {event.validation_rows} held out" if event.validation_rows else ""
+    stored = f" in {event.quantization}" if event.quantization != "none" else ""
+    return (
+        f"{event.model}{stored}, {event.method}: {count(event.trainable_parameters)} of "
+        f"{count(event.total_parameters)} parameters train ({share:.2f} %), computing in {event.compute_dtype}\n"
+        f"{event.train_rows} rows{held_out}, {count(event.target_tokens)} trained tokens an epoch, "
+        f"{event.total_steps} steps\n"
+        f"run directory: {event.run_directory}"
+    )
+
+
+def outcome(event: TrainingFinished) -> list[str]:
+    """What a finished run came to, and what to do with it."""
+    lines = [
+        f"trained {event.steps} steps in {duration(event.seconds)}, {count(event.tokens)} tokens "
+        f"({event.tokens / event.seconds:.0f} tok/s), peak memory {memory(event.peak_memory_bytes)}"
+    ]
+    if event.validation_loss is not None and event.validation_loss_before is not None:
+        lines.append(f"held-out loss {event.validation_loss_before:.4f} -> {event.validation_loss:.4f}")
+    return lines

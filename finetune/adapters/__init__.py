@@ -1,0 +1,1 @@
+"""What is trained on a frozen base, and how it merges."""

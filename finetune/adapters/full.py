@@ -1,0 +1,54 @@
+"""Full fine-tuning: every weight of the model trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.adapters.base import AdapterMethod
+from finetune.errors import ModelError, RefusedError
+from finetune.quantizers.base import Quantizer
+from finetune.recipe.adapter import Full
+
+WEIGHTS = "model.safetensors"
+
+
+class FullMethod(AdapterMethod):
+    """Every weight trains; what is saved is a model that plain transformers loads."""
+
+    def __init__(self, section: Full) -> None:
+        del section
+
+    def attach(self, model: PreTrainedModel, quantizer: Quantizer, total_steps: int) -> nn.Module:
+        """Unfreeze every weight."""
+        return model.requires_grad_(True)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the whole model; tied weights once."""
+        model.save_pretrained(folder, max_shard_size="1TB")
+
+    def load(self, model: PreTrainedModel, quantizer: Quantizer, folder: Path) -> nn.Module:
+        """Replace the weights of `model` by the trained ones.
+
+        Raises:
+            ModelError: There are none.
+            RefusedError: They are not the weights of such a model.
+        """
+        file = folder / WEIGHTS
+        if not file.is_file():
+            raise ModelError(f"no {WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
+        try:
+            load_model(model, file)
+        except RuntimeError as error:
+            raise RefusedError(
+                "the trained weights do not fit this model", where=str(file), hint="use the model of the recipe"
+            ) from error
+        return model.requires_grad_(False)
+
+    def merge(self, model: nn.Module) -> PreTrainedModel:
+        """Nothing to fold in: the trained weights are the model's own."""
+        assert isinstance(model, PreTrainedModel)
+        return model

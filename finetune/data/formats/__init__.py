@@ -1,0 +1,1 @@
+"""Formats of rows: each turns a row into a document, one format a file."""

@@ -1,0 +1,15 @@
+"""Text: plain text for continued pre-training."""
+
+from __future__ import annotations
+
+from finetune.data.documents import Format, PlainText
+from finetune.data.sources import Row
+from finetune.recipe.data import TextSource
+
+
+class TextFormat(Format[TextSource]):
+    """Rows of text, every token of which is trained."""
+
+    def document(self, row: Row) -> PlainText:
+        """The text as a completion of nothing."""
+        return PlainText("", row.text(self.section.text))

@@ -1,0 +1,107 @@
+"""What every job sets up from a recipe: device and types, the base model, the rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.adapters.base import AdapterMethod
+from finetune.data.encode import Encoder
+from finetune.models.folder import ModelFolder, find_model
+from finetune.models.load import load_model, load_tokenizer, padding_id
+from finetune.models.precision import compute_dtype, weight_dtype
+from finetune.quantizers.base import Quantizer
+from finetune.recipe.recipe import Recipe
+from finetune.resolve import build
+from finetune.run.events import Phase, Report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The parts that a recipe names, before any weight is loaded.
+
+    Attributes:
+        recipe: Where they come from.
+        accelerator: Processes and device.
+        folder: The base model's files.
+        tokenizer: Of the base model.
+        quantizer: How its linear layers are stored.
+        method: What is trained on it.
+        compute_dtype: Type of the forward pass.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    folder: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    quantizer: Quantizer
+    method: AdapterMethod
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, recipe: Recipe, report: Report) -> Workbench:
+        """Find and build the parts.
+
+        Raises:
+            ModelError: The base model or its tokenizer cannot be used.
+            EnvironmentFault: The machine lacks what the recipe needs.
+        """
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        with accelerator.main_process_first():  # one process fetches or converts, the others find it done
+            folder = find_model(recipe.model, _phases(report))
+        return cls(
+            recipe=recipe,
+            accelerator=accelerator,
+            folder=folder,
+            tokenizer=load_tokenizer(folder),
+            quantizer=build(recipe.quantization),
+            method=build(recipe.adapter),
+            compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
+        )
+
+    @property
+    def encoder(self) -> Encoder:
+        """Turns the recipe's documents into tokens."""
+        return Encoder(self.tokenizer, self.recipe.data.train_on)
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up."""
+        return padding_id(self.tokenizer)
+
+    def seed(self) -> None:
+        """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
+        set_seed(self.recipe.training.seed)
+
+    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The frozen base model on the device, quantized as the recipe says.
+
+        Args:
+            report: Told that it is loading.
+            dtype: Store and compute in this type instead of the recipe's.
+        """
+        kind = self.recipe.quantization.kind
+        report(Phase(f"loading {self.recipe.model.name}" + (f" in {kind}" if kind != "none" else "")))
+        return load_model(
+            self.folder,
+            self.recipe.model,
+            self.quantizer,
+            weight_dtype=dtype or self._weight_dtype(),
+            compute_dtype=dtype or self.compute_dtype,
+            device=self.accelerator.device,
+        )
+
+    def _weight_dtype(self) -> torch.dtype:
+        return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)
+
+
+def _phases(report: Report) -> Callable[[str], None]:
+    return lambda doing: report(Phase(doing))

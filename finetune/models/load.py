@@ -1,0 +1,114 @@
+"""The tokenizer and the causal language model of a model folder."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.errors import ModelError
+from finetune.models.folder import ModelFolder
+from finetune.quantizers.base import Quantizer
+from finetune.recipe.model import Model
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right, checked against the model's vocabulary.
+
+    Raises:
+        ModelError: It cannot be read, has no character offsets, or knows more tokens than the model.
+    """
+    where = str(folder.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            where=where,
+            hint="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the tokenizer gives no character offsets, which masks are computed from",
+            where=where,
+            hint="convert it to a tokenizer.json (a fast tokenizer)",
+        )
+    embeddings = folder.config().get("vocab_size")
+    if isinstance(embeddings, int) and len(tokenizer) > embeddings:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {embeddings} embeddings",
+            where=where,
+            hint="use the tokenizer that belongs to this model",
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up. Any will do: padding is masked by position, never by its id."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def load_model(
+    folder: ModelFolder,
+    section: Model,
+    quantizer: Quantizer,
+    *,
+    weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The base model on `device`, its linear layers quantized while they load.
+
+    Args:
+        folder: Where its files are.
+        section: The recipe's section, for the attention kernel.
+        quantizer: How linear layers are stored.
+        weight_dtype: Storage type of all other weights.
+        compute_dtype: Type in which quantized layers multiply.
+        device: Where every weight goes.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or weights are missing or of another shape.
+    """
+    where = str(folder.path)
+    try:
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            config=config,
+            dtype=weight_dtype,
+            device_map={"": device},
+            attn_implementation=None if section.attention == "auto" else section.attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **quantizer.load_options(compute_dtype),
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"the model cannot be loaded: {_first_line(error)}",
+            where=where,
+            hint="it must be a causal language model of an architecture that the installed transformers knows",
+        ) from error
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
+        )
+    # What is saved later names the base as the recipe does, not by a path of this machine.
+    model.name_or_path = model.config._name_or_path = folder.name
+    model.requires_grad_(False)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,21 @@
+"""Section `evaluation`: what is measured on the held-out rows, and when."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from finetune.recipe.section import Section
+
+
+class Evaluation(Section):
+    """Held-out loss during training; loss and generation in `ft eval`."""
+
+    every_steps: int | None = Field(
+        None, ge=1, description="Measure the held-out loss every so many steps; null for the end only."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use at most so many held-out rows for the loss; null for all.")
+    batch_size: int = Field(16, ge=1, description="Rows in one forward pass.")
+    generation_rows: int = Field(
+        64, ge=0, description="Held-out rows to answer by generation in `ft eval`; 0 for none."
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")

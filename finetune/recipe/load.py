@@ -1,0 +1,153 @@
+"""From a YAML file and overrides to a Recipe, or to every problem at once; and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import ValidationError
+
+from finetune.errors import Problem, RecipeError
+from finetune.recipe import secrets
+from finetune.recipe.overrides import apply_overrides
+from finetune.recipe.problems import explain
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules import RULES
+from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
+from finetune.recipe.written import Origin, Placed, Written
+from finetune.recipe.yaml_source import MAX_BYTES, decode, is_plain_text, position_at, read_yaml
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and what it was read from.
+
+    Attributes:
+        recipe: With every default filled in, paths absolute, and a name.
+        text: The file as written.
+        path: The file.
+        overrides: The `--set` arguments.
+    """
+
+    recipe: Recipe
+    text: str
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: A YAML file. Relative paths in it, and in `overrides`, start at its folder.
+        overrides: `a.b=value` each; the value is YAML, and the last one for a key wins.
+
+    Raises:
+        RecipeError: With every problem of the file and of the overrides.
+    """
+    text = decode(_read(path), str(path))
+    _refuse_secrets(text, str(path), overrides)
+    written = Written(read_yaml(text, str(path)), str(path))
+    problems = apply_overrides(written, overrides)
+    try:
+        context = {"folder": path.parent.resolve()}
+        recipe = Recipe.model_validate(written.data, context=context)
+    except ValidationError as error:
+        _refuse([*problems, *explain(error, written)])
+    problems += _broken_rules(recipe, written)
+    if problems:
+        _refuse(problems)
+    return LoadedRecipe(_named(recipe, path), text, path, tuple(overrides))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; loading it gives an equal recipe."""
+    data = recipe.model_dump(mode="json")
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        what, hint = "there is no such file", _recipes_like(path)
+    except IsADirectoryError:
+        what, hint = "this is a folder, not a recipe", _recipes_in(path)
+    except OSError as error:
+        what, hint = f"the file cannot be read: {error.strerror}", None
+    raise RecipeError([Problem(str(path), "", what, hint)])
+
+
+def _recipes_like(path: Path) -> str:
+    """The recipe that a missing one was probably meant to be, or else all of its folder."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    near = difflib.get_close_matches(path.name, _recipe_names(path.parent), n=1, cutoff=0.5)
+    return f"did you mean {path.parent / near[0]}?" if near else _recipes_in(path.parent)
+
+
+def _recipes_in(folder: Path) -> str:
+    names = _recipe_names(folder)
+    return f"recipes in that folder: {', '.join(names[:8])}" if names else f"there is no .yaml file in {folder}"
+
+
+def _recipe_names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
+
+
+def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
+    """Stop before anything can quote a secret, be it a key, a value or a comment."""
+    origins = [Origin.in_file(file, position_at(text, offset)) for offset in secrets.find_secrets(text)]
+    for number, argument in enumerate(overrides, 1):
+        if secrets.has_secret(argument):
+            key = argument.partition("=")[0]
+            origins.append(Origin.in_override(number, "..." if secrets.has_secret(key) else key))
+    if origins:
+        _refuse((origin, Problem(origin.text, "", secrets.WHAT, secrets.HINT)) for origin in origins)
+
+
+def _broken_rules(recipe: Recipe, written: Written) -> list[Placed]:
+    placed = []
+    for rule in RULES:
+        if violation := rule(recipe):
+            segments = violation.key.split(".")
+            path = tuple(int(segment) if segment.isdigit() else segment for segment in segments)
+            origin = written.value_origin(path)
+            placed.append((origin, Problem(origin.text, violation.key, violation.what, violation.hint)))
+    return placed
+
+
+def _refuse(placed: Iterable[Placed]) -> NoReturn:
+    in_order = sorted(placed, key=itemgetter(0))
+    raise RecipeError(list(dict.fromkeys(problem for _, problem in in_order))) from None
+
+
+def _named(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with a name for its run: its own, or that of the file."""
+    if recipe.run.name is not None:
+        return recipe
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "run"
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": name})})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML that our reader, with its own rules for plain text, reads back the same."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write everything out: the reader refuses aliases."""
+        return True
+
+    def text(self, value: str) -> yaml.ScalarNode:
+        """Text, quoted where it would be read as something else."""
+        style = None if is_plain_text(value) else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)

@@ -1,0 +1,62 @@
+"""Section `optimizer`: the update rule, its learning rate and schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from finetune.recipe.section import Section
+
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class OptimizerSection(Section):
+    """What every optimizer has: a learning rate that follows a schedule, and weight decay."""
+
+    implementation: ClassVar[str]
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay on matrices; vectors have none.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after warm-up; linear and cosine end at 0."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps over which the rate rises from 0.")
+    warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; replaces warmup_ratio.")
+
+
+class AdamW(OptimizerSection):
+    """AdamW (Loshchilov and Hutter 2019), its moments in 32 or 8 bits, optionally in paged memory."""
+
+    implementation: ClassVar[str] = "finetune.train.optimizers:adamw"
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Decay of the two moments.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.")
+
+
+class Lion(OptimizerSection):
+    """Lion (Chen et al. 2023) with its moment in 8 bits."""
+
+    implementation: ClassVar[str] = "finetune.train.optimizers:lion"
+    name: Literal["lion_8bit"]
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="Interpolation of the update, and decay of the moment.")
+
+
+class Sgd(OptimizerSection):
+    """Stochastic gradient descent with momentum."""
+
+    implementation: ClassVar[str] = "finetune.train.optimizers:sgd"
+    name: Literal["sgd"]
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum; 0 for none.")
+
+
+class Adafactor(OptimizerSection):
+    """Adafactor (Shazeer and Stern 2018): second moments by row and column only."""
+
+    implementation: ClassVar[str] = "finetune.train.optimizers:adafactor"
+    name: Literal["adafactor"]
+    beta2_decay: float = Field(
+        -0.8, lt=0, description="Exponent c of the second moment's decay, 1 - step^c."
+    )
+
+
+Optimizer = Annotated[AdamW | Lion | Sgd | Adafactor, Field(discriminator="name")]

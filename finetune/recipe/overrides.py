@@ -1,0 +1,122 @@
+"""`--set key=value`: the arguments that change or complete a recipe from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from finetune.errors import Problem, RecipeError
+from finetune.recipe.schema import shape_at
+from finetune.recipe.written import Origin, Placed, Written
+from finetune.recipe.yaml_source import KeyPath, dotted, read_yaml
+
+_INDEX = re.compile("[0-9]{1,5}")
+
+
+class _OverrideError(Exception):
+    """An argument that cannot be applied; carries what is wrong and the remedy."""
+
+    def __init__(self, what: str, hint: str | None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+def apply_overrides(written: Written, arguments: Sequence[str]) -> list[Placed]:
+    """Write each `a.b=value` into the recipe, the last one last.
+
+    Whether the schema has such a key is left to validation, which answers for file and arguments alike.
+
+    Args:
+        written: The recipe, which is changed.
+        arguments: As given; the value is YAML, numbers in the key are list indices.
+
+    Returns:
+        The problems of arguments that could not be applied.
+    """
+    placed = []
+    for number, argument in enumerate(arguments, 1):
+        key, equals, text = argument.partition("=")
+        key = key.strip()
+        origin = Origin.in_override(number, key)
+        try:
+            _check_form(key, equals)
+            _put(written, key.split("."), _read_value(key, text), origin)
+        except _OverrideError as error:
+            placed.append((origin, Problem(origin.text, key, error.what, error.hint)))
+    return placed
+
+
+def _check_form(key: str, equals: str) -> None:
+    if not equals:
+        raise _OverrideError("expected key=value", "for instance: --set optimizer.learning_rate=1e-4")
+    if not all(key.split(".")):
+        raise _OverrideError("expected a dotted key before the `=`", "for instance: adapter.r=8")
+
+
+def _read_value(key: str, text: str) -> Any:
+    try:
+        value = read_yaml(text, key).data
+    except RecipeError as error:
+        problem = error.problems[0]
+        raise _OverrideError(problem.what, _quoting_hint(key, text, problem.hint)) from error
+    if value is None and text.lstrip().startswith("#"):
+        raise _OverrideError("a value that begins with `#` is a comment", _quoting_hint(key, text, None))
+    return value
+
+
+def _quoting_hint(key: str, text: str, otherwise: str | None) -> str | None:
+    """How to pass the text as text, unless it is meant as a list or mapping."""
+    if text.lstrip().startswith(("[", "{")):
+        return otherwise
+    quoted = json.dumps(text, ensure_ascii=False) if len(text) <= 60 else '"..."'
+    return f"if it is meant as text: --set {shlex.quote(f'{key}={quoted}')}"
+
+
+def _put(written: Written, segments: Sequence[str], value: Any, origin: Origin) -> None:
+    """Walk to the last mapping or list, filling in those that are absent or null, and set the value."""
+    container = written.data
+    path: KeyPath = ()
+    if not isinstance(container, dict):
+        return  # the recipe itself is no mapping: validation says so
+    for segment, following in pairwise(segments):
+        path = (*path, _slot(container, path, segment))
+        if written.value(path) is None:
+            _store(container, path[-1], _new_container(path, following, written.data))
+            written.record(path, origin)
+        container = written.value(path)
+    path = (*path, _slot(container, path, segments[-1]))
+    _store(container, path[-1], value)
+    written.record(path, origin)
+
+
+def _slot(container: Any, path: KeyPath, segment: str) -> str | int:
+    """The key or index that `segment` means here; one past the end of a list adds an item."""
+    if isinstance(container, dict):
+        return segment
+    if not isinstance(container, list):
+        raise _OverrideError(f"{dotted(path)} is a single value and has no key {segment!r}", None)
+    index = int(segment) if _INDEX.fullmatch(segment) else -1
+    if not 0 <= index <= len(container):
+        what = f"{dotted(path)} is a list of {len(container)} and has no item {segment!r}"
+        raise _OverrideError(what, f"use an index from 0; {len(container)} adds an item")
+    return index
+
+
+def _store(container: Any, slot: str | int, value: Any) -> None:
+    if slot == len(container) and isinstance(container, list):
+        container.append(value)
+    else:
+        container[slot] = value
+
+
+def _new_container(path: KeyPath, following: str, data: Any) -> Any:
+    """A list for an index, otherwise a mapping, of the kind that the section has by default."""
+    if _INDEX.fullmatch(following):
+        return []
+    shape = shape_at(path, data)
+    return {shape.tag: shape.default_tag} if shape and shape.default_tag else {}

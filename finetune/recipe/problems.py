@@ -1,0 +1,197 @@
+"""From pydantic's errors to problems in the user's terms: where, expected what, found what, do what."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune.errors import Problem
+from finetune.recipe.rivals import further_advice, translated_key, translated_value
+from finetune.recipe.schema import Shape, every_key, shape_at, whole
+from finetune.recipe.written import Placed, Written
+from finetune.recipe.yaml_source import MAX_PROBLEMS, KeyPath, dotted
+
+LONGEST_EXCERPT = 60
+
+
+def explain(error: ValidationError, written: Written) -> list[Placed]:
+    """Every error as a problem; at most `MAX_PROBLEMS` of them.
+
+    pydantic's own text is not used: it shows no lines, names internals, and can be huge.
+    """
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    return [_explain(fault["type"], fault["loc"], fault["msg"], written) for fault in faults[:MAX_PROBLEMS]]
+
+
+def _explain(kind: str, loc: tuple[str | int, ...], message: str, written: Written) -> Placed:
+    path = _path(loc)
+    if kind == "extra_forbidden":
+        return _unknown_key(path, written)
+    if kind == "missing":
+        return _missing(path, written)
+    if kind == "union_tag_not_found":
+        return _missing((*path, _tag_at(path)), written)
+    if kind == "union_tag_invalid":
+        return _unfit((*path, _tag_at(path)), written)
+    if kind == "value_error":
+        origin = written.value_origin(path)
+        return origin, Problem(origin.text, dotted(path), message.removeprefix("Value error, "))
+    return _unfit(path, written)
+
+
+def _path(loc: tuple[str | int, ...]) -> KeyPath:
+    """The user's path: a location of pydantic without the tags and type names that it puts in."""
+    shape = whole()
+    path: KeyPath = ()
+    for segment in loc:
+        if segment in shape.arms:
+            shape = shape.arms[str(segment)]
+            continue
+        child = shape.child(segment)
+        if child is not None or shape.is_mapping:
+            path = (*path, segment)
+        if child is None:
+            break
+        shape = child
+    return path
+
+
+def _tag_at(path: KeyPath) -> str:
+    return str(_known_shape(path, None).tag)
+
+
+def _known_shape(path: KeyPath, data: Any) -> Shape:
+    shape = shape_at(path, data)
+    assert shape is not None, f"pydantic found an error at {path}, which is not in the schema"
+    return shape
+
+
+def _unknown_key(path: KeyPath, written: Written) -> Placed:
+    section = _known_shape(path[:-1], written.data)
+    kind = written.value((*path[:-1], section.tag)) if section.tag else None
+    what = f"unknown key for {section.tag}: {kind}" if kind in section.arms else "unknown key"
+    origin = written.key_origin(path)
+    return origin, Problem(origin.text, dotted(path), what, _unknown_key_hint(path, section, written))
+
+
+def _unknown_key_hint(path: KeyPath, section: Shape, written: Written) -> str:
+    key = str(path[-1])
+    valid = section.fields(written.value(path[:-1]))
+    if ":" in key:
+        return "put a space after the colon"
+    return (
+        translated_key(key)
+        or _other_kind_hint(path, section, written)
+        or _elsewhere_hint(key)
+        or (f"did you mean `{nearest}`?" if (nearest := _nearest(key, valid)) else f"valid keys: {', '.join(valid)}")
+    )
+
+
+def _other_kind_hint(path: KeyPath, section: Shape, written: Written) -> str | None:
+    """For a key of another kind of the same section, which kind."""
+    key, parent = str(path[-1]), path[:-1]
+    kinds = [tag for tag, kind in section.arms.items() if key in kind.fields() and key != section.tag]
+    if not kinds or section.tag is None:
+        return None
+    tag_path = (*parent, section.tag)
+    if written.is_overridden(tag_path) and not written.is_overridden(path):
+        whole_section = f"{dotted(parent)}={{{section.tag}: {written.value(tag_path)}}}"
+        return f"the kind was changed by --set; replace the whole section: --set '{whole_section}'"
+    return f"it belongs to {section.tag}: {' or '.join(kinds)}"
+
+
+def _elsewhere_hint(key: str) -> str | None:
+    """For a key of another section, where it belongs, unless too many sections have one."""
+    homes = [f"`{dotted(path)}`" for path in every_key() if path[-1] == key]
+    return f"it belongs to {' or '.join(homes)}" if 1 <= len(homes) <= 2 else None
+
+
+def _missing(path: KeyPath, written: Written) -> Placed:
+    parent, key = path[:-1], path[-1]
+    if isinstance(key, int):
+        return _unfit(parent, written)
+    if misspelt := _misspelling(key, parent, written):
+        return _unknown_key((*parent, misspelt), written)
+    shape = _known_shape(path, written.data)
+    what = f"missing; {'' if shape.choices else 'expected '}{shape.expected()}"
+    hint = f"write {key}: {shape.example()}" if shape.is_mapping else shape.description
+    origin = written.key_origin(parent)
+    return origin, Problem(origin.text, dotted(path), what, hint)
+
+
+def _misspelling(key: str, parent: KeyPath, written: Written) -> str | None:
+    """A key beside the missing one that is probably meant to be it."""
+    section = written.value(parent) or {}
+    valid = _known_shape(parent, written.data).fields(section)
+    unknown = [other for other in list(section)[:MAX_PROBLEMS] if other not in valid]
+    return next((other for other in unknown if _nearest(other, valid) == key), None)
+
+
+def _unfit(path: KeyPath, written: Written) -> Placed:
+    """A value that is not what the schema wants there."""
+    shape, value = _known_shape(path, written.data), written.value(path)
+    origin = written.value_origin(path)
+    what = f"expected {shape.expected()}, found {found(value)}"
+    return origin, Problem(origin.text, dotted(path), what, _value_hint(path, shape, value))
+
+
+def found(value: Any) -> str:
+    """A value and its type, in a few words."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    excerpt = json.dumps(value, ensure_ascii=False)
+    if len(excerpt) > LONGEST_EXCERPT:
+        excerpt = excerpt[:LONGEST_EXCERPT] + "..."
+    kinds = {str: "text", int: "the number", float: "the number", list: "a list", dict: "a mapping"}
+    return f"{kinds[type(value)]} {excerpt}"
+
+
+def _value_hint(path: KeyPath, shape: Shape, value: Any) -> str | None:
+    if isinstance(value, str):
+        return _text_hint(path, shape, value)
+    if value is None and shape.has_default:
+        instead = f", or write {_entry(path, shape.example())}" if shape.tag else ""
+        return f"leave the key out for its default{instead}"
+    if shape.is_mapping:
+        return f"write {_entry(path, shape.example())}"
+    if shape.accepts_text() and isinstance(value, bool | int | float):
+        return "put it in quotes to make it text"
+    if isinstance(value, dict) and shape.item:
+        return "begin it with `- `: a list may have one item"
+    return None
+
+
+def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
+    """The choice that a text probably means, or how to write a list or section that has it."""
+    names = [str(segment) for segment in path if not isinstance(segment, int)]
+    key = ".".join([*names, shape.tag] if shape.tag else names)
+    choices = list(shape.arms) or shape.choices
+    choice = translated_value(key, text) or _nearest(text, map(str, choices))
+    further = further_advice(key, text)
+    if choice and shape.tag:
+        return f"write {_entry(path, f'{{{shape.tag}: {choice}}}')}" + (f" and {further}" if further else "")
+    if choice:
+        return f"did you mean `{choice}`" + (f" with {further}?" if further else "?")
+    if shape.is_mapping:
+        return f"write {_entry(path, shape.example())}"
+    if shape.item and shape.item.accepts_text() and len(text) <= LONGEST_EXCERPT:
+        return f"write [{text}]"
+    return None
+
+
+def _entry(path: KeyPath, value: str) -> str:
+    """A line of YAML that sets the last key of `path`, or the item itself in a list."""
+    return f"{path[-1]}: {value}" if path and isinstance(path[-1], str) else value
+
+
+def _nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` is probably a slip for."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word[:LONGEST_EXCERPT].lower(), by_lower, n=1)
+    return by_lower[near[0]] if near else None

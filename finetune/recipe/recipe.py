@@ -1,0 +1,28 @@
+"""The recipe: all sections together."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from finetune.recipe.adapter import Adapter
+from finetune.recipe.data import Data
+from finetune.recipe.evaluation import Evaluation
+from finetune.recipe.model import Model
+from finetune.recipe.optimizer import AdamW, Optimizer
+from finetune.recipe.quantization import NoQuantization, Quantization
+from finetune.recipe.run import Run
+from finetune.recipe.section import Section
+from finetune.recipe.training import Training
+
+
+class Recipe(Section):
+    """The frozen description of a run. Defaults live here and nowhere else."""
+
+    model: Model
+    quantization: Quantization = NoQuantization()
+    adapter: Adapter
+    data: Data
+    optimizer: Optimizer = AdamW(name="adamw")
+    training: Training = Training()
+    evaluation: Evaluation = Field(Evaluation())
+    run: Run = Run()

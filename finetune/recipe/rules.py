@@ -1,0 +1,84 @@
+"""What cannot go together in a recipe: one named function and one reason each.
+
+A rule looks at a recipe whose sections are valid by themselves and returns the key to change, what is
+wrong and what to do, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from finetune.recipe.recipe import Recipe
+
+
+class Violation(NamedTuple):
+    """A rule's answer: the dotted key, what is wrong with it, the remedy."""
+
+    key: str
+    what: str
+    hint: str
+
+
+def full_needs_full_precision(recipe: Recipe) -> Violation | None:
+    """Quantized codes have no gradient, so they cannot be trained themselves."""
+    if recipe.adapter.trains_base and recipe.quantization.kind != "none":
+        return Violation(
+            "quantization.kind",
+            f"a base quantized to {recipe.quantization.kind} cannot be trained by adapter.method: full",
+            "set quantization to {kind: none}, or train an adapter: {method: lora}",
+        )
+    return None
+
+
+def float16_weights_cannot_train(recipe: Recipe) -> Violation | None:
+    """Loss scaling needs float32 master weights: float16 gradients of float16 weights underflow."""
+    if recipe.adapter.trains_base and recipe.model.dtype == "float16":
+        return Violation(
+            "model.dtype",
+            "float16 weights cannot be trained: their gradients underflow",
+            "set model.dtype to float32 and training.precision to float16 or bfloat16",
+        )
+    return None
+
+
+def revision_is_for_the_hub(recipe: Recipe) -> Violation | None:
+    """Only hub models have revisions; elsewhere the key would be read by nothing."""
+    if recipe.model.revision and not recipe.model.is_hub_id:
+        return Violation(
+            "model.revision",
+            f"only a hub model has revisions, and {recipe.model.name!r} is local",
+            "leave model.revision out",
+        )
+    return None
+
+
+def one_kind_of_validation(recipe: Recipe) -> Violation | None:
+    """Held-out rows come from their own files or from the training rows, not both."""
+    if recipe.data.validation and recipe.data.validation_fraction:
+        return Violation(
+            "data.validation_fraction",
+            "held-out rows come from data.validation already",
+            "leave out data.validation_fraction or data.validation",
+        )
+    return None
+
+
+def evaluation_needs_rows(recipe: Recipe) -> Violation | None:
+    """Measuring a held-out loss needs held-out rows."""
+    if recipe.evaluation.every_steps and not (recipe.data.validation or recipe.data.validation_fraction):
+        return Violation(
+            "evaluation.every_steps",
+            "there are no held-out rows to evaluate on",
+            "name files in data.validation, or set data.validation_fraction to 0.05",
+        )
+    return None
+
+
+RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
+    full_needs_full_precision,
+    float16_weights_cannot_train,
+    revision_is_for_the_hub,
+    one_kind_of_validation,
+    evaluation_needs_rows,
+)

@@ -1,0 +1,20 @@
+"""Section `run`: the name of the run and where it goes."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from finetune.recipe.section import Section
+
+
+class Run(Section):
+    """The run directory is `directory/name`."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Name of the run; by default that of the recipe file.",
+    )
+    directory: str = Field(
+        "runs", min_length=1, description="Folder of all runs; a relative one starts at the working directory."
+    )

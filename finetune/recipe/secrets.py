@@ -1,0 +1,25 @@
+"""Text that looks like a secret: recipes are shared and copied into run directories, so it must not stay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_SECRET = re.compile(
+    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"
+    r"|(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}"
+    r"|[A-Za-z][A-Za-z0-9+.-]{0,15}://[^\s/@]+@"
+)
+
+WHAT = "text that looks like an access token or a password"
+HINT = "take it out and revoke it; a hub token is read from HF_TOKEN or from `hf auth login`"
+
+
+def has_secret(text: str) -> bool:
+    """Whether anything in `text` looks like a secret."""
+    return _SECRET.search(text) is not None
+
+
+def find_secrets(text: str) -> Iterator[int]:
+    """Offsets at which something begins that looks like a token or a URL with a user in it."""
+    return (match.start() for match in _SECRET.finditer(text))

@@ -1,0 +1,47 @@
+"""What all sections of a recipe have in common."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses unknown keys, infinities and booleans in the place of numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, values: Any) -> Any:
+        """pydantic takes `true` for 1; in a recipe that is a slip, so other fields see the word that was written."""
+        if not isinstance(values, dict):
+            return values
+        return {key: cls._as_written(key, value) for key, value in values.items()}
+
+    @classmethod
+    def _as_written(cls, key: Any, value: Any) -> Any:
+        field = cls.model_fields.get(key)
+        if isinstance(value, bool) and field is not None and not _admits_bool(field.annotation):
+            return str(value).lower()
+        return value
+
+
+def _admits_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_admits_bool(arm) for arm in get_args(annotation))
+
+
+def anchored(path: str, folder: Path) -> str:
+    """`path` made absolute: `~` is the home folder, a relative path starts at `folder`."""
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+
+
+def _anchor(path: str, info: ValidationInfo) -> str:
+    return anchored(path, info.context["folder"]) if info.context else path
+
+
+FilePath = Annotated[str, AfterValidator(_anchor)]
+"""A path of a recipe: relative ones start at the recipe's own folder."""

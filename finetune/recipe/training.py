@@ -1,0 +1,34 @@
+"""Section `training`: how long, in what batches, in what precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from finetune.recipe.section import Section
+
+
+class Training(Section):
+    """The loop."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; may be a fraction.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; replaces epochs.")
+    micro_batch_size: int = Field(4, ge=1, description="Rows in one forward pass of one process.")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="Forward passes of each process before one optimizer step."
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients with a larger norm are scaled down to it; null for no limit."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description=(
+            "Compute type. `auto`: bfloat16 where the device has instructions for it, float32 elsewhere. "
+            "float16 needs a GPU."
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Keep only each block's input for the backward pass and recompute the rest: less memory, more time."
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, order of rows and dropout.")

@@ -1,0 +1,133 @@
+"""What a job reports while it works: small records that a terminal, a file or a program can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all records; `kind` names the record in JSON."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values, its kind first."""
+        return {"event": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Phase(Event):
+    """Something that takes a while has begun."""
+
+    kind: ClassVar[str] = "phase"
+    doing: str
+
+
+@dataclass(frozen=True)
+class TrainingStarted(Event):
+    """Everything is loaded; the first step comes next.
+
+    Attributes:
+        run_directory: Where the run is kept.
+        model: The base model's name.
+        method: `adapter.method`.
+        quantization: `quantization.kind`.
+        trainable_parameters: Numbers that train.
+        total_parameters: Numbers of the model and adapter, packed ones counted one by one.
+        train_rows: Rows to train on.
+        validation_rows: Held-out rows.
+        target_tokens: Trained tokens of one epoch.
+        total_steps: Optimizer steps of the run.
+        compute_dtype: Type of the forward pass.
+    """
+
+    kind: ClassVar[str] = "started"
+    run_directory: str
+    model: str
+    method: str
+    quantization: str
+    trainable_parameters: int
+    total_parameters: int
+    train_rows: int
+    validation_rows: int
+    target_tokens: int
+    total_steps: int
+    compute_dtype: str
+
+
+@dataclass(frozen=True)
+class StepMetrics(Event):
+    """One optimizer step.
+
+    Attributes:
+        step: From 1.
+        total_steps: Steps of the whole run.
+        epoch: Passes over the data done after this step.
+        loss: Mean over the step's trained tokens, in nats.
+        gradient_norm: Before clipping.
+        learning_rate: That this step used.
+        tokens: Tokens seen so far, padding not counted.
+        tokens_per_second: Of this step.
+        peak_memory_bytes: Of the GPU, or of the process where there is none.
+        seconds: Since training began.
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """The held-out loss after `step` steps, in nats per trained token."""
+
+    kind: ClassVar[str] = "validation"
+    step: int
+    loss: float
+    perplexity: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """Part of something countable is done."""
+
+    kind: ClassVar[str] = "progress"
+    doing: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TrainingFinished(Event):
+    """The run is complete and its weights are saved in `trained`."""
+
+    kind: ClassVar[str] = "finished"
+    run_directory: str
+    trained: str
+    steps: int
+    loss: float
+    validation_loss_before: float | None
+    validation_loss: float | None
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+Report = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Report to nobody."""
+    del event

@@ -1,0 +1,72 @@
+"""The training loop: a generator that takes one optimizer step at a time and leaves every decision to its caller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from finetune.data.batches import BatchOrder, collate, micro_batches
+from finetune.data.encode import Example
+from finetune.data.seeds import derived_seed
+from finetune.recipe.optimizer import OptimizerSection
+from finetune.recipe.training import Training
+from finetune.run.events import StepMetrics
+from finetune.train.memory import peak_memory_bytes
+from finetune.train.schedules import learning_rate
+from finetune.train.state import TrainState
+from finetune.train.step import train_step
+
+
+def batch_order(rows: int, training: Training, processes: int) -> BatchOrder:
+    """Which rows each step sees, by the recipe's batch sizes and length."""
+    rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes
+    if training.max_steps is not None:
+        total_rows = training.max_steps * rows_per_step
+    else:
+        total_rows = max(1, round(training.epochs * rows))
+    return BatchOrder(rows, rows_per_step, training.seed, total_rows)
+
+
+def fit(
+    state: TrainState,
+    examples: Sequence[Example],
+    order: BatchOrder,
+    optimizer: OptimizerSection,
+    training: Training,
+    padding: int,
+) -> Iterator[StepMetrics]:
+    """Train from `state.step` to the end of `order`, yielding after every optimizer step.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite; the weights are those of the last step that was yielded.
+    """
+    accelerator = state.accelerator
+    began = time.perf_counter()
+    while state.step < order.total_steps:
+        step_began = time.perf_counter()
+        tokens_before = state.tokens
+        rows = order.step_rows(state.step)
+        own = micro_batches(
+            examples, rows, training.micro_batch_size, accelerator.process_index, accelerator.num_processes
+        )
+        batches = [collate(batch, padding).to(accelerator.device) for batch in own]
+        rate = learning_rate(optimizer, state.step + 1, order.total_steps)
+        # Dropout draws from a stream of its own in every step, which evaluating in between cannot shift.
+        torch.manual_seed(derived_seed(training.seed, state.step, accelerator.process_index))
+        state.model.train()
+        loss, norm = train_step(state, batches, rate, training.max_grad_norm)
+        ended = time.perf_counter()
+        yield StepMetrics(
+            step=state.step,
+            total_steps=order.total_steps,
+            epoch=order.epoch(state.step),
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=rate,
+            tokens=state.tokens,
+            tokens_per_second=(state.tokens - tokens_before) / (ended - step_began),
+            peak_memory_bytes=peak_memory_bytes(accelerator.device),
+            seconds=ended - began,
+        )

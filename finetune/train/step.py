@@ -1,0 +1,92 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from finetune.data.batches import Batch
+from finetune.errors import DivergedError
+from finetune.train.loss import summed_cross_entropy
+from finetune.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def train_step(
+    state: TrainState, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float | None
+) -> tuple[float, float]:
+    """Update the weights once, from all micro-batches of all processes.
+
+    The trained tokens are counted over all of them before the first backward pass, so k micro-batches on n
+    processes give the gradient of one large batch.
+
+    Args:
+        state: Changed in place.
+        batches: This process's micro-batches, on its device; every process has equally many.
+        learning_rate: For this step.
+        max_grad_norm: Larger gradients are scaled down to this norm.
+
+    Returns:
+        Mean loss per trained token in nats, and the gradient's norm before clipping.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite; no weight was changed.
+    """
+    accelerator = state.accelerator
+    counts = torch.tensor([[batch.targets, batch.tokens] for batch in batches], device=accelerator.device).sum(0)
+    targets, tokens = accelerator.reduce(counts, "sum").tolist()
+    # Processes average their gradients; multiplied by their number, the average is a sum.
+    weight = accelerator.num_processes / targets
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(state.model):
+            with state.autocast():
+                loss = summed_cross_entropy(state.model, batch)
+            loss_sum += loss.detach()
+            objective = loss * weight
+            if is_last and (penalty := state.method.penalty(state.bare_model)) is not None:
+                objective = objective + penalty
+            accelerator.backward(state.scaler.scale(objective))
+    mean_loss = float(accelerator.reduce(loss_sum, "sum")) / targets
+    state.scaler.unscale_(state.optimizer)
+    norm = _clip(state, max_grad_norm)
+    _refuse_non_finite(state, mean_loss, norm, learning_rate)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.scaler.step(state.optimizer)  # leaves the update out where float16 gradients overflowed
+    state.scaler.update()
+    state.step += 1
+    state.tokens += tokens
+    state.method.after_step(state.bare_model, state.step)
+    state.optimizer.zero_grad()
+    return mean_loss, norm
+
+
+def _clip(state: TrainState, max_norm: float | None) -> float:
+    gradients: list[Tensor] = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        parameters = [p for p in state.model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+def _refuse_non_finite(state: TrainState, loss: float, norm: float, learning_rate: float) -> None:
+    finite = torch.tensor([loss, norm]).isfinite()
+    # float16 gradients overflow now and then and the scaler halves its factor; below 1 it is no longer that.
+    overflow_is_normal = state.scaler.is_enabled() and bool(finite[0]) and state.scaler.get_scale() >= 1
+    if finite.all() or overflow_is_normal:
+        return
+    state.optimizer.zero_grad()
+    raise DivergedError(
+        f"the {'gradient' if finite[0] else 'loss'} is not finite (loss {loss}, gradient norm {norm}, "
+        f"learning rate {learning_rate:.3g}); the weights are those of step {state.step}",
+        where=f"step {state.step + 1}",
+        hint="lower optimizer.learning_rate, or lengthen the warm-up",
+    )

@@ -1,0 +1,63 @@
+"""Tests run offline, seeded, and write nothing outside their temporary folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: a random Llama of 2 layers and a byte tokenizer with a chat template. Do not change it."""
+    from tests.fixtures.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 chat rows as JSONL. Do not change it."""
+    from tests.fixtures.tiny import chat_rows
+
+    file = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(32)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, chat_file: Path, tmp_path: Path) -> dict[str, object]:
+    """A recipe as a dictionary of sections, for tests to change: LoRA on the tiny model, 3 steps."""
+    return {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": "lora", "r": 4, "alpha": 8},
+        "data": {"train": [{"path": str(chat_file), "format": "chat"}], "validation_fraction": 0.25, "max_length": 128},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+        "training": {"max_steps": 3, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+        "evaluation": {"generation_rows": 4, "max_new_tokens": 8, "batch_size": 4},
+        "run": {"name": "tiny", "directory": str(tmp_path / "runs")},
+    }

@@ -1,0 +1,71 @@
+"""The order of rows is a function of seed, epoch and step; batches lose nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.data.batches import IGNORED, BatchOrder, collate, micro_batches
+from finetune.data.encode import Example
+
+
+def example(length: int) -> Example:
+    return Example(list(range(1, length + 1)), [i % 2 == 1 for i in range(length)])
+
+
+def rows_of(order: BatchOrder) -> list[int]:
+    return [row for step in range(order.total_steps) for row in order.step_rows(step)]
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 3, 4, 10, 25])
+def test_every_epoch_sees_every_row_once(rows_per_step: int):
+    seen = rows_of(BatchOrder(rows=10, rows_per_step=rows_per_step, seed=1, total_rows=30))
+    assert all(sorted(seen[first : first + 10]) == list(range(10)) for first in (0, 10, 20))
+
+
+def test_rows_come_in_the_same_order_whatever_the_batch_size():
+    orders = [rows_of(BatchOrder(10, size, seed=7, total_rows=25)) for size in (1, 4, 25)]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    seen = rows_of(BatchOrder(50, 10, seed=7, total_rows=100))
+    assert seen[:50] != seen[50:]
+    assert seen != rows_of(BatchOrder(50, 10, seed=8, total_rows=100))
+
+
+def test_a_step_needs_no_step_before_it():
+    order = BatchOrder(10, 4, seed=3, total_rows=40)
+    assert order.step_rows(7) == BatchOrder(10, 4, seed=3, total_rows=40).step_rows(7)
+
+
+def test_only_the_last_step_is_short():
+    order = BatchOrder(10, 4, seed=3, total_rows=10)
+    assert [len(order.step_rows(step)) for step in range(order.total_steps)] == [4, 4, 2]
+    assert order.epoch(order.total_steps) == 1.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_processes_together_see_each_row_once_in_equally_many_micro_batches(world_size: int):
+    examples = [example(length) for length in range(3, 13)]
+    shares = [micro_batches(examples, range(10), 2, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    lengths = [len(e.ids) for share in shares for batch in share for e in batch if e.targets]
+    assert sorted(lengths) == list(range(3, 13))
+
+
+def test_a_process_without_rows_gets_one_that_trains_nothing():
+    share = micro_batches([example(5)], [0], 2, rank=1, world_size=2)
+    assert [e.targets for batch in share for e in batch] == [0]
+
+
+def test_padding_is_masked_and_never_a_label_though_it_is_a_token_of_the_row():
+    batch = collate([example(2), example(4)], padding=4)
+    assert batch.ids_BT.tolist() == [[1, 2, 4, 4], [1, 2, 3, 4]]
+    assert batch.mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.labels_BT.tolist() == [[IGNORED, 2, IGNORED, IGNORED], [IGNORED, 2, IGNORED, 4]]
+    assert (batch.tokens, batch.targets) == (6, 3)
+
+
+def test_the_first_token_is_not_counted_as_trained():
+    assert Example([5, 6], [True, True]).targets == 1
+    assert collate([Example([5, 6], [True, True])], padding=0).targets == 1

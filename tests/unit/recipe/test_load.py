@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import RecipeError
+from finetune.recipe.load import dump_recipe, json_schema, load_recipe
+from finetune.recipe.schema import Shape, every_key, shape_at
+from finetune.recipe.yaml_source import KeyPath, dotted
+
+from .conftest import Load, Problems
+
+
+def test_a_good_recipe_is_loaded_with_what_it_was_read_from(good: str, load: Load, tmp_path: Path) -> None:
+    loaded = load(good, "training.seed=7")
+    assert loaded.recipe.adapter.method == "lora"
+    assert loaded.recipe.optimizer.learning_rate == 2e-4
+    assert loaded.recipe.training.seed == 7
+    assert (loaded.text, loaded.path, loaded.overrides) == (good, tmp_path / "recipe.yaml", ("training.seed=7",))
+
+
+def test_paths_start_at_the_recipes_folder(good: str, load: Load, tmp_path: Path) -> None:
+    recipe = load(good).recipe
+    paths = [source.path for source in recipe.data.train]
+    assert paths == [str(tmp_path / "tickets.jsonl"), str(tmp_path.parent / "facts.jsonl")]
+    assert recipe.model.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("tickets v2.yaml", "tickets-v2"), ("_x.yml", "x"), ("é.yaml", "run"), ("a" * 99, "a" * 64)]
+)
+def test_a_run_is_named_after_its_recipe_unless_it_has_a_name(good: str, tmp_path: Path, file: str, name: str) -> None:
+    path = tmp_path / file
+    path.write_text(good.replace("run: {name: tickets-qlora}\n", ""))
+    assert load_recipe(path).recipe.run.name == name
+    path.write_text(good)
+    assert load_recipe(path).recipe.run.name == "tickets-qlora"
+
+
+# --- files that are no recipes
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name(good: str, tmp_path: Path) -> None:
+    (tmp_path / "qlora.yaml").write_text(good)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "qlroa.yaml")
+    (problem,) = caught.value.problems
+    assert caught.value.exit_code == 2
+    assert problem.where == str(tmp_path / "qlroa.yaml")
+    assert problem.hint == f"did you mean {tmp_path / 'qlora.yaml'}?"
+
+
+def test_a_folder_is_answered_with_the_recipes_in_it(good: str, tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(good)
+    with pytest.raises(RecipeError, match=r"recipes in that folder: b\.yaml"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="there is no folder"):
+        load_recipe(tmp_path / "nowhere" / "b.yaml")
+
+
+def test_an_unreadable_file_is_a_recipe_error(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(loop)
+
+
+def test_an_endless_file_is_refused() -> None:
+    with pytest.raises(RecipeError, match="larger than 1 MiB"):
+        load_recipe(Path("/dev/zero"))
+
+
+# --- problems
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "key", "what", "hint"),
+    [
+        ("r: 16", "r: 0", "6:6", "adapter.r", "expected a whole number of at least 1, found the number 0", None),
+        ("r: 16", "r: x", "6:6", "adapter.r", 'found text "x"', None),
+        ("r: 16", "r: true", "6:6", "adapter.r", "found true", None),
+        ("r: 16", "r:", "6:5", "adapter.r", "found nothing (null)", "leave the key out"),
+        ("r: 16", "rr: 16", "6:3", "adapter.rr", "unknown key for method: lora", "did you mean `r`?"),
+        ("r: 16", "R: 16", "6:3", "adapter.R", "unknown key", "did you mean `r`?"),
+        ("r: 16", "seed: 16", "6:3", "adapter.seed", "unknown key", "it belongs to `training.seed`"),
+        ("r: 16", "zzz: 16", "6:3", "adapter.zzz", "unknown key", "valid keys: method, r, alpha"),
+        ("run:", "learning_rate: 1\nrun:", "22:1", "learning_rate", "unknown key", "`optimizer.learning_rate`"),
+        ("method: lora", "", "4:1", "adapter.method", "missing; one of lora, full", None),
+        ("method: lora", "metod: lora", "5:3", "adapter.metod", "unknown key", "did you mean `method`?"),
+        ("method: lora", "method: lorra", "5:11", "adapter.method", "one of lora, full", "did you mean `lora`?"),
+        ("method: lora", "method: [1]", "5:11", "adapter.method", "found a list [1]", None),
+        ("method: lora", "method: full", "6:3", "adapter.r", "for method: full", "it belongs to method: lora"),
+        ("[q_proj, v_proj]", "q_proj", "8:19", "adapter.target_modules", "`all-linear` or a list", "write [q_proj]"),
+        ("[q_proj, v_proj]", "[1]", "8:19", "adapter.target_modules", "found a list [1]", None),
+        ("kind: nf4, ", "", "3:1", "quantization.kind", "missing; one of none, nf4, fp4, int8", None),
+        ("{kind: nf4, double_quant: true}", "", "3:14", "quantization", "found nothing", "quantization: {kind: none}"),
+        ("{kind: nf4, double_quant: true}", "nf4", "3:15", "quantization", 'text "nf4"', "quantization: {kind: nf4}"),
+        ("kind: nf4, double", "kind:nf4, double", "3:16", "quantization.kind:nf4", "unknown", "space after the colon"),
+        ("double_quant: true", "double_quant: 2", "3:41", "quantization.double_quant", "true or false", None),
+        ("format: chat\n", "\n", "11:7", "data.train.0.format", "missing; one of chat, instr", None),
+        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0.path", "missing; expected text", "A .jsonl file"),
+        ("[0.9, 0.95]", "[0.9]", "16:65", "optimizer.betas", "a list of 2 items", None),
+        ("[0.9, 0.95]", "[0.9, 1]", "16:71", "optimizer.betas.1", "below 1, found the number 1", None),
+        ("[0.9, 0.95]", "[0.9, false]", "16:71", "optimizer.betas.1", "found false", None),
+        ("precision: auto", "precision: flaot32", "20:14", "training.precision", "one of auto", "`float32`?"),
+        ("epochs: 1.5", "epochs: 1" + 400 * "0", "18:11", "training.epochs", "a number of 401 characters", None),
+        (
+            "{every_steps: 50}",
+            "[50]",
+            "21:13",
+            "evaluation",
+            "found a list [50]",
+            "write evaluation: {every_steps: ...}",
+        ),
+        ("name: tickets-qlora", "name: 2024", "22:13", "run.name", "found the number 2024", "in quotes"),
+        ("name: tickets-qlora", "name: ../x", "22:13", "run.name", "text that matches", None),
+    ],
+)
+def test_a_slip_is_told_with_its_place_and_its_remedy(
+    good: str, problems: Problems, tmp_path: Path, old: str, new: str, place: str, key: str, what: str, hint: str | None
+) -> None:
+    assert good.count(old) >= 1
+    problem = problems(good.replace(old, new, 1))[0]
+    assert problem.where == f"{tmp_path / 'recipe.yaml'}:{place}"
+    assert problem.key == key
+    assert what in problem.what
+    assert (hint or "") in (problem.hint or "")
+
+
+def test_all_problems_come_at_once_by_line_and_once_each(good: str, problems: Problems) -> None:
+    bad = good.replace("r: 16", "r: 0").replace("epochs", "epoch").replace("{every_steps: 50}", "{every_steps: 0}")
+    bad = "lora_r: 8\n" + bad.replace("[q_proj, v_proj]", "[1, 2]")
+    found = problems(bad, "run.name=../x", "model.dtype=int4")
+    assert [problem.key for problem in found] == [
+        "lora_r",
+        "adapter.r",
+        "adapter.target_modules",
+        "training.epoch",
+        "evaluation.every_steps",
+        "run.name",
+        "model.dtype",
+    ]
+
+
+def test_an_empty_recipe_misses_every_required_section(problems: Problems) -> None:
+    assert [problem.key for problem in problems("")] == ["model", "adapter", "data"]
+    assert all(problem.where.endswith(":1:1") for problem in problems(""))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "adapter:lora\n", "7\n"])
+def test_a_recipe_that_is_no_mapping_is_refused_as_a_whole(problems: Problems, text: str) -> None:
+    (problem,) = problems(text, "adapter.r=8")
+    assert problem.what.startswith("expected a mapping with `model`")
+
+
+def test_a_found_value_is_cut_short(good: str, problems: Problems) -> None:
+    (problem,) = problems(good.replace("epochs: 1.5", f"epochs: {'x' * 5000}"))
+    assert len(problem.what) < 120
+
+
+def test_no_message_names_what_is_pydantics(good: str, problems: Problems) -> None:
+    bad = (
+        good.replace("[q_proj, v_proj]", "{a: 1}").replace("format: chat", "format: chats").replace("[0.9, 0.95]", "x")
+    )
+    text = str(RecipeError(problems(bad)))
+    assert text.count("\n") >= 3
+    assert not any(
+        word in text for word in ("pydantic", "Input should", "literal[", "list[", "union", "validation error")
+    )
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optimizer.learning_rate=1e-5", "optimizer", "learning_rate", 1e-5),
+        ("adapter.target_modules=[a, b]", "adapter", "target_modules", ["a", "b"]),
+        ("adapter.target_modules=all-linear", "adapter", "target_modules", "all-linear"),
+        ("quantization={kind: int8}", "quantization", "kind", "int8"),
+        ("evaluation.every_steps=null", "evaluation", "every_steps", None),
+        ("evaluation.every_steps=", "evaluation", "every_steps", None),
+        ('run.name="2024"', "run", "name", "2024"),
+        ("model.name=a=b", "model", "name", "a=b"),
+    ],
+)
+def test_an_override_is_yaml(good: str, load: Load, override: str, section: str, key: str, value: Any) -> None:
+    assert getattr(getattr(load(good, override).recipe, section), key) == value
+
+
+def test_the_last_override_wins(good: str, load: Load) -> None:
+    assert load(good, "adapter.r=1", "adapter={method: lora, r: 2}", "adapter.r=3").recipe.adapter.r == 3
+    assert load(good, "adapter.r=1", "adapter={method: lora}").recipe.adapter.r == 16
+
+
+def test_an_override_changes_an_item_of_a_list_or_adds_one(good: str, load: Load, tmp_path: Path) -> None:
+    train = load(good, "data.train.1.path=x.jsonl", "data.train.2={path: y, format: text}").recipe.data.train
+    assert [Path(source.path).name for source in train] == ["tickets.jsonl", "x.jsonl", "y"]
+
+
+def test_an_override_fills_in_sections_that_are_absent_or_null(load: Load) -> None:
+    text = "model: {name: a/b}\ntraining:\n"
+    overrides = ("training.seed=3", "adapter.method=lora", "data.train.0.path=x", "data.train.0.format=text")
+    recipe = load(text, *overrides, "optimizer.learning_rate=1").recipe
+    assert recipe.training.seed == 3
+    assert recipe.data.train[0].format == "text"
+    assert (recipe.optimizer.name, recipe.optimizer.learning_rate) == ("adamw", 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "what", "hint"),
+    [
+        ("adapter.r=0", "adapter.r", "found the number 0", ""),
+        ("adapter.rr=1", "adapter.rr", "unknown key", "did you mean `r`?"),
+        ("lora_r=1", "lora_r", "unknown key", "here it is `adapter.r`"),
+        ("foo.bar.baz=1", "foo.bar.baz", "unknown key", "valid keys"),
+        ("adapter.r", "adapter.r", "expected key=value", "--set"),
+        ("=1", "", "expected a dotted key", ""),
+        ("a..b=1", "a..b", "expected a dotted key", ""),
+        ("model.name=@x", "model.name", "cannot begin with '@'", """--set 'model.name="@x"'"""),
+        ("model.name=#x", "model.name", "is a comment", """--set 'model.name="#x"'"""),
+        ("model.name=a: b: c", "model.name", "no key can stand", """--set 'model.name="a: b: c"'"""),
+        ("adapter.r=010", "adapter.r", "octal", ""),
+        ("adapter.r={a: 1, a: 2}", "adapter.r", "a second `a`", "keep one"),
+        ("adapter.r=\udcff", "adapter.r", "U+DCFF", ""),
+        ("model.name.x=1", "model.name.x", "model.name is a single value", ""),
+        ("data.train.9.path=x", "data.train.9.path", "a list of 2 and has no item '9'", "2 adds an item"),
+        ("data.train.x=1", "data.train.x", "a list of 2 and has no item 'x'", ""),
+        ("adapter={method:lora}", "adapter", "unknown key", "space after the colon"),
+    ],
+)
+def test_a_wrong_override_is_told_by_its_argument(
+    good: str, problems: Problems, override: str, where: str, what: str, hint: str
+) -> None:
+    problem = problems(good, override)[0]
+    assert problem.where == f"--set {where}"
+    assert what in problem.what
+    assert hint in (problem.hint or "")
+
+
+def test_a_changed_kind_asks_to_replace_the_section(good: str, problems: Problems) -> None:
+    found = problems(good, "adapter.method=full")
+    assert [problem.key for problem in found] == ["adapter.r", "adapter.alpha", "adapter.target_modules"]
+    assert all("--set 'adapter={method: full}'" in str(problem.hint) for problem in found)
+
+
+def _sample(shape: Shape) -> Any:
+    """A value that fits the key and is not its default."""
+    if shape.choices:
+        return shape.choices[-1]
+    words = shape.expected()
+    samples = {
+        "a whole number": 9,
+        "a number below 0": -0.5,
+        "a number": 0.5,
+        "a list of 2": [0.5, 0.25],
+        "true or false": True,
+        "text": "other",
+    }
+    return next(value for start, value in samples.items() if words.startswith(start))
+
+
+def _settings() -> Iterator[tuple[KeyPath, list[str], Any]]:
+    """For each key of each kind of section: its path, overrides that bring the kind about, a value."""
+    for path, shape in every_key().items():
+        if shape.is_mapping or (shape.item and shape.item.is_mapping):
+            continue
+        parent = shape_at(path[:-1], None)
+        assert parent is not None
+        for kind, section in parent.arms.items() or [("", parent)]:
+            child = section.child(path[-1])
+            if child:
+                more = ", path: x" if path[0] == "data" else ""
+                yield path, [f"{dotted(path[:-1])}={{{parent.tag}: {kind}{more}}}"] if kind else [], _sample(child)
+
+
+@pytest.mark.parametrize(("path", "before", "value"), _settings(), ids=lambda part: str(part)[:60])
+def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, before: list[str], value: Any) -> None:
+    if path == ("data", "validation_fraction"):
+        before = ["data.validation=[]"]
+    if value == "full":
+        before = ["quantization={kind: none}", *before]
+    reached: Any = load(good, *before, f"{dotted(path)}={json.dumps(value)}").recipe
+    for segment in path:
+        reached = reached[segment] if isinstance(segment, int) else getattr(reached, segment)
+    if path[-1] == "path":
+        assert reached.endswith("/other")
+    else:
+        assert json.loads(json.dumps(reached)) == value
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["hf_" + "aB3" * 8, "sk-" + "x1-_" * 6, "https://me:pass@host/x", "s3://key@bucket/x"],
+)
+@pytest.mark.parametrize("line", ["run: {{name: {}}}", "{}: 1", "# {}", "model: [{}", "a: '{}"])
+def test_a_secret_is_refused_and_never_shown(good: str, problems: Problems, secret: str, line: str) -> None:
+    (problem,) = problems(good + line.format(secret))
+    assert ":23:" in problem.where
+    assert "token" in problem.what
+    assert secret not in repr(problem)
+    assert secret[:12] not in repr(problem)
+
+
+def test_a_secret_in_an_override_is_refused_and_never_shown(good: str, problems: Problems) -> None:
+    secret = "hf_" + "aB3" * 8
+    first, second = problems(good, f"run.name={secret}", f"{secret}=1")
+    assert first.where == "--set run.name"
+    assert secret not in repr((first, second))
+
+
+@pytest.mark.parametrize("text", ["hf_hub", "task-sk-x", "package://llm/a.gguf", "data/x@2.jsonl", "https://host/a@b"])
+def test_ordinary_text_is_no_secret(good: str, load: Load, text: str) -> None:
+    assert load(good, f"data.train.0.messages={text}").recipe.data.train[0].messages == text
+
+
+# --- back to YAML
+
+
+def test_a_dumped_recipe_loads_as_an_equal_one(good: str, load: Load) -> None:
+    recipe = load(good).recipe
+    text = dump_recipe(recipe)
+    again = load(text)
+    assert again.recipe == recipe
+    assert dump_recipe(again.recipe) == text
+
+
+def test_a_dump_has_every_default_in_the_schemas_order(good: str, load: Load) -> None:
+    text = dump_recipe(load(good).recipe)
+    tops = [line.rstrip(":") for line in text.splitlines() if not line.startswith((" ", "-"))]
+    assert tops == list(json_schema()["properties"])
+    assert "  warmup_ratio: 0.03\n" in text
+    assert "{" not in text
+
+
+@pytest.mark.parametrize("rate", [2e-05, 1e-8, 1e-300, 123456789.123, 1e22])
+def test_a_dumped_number_comes_back_as_the_same_number(good: str, load: Load, rate: float) -> None:
+    recipe = load(good, f"optimizer.learning_rate={rate!r}").recipe
+    assert recipe.optimizer.learning_rate == rate
+    assert load(dump_recipe(recipe)).recipe.optimizer.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1e-5", "0o17", "010", ".inf", "no", "null", "~", "", "- x", "*x", "!x", "# x", "a: b", "'\"", "\\"),
+        *(" x ", "\t", "two\nlines\n", "\n lines\n\n", "x" * 300, "a " * 200, "é\u2028ü", "\x07", "\ufeff", "🙂"),
+    ],
+)
+def test_dumped_text_comes_back_as_the_same_text(good: str, load: Load, text: str) -> None:
+    escaped = json.dumps(text, ensure_ascii=text != "🙂")
+    recipe = load(good, f"data.train.1.system={escaped}").recipe
+    assert recipe.data.train[1].system == text
+    assert load(dump_recipe(recipe)).recipe == recipe
+
+
+# --- the schema for editors, and what loading costs
+
+
+def test_the_json_schema_is_closed_and_describes_every_key() -> None:
+    schema = json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["additionalProperties"] is False
+    tags = {"kind", "method", "format", "name"}
+    keys = {dotted(path): shape for path, shape in every_key().items() if len(path) > 1 and path[-1] not in tags}
+    assert len(keys) > 30
+    assert [key for key, shape in keys.items() if not shape.description] == []
+
+
+def test_the_json_schema_can_be_changed_without_changing_ours() -> None:
+    json_schema()["properties"].clear()
+    assert json_schema()["properties"]
+
+
+def test_loading_a_recipe_imports_no_heavy_library(good: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(good)
+    code = (
+        "import pathlib, sys; from finetune.recipe.load import load_recipe;"
+        "load_recipe(pathlib.Path(sys.argv[1])); print(*sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, env=environment, check=True
+    )
+    modules = set(done.stdout.split())
+    assert "yaml" in modules
+    assert not modules & {"torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy"}

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from finetune.recipe import rivals
+from finetune.recipe.schema import every_key, whole
+
+from .conftest import Load, Problems
+
+OUR_KEYS = {
+    ".".join(segment for segment in path if isinstance(segment, str)): shape for path, shape in every_key().items()
+}
+
+
+@pytest.mark.parametrize("spelling", rivals.KEYS)
+def test_a_rivals_key_is_translated_to_a_key_of_ours(spelling: str) -> None:
+    assert rivals.KEYS[spelling] in OUR_KEYS
+
+
+@pytest.mark.parametrize("spelling", rivals.SNIPPETS)
+def test_a_rivals_switch_is_translated_to_what_can_be_loaded(spelling: str, good: str, load: Load) -> None:
+    key, _, value = rivals.SNIPPETS[spelling].partition(": ")
+    assert key in OUR_KEYS
+    assert load(good, f"{key}={value}").recipe
+
+
+@pytest.mark.parametrize("key", rivals.VALUES)
+def test_a_rivals_value_is_translated_to_a_choice_of_ours(key: str) -> None:
+    choices = OUR_KEYS[key].choices
+    assert choices
+    for spelling, ours in rivals.VALUES[key].items():
+        assert ours in choices, spelling
+        assert spelling not in choices
+        assert spelling == spelling.lower()
+
+
+def test_no_spelling_is_in_two_tables_or_the_same_as_ours() -> None:
+    tables = [set(rivals.KEYS), set(rivals.SNIPPETS), set(rivals.NOTES)]
+    assert sum(map(len, tables)) == len(set.union(*tables))
+    assert not set.union(*tables) & set(whole().fields())
+    assert all(target.rpartition(".")[2] != spelling for spelling, target in rivals.KEYS.items())
+
+
+def test_advice_belongs_to_a_translated_value_and_can_be_loaded(good: str, load: Load) -> None:
+    for (key, spelling), advice in rivals.ADVICE.items():
+        assert spelling in rivals.VALUES[key]
+        section, _, value = advice.partition(": ")
+        assert load(good, f"{section}={value}").recipe
+
+
+@pytest.mark.parametrize("spelling", ["lora_r", "lora-r", "LORA_R"])
+def test_case_and_dashes_of_a_rivals_key_do_not_matter(spelling: str) -> None:
+    assert rivals.translated_key(spelling) == "here it is `adapter.r`"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("lora_rank: 8", "here it is `adapter.r`"),
+        ("per_device_train_batch_size: 8", "here it is `training.micro_batch_size`"),
+        ("load_in_4bit: true", "here it is `quantization: {kind: nf4}`"),
+        ("bf16: true", "here it is `training.precision: bfloat16`"),
+        ("chat_template: chatml", "leave it out"),
+    ],
+)
+def test_a_recipe_with_a_rivals_key_is_refused_with_the_translation(
+    good: str, problems: Problems, line: str, hint: str
+) -> None:
+    (problem,) = problems(good + line + "\n")
+    assert problem.what == "unknown key"
+    assert hint in str(problem.hint)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("optimizer.name=adamw_bnb_8bit", "did you mean `adamw_8bit`?"),
+        ("optimizer=adamw_torch", "write optimizer: {name: adamw}"),
+        ("adapter.method=qlora", "did you mean `lora` with quantization: {kind: nf4}?"),
+        ("adapter=qlora", "write adapter: {method: lora} and quantization: {kind: nf4}"),
+        ("training.precision=bf16", "did you mean `bfloat16`?"),
+        ("adapter.target_modules=all", "did you mean `all-linear`?"),
+        ("data.train.0.format=alpaca", "did you mean `instruction`?"),
+    ],
+)
+def test_a_rivals_value_is_refused_with_the_translation(
+    good: str, problems: Problems, override: str, hint: str
+) -> None:
+    (problem,) = problems(good, override)
+    assert problem.hint == hint

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from finetune.recipe.rules import RULES
+
+from .conftest import Load, Problems
+
+BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
+    "full_needs_full_precision": (("adapter={method: full}",), "quantization.kind"),
+    "float16_weights_cannot_train": (
+        ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
+        "model.dtype",
+    ),
+    "revision_is_for_the_hub": (("model={name: ./base, revision: main}",), "model.revision"),
+    "one_kind_of_validation": (("data.validation_fraction=0.1",), "data.validation_fraction"),
+    "evaluation_needs_rows": (("data.validation=[]",), "evaluation.every_steps"),
+}
+"""For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
+
+KEEPING: dict[str, tuple[str, ...]] = {
+    "full_needs_full_precision": ("adapter={method: full}", "quantization={kind: none}"),
+    "float16_weights_cannot_train": ("model.dtype=float16",),
+    "revision_is_for_the_hub": ("model.revision=main",),
+    "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),
+    "evaluation_needs_rows": ("data.validation=[]", "evaluation.every_steps=null"),
+}
+"""For each rule, overrides that come close to breaking it."""
+
+NAMES = [rule.__name__ for rule in RULES]
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_a_rule_refuses_what_it_is_for(rule: str, good: str, problems: Problems) -> None:
+    overrides, key = BREAKING[rule]
+    (problem,) = problems(good, *overrides)
+    assert problem.key == key
+    assert problem.hint
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_a_rule_lets_the_rest_pass(rule: str, good: str, load: Load) -> None:
+    assert load(good, *KEEPING[rule]).recipe
+
+
+def test_all_broken_rules_are_told_at_once(good: str, problems: Problems) -> None:
+    found = problems(good, "adapter={method: full}", "model.dtype=float16", "data.validation=[]")
+    assert {problem.key for problem in found} == {"quantization.kind", "model.dtype", "evaluation.every_steps"}
+
+
+def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Problems) -> None:
+    in_file, in_override = problems(good, "adapter={method: full}", "model.dtype=float16")
+    assert in_file.where.endswith("recipe.yaml:3:22")
+    assert in_override.where == "--set model.dtype"

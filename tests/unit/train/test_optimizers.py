@@ -1,0 +1,78 @@
+"""Every optimizer of the schema steps, and does what its library's own class does."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from finetune.recipe.optimizer import Optimizer
+from finetune.train.optimizers import make_optimizer, parameter_groups
+
+NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor"]
+
+
+def problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(128, 64), torch.randn(32, 128), torch.randn(32, 64)
+
+
+def train(name: str, steps: int, **settings: object) -> tuple[float, float, nn.Module]:
+    model, inputs, wanted = problem()
+    section = TypeAdapter(Optimizer).validate_python({"name": name, "learning_rate": 1e-2, **settings})
+    optimizer = make_optimizer(section, model)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(model(inputs), wanted)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0], losses[-1], model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_optimizer_lowers_a_loss(name: str):
+    first, last, _ = train(name, steps=20)
+    assert last < 0.9 * first
+
+
+def test_32_bit_paged_adamw_is_adamw():
+    plain, paged = train("adamw", 5)[2], train("paged_adamw_32bit", 5)[2]
+    assert torch.allclose(plain.weight, paged.weight, atol=1e-6)
+
+
+def test_8_bit_moments_are_8_bit():
+    model, inputs, _ = problem()
+    section = TypeAdapter(Optimizer).validate_python({"name": "adamw_8bit"})
+    optimizer = make_optimizer(section, model)
+    model(inputs).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["state1"].dtype is torch.uint8
+
+
+def test_paging_without_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture):
+    if torch.cuda.is_available():
+        pytest.skip("this machine can page")
+    with caplog.at_level(logging.WARNING, logger="finetune"):
+        train("paged_adamw_8bit", steps=2)
+    assert [record.message for record in caplog.records if "page" in record.message] == [
+        "paged_adamw_8bit: only a GPU can page optimizer state; it is kept in ordinary memory"
+    ]
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model[0].weight.requires_grad_(True)
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.1)}
+    assert [p.ndim for p in groups[0.1]] == [2]
+    assert [p.ndim for p in groups[0.0]] == [1, 1, 1]
+
+
+def test_frozen_weights_are_left_out():
+    model = nn.Linear(4, 4)
+    model.weight.requires_grad_(False)
+    assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.0]

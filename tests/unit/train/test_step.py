@@ -1,0 +1,139 @@
+"""One step: token-weighted, clipped, and never with numbers that are not finite."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune.adapters.full import FullMethod
+from finetune.data.batches import Batch, collate
+from finetune.data.encode import Example
+from finetune.errors import DivergedError
+from finetune.recipe.adapter import Full
+from finetune.train.loss import summed_cross_entropy
+from finetune.train.state import TrainState
+from finetune.train.step import train_step
+from tests.fixtures.tiny import tiny_llama
+
+
+def examples(count: int) -> list[Example]:
+    """Rows of different lengths, each with another share of trained tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(count):
+        length = 6 + 3 * index
+        ids = torch.randint(0, 250, (length,), generator=generator).tolist()
+        rows.append(Example(ids, [position >= length - 2 - index for position in range(length)]))
+    return rows
+
+
+def state_of(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> TrainState:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return TrainState(Accelerator(cpu=True), model, FullMethod(Full(method="full")), optimizer, compute_dtype)
+
+
+def after_one_step(batches: list[Batch], max_norm: float | None = None) -> tuple[dict[str, torch.Tensor], float, float]:
+    model = tiny_llama()
+    loss, norm = train_step(state_of(model), batches, 0.1, max_norm)
+    return model.state_dict(), loss, norm
+
+
+def test_the_loss_is_transformers_own_on_a_whole_row():
+    model, row = tiny_llama(), examples(1)[0]
+    batch = collate([row], padding=0)
+    expected = model(input_ids=batch.ids_BT, labels=batch.labels_BT).loss * batch.targets
+    assert torch.allclose(summed_cross_entropy(model, batch), expected, atol=1e-4)
+
+
+def test_padding_changes_no_loss():
+    model, rows = tiny_llama(), examples(3)
+    together = summed_cross_entropy(model, collate(rows, padding=0))
+    apart = sum(summed_cross_entropy(model, collate([row], padding=0)) for row in rows)
+    assert torch.allclose(together, apart, rtol=1e-5)
+
+
+def test_many_micro_batches_are_one_batch():
+    rows = examples(4)
+    whole, loss_whole, norm_whole = after_one_step([collate(rows, 0)])
+    parts, loss_parts, norm_parts = after_one_step([collate(rows[:1], 0), collate(rows[1:2], 0), collate(rows[2:], 0)])
+    assert loss_parts == pytest.approx(loss_whole, rel=1e-5)
+    assert norm_parts == pytest.approx(norm_whole, rel=1e-4)
+    assert all(torch.allclose(parts[name], whole[name], atol=1e-6) for name in whole)
+
+
+def test_a_mean_of_micro_batch_means_would_fail_that_law():
+    rows = examples(4)
+    model = tiny_llama()
+    means = [summed_cross_entropy(model, collate([row], 0)) / row.targets for row in rows]
+    true_mean = sum(summed_cross_entropy(model, collate([row], 0)) for row in rows) / sum(r.targets for r in rows)
+    assert abs(float(sum(means) / len(means) - true_mean)) > 1e-3
+
+
+def test_gradients_are_clipped_to_the_norm():
+    before = tiny_llama().state_dict()
+    after, _, norm = after_one_step([collate(examples(2), 0)], max_norm=0.01)
+    moved = torch.sqrt(sum(((after[n] - before[n]) ** 2).sum() for n in before if n != "lm_head.weight"))
+    assert norm > 0.01
+    assert float(moved) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def poisoned(value: float) -> nn.Module:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(value: float):
+    model = poisoned(value)
+    before = copy.deepcopy(model.state_dict())
+    state = state_of(model)
+    with pytest.raises(DivergedError, match="not finite"):
+        train_step(state, [collate(examples(2), 0)], 0.1, 1.0)
+    assert state.step == 0
+    assert all(torch.equal(before[n], t) or torch.isnan(before[n]).any() for n, t in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_although_the_loss_is_fine():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DivergedError, match="gradient is not finite"):
+        train_step(state_of(model), [collate(examples(2), 0)], 0.1, None)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_float16_overflow_leaves_the_update_out_and_halves_the_scale():
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    state = state_of(model, torch.float16)
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
+    scale = state.scaler.get_scale()
+    train_step(state, [collate(examples(2), 0)], 0.1, 1.0)
+    assert state.scaler.get_scale() == scale / 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_steps_come_close_to_float32(dtype: torch.dtype):
+    rows = [collate(examples(3), 0)]
+    _, full_loss, full_norm = after_one_step(rows)
+    loss, norm = train_step(state_of(tiny_llama(), dtype), rows, 0.1, None)
+    assert loss == pytest.approx(full_loss, rel=1e-2)
+    assert norm == pytest.approx(full_norm, rel=5e-2)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain, _, norm = after_one_step([collate(examples(2), 0)])
+    model = tiny_llama()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    _, norm_checkpointed = train_step(state_of(model), [collate(examples(2), 0)], 0.1, None)
+    assert norm_checkpointed == pytest.approx(norm, rel=1e-6)
+    assert all(torch.allclose(plain[name], tensor, atol=1e-7) for name, tensor in model.state_dict().items())
