@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 _json_mode = False
 
 
+def use_json(asked: bool) -> bool:
+    """Set whether errors are told to a program too; the callback of `--json`, so that it holds from the first one."""
+    global _json_mode
+    _json_mode = asked
+    return asked
+
+
 def show_result(text: str) -> None:
     """Print what the command was asked for."""
     sys.stdout.write(text.rstrip("\n") + "\n")
@@ -68,8 +75,6 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None) -> Iterator[R
     """
     from .progress import JsonLines, Lines, Live, Silent
 
-    global _json_mode
-    _json_mode = as_json
     follower: Follower
     if as_json:
         follower = JsonLines(sys.stdout, sys.stderr)

@@ -82,40 +82,48 @@ class Live(Follower):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.display = LiveProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", style="cyan", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("[dim]{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", style="dim", markup=False),
             console=console,
             transient=True,
         )
         self.display.start()
         self.task: TaskID | None = None
+        self.description = ""
 
     def event(self, event: Event) -> None:
         """Move the line, or print above it."""
         match event:
             case Phase():
-                self._show(f"[cyan]{event.doing}", total=None)
+                self._show(event.doing, total=None)
             case TrainingStarted():
-                self.console.print(f"[dim]{wording.line(event)}", highlight=False)
+                self._print(wording.line(event), style="dim")
             case StepMetrics():
                 figures = f"{wording.numbers(event)}  {wording.duration(wording.seconds_left(event))} left"
-                self._show("[green]training", event.total_steps, event.step, figures)
+                self._show("training", event.total_steps, event.step, figures)
             case Progress():
-                self._show(f"[cyan]{event.doing}", event.total, event.done)
+                self._show(event.doing, event.total, event.done)
             case Validated():
-                self.console.print(wording.line(event), highlight=False)
+                self._print(wording.line(event))
 
     def note(self, text: str) -> None:
         """Print above the moving line."""
-        self.console.print(f"[yellow]{text}", highlight=False)
+        self._print(text, style="yellow")
 
     def close(self) -> None:
         """Take the moving line away."""
         self.display.stop()
 
+    def _print(self, text: str | None, style: str | None = None) -> None:
+        # Without markup: a path with brackets is a path.
+        self.console.print(text, style=style, markup=False, highlight=False)
+
     def _show(self, description: str, total: int | None, done: int = 0, figures: str = "") -> None:
-        if self.task is None:
+        if self.task is None or description != self.description:
+            if self.task is not None:
+                self.display.remove_task(self.task)  # a total of its own: `update` cannot take one back
             self.task = self.display.add_task(description, total=total, figures=figures)
-        self.display.update(self.task, description=description, total=total, completed=done, figures=figures)
+            self.description = description
+        self.display.update(self.task, total=total, completed=done, figures=figures)

@@ -7,8 +7,8 @@ from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFin
 
 def count(number: float) -> str:
     """4884480 -> `4.88M`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:  # from here on three digits round up to it
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
 

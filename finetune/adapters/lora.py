@@ -45,7 +45,8 @@ class LoraMethod(AdapterMethod):
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=section.r,
-            lora_alpha=section.alpha,
+            # Engines that serve adapters declare alpha as an integer.
+            lora_alpha=int(section.alpha) if section.alpha.is_integer() else section.alpha,
             lora_dropout=section.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
         )

@@ -66,10 +66,16 @@ def read_documents(section: Data, seed: int) -> Documents:
     """
     train = list(_read(section.train))
     validation = list(_read(section.validation))
-    if section.validation_fraction:
-        train, validation = _hold_out(train, section.validation_fraction, seed)
     if not train:
         raise DataError("there are no rows to train on", where=section.train[0].path, hint="check the file")
+    if section.validation_fraction:
+        train, validation = _hold_out(train, section.validation_fraction, seed)
+        if not train:
+            raise DataError(
+                f"data.validation_fraction: {section.validation_fraction} holds out every row ({len(validation)})",
+                where=section.train[0].path,
+                hint="lower it, or add rows",
+            )
     return Documents(train, validation)
 
 
@@ -77,7 +83,7 @@ def encode(documents: Sequence[LocatedDocument], encoder: Encoder, section: Data
     """Encode documents; rows above `max_length` stop the run or are left out and counted, as the recipe says.
 
     Raises:
-        DataError: A row is too long or trains nothing.
+        DataError: A row is too long or trains nothing, or every row is too long.
     """
     examples = []
     too_long = 0
@@ -93,6 +99,12 @@ def encode(documents: Sequence[LocatedDocument], encoder: Encoder, section: Data
                 where=located.where,
                 hint="raise data.max_length, shorten the row, or set data.overlength to drop",
             )
+    if too_long and not examples:
+        raise DataError(
+            f"all {too_long} rows are longer than data.max_length: {section.max_length}",
+            where=documents[0].where,
+            hint="raise data.max_length",
+        )
     if too_long:
         logger.warning("left out %d of %d rows longer than %d tokens", too_long, len(documents), section.max_length)
     counts = RowCounts(

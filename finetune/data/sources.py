@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from finetune.errors import DataError
 
 LONGEST_LINE_BYTES = 16 << 20
 SHOWN_CHARACTERS = 60
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class Row:
             DataError: The column is missing or holds no text.
         """
         if column not in self.values:
-            columns = ", ".join(map(str, self.values)) or "none"
             raise DataError(
-                f"the row has no column {column!r}; its columns are: {columns}",
+                f"the row has no column {column!r}; its columns are: {excerpt(', '.join(self.values)) or 'none'}",
                 where=self.where,
                 hint="correct the row, or name its column in the source's section of the recipe",
             )
@@ -56,9 +58,16 @@ def describe(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
     if value is None:
         return "null"
-    shown = json.dumps(value, ensure_ascii=False)
-    cut = shown if len(shown) <= SHOWN_CHARACTERS else shown[: SHOWN_CHARACTERS - 1] + "…"
-    return f"{kinds.get(type(value), type(value).__name__)} ({cut})"
+    try:
+        shown = excerpt(json.dumps(value, ensure_ascii=False))
+    except RecursionError:  # writing takes a little more of the stack than reading
+        shown = "nested deeply"
+    return f"{kinds[type(value)]} ({shown})"
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text, short enough for a message."""
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -101,21 +110,34 @@ def _decode(line: bytes, where: str) -> str:
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
+    hint = "a line is one JSON object"
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        is_unicode = _SURROGATE.search(text) is None or _is_unicode(value)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON: {error.msg}", where=f"{where}:{error.colno}", hint="a line is one JSON object"
-        ) from error
-    except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits, endless nesting
-        raise DataError(
-            f"not valid JSON: {str(error)[:SHOWN_CHARACTERS]}", where=where, hint="a line is one JSON object"
-        ) from error
+        raise DataError(f"not valid JSON: {error.msg}", where=f"{where}:{error.colno}", hint=hint) from error
+    except RecursionError as error:
+        raise DataError("not valid JSON: nested too deeply", where=where, hint=hint) from error
+    except ValueError as error:  # NaN, a number of thousands of digits, a key that stands twice
+        raise DataError(f"not valid JSON: {excerpt(str(error))}", where=where, hint=hint) from error
     if not isinstance(value, dict):
+        raise DataError(f"expected a JSON object, found {describe(value)}", where=where, hint=hint)
+    if not is_unicode:
         raise DataError(
-            f"expected a JSON object, found {describe(value)}", where=where, hint="a line is one JSON object"
+            "not valid JSON: half of an escaped character",
+            where=where,
+            hint="write both halves, as in \\ud83d\\ude00, or the character itself",
         )
     return value
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all text in a value can be encoded; a tokenizer refuses half a surrogate pair without a word why."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_constant(name: str) -> Any:

@@ -56,7 +56,8 @@ def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement
         other: The same of the other model.
     """
     reference_KV, other_KV = torch.cat(list(reference)), torch.cat(list(other))
-    log_p, log_q = reference_KV.log_softmax(-1), other_KV.log_softmax(-1)
+    # In float64: two nearly equal distributions differ by less than float32's rounding of a sum over V.
+    log_p, log_q = reference_KV.double().log_softmax(-1), other_KV.double().log_softmax(-1)
     return Agreement(
         rows=len(reference),
         positions=len(reference_KV),

@@ -1,4 +1,4 @@
-"""A base model's identity: what its weights are, whatever folder, shards or dtype they come in."""
+"""A base model's identity: what its weights are, whatever folder or shards they come in."""
 
 from __future__ import annotations
 

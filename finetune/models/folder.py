@@ -7,16 +7,19 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.models.gguf import converted
@@ -44,8 +47,15 @@ class ModelFolder:
     commit: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """The contents of config.json."""
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        """The contents of config.json.
+
+        Raises:
+            ModelError: It is not JSON.
+        """
+        try:
+            config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError("config.json is not valid JSON", where=str(self.path), hint="fetch it again") from error
         return config
 
 
@@ -78,7 +88,7 @@ def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> Mod
 def _file_in_package(reference: str) -> Path:
     """`package://name/file` -> the file's path; the package is found, never imported or run."""
     package, _, file = reference.removeprefix("package://").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    spec = _find_package(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"the Python package {package!r} is not installed",
@@ -97,6 +107,13 @@ def _file_in_package(reference: str) -> Path:
     return path
 
 
+def _find_package(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a running script, `__main__`, has no spec
+        return None
+
+
 def _from_hub(section: Model, report_work: Callable[[str], None]) -> ModelFolder:
     where = f"model.name {section.name}"
     report_work(f"looking up {section.name}")
@@ -113,7 +130,7 @@ def _from_hub(section: Model, report_work: Callable[[str], None]) -> ModelFolder
         raise ModelError(
             f"the hub model has no revision {section.revision!r}", where=where, hint="check model.revision"
         ) from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(
             "neither a local folder nor a model that the hub shows to you",
             where=where,
@@ -154,3 +171,18 @@ def _check_folder(folder: ModelFolder) -> None:
                 else "copy the model's .safetensors files there"
             ),
         )
+    for file in sorted(folder.path.glob("*.safetensors")):
+        _check_weights(file)
+
+
+def _check_weights(file: Path) -> None:
+    """Read the header, which says how long the file must be."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"the file is damaged or not whole ({error})",
+            where=str(file),
+            hint="fetch it again; if it is a Git LFS pointer: git lfs pull",
+        ) from error

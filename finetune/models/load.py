@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import ModelError
@@ -24,7 +25,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     where = str(folder.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise ModelError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
             where=where,
@@ -92,7 +93,15 @@ def load_model(
             output_loading_info=True,
             **quantizer.load_options(compute_dtype),
         )
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ModelError(
+            "the weights have other shapes than config.json says",
+            where=where,
+            hint="use the config.json that belongs to these weights",
+        ) from error
+    except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
         raise ModelError(
             f"the model cannot be loaded: {_first_line(error)}",
             where=where,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from finetune.errors import EnvironmentFault, FinetuneError, RefusedError, UsageError
 from finetune.run.events import StepMetrics, Validated
@@ -63,7 +65,7 @@ class RunDirectory:
             overwrite: Remove a run that is there; anything else is left alone.
 
         Raises:
-            RefusedError: Something is there already.
+            RefusedError: Something is there already, or another process claims it at the same time.
             EnvironmentFault: The directory cannot be made.
         """
         run = cls(path.absolute())
@@ -72,7 +74,12 @@ class RunDirectory:
                 shutil.rmtree(path)
             run._refuse_if_used()
             path.mkdir(parents=True, exist_ok=True)
-            write_json(run.marker, {"format": FORMAT, "created": now()})
+            with run.marker.open("x", encoding="utf-8") as file:
+                file.write(json.dumps({"format": FORMAT, "created": now()}) + "\n")
+        except FileExistsError as error:
+            raise RefusedError(
+                "another process has just taken the run directory", where=str(path), hint="choose another --run-dir"
+            ) from error
         except OSError as error:
             raise EnvironmentFault(
                 f"the run directory cannot be written: {error.strerror}",
@@ -99,7 +106,7 @@ class RunDirectory:
     def free_path(wanted: Path) -> Path:
         """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that is not taken."""
         path, number = wanted, 1
-        while path.exists():
+        while os.path.lexists(path):
             number += 1
             path = wanted.with_name(f"{wanted.name}-{number}")
         return path
@@ -140,6 +147,10 @@ class RunDirectory:
         write_json(self.outcome, {"code": code, "step": attempt.steps, "message": message, "ended": now()})
 
     def _refuse_if_used(self) -> None:
+        if self.path.is_symlink():
+            raise RefusedError(
+                "the run directory is a symbolic link", where=str(self.path), hint="give the folder that it points to"
+            )
         if not self.path.exists():
             return
         if not self.path.is_dir() or any(self.path.iterdir()):
@@ -159,28 +170,51 @@ def now() -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that readers see the old one or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` when the block ends well, and vanishes when it does not.
 
+    Folder and files get the permissions that the umask allows, whatever a library gave them.
+
     Raises:
         EnvironmentFault: The disk is full or the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
+        aside.mkdir(parents=True)
         yield aside
-        aside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-    except OSError as error:
+        _open_to_readers(aside)
+        _put_in_place(aside, target)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise EnvironmentFault(
-            f"cannot be written: {error.strerror or error}", where=str(target), hint="check free space and permissions"
+            f"cannot be written: {reason}", where=str(target), hint="check free space and permissions"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the permissions of a new one: those of `folder`, which is new, without the right to search."""
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(allowed)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; a folder that is there is removed only after that."""
+    if target.is_symlink() or not target.is_dir():
+        folder.rename(target)
+        return
+    retired = folder.with_name(f"{folder.name}-old")
+    target.rename(retired)
+    folder.rename(target)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -14,8 +15,13 @@ class Event:
     kind: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values, its kind first."""
-        return {"event": self.kind, **asdict(self)}
+        """The record as JSON values, its kind first; a number that is not finite, which JSON lacks, becomes null."""
+        values = {name: None if _is_endless(value) else value for name, value in asdict(self).items()}
+        return {"event": self.kind, **values}
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 @dataclass(frozen=True)

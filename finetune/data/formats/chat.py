@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from finetune.data.documents import Conversation, Format, Message, Role
-from finetune.data.sources import Row, describe
+from finetune.data.sources import Row, describe, excerpt
 from finetune.errors import DataError
 from finetune.recipe.data import ChatSource
 
@@ -20,7 +20,8 @@ class ChatFormat(Format[ChatSource]):
         column = self.section.messages
         messages = row.values.get(column)
         if not isinstance(messages, list) or not messages:
-            row_has = describe(messages) if column in row.values else f"no such column among {', '.join(row.values)}"
+            columns = f"no such column among: {excerpt(', '.join(row.values))}"
+            row_has = describe(messages) if column in row.values else columns
             raise DataError(
                 f"column {column!r} must be a list of messages, found {row_has}",
                 where=row.where,

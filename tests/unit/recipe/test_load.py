@@ -13,7 +13,7 @@ import pytest
 from finetune.errors import RecipeError
 from finetune.recipe.load import dump_recipe, json_schema, load_recipe
 from finetune.recipe.schema import Shape, every_key, shape_at
-from finetune.recipe.yaml_source import KeyPath, dotted
+from finetune.recipe.yaml_source import MAX_PROBLEMS, KeyPath, dotted
 
 from .conftest import Load, Problems
 
@@ -149,6 +149,15 @@ def test_all_problems_come_at_once_by_line_and_once_each(good: str, problems: Pr
     ]
 
 
+def test_no_more_than_a_screenful_of_problems_is_told(good: str, problems: Problems) -> None:
+    assert len(problems(good + "".join(f"key{number}: 1\n" for number in range(5000)))) == MAX_PROBLEMS
+
+
+@pytest.mark.parametrize("name", ["~no-such-user/model", "x" * 5000])
+def test_a_name_that_can_be_no_path_is_taken_as_it_is(good: str, load: Load, name: str) -> None:
+    assert load(good, f"model.name={name}").recipe.model.name.endswith(name)
+
+
 def test_an_empty_recipe_misses_every_required_section(problems: Problems) -> None:
     assert [problem.key for problem in problems("")] == ["model", "adapter", "data"]
     assert all(problem.where.endswith(":1:1") for problem in problems(""))
@@ -244,6 +253,11 @@ def test_a_wrong_override_is_told_by_its_argument(
     assert problem.where == f"--set {where}"
     assert what in problem.what
     assert hint in (problem.hint or "")
+
+
+def test_a_problem_within_an_overridden_section_stands_at_its_argument(good: str, problems: Problems) -> None:
+    (problem,) = problems(good, "adapter={method: lora, r: 0}")
+    assert (problem.where, problem.key) == ("--set adapter", "adapter.r")
 
 
 def test_a_changed_kind_asks_to_replace_the_section(good: str, problems: Problems) -> None:

@@ -1,0 +1,87 @@
+"""Help and validation answer at once: they load nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
+
+PROBE = """
+import sys
+sys.argv[0] = "ft"
+from cli.main import run
+try:
+    run()
+except SystemExit as end:
+    loaded = sorted({name.partition(".")[0] for name in sys.modules})
+    print("LOADED", *loaded)
+    raise
+"""
+
+RECIPE = """\
+model: {name: org/name}
+quantization: {kind: nf4}
+adapter: {method: lora}
+data: {train: [{path: rows.jsonl, format: chat}]}
+"""
+
+
+def ft(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "good.yaml").write_text(RECIPE)
+    (folder / "bad.yaml").write_text(RECIPE.replace("nf4", "nf5"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["--version"], 0),
+        (["validate", "good.yaml"], 0),
+        (["validate", "bad.yaml"], 2),
+        (["train", "bad.yaml"], 2),
+        (["eval", "no-run"], 2),
+        (["schema"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_what_needs_no_model_loads_nothing_heavy(recipes: Path, arguments: list[str], code: int):
+    result = ft(*[str(recipes / each) if each.endswith((".yaml", "-run")) else each for each in arguments])
+    assert result.returncode == code, result.stderr
+    last = result.stdout.splitlines()[-1].split()
+    assert last[0] == "LOADED"
+    assert not HEAVY & set(last)
+
+
+def test_the_probe_would_see_a_heavy_module():
+    code = PROBE.replace("run()", "import accelerate; sys.exit()")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert HEAVY & set(result.stdout.split())
+
+
+def test_help_is_there_in_a_moment():
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cli", "--help"], cwd=ROOT, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    # Below 0.3 s on an idle machine; tests run on busy ones.
+    assert statistics.median(seconds) < 0.6

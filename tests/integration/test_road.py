@@ -1,0 +1,224 @@
+"""The road end to end on the tiny model: train, stop, evaluate, merge, and reload elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.data.encode import Encoder
+from finetune.errors import DivergedError, RefusedError, UsageError
+from finetune.evaluation.generation import Sampling
+from finetune.jobs.evaluate import evaluate
+from finetune.jobs.generate import answer
+from finetune.jobs.merge import merge
+from finetune.jobs.train import train
+from finetune.models.fingerprint import fingerprint
+from finetune.run.directory import RunDirectory
+from finetune.run.events import StepMetrics, Validated
+from tests.fixtures.recipes import as_recipe
+from tests.fixtures.tiny import write_tiny_model
+
+IDS = torch.tensor([[256, 5, 9, 80, 41, 257]])
+QUANTIZED = {"nf4": {"kind": "nf4"}, "int8": {"kind": "int8"}, "none": {"kind": "none"}}
+
+
+def run_of(sections: dict[str, Any], folder: Path, *overrides: str) -> RunDirectory:
+    run = RunDirectory.create(folder / "run")
+    train(as_recipe(sections, folder, overrides), run)
+    return run
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+    run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
+    present = {path.name for path in run.path.iterdir()}
+    assert present >= {
+        "run.json", "recipe.resolved.yaml", "provenance.json", "data_report.json", "metrics.jsonl", "exit.json", "adapter",
+    }  # fmt: skip
+    assert {path.name for path in run.trained(False).iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "ft_adapter.json",
+    }  # fmt: skip
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == StepMetrics.kind] == [1, 2, 3]
+    assert [record["step"] for record in records if record["event"] == Validated.kind] == [0, 3]
+    assert json.loads(run.outcome.read_text())["code"] == 0
+    assert json.loads(run.data_report.read_text())["train"]["kept"] == 24
+    assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_training_lowers_the_loss_and_leaves_the_base_alone(
+    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, kind: str
+):
+    before = fingerprint(tiny_model)
+    run = RunDirectory.create(tmp_path / "run")
+    sections = {**tiny_recipe, "quantization": QUANTIZED[kind], "training": {"max_steps": 12, "micro_batch_size": 8}}
+    finished = train(as_recipe(sections, tmp_path), run)
+    assert finished.validation_loss < finished.validation_loss_before - 0.2
+    assert fingerprint(tiny_model) == before
+
+
+def test_the_same_recipe_gives_the_same_adapter_bit_for_bit(tiny_recipe: dict[str, Any], tmp_path: Path):
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        run = run_of(tiny_recipe, tmp_path / name, "adapter.dropout=0.1", "optimizer.name=adamw_8bit")
+        files.append((run.trained(False) / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    (tmp_path / "three").mkdir()
+    other = run_of(tiny_recipe, tmp_path / "three", "training.seed=7", "optimizer.name=adamw_8bit")
+    assert (other.trained(False) / "adapter_model.safetensors").read_bytes() != files[0]
+
+
+def test_evaluating_during_a_run_does_not_shift_it(tiny_recipe: dict[str, Any], tmp_path: Path):
+    losses = []
+    for every in ("1", "null"):
+        folder = tmp_path / every
+        folder.mkdir()
+        run = run_of(tiny_recipe, folder, "adapter.dropout=0.2", f"evaluation.every_steps={every}")
+        records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        losses.append([record["loss"] for record in records if record["event"] == StepMetrics.kind])
+    assert losses[0] == losses[1]
+
+
+def test_the_adapter_loads_in_stock_peft_with_equal_logits(
+    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
+):
+    run = run_of(tiny_recipe, tmp_path)
+    result = merge(run)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = logits(base)
+    stock = logits(PeftModel.from_pretrained(base, run.trained(False)))
+    merged = logits(AutoModelForCausalLM.from_pretrained(result.folder))
+    assert (stock - merged).abs().max() <= 1e-5 * stock.abs().max()
+    assert (stock - plain).abs().max() > 1e-2 * stock.abs().max()
+
+
+def test_a_qlora_merge_is_the_dequantized_base_with_the_adapter(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = run_of({**tiny_recipe, "quantization": {"kind": "nf4"}}, tmp_path)
+    result = merge(run)
+    assert result.agreement.relative_difference <= 1e-5
+    assert result.agreement.top1_agreement == 1.0
+    config = json.loads((result.folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    tokenizer = AutoTokenizer.from_pretrained(result.folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run.trained(False)).chat_template
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merge_in_half_precision_stays_within_its_bound(tiny_recipe: dict[str, Any], tmp_path: Path, dtype: str):
+    result = merge(run_of(tiny_recipe, tmp_path), dtype=dtype)
+    assert 0 < result.agreement.relative_difference <= result.bound
+    assert AutoModelForCausalLM.from_pretrained(result.folder, dtype="auto").dtype is getattr(torch, dtype)
+
+
+def test_full_fine_tuning_goes_the_same_road(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = run_of({**tiny_recipe, "adapter": {"method": "full"}, "optimizer": {"name": "adafactor"}}, tmp_path)
+    trained = logits(AutoModelForCausalLM.from_pretrained(run.trained(True)))
+    merged = logits(AutoModelForCausalLM.from_pretrained(merge(run).folder))
+    assert torch.equal(trained, merged)
+    comparison = evaluate(run).to_json()
+    assert comparison["base"]["loss"] != comparison["tuned"]["loss"]
+
+
+def test_evaluation_writes_both_models_scores_and_every_answer(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = run_of(tiny_recipe, tmp_path)
+    comparison = evaluate(run).to_json()
+    written = json.loads((run.evaluation / "results.json").read_text())
+    assert written == comparison
+    assert set(written["base"]) == {"loss", "perplexity", "exact_match", "f1"}
+    last = json.loads(run.metrics.read_text().splitlines()[-1])
+    assert written["tuned"]["loss"] == pytest.approx(last["loss"], rel=1e-6)  # what training itself measured
+    answers = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
+    assert len(answers) == written["answered"] == 4
+
+
+def test_generation_in_a_batch_is_generation_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = run_of(tiny_recipe, tmp_path)
+    prompts = ["Say 1 twice", "Say a much longer thing than that, please", "Hi"]
+    together = answer(run, prompts, Sampling(max_new_tokens=12))
+    apart = [answer(run, [prompt], Sampling(max_new_tokens=12))[0] for prompt in prompts]
+    assert together == apart
+
+
+def test_the_prompt_of_generation_is_the_prompt_of_training(tiny_recipe: dict[str, Any], tiny_model: Path):
+    from finetune.data.documents import Conversation, Message
+
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), "assistant")
+    row = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
+    asked = encoder.prompt(Conversation((Message("user", "Hi"), Message("assistant", ""))), "prompt")
+    assert encoder.example(row, "row").ids[: len(asked.ids)] == asked.ids
+
+
+def test_a_base_that_changed_is_refused_everywhere(tiny_recipe: dict[str, Any], tmp_path: Path):
+    write_tiny_model(tmp_path / "base")
+    run = run_of({**tiny_recipe, "model": {"name": str(tmp_path / "base")}}, tmp_path)
+    write_tiny_model(tmp_path / "base", seed=1)
+    for use in (merge, evaluate):
+        with pytest.raises(RefusedError, match="not those that the run was trained on"):
+            use(run)
+    assert not run.merged.exists()
+
+
+def test_a_merge_that_disagrees_is_not_written(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_of(tiny_recipe, tmp_path)
+    monkeypatch.setitem(__import__("finetune.jobs.merge", fromlist=["BOUNDS"]).BOUNDS, "bfloat16", 1e-9)
+    with pytest.raises(RefusedError, match="differ by"):
+        merge(run, dtype="bfloat16")
+    assert not run.merged.exists()
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_merged_folder_is_not_overwritten_unasked(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = run_of(tiny_recipe, tmp_path)
+    merge(run)
+    with pytest.raises(RefusedError, match="already"):
+        merge(run)
+    merge(run, overwrite=True)
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_record(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import finetune.train.step as step
+
+    real, calls = step.summed_cross_entropy, []
+
+    def third_is_infinite(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        calls.append(1)
+        return real(model, batch) * (float("inf") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(step, "summed_cross_entropy", third_is_infinite)
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(DivergedError):
+        train(as_recipe(tiny_recipe, tmp_path), run)
+    outcome = json.loads(run.outcome.read_text())
+    assert (outcome["code"], outcome["step"]) == (5, 2)
+    assert not run.trained(False).exists()
+    with pytest.raises(UsageError, match="did not finish"):
+        merge(run)
+
+
+def test_ctrl_c_in_the_middle_is_recorded(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, StepMetrics) and event.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(as_recipe(tiny_recipe, tmp_path), run, interrupt)
+    assert json.loads(run.outcome.read_text())["step"] == 2

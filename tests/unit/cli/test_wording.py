@@ -1,0 +1,141 @@
+"""Numbers and events in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cli import wording
+from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, Validated
+
+STARTED = TrainingStarted(
+    run_directory="runs/tickets",
+    model="org/name",
+    method="lora",
+    quantization="nf4",
+    trainable_parameters=4_884_480,
+    total_parameters=139_400_000,
+    train_rows=950,
+    validation_rows=50,
+    target_tokens=12_345,
+    total_steps=60,
+    compute_dtype="bfloat16",
+)
+STEP = StepMetrics(
+    step=10,
+    total_steps=60,
+    epoch=0.17,
+    loss=1.23456,
+    gradient_norm=0.5,
+    learning_rate=2e-4,
+    tokens=4000,
+    tokens_per_second=411.6,
+    peak_memory_bytes=2_500_000_000,
+    seconds=20.0,
+)
+FINISHED = TrainingFinished(
+    run_directory="runs/tickets",
+    trained="runs/tickets/adapter",
+    steps=60,
+    loss=0.9,
+    validation_loss_before=2.5,
+    validation_loss=1.25,
+    tokens=24_000,
+    seconds=120.0,
+    peak_memory_bytes=2_500_000_000,
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1k"),
+        (1234, "1.23k"),
+        (999_499, "999k"),
+        (999_999, "1M"),
+        (4_884_480, "4.88M"),
+        (999_999_999, "1B"),
+        (70_553_706_496, "70.6B"),
+        (671e9, "671B"),
+    ],
+)
+def test_counts_have_three_digits_and_a_unit(number: float, words: str):
+    assert wording.count(number) == words
+
+
+def test_no_count_is_written_with_an_exponent():
+    assert not any("e" in wording.count(step * 10**power) for power in range(12) for step in (1, 9.994, 9.996, 9.9999))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (59.6, "1:00"),
+        (95, "1:35"),
+        (3599.7, "1:00:00"),
+        (3661, "1:01:01"),
+        (90000, "25:00:00"),
+    ],
+)
+def test_durations_are_read_like_a_clock(seconds: float, words: str):
+    assert wording.duration(seconds) == words
+
+
+def test_memory_is_in_gb_of_ten_to_the_ninth():
+    assert wording.memory(2_500_000_000) == "2.5 GB"
+
+
+def test_the_time_left_is_by_the_mean_step():
+    assert wording.seconds_left(STEP) == 100
+    assert wording.seconds_left(replace(STEP, step=60)) == 0
+
+
+def test_the_start_tells_model_share_rows_steps_and_place():
+    text = str(wording.line(STARTED))
+    assert "org/name in nf4, lora: 4.88M of 139M parameters train (3.50 %), computing in bfloat16" in text
+    assert "950 rows, 50 held out, 12.3k trained tokens an epoch, 60 steps" in text
+    assert "run directory: runs/tickets" in text
+
+
+def test_what_is_not_there_is_not_told():
+    text = str(wording.line(replace(STARTED, quantization="none", validation_rows=0)))
+    assert "org/name, lora" in text
+    assert "held out" not in text
+
+
+def test_a_step_tells_what_one_watches():
+    expected = "step 10/60  loss 1.2346  grad 0.5  lr 2.00e-04  412 tok/s  2.5 GB  1:40 left"
+    assert wording.line(STEP) == expected
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (Phase("saving"), "saving ..."),
+        (
+            Validated(step=60, loss=1.25, perplexity=3.49, rows=50),
+            "held-out loss 1.2500, perplexity 3.49 (step 60, 50 rows)",
+        ),
+        (Progress("answering", 3, 8), None),
+        (Progress("answering", 8, 8), "answering: 8 rows"),
+        (FINISHED, None),
+    ],
+)
+def test_the_other_events_have_a_line_or_none(event: Event, text: str | None):
+    assert wording.line(event) == text
+
+
+def test_the_outcome_compares_before_and_after():
+    assert wording.outcome(FINISHED) == [
+        "trained 60 steps in 2:00, 24k tokens (200 tok/s), peak memory 2.5 GB",
+        "held-out loss 2.5000 -> 1.2500",
+    ]
+
+
+def test_the_outcome_of_a_run_without_held_out_rows_has_one_line():
+    assert len(wording.outcome(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1

@@ -1,0 +1,167 @@
+"""Rows as they come, and every way in which a row can be bad: a message with its place, short enough to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.data.sources import LONGEST_LINE_BYTES, Row, describe, read_rows
+from finetune.errors import DataError
+
+
+def write(folder: Path, content: bytes) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_bytes(content)
+    return file
+
+
+def error_of(file: Path) -> DataError:
+    with pytest.raises(DataError) as caught:
+        list(read_rows(file))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "lines"),
+    [
+        pytest.param(b'{"a": "x"}\n{"a": "y"}\n', ["x", "y"], [1, 2], id="plain"),
+        pytest.param(b'{"a": "x"}\n{"a": "y"}', ["x", "y"], [1, 2], id="no final newline"),
+        pytest.param(b'\xef\xbb\xbf{"a": "x"}\n', ["x"], [1], id="byte order mark"),
+        pytest.param(b'{"a": "x"}\r\n{"a": "y"}\r\n', ["x", "y"], [1, 2], id="CRLF"),
+        pytest.param(b'\n  \n{"a": "x"}\n\t\r\n\n{"a": "y"}\n\n', ["x", "y"], [3, 6], id="blank lines"),
+        pytest.param('{"a": "Grüße 日本 🙂"}\n'.encode(), ["Grüße 日本 🙂"], [1], id="unicode"),
+        pytest.param(b'{"a": "\\ud83d\\ude42"}\n', ["🙂"], [1], id="escaped pair"),
+        pytest.param(b'{"a": "a\\\\ud83d"}\n', ["a\\ud83d"], [1], id="backslash, not an escape"),
+        pytest.param('{"a": "x\u2028y\u0085z"}\n'.encode(), ["x\u2028y\u0085z"], [1], id="other line separators"),
+        pytest.param(b'  {"a": ""}  \n', [""], [1], id="spaces around, empty text"),
+        pytest.param(b"", [], [], id="empty file"),
+    ],
+)
+def test_a_good_file_gives_its_rows_with_their_lines(
+    tmp_path: Path, content: bytes, texts: list[str], lines: list[int]
+):
+    file = write(tmp_path, content)
+    rows = list(read_rows(file))
+    assert [row.text("a") for row in rows] == texts
+    assert [row.where for row in rows] == [f"{file}:{line}" for line in lines]
+
+
+BAD_LINES = [
+    pytest.param(b'{"a": 1,}', ":2:9", "not valid JSON", id="trailing comma"),
+    pytest.param(b"{'a': 1}", ":2:2", "not valid JSON", id="single quotes"),
+    pytest.param(b'{"a": "x"', ":2:", "not valid JSON", id="cut off"),
+    pytest.param(b'{"a": "x"} {"a": "y"}', ":2:12", "not valid JSON: Extra data", id="two rows on a line"),
+    pytest.param(b'[{"a": "x"}]', ":2", 'expected a JSON object, found a list ([{"a": "x"}])', id="list"),
+    pytest.param(b'"x"', ":2", 'expected a JSON object, found text ("x")', id="text"),
+    pytest.param(b"3", ":2", "expected a JSON object, found a number (3)", id="number"),
+    pytest.param(b"null", ":2", "expected a JSON object, found null", id="null"),
+    pytest.param(b'{"a": NaN}', ":2", "NaN is not JSON", id="NaN"),
+    pytest.param(b'{"a": [-Infinity]}', ":2", "-Infinity is not JSON", id="Infinity"),
+    pytest.param(b'{"a": ' + b"9" * 5000 + b"}", ":2", "not valid JSON", id="number of 5000 digits"),
+    pytest.param(b'{"a": ' + b"[" * 100_000, ":2", "nested too deeply", id="deep nesting"),
+    pytest.param(b'{"a": "x", "b": 1, "a": "y"}', ":2", "key 'a' stands twice", id="duplicate key"),
+    pytest.param(b'{"b": {"a": 1, "a": 1}}', ":2", "key 'a' stands twice", id="duplicate key inside"),
+    pytest.param(b'{"' + b"k" * 900 + b'": 1, "' + b"k" * 900 + b'": 1}', ":2", "key 'kkk", id="long duplicate key"),
+    pytest.param(b'{"a": "\xff"}', ":2:8", "byte 0xff is not UTF-8", id="bad UTF-8"),
+    pytest.param("{'a': 'ü'}".encode("utf-16"), ":2:1", "byte 0xff is not UTF-8", id="UTF-16"),
+    pytest.param(b'{"a": "\\ud83d"}', ":2", "half of an escaped character", id="half a pair"),
+    pytest.param(b'{"a": [{"b\\uDE42": 1}]}', ":2", "half of an escaped character", id="half a pair in a key"),
+    pytest.param(b"x" * 3000, ":2:1", "not valid JSON", id="long nonsense"),
+    pytest.param(b'["' + b"x" * 3000 + b'"]', ":2", "found a list", id="long list"),
+]
+
+
+@pytest.mark.parametrize(("line", "place", "what"), BAD_LINES)
+def test_a_bad_line_is_named_with_its_place_and_little_of_it_is_shown(
+    tmp_path: Path, line: bytes, place: str, what: str
+):
+    file = write(tmp_path, b'{"a": "good"}\n' + line + b'\n{"a": "good"}\n')
+    error = error_of(file)
+    assert str(error.where).startswith(f"{file}{place}")
+    assert what in error.what
+    assert len(error.what) < 120
+    assert error.hint
+
+
+def test_rows_before_a_bad_one_are_given(tmp_path: Path):
+    rows = read_rows(write(tmp_path, b'{"a": "good"}\nbad\n'))
+    assert next(rows).text("a") == "good"
+    with pytest.raises(DataError):
+        next(rows)
+
+
+def test_every_depth_of_nesting_is_a_row_or_a_data_error(tmp_path: Path):
+    for depth in range(950, 1050):
+        nested = b"[" * depth + b"]" * depth
+        assert "JSON" in error_of(write(tmp_path, nested)).what
+        assert "JSON" in error_of(write(tmp_path, b'{"\\ud83d": ' + nested + b"}")).what
+
+
+def test_a_line_may_be_16_mib_long_but_no_longer(tmp_path: Path):
+    longest = b'{"a": "' + b"x" * (LONGEST_LINE_BYTES - 10) + b'"}\n'
+    assert len(longest) == LONGEST_LINE_BYTES
+    assert len(list(read_rows(write(tmp_path, longest * 2)))) == 2
+    error = error_of(write(tmp_path, b"\n" + longest[:7] + b"x" + longest[7:]))
+    assert str(error.where).endswith(":2")
+    assert "longer than 16 MiB" in error.what
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows", "rows.jsonl.gz", "rows.JSONL"])
+def test_another_kind_of_file_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text('{"a": "x"}\n')
+    assert error_of(tmp_path / name).what == "expected a .jsonl file"
+
+
+def test_a_missing_file_and_a_folder_are_data_errors_that_name_the_path(tmp_path: Path):
+    missing = error_of(tmp_path / "none.jsonl")
+    assert (missing.what, missing.where) == ("there is no such file", str(tmp_path / "none.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "cannot be read" in error_of(tmp_path / "folder.jsonl").what
+    (tmp_path / "file").touch()
+    assert "cannot be read" in error_of(tmp_path / "file" / "x.jsonl").what
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "null"),
+        (3, "a number (3)"),
+        (0.5, "a number (0.5)"),
+        (True, "a boolean (true)"),
+        (["x"], 'a list (["x"])'),
+        ({"b": "x"}, 'an object ({"b": "x"})'),
+    ],
+)
+def test_a_column_of_another_type_says_what_was_found_and_where(value: object, found: str):
+    with pytest.raises(DataError) as caught:
+        Row({"a": value}, "rows.jsonl:7").text("a")
+    assert caught.value.what == f"column 'a' must be text, found {found}"
+    assert caught.value.where == "rows.jsonl:7"
+
+
+def test_a_missing_column_says_which_there_are():
+    with pytest.raises(DataError, match="no column 'a'; its columns are: b, c") as caught:
+        Row({"b": "x", "c": "y"}, "rows.jsonl:7").text("a")
+    assert caught.value.where == "rows.jsonl:7"
+    with pytest.raises(DataError, match="its columns are: none"):
+        Row({}, "rows.jsonl:7").text("a")
+
+
+def test_columns_without_number_make_no_message_without_end():
+    with pytest.raises(DataError) as caught:
+        Row({f"column_{index}": "" for index in range(9000)}, "rows.jsonl:7").text("a")
+    assert len(caught.value.what) < 120
+
+
+def test_an_optional_column_may_be_absent_or_null_but_not_of_another_type():
+    assert Row({}, "row").optional_text("a") == ""
+    assert Row({"a": None}, "row").optional_text("a") == ""
+    assert Row({"a": "x"}, "row").optional_text("a") == "x"
+    with pytest.raises(DataError, match="must be text"):
+        Row({"a": 0}, "row").optional_text("a")
+
+
+def test_a_description_shows_sixty_characters_of_a_value():
+    assert describe("x" * 58) == f'text ("{"x" * 58}")'
+    assert describe("x" * 1000) == f'text ("{"x" * 58}…)'

@@ -1,0 +1,124 @@
+"""The same weights have the same fingerprint whatever files they are in; other weights have another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.models.fingerprint import BLOCK_BYTES, BLOCKS_PER_TENSOR, fingerprint
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer.{index}.weight": torch.randn(8, 16, generator=generator) for index in range(6)}
+
+
+def fingerprint_of(folder: Path, *shards: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    folder.mkdir()
+    for number, shard in enumerate(shards, 1):
+        save_file(shard, folder / f"model-{number:05}-of-{len(shards):05}.safetensors", metadata)
+    return fingerprint(folder)
+
+
+def test_one_file_and_three_shards_of_the_same_weights_are_the_same(tmp_path: Path):
+    whole = weights()
+    shards: list[dict[str, Tensor]] = [{}, {}, {}]
+    for index, (name, tensor) in enumerate(whole.items()):
+        shards[index % 3][name] = tensor
+    assert fingerprint_of(tmp_path / "one", whole) == fingerprint_of(tmp_path / "three", *shards)
+
+
+def test_remarks_in_the_file_and_other_files_beside_it_change_nothing(tmp_path: Path):
+    plain = fingerprint_of(tmp_path / "plain", weights())
+    assert fingerprint_of(tmp_path / "remarked", weights(), metadata={"format": "pt"}) == plain
+    (tmp_path / "plain" / "config.json").write_text("{}")
+    assert fingerprint(tmp_path / "plain") == plain
+
+
+def other_value(tensors: dict[str, Tensor]) -> None:
+    tensors["layer.3.weight"][7, 15] += 1e-3
+
+
+def other_dtype(tensors: dict[str, Tensor]) -> None:
+    tensors["layer.3.weight"] = tensors["layer.3.weight"].bfloat16()
+
+
+def other_dtype_of_the_same_bytes(tensors: dict[str, Tensor]) -> None:
+    tensors["layer.3.weight"] = tensors["layer.3.weight"].view(torch.int32)
+
+
+def other_name(tensors: dict[str, Tensor]) -> None:
+    tensors["layer.3.bias"] = tensors.pop("layer.3.weight")
+
+
+def other_shape(tensors: dict[str, Tensor]) -> None:
+    tensors["layer.3.weight"] = tensors["layer.3.weight"].reshape(16, 8)
+
+
+def exchanged(tensors: dict[str, Tensor]) -> None:
+    first, second = tensors["layer.3.weight"], tensors["layer.4.weight"]
+    tensors["layer.3.weight"], tensors["layer.4.weight"] = second, first
+
+
+def one_fewer(tensors: dict[str, Tensor]) -> None:
+    del tensors["layer.3.weight"]
+
+
+def one_more(tensors: dict[str, Tensor]) -> None:
+    tensors["empty"] = torch.zeros(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_value,
+        other_dtype,
+        other_dtype_of_the_same_bytes,
+        other_name,
+        other_shape,
+        exchanged,
+        one_fewer,
+        one_more,
+    ],
+)
+def test_a_changed_model_has_another_fingerprint(tmp_path: Path, change):
+    changed = weights()
+    change(changed)
+    assert fingerprint_of(tmp_path / "before", weights()) != fingerprint_of(tmp_path / "after", changed)
+
+
+SAMPLED_BYTES = BLOCK_BYTES * BLOCKS_PER_TENSOR
+
+
+@pytest.mark.parametrize(
+    "size", [1, BLOCK_BYTES, BLOCK_BYTES + 1, SAMPLED_BYTES, SAMPLED_BYTES + 1, 40 * SAMPLED_BYTES]
+)
+@pytest.mark.parametrize("place", [0, -1], ids=["first byte", "last byte"])
+def test_first_and_last_byte_of_a_tensor_of_any_size_are_read(tmp_path: Path, size: int, place: int):
+    tensor = torch.zeros(size, dtype=torch.uint8)
+    before = fingerprint_of(tmp_path / "before", {"weight": tensor})
+    tensor[place] = 1
+    assert fingerprint_of(tmp_path / "after", {"weight": tensor}) != before
+
+
+@pytest.mark.parametrize("byte", range(0, SAMPLED_BYTES, 5003))
+def test_every_byte_of_a_small_tensor_counts(tmp_path: Path, byte: int):
+    tensor = torch.zeros(SAMPLED_BYTES, dtype=torch.uint8)
+    before = fingerprint_of(tmp_path / "before", {"weight": tensor})
+    tensor[byte] = 1
+    assert fingerprint_of(tmp_path / "after", {"weight": tensor}) != before
+
+
+def test_of_a_big_tensor_a_sample_is_read_that_training_cannot_miss(tmp_path: Path):
+    size = 40 * SAMPLED_BYTES
+    tensor = torch.zeros(size, dtype=torch.uint8)
+    before = fingerprint_of(tmp_path / "before", {"weight": tensor})
+    tensor[size // 2] = 1  # one byte between two blocks
+    assert fingerprint_of(tmp_path / "missed", {"weight": tensor}) == before
+    third = torch.zeros(size, dtype=torch.uint8)
+    third[size // 3 : size // 3 + size // BLOCKS_PER_TENSOR] = 1  # as long as blocks are apart
+    assert fingerprint_of(tmp_path / "seen", {"weight": third}) != before

@@ -1,0 +1,80 @@
+"""A base loads frozen and whole, or says what is wrong with its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from finetune.errors import ModelError
+from finetune.models.folder import ModelFolder
+from finetune.models.load import load_model, load_tokenizer
+from finetune.quantizers.full_precision import FullPrecision
+from finetune.recipe.model import Model
+from finetune.recipe.quantization import NoQuantization
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return load_model(
+        ModelFolder(folder, "org/name"),
+        Model(name="org/name"),
+        FullPrecision(NoQuantization()),
+        weight_dtype=torch.bfloat16,
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def with_config(model: Path, folder: Path, **changes: Any) -> Path:
+    copy = Path(shutil.copytree(model, folder / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    return copy
+
+
+def test_a_base_is_frozen_stored_as_asked_and_named_as_the_recipe_does(tiny_model: Path):
+    model = load(tiny_model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.name_or_path == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"hidden_size": 32}, "the weights have other shapes than config.json says"),
+        ({"num_hidden_layers": 3}, "9 weights are missing"),
+        ({"model_type": "no-such-type"}, "the model cannot be loaded"),
+        ({"model_type": "t5"}, "the model cannot be loaded"),
+        ({"hidden_size": "wide"}, "the model cannot be loaded"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_a_model_error(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], what: str
+):
+    folder = with_config(tiny_model, tmp_path, **changes)
+    with pytest.raises(ModelError, match=what) as caught:
+        load(folder)
+    assert caught.value.where == str(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model: Path, tmp_path: Path):
+    folder = with_config(tiny_model, tmp_path, vocab_size=200)
+    with pytest.raises(ModelError, match="the tokenizer has 259 tokens, the model 200 embeddings"):
+        load_tokenizer(ModelFolder(folder, "org/name"))
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{"])
+def test_a_folder_without_a_readable_tokenizer_is_a_model_error(tiny_model: Path, tmp_path: Path, content: str | None):
+    folder = with_config(tiny_model, tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(ModelFolder(folder, "org/name"))

@@ -1,0 +1,322 @@
+"""A run directory belongs to one run, tells how the run ended, and never holds half of anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetune.errors import DataError, DivergedError, EnvironmentFault, FinetuneError, RefusedError, UsageError
+from finetune.run.directory import INTERRUPTED, RunDirectory, write_json, written_aside
+from finetune.run.events import StepMetrics, Validated
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A umask of 027: the group may read, others may not."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+# Claiming
+
+
+def test_a_new_run_gets_a_marked_directory_with_its_parents(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "a" / "b" / "run")
+    assert json.loads(run.marker.read_text())["format"] == 1
+    assert RunDirectory.open(run.path).path == run.path
+
+
+def test_an_empty_folder_may_become_a_run(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    assert RunDirectory.create(tmp_path / "run").marker.is_file()
+
+
+def test_a_run_is_not_written_over_unless_asked(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    run.log.write_text("old")
+    with pytest.raises(RefusedError, match="a run is there already") as caught:
+        RunDirectory.create(run.path)
+    assert "--overwrite" in str(caught.value.hint)
+    assert run.log.read_text() == "old"
+    RunDirectory.create(run.path, overwrite=True)
+    assert names_in(run.path) == ["run.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, overwrite: bool):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(RefusedError, match="holds no run") as caught:
+        RunDirectory.create(tmp_path / "thesis", overwrite)
+    assert "--overwrite" not in str(caught.value.hint)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_left_alone(tmp_path: Path, overwrite: bool):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RefusedError):
+        RunDirectory.create(tmp_path / "run", overwrite)
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+@pytest.mark.parametrize("target", ["run", "empty", "nowhere"])
+def test_a_symbolic_link_is_refused_and_what_it_points_to_left_alone(tmp_path: Path, target: str):
+    RunDirectory.create(tmp_path / "run").log.write_text("old")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(RefusedError, match="symbolic link"):
+        RunDirectory.create(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "run" / "log.txt").read_text() == "old"
+    assert names_in(tmp_path) == ["empty", "link", "run"]
+
+
+def test_of_two_processes_that_claim_a_directory_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    RunDirectory.create(tmp_path / "run")
+    monkeypatch.setattr(RunDirectory, "_refuse_if_used", lambda run: None)  # as if it had looked a moment earlier
+    with pytest.raises(RefusedError, match="another process"):
+        RunDirectory.create(tmp_path / "run")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_cannot_be_made_is_a_fault_of_the_machine(tmp_path: Path, overwrite: bool):
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault, match="cannot be written") as caught:
+        RunDirectory.create(tmp_path / "file" / "run", overwrite)
+    assert "--run-dir" in str(caught.value.hint)
+
+
+def test_opening_what_is_no_run_names_the_runs_beside_it(tmp_path: Path):
+    with pytest.raises(UsageError, match="no run directory") as caught:
+        RunDirectory.open(tmp_path / "third")
+    assert "ft train" in str(caught.value.hint)
+    RunDirectory.create(tmp_path / "first")
+    RunDirectory.create(tmp_path / "second")
+    with pytest.raises(UsageError) as caught:
+        RunDirectory.open(tmp_path / "third")
+    assert str(caught.value.hint).endswith(": first, second")
+
+
+def test_a_free_path_is_the_wanted_one_or_the_first_with_a_number(tmp_path: Path):
+    wanted = tmp_path / "run"
+    found = []
+    for _ in range(3):
+        path = RunDirectory.free_path(wanted)
+        found.append(path.name)
+        RunDirectory.create(path)
+    assert found == ["run", "run-2", "run-3"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert RunDirectory.free_path(tmp_path / "link").name == "link-2"
+
+
+# How a run ends
+
+
+def end_of(run: RunDirectory, steps: int, error: BaseException | None) -> None:
+    with run.attempt() as attempt:
+        attempt.steps = steps
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("error", [DataError("bad row"), KeyboardInterrupt()])
+def test_a_run_that_fails_before_its_first_step_leaves_nothing_behind(tmp_path: Path, error: BaseException):
+    run = RunDirectory.create(tmp_path / "run")
+    run.log.write_text("reading the data")
+    with pytest.raises(type(error)):
+        end_of(run, steps=0, error=error)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DivergedError("the loss is not finite", where="step 8"), 5, "the loss is not finite"),
+        (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
+        (None, 0, "done"),
+    ],
+)
+def test_a_run_that_took_steps_stays_and_tells_how_it_ended(
+    tmp_path: Path, error: BaseException | None, code: int, message: str
+):
+    run = RunDirectory.create(tmp_path / "run")
+    run.log.write_text("step 1")
+    if error is None:
+        end_of(run, 7, None)
+    else:
+        with pytest.raises(type(error)):
+            end_of(run, 7, error)
+    outcome = json.loads(run.outcome.read_text())
+    assert (outcome["code"], outcome["step"], outcome["message"]) == (code, 7, message)
+    assert outcome["ended"].endswith("+00:00")
+    assert run.log.read_text() == "step 1"
+
+
+def test_a_bug_keeps_its_traceback_and_what_was_written(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        end_of(run, 0, ZeroDivisionError())
+    assert run.marker.is_file()
+
+
+def test_metrics_are_lines_of_json_even_where_numbers_have_no_end(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    run.append_metrics(StepMetrics(1, 2, 0.5, 3.0, 1.0, 1e-4, 100, 50.0, 10**9, 2.0))
+    run.append_metrics(Validated(step=1, loss=900.0, perplexity=float("inf"), rows=4))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    step, validated = (json.loads(line, parse_constant=refuse) for line in run.metrics.read_text().splitlines())
+    assert (step["event"], step["loss"], step["learning_rate"]) == ("step", 3.0, 1e-4)
+    assert validated == {"event": "validation", "step": 1, "loss": 900.0, "perplexity": None, "rows": 4}
+
+
+# Writing
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """What a full disk is like: no file grows beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
+    file = tmp_path / "value.json"
+    write_json(file, {"a": "ü"})
+    assert file.read_text(encoding="utf-8") == '{\n  "a": "ü"\n}\n'
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    with largest_file(1000), pytest.raises(OSError, match="too large"):
+        write_json(file, "x" * 5000)
+    assert json.loads(file.read_text()) == {"a": "ü"}
+    assert names_in(tmp_path) == ["value.json"]
+
+
+def test_a_reader_with_the_old_json_open_never_sees_the_new_one(tmp_path: Path):
+    file = tmp_path / "value.json"
+    write_json(file, ["old"])
+    with file.open() as reader:
+        write_json(file, ["new"])
+        assert json.load(reader) == ["old"]
+    assert json.loads(file.read_text()) == ["new"]
+
+
+def old_target(folder: Path) -> Path:
+    target = folder / "adapter"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    return target
+
+
+def test_a_folder_written_aside_appears_whole_when_the_block_ends(tmp_path: Path):
+    target = tmp_path / "deep" / "adapter"
+    with written_aside(target) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "new.txt").write_text("new")
+        assert not target.exists()
+    assert (target / "sub" / "new.txt").read_text() == "new"
+    assert names_in(target.parent) == ["adapter"]
+
+
+def test_a_folder_written_aside_replaces_an_older_one(tmp_path: Path):
+    target = old_target(tmp_path)
+    with written_aside(target) as aside:
+        (aside / "new.txt").write_text("new")
+        assert names_in(target) == ["old.txt"]
+    assert names_in(target) == ["new.txt"]
+    assert names_in(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError(), DataError("bad row")])
+def test_a_block_that_fails_leaves_the_older_folder_and_nothing_else(tmp_path: Path, error: BaseException):
+    target = old_target(tmp_path)
+
+    def write() -> None:
+        with written_aside(target) as aside:
+            (aside / "new.txt").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert names_in(tmp_path) == ["adapter"]
+    assert names_in(target) == ["old.txt"]
+
+
+def write_text(folder: Path) -> None:
+    (folder / "new.txt").write_text("x" * 100_000)
+
+
+def write_tensors(folder: Path) -> None:
+    save_file({"weight": torch.zeros(100_000)}, folder / "new.safetensors")
+
+
+@pytest.mark.parametrize("write", [write_text, write_tensors])
+def test_a_full_disk_is_a_fault_of_the_machine_and_leaves_the_older_folder(tmp_path: Path, write):
+    target = old_target(tmp_path)
+    with (
+        largest_file(50_000),
+        pytest.raises(EnvironmentFault, match=r"cannot be written: .*arge") as caught,
+        written_aside(target) as aside,
+    ):
+        write(aside)
+    assert caught.value.where == str(target)
+    assert names_in(tmp_path) == ["adapter"]
+    assert names_in(target) == ["old.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault, match="cannot be written"), written_aside(tmp_path / "file" / "adapter"):
+        pass
+
+
+def test_a_file_or_link_in_the_place_of_the_folder_is_left_alone(tmp_path: Path):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(old_target(tmp_path))
+    for name in ("file", "link"):
+        with pytest.raises(FinetuneError), written_aside(tmp_path / name):
+            pass
+    assert names_in(tmp_path) == ["adapter", "file", "link"]
+    assert (tmp_path / "link" / "old.txt").read_text() == "old"
+
+
+@pytest.mark.usefixtures("umask")
+def test_folder_and_files_have_the_permissions_that_the_umask_allows(tmp_path: Path):
+    with written_aside(tmp_path / "adapter") as aside:
+        (aside / "sub").mkdir()
+        private = aside / "sub" / "weights.safetensors"
+        save_file({"weight": torch.zeros(2)}, private)
+        private.chmod(0o600)  # as safetensors does
+    folder = tmp_path / "adapter"
+    assert (folder / "sub" / "weights.safetensors").stat().st_mode & 0o777 == 0o640
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_the_tensors_of_a_folder_written_aside_can_be_read_by_others(tmp_path: Path):
+    with written_aside(tmp_path / "adapter") as aside:
+        save_file({"weight": torch.zeros(2)}, aside / "weights.safetensors")
+        (aside / "config.json").write_text("{}")
+    modes = {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}

@@ -1,0 +1,62 @@
+"""The record of a run's inputs: it changes when they do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from finetune import __version__
+from finetune.run import provenance as module
+from finetune.run.provenance import file_digest, provenance
+
+
+def test_a_file_is_known_by_its_sha256(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    content = b"{}\n" * 100_000
+    file.write_bytes(content)
+    assert file_digest(file) == hashlib.sha256(content).hexdigest()
+
+
+def test_recipe_and_every_data_file_are_identified(tmp_path: Path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("{}\n")
+    second.write_text("")
+    record = provenance("recipe", [first, second], {})
+    assert record["recipe_sha256"] == hashlib.sha256(b"recipe").hexdigest()
+    assert record["data"] == [
+        {"file": "a.jsonl", "bytes": 3, "sha256": file_digest(first)},
+        {"file": "b.jsonl", "bytes": 0, "sha256": hashlib.sha256().hexdigest()},
+    ]
+
+
+def test_one_changed_byte_of_data_or_recipe_changes_the_record(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("1\n")
+    before = provenance("recipe", [file], {})
+    assert provenance("recipe", [file], {}) == before
+    assert provenance("Recipe", [file], {})["recipe_sha256"] != before["recipe_sha256"]
+    file.write_text("2\n")
+    assert provenance("recipe", [file], {})["data"] != before["data"]
+
+
+def test_the_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PACKAGES", ("torch", "a-package-that-is-not-there"))
+    record = provenance("", [], {})
+    assert record["ft"] == __version__
+    assert record["packages"] == {"torch": version("torch"), "a-package-that-is-not-there": None}
+
+
+def test_what_the_caller_knows_is_in_the_record_and_all_of_it_is_json():
+    record = provenance("", [], {"device": "cpu", "base": {"name": "tiny", "commit": None}})
+    assert record["device"] == "cpu"
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_no_path_of_the_machine_is_in_the_record(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    assert str(tmp_path) not in json.dumps(provenance("", [file], {}))
