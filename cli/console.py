@@ -117,6 +117,7 @@ def _logging_to(follower: Follower, log: Path | None) -> Iterator[Report]:
         for handler in handlers:
             handler.close()
         logger.handlers.clear()
+        logger.propagate = True
 
 
 class _NoteHandler(logging.Handler):

@@ -73,7 +73,7 @@ class RecipeError(FinetuneError):
         """A line for each problem, and its remedy below it."""
         lines = []
         for problem in self.problems:
-            key = f"{problem.key}: " if problem.key else ""
+            key = f"{problem.key}: " if problem.key and not problem.where.endswith(problem.key) else ""
             lines.append(f"{problem.where}: {key}{problem.what}")
             if problem.hint:
                 lines.append(f"  -> {problem.hint}")

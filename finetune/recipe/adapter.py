@@ -23,7 +23,7 @@ class Lora(AdapterSection):
     implementation: ClassVar[str] = "finetune.adapters.lora:LoraMethod"
     method: Literal["lora"]
     r: int = Field(16, ge=1, description="Rank of the update.")
-    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update while training.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",

@@ -43,7 +43,7 @@ class CompletionSource(SourceSection):
     prompt: str = Field("prompt", description="Column with the prompt.")
     completion: str = Field("completion", description="Column with the completion.")
     chat_template: bool = Field(
-        False, description="Render as a user's turn and the assistant's; otherwise the two texts are joined as they are."
+        False, description="Render as a user's turn and the assistant's; otherwise the texts are joined as they are."
     )
 
 
@@ -55,9 +55,7 @@ class TextSource(SourceSection):
     text: str = Field("text", description="Column with the text.")
 
 
-Source = Annotated[
-    ChatSource | InstructionSource | CompletionSource | TextSource, Field(discriminator="format")
-]
+Source = Annotated[ChatSource | InstructionSource | CompletionSource | TextSource, Field(discriminator="format")]
 
 
 class Data(Section):

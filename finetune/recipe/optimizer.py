@@ -54,9 +54,7 @@ class Adafactor(OptimizerSection):
 
     implementation: ClassVar[str] = "finetune.train.optimizers:adafactor"
     name: Literal["adafactor"]
-    beta2_decay: float = Field(
-        -0.8, lt=0, description="Exponent c of the second moment's decay, 1 - step^c."
-    )
+    beta2_decay: float = Field(-0.8, lt=0, description="Exponent c of the second moment's decay, 1 - step^c.")
 
 
 Optimizer = Annotated[AdamW | Lion | Sgd | Adafactor, Field(discriminator="name")]

@@ -17,7 +17,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_boolean_as_number(cls, values: Any) -> Any:
-        """pydantic takes `true` for 1; in a recipe that is a slip, so other fields see the word that was written."""
+        """Where a number is wanted, pydantic takes `true` for 1; such a field sees the word that was written."""
         if not isinstance(values, dict):
             return values
         return {key: cls._as_written(key, value) for key, value in values.items()}
@@ -25,13 +25,13 @@ class Section(BaseModel):
     @classmethod
     def _as_written(cls, key: Any, value: Any) -> Any:
         field = cls.model_fields.get(key)
-        if isinstance(value, bool) and field is not None and not _admits_bool(field.annotation):
+        if isinstance(value, bool) and field is not None and _is_number(field.annotation):
             return str(value).lower()
         return value
 
 
-def _admits_bool(annotation: Any) -> bool:
-    return annotation in (bool, Any) or any(_admits_bool(arm) for arm in get_args(annotation))
+def _is_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_is_number(arm) for arm in get_args(annotation))
 
 
 def anchored(path: str, folder: Path) -> str:

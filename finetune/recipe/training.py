@@ -29,6 +29,6 @@ class Training(Section):
         ),
     )
     gradient_checkpointing: bool = Field(
-        False, description="Keep only each block's input for the backward pass and recompute the rest: less memory, more time."
+        False, description="Keep only each block's input and recompute the rest in backward: less memory, more time."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, order of rows and dropout.")

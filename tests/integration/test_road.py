@@ -43,15 +43,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
     present = {path.name for path in run.path.iterdir()}
-    assert present >= {
-        "run.json", "recipe.resolved.yaml", "provenance.json", "data_report.json", "metrics.jsonl", "exit.json", "adapter",
-    }  # fmt: skip
+    records = {"provenance.json", "data_report.json", "metrics.jsonl", "exit.json"}
+    assert present >= {"run.json", "recipe.resolved.yaml", "adapter"} | records
     assert {path.name for path in run.trained(False).iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "ft_adapter.json",
     }  # fmt: skip
-    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert [record["step"] for record in records if record["event"] == StepMetrics.kind] == [1, 2, 3]
-    assert [record["step"] for record in records if record["event"] == Validated.kind] == [0, 3]
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == StepMetrics.kind] == [1, 2, 3]
+    assert [line["step"] for line in lines if line["event"] == Validated.kind] == [0, 3]
     assert json.loads(run.outcome.read_text())["code"] == 0
     assert json.loads(run.data_report.read_text())["train"]["kept"] == 24
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 20
-TRAIN_ROWS = 240
+TRAIN_ROWS = 224
 HELD_OUT_ROWS = 48
 SYSTEM = "Extract the booking as JSON with the keys name, day, time, guests."
 
@@ -31,16 +31,28 @@ class Parts:
     remarks: list[str]
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, so that long lists of names stay readable."""
+    return text.split()
+
+
 TRAIN = Parts(
-    first_names=(
-        "Maria Tom Aisha Kenji Olga Pierre Lucia Sven Priya Omar Greta Diego Mei Paul Fatima Jonas Elena Marco Ines "
-        "Yusuf Clara Henry Nadia Viktor José Zoë Kofi Astrid Minh Leila Bruno Hana Ravi Ewa Samuel Tilda Ahmed Chloé"
-    ).split(),
-    last_names=(
-        "Jensen Okafor Tanaka Novak Dubois Rossi Larsson Sharma Haddad Weber Silva Chen Murphy Demir Costa Petrov "
-        "Keller Moreau Young Berg Fontana Ali Reyes Lind Müller Kowalski Nguyen Adeyemi O'Brien Peña Ito Baker Farouk "
-        "Horvat Lopes Singh Virtanen Castillo"
-    ).split(),
+    first_names=words(
+        "Abel Adele Ahmed Aisha Alba Anders Anton Arjun Astrid Aylin Bea Boris Brigid Bruno Callum Casper Cecilia "
+        "Chidi Chloé Clara Dalia Daniel Darius Diego Dora Edith Elena Elif Erik Esther Ethan Ewa Fatima Femi Finn "
+        "Freya Gabriel Gemma Goran Greta Gustav Hana Harriet Hedda Henry Hugo Ida Imran Ines Isaac Ivan Jaya Joanna "
+        "Jonas José Judith Jun Kamal Karim Katya Kenji Kofi Lars Laura Leila Leo Lotte Lucia Magnus Malik Marco Maria "
+        "Martha Mei Milan Minh Miriam Nadia Neil Nils Nina Olga Omar Oscar Otto Paul Petra Pierre Priya Quentin Ravi "
+        "Rosa Ruben Ruth Samir Samuel Selma Simon Stella Sven Tara Theo Tilda Tom Tuan Ugo Ursula Vera Viktor Vivian "
+        "Wanda Wei William Xenia Yann Yasmin Yuki Yusuf Zainab Zoë"
+    ),
+    last_names=words(
+        "Abbott Adeyemi Ali Baker Berg Bianchi Carter Castillo Castro Chen Costa Demir Dorsey Dubois Duarte Ekman "
+        "Evans Farouk Fischer Fontana Garcia Gupta Haddad Hansen Horvat Hughes Ito Ivanov Jansen Jensen Keller Khan "
+        "Kowalski Kruger Larsson Lee Lind Lopes Marino Meyer Moreau Moyo Murphy Müller Navarro Nguyen Novak O'Brien "
+        "Okafor Olsen Park Patel Petrov Peña Popov Rahman Reyes Rossi Sato Sharma Silva Singh Stone Takeda Tanaka "
+        "Taylor Torres Ueda Usman Varga Virtanen Weber Wong Wright Yilmaz Young Zhou Zimmer"
+    ),
     sentences=[
         "This is {name}, could we have a table for {guests} on {day} at {time}?",
         "Hi, I'd like to book for {guests} people, {day} {time}, under the name {name}.",
@@ -50,7 +62,7 @@ TRAIN = Parts(
         "A table for {guests} at {time} please, on {day}. It's for {name}.",
         "Hello, could you put {name} down for {day}? We'd be {guests}, arriving at {time}.",
         "{day} at {time}, {guests} guests, the booking goes on {name}.",
-        "My boss {name} wants to eat with you on {day}. {guests} in the party, {time} would be perfect.",
+        "My boss {name} wants to eat with you on {day}, {guests} in the party, and {time} would be perfect.",
         "Do you still have something free on {day} at {time}? There are {guests} of us. Thanks, {name}",
         "I'm calling for {name}: {guests} seats, {time}, on {day}.",
         "Can {name} get a table at {time}? It would be for {guests}, this coming {day}.",
@@ -65,15 +77,15 @@ TRAIN = Parts(
         "My friends and I make {guests}. Can we come by {day} at {time}? You can call me {name}.",
         "Is {time} still possible on {day}? I would need {guests} seats, and my name is {name}.",
         "Sorry to write so late! {name} again, we need {guests} places on {day} at {time}.",
-        "I promised my mother a treat on {day}. {time}, {guests} of us, booked as {name}, please.",
+        "I promised my mother a treat on {day}. Make it {time}, {guests} of us, booked as {name}, please.",
         "{guests} adults on {day}, {time}. Reservation name {name}. Thank you!",
         "Would you keep a corner for {guests}? {day}, {time}, and the name to note is {name}.",
-        "Our club meets on {day}. We expect {guests} members at {time}; {name} pays the bill.",
+        "We are a club and meet on {day}. Expect {guests} members at {time}; {name} pays the bill.",
         "From: {name}. Hello, may we come on {day}, at about {time}? We would be {guests}.",
         "Let me have your nicest table at {time}, {day}, for {guests}, name of {name}.",
         "Just the {guests} of us this time, {name} speaking, {day} at {time} as discussed.",
         "{name} asks for a table on {day}: {guests} covers, {time} sharp.",
-        "We land on {day} and will be starving by {time}. {guests} travellers, look for {name}.",
+        "We land on {day} and will be starving by {time}, {guests} travellers. Look for {name}.",
     ],
     remarks=[
         "One of us is vegetarian.",
@@ -95,12 +107,13 @@ TRAIN = Parts(
 )
 
 HELD_OUT = Parts(
-    first_names=(
+    first_names=words(
         "Noah Amara Hiroshi Sofia Liam Zara Emil Carmen Rahul Ingrid Mateo Yara Felix Nora Søren Thandi Anh Pilar"
-    ).split(),
-    last_names=(
-        "Brandt Mensah Suzuki Ferrari Walsh Aziz Holm Vega Kapoor Dahl Ortiz Nasser Vogel Quinn Núñez Pham Dlamini Bauer"
-    ).split(),
+    ),
+    last_names=words(
+        "Brandt Mensah Suzuki Ferrari Walsh Aziz Holm Vega Kapoor Dahl Ortiz Nasser Vogel Quinn Núñez Pham Dlamini "
+        "Bauer"
+    ),
     sentences=[
         "Would {time} on {day} work for {guests}? The name's {name}.",
         "{name} would like to join you for a meal on {day}, a party of {guests}, at {time}.",
@@ -128,7 +141,7 @@ HELD_OUT = Parts(
 REMARKED = 0.6  # of the messages end with a remark
 SHORT_DAYS = 0.15  # of the messages write the day with three letters
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 HOURS = [12, 13, 17, 18, 19, 20, 21]
 
@@ -136,10 +149,8 @@ HOURS = [12, 13, 17, 18, 19, 20, 21]
 def time_of_day(draw: random.Random) -> tuple[str, str]:
     """A time as a guest writes it, and as `HH:MM`."""
     hour, minute = draw.choice(HOURS), draw.choice([0, 15, 30, 45])
-    exact = f"{hour}:{minute:02}"
-    clock = (hour - 1) % 12 + 1
-    spoken = f"{clock} pm" if minute == 0 else f"{clock}:{minute:02} pm"
-    return draw.choice([exact, spoken]), exact
+    separator = draw.choice([":", ":", ".", "h"])
+    return f"{hour}{separator}{minute:02}", f"{hour}:{minute:02}"
 
 
 def conversation(sentence: str, parts: Parts, draw: random.Random) -> Conversation:
@@ -155,7 +166,8 @@ def conversation(sentence: str, parts: Parts, draw: random.Random) -> Conversati
     )
     message = message[0].upper() + message[1:]
     if draw.random() < REMARKED:
-        message += ("" if message[-1] in ".!?" else ".") + " " + draw.choice([remark for remark in parts.remarks if day not in remark])
+        stop = "" if message[-1] in ".!?" else "."
+        message += f"{stop} {draw.choice([remark for remark in parts.remarks if day not in remark])}"
     booking = {"name": name, "day": day, "time": time, "guests": guests}
     return {
         "messages": [

@@ -25,7 +25,7 @@ IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])
 SECTIONS = [NoQuantization(), FourBit(kind="nf4"), FourBit(kind="fp4"), EightBit(kind="int8")]
 
 
-def base(folder: Path, section: object = NoQuantization()) -> tuple[nn.Module, Quantizer]:  # noqa: B008
+def base(folder: Path, section: object = NoQuantization()) -> tuple[nn.Module, Quantizer]:
     quantizer = build(section)
     model = load_model(
         ModelFolder(folder, "base"),

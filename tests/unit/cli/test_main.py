@@ -183,4 +183,5 @@ def test_the_log_file_has_events_and_remarks_whatever_the_terminal_shows(tmp_pat
     first, second = (tmp_path / "log.txt").read_text().splitlines()
     assert first.endswith("INFO saving ...")
     assert second.endswith("WARNING left out 2 rows")
-    assert logging.getLogger("finetune").handlers == []
+    logger = logging.getLogger("finetune")
+    assert (logger.handlers, logger.propagate) == ([], True)

@@ -96,9 +96,7 @@ def test_evaluating_in_between_changes_no_gradient(tiny_model: Path, kind: str):
     model, quantizer = load(tiny_model, FourBit(kind=kind))
     model = build(Lora(method="lora", r=4)).attach(model, quantizer, total_steps=1)
     before = lora_gradients(model)
-    held_out_loss(
-        model, [ROW], accelerator=Accelerator(cpu=True), compute_dtype=torch.float32, batch_size=1, padding=0
-    )
+    held_out_loss(model, [ROW], accelerator=Accelerator(cpu=True), compute_dtype=torch.float32, batch_size=1, padding=0)
     after = lora_gradients(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

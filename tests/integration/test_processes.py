@@ -1,0 +1,76 @@
+"""Several processes take the same steps as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from finetune.adapters.full import FullMethod
+from finetune.data.batches import BatchOrder
+from finetune.data.encode import Example
+from finetune.evaluation.loss import held_out_loss
+from finetune.recipe.adapter import Full
+from finetune.recipe.optimizer import Sgd
+from finetune.recipe.training import Training
+from finetune.train.loop import fit
+from finetune.train.state import TrainState
+from tests.fixtures.tiny import tiny_llama
+
+accelerator = Accelerator(cpu=True)
+draw = torch.Generator().manual_seed(0)
+rows = []
+for index in range(11):  # uneven: another length and another share of trained tokens in every row
+    ids = torch.randint(0, 250, (6 + 2 * index,), generator=draw).tolist()
+    rows.append(Example(ids, [position % (index + 2) == 1 for position in range(len(ids))]))
+micro = 4 // accelerator.num_processes
+training = Training(micro_batch_size=1, gradient_accumulation_steps=micro, max_grad_norm=1.0)
+order = BatchOrder(rows=11, rows_per_step=4, seed=3, total_rows=14)
+model = accelerator.prepare_model(tiny_llama())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+state = TrainState(accelerator, model, FullMethod(Full(method="full")), optimizer, torch.float32)
+section = Sgd(name="sgd", learning_rate=0.1, schedule="linear")
+steps = [[m.loss, m.gradient_norm, m.learning_rate, m.tokens] for m in fit(state, rows, order, section, training, 0)]
+held_out = held_out_loss(model, rows, accelerator=accelerator, compute_dtype=torch.float32, batch_size=2, padding=0)
+if accelerator.is_main_process:
+    print(json.dumps({"steps": steps, "held_out": [held_out.loss, held_out.tokens]}))
+"""
+
+
+def results(processes: int, tmp_path: Path) -> dict[str, list]:
+    root = Path(__file__).parents[2]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(processes):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        address = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, **{key: str(value) for key, value in {**group, **address}.items()}}
+        if processes == 1:
+            environment = {key: value for key, value in environment.items() if key not in group}
+        workers.append(
+            subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    outputs = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * processes, outputs[0][1].decode()[-2000:]
+    return json.loads(outputs[0][0].decode().strip().splitlines()[-1])
+
+
+def test_two_processes_give_the_losses_gradients_and_rates_of_one(tmp_path: Path):
+    one, two = results(1, tmp_path), results(2, tmp_path)
+    assert len(one["steps"]) == 4  # the last step has two rows
+    for alone, together in zip(one["steps"], two["steps"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-6)

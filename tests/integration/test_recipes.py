@@ -1,0 +1,46 @@
+"""Every shipped recipe runs: two steps on the tiny model, evaluated and merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.jobs.evaluate import evaluate
+from finetune.jobs.merge import merge
+from finetune.jobs.train import train
+from finetune.recipe.load import load_recipe
+from finetune.run.directory import RunDirectory
+
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
+ON_TINY = ["training.max_steps=2", "evaluation.generation_rows=2", "evaluation.max_new_tokens=4", "data.max_length=512"]
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_it_trains_evaluates_and_merges(file: Path, tiny_model: Path, tmp_path: Path):
+    recipe = load_recipe(file, [*ON_TINY, f"model.name={tiny_model}", "evaluation.max_rows=4"]).recipe
+    run = RunDirectory.create(tmp_path / "run")
+    finished = train(recipe, run)
+    assert finished.steps == 2
+    assert torch.isfinite(torch.tensor(finished.loss))
+    assert evaluate(run).answered == 2
+    assert merge(run).agreement.relative_difference <= 2e-5
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_it_is_short_and_its_head_tells_how_to_run_it(file: Path):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines if line.startswith("#")]
+    assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= 40
+    assert any("Memory:" in line for line in head)
+    assert any(f"recipes/{file.name}" in line for line in head)
+
+
+def test_a_resolved_recipe_is_a_recipe(tiny_model: Path, tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    recipe = load_recipe(RECIPES[0], [*ON_TINY, f"model.name={tiny_model}", "adapter={method: lora, r: 2}"]).recipe
+    train(recipe, run)
+    assert load_recipe(run.recipe).recipe == recipe
+    assert json.loads(run.provenance.read_text())["packages"]["torch"]
