@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from finetune import __version__
-from finetune.errors import FinetuneError, OutOfMemoryError
+from finetune.errors import FinetuneError, as_out_of_memory
 
 from . import console
 from .evaluate import evaluate
@@ -36,13 +36,8 @@ class Commands(TyperGroup):
             console.show_note("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if (shortage := as_out_of_memory(error)) is None:
                 raise
-            shortage = OutOfMemoryError(
-                "out of memory",
-                hint="lower training.micro_batch_size and raise gradient_accumulation_steps by the same factor, "
-                "or set training.gradient_checkpointing: true",
-            )
             console.show_error(shortage)
             raise typer.Exit(shortage.exit_code) from None
 
@@ -79,15 +74,6 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(merge)
 app.command()(schema)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is PyTorch's or Python's word for memory that is used up, on a GPU or a CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
-    )
 
 
 def run() -> None:

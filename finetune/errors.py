@@ -104,6 +104,22 @@ class OutOfMemoryError(FinetuneError):
     exit_code = 4
 
 
+def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """The user's error for PyTorch's or Python's word that memory is used up, on a GPU or a CPU; else None."""
+    is_shortage = (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+    if not is_shortage:
+        return None
+    return OutOfMemoryError(
+        "out of memory",
+        hint="lower training.micro_batch_size and raise gradient_accumulation_steps by the same factor, "
+        "or set training.gradient_checkpointing: true",
+    )
+
+
 class DivergedError(FinetuneError):
     """A loss or gradient that is not finite; the weights are those of the last good step."""
 

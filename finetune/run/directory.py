@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.errors import EnvironmentFault, FinetuneError, RefusedError, UsageError
+from finetune.errors import EnvironmentFault, FinetuneError, RefusedError, UsageError, as_out_of_memory
 from finetune.run.events import StepMetrics, Validated
 
 FORMAT = 1
@@ -135,6 +135,13 @@ class RunDirectory:
         except KeyboardInterrupt:
             self._end(attempt, INTERRUPTED, "interrupted")
             raise
+        except Exception as error:
+            shortage = as_out_of_memory(error)
+            if shortage is None:  # a bug: keep all that could explain it
+                self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
+                raise
+            self._end(attempt, shortage.exit_code, shortage.what)
+            raise shortage from error
         self._write_outcome(attempt, 0, "done")
 
     def _end(self, attempt: Attempt, code: int, message: str) -> None:
