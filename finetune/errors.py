@@ -109,7 +109,7 @@ def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     is_shortage = (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or any(words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
     )
     if not is_shortage:
         return None

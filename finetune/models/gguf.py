@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import io
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import ModelError
-
-logger = logging.getLogger(__name__)
+from finetune.run.directory import written_aside
 
 LAYOUT = "1"
 """Part of the cache's key: raise it when what the conversion writes changes."""
@@ -30,31 +28,27 @@ def cache_folder() -> Path:
 def converted(file: Path, report_work: Callable[[str], None]) -> Path:
     """The folder that holds `file` as float32 safetensors with its tokenizer and chat template.
 
-    float32 holds every dequantized value exactly. The folder is written aside and renamed, so it is
-    whole or absent.
+    float32 holds every dequantized value exactly.
 
     Raises:
         ModelError: transformers cannot read the file.
+        EnvironmentFault: The cache cannot be written.
     """
     target = cache_folder() / "gguf" / f"{file.stem}-{_digest(file)}"
     if target.is_dir():
         return target
     report_work(f"converting {file.name} (once)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _convert(file, aside)
-        aside.chmod(0o755)
-        _publish(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with written_aside(target) as folder:
+        _convert(file, folder)
     return target
 
 
 def _convert(file: Path, folder: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # transformers draws a progress bar here that no setting of its own takes away.
+        with redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -73,15 +67,6 @@ def _convert(file: Path, folder: Path) -> None:
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _publish(aside: Path, target: Path) -> None:
-    try:
-        aside.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        logger.debug("another process converted %s at the same time", target.name)
 
 
 def _digest(file: Path) -> str:

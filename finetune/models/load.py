@@ -25,7 +25,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     where = str(folder.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # the tokenizers library raises that very class for a broken tokenizer.json
         raise ModelError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
             where=where,

@@ -117,7 +117,7 @@ class RunDirectory:
 
     def append_metrics(self, record: StepMetrics | Validated) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with disk_faults(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_json()) + "\n")
 
     @contextmanager
@@ -178,8 +178,9 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that readers see the old one or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        with disk_faults(path):
+            aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -195,17 +196,25 @@ def written_aside(target: Path) -> Iterator[Path]:
     """
     aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        _open_to_readers(aside)
-        _put_in_place(aside, target)
+        with disk_faults(target):
+            aside.mkdir(parents=True)
+            yield aside
+            _open_to_readers(aside)
+            _put_in_place(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn what the operating system and safetensors say of a full or closed disk into an EnvironmentFault."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise EnvironmentFault(
-            f"cannot be written: {reason}", where=str(target), hint="check free space and permissions"
+            f"cannot be written: {reason}", where=str(path), hint="check free space and permissions"
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _open_to_readers(folder: Path) -> None:
