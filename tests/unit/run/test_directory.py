@@ -207,7 +207,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
     assert file.read_text(encoding="utf-8") == '{\n  "a": "ü"\n}\n'
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
-    with largest_file(1000), pytest.raises(OSError, match="too large"):
+    with largest_file(1000), pytest.raises(EnvironmentFault, match="too large"):
         write_json(file, "x" * 5000)
     assert json.loads(file.read_text()) == {"a": "ü"}
     assert names_in(tmp_path) == ["value.json"]
