@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as LiveProgress
+from rich.text import Text
 
 from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingStarted, Validated
 
@@ -76,6 +77,14 @@ class JsonLines(Silent):
         self.output.flush()
 
 
+class CountColumn(MofNCompleteColumn):
+    """`8/60`, and nothing for what cannot be counted."""
+
+    def render(self, task: Task) -> Text:
+        """The count of a task."""
+        return super().render(task) if task.total is not None else Text()
+
+
 class Live(Follower):
     """One moving line on a terminal; what should stay is printed above it."""
 
@@ -84,7 +93,7 @@ class Live(Follower):
         self.display = LiveProgress(
             TextColumn("{task.description}", style="cyan", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            CountColumn(),
             TextColumn("{task.fields[figures]}", style="dim", markup=False),
             console=console,
             transient=True,
