@@ -17,22 +17,24 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length.
+    """Rows as tensors: padded on the right to one length, or one after the other without padding.
 
     Attributes:
         ids_BT: Token ids, int64.
         labels_BT: The id of each trained token at its own position, IGNORED elsewhere; int64.
-        mask_BT: 1 for tokens of the row, 0 for padding; int64.
+        mask_BT: 1 for tokens of a row, 0 for padding; int64. None where nothing is padded.
+        positions_BT: Each token's place in its own row, int64. None where every row begins at its left edge.
     """
 
     ids_BT: Tensor
     labels_BT: Tensor
-    mask_BT: Tensor
+    mask_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens without padding."""
-        return int(self.mask_BT.sum())
+        return self.ids_BT.numel() if self.mask_BT is None else int(self.mask_BT.sum())
 
     @property
     def targets(self) -> int:
@@ -41,20 +43,38 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.ids_BT, self.labels_BT, self.mask_BT)))
+        return Batch(
+            ids_BT=self.ids_BT.to(device, non_blocking=True),
+            labels_BT=self.labels_BT.to(device, non_blocking=True),
+            mask_BT=None if self.mask_BT is None else self.mask_BT.to(device, non_blocking=True),
+            positions_BT=None if self.positions_BT is None else self.positions_BT.to(device, non_blocking=True),
+        )
 
 
-def collate(examples: Sequence[Example], padding: int) -> Batch:
-    """Pad examples on the right; `padding` is any token id, for it is masked by position."""
+def padded(examples: Sequence[Example], padding: int) -> Batch:
+    """Examples as rows padded on the right; `padding` is any token id, for it is masked by position."""
     longest = max(len(example.ids) for example in examples)
     ids, labels, mask = [], [], []
     for example in examples:
         gap = longest - len(example.ids)
         ids.append(example.ids + [padding] * gap)
-        targets = (i if target else IGNORED for i, target in zip(example.ids, example.is_target, strict=True))
-        labels.append([*targets, *[IGNORED] * gap])
+        labels.append(_labels(example) + [IGNORED] * gap)
         mask.append([1] * len(example.ids) + [0] * gap)
-    return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(mask))
+    return Batch(torch.tensor(ids), torch.tensor(labels), mask_BT=torch.tensor(mask))
+
+
+def joined(examples: Sequence[Example]) -> Batch:
+    """Examples one after the other in a single row; positions restart, which keeps attention within each."""
+    ids = [token for example in examples for token in example.ids]
+    labels = [label for example in examples for label in _labels(example)]
+    positions = [position for example in examples for position in range(len(example.ids))]
+    return Batch(torch.tensor([ids]), torch.tensor([labels]), positions_BT=torch.tensor([positions]))
+
+
+def _labels(example: Example) -> list[int]:
+    """A label for each token; the first has nothing before it in its own row to be predicted from."""
+    pairs = zip(example.ids[1:], example.is_target[1:], strict=True)
+    return [IGNORED, *(token if target else IGNORED for token, target in pairs)]
 
 
 @dataclass(frozen=True)
@@ -100,19 +120,3 @@ class BatchOrder:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
         return order
-
-
-def micro_batches(
-    examples: Sequence[Example], rows: Sequence[int], micro_batch_size: int, rank: int, world_size: int
-) -> list[list[Example]]:
-    """The micro-batches that process `rank` runs for one step.
-
-    Rows of similar length go together, which saves padding and changes nothing else, for a step's gradient is
-    the sum over its rows. Every process gets the same number of micro-batches, so that all meet in the same
-    collective operations; one that has no row left gets a row that trains nothing.
-    """
-    by_length = sorted((examples[row] for row in rows), key=lambda example: len(example.ids))
-    batches = [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
-    idle = Example(by_length[0].ids[:2], [False, False])
-    batches += [[idle]] * (-len(batches) % world_size)
-    return batches[rank::world_size]

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.data.batches import collate
+from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.train.loss import summed_cross_entropy
 
@@ -65,7 +65,7 @@ def held_out_loss(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for first in range(0, len(own), batch_size):
-        batch = collate(own[first : first + batch_size], padding).to(device)
+        batch = padded(own[first : first + batch_size], padding).to(device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
             loss_sum += summed_cross_entropy(model, batch)
         tokens += batch.targets

@@ -10,8 +10,10 @@ from torch import nn
 
 from finetune.data.batches import BatchOrder
 from finetune.data.dataset import Split, encode, read_documents
+from finetune.data.layout import Layout
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.setup import Workbench
+from finetune.models.attention import prove_separation
 from finetune.models.fingerprint import fingerprint
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
@@ -47,14 +49,15 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
         rows = encode(documents.train, bench.encoder, recipe.data)
         held_out = encode(documents.validation, bench.encoder, recipe.data)
         order = batch_order(len(rows.examples), recipe.training, bench.accelerator.num_processes)
-        state = _start(bench, order, report)
+        layout = Layout.of(recipe.training, recipe.data.max_length, bench.padding)
+        state = _start(bench, order, layout, report)
         if bench.accelerator.is_main_process:
             _record_inputs(run, bench, rows, held_out)
         report(_describe(run, bench, state.bare_model, order, rows, held_out))
 
         validate = partial(_validate, bench, state, held_out, run, report)
         before = validate()
-        for metrics in fit(state, rows.examples, order, recipe.optimizer, recipe.training, bench.padding):
+        for metrics in fit(state, rows.examples, order, recipe.optimizer, recipe.training, layout):
             attempt.steps = metrics.step
             if bench.accelerator.is_main_process:
                 run.append_metrics(metrics)
@@ -79,10 +82,13 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
     )
 
 
-def _start(bench: Workbench, order: BatchOrder, report: Report) -> TrainState:
+def _start(bench: Workbench, order: BatchOrder, layout: Layout, report: Report) -> TrainState:
     """Load the base, attach the method, and make the optimizer."""
     recipe = bench.recipe
     base = bench.load_base(report)
+    if layout.restarts_positions:
+        report(Phase("proving that examples in one row do not see each other"))
+        prove_separation(base)
     if recipe.training.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     bench.seed()

@@ -75,10 +75,31 @@ def evaluation_needs_rows(recipe: Recipe) -> Violation | None:
     return None
 
 
+def pack_length_is_for_packs(recipe: Recipe) -> Violation | None:
+    """Without packing the key would be read by nothing; a pack must hold the longest row."""
+    length, longest = recipe.training.pack_length, recipe.data.max_length
+    if length is None:
+        return None
+    if recipe.training.batching != "packed":
+        return Violation(
+            "training.pack_length",
+            f"there are no packs with training.batching: {recipe.training.batching}",
+            "set training.batching to packed, or leave training.pack_length out",
+        )
+    if length < longest:
+        return Violation(
+            "training.pack_length",
+            f"a pack of {length} tokens cannot hold a row of data.max_length: {longest}",
+            f"set training.pack_length to {longest} or more",
+        )
+    return None
+
+
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     float16_weights_cannot_train,
     revision_is_for_the_hub,
     one_kind_of_validation,
     evaluation_needs_rows,
+    pack_length_is_for_packs,
 )

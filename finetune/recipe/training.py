@@ -18,6 +18,17 @@ class Training(Section):
     gradient_accumulation_steps: int = Field(
         4, ge=1, description="Forward passes of each process before one optimizer step."
     )
+    batching: Literal["padded", "padding_free", "packed"] = Field(
+        "padded",
+        description=(
+            "How the rows of a step are laid out, which changes speed and memory but not the result. padded: "
+            "micro_batch_size rows of similar length, filled up. padding_free: as many rows, one after the other. "
+            "packed: one after the other, up to pack_length tokens."
+        ),
+    )
+    pack_length: int | None = Field(
+        None, ge=8, description="Tokens of one pack; by default data.max_length, and never less."
+    )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients with a larger norm are scaled down to it; null for no limit."
     )

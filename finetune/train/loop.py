@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from finetune.data.batches import BatchOrder, collate, micro_batches
+from finetune.data.batches import BatchOrder
 from finetune.data.encode import Example
+from finetune.data.layout import Layout
 from finetune.data.seeds import derived_seed
 from finetune.recipe.optimizer import OptimizerSection
 from finetune.recipe.training import Training
@@ -35,7 +36,7 @@ def fit(
     order: BatchOrder,
     optimizer: OptimizerSection,
     training: Training,
-    padding: int,
+    layout: Layout,
 ) -> Iterator[StepMetrics]:
     """Train from `state.step` to the end of `order`, yielding after every optimizer step.
 
@@ -47,11 +48,9 @@ def fit(
     while state.step < order.total_steps:
         step_began = time.perf_counter()
         tokens_before = state.tokens
-        rows = order.step_rows(state.step)
-        own = micro_batches(
-            examples, rows, training.micro_batch_size, accelerator.process_index, accelerator.num_processes
-        )
-        batches = [collate(batch, padding).to(accelerator.device) for batch in own]
+        rows = [examples[row] for row in order.step_rows(state.step)]
+        own = layout.micro_batches(rows, accelerator.process_index, accelerator.num_processes)
+        batches = [batch.to(accelerator.device) for batch in own]
         rate = learning_rate(optimizer, state.step + 1, order.total_steps)
         # Dropout draws from a stream of its own in every step, which evaluating in between cannot shift.
         torch.manual_seed(derived_seed(training.seed, state.step, accelerator.process_index))

@@ -19,7 +19,13 @@ def summed_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     keep_K = (labels_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     if not len(keep_K):  # a row that trains nothing: the model must run all the same, for its collectives
         keep_K = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
-    output = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, logits_to_keep=keep_K, use_cache=False)
+    output = model(
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask_BT,
+        position_ids=batch.positions_BT,
+        logits_to_keep=keep_K,
+        use_cache=False,
+    )
     logits_BKV = output.logits
     return functional.cross_entropy(
         logits_BKV.flatten(0, 1).float(), labels_BT[:, keep_K].flatten(), ignore_index=IGNORED, reduction="sum"

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from finetune.adapters.full import FullMethod
 from finetune.data.batches import BatchOrder
 from finetune.data.encode import Example
+from finetune.data.layout import Layout
 from finetune.evaluation.loss import held_out_loss
 from finetune.recipe.adapter import Full
 from finetune.recipe.optimizer import Sgd
@@ -38,9 +39,12 @@ order = BatchOrder(rows=11, rows_per_step=4, seed=3, total_rows=14)
 model = accelerator.prepare_model(tiny_llama())
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 state = TrainState(accelerator, model, FullMethod(Full(method="full")), optimizer, torch.float32)
+layout = Layout.of(training, 64, 0)
 section = Sgd(name="sgd", learning_rate=0.1, schedule="linear")
-steps = [[m.loss, m.gradient_norm, m.learning_rate, m.tokens] for m in fit(state, rows, order, section, training, 0)]
-held_out = held_out_loss(model, rows, accelerator=accelerator, compute_dtype=torch.float32, batch_size=2, padding=0)
+metrics = list(fit(state, rows, order, section, training, layout))
+steps = [[step.loss, step.gradient_norm, step.learning_rate, step.tokens] for step in metrics]
+settings = {"compute_dtype": torch.float32, "batch_size": 2, "padding": 0}
+held_out = held_out_loss(model, rows, accelerator=accelerator, **settings)
 if accelerator.is_main_process:
     print(json.dumps({"steps": steps, "held_out": [held_out.loss, held_out.tokens]}))
 """

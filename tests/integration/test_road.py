@@ -80,6 +80,18 @@ def test_the_same_recipe_gives_the_same_adapter_bit_for_bit(tiny_recipe: dict[st
     assert (other.trained(False) / "adapter_model.safetensors").read_bytes() != files[0]
 
 
+def test_packing_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path):
+    losses = []
+    for batching in ("padded", "padding_free", "packed"):
+        folder = tmp_path / batching
+        folder.mkdir()
+        run = run_of(tiny_recipe, folder, f"training.batching={batching}", "training.gradient_accumulation_steps=4")
+        records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        losses.append([record["loss"] for record in records])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_evaluating_during_a_run_does_not_shift_it(tiny_recipe: dict[str, Any], tmp_path: Path):
     losses = []
     for every in ("1", "null"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data.batches import IGNORED, BatchOrder, collate, micro_batches
+from finetune.data.batches import IGNORED, BatchOrder, joined, padded
 from finetune.data.encode import Example
 
 
@@ -44,22 +44,8 @@ def test_only_the_last_step_is_short():
     assert order.epoch(order.total_steps) == 1.0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_all_processes_together_see_each_row_once_in_equally_many_micro_batches(world_size: int):
-    examples = [example(length) for length in range(3, 13)]
-    shares = [micro_batches(examples, range(10), 2, rank, world_size) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1
-    lengths = [len(e.ids) for share in shares for batch in share for e in batch if e.targets]
-    assert sorted(lengths) == list(range(3, 13))
-
-
-def test_a_process_without_rows_gets_one_that_trains_nothing():
-    share = micro_batches([example(5)], [0], 2, rank=1, world_size=2)
-    assert [e.targets for batch in share for e in batch] == [0]
-
-
 def test_padding_is_masked_and_never_a_label_though_it_is_a_token_of_the_row():
-    batch = collate([example(2), example(4)], padding=4)
+    batch = padded([example(2), example(4)], padding=4)
     assert batch.ids_BT.tolist() == [[1, 2, 4, 4], [1, 2, 3, 4]]
     assert batch.mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch.labels_BT.tolist() == [[IGNORED, 2, IGNORED, IGNORED], [IGNORED, 2, IGNORED, 4]]
@@ -68,4 +54,12 @@ def test_padding_is_masked_and_never_a_label_though_it_is_a_token_of_the_row():
 
 def test_the_first_token_is_not_counted_as_trained():
     assert Example([5, 6], [True, True]).targets == 1
-    assert collate([Example([5, 6], [True, True])], padding=0).targets == 1
+    assert padded([Example([5, 6], [True, True])], padding=0).targets == 1
+
+
+def test_examples_in_one_row_restart_positions_and_train_no_first_token():
+    batch = joined([Example([5, 6], [True, True]), Example([7, 8, 9], [True, False, True])])
+    assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.positions_BT.tolist() == [[0, 1, 0, 1, 2]]
+    assert batch.labels_BT.tolist() == [[IGNORED, 6, IGNORED, IGNORED, 9]]
+    assert (batch.tokens, batch.targets, batch.mask_BT) == (5, 2, None)

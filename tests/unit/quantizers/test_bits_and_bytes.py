@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 
-from finetune.data.batches import collate
+from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.evaluation.loss import held_out_loss
 from finetune.models.folder import ModelFolder
@@ -86,7 +86,7 @@ def test_declared_bits_are_the_stored_bits(section: FourBit, bits: float):
 
 def lora_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    summed_cross_entropy(model.train(), collate([ROW], 0)).backward()
+    summed_cross_entropy(model.train(), padded([ROW], 0)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

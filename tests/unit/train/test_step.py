@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.full import FullMethod
-from finetune.data.batches import Batch, collate
+from finetune.data.batches import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import DivergedError
 from finetune.recipe.adapter import Full
@@ -44,22 +44,22 @@ def after_one_step(batches: list[Batch], max_norm: float | None = None) -> tuple
 
 def test_the_loss_is_transformers_own_on_a_whole_row():
     model, row = tiny_llama(), examples(1)[0]
-    batch = collate([row], padding=0)
+    batch = padded([row], padding=0)
     expected = model(input_ids=batch.ids_BT, labels=batch.labels_BT).loss * batch.targets
     assert torch.allclose(summed_cross_entropy(model, batch), expected, atol=1e-4)
 
 
 def test_padding_changes_no_loss():
     model, rows = tiny_llama(), examples(3)
-    together = summed_cross_entropy(model, collate(rows, padding=0))
-    apart = sum(summed_cross_entropy(model, collate([row], padding=0)) for row in rows)
+    together = summed_cross_entropy(model, padded(rows, padding=0))
+    apart = sum(summed_cross_entropy(model, padded([row], padding=0)) for row in rows)
     assert torch.allclose(together, apart, rtol=1e-5)
 
 
 def test_many_micro_batches_are_one_batch():
     rows = examples(4)
-    whole, loss_whole, norm_whole = after_one_step([collate(rows, 0)])
-    parts, loss_parts, norm_parts = after_one_step([collate(rows[:1], 0), collate(rows[1:2], 0), collate(rows[2:], 0)])
+    whole, loss_whole, norm_whole = after_one_step([padded(rows, 0)])
+    parts, loss_parts, norm_parts = after_one_step([padded(rows[:1], 0), padded(rows[1:2], 0), padded(rows[2:], 0)])
     assert loss_parts == pytest.approx(loss_whole, rel=1e-5)
     assert norm_parts == pytest.approx(norm_whole, rel=1e-4)
     assert all(torch.allclose(parts[name], whole[name], atol=1e-6) for name in whole)
@@ -68,14 +68,14 @@ def test_many_micro_batches_are_one_batch():
 def test_a_mean_of_micro_batch_means_would_fail_that_law():
     rows = examples(4)
     model = tiny_llama()
-    means = [summed_cross_entropy(model, collate([row], 0)) / row.targets for row in rows]
-    true_mean = sum(summed_cross_entropy(model, collate([row], 0)) for row in rows) / sum(r.targets for r in rows)
-    assert abs(float(sum(means) / len(means) - true_mean)) > 1e-3
+    sums = [summed_cross_entropy(model, padded([row], 0)).item() for row in rows]
+    mean_of_means = sum(total / row.targets for total, row in zip(sums, rows, strict=True)) / len(rows)
+    assert abs(mean_of_means - sum(sums) / sum(row.targets for row in rows)) > 1e-3
 
 
 def test_gradients_are_clipped_to_the_norm():
     before = tiny_llama().state_dict()
-    after, _, norm = after_one_step([collate(examples(2), 0)], max_norm=0.01)
+    after, _, norm = after_one_step([padded(examples(2), 0)], max_norm=0.01)
     moved = torch.sqrt(sum(((after[n] - before[n]) ** 2).sum() for n in before if n != "lm_head.weight"))
     assert norm > 0.01
     assert float(moved) == pytest.approx(0.1 * 0.01, rel=1e-3)
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(value: float):
     before = copy.deepcopy(model.state_dict())
     state = state_of(model)
     with pytest.raises(DivergedError, match="not finite"):
-        train_step(state, [collate(examples(2), 0)], 0.1, 1.0)
+        train_step(state, [padded(examples(2), 0)], 0.1, 1.0)
     assert state.step == 0
     assert all(torch.equal(before[n], t) or torch.isnan(before[n]).any() for n, t in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -105,7 +105,7 @@ def test_a_gradient_that_is_not_finite_stops_although_the_loss_is_fine():
     model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(DivergedError, match="gradient is not finite"):
-        train_step(state_of(model), [collate(examples(2), 0)], 0.1, None)
+        train_step(state_of(model), [padded(examples(2), 0)], 0.1, None)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -115,14 +115,14 @@ def test_a_float16_overflow_leaves_the_update_out_and_halves_the_scale():
     state = state_of(model, torch.float16)
     model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
     scale = state.scaler.get_scale()
-    train_step(state, [collate(examples(2), 0)], 0.1, 1.0)
+    train_step(state, [padded(examples(2), 0)], 0.1, 1.0)
     assert state.scaler.get_scale() == scale / 2
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_steps_come_close_to_float32(dtype: torch.dtype):
-    rows = [collate(examples(3), 0)]
+    rows = [padded(examples(3), 0)]
     _, full_loss, full_norm = after_one_step(rows)
     loss, norm = train_step(state_of(tiny_llama(), dtype), rows, 0.1, None)
     assert loss == pytest.approx(full_loss, rel=1e-2)
@@ -130,10 +130,10 @@ def test_half_precision_steps_come_close_to_float32(dtype: torch.dtype):
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    plain, _, norm = after_one_step([collate(examples(2), 0)])
+    plain, _, norm = after_one_step([padded(examples(2), 0)])
     model = tiny_llama()
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    _, norm_checkpointed = train_step(state_of(model), [collate(examples(2), 0)], 0.1, None)
+    _, norm_checkpointed = train_step(state_of(model), [padded(examples(2), 0)], 0.1, None)
     assert norm_checkpointed == pytest.approx(norm, rel=1e-6)
     assert all(torch.allclose(plain[name], tensor, atol=1e-7) for name, tensor in model.state_dict().items())
