@@ -1,0 +1,68 @@
+"""The README says what is so: its commands run, its recipe is valid, its targets exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_its_ft_commands_run_in_their_order(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("ft ")]
+    assert [command.split()[1] for command in commands] == ["validate", "train", "eval", "generate", "merge"]
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "train":  # the same run on the tiny model and two steps
+            smaller = [f"model.name={tiny_model}", "training.max_steps=2", "evaluation.generation_rows=2"]
+            arguments = [argument.replace("my.jsonl", str(chat_file)) for argument in arguments]
+            arguments += [part for value in smaller for part in ("--set", value)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    assert (tmp_path / "runs" / "mine" / "merged" / "model.safetensors").is_file()
+
+
+def test_its_recipe_is_valid(tmp_path: Path):
+    (recipe,) = blocks("yaml")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe, encoding="utf-8")
+    assert load_recipe(file).recipe.run.name == "mine"
+
+
+def test_its_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")}
+    assert targets >= {"quickstart", "test"}
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_its_exit_codes_are_the_errors_own():
+    import finetune.errors as errors
+
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.FinetuneError)
+    ]
+    assert {kind.exit_code for kind in kinds} | {0, 130} == told
