@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import FinetuneError, RecipeError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from finetune.jobs.preview import Preview
     from finetune.run.events import Event, Report, TrainingFinished
 
     from .progress import Follower
@@ -199,3 +202,44 @@ def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None
         f"KL divergence {certificate['kl_divergence']:.1e}, same likeliest token at "
         f"{100 * certificate['top1_agreement']:.1f} % of the positions"
     )
+
+
+def show_preview(preview: Preview) -> None:
+    """Print rows token by token: trained ones green, special ones in angle quotes, line ends visible."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for row in preview.rows:
+        trained = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
+        console.print(Text(f"{row.where}  {row.tokens} tokens, {trained} trained", style="bold"))
+        text = Text()
+        for stretch in row.stretches:
+            colour = "green" if stretch.trained else "default"
+            style = f"reverse {colour}" if stretch.special else colour
+            text.append(stretch.text.replace("\n", "↵\n") if not stretch.special else stretch.text, style=style)
+        console.print(text, "", sep="\n")
+    console.print(Text("green: trained; reversed: special tokens; ↵: end of line", style="dim"))
+    longest = max(batch.computed for batch in preview.first_step)
+    passes = len(preview.first_step)
+    console.print(Text(f"first step: {passes} forward passes, {100 * preview.fill:.1f} % filled", style="bold"))
+    for batch in preview.first_step:
+        console.print(_drawn_to_scale(batch.lengths, batch.computed, longest))
+    counts = preview.train
+    share = 100 * counts.target_tokens / counts.tokens
+    console.print(
+        f"{counts.kept} of {counts.read} rows kept, {counts.tokens} tokens, {share:.0f} % trained; "
+        f"{preview.validation.kept} held out"
+    )
+
+
+def _drawn_to_scale(lengths: list[int], computed: int, longest: int, width: int = 72) -> Text:
+    """A bar a micro-batch: its rows in turns of two shades, and padding as dots."""
+    from rich.text import Text
+
+    bar = Text()
+    for index, length in enumerate(lengths):
+        bar.append("█" * max(1, round(width * length / longest)), style="cyan" if index % 2 else "blue")
+    bar.append("·" * (round(width * computed / longest) - len(bar)), style="dim")
+    bar.append(f"  {sum(lengths)}/{computed}", style="dim")
+    return bar

@@ -14,6 +14,7 @@ from . import console
 from .evaluate import evaluate
 from .generate import generate
 from .merge import merge
+from .preview import preview
 from .schema import schema
 from .train import train
 from .validate import validate
@@ -69,6 +70,7 @@ def _options(
 
 
 app.command()(validate)
+app.command()(preview)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)

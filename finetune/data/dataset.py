@@ -44,9 +44,16 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Split:
-    """The encoded rows of one split, and what became of them on the way."""
+    """The encoded rows of one split, and what became of them on the way.
+
+    Attributes:
+        examples: The rows that are kept.
+        places: `file:line` of each.
+        counts: Of all rows.
+    """
 
     examples: list[Example]
+    places: list[str]
     counts: RowCounts
 
 
@@ -85,12 +92,14 @@ def encode(documents: Sequence[LocatedDocument], encoder: Encoder, section: Data
     Raises:
         DataError: A row is too long or trains nothing, or every row is too long.
     """
-    examples = []
+    examples: list[Example] = []
+    places: list[str] = []
     too_long = 0
     for located in documents:
         example = encoder.example(located.document, located.where)
         if len(example.ids) <= section.max_length:
             examples.append(example)
+            places.append(located.where)
         elif section.overlength == "drop":
             too_long += 1
         else:
@@ -114,7 +123,7 @@ def encode(documents: Sequence[LocatedDocument], encoder: Encoder, section: Data
         tokens=sum(len(example.ids) for example in examples),
         target_tokens=sum(example.targets for example in examples),
     )
-    return Split(examples, counts)
+    return Split(examples, places, counts)
 
 
 def _read(sources: Iterable[SourceSection]) -> Iterable[LocatedDocument]:

@@ -28,7 +28,8 @@ from finetune.recipe.model import Model
 logger = logging.getLogger(__name__)
 
 # Weights as safetensors and the files beside them; never code, never pickles.
-WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+WEIGHTS = ["*.safetensors"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 
 
@@ -59,12 +60,13 @@ class ModelFolder:
         return config
 
 
-def find_model(section: Model, report_work: Callable[[str], None]) -> ModelFolder:
+def find_model(section: Model, report_work: Callable[[str], None], weights: bool = True) -> ModelFolder:
     """The folder of the model that a recipe names, fetched or converted first where needed.
 
     Args:
         section: The recipe's section.
         report_work: Told what is being done when it takes long.
+        weights: Whether weights are needed, or the config and tokenizer alone.
 
     Raises:
         ModelError: There is no such model, or it has no usable weights.
@@ -74,8 +76,13 @@ def find_model(section: Model, report_work: Callable[[str], None]) -> ModelFolde
         return _from_gguf(section.name, _file_in_package(section.name), report_work)
     if section.name.endswith(".gguf"):
         return _from_gguf(section.name, Path(section.name), report_work)
-    folder = _from_hub(section, report_work) if section.is_hub_id else ModelFolder(Path(section.name), section.name)
+    if section.is_hub_id:
+        folder = _from_hub(section, report_work, weights)
+    else:
+        folder = ModelFolder(Path(section.name), section.name)
     _check_folder(folder)
+    if weights:
+        _check_all_weights(folder.path)
     return folder
 
 
@@ -114,7 +121,7 @@ def _find_package(name: str) -> ModuleSpec | None:
         return None
 
 
-def _from_hub(section: Model, report_work: Callable[[str], None]) -> ModelFolder:
+def _from_hub(section: Model, report_work: Callable[[str], None], weights: bool) -> ModelFolder:
     where = f"model.name {section.name}"
     report_work(f"looking up {section.name}")
     try:
@@ -122,7 +129,7 @@ def _from_hub(section: Model, report_work: Callable[[str], None]) -> ModelFolder
             snapshot_download(
                 section.name,
                 revision=section.revision,
-                allow_patterns=WANTED_FILES,
+                allow_patterns=[*SMALL_FILES, *(WEIGHTS if weights else [])],
                 ignore_patterns=UNWANTED_FILES,
             )
         )
@@ -160,18 +167,21 @@ def _check_folder(folder: ModelFolder) -> None:
             where=str(folder.path),
             hint="name a folder that save_pretrained wrote",
         )
-    if not any(folder.path.glob("*.safetensors")):
-        pickles = any(folder.path.glob("*.bin"))
+
+
+def _check_all_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        pickles = any(folder.glob("*.bin"))
         raise ModelError(
             "the model folder has no weights as safetensors" + (", only pickled ones" if pickles else ""),
-            where=str(folder.path),
+            where=str(folder),
             hint=(
                 "pickles can run code and are not read: convert them with save_pretrained"
                 if pickles
                 else "copy the model's .safetensors files there"
             ),
         )
-    for file in sorted(folder.path.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         _check_weights(file)
 
 

@@ -1,0 +1,133 @@
+"""`ft preview`: rows as the model will see them, and how a step lays them out. No weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.dataset import RowCounts, encode, read_documents
+from finetune.data.encode import Encoder, Example
+from finetune.data.layout import Layout
+from finetune.models.folder import find_model
+from finetune.models.load import load_tokenizer, padding_id
+from finetune.recipe.recipe import Recipe
+from finetune.run.events import Phase, Report, ignore
+from finetune.train.loop import batch_order
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens in a row that are treated alike.
+
+    Attributes:
+        text: What they decode to.
+        tokens: How many they are.
+        trained: Whether they are predicted in training.
+        special: Whether they are special tokens, such as the end of a turn.
+    """
+
+    text: str
+    tokens: int
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """A training row.
+
+    Attributes:
+        where: `file:line` it was read from.
+        stretches: Its tokens in order.
+    """
+
+    where: str
+    stretches: list[Stretch]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the row."""
+        return sum(stretch.tokens for stretch in self.stretches)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of the first step.
+
+    Attributes:
+        lengths: Tokens of each of its rows.
+        computed: Tokens that the model computes, padding included.
+    """
+
+    lengths: list[int]
+    computed: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a training would see.
+
+    Attributes:
+        rows: Some of the training rows, in the order of training.
+        first_step: How the rows of the first step are laid out in one process.
+        train: What became of the training rows.
+        validation: What became of the held-out rows.
+    """
+
+    rows: list[PreviewRow]
+    first_step: list[MicroBatch]
+    train: RowCounts
+    validation: RowCounts
+
+    @property
+    def fill(self) -> float:
+        """Share of the first step's computed tokens that are no padding."""
+        tokens = sum(sum(batch.lengths) for batch in self.first_step)
+        return tokens / sum(batch.computed for batch in self.first_step)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {**asdict(self), "fill": self.fill}
+
+
+def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
+    """Read and encode a recipe's rows as training would, and show the first `rows` of them.
+
+    Raises:
+        FinetuneError: What would stop the training too.
+    """
+    folder = find_model(recipe.model, lambda doing: report(Phase(doing)), weights=False)
+    tokenizer = load_tokenizer(folder)
+    encoder = Encoder(tokenizer, recipe.data.train_on)
+    report(Phase("reading the data"))
+    documents = read_documents(recipe.data, recipe.training.seed)
+    train = encode(documents.train, encoder, recipe.data)
+    validation = encode(documents.validation, encoder, recipe.data)
+    order = batch_order(len(train.examples), recipe.training, processes=1)
+    shown = [row for step in range(order.total_steps) for row in order.step_rows(step)][:rows]
+    layout = Layout.of(recipe.training, recipe.data.max_length, padding_id(tokenizer))
+    first_step = [train.examples[row] for row in order.step_rows(0)]
+    groups = layout.group(first_step)
+    return Preview(
+        rows=[PreviewRow(train.places[row], list(_stretches(train.examples[row], tokenizer))) for row in shown],
+        first_step=[
+            MicroBatch([len(example.ids) for example in group], layout.batch(group).ids_BT.numel()) for group in groups
+        ],
+        train=train.counts,
+        validation=validation.counts,
+    )
+
+
+def _stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:
+    """The row's tokens, those next to each other that are treated alike put together."""
+    special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # The first token has nothing before it to be predicted from, whatever its mark says.
+    trained = [False, *example.is_target[1:]]
+    tokens = zip(example.ids, trained, strict=True)
+    for (is_trained, special), group in groupby(tokens, key=lambda token: (token[1], token[0] in special_ids)):
+        ids = [token for token, _ in group]
+        yield Stretch(tokenizer.decode(ids), len(ids), is_trained, special)

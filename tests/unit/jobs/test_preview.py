@@ -1,0 +1,58 @@
+"""A preview shows what training sees, without weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.jobs.preview import preview
+from tests.fixtures.recipes import as_recipe, write_recipe
+
+
+def test_trained_text_is_the_answers_and_all_text_is_the_row(tiny_recipe: dict[str, Any], tmp_path: Path):
+    tiny_recipe["data"]["validation_fraction"] = 0
+    shown = preview(as_recipe(tiny_recipe, tmp_path), rows=32)
+    rows = {row.where: row for row in shown.rows}
+    assert len(rows) == 12  # three steps of four rows
+    lines = Path(tiny_recipe["data"]["train"][0]["path"]).read_text().splitlines()
+    for where, row in rows.items():
+        messages = json.loads(lines[int(where.rpartition(":")[2]) - 1])["messages"]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert "".join(s.text for s in row.stretches if s.trained) == "".join(f"{answer}<|end|>" for answer in answers)
+        assert all(message["content"] in "".join(s.text for s in row.stretches) for message in messages)
+
+
+def test_special_tokens_are_told_apart(tiny_recipe: dict[str, Any], tmp_path: Path):
+    (row,) = preview(as_recipe(tiny_recipe, tmp_path), rows=1).rows
+    assert {s.text for s in row.stretches if s.special} <= {"<|begin|><|turn|>", "<|turn|>", "<|end|>"}
+
+
+def test_the_first_step_is_the_loops_own_layout(tiny_recipe: dict[str, Any], tmp_path: Path):
+    padded = preview(as_recipe(tiny_recipe, tmp_path), rows=1)
+    packed = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1)
+    assert [len(batch.lengths) for batch in padded.first_step] == [2, 2]
+    assert sum(sum(batch.lengths) for batch in packed.first_step) == sum(sum(b.lengths) for b in padded.first_step)
+    assert packed.fill == 1.0
+    assert all(batch.computed <= 128 for batch in packed.first_step)
+
+
+def test_no_weights_are_needed(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    tiny_recipe["model"]["name"] = str(tmp_path / "model")
+    assert preview(as_recipe(tiny_recipe, tmp_path), rows=1).train.kept == 24
+
+
+def test_the_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any], tmp_path: Path):
+    recipe = write_recipe(tiny_recipe, tmp_path)
+    result = CliRunner().invoke(app, ["preview", str(recipe), "--rows", "2"])
+    assert result.exit_code == 0
+    assert result.stdout.count("trained\n") == 2
+    assert "24 of 24 rows kept" in result.stdout
+    as_json = CliRunner().invoke(app, ["preview", str(recipe), "--json"]).stdout.splitlines()[-1]
+    assert json.loads(as_json)["train"]["kept"] == 24
