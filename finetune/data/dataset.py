@@ -9,14 +9,18 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.documents import Document
+from finetune.data.documents import Conversation, Document, PlainText, Tokens
 from finetune.data.encode import Encoder, Example
+from finetune.data.lengths import chunks, without_end, without_prompt_head
 from finetune.data.sources import read_rows
 from finetune.errors import DataError
 from finetune.recipe.data import Data, SourceSection
 from finetune.resolve import build
 
 logger = logging.getLogger(__name__)
+
+SHOWN_PLACES = 5
+"""Places that a message lists of rows that train nothing."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,29 @@ class LocatedDocument:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of one split; units are rows and tokens."""
+    """What became of the rows of one split: `read` + `added` = `kept` + `too_long` + `untrainable`.
+
+    Attributes:
+        read: Documents that were read.
+        added: Rows that came of splitting documents, beyond one of each.
+        kept: Rows that are used.
+        too_long: Rows left out for their length.
+        untrainable: Rows left out for they have no token to train on.
+        truncated: Kept rows that were cut.
+        tokens: Tokens of the kept rows.
+        target_tokens: Trained tokens among them.
+        cut_target_tokens: Tokens that would have been trained but were cut, of rows kept or not.
+    """
 
     read: int
+    added: int
     kept: int
     too_long: int
+    untrainable: int
+    truncated: int
     tokens: int
     target_tokens: int
+    cut_target_tokens: int
 
     def to_json(self) -> dict[str, int]:
         """The counts by name."""
@@ -87,43 +107,133 @@ def read_documents(section: Data, seed: int) -> Documents:
 
 
 def encode(documents: Sequence[LocatedDocument], encoder: Encoder, section: Data) -> Split:
-    """Encode documents; rows above `max_length` stop the run or are left out and counted, as the recipe says.
+    """Encode documents; what is too long or trains nothing is treated as the recipe says, and counted.
 
     Raises:
-        DataError: A row is too long or trains nothing, or every row is too long.
+        DataError: A row cannot be used, or none is left.
     """
-    examples: list[Example] = []
-    places: list[str] = []
-    too_long = 0
+    fitting = _Fitting(encoder, section)
     for located in documents:
-        example = encoder.example(located.document, located.where)
-        if len(example.ids) <= section.max_length:
-            examples.append(example)
-            places.append(located.where)
-        elif section.overlength == "drop":
-            too_long += 1
-        else:
-            raise DataError(
-                f"the row has {len(example.ids)} tokens, more than data.max_length: {section.max_length}",
-                where=located.where,
-                hint="raise data.max_length, shorten the row, or set data.overlength to drop",
-            )
-    if too_long and not examples:
+        for document in _rows(located.document, section):
+            fitting.add(document, located.where)
+    split = fitting.split(len(documents))
+    if documents and not split.examples and not fitting.untrainable:
         raise DataError(
-            f"all {too_long} rows are longer than data.max_length: {section.max_length}",
+            f"all {split.counts.too_long} rows are longer than data.max_length: {section.max_length}",
             where=documents[0].where,
             hint="raise data.max_length",
         )
-    if too_long:
-        logger.warning("left out %d of %d rows longer than %d tokens", too_long, len(documents), section.max_length)
-    counts = RowCounts(
-        read=len(documents),
-        kept=len(examples),
-        too_long=too_long,
-        tokens=sum(len(example.ids) for example in examples),
-        target_tokens=sum(example.targets for example in examples),
+    if fitting.untrainable and (section.on_untrainable == "stop" or not split.examples):
+        raise _untrainable(fitting.untrainable)
+    _log(split.counts, section)
+    return split
+
+
+def _rows(document: Document, section: Data) -> Sequence[Document]:
+    return document.split_turns() if section.split_turns and isinstance(document, Conversation) else [document]
+
+
+class _Fitting:
+    """Rows on their way from documents to examples of at most `max_length`, with a count of every loss."""
+
+    def __init__(self, encoder: Encoder, section: Data) -> None:
+        self.untrainable: list[str] = []
+        self._encoder = encoder
+        self._section = section
+        self._examples: list[Example] = []
+        self._places: list[str] = []
+        self._too_long = 0
+        self._truncated = 0
+        self._cut_targets = 0
+
+    def add(self, document: Document, where: str) -> None:
+        """Encode a document, make it fit, and keep what trains something."""
+        whole = self._encoder.example(document, where)
+        for example in self._fit(whole, document, where):
+            if not example.targets:
+                self.untrainable.append(where)
+                continue
+            self._examples.append(example)
+            self._places.append(where)
+            self._truncated += self._section.overlength != "split" and example is not whole
+
+    def split(self, read: int) -> Split:
+        """The examples and their counts."""
+        examples = self._examples
+        counts = RowCounts(
+            read=read,
+            added=len(examples) + self._too_long + len(self.untrainable) - read,
+            kept=len(examples),
+            too_long=self._too_long,
+            untrainable=len(self.untrainable),
+            truncated=self._truncated,
+            tokens=sum(len(example.ids) for example in examples),
+            target_tokens=sum(example.targets for example in examples),
+            cut_target_tokens=self._cut_targets,
+        )
+        return Split(examples, self._places, counts)
+
+    def _fit(self, example: Example, document: Document, where: str) -> list[Example]:
+        longest, policy = self._section.max_length, self._section.overlength
+        if len(example.ids) <= longest:
+            return [example]
+        if policy == "drop":
+            self._too_long += 1
+            return []
+        if policy == "truncate":
+            cut = without_end(example, longest)
+            self._cut_targets += example.targets - cut.targets
+            return [cut]
+        if policy == "split" and _is_without_prompt(document):
+            return chunks(example, longest)
+        if policy == "truncate_prompt":
+            fitted = without_prompt_head(example, longest, self._encoder.tokenizer.bos_token_id)
+            if fitted is not None:
+                return [fitted]
+        raise self._too_long_error(example, where)
+
+    def _too_long_error(self, example: Example, where: str) -> DataError:
+        reasons = {
+            "truncate_prompt": ", and what follows the first trained token leaves no room for a prompt",
+            "split": ", and a row with a prompt cannot be split: its later parts would lack what they answer",
+        }
+        return DataError(
+            f"the row has {len(example.ids)} tokens, more than data.max_length: {self._section.max_length}"
+            + reasons.get(self._section.overlength, ""),
+            where=where,
+            hint="raise data.max_length, shorten the row, or set data.overlength to drop",
+        )
+
+
+def _is_without_prompt(document: Document) -> bool:
+    return isinstance(document, Tokens) or (isinstance(document, PlainText) and not document.prompt)
+
+
+def _untrainable(places: Sequence[str]) -> DataError:
+    shown = ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(places) > SHOWN_PLACES else "")
+    return DataError(
+        f"{len(places)} rows have no token to train on: {shown}",
+        where=places[0],
+        hint="give them an answer, remove them, or set data.on_untrainable to skip",
     )
-    return Split(examples, places, counts)
+
+
+def _log(counts: RowCounts, section: Data) -> None:
+    rows = counts.read + counts.added
+    if counts.too_long:
+        logger.warning("left out %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
+    if counts.untrainable:
+        logger.warning("left out %d of %d rows with no token to train on", counts.untrainable, rows)
+    if counts.truncated or counts.cut_target_tokens:
+        logger.warning(
+            "cut %d of %d rows to %d tokens; %d trained tokens were cut",
+            counts.truncated,
+            rows,
+            section.max_length,
+            counts.cut_target_tokens,
+        )
+    if counts.added:
+        logger.info("%d rows were split into %d", counts.read, rows)
 
 
 def _read(sources: Iterable[SourceSection]) -> Iterable[LocatedDocument]:

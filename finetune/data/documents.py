@@ -1,30 +1,63 @@
-"""What a format makes of a row: a conversation for the chat template, or plain text."""
+"""What a format makes of a row: a conversation for the chat template, plain text, or tokens."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from finetune.data.sources import Row
 from finetune.recipe.data import SourceSection
 
 Role = Literal["system", "user", "assistant", "tool"]
 
+ToolObject = Mapping[str, Any]
+"""A tool's definition or a call of it: an object in OpenAI's form."""
+
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; empty where the turn only calls tools.
+        tool_calls: Calls in OpenAI's form, their arguments as data rather than as JSON text.
+        tool_call_id: Which call a tool's message answers.
+        train: Whether the turn may be trained.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolObject, ...] = ()
+    tool_call_id: str | None = None
+    train: bool = True
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns to be rendered by the tokenizer's chat template."""
+    """Turns to be rendered by the tokenizer's chat template.
+
+    Attributes:
+        messages: The turns.
+        tools: Definitions of the tools that may be called, in OpenAI's form.
+        references: All accepted forms of the last answer, where the data set gives more than one.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[ToolObject, ...] = ()
+    references: tuple[str, ...] = ()
+
+    def split_turns(self) -> list[Conversation]:
+        """One conversation for each answer that may be trained: it stands last, and only it is trained."""
+        turns = [turn for turn, message in enumerate(self.messages) if message.role == "assistant" and message.train]
+        return [self._through(turn) for turn in turns] or [self]
+
+    def _through(self, turn: int) -> Conversation:
+        history = (replace(message, train=False) for message in self.messages[:turn])
+        is_last = not any(message.role == "assistant" for message in self.messages[turn + 1 :])
+        return replace(self, messages=(*history, self.messages[turn]), references=self.references if is_last else ())
 
 
 @dataclass(frozen=True)
@@ -40,7 +73,20 @@ class PlainText:
     completion: str
 
 
-Document = Conversation | PlainText
+@dataclass(frozen=True)
+class Tokens:
+    """A row that was tokenized elsewhere.
+
+    Attributes:
+        ids: Token ids.
+        is_target: Whether each token is trained.
+    """
+
+    ids: tuple[int, ...]
+    is_target: tuple[bool, ...]
+
+
+Document = Conversation | PlainText | Tokens
 
 S = TypeVar("S", bound=SourceSection)
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.documents import Conversation, Document, Message, PlainText
+from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.errors import DataError, ModelError
 
-TrainOn = Literal["assistant", "last_turn", "all"]
+TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens up to an answer, and the answer to compare with.
+    """The tokens up to an answer, and the answers to compare with.
 
     Attributes:
         ids: Token ids, ending where the model should begin to write.
-        reference: The answer that the data set gives.
+        references: The answers that the data set accepts, at least one.
     """
 
     ids: list[int]
-    reference: str
+    references: tuple[str, ...]
 
 
 class Encoder:
@@ -61,31 +61,49 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
+        special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._special = tuple(special)
 
     def example(self, document: Document, where: str) -> Example:
-        """The tokens of a document and which of them are trained.
+        """The tokens of a document and which of them are trained; there may be none.
 
         Raises:
-            DataError: No token of it would be trained, or the chat template refuses it.
+            DataError: The chat template refuses the document, leaves a part of it out or renders a trained turn
+                differently at different places, or the row begins twice.
             ModelError: It is a conversation and the tokenizer has no chat template.
         """
+        if isinstance(document, Tokens):
+            return Example(self._known(document.ids, where), list(document.is_target))
         example = self._plain(document) if isinstance(document, PlainText) else self._conversation(document, where)
-        if not example.targets:
-            raise DataError("the row has no token to train on", where=where, hint="give it an answer, or remove it")
+        self._begin_once(example.ids, where)
         return example
 
     def prompt(self, document: Document, where: str) -> Prompt | None:
         """The document up to its last answer; None where it has no prompt to answer."""
         if isinstance(document, PlainText):
-            if not document.prompt:
-                return None
-            return Prompt(self.tokenizer(document.prompt)["input_ids"], document.completion)
+            return self._plain_prompt(document)
+        if isinstance(document, Tokens):
+            return self._tokens_prompt(document, where)
         turns = _assistant_turns(document)
-        if not turns:
+        if not turns or not turns[-1]:
             return None
         last = turns[-1]
-        text = self._render(document.messages[:last], where, generation_prompt=True)
-        return Prompt(self._tokenize(text), document.messages[last].content)
+        text = self._render(document, last, where, generation_prompt=True)
+        ids = self._tokenize(text)
+        self._begin_once(ids, where)
+        return Prompt(ids, document.references or (document.messages[last].content,))
+
+    def _plain_prompt(self, document: PlainText) -> Prompt | None:
+        if not document.prompt:
+            return None
+        return Prompt(self.tokenizer(document.prompt)["input_ids"], (document.completion,))
+
+    def _tokens_prompt(self, document: Tokens, where: str) -> Prompt | None:
+        if not any(document.is_target) or document.is_target[0]:
+            return None
+        begins = document.is_target.index(True)
+        ids = self._known(document.ids, where)
+        return Prompt(ids[:begins], (self.tokenizer.decode(ids[begins:], skip_special_tokens=True),))
 
     def _plain(self, document: PlainText) -> Example:
         # Tokenized as one text: at a seam between two, the tokens would not be those the model knows.
@@ -102,45 +120,64 @@ class Encoder:
         return Example(ids, is_target)
 
     def _conversation(self, conversation: Conversation, where: str) -> Example:
-        text = self._render(conversation.messages, where)
+        text = self._render(conversation, len(conversation.messages), where)
+        _check_tools(conversation, text, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        if self.train_on == "all":
-            return Example(ids, [True] * len(ids))
-        turns = _assistant_turns(conversation)
-        spans = [self._span(conversation, turn, text, where) for turn in turns]
-        if self.train_on == "last_turn":
-            spans = spans[-1:]
-        is_target = [
-            any(start < stop and end > begin for begin, stop in spans) for start, end in encoded["offset_mapping"]
+        # A token that straddles the beginning of an answer is a target: it carries a part of the answer.
+        marked = self._spans(conversation, text, where)
+        inside = [
+            any(start < stop and end > begin for begin, stop in marked) for start, end in encoded["offset_mapping"]
         ]
-        return Example(ids, is_target)
+        is_target = [not within for within in inside] if self.train_on == "all" else inside
+        return Example(list(encoded["input_ids"]), is_target)
+
+    def _spans(self, conversation: Conversation, text: str, where: str) -> list[tuple[int, int]]:
+        """Characters of the trained turns, or of those that are not where all others are trained."""
+        if self.train_on == "all":
+            turns = [turn for turn, message in enumerate(conversation.messages) if not message.train]
+        else:
+            turns = _trained_turns(conversation, self.train_on)
+        return [self._span(conversation, turn, text, where) for turn in turns]
 
     def _span(self, conversation: Conversation, turn: int, text: str, where: str) -> tuple[int, int]:
-        """Characters of an assistant's turn in the rendered `text`: its content and its end-of-turn."""
-        if not turn:
-            raise DataError("the first message is the assistant's", where=where, hint="begin with a user's message")
-        before = self._render(conversation.messages[:turn], where, generation_prompt=True)
-        through = self._render(conversation.messages[: turn + 1], where)
-        if not (text.startswith(through) and through.startswith(before)):
+        """Characters of a turn in the rendered `text`: what follows its header, up to its end-of-turn."""
+        is_answer = conversation.messages[turn].role == "assistant"
+        if is_answer and not turn:
+            raise DataError(
+                "the first message is the assistant's",
+                where=where,
+                hint="begin with a user's message, or mark it as not trained: {train: false}",
+            )
+        before = self._render(conversation, turn, where, generation_prompt=is_answer) if turn else ""
+        through = self._render(conversation, turn + 1, where)
+        if not text.startswith(through):
             raise DataError(
                 f"the chat template renders turn {turn} differently once later turns follow",
                 where=where,
-                hint="set data.train_on to last_turn, or give each turn a row of its own",
+                hint="set data.split_turns to true, which gives each answer a row of its own, "
+                "or data.train_on to last_turn",
             )
-        # White space that the template puts after the end-of-turn token belongs to the next turn.
-        answer = through[len(before) :]
-        content = conversation.messages[turn].content
-        ending = answer[answer.rfind(content.rstrip()) + len(content.rstrip()) :]
-        if ending.strip():
-            through = through.rstrip()
-        return len(before), len(through)
+        if not through.startswith(before):
+            raise DataError(
+                f"the chat template does not begin turn {turn} as it prompts the model to begin it",
+                where=where,
+                hint="write the answer as the model should, or use data of format completion",
+            )
+        return len(before), self._end_of_turn(through, len(before))
 
-    def _render(self, messages: Sequence[Message], where: str, generation_prompt: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _end_of_turn(self, through: str, begins: int) -> int:
+        """Where a turn ends: white space that the template puts after an end-of-turn token is the next turn's."""
+        stripped = through.rstrip()
+        return len(stripped) if len(stripped) > begins and stripped.endswith(self._special) else len(through)
+
+    def _render(self, conversation: Conversation, count: int, where: str, generation_prompt: bool = False) -> str:
+        """The first `count` messages as text."""
         try:
             rendered = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation_prompt
+                [_as_dict(message) for message in conversation.messages[:count]],
+                tools=list(conversation.tools) or None,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except TemplateError as error:
             raise DataError(
@@ -158,6 +195,58 @@ class Encoder:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _begin_once(self, ids: list[int], where: str) -> None:
+        """Some templates write the beginning of text and some tokenizers add it; both together are a mistake."""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise DataError(
+                f"the row begins twice with {self.tokenizer.bos_token}",
+                where=where,
+                hint="remove it from the row: it is added for you",
+            )
+
+    def _known(self, ids: Sequence[int], where: str) -> list[int]:
+        unknown = next((token for token in ids if token >= len(self.tokenizer)), None)
+        if unknown is not None:
+            raise DataError(
+                f"token {unknown} is not among the model's {len(self.tokenizer)}",
+                where=where,
+                hint="tokenize the rows with the tokenizer of this model",
+            )
+        return list(ids)
+
 
 def _assistant_turns(conversation: Conversation) -> list[int]:
     return [turn for turn, message in enumerate(conversation.messages) if message.role == "assistant"]
+
+
+def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
+    turns = _assistant_turns(conversation)
+    if train_on == "last_turn":
+        turns = turns[-1:]
+    if train_on == "completion":
+        asked = [turn for turn, message in enumerate(conversation.messages) if message.role == "user"]
+        turns = [turn for turn in turns if turn > max(asked, default=-1)]
+    return [turn for turn in turns if conversation.messages[turn].train]
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: keys that do not apply are absent, for templates test whether they are."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = list(message.tool_calls)
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _check_tools(conversation: Conversation, text: str, where: str) -> None:
+    """Templates that know no tools leave them out without a word."""
+    calls = [call for message in conversation.messages for call in message.tool_calls]
+    for tool in (*conversation.tools, *calls):
+        if tool["function"]["name"] not in text:
+            raise DataError(
+                f"the chat template leaves out the tool {tool['function']['name']!r}",
+                where=where,
+                hint="use a model whose chat template knows tools, or remove them from the row",
+            )

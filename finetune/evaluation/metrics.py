@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def best_of(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
+    """The highest score of an answer over all references, as SQuAD scores it."""
+    return max(metric(answer, reference) for reference in references)
 
 
 def exact_match(answer: str, reference: str) -> float:

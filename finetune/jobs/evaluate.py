@@ -13,7 +13,7 @@ from finetune.data.encode import Example, Prompt
 from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import held_out_loss
-from finetune.evaluation.metrics import exact_match, token_f1
+from finetune.evaluation.metrics import best_of, exact_match, token_f1
 from finetune.jobs.setup import Workbench
 from finetune.jobs.trained import TrainedRun
 from finetune.run.directory import RunDirectory, write_json, written_aside
@@ -119,9 +119,9 @@ def _score(
         padding=bench.padding,
         report_rows=lambda done: report(Progress(f"{name}: answers", done, len(prompts))),
     )
-    pairs = [(answer, prompt.reference) for answer, prompt in zip(answers, prompts, strict=True)]
-    metrics["exact_match"] = sum(exact_match(*pair) for pair in pairs) / len(pairs)
-    metrics["f1"] = sum(token_f1(*pair) for pair in pairs) / len(pairs)
+    pairs = [(answer, prompt.references) for answer, prompt in zip(answers, prompts, strict=True)]
+    for name, metric in (("exact_match", exact_match), ("f1", token_f1)):
+        metrics[name] = sum(best_of(metric, *pair) for pair in pairs) / len(pairs)
     return Scores(metrics, answers)
 
 
@@ -133,5 +133,5 @@ def _write(run: RunDirectory, comparison: Comparison, prompts: Sequence[Prompt],
             answers = zip(prompts, comparison.base.answers, comparison.tuned.answers, strict=True)
             for prompt, base, tuned in answers:
                 text = bench.tokenizer.decode(prompt.ids)
-                record = {"prompt": text, "reference": prompt.reference, "base": base, "tuned": tuned}
+                record = {"prompt": text, "references": prompt.references, "base": base, "tuned": tuned}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from finetune.recipe.section import FilePath, Section
 
@@ -16,22 +16,54 @@ class SourceSection(Section):
     path: FilePath = Field(description="A .jsonl file: one JSON object a line.")
 
 
+class AutoSource(SourceSection):
+    """Rows whose format is told by the columns of the first one."""
+
+    implementation: ClassVar[str] = "finetune.data.formats.auto:AutoFormat"
+    format: Literal["auto"] = "auto"
+
+
 class ChatSource(SourceSection):
-    """Rows with a list of messages, each `{"role": ..., "content": ...}`."""
+    """Rows with a list of messages, each `{"role": ..., "content": ...}`, tool calls included."""
 
     implementation: ClassVar[str] = "finetune.data.formats.chat:ChatFormat"
     format: Literal["chat"]
     messages: str = Field("messages", description="Column with the list of messages.")
+    tools: str = Field("tools", description="Column with the tools that may be called; may be absent.")
+
+
+class ShareGptSource(SourceSection):
+    """Rows with a list of turns, each `{"from": ..., "value": ...}`."""
+
+    implementation: ClassVar[str] = "finetune.data.formats.sharegpt:ShareGptFormat"
+    format: Literal["sharegpt"]
+    conversations: str = Field("conversations", description="Column with the list of turns.")
+    role_key: str = Field("from", description="Key of a turn with its role.")
+    content_key: str = Field("value", description="Key of a turn with its text.")
+    system: str = Field("system", description="Column with a system message; may be absent.")
+    tools: str = Field("tools", description="Column with the tools that may be called; may be absent.")
+    user_roles: list[str] = Field(["human", "user"], description="Names of the user's role.")
+    assistant_roles: list[str] = Field(
+        ["gpt", "assistant", "chatgpt", "model"], description="Names of the assistant's role."
+    )
+    system_roles: list[str] = Field(["system"], description="Names of the system's role.")
+    call_roles: list[str] = Field(
+        ["function_call", "tool_call"], description="Names of the role whose text is the JSON of a tool call."
+    )
+    tool_roles: list[str] = Field(
+        ["observation", "tool", "tool_response", "function_response"], description="Names of a tool's role."
+    )
 
 
 class InstructionSource(SourceSection):
-    """Rows with an instruction, an optional input, and the output to learn."""
+    """Rows with an instruction, an optional input, and the output to learn, as in the Alpaca data set."""
 
     implementation: ClassVar[str] = "finetune.data.formats.instruction:InstructionFormat"
     format: Literal["instruction"]
     instruction: str = Field("instruction", description="Column with the instruction.")
     input: str = Field("input", description="Column with further input; may be absent or empty.")
     output: str = Field("output", description="Column with the answer.")
+    history: str = Field("history", description="Column with earlier pairs of instruction and answer; may be absent.")
     system: str | None = Field(None, description="A system message to put before every row.")
 
 
@@ -47,6 +79,32 @@ class CompletionSource(SourceSection):
     )
 
 
+class QaSource(SourceSection):
+    """Rows with a question, an optional context, and answers: the first is trained, all of them count as right."""
+
+    implementation: ClassVar[str] = "finetune.data.formats.qa:QaFormat"
+    format: Literal["qa"]
+    context: str = Field("context", description="Column with the text that holds the answer; may be absent or empty.")
+    question: str = Field("question", description="Column with the question.")
+    answers: str = Field(
+        "answers", description='Column with the answers: a text, a list of texts, or `{"text": [...]}` as in SQuAD.'
+    )
+    system: str | None = Field(None, description="A system message to put before every row.")
+
+
+class ClassificationSource(SourceSection):
+    """Rows with a text and its label."""
+
+    implementation: ClassVar[str] = "finetune.data.formats.classification:ClassificationFormat"
+    format: Literal["classification"]
+    text: str = Field("text", description="Column with the text.")
+    label: str = Field("label", description="Column with the label: its name, or its number in `labels`.")
+    labels: list[str] = Field([], description="Names of the labels, in the order of their numbers.")
+    system: str | None = Field(
+        None, description="A system message to put before every row; `{labels}` in it stands for their names."
+    )
+
+
 class TextSource(SourceSection):
     """Rows of plain text, every token of which is trained."""
 
@@ -55,7 +113,28 @@ class TextSource(SourceSection):
     text: str = Field("text", description="Column with the text.")
 
 
-Source = Annotated[ChatSource | InstructionSource | CompletionSource | TextSource, Field(discriminator="format")]
+class TokenizedSource(SourceSection):
+    """Rows of token ids, all of which are trained unless labels or a mask say otherwise."""
+
+    implementation: ClassVar[str] = "finetune.data.formats.tokenized:TokenizedFormat"
+    format: Literal["tokenized"]
+    input_ids: str = Field("input_ids", description="Column with the token ids.")
+    labels: str = Field("labels", description="Column with the ids again, and -100 where not trained; may be absent.")
+    mask: str = Field("loss_mask", description="Column with 1 where trained and 0 elsewhere; may be absent.")
+
+
+Source = Annotated[
+    AutoSource
+    | ChatSource
+    | ShareGptSource
+    | InstructionSource
+    | CompletionSource
+    | QaSource
+    | ClassificationSource
+    | TextSource
+    | TokenizedSource,
+    Field(discriminator="format"),
+]
 
 
 class Data(Section):
@@ -67,13 +146,35 @@ class Data(Section):
         0.0, ge=0, lt=1, description="Share of the training rows to hold out instead, drawn by the seed."
     )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens.")
-    overlength: Literal["error", "drop"] = Field(
-        "error", description="What to do with a longer row: stop, or leave the row out and count it."
-    )
-    train_on: Literal["assistant", "last_turn", "all"] = Field(
-        "assistant",
+    overlength: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = Field(
+        "error",
         description=(
-            "Tokens that are trained: every answer of the assistant, the last answer only, or all tokens. "
-            "The end of a trained turn is always trained with it."
+            "What to do with a longer row: stop; leave it out; cut the beginning of its prompt; cut its end; "
+            "or make several rows of it, which only text without a prompt allows. What is cut is counted."
         ),
     )
+    train_on: Literal["assistant", "last_turn", "completion", "all"] = Field(
+        "assistant",
+        description=(
+            "Tokens that are trained: every answer of the assistant, the last answer only, every answer after the "
+            "last user's message, or all tokens. The end of a trained turn is always trained with it."
+        ),
+    )
+    split_turns: bool = Field(
+        False,
+        description=(
+            "Make a row of its own of every answer, with the turns before it as its prompt: "
+            "for chat templates that render the last turn in another way than earlier ones."
+        ),
+    )
+    on_untrainable: Literal["stop", "skip"] = Field(
+        "stop", description="What to do with a row that has no token to train on: stop, or leave it out and count it."
+    )
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _format_is_auto_by_default(cls, sources: Any) -> Any:
+        """A tagged union has no default tag of its own."""
+        if not isinstance(sources, list):
+            return sources
+        return [{"format": "auto", **source} if isinstance(source, dict) else source for source in sources]

@@ -135,7 +135,7 @@ SNIPPETS: Mapping[str, str] = {
     "sdp_attention": "model.attention: sdpa",
     "eager_attention": "model.attention: eager",
     "assistant_only_loss": "data.train_on: assistant",
-    "completion_only_loss": "data.train_on: assistant",
+    "completion_only_loss": "data.train_on: completion",
     "train_on_responses_only": "data.train_on: assistant",
     "mask_history": "data.train_on: last_turn",
 }
@@ -162,6 +162,9 @@ _DTYPES = {
 
 _FORMATS = {
     "alpaca": "instruction",
+    "share_gpt": "sharegpt",
+    "squad": "qa",
+    "pretokenized": "tokenized",
     "instruct": "instruction",
     "messages": "chat",
     "openai": "chat",
@@ -193,7 +196,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "adapter.target_modules": {"all": "all-linear", "all_linear": "all-linear"},
     "data.train.format": _FORMATS,
     "data.validation.format": _FORMATS,
-    "data.overlength": {"raise": "error", "delete": "drop"},
+    "data.overlength": {"raise": "error", "delete": "drop", "left": "truncate_prompt", "right": "truncate"},
     "data.train_on": {
         "train_on_assistant": "assistant",
         "train_on_last": "last_turn",

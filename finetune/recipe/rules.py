@@ -95,6 +95,17 @@ def pack_length_is_for_packs(recipe: Recipe) -> Violation | None:
     return None
 
 
+def split_turns_trains_answers(recipe: Recipe) -> Violation | None:
+    """A row for each answer repeats the turns before it, which `all` would train once more each time."""
+    if recipe.data.split_turns and recipe.data.train_on == "all":
+        return Violation(
+            "data.train_on",
+            "data.split_turns repeats earlier turns in every row, and all would train them each time",
+            "set data.train_on to assistant, or leave data.split_turns out",
+        )
+    return None
+
+
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     float16_weights_cannot_train,
@@ -102,4 +113,5 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     one_kind_of_validation,
     evaluation_needs_rows,
     pack_length_is_for_packs,
+    split_turns_trains_answers,
 )

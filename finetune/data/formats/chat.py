@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from finetune.data.documents import Conversation, Format, Message, Role
 from finetune.data.sources import Row, describe, excerpt
+from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
 from finetune.recipe.data import ChatSource
 
@@ -18,26 +19,66 @@ class ChatFormat(Format[ChatSource]):
     def document(self, row: Row) -> Conversation:
         """The row's messages as they stand."""
         column = self.section.messages
-        messages = row.values.get(column)
-        if not isinstance(messages, list) or not messages:
-            columns = f"no such column among: {excerpt(', '.join(row.values))}"
-            row_has = describe(messages) if column in row.values else columns
-            raise DataError(
-                f"column {column!r} must be a list of messages, found {row_has}",
-                where=row.where,
-                hint="correct the row, or name its column: {format: chat, messages: <column>}",
-            )
-        return Conversation(tuple(_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(messages)))
+        messages = listed(row, column, "{format: chat, messages: <column>}")
+        return Conversation(
+            tuple(_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(messages)),
+            tools_of(row, self.section.tools),
+        )
+
+
+def listed(row: Row, column: str, section: str) -> list[Any]:
+    """The list of messages in a column.
+
+    Args:
+        row: The row.
+        column: Name of its column.
+        section: How a recipe names another column.
+
+    Raises:
+        DataError: There is none.
+    """
+    messages = row.values.get(column)
+    if not isinstance(messages, list) or not messages:
+        columns = f"no such column among: {excerpt(', '.join(row.values))}"
+        row_has = describe(messages) if column in row.values else columns
+        raise DataError(
+            f"column {column!r} must be a list of messages, found {row_has}",
+            where=row.where,
+            hint=f"correct the row, or name its column: {section}",
+        )
+    return messages
 
 
 def _message(value: Any, key: str, where: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{key} must be an object with role and content, found {describe(value)}", where=where)
-    role, content = value.get("role"), value.get("content")
+    role, calls = value.get("role"), value.get("tool_calls")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(
             f"{key}.role must be one of {', '.join(ROLES)}, found {describe(role)}", where=where, hint="correct the row"
         )
+    if calls and role != "assistant":
+        raise DataError(f"{key} is the {role}'s and calls a tool", where=where, hint="only the assistant calls tools")
+    return Message(
+        role,
+        _content(value, key, where, may_be_null=bool(calls)),
+        tool_calls_of(calls, f"{key}.tool_calls", where) if calls else (),
+        value.get("tool_call_id"),
+        _train(value, key, where),
+    )
+
+
+def _content(value: dict[str, Any], key: str, where: str, may_be_null: bool) -> str:
+    content = value.get("content")
+    if content is None and may_be_null:
+        return ""
     if not isinstance(content, str):
         raise DataError(f"{key}.content must be text, found {describe(content)}", where=where, hint="correct the row")
-    return Message(role, content)
+    return content
+
+
+def _train(value: dict[str, Any], key: str, where: str) -> bool:
+    train = value.get("train", True)
+    if not isinstance(train, bool):
+        raise DataError(f"{key}.train must be true or false, found {describe(train)}", where=where)
+    return train

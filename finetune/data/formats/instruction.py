@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from finetune.data.documents import Conversation, Format, Message
-from finetune.data.sources import Row
+from finetune.data.sources import Row, describe
+from finetune.errors import DataError
 from finetune.recipe.data import InstructionSource
 
 
@@ -15,7 +18,26 @@ class InstructionFormat(Format[InstructionSource]):
         section = self.section
         instruction, given = row.text(section.instruction), row.optional_text(section.input)
         user = f"{instruction}\n\n{given}" if given else instruction
-        messages = [Message("user", user), Message("assistant", row.text(section.output))]
+        messages = [*self._history(row), Message("user", user), Message("assistant", row.text(section.output))]
         if section.system is not None:
             messages.insert(0, Message("system", section.system))
         return Conversation(tuple(messages))
+
+    def _history(self, row: Row) -> Iterator[Message]:
+        column = self.section.history
+        exchanges = row.values.get(column)
+        if exchanges is not None and not isinstance(exchanges, list):
+            raise _bad_history(column, exchanges, row)
+        for exchange in exchanges or []:
+            if not (isinstance(exchange, list) and [type(text) for text in exchange] == [str, str]):
+                raise _bad_history(column, exchange, row)
+            yield Message("user", exchange[0])
+            yield Message("assistant", exchange[1])
+
+
+def _bad_history(column: str, found: object, row: Row) -> DataError:
+    return DataError(
+        f"column {column!r} must be a list of pairs of texts, found {describe(found)}",
+        where=row.where,
+        hint="correct the row",
+    )

@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from finetune.data.documents import Conversation, Document, Message, PlainText
+from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.recipe.data import Source
 from finetune.resolve import build
 
 
-def document(row: dict[str, Any], **source: str | bool) -> Document:
+def document(row: dict[str, Any], **source: Any) -> Document:
     section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", **source})
     return build(section).document(Row(row, "rows.jsonl:5"))
 
 
-def error_of(row: dict[str, Any], **source: str | bool) -> DataError:
+def error_of(row: dict[str, Any], **source: Any) -> DataError:
     with pytest.raises(DataError) as caught:
         document(row, **source)
     assert caught.value.where == "rows.jsonl:5"
@@ -132,3 +132,153 @@ def test_a_completion_is_two_texts_or_two_turns_as_the_recipe_says():
 )
 def test_a_missing_or_unfit_column_is_named(format_name: str, row: dict[str, Any], column: str):
     assert f"column {column!r}" in error_of(row, format=format_name).what
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+def test_a_tool_call_is_data_whether_its_arguments_were_text_or_not(arguments: Any):
+    call = {"function": {"name": "add", "arguments": arguments}}
+    row = {
+        "messages": [
+            turn("user", "1+1"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "x", "content": "2"},
+        ],
+        "tools": '[{"name": "add"}]',
+    }
+    assert document(row, format="chat") == Conversation(
+        (Message("user", "1+1"), Message("assistant", "", (CALL,)), Message("tool", "2", tool_call_id="x")),
+        ({"type": "function", "function": {"name": "add"}},),
+    )
+
+
+def test_a_message_may_be_kept_from_training():
+    found = document({"messages": [turn("user", "a"), {**turn("assistant", "b"), "train": False}]}, format="chat")
+    assert found == Conversation((Message("user", "a"), Message("assistant", "b", train=False)))
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        (turn("assistant", None), "messages[0].content must be text"),
+        ({**turn("user", "a"), "tool_calls": [CALL]}, "messages[0] is the user's and calls a tool"),
+        ({**turn("assistant", ""), "tool_calls": "{"}, "messages[0].tool_calls must be JSON"),
+        ({**turn("assistant", ""), "tool_calls": [{"name": 3}]}, "messages[0].tool_calls must name a function"),
+        ({**turn("assistant", "b"), "train": "no"}, "messages[0].train must be true or false"),
+    ],
+)
+def test_a_bad_call_or_flag_is_named(message: dict[str, Any], what: str):
+    assert what in error_of({"messages": [message]}, format="chat").what
+
+
+def test_sharegpt_turns_get_the_roles_that_templates_know():
+    said = [("system", "S"), ("human", "1+1"), ("function_call", '{"name": "add", "arguments": {"a": 1}}')]
+    said += [("observation", "2"), ("gpt", "Two")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in said], "tools": ""}
+    assert document(row, format="sharegpt") == Conversation(
+        (
+            Message("system", "S"),
+            Message("user", "1+1"),
+            Message("assistant", "", (CALL,)),
+            Message("tool", "2"),
+            Message("assistant", "Two"),
+        )
+    )
+
+
+def test_sharegpt_keys_and_roles_are_options():
+    row = {"talk": [{"who": "Q", "text": "a"}, {"who": "A", "text": "b"}], "system": "S"}
+    names = {"conversations": "talk", "role_key": "who", "content_key": "text"}
+    found = document(row, format="sharegpt", user_roles=["Q"], assistant_roles=["A"], **names)
+    assert found == Conversation((Message("system", "S"), Message("user", "a"), Message("assistant", "b")))
+    row["talk"][0]["who"] = "X"
+    assert "talk[0].who" in error_of(row, format="sharegpt", user_roles=["Q"], **names).what
+
+
+def test_earlier_exchanges_of_an_instruction_come_first():
+    row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    found = document(row, format="instruction")
+    assert isinstance(found, Conversation)
+    assert [message.content for message in found.messages] == ["a", "b", "c", "d"]
+    assert "pairs of texts" in error_of({**row, "history": [["a"]]}, format="instruction").what
+
+
+@pytest.mark.parametrize("answers", [["Ann", "Miss Ann"], {"text": ["Ann", "Miss Ann"], "answer_start": [0, 9]}])
+def test_the_first_answer_is_trained_and_all_are_references(answers: Any):
+    found = document({"context": "Ann sings.", "question": "Who?", "answers": answers}, format="qa")
+    turns = (Message("user", "Ann sings.\n\nWho?"), Message("assistant", "Ann"))
+    assert found == Conversation(turns, references=("Ann", "Miss Ann"))
+
+
+@pytest.mark.parametrize("answers", [[], {"text": []}, [3], None])
+def test_a_question_without_an_answer_is_refused(answers: Any):
+    error_of({"question": "Who?", "answers": answers}, format="qa")
+
+
+@pytest.mark.parametrize("label", [1, "good"])
+def test_a_label_is_its_name_or_its_number(label: Any):
+    found = document(
+        {"text": "Great", "label": label}, format="classification", labels=["bad", "good"], system="One of: {labels}"
+    )
+    assert found == Conversation(
+        (Message("system", "One of: bad, good"), Message("user", "Great"), Message("assistant", "good"))
+    )
+
+
+@pytest.mark.parametrize(("label", "labels"), [(2, ["bad", "good"]), (True, ["bad"]), ("fine", ["bad"]), (1, [])])
+def test_a_label_without_a_name_is_refused(label: Any, labels: list[str]):
+    assert "'label'" in error_of({"text": "a", "label": label}, format="classification", labels=labels).what
+
+
+@pytest.mark.parametrize(
+    ("further", "is_target"),
+    [
+        ({}, (True, True, True)),
+        ({"labels": [-100, 6, 7]}, (False, True, True)),
+        ({"loss_mask": [0, 1, 0]}, (False, True, False)),
+    ],
+)
+def test_tokens_are_trained_as_labels_or_a_mask_say(further: dict[str, Any], is_target: tuple[bool, ...]):
+    assert document({"input_ids": [5, 6, 7], **further}, format="tokenized") == Tokens((5, 6, 7), is_target)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": []},
+        {"input_ids": [5, -1]},
+        {"input_ids": [5, 6], "labels": [6, -100]},
+        {"input_ids": [5, 6], "labels": [5]},
+        {"input_ids": [5], "loss_mask": [2]},
+        {"input_ids": [5], "loss_mask": [1], "labels": [5]},
+    ],
+)
+def test_tokens_with_unfit_labels_are_refused(row: dict[str, Any]):
+    error_of(row, format="tokenized")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"messages": [turn("user", "a")]}, "chat"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt"),
+        ({"instruction": "a", "input": "", "output": "b"}, "instruction"),
+        ({"prompt": "a", "completion": "b"}, "completion"),
+        ({"question": "a", "answers": ["b"]}, "qa"),
+        ({"text": "a", "label": "b"}, "classification"),
+        ({"text": "a", "url": "b"}, "text"),
+        ({"input_ids": [1, 2]}, "tokenized"),
+    ],
+)
+def test_a_format_is_detected_by_columns_and_logged(row: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        assert document(row, format="auto") == document(row, format=named)
+    assert f"read as format {named}, for it has" in caplog.text
+
+
+def test_columns_of_two_formats_or_of_none_are_refused():
+    both = error_of({"prompt": "a", "completion": "b", "text": "c"}, format="auto")
+    assert "completion, text" in both.what
+    assert "no format is known by the columns x" in error_of({"x": 1}, format="auto").what

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from finetune.evaluation.metrics import exact_match, token_f1
+from finetune.evaluation.metrics import best_of, exact_match, token_f1
 
 TEXTS = ["", "the", "Paris", "the city of Paris", "Paris, France!", "a a b", "a b b", "日本 東京", "..."]
 
@@ -64,3 +64,8 @@ def test_what_matches_exactly_has_an_f1_of_1():
 
 def test_the_order_of_words_does_not_matter_for_f1():
     assert token_f1("one two three", "three one two") == 1
+
+
+def test_an_answer_is_scored_against_the_reference_that_it_fits_best():
+    assert best_of(exact_match, "Ann", ("Miss Ann", "Ann")) == 1
+    assert best_of(token_f1, "Ann", ("Bob", "Miss Ann")) == token_f1("Ann", "Miss Ann")

@@ -104,7 +104,7 @@ def test_an_endless_file_is_refused() -> None:
         ("{kind: nf4, double_quant: true}", "nf4", "3:15", "quantization", 'text "nf4"', "quantization: {kind: nf4}"),
         ("kind: nf4, double", "kind:nf4, double", "3:16", "quantization.kind:nf4", "unknown", "space after the colon"),
         ("double_quant: true", "double_quant: 2", "3:41", "quantization.double_quant", "true or false", None),
-        ("format: chat\n", "\n", "11:7", "data.train.0.format", "missing; one of chat, instr", None),
+        ("format: chat\n", "formt: chat\n", "12:7", "data.train.0.formt", "unknown key", "did you mean `format`?"),
         ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0.path", "missing; expected text", "A .jsonl file"),
         ("[0.9, 0.95]", "[0.9]", "16:65", "optimizer.betas", "a list of 2 items", None),
         ("[0.9, 0.95]", "[0.9, 1]", "16:71", "optimizer.betas.1", "below 1, found the number 1", None),
@@ -276,6 +276,7 @@ def _sample(shape: Shape) -> Any:
         "a number below 0": -0.5,
         "a number": 0.5,
         "a list of 2": [0.5, 0.25],
+        "a list of items, each text": ["other"],
         "true or false": True,
         "text": "other",
     }

@@ -16,6 +16,7 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "one_kind_of_validation": (("data.validation_fraction=0.1",), "data.validation_fraction"),
     "evaluation_needs_rows": (("data.validation=[]",), "evaluation.every_steps"),
     "pack_length_is_for_packs": (("training.pack_length=4096",), "training.pack_length"),
+    "split_turns_trains_answers": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
 
@@ -26,6 +27,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),
     "evaluation_needs_rows": ("data.validation=[]", "evaluation.every_steps=null"),
     "pack_length_is_for_packs": ("training.pack_length=4096", "training.batching=packed"),
+    "split_turns_trains_answers": ("data.split_turns=true", "data.train_on=completion"),
 }
 """For each rule, overrides that come close to breaking it."""
 

@@ -1,0 +1,96 @@
+"""Auto: the format that the columns of a source's first row tell."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.data.documents import Document, Format
+from finetune.data.sources import Row, excerpt
+from finetune.errors import DataError
+from finetune.recipe.data import (
+    AutoSource,
+    ChatSource,
+    ClassificationSource,
+    CompletionSource,
+    InstructionSource,
+    QaSource,
+    ShareGptSource,
+    SourceSection,
+    TextSource,
+    TokenizedSource,
+)
+from finetune.resolve import build
+
+logger = logging.getLogger(__name__)
+
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+
+
+class AutoFormat(Format[AutoSource]):
+    """Rows that are read as the format of the first one.
+
+    Args:
+        section: Names the file only.
+    """
+
+    def __init__(self, section: AutoSource) -> None:
+        super().__init__(section)
+        self._detected: Format[Any] | None = None
+
+    def document(self, row: Row) -> Document:
+        """The document of the row in the format that was detected on the first row."""
+        if self._detected is None:
+            self._detected = build(self._detect(row))
+        return self._detected.document(row)
+
+    def _detect(self, row: Row) -> SourceSection:
+        found = list(_candidates(row, self.section.path))
+        formats = [section.model_dump()["format"] for section, _ in found]
+        if not found:
+            raise DataError(
+                f"no format is known by the columns {excerpt(', '.join(row.values)) or '(none)'}",
+                where=row.where,
+                hint="set the source's format, and name its columns",
+            )
+        if len(found) > 1:
+            raise DataError(
+                f"the columns fit more than one format: {', '.join(formats)}",
+                where=row.where,
+                hint=f"set the source's format: {' or '.join(formats)}",
+            )
+        (section, columns), name = found[0], formats[0]
+        logger.info("%s: read as format %s, for it has %s", self.section.path, name, columns)
+        return section
+
+
+def _candidates(row: Row, path: str) -> Iterator[tuple[SourceSection, str]]:
+    """Every format that a row's columns fit, and what told it."""
+    has = row.values.keys()
+    yield from _conversations(row, path)
+    if {"instruction", "output"} <= has:
+        yield InstructionSource(path=path, format="instruction"), "columns instruction and output"
+    if {"prompt", "completion"} <= has:
+        yield CompletionSource(path=path, format="completion"), "columns prompt and completion"
+    for answers in ("answers", "answer"):
+        if {"question", answers} <= has:
+            yield QaSource(path=path, format="qa", answers=answers), f"columns question and {answers}"
+            break
+    if {"text", "label"} <= has:
+        yield ClassificationSource(path=path, format="classification"), "columns text and label"
+    elif "text" in has:
+        yield TextSource(path=path, format="text"), "column text"
+    if "input_ids" in has:
+        yield TokenizedSource(path=path, format="tokenized"), "column input_ids"
+
+
+def _conversations(row: Row, path: str) -> Iterator[tuple[SourceSection, str]]:
+    for column in CONVERSATION_COLUMNS:
+        turns = row.values.get(column)
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, dict) and "role" in first:
+            yield ChatSource(path=path, format="chat", messages=column), f"turns with role in column {column}"
+        elif isinstance(first, dict) and "from" in first:
+            section = ShareGptSource(path=path, format="sharegpt", conversations=column)
+            yield section, f"turns with from in column {column}"

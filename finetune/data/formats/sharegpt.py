@@ -1,0 +1,59 @@
+"""ShareGPT: a list of turns with `from` and `value`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.data.documents import Conversation, Format, Message
+from finetune.data.formats.chat import listed
+from finetune.data.sources import Row, describe, excerpt
+from finetune.data.tools import tool_calls_of, tools_of
+from finetune.errors import DataError
+from finetune.recipe.data import ShareGptSource
+
+
+class ShareGptFormat(Format[ShareGptSource]):
+    """Rows in the form of the ShareGPT data set, tool calls as turns of their own included.
+
+    Args:
+        section: The names of columns, keys and roles.
+    """
+
+    def __init__(self, section: ShareGptSource) -> None:
+        super().__init__(section)
+        self._roles = {
+            **dict.fromkeys(section.system_roles, "system"),
+            **dict.fromkeys(section.user_roles, "user"),
+            **dict.fromkeys((*section.assistant_roles, *section.call_roles), "assistant"),
+            **dict.fromkeys(section.tool_roles, "tool"),
+        }
+
+    def document(self, row: Row) -> Conversation:
+        """The row's turns under the names of roles that chat templates know."""
+        column = self.section.conversations
+        turns = listed(row, column, "{format: sharegpt, conversations: <column>}")
+        messages = [self._message(turn, f"{column}[{i}]", row.where) for i, turn in enumerate(turns)]
+        if system := row.optional_text(self.section.system):
+            messages.insert(0, Message("system", system))
+        return Conversation(tuple(messages), tools_of(row, self.section.tools))
+
+    def _message(self, turn: Any, key: str, where: str) -> Message:
+        role_key, content_key = self.section.role_key, self.section.content_key
+        if not isinstance(turn, dict):
+            raise DataError(
+                f"{key} must be an object with {role_key} and {content_key}, found {describe(turn)}", where=where
+            )
+        name, content = turn.get(role_key), turn.get(content_key)
+        if not isinstance(name, str) or name not in self._roles:
+            raise DataError(
+                f"{key}.{role_key} must be one of {excerpt(', '.join(self._roles))}, found {describe(name)}",
+                where=where,
+                hint="correct the row, or name its roles in the source's section of the recipe",
+            )
+        if name in self.section.call_roles:
+            return Message("assistant", "", tool_calls_of(content, f"{key}.{content_key}", where))
+        if not isinstance(content, str):
+            raise DataError(
+                f"{key}.{content_key} must be text, found {describe(content)}", where=where, hint="correct the row"
+            )
+        return Message(self._roles[name], content)

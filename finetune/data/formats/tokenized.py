@@ -1,0 +1,61 @@
+"""Tokenized: rows of token ids, as another program made them."""
+
+from __future__ import annotations
+
+from finetune.data.documents import Format, Tokens
+from finetune.data.sources import Row, describe
+from finetune.errors import DataError
+from finetune.recipe.data import TokenizedSource
+
+IGNORED = -100
+"""The label of a token that is not trained, by convention of transformers."""
+
+
+class TokenizedFormat(Format[TokenizedSource]):
+    """Rows of token ids with optional labels or a mask."""
+
+    def document(self, row: Row) -> Tokens:
+        """The ids as they stand; a label that is neither its own token nor -100 is refused."""
+        section = self.section
+        ids = _integers(row, section.input_ids)
+        if any(token < 0 for token in ids):
+            raise DataError(f"column {section.input_ids!r} has a token below 0", where=row.where)
+        if section.labels in row.values and section.mask in row.values:
+            raise DataError(
+                f"the row has both {section.labels!r} and {section.mask!r}", where=row.where, hint="remove one of them"
+            )
+        if section.labels in row.values:
+            return Tokens(ids, self._labelled(row, ids))
+        if section.mask in row.values:
+            return Tokens(ids, self._masked(row, ids))
+        return Tokens(ids, (True,) * len(ids))
+
+    def _labelled(self, row: Row, ids: tuple[int, ...]) -> tuple[bool, ...]:
+        labels = _integers(row, self.section.labels, len(ids))
+        for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if label not in (token, IGNORED):
+                raise DataError(
+                    f"label {place} is {label}, but its token is {token}",
+                    where=row.where,
+                    hint="labels stand at their own token, not shifted, and are -100 where not trained",
+                )
+        return tuple(label != IGNORED for label in labels)
+
+    def _masked(self, row: Row, ids: tuple[int, ...]) -> tuple[bool, ...]:
+        mask = _integers(row, self.section.mask, len(ids))
+        if not set(mask) <= {0, 1}:
+            raise DataError(f"column {self.section.mask!r} must hold only 0 and 1", where=row.where)
+        return tuple(bool(value) for value in mask)
+
+
+def _integers(row: Row, column: str, length: int | None = None) -> tuple[int, ...]:
+    values = row.values.get(column)
+    if not isinstance(values, list) or not values or any(type(value) is not int for value in values):
+        raise DataError(
+            f"column {column!r} must be a list of whole numbers, found {describe(values)}",
+            where=row.where,
+            hint="correct the row, or name its column in the source's section of the recipe",
+        )
+    if length is not None and len(values) != length:
+        raise DataError(f"column {column!r} has {len(values)} values for {length} tokens", where=row.where)
+    return tuple(values)

@@ -1,0 +1,68 @@
+"""Tools and calls of tools, brought to the one form that chat templates expect.
+
+Data sets write them as data or as JSON text, with OpenAI's wrapper around a function or without. Templates print
+them with `tojson`, so JSON text that stayed text would be quoted twice.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.data.documents import ToolObject
+from finetune.data.sources import Row, describe
+from finetune.errors import DataError
+
+
+def tools_of(row: Row, column: str) -> tuple[ToolObject, ...]:
+    """The definitions of tools in a column that may be absent, null or empty.
+
+    Raises:
+        DataError: The column holds something else.
+    """
+    value = row.values.get(column)
+    if value is None or value == "":
+        return ()
+    definitions = _parsed(value, f"column {column!r}", row.where)
+    listed = definitions if isinstance(definitions, list) else [definitions]
+    return tuple(_wrapped(each, f"column {column!r}", row.where) for each in listed)
+
+
+def tool_calls_of(value: Any, key: str, where: str) -> tuple[ToolObject, ...]:
+    """Calls of tools, given as one or a list, as data or as JSON text; arguments become data.
+
+    Raises:
+        DataError: It is no call.
+    """
+    calls = _parsed(value, key, where)
+    return tuple(_call(call, key, where) for call in (calls if isinstance(calls, list) else [calls]))
+
+
+def _call(value: Any, key: str, where: str) -> ToolObject:
+    call = _wrapped(value, key, where)
+    function = dict(call["function"])
+    arguments = function.get("arguments", {})
+    function["arguments"] = _parsed(arguments, f"{key}: the arguments of {function['name']}", where)
+    return {**call, "function": function}
+
+
+def _wrapped(value: Any, key: str, where: str) -> dict[str, Any]:
+    """An object `{"type": "function", "function": {"name": ...}}`, whether or not the wrapper was written."""
+    wrapped = value if isinstance(value, dict) and "function" in value else {"function": value}
+    function = wrapped["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(
+            f"{key} must name a function, found {describe(value)}",
+            where=where,
+            hint='write {"type": "function", "function": {"name": ...}}',
+        )
+    return {"type": "function", **wrapped}
+
+
+def _parsed(value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{key} must be JSON, found {describe(value)}", where=where, hint="correct the row") from error

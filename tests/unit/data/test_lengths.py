@@ -1,0 +1,101 @@
+"""Rows made to fit: what must not be lost is kept, and what is lost is counted."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from finetune.data.dataset import LocatedDocument, Split, encode
+from finetune.data.documents import Conversation, Document, Message, PlainText
+from finetune.data.encode import Encoder, Example
+from finetune.data.lengths import chunks, without_prompt_head
+from finetune.errors import DataError
+from finetune.recipe.data import Data
+from tests.fixtures.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+TALK = Conversation((Message("user", "a" * 40), Message("assistant", "b" * 10)))
+LONG_ANSWER = Conversation((Message("user", "a"), Message("assistant", "b" * 60)))
+
+
+def encoded(*documents: Document, **settings: object) -> Split:
+    section = Data.model_validate({"train": [{"path": "rows.jsonl"}], **settings})
+    located = [LocatedDocument(document, f"rows.jsonl:{line}") for line, document in enumerate(documents, start=1)]
+    return encode(located, Encoder(TOKENIZER, section.train_on), section)
+
+
+def trained(example: Example) -> str:
+    return TOKENIZER.decode([i for i, target in zip(example.ids, example.is_target, strict=True) if target])
+
+
+def test_a_prompt_is_cut_from_the_left_behind_the_beginning_of_text_and_no_target_with_it():
+    split = encoded(TALK, max_length=40, overlength="truncate_prompt")
+    (example,) = split.examples
+    assert len(example.ids) == 40
+    assert example.ids[0] == TOKENIZER.bos_token_id
+    assert trained(example) == "b" * 10 + "<|end|>"
+    assert (split.counts.truncated, split.counts.cut_target_tokens) == (1, 0)
+
+
+@pytest.mark.parametrize(("longest", "fits"), [(4, True), (3, False)])
+def test_a_prompt_keeps_at_least_one_token(longest: int, fits: bool):
+    example = Example([0, 1, 2, 3, 4], [False, False, True, True, True])
+    assert (without_prompt_head(example, longest, None) is not None) == fits
+
+
+def test_an_answer_that_leaves_no_room_stops_the_run():
+    with pytest.raises(DataError, match="no room for a prompt"):
+        encoded(LONG_ANSWER, max_length=40, overlength="truncate_prompt")
+
+
+def test_a_cut_end_is_counted_in_trained_tokens(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        split = encoded(LONG_ANSWER, max_length=40, overlength="truncate")
+    whole = encoded(LONG_ANSWER).counts.target_tokens
+    assert split.counts.cut_target_tokens == whole - split.counts.target_tokens > 0
+    assert f"{split.counts.cut_target_tokens} trained tokens were cut" in caplog.text
+
+
+def test_a_row_that_loses_all_its_targets_is_untrainable():
+    split = encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate", on_untrainable="skip")
+    assert (split.counts.kept, split.counts.untrainable) == (1, 1)
+    with pytest.raises(DataError, match=r"no token to train on: rows.jsonl:1"):
+        encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate")
+
+
+@pytest.mark.parametrize("length", [2, 9, 10, 17, 18, 19])
+def test_chunks_train_every_target_once_from_the_token_before_it(length: int):
+    example = Example(list(range(length)), [True] * length)
+    pairs = [pair for chunk in chunks(example, 9) for pair in zip(chunk.ids, chunk.ids[1:], strict=False)]
+    assert pairs == list(zip(example.ids, example.ids[1:], strict=False))
+    assert sum(chunk.targets for chunk in chunks(example, 9)) == example.targets
+
+
+def test_split_makes_rows_of_text_and_refuses_a_prompt():
+    counts = encoded(PlainText("", "x" * 100), PlainText("", "y"), max_length=40, overlength="split").counts
+    assert (counts.read, counts.added, counts.kept, counts.cut_target_tokens) == (2, 2, 4, 0)
+    with pytest.raises(DataError, match="cannot be split: its later parts would lack what they answer"):
+        encoded(TALK, max_length=40, overlength="split")
+
+
+def test_rows_that_train_nothing_stop_with_their_places_or_are_skipped_and_counted():
+    mute = Conversation((Message("user", "a"),))
+    with pytest.raises(DataError, match=r"2 rows have no token to train on: rows.jsonl:1, rows.jsonl:3"):
+        encoded(mute, TALK, mute)
+    assert encoded(mute, TALK, mute, on_untrainable="skip").counts.untrainable == 2
+    with pytest.raises(DataError, match="no token to train on"):
+        encoded(mute, on_untrainable="skip")
+
+
+def test_split_turns_counts_the_rows_it_adds():
+    twice = Conversation((*TALK.messages, *TALK.messages))
+    counts = encoded(twice, TALK, split_turns=True).counts
+    assert (counts.read, counts.added, counts.kept) == (2, 1, 3)
+
+
+def test_a_row_that_begins_twice_is_refused():
+    twice = tiny_tokenizer()
+    twice.chat_template = "{{ bos_token }}" + str(twice.chat_template)
+    with pytest.raises(DataError, match="begins twice"):
+        Encoder(twice, "assistant").example(TALK, "row")

@@ -1,0 +1,170 @@
+"""Conversations through the templates of seven families of models: exactly the answers and their ends are trained."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.data.documents import Conversation, Message
+from finetune.data.encode import Encoder
+from finetune.errors import DataError
+from tests.fixtures.templates import SPECIAL, family_tokenizer
+
+TOKENIZERS = {family: family_tokenizer(family) for family in SPECIAL}
+STABLE = [family for family in SPECIAL if family != "qwen3"]
+"""Families whose templates render a turn in one way wherever it stands."""
+
+
+def marked(family: str, conversation: Conversation, train_on: str = "assistant") -> str:
+    """The rendered text with its trained parts in double brackets."""
+    tokenizer = TOKENIZERS[family]
+    example = Encoder(tokenizer, train_on).example(conversation, "row")  # type: ignore[arg-type]
+    pieces = []
+    for target, pairs in groupby(zip(example.ids, example.is_target, strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in pairs])
+        pieces.append(f"⟦{text}⟧" if target else text)
+    return "".join(pieces)
+
+
+def trained_pieces(family: str, conversation: Conversation) -> list[str]:
+    text = marked(family, conversation)
+    return [piece.split("⟧")[0] for piece in text.split("⟦")[1:]]
+
+
+TALK = Conversation(
+    (
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "Bye"),
+        Message("assistant", "See\nyou"),
+    )
+)
+
+GOLDEN = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\n"
+        "Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦See\nyou<|eot_id|>⟧"
+    ),
+    "qwen2_5": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\n⟦See\nyou<|im_end|>⟧\n"
+    ),
+    "gemma3": (
+        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello<end_of_turn>⟧\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟦See\nyou<end_of_turn>⟧\n"
+    ),
+    "mistral": "<s>[INST] Be brief.\n\nHi[/INST]⟦ Hello</s>⟧[INST] Bye[/INST]⟦ See\nyou</s>⟧",
+    "phi4": (
+        "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hi<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>⟦Hello<|im_end|>⟧<|im_start|>user<|im_sep|>Bye<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>⟦See\nyou<|im_end|>⟧"
+    ),
+}
+GOLDEN["smollm2"] = GOLDEN["qwen2_5"]
+
+
+@pytest.mark.parametrize("family", STABLE)
+def test_two_exchanges_are_rendered_and_trained_as_written_down(family: str):
+    assert marked(family, TALK) == GOLDEN[family]
+
+
+def test_a_template_that_renders_the_last_turn_in_its_own_way_is_noticed_and_the_remedy_named():
+    with pytest.raises(DataError, match="turn 2 differently") as caught:
+        marked("qwen3", TALK)
+    assert "data.split_turns" in str(caught.value.hint)
+    assert "last_turn" in str(caught.value.hint)
+
+
+def test_split_turns_gives_each_answer_a_row_in_which_it_stands_last():
+    begin = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    think = "<think>\n\n</think>\n\n"
+    assert [marked("qwen3", row) for row in TALK.split_turns()] == [
+        f"{begin}⟦{think}Hello<|im_end|>⟧\n",
+        f"{begin}Hello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        f"<|im_start|>assistant\n⟦{think}See\nyou<|im_end|>⟧\n",
+    ]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+WITH_TOOL = Conversation(
+    (
+        Message("user", "1?"),
+        Message("assistant", "", (CALL,)),
+        Message("tool", "2", tool_call_id="x"),
+        Message("assistant", "Two"),
+    ),
+    ({"type": "function", "function": {"name": "add"}},),
+)
+
+
+def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
+    text = marked("qwen2_5", WITH_TOOL)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    assert f"<|im_start|>assistant\n⟦{call}⟧\n" in text
+    assert text.endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Two<|im_end|>⟧\n")
+
+
+def test_completion_trains_what_follows_the_last_user_message_and_last_turn_the_last_answer_only():
+    assert marked("qwen2_5", WITH_TOOL, "completion").count("⟦") == 2
+    assert marked("qwen2_5", WITH_TOOL, "last_turn").count("⟦") == 1
+    assert marked("qwen2_5", TALK, "completion") == marked("qwen2_5", TALK, "last_turn")
+
+
+def test_a_template_that_leaves_tools_out_is_refused():
+    with pytest.raises(DataError, match="leaves out the tool 'add'"):
+        marked("smollm2", WITH_TOOL)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_a_template_that_enforces_the_order_of_roles_refuses_two_questions_in_a_row(family: str):
+    with pytest.raises(DataError, match="alternate"):
+        marked(family, Conversation((Message("user", "a"), Message("user", "b"), Message("assistant", "c"))))
+
+
+MARKERS = ["assistant", "user", "<|im_start|>", "<|im_end|>", "</s>", "[/INST]", "|>", "\n", " ", "<end_of_turn>\n"]
+CONTENT = st.lists(
+    st.one_of(st.sampled_from(MARKERS), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="⟦⟧"))),
+    max_size=4,
+).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    system = [Message("system", draw(CONTENT))] if draw(st.booleans()) else []
+    exchanges = draw(st.lists(st.tuples(CONTENT, CONTENT, st.booleans()), min_size=1, max_size=3))
+    turns = [
+        message
+        for asked, answered, train in exchanges
+        for message in (Message("user", asked), Message("assistant", answered, train=train))
+    ]
+    return Conversation((*system, *turns))
+
+
+def as_rendered(family: str, content: str) -> str:
+    """An answer and its end as the family's template writes them."""
+    written = content.strip() if family in ("llama3", "gemma3") else content
+    return (" " if family == "mistral" else "") + written + SPECIAL[family][1]
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(conversation=conversations())
+@pytest.mark.parametrize("family", STABLE)
+def test_whatever_is_said_exactly_the_answers_and_their_ends_are_trained(family: str, conversation: Conversation):
+    answers = [m.content for m in conversation.messages if m.role == "assistant" and m.train]
+    assert trained_pieces(family, conversation) == [as_rendered(family, content) for content in answers]
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(conversation=conversations())
+@pytest.mark.parametrize("family", STABLE)
+def test_splitting_turns_trains_the_same_answers_each_once(family: str, conversation: Conversation):
+    pieces = [piece for row in conversation.split_turns() for piece in trained_pieces(family, row)]
+    assert pieces == trained_pieces(family, conversation)
