@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.evaluation.generation import Sampling, generate
 from finetune.jobs.trained import TrainedRun
-from finetune.recipe.data import ChatSource, CompletionSource, Data, InstructionSource
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
 
@@ -37,7 +36,7 @@ def answer(
     trained = TrainedRun.open(run, report)
     bench = trained.bench
     encoder = bench.encoder
-    documents = [_document(bench.recipe.data, prompt, system) for prompt in prompts]
+    documents = [_document(trained, prompt, system) for prompt in prompts]
     encoded = [encoder.prompt(document, "the prompt") for document in documents]
     base = bench.load_base(report)
     model = base if untuned else trained.attach(base, report)
@@ -52,13 +51,9 @@ def answer(
     )
 
 
-def _document(data: Data, prompt: str, system: str | None) -> Document:
+def _document(trained: TrainedRun, prompt: str, system: str | None) -> Document:
     """The prompt in the form of the training rows: a user's turn, or plain text."""
-    source = data.train[0]
-    if isinstance(source, ChatSource | InstructionSource) or (
-        isinstance(source, CompletionSource) and source.chat_template
-    ):
-        given = system if system is not None else getattr(source, "system", None)
-        opening = (Message("system", given),) if given is not None else ()
-        return Conversation((*opening, Message("user", prompt), Message("assistant", "")))
-    return PlainText(prompt, "")
+    if not trained.in_conversation:
+        return PlainText(prompt, "")
+    opening = () if system is None else (Message("system", system),)
+    return Conversation((*opening, Message("user", prompt), Message("assistant", "")))

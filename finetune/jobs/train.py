@@ -10,6 +10,7 @@ from torch import nn
 
 from finetune.data.batches import BatchOrder
 from finetune.data.dataset import Split, encode, read_documents
+from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.setup import Workbench
@@ -68,7 +69,8 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
         report(Phase("saving"))
         trained = run.trained(recipe.adapter.trains_base)
         if bench.accelerator.is_main_process:
-            _save(bench, state.bare_model, trained)
+            speaks = isinstance(documents.train[0].document, Conversation)
+            _save(bench, state.bare_model, trained, in_conversation=speaks)
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
@@ -171,8 +173,15 @@ def _describe(
     )
 
 
-def _save(bench: Workbench, model: nn.Module, folder: Path) -> None:
-    """Write the trained weights, and beside them the tokenizer and what they were trained on."""
+def _save(bench: Workbench, model: nn.Module, folder: Path, in_conversation: bool) -> None:
+    """Write the trained weights, and beside them the tokenizer and what they were trained on.
+
+    Args:
+        bench: The run's parts.
+        model: What was trained.
+        folder: Where to.
+        in_conversation: Whether the rows went through the chat template, so that prompts will too.
+    """
     with written_aside(folder) as aside:
         bench.method.save(model, aside)
         bench.tokenizer.save_pretrained(aside)
@@ -182,5 +191,6 @@ def _save(bench: Workbench, model: nn.Module, folder: Path) -> None:
                 "method": bench.recipe.adapter.method,
                 "quantization": bench.recipe.quantization.model_dump(),
                 "base": _base_record(bench),
+                "in_conversation": in_conversation,
             },
         )

@@ -26,11 +26,13 @@ class TrainedRun:
         run: Its directory.
         bench: The parts of its recipe.
         weights: The folder of its trained weights.
+        in_conversation: Whether it was trained through the chat template.
     """
 
     run: RunDirectory
     bench: Workbench
     weights: Path
+    in_conversation: bool
 
     @classmethod
     def open(cls, run: RunDirectory, report: Report) -> TrainedRun:
@@ -50,7 +52,8 @@ class TrainedRun:
                 "the run has no trained weights: it did not finish", where=str(run.path), hint="train it again"
             )
         bench = Workbench.of(recipe, report)
-        trained_on = json.loads(record.read_text(encoding="utf-8"))["base"]["fingerprint"]
+        written = json.loads(record.read_text(encoding="utf-8"))
+        trained_on = written["base"]["fingerprint"]
         found = fingerprint(bench.folder.path)
         if found != trained_on:
             raise RefusedError(
@@ -59,7 +62,7 @@ class TrainedRun:
                 where=str(bench.folder.path),
                 hint=f"bring back the base that {run.path.name} was trained on, or train again on this one",
             )
-        return cls(run, bench, weights)
+        return cls(run, bench, weights, in_conversation=written["in_conversation"])
 
     def attach(self, base: PreTrainedModel, report: Report) -> nn.Module:
         """Put the trained weights on a freshly loaded base."""

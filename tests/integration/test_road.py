@@ -163,6 +163,22 @@ def test_generation_in_a_batch_is_generation_alone(tiny_recipe: dict[str, Any], 
     assert together == apart
 
 
+@pytest.mark.parametrize("format", ["text", "completion", "instruction"])
+def test_a_prompt_takes_the_form_of_the_training_rows(tiny_recipe: dict[str, Any], tmp_path: Path, format: str):
+    rows = {
+        "text": {"text": "once upon a time"},
+        "completion": {"prompt": "2+2=", "completion": "4"},
+        "instruction": {"instruction": "Add", "input": "2 2", "output": "4"},
+    }
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(rows[format]) + "\n") * 8)
+    tiny_recipe["data"]["train"] = [{"path": str(file)}]  # the format is detected
+    run = run_of(tiny_recipe, tmp_path)
+    record = json.loads((run.trained(False) / "ft_adapter.json").read_text())
+    assert record["in_conversation"] is (format == "instruction")
+    assert len(answer(run, ["2+2="], Sampling(max_new_tokens=4))) == 1
+
+
 def test_the_prompt_of_generation_is_the_prompt_of_training(tiny_recipe: dict[str, Any], tiny_model: Path):
     from finetune.data.documents import Conversation, Message
 
