@@ -233,7 +233,7 @@ def show_preview(preview: Preview) -> None:
     )
 
 
-def _drawn_to_scale(lengths: list[int], computed: int, longest: int, width: int = 72) -> Text:
+def _drawn_to_scale(lengths: list[int], computed: int, longest: int, width: int = 56) -> Text:
     """A bar a micro-batch: its rows in turns of two shades, and padding as dots."""
     from rich.text import Text
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -239,7 +238,7 @@ def _log(counts: RowCounts, section: Data) -> None:
 def _read(sources: Iterable[SourceSection]) -> Iterable[LocatedDocument]:
     for source in sources:
         to_document = build(source).document
-        for row in read_rows(Path(source.path)):
+        for row in read_rows(source):
             yield LocatedDocument(to_document(row), row.where)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
-from finetune.data.sources import Row
+from finetune.data.rows import Row
 from finetune.recipe.data import SourceSection
 
 Role = Literal["system", "user", "assistant", "tool"]

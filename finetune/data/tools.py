@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from finetune.data.documents import ToolObject
-from finetune.data.sources import Row, describe
+from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 
 

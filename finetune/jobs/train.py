@@ -12,6 +12,7 @@ from finetune.data.batches import BatchOrder
 from finetune.data.dataset import Split, encode, read_documents
 from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
+from finetune.data.sources import files_of
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.setup import Workbench
 from finetune.models.attention import prove_separation
@@ -138,14 +139,12 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Split, held_out: S
     recipe = bench.recipe
     text = dump_recipe(recipe)
     run.recipe.write_text(text, encoding="utf-8")
-    sources = [*recipe.data.train, *recipe.data.validation]
-    files = dict.fromkeys(Path(source.path) for source in sources)
     facts = {
         "base": _base_record(bench),
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
     }
-    write_json(run.provenance, provenance(text, files, facts))
+    write_json(run.provenance, provenance(text, files_of(recipe.data), facts))
     write_json(run.data_report, {"train": rows.counts.to_json(), "validation": held_out.counts.to_json()})
 
 

@@ -8,12 +8,23 @@ from pydantic import Field, field_validator
 
 from finetune.recipe.section import FilePath, Section
 
+Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
+TextSplit = Literal["file", "line", "paragraph"]
+
 
 class SourceSection(Section):
-    """A file of rows and the names of its columns."""
+    """Where rows come from and the names of their columns."""
 
     implementation: ClassVar[str]
-    path: FilePath = Field(description="A .jsonl file: one JSON object a line.")
+    path: FilePath = Field(
+        description=(
+            "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv or .parquet files; "
+            "all but the last may be compressed: .gz, .bz2, .xz, .zst."
+        )
+    )
+    delimiter: Delimiter | None = Field(
+        None, description="What separates the cells of a CSV file; by default it is seen from the header."
+    )
 
 
 class AutoSource(SourceSection):
@@ -111,6 +122,9 @@ class TextSource(SourceSection):
     implementation: ClassVar[str] = "finetune.data.formats.text:TextFormat"
     format: Literal["text"]
     text: str = Field("text", description="Column with the text.")
+    split: TextSplit = Field(
+        "file", description="What of a .txt or .md file is a row: the file, a line, or a paragraph up to a blank line."
+    )
 
 
 class TokenizedSource(SourceSection):

@@ -124,7 +124,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|workspace)/\w")
 def our_files() -> list[Path]:
     folders = [ROOT / name for name in ("cli", "finetune", "recipes", "tests")]
     nested = [file for folder in folders for file in folder.rglob("*") if file.suffix not in (".pyc", ".jsonl")]
-    return [file for file in [*ROOT.iterdir(), *nested] if file.is_file()]
+    return [file for file in [*ROOT.iterdir(), *nested] if file.is_file() and file.name != ".git"]
 
 
 def test_no_file_mentions_a_path_of_somebodys_machine():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.documents import Document, Format
-from finetune.data.sources import Row, excerpt
+from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
 from finetune.recipe.data import (
     AutoSource,

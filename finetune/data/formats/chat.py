@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from finetune.data.documents import Conversation, Format, Message, Role
-from finetune.data.sources import Row, describe, excerpt
+from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
 from finetune.recipe.data import ChatSource

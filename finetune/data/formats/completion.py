@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.data.documents import Conversation, Document, Format, Message, PlainText
-from finetune.data.sources import Row
+from finetune.data.rows import Row
 from finetune.recipe.data import CompletionSource
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune.data.documents import Conversation, Format, Message
-from finetune.data.sources import Row, describe
+from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 from finetune.recipe.data import InstructionSource
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.data.documents import Conversation, Format, Message
 from finetune.data.formats.chat import listed
-from finetune.data.sources import Row, describe, excerpt
+from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
 from finetune.recipe.data import ShareGptSource

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.data.documents import Format, Tokens
-from finetune.data.sources import Row, describe
+from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 from finetune.recipe.data import TokenizedSource
 

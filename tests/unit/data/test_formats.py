@@ -8,7 +8,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
-from finetune.data.sources import Row
+from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.recipe.data import Source
 from finetune.resolve import build

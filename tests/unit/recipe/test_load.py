@@ -105,7 +105,7 @@ def test_an_endless_file_is_refused() -> None:
         ("kind: nf4, double", "kind:nf4, double", "3:16", "quantization.kind:nf4", "unknown", "space after the colon"),
         ("double_quant: true", "double_quant: 2", "3:41", "quantization.double_quant", "true or false", None),
         ("format: chat\n", "formt: chat\n", "12:7", "data.train.0.formt", "unknown key", "did you mean `format`?"),
-        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0.path", "missing; expected text", "A .jsonl file"),
+        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0.path", "missing; expected text", "A file, a pattern"),
         ("[0.9, 0.95]", "[0.9]", "16:65", "optimizer.betas", "a list of 2 items", None),
         ("[0.9, 0.95]", "[0.9, 1]", "16:71", "optimizer.betas.1", "below 1, found the number 1", None),
         ("[0.9, 0.95]", "[0.9, false]", "16:71", "optimizer.betas.1", "found false", None),

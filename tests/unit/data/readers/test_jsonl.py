@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.sources import LONGEST_LINE_BYTES, Row, describe, read_rows
+from finetune.data.readers.content import LONGEST_LINE_BYTES
+from finetune.data.readers.jsonl import read_jsonl
+from finetune.data.readers.options import Options
 from finetune.errors import DataError
 
 
@@ -18,7 +20,7 @@ def write(folder: Path, content: bytes) -> Path:
 
 def error_of(file: Path) -> DataError:
     with pytest.raises(DataError) as caught:
-        list(read_rows(file))
+        list(read_jsonl(file, Options()))
     return caught.value
 
 
@@ -42,7 +44,7 @@ def test_a_good_file_gives_its_rows_with_their_lines(
     tmp_path: Path, content: bytes, texts: list[str], lines: list[int]
 ):
     file = write(tmp_path, content)
-    rows = list(read_rows(file))
+    rows = list(read_jsonl(file, Options()))
     assert [row.text("a") for row in rows] == texts
     assert [row.where for row in rows] == [f"{file}:{line}" for line in lines]
 
@@ -85,7 +87,7 @@ def test_a_bad_line_is_named_with_its_place_and_little_of_it_is_shown(
 
 
 def test_rows_before_a_bad_one_are_given(tmp_path: Path):
-    rows = read_rows(write(tmp_path, b'{"a": "good"}\nbad\n'))
+    rows = read_jsonl(write(tmp_path, b'{"a": "good"}\nbad\n'), Options())
     assert next(rows).text("a") == "good"
     with pytest.raises(DataError):
         next(rows)
@@ -101,67 +103,7 @@ def test_every_depth_of_nesting_is_a_row_or_a_data_error(tmp_path: Path):
 def test_a_line_may_be_16_mib_long_but_no_longer(tmp_path: Path):
     longest = b'{"a": "' + b"x" * (LONGEST_LINE_BYTES - 10) + b'"}\n'
     assert len(longest) == LONGEST_LINE_BYTES
-    assert len(list(read_rows(write(tmp_path, longest * 2)))) == 2
+    assert len(list(read_jsonl(write(tmp_path, longest * 2), Options()))) == 2
     error = error_of(write(tmp_path, b"\n" + longest[:7] + b"x" + longest[7:]))
     assert str(error.where).endswith(":2")
     assert "longer than 16 MiB" in error.what
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows", "rows.jsonl.gz", "rows.JSONL"])
-def test_another_kind_of_file_is_refused(tmp_path: Path, name: str):
-    (tmp_path / name).write_text('{"a": "x"}\n')
-    assert error_of(tmp_path / name).what == "expected a .jsonl file"
-
-
-def test_a_missing_file_and_a_folder_are_data_errors_that_name_the_path(tmp_path: Path):
-    missing = error_of(tmp_path / "none.jsonl")
-    assert (missing.what, missing.where) == ("there is no such file", str(tmp_path / "none.jsonl"))
-    (tmp_path / "folder.jsonl").mkdir()
-    assert "cannot be read" in error_of(tmp_path / "folder.jsonl").what
-    (tmp_path / "file").touch()
-    assert "cannot be read" in error_of(tmp_path / "file" / "x.jsonl").what
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        (None, "null"),
-        (3, "a number (3)"),
-        (0.5, "a number (0.5)"),
-        (True, "a boolean (true)"),
-        (["x"], 'a list (["x"])'),
-        ({"b": "x"}, 'an object ({"b": "x"})'),
-    ],
-)
-def test_a_column_of_another_type_says_what_was_found_and_where(value: object, found: str):
-    with pytest.raises(DataError) as caught:
-        Row({"a": value}, "rows.jsonl:7").text("a")
-    assert caught.value.what == f"column 'a' must be text, found {found}"
-    assert caught.value.where == "rows.jsonl:7"
-
-
-def test_a_missing_column_says_which_there_are():
-    with pytest.raises(DataError, match="no column 'a'; its columns are: b, c") as caught:
-        Row({"b": "x", "c": "y"}, "rows.jsonl:7").text("a")
-    assert caught.value.where == "rows.jsonl:7"
-    with pytest.raises(DataError, match="its columns are: none"):
-        Row({}, "rows.jsonl:7").text("a")
-
-
-def test_columns_without_number_make_no_message_without_end():
-    with pytest.raises(DataError) as caught:
-        Row({f"column_{index}": "" for index in range(9000)}, "rows.jsonl:7").text("a")
-    assert len(caught.value.what) < 120
-
-
-def test_an_optional_column_may_be_absent_or_null_but_not_of_another_type():
-    assert Row({}, "row").optional_text("a") == ""
-    assert Row({"a": None}, "row").optional_text("a") == ""
-    assert Row({"a": "x"}, "row").optional_text("a") == "x"
-    with pytest.raises(DataError, match="must be text"):
-        Row({"a": 0}, "row").optional_text("a")
-
-
-def test_a_description_shows_sixty_characters_of_a_value():
-    assert describe("x" * 58) == f'text ("{"x" * 58}")'
-    assert describe("x" * 1000) == f'text ("{"x" * 58}…)'

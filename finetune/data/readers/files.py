@@ -1,0 +1,96 @@
+"""Which files a path of a recipe means, and the reader for each kind of file."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from finetune.data.readers.content import COMPRESSIONS
+from finetune.data.readers.csv import read_csv
+from finetune.data.readers.json import read_json
+from finetune.data.readers.jsonl import read_jsonl
+from finetune.data.readers.options import Options
+from finetune.data.readers.parquet import read_parquet
+from finetune.data.readers.text import read_text
+from finetune.data.rows import Row
+from finetune.errors import DataError
+
+Reader = Callable[[Path, Options], Iterator[Row]]
+
+READERS: Mapping[str, Reader] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+    ".md": read_text,
+}
+"""The reader for each suffix, which a suffix of `COMPRESSIONS` may follow."""
+
+
+def read_files(path: str, options: Options) -> Iterator[Row]:
+    """The rows of all files that a path means, one file after the other.
+
+    Raises:
+        DataError: There are no such files, or one of them cannot be used.
+    """
+    for file in data_files(path, options):
+        yield from READERS[_kind(file)](file, options)
+
+
+def data_files(path: str, options: Options) -> list[Path]:
+    """The files that a path means: itself, or all of a known kind, sorted, below a folder or matching a pattern.
+
+    Raises:
+        DataError: There are none, or the path is a file of another kind.
+    """
+    if os.path.isfile(path):
+        return [_of_known_kind(Path(path), options)]
+    if os.path.isdir(path):
+        return _known(_visible_below(Path(path)), options, path, "the folder has no data files")
+    if glob.has_magic(path):
+        matches = (Path(match) for match in glob.iglob(path, recursive=True))
+        return _known(matches, options, path, "no data file matches the pattern")
+    raise DataError("there is no such file", where=path, hint="check the source's path in the recipe")
+
+
+def _visible_below(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            yield file
+
+
+def _known(candidates: Iterable[Path], options: Options, path: str, otherwise: str) -> list[Path]:
+    kinds = _kinds(options)
+    files = sorted(file for file in candidates if _kind(file) in kinds and file.is_file())
+    if not files:
+        raise DataError(otherwise, where=path, hint=f"kinds of files that are read: {' '.join(kinds)}")
+    return files
+
+
+def _of_known_kind(file: Path, options: Options) -> Path:
+    kinds = _kinds(options)
+    if _kind(file) not in kinds:
+        raise DataError(
+            f"expected a file of one of the kinds {' '.join(kinds)}",
+            where=str(file),
+            hint="plain text needs a source of format text" if _kind(file) in READERS else "convert the file",
+        )
+    return file
+
+
+def _kinds(options: Options) -> list[str]:
+    """The suffixes that a source can use: plain text has no columns, so few can use it."""
+    return [kind for kind, reader in READERS.items() if reader is not read_text or options.split]
+
+
+def _kind(file: Path) -> str:
+    """The suffix that decides the reader, in lower case: that of `x.csv.gz` is `.csv`, and `.parquet` stands last."""
+    suffix = file.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        return suffix
+    inner = Path(file.stem).suffix.lower()
+    return suffix if inner == ".parquet" else inner

@@ -1,0 +1,92 @@
+"""Which files a path means: a file, a pattern, a folder; known kinds only, in one order everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.data.readers.files import READERS, data_files
+from finetune.data.readers.options import Options
+
+from .reading import PLAIN, error_of, values_of, write
+
+COLUMNS = Options()
+"""Of a source that needs columns, so that plain text is of no use to it."""
+
+LINE = '{"text": "x"}\n'
+
+
+def names_in(folder: Path, path: Path, options: Options = COLUMNS) -> list[str]:
+    return [str(file.relative_to(folder)) for file in data_files(str(path), options)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.jsonl", "a/z.csv", "a/y.JSON", "c.parquet", "d.tsv.gz", "a/e.txt", "README.md"):
+        write(tmp_path, name, LINE)
+    for name in ("script.py", "model.bin", ".hidden.jsonl", ".git/x.jsonl", "e.parquet.gz", "noise.gz", "bare"):
+        write(tmp_path, name, LINE)
+    (tmp_path / "folder.jsonl").mkdir()
+    return tmp_path
+
+
+def test_a_folder_means_all_files_of_known_kinds_below_it_sorted(folder: Path):
+    assert names_in(folder, folder) == ["a/y.JSON", "a/z.csv", "b.jsonl", "c.parquet", "d.tsv.gz"]
+
+
+def test_plain_text_is_read_by_sources_of_text_alone(folder: Path):
+    assert {"README.md", "a/e.txt"} <= set(names_in(folder, folder, PLAIN))
+    error = error_of(folder / "README.md", COLUMNS)
+    assert "needs a source of format text" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jsonl", ["b.jsonl"]),
+        ("a/*", ["a/y.JSON", "a/z.csv"]),
+        ("**/*", ["a/y.JSON", "a/z.csv", "b.jsonl", "c.parquet", "d.tsv.gz"]),
+        ("[bc].*", ["b.jsonl", "c.parquet"]),
+    ],
+)
+def test_a_pattern_means_the_files_of_known_kinds_that_match_it_sorted(folder: Path, pattern: str, names: list[str]):
+    assert names_in(folder, folder / pattern) == names
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path):
+    file = write(tmp_path, "rows[1].jsonl", LINE)
+    assert data_files(str(file), COLUMNS) == [file]
+
+
+def test_rows_of_many_files_follow_each_other(tmp_path: Path):
+    write(tmp_path, "2.csv", "text\nthree\n")
+    write(tmp_path, "1.jsonl", '{"text": "one"}\n{"text": "two"}\n')
+    assert [values["text"] for values in values_of(tmp_path)] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("name", ["rows.xml", "rows", "rows.gz", "rows.parquet.gz", "rows.jsonl.zip", "rows.pkl"])
+def test_a_file_of_another_kind_is_refused_and_the_kinds_are_named(tmp_path: Path, name: str):
+    error = error_of(write(tmp_path, name, LINE))
+    assert error.where == str(tmp_path / name)
+    assert all(kind in error.what for kind in READERS)
+
+
+@pytest.mark.parametrize("path", [".", "*.jsonl", "[a", "none/*.csv"])
+def test_a_folder_or_pattern_without_data_files_is_refused(tmp_path: Path, path: str):
+    write(tmp_path, "notes.log", LINE)
+    error = error_of(tmp_path / path)
+    assert error.where == str(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "bare/x.jsonl", "nul\0.jsonl", "x" * 300 + ".jsonl"])
+def test_a_missing_file_is_named(folder: Path, name: str):
+    error = error_of(folder / name)
+    assert (error.what, error.where) == ("there is no such file", str(folder / name))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(folder: Path):
+    (folder / "b.jsonl").chmod(0)
+    assert "cannot be read" in error_of(folder / "b.jsonl").what
