@@ -25,6 +25,17 @@ class SourceSection(Section):
     delimiter: Delimiter | None = Field(
         None, description="What separates the cells of a CSV file; by default it is seen from the header."
     )
+    rows: int | None = Field(
+        None, ge=1, description="Take this many rows of the source, drawn by `training.seed`; by default all of them."
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Share of the source among all, relative to the other weights. Rows are drawn without repetition until "
+            "the source that runs out first relative to its weight is used up."
+        ),
+    )
 
 
 class ChatSource(SourceSection):
@@ -75,7 +86,7 @@ Source = Annotated[ChatSource | InstructionSource | CompletionSource | TextSourc
 class Data(Section):
     """Training and held-out rows."""
 
-    train: list[Source] = Field(min_length=1, description="Sources of training rows, one after the other.")
+    train: list[Source] = Field(min_length=1, description="Sources of training rows, joined or mixed by weight.")
     validation: list[Source] = Field([], description="Sources of held-out rows.")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of the training rows to hold out instead, drawn by the seed."

@@ -75,10 +75,24 @@ def evaluation_needs_rows(recipe: Recipe) -> Violation | None:
     return None
 
 
+def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
+    """A weight is relative to the other sources' weights; beside a source without one it says nothing."""
+    for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        unweighted = [index for index, source in enumerate(sources) if source.weight is None]
+        if 0 < len(unweighted) < len(sources):
+            return Violation(
+                f"data.{split}.{unweighted[0]}",
+                "the source has no weight, and another one has",
+                "give every source a weight, or none",
+            )
+    return None
+
+
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     float16_weights_cannot_train,
     revision_is_for_the_hub,
     one_kind_of_validation,
     evaluation_needs_rows,
+    all_sources_have_weights_or_none,
 )

@@ -300,6 +300,8 @@ def _settings() -> Iterator[tuple[KeyPath, list[str], Any]]:
 def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, before: list[str], value: Any) -> None:
     if path == ("data", "validation_fraction"):
         before = ["data.validation=[]"]
+    if path[-1] == "weight":
+        before = ["data.train.1.weight=1", *before]
     if value == "full":
         before = ["quantization={kind: none}", *before]
     reached: Any = load(good, *before, f"{dotted(path)}={json.dumps(value)}").recipe

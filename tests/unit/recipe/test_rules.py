@@ -15,6 +15,7 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "revision_is_for_the_hub": (("model={name: ./base, revision: main}",), "model.revision"),
     "one_kind_of_validation": (("data.validation_fraction=0.1",), "data.validation_fraction"),
     "evaluation_needs_rows": (("data.validation=[]",), "evaluation.every_steps"),
+    "all_sources_have_weights_or_none": (("data.train.1.weight=2",), "data.train.0"),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
 
@@ -24,6 +25,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "revision_is_for_the_hub": ("model.revision=main",),
     "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),
     "evaluation_needs_rows": ("data.validation=[]", "evaluation.every_steps=null"),
+    "all_sources_have_weights_or_none": ("data.train.0.weight=1", "data.train.1.weight=2.5"),
 }
 """For each rule, overrides that come close to breaking it."""
 
