@@ -68,13 +68,13 @@ def read_documents(section: Data, seed: int) -> Documents:
     train = _read(section.train, seed)
     validation = _read(section.validation, seed)
     if not train:
-        raise DataError("there are no rows to train on", where=section.train[0].path, hint="check the file")
+        raise DataError("there are no rows to train on", where=section.train[0].place, hint="check the file")
     if section.validation_fraction:
         train, validation = _hold_out(train, section.validation_fraction, seed)
         if not train:
             raise DataError(
                 f"data.validation_fraction: {section.validation_fraction} holds out every row ({len(validation)})",
-                where=section.train[0].path,
+                where=section.train[0].place,
                 hint="lower it, or add rows",
             )
     return Documents(train, validation)
@@ -138,7 +138,7 @@ def _read_one(source: SourceSection, seed: int) -> list[LocatedDocument]:
     if len(drawn) < source.rows:
         raise DataError(
             f"the source has {len(drawn)} rows, fewer than rows: {source.rows}",
-            where=source.path,
+            where=source.place,
             hint="lower it, or leave it out to take every row",
         )
     return drawn

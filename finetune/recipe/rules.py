@@ -75,6 +75,19 @@ def evaluation_needs_rows(recipe: Recipe) -> Violation | None:
     return None
 
 
+def a_source_has_one_place(recipe: Recipe) -> Violation | None:
+    """Rows of a source come from files or from the hub, not both."""
+    for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        for index, source in enumerate(sources):
+            if bool(source.path) == bool(source.hub):
+                return Violation(
+                    f"data.{split}.{index}",
+                    "the source has both a path and a hub data set" if source.path else "the source has no path",
+                    "write either path: rows.jsonl or hub: {name: org/name}",
+                )
+    return None
+
+
 def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
     """A weight is relative to the other sources' weights; beside a source without one it says nothing."""
     for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
@@ -94,5 +107,6 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     revision_is_for_the_hub,
     one_kind_of_validation,
     evaluation_needs_rows,
+    a_source_has_one_place,
     all_sources_have_weights_or_none,
 )

@@ -105,7 +105,7 @@ def test_an_endless_file_is_refused() -> None:
         ("kind: nf4, double", "kind:nf4, double", "3:16", "quantization.kind:nf4", "unknown", "space after the colon"),
         ("double_quant: true", "double_quant: 2", "3:41", "quantization.double_quant", "true or false", None),
         ("format: chat\n", "\n", "11:7", "data.train.0.format", "missing; one of chat, instr", None),
-        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0.path", "missing; expected text", "A file, a pattern"),
+        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0", "the source has no path", "hub: {name: org/name}"),
         ("[0.9, 0.95]", "[0.9]", "16:65", "optimizer.betas", "a list of 2 items", None),
         ("[0.9, 0.95]", "[0.9, 1]", "16:71", "optimizer.betas.1", "below 1, found the number 1", None),
         ("[0.9, 0.95]", "[0.9, false]", "16:71", "optimizer.betas.1", "found false", None),
@@ -277,6 +277,7 @@ def _sample(shape: Shape) -> Any:
         "a number": 0.5,
         "a list of 2": [0.5, 0.25],
         "true or false": True,
+        "text that matches ^[\\w.-]+/": "org/other",
         "text": "other",
     }
     return next(value for start, value in samples.items() if words.startswith(start))
@@ -300,7 +301,9 @@ def _settings() -> Iterator[tuple[KeyPath, list[str], Any]]:
 def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, before: list[str], value: Any) -> None:
     if path == ("data", "validation_fraction"):
         before = ["data.validation=[]"]
-    if path[-1] == "weight":
+    if "hub" in path:
+        before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
+    if path[1:] == ("train", 0, "weight"):
         before = ["data.train.1.weight=1", *before]
     if value == "full":
         before = ["quantization={kind: none}", *before]
