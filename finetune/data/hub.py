@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ def read_hub(hub: Hub) -> Iterator[Row]:
     import datasets
 
     where = f"{hub.name}[{hub.split}]"
+    if os.path.exists(hub.name):  # datasets would read it without asking the hub
+        raise DataError("a local folder has the name of the hub data set", where=where, hint="name it in path")
     with _errors_named(where):
         rows = iter(
             datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.stream)

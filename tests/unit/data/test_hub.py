@@ -81,3 +81,12 @@ def test_a_name_that_the_library_would_take_for_a_reader_or_a_path_is_no_hub_id(
     for name in ("json", "pandas", "./org/name", "/org/name", "../name/x"):
         with pytest.raises(ValueError, match="pattern"):
             Hub(name=name)
+
+
+def test_a_local_folder_is_never_taken_for_the_hubs_data_set(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="local folder"):
+        list(read_hub(Hub(name="org/name")))
