@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from finetune.data.documents import Conversation, Document, PlainText, Tokens
 from finetune.data.encode import Encoder, Example
 from finetune.data.lengths import chunks, without_end, without_prompt_head
+from finetune.data.mixing import draw, shares
+from finetune.data.seeds import derived_seed
 from finetune.data.sources import read_rows
 from finetune.errors import DataError
 from finetune.recipe.data import Data, SourceSection
@@ -90,16 +92,16 @@ def read_documents(section: Data, seed: int) -> Documents:
     Raises:
         DataError: A file or row cannot be used, or there are no rows to train on.
     """
-    train = list(_read(section.train))
-    validation = list(_read(section.validation))
+    train = _read(section.train, seed)
+    validation = _read(section.validation, seed)
     if not train:
-        raise DataError("there are no rows to train on", where=section.train[0].path, hint="check the file")
+        raise DataError("there are no rows to train on", where=section.train[0].place, hint="check the file")
     if section.validation_fraction:
         train, validation = _hold_out(train, section.validation_fraction, seed)
         if not train:
             raise DataError(
                 f"data.validation_fraction: {section.validation_fraction} holds out every row ({len(validation)})",
-                where=section.train[0].path,
+                where=section.train[0].place,
                 hint="lower it, or add rows",
             )
     return Documents(train, validation)
@@ -235,11 +237,30 @@ def _log(counts: RowCounts, section: Data) -> None:
         logger.info("%d rows were split into %d", counts.read, rows)
 
 
-def _read(sources: Iterable[SourceSection]) -> Iterable[LocatedDocument]:
-    for source in sources:
-        to_document = build(source).document
-        for row in read_rows(source):
-            yield LocatedDocument(to_document(row), row.where)
+def _read(sources: Sequence[SourceSection], seed: int) -> list[LocatedDocument]:
+    """The rows of all sources, one source after the other; of each as many as its `rows` and `weight` say."""
+    seeds = [derived_seed(seed, index) for index in range(len(sources))]
+    per_source = [_read_one(source, seed) for source, seed in zip(sources, seeds, strict=True)]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights:
+        counts = shares([len(documents) for documents in per_source], weights)
+        per_source = [draw(*each) for each in zip(per_source, counts, seeds, strict=True)]
+    return [document for documents in per_source for document in documents]
+
+
+def _read_one(source: SourceSection, seed: int) -> list[LocatedDocument]:
+    to_document = build(source).document
+    documents = (LocatedDocument(to_document(row), row.where) for row in read_rows(source))
+    if source.rows is None:
+        return list(documents)
+    drawn = draw(documents, source.rows, seed)
+    if len(drawn) < source.rows:
+        raise DataError(
+            f"the source has {len(drawn)} rows, fewer than rows: {source.rows}",
+            where=source.place,
+            hint="lower it, or leave it out to take every row",
+        )
+    return drawn
 
 
 def _hold_out(

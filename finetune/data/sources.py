@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.data.hub import read_hub
 from finetune.data.readers.files import data_files, read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row
@@ -17,17 +18,21 @@ def read_rows(source: SourceSection) -> Iterator[Row]:
     Raises:
         DataError: A file or row of it cannot be used.
     """
+    if source.hub:
+        return read_hub(source.hub)
+    assert source.path is not None, "a rule of the recipe"
     return read_files(source.path, _options(source))
 
 
 def files_of(section: Data) -> list[Path]:
-    """Every file that rows are read from, once.
+    """Every local file that rows are read from, once.
 
     Raises:
         DataError: A source has none.
     """
     sources = [*section.train, *section.validation]
-    return list(dict.fromkeys(file for source in sources for file in data_files(source.path, _options(source))))
+    files = (file for each in sources if each.path for file in data_files(each.path, _options(each)))
+    return list(dict.fromkeys(files))
 
 
 def _options(source: SourceSection) -> Options:

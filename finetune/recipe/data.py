@@ -12,19 +12,47 @@ Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
 TextSplit = Literal["file", "line", "paragraph"]
 
 
+class Hub(Section):
+    """A data set on the hub."""
+
+    name: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Its id: `org/name`.")
+    subset: str | None = Field(None, description="Which of its configurations; by default the only one.")
+    split: str = Field("train", description="Which of its splits; `train[:1000]` is a part of one.")
+    revision: str | None = Field(None, description="Branch, tag or commit. Pin a commit to make a run repeatable.")
+    stream: bool = Field(False, description="Read over the network without keeping a copy in the cache.")
+
+
 class SourceSection(Section):
     """Where rows come from and the names of their columns."""
 
     implementation: ClassVar[str]
-    path: FilePath = Field(
+    path: FilePath | None = Field(
+        None,
         description=(
             "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv or .parquet files; "
             "all but the last may be compressed: .gz, .bz2, .xz, .zst."
-        )
+        ),
     )
+    hub: Hub | None = Field(None, description="A data set on the hub, instead of `path`.")
     delimiter: Delimiter | None = Field(
         None, description="What separates the cells of a CSV file; by default it is seen from the header."
     )
+    rows: int | None = Field(
+        None, ge=1, description="Take this many rows of the source, drawn by `training.seed`; by default all of them."
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Share of the source among all, relative to the other weights. Rows are drawn without repetition until "
+            "the source that runs out first relative to its weight is used up."
+        ),
+    )
+
+    @property
+    def place(self) -> str:
+        """The source in a word, for messages."""
+        return self.path or (f"{self.hub.name}[{self.hub.split}]" if self.hub else "")
 
 
 class AutoSource(SourceSection):
@@ -154,7 +182,7 @@ Source = Annotated[
 class Data(Section):
     """Training and held-out rows."""
 
-    train: list[Source] = Field(min_length=1, description="Sources of training rows, one after the other.")
+    train: list[Source] = Field(min_length=1, description="Sources of training rows, joined or mixed by weight.")
     validation: list[Source] = Field([], description="Sources of held-out rows.")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of the training rows to hold out instead, drawn by the seed."

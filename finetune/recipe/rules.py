@@ -106,6 +106,32 @@ def split_turns_trains_answers(recipe: Recipe) -> Violation | None:
     return None
 
 
+def a_source_has_one_place(recipe: Recipe) -> Violation | None:
+    """Rows of a source come from files or from the hub, not both."""
+    for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        for index, source in enumerate(sources):
+            if bool(source.path) == bool(source.hub):
+                return Violation(
+                    f"data.{split}.{index}",
+                    "the source has both a path and a hub data set" if source.path else "the source has no path",
+                    "write either path: rows.jsonl or hub: {name: org/name}",
+                )
+    return None
+
+
+def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
+    """A weight is relative to the other sources' weights; beside a source without one it says nothing."""
+    for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        unweighted = [index for index, source in enumerate(sources) if source.weight is None]
+        if 0 < len(unweighted) < len(sources):
+            return Violation(
+                f"data.{split}.{unweighted[0]}",
+                "the source has no weight, and another one has",
+                "give every source a weight, or none",
+            )
+    return None
+
+
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     float16_weights_cannot_train,
@@ -114,4 +140,6 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     evaluation_needs_rows,
     pack_length_is_for_packs,
     split_turns_trains_answers,
+    a_source_has_one_place,
+    all_sources_have_weights_or_none,
 )

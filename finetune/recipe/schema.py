@@ -82,7 +82,8 @@ class Shape:
     """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
-        self._schema = {**_definitions()[schema["$ref"]], **schema} if "$ref" in schema else schema
+        references = [each["$ref"] for each in (schema, *schema.get("anyOf", [])) if "$ref" in each]
+        self._schema = {**_definitions()[references[0]], **schema} if references else schema
 
     @property
     def description(self) -> str | None:

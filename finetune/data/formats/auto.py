@@ -46,7 +46,7 @@ class AutoFormat(Format[AutoSource]):
         return self._detected.document(row)
 
     def _detect(self, row: Row) -> SourceSection:
-        found = list(_candidates(row, self.section.path))
+        found = list(_candidates(row))
         formats = [section.model_dump()["format"] for section, _ in found]
         if not found:
             raise DataError(
@@ -61,36 +61,36 @@ class AutoFormat(Format[AutoSource]):
                 hint=f"set the source's format: {' or '.join(formats)}",
             )
         (section, columns), name = found[0], formats[0]
-        logger.info("%s: read as format %s, for it has %s", self.section.path, name, columns)
+        logger.info("%s: read as format %s, for it has %s", self.section.place, name, columns)
         return section
 
 
-def _candidates(row: Row, path: str) -> Iterator[tuple[SourceSection, str]]:
+def _candidates(row: Row) -> Iterator[tuple[SourceSection, str]]:
     """Every format that a row's columns fit, and what told it."""
     has = row.values.keys()
-    yield from _conversations(row, path)
+    yield from _conversations(row)
     if {"instruction", "output"} <= has:
-        yield InstructionSource(path=path, format="instruction"), "columns instruction and output"
+        yield InstructionSource(format="instruction"), "columns instruction and output"
     if {"prompt", "completion"} <= has:
-        yield CompletionSource(path=path, format="completion"), "columns prompt and completion"
+        yield CompletionSource(format="completion"), "columns prompt and completion"
     for answers in ("answers", "answer"):
         if {"question", answers} <= has:
-            yield QaSource(path=path, format="qa", answers=answers), f"columns question and {answers}"
+            yield QaSource(format="qa", answers=answers), f"columns question and {answers}"
             break
     if {"text", "label"} <= has:
-        yield ClassificationSource(path=path, format="classification"), "columns text and label"
+        yield ClassificationSource(format="classification"), "columns text and label"
     elif "text" in has:
-        yield TextSource(path=path, format="text"), "column text"
+        yield TextSource(format="text"), "column text"
     if "input_ids" in has:
-        yield TokenizedSource(path=path, format="tokenized"), "column input_ids"
+        yield TokenizedSource(format="tokenized"), "column input_ids"
 
 
-def _conversations(row: Row, path: str) -> Iterator[tuple[SourceSection, str]]:
+def _conversations(row: Row) -> Iterator[tuple[SourceSection, str]]:
     for column in CONVERSATION_COLUMNS:
         turns = row.values.get(column)
         first = turns[0] if isinstance(turns, list) and turns else None
         if isinstance(first, dict) and "role" in first:
-            yield ChatSource(path=path, format="chat", messages=column), f"turns with role in column {column}"
+            yield ChatSource(format="chat", messages=column), f"turns with role in column {column}"
         elif isinstance(first, dict) and "from" in first:
-            section = ShareGptSource(path=path, format="sharegpt", conversations=column)
+            section = ShareGptSource(format="sharegpt", conversations=column)
             yield section, f"turns with from in column {column}"

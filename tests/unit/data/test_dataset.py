@@ -146,3 +146,42 @@ def test_no_rows_encode_to_no_examples(tmp_path: Path):
     split = encode([], ENCODER, data(text_file(tmp_path, ["a"])))
     assert split.examples == []
     assert set(split.counts.to_json().values()) == {0}
+
+
+def source(folder: Path, name: str, count: int, **settings: Any) -> dict[str, Any]:
+    texts = [f"{name} {number}" for number in range(count)]
+    return {"path": text_file(folder, texts, name), "format": "text", **settings}
+
+
+def trained(*sources: dict[str, Any], seed: int = 1) -> list[str]:
+    return texts_of(read_documents(Data.model_validate({"train": sources}), seed).train)
+
+
+def test_a_source_gives_as_many_rows_as_the_recipe_says_drawn_by_the_seed(tmp_path: Path):
+    some = source(tmp_path, "a", 40, rows=5)
+    draws = [trained(some, seed=seed) for seed in range(20)]
+    assert draws == [trained(some, seed=seed) for seed in range(20)]
+    assert all(len(set(texts)) == 5 for texts in draws)
+    assert all(texts == sorted(texts, key=lambda text: int(text[2:])) for texts in draws)
+    assert len(set(map(tuple, draws))) == 20
+    assert len({text for texts in draws for text in texts}) > 30
+
+
+def test_a_source_with_fewer_rows_than_asked_for_is_refused(tmp_path: Path):
+    assert len(trained(source(tmp_path, "a", 5, rows=5))) == 5
+    with pytest.raises(DataError, match="has 5 rows, fewer than rows: 6"):
+        trained(source(tmp_path, "a", 5, rows=6))
+
+
+def test_weights_set_the_shares_of_the_sources_and_no_row_comes_twice(tmp_path: Path):
+    sources = [source(tmp_path, "a", 60, weight=3), source(tmp_path, "b", 40, weight=1)]
+    texts = trained(*sources)
+    assert (len(texts), len(set(texts))) == (80, 80)
+    assert sum(text.startswith("b") for text in texts) == 20
+    assert texts == trained(*sources)
+    assert texts != trained(*sources, seed=2)
+
+
+def test_weights_apply_to_the_rows_that_were_drawn(tmp_path: Path):
+    texts = trained(source(tmp_path, "a", 60, rows=10, weight=1), source(tmp_path, "b", 40, weight=2))
+    assert [sum(text.startswith(name) for text in texts) for name in "ab"] == [10, 20]

@@ -105,7 +105,7 @@ def test_an_endless_file_is_refused() -> None:
         ("kind: nf4, double", "kind:nf4, double", "3:16", "quantization.kind:nf4", "unknown", "space after the colon"),
         ("double_quant: true", "double_quant: 2", "3:41", "quantization.double_quant", "true or false", None),
         ("format: chat\n", "formt: chat\n", "12:7", "data.train.0.formt", "unknown key", "did you mean `format`?"),
-        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0.path", "missing; expected text", "A file, a pattern"),
+        ("path: tickets.jsonl\n      ", "", "11:7", "data.train.0", "the source has no path", "hub: {name: org/name}"),
         ("[0.9, 0.95]", "[0.9]", "16:65", "optimizer.betas", "a list of 2 items", None),
         ("[0.9, 0.95]", "[0.9, 1]", "16:71", "optimizer.betas.1", "below 1, found the number 1", None),
         ("[0.9, 0.95]", "[0.9, false]", "16:71", "optimizer.betas.1", "found false", None),
@@ -278,6 +278,7 @@ def _sample(shape: Shape) -> Any:
         "a list of 2": [0.5, 0.25],
         "a list of items, each text": ["other"],
         "true or false": True,
+        "text that matches ^[\\w.-]+/": "org/other",
         "text": "other",
     }
     return next(value for start, value in samples.items() if words.startswith(start))
@@ -303,6 +304,10 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = ["data.validation=[]"]
     if path == ("training", "pack_length"):
         before = ["training.batching=packed", "data.max_length=8"]
+    if "hub" in path:
+        before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
+    if path[1:] == ("train", 0, "weight"):
+        before = ["data.train.1.weight=1", *before]
     if value == "full":
         before = ["quantization={kind: none}", *before]
     reached: Any = load(good, *before, f"{dotted(path)}={json.dumps(value)}").recipe

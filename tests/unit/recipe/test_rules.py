@@ -17,6 +17,8 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "evaluation_needs_rows": (("data.validation=[]",), "evaluation.every_steps"),
     "pack_length_is_for_packs": (("training.pack_length=4096",), "training.pack_length"),
     "split_turns_trains_answers": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
+    "a_source_has_one_place": (("data.train.0.hub={name: org/name}",), "data.train.0"),
+    "all_sources_have_weights_or_none": (("data.train.1.weight=2",), "data.train.0"),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
 
@@ -28,6 +30,8 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "evaluation_needs_rows": ("data.validation=[]", "evaluation.every_steps=null"),
     "pack_length_is_for_packs": ("training.pack_length=4096", "training.batching=packed"),
     "split_turns_trains_answers": ("data.split_turns=true", "data.train_on=completion"),
+    "a_source_has_one_place": ("data.train.0={format: chat, hub: {name: org/name}}",),
+    "all_sources_have_weights_or_none": ("data.train.0.weight=1", "data.train.1.weight=2.5"),
 }
 """For each rule, overrides that come close to breaking it."""
 
@@ -56,3 +60,8 @@ def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Prob
     in_file, in_override = problems(good, "adapter={method: full}", "model.dtype=float16")
     assert in_file.where.endswith("recipe.yaml:3:22")
     assert in_override.where == "--set model.dtype"
+
+
+def test_a_source_without_any_place_is_refused(good: str, problems: Problems) -> None:
+    (problem,) = problems(good, "data.train.0={format: chat}")
+    assert (problem.key, problem.what) == ("data.train.0", "the source has no path")

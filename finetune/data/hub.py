@@ -1,0 +1,63 @@
+"""Rows of a data set on the hub, through `datasets`, which reads data files and runs no code of a repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from finetune.data.rows import Row, excerpt
+from finetune.errors import DataError, EnvironmentFault
+from finetune.recipe.data import Hub
+
+
+def read_hub(hub: Hub) -> Iterator[Row]:
+    """The rows of one split, in order.
+
+    Raises:
+        DataError: The hub has no such data set, subset, split or revision, or a file of it is damaged.
+        EnvironmentFault: The hub cannot be reached and the data set is not in the local cache.
+    """
+    import datasets
+
+    where = f"{hub.name}[{hub.split}]"
+    if os.path.exists(hub.name):  # datasets would read it without asking the hub
+        raise DataError("a local folder has the name of the hub data set", where=where, hint="name it in path")
+    with _errors_named(where):
+        rows = iter(
+            datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.stream)
+        )
+    number = 0
+    while True:
+        with _errors_named(where):
+            values = next(rows, None)
+        if values is None:
+            return
+        number += 1
+        yield Row(values, f"{where} row {number}")
+
+
+@contextmanager
+def _errors_named(where: str) -> Iterator[None]:
+    """The library's errors as the user's."""
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"the hub shows you no such data set: {excerpt(str(error))}",
+            where=where,
+            hint="check the spelling and the revision; for a gated or private data set set HF_TOKEN",
+        ) from error
+    except (DatasetsError, ValueError) as error:
+        raise DataError(
+            f"the data set cannot be read: {excerpt(str(error))}", where=where, hint="check its subset and split"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise EnvironmentFault(
+            f"the data set is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            where=where,
+            hint="check the network and HF_HUB_OFFLINE, or fetch the files and name them in path",
+        ) from error

@@ -1,0 +1,92 @@
+"""Rows of a hub data set: numbered, with the user's error for each of the library's; offline on local stand-ins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from finetune.data.hub import read_hub
+from finetune.errors import DataError, EnvironmentFault, FinetuneError
+from finetune.recipe.data import Hub
+
+real_load = datasets.load_dataset
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands in for every data set on the hub."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+
+    def load(name: str, *arguments: Any, revision: str | None, **settings: Any) -> Any:
+        return real_load(str(tmp_path / "set"), *arguments, cache_dir=str(tmp_path / "cache"), **settings)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_come_in_order_with_their_numbers(local: Path, stream: bool):
+    rows = list(read_hub(Hub(name="org/name", stream=stream)))
+    assert [row.values for row in rows] == [{"text": "a"}, {"text": "b"}]
+    assert [row.where for row in rows] == ["org/name[train] row 1", "org/name[train] row 2"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wrong", [{"split": "nope"}, {"subset": "nope"}])
+def test_an_unknown_split_or_subset_is_a_data_error(local: Path, stream: bool, wrong: dict[str, str]):
+    with pytest.raises(DataError, match="nope"):
+        list(read_hub(Hub(name="org/name", stream=stream, **wrong)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_damaged_file_is_a_data_error(local: Path, stream: bool):
+    (local / "train.jsonl").write_text('{"text": "a"}\n{"text": broken\n')
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_hub(Hub(name="org/name", stream=stream)))
+
+
+def test_the_recipe_decides_what_is_asked_for_and_no_code_is_allowed(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: asked.append((names, settings)) or [])
+    list(read_hub(Hub(name="org/name", subset="en", split="test", revision="abc", stream=True)))
+    assert asked == [(("org/name", "en"), {"split": "test", "revision": "abc", "streaming": True})]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("no such data set"), DataError),
+        (ConnectionError("offline"), EnvironmentFault),
+        (TimeoutError("slow"), EnvironmentFault),
+    ],
+)
+def test_the_librarys_errors_are_the_users(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[FinetuneError]
+):
+    def fail(*names: Any, **settings: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(expected) as caught:
+        list(read_hub(Hub(name="org/name")))
+    assert caught.value.where == "org/name[train]"
+    assert caught.value.hint
+
+
+def test_a_name_that_the_library_would_take_for_a_reader_or_a_path_is_no_hub_id():
+    for name in ("json", "pandas", "./org/name", "/org/name", "../name/x"):
+        with pytest.raises(ValueError, match="pattern"):
+            Hub(name=name)
+
+
+def test_a_local_folder_is_never_taken_for_the_hubs_data_set(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="local folder"):
+        list(read_hub(Hub(name="org/name")))

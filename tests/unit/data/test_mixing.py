@@ -1,0 +1,49 @@
+"""Draws are uniform and keep the order; shares stand as the weights do and use up the scarcest source."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+
+from finetune.data.mixing import draw, shares
+
+
+def test_every_set_of_items_is_drawn_as_often_as_any_other():
+    counts = Counter(tuple(draw(range(5), 2, seed)) for seed in range(5000))
+    assert set(counts) == set(itertools.combinations(range(5), 2))
+    assert all(400 < count < 600 for count in counts.values())
+
+
+@pytest.mark.parametrize("count", [3, 4, 100])
+def test_a_draw_of_all_items_or_more_is_all_of_them_in_order(count: int):
+    assert draw(iter("abc"), count, seed=1) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "expected"),
+    [
+        ([100, 100], [1, 1], [100, 100]),
+        ([100, 30], [1, 1], [30, 30]),
+        ([60, 40], [3, 1], [60, 20]),
+        ([60, 40], [0.75, 0.25], [60, 20]),
+        ([7], [0.3], [7]),
+        ([1000, 10], [1, 1000], [1, 10]),
+        ([5, 0], [1, 1], [1, 0]),
+    ],
+)
+def test_shares_stand_as_the_weights_do(sizes: list[int], weights: list[float], expected: list[int]):
+    assert shares(sizes, weights) == expected
+
+
+def test_the_scarcest_source_is_used_up_and_none_gives_more_than_it_has():
+    source = random.Random(3)
+    for _ in range(500):
+        sizes = [source.randint(1, 10_000) for _ in range(source.randint(1, 5))]
+        weights = [source.uniform(0.01, 9) for _ in sizes]
+        counts = shares(sizes, weights)
+        assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
+        scarcest = min(range(len(sizes)), key=lambda index: sizes[index] / weights[index])
+        assert counts[scarcest] == sizes[scarcest]

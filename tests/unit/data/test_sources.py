@@ -1,0 +1,38 @@
+"""What a source gives by its section: rows of files or of the hub, and the files themselves for the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.data import sources
+from finetune.data.rows import Row
+from finetune.data.sources import files_of, read_rows
+from finetune.recipe.data import Data, Hub, TextSource
+
+
+def test_the_files_of_a_recipe_are_the_real_ones_each_once(tmp_path: Path):
+    for name in ("b.jsonl", "a.csv", "held_out.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    train = [
+        {"format": "chat", "path": f"{tmp_path}/[ab].*"},
+        {"format": "chat", "path": f"{tmp_path}/b.jsonl"},
+        {"format": "chat", "hub": {"name": "org/name"}},
+    ]
+    held_out = [{"format": "text", "path": f"{tmp_path}/held_out.jsonl"}]
+    files = files_of(Data.model_validate({"train": train, "validation": held_out}))
+    assert [file.name for file in files] == ["a.csv", "b.jsonl", "held_out.jsonl"]
+
+
+def test_the_sections_options_reach_the_reader(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.csv").write_text("text|x;y\nthree|4\n")
+    source = TextSource(format="text", path=str(tmp_path), split="line", delimiter="pipe")
+    assert [row.text("text") for row in read_rows(source)] == ["one", "two", "three"]
+
+
+def test_a_hub_source_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "read_hub", lambda hub: iter([Row({"text": hub.name}, "row")]))
+    source = TextSource(format="text", hub=Hub(name="org/name"))
+    assert [row.text("text") for row in read_rows(source)] == ["org/name"]
