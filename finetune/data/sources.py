@@ -39,6 +39,6 @@ def _options(source: SourceSection) -> Options:
     match source:
         case TextSource(split=split):
             return Options(source.delimiter, split)
-        case AutoSource():  # plain text is detected too, and a file is a row
+        case AutoSource(path=str(path)) if Path(path).is_file():  # not in a folder, where a README may lie
             return Options(source.delimiter, "file")
     return Options(source.delimiter)
