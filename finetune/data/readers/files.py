@@ -37,7 +37,14 @@ def read_files(path: str, options: Options) -> Iterator[Row]:
     Raises:
         DataError: There are no such files, or one of them cannot be used.
     """
-    for file in data_files(path, options):
+    files = data_files(path, options)
+    if options.delimiter and not any(READERS[_kind(file)] is read_csv for file in files):
+        raise DataError(
+            f"the source has a delimiter ({options.delimiter}), and none of its files has cells",
+            where=path,
+            hint="leave delimiter out; it is for .csv and .tsv",
+        )
+    for file in files:
         yield from READERS[_kind(file)](file, options)
 
 

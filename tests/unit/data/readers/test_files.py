@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.readers.files import READERS, data_files
+from finetune.data.readers.files import READERS, data_files, read_files
 from finetune.data.readers.options import Options
+from finetune.errors import DataError
 
 from .reading import PLAIN, error_of, values_of, write
 
@@ -90,3 +91,10 @@ def test_a_missing_file_is_named(folder: Path, name: str):
 def test_a_file_that_may_not_be_read_is_named(folder: Path):
     (folder / "b.jsonl").chmod(0)
     assert "cannot be read" in error_of(folder / "b.jsonl").what
+
+
+def test_a_delimiter_without_cells_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="none of its files has cells"):
+        list(read_files(str(file), Options("comma")))
