@@ -209,6 +209,8 @@ def show_preview(preview: Preview) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from . import wording
+
     console = Console(highlight=False)
     for row in preview.rows:
         trained = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
@@ -225,12 +227,8 @@ def show_preview(preview: Preview) -> None:
     console.print(Text(f"first step: {passes} forward passes, {100 * preview.fill:.1f} % filled", style="bold"))
     for batch in preview.first_step:
         console.print(_drawn_to_scale(batch.lengths, batch.computed, longest))
-    counts = preview.train
-    share = 100 * counts.target_tokens / counts.tokens
-    console.print(
-        f"{counts.kept} of {counts.read} rows kept, {counts.tokens} tokens, {share:.0f} % trained; "
-        f"{preview.validation.kept} held out"
-    )
+    for line in wording.ledger(preview.ledger):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _drawn_to_scale(lengths: list[int], computed: int, longest: int, width: int = 56) -> Text:

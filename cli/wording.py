@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, Validated
+from typing import Any
+
+from finetune.run.events import (
+    DataRead,
+    Event,
+    Phase,
+    Progress,
+    StepMetrics,
+    TrainingFinished,
+    TrainingStarted,
+    Validated,
+)
 
 
 def count(number: float) -> str:
@@ -43,6 +54,8 @@ def line(event: Event) -> str | None:
     match event:
         case Phase():
             return f"{event.doing} ..."
+        case DataRead():
+            return "\n".join(ledger(event.ledger))
         case TrainingStarted():
             return _start(event)
         case StepMetrics():
@@ -54,6 +67,53 @@ def line(event: Event) -> str | None:
         case Progress(done=done, total=total) if done == total:
             return f"{event.doing}: {total} rows"
     return None
+
+
+def ledger(report: dict[str, Any]) -> list[str]:
+    """What became of the rows, as a table: a line for each source, and what to know of packs."""
+    titles = [
+        "rows",
+        "read",
+        "left out",
+        "used",
+        "tokens",
+        "trained",
+        "p50",
+        "p99",
+        "longest",
+        "doubles",
+        "held out too",
+    ]
+    lines = [titles]
+    for name, title in (("train", "train"), ("validation", "held out")):
+        split = report[name]
+        lines += [
+            _ledger_cells(f"{title}: {shortened(source['source'])}", source)
+            for source in split["sources"]
+            if source["used"]
+        ]
+        if len(split["sources"]) > 1:
+            lines.append(_ledger_cells(f"{title}, all", split))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in lines]
+    if packing := report.get("packing"):
+        share = f"{100 * packing['fill']:.1f} % filled"
+        table.append(f"{packing['packs']} packs of {packing['pack_length']} tokens, {share}")
+    return table
+
+
+def _ledger_cells(name: str, facts: dict[str, Any]) -> list[str]:
+    left_out = facts["too_long"] + facts["untrainable"]
+    lengths = [str(facts["lengths"].get(key, "-")) for key in ("p50", "p99", "longest")]
+    trained = f"{100 * facts['share_trained']:.0f} %"
+    doubles = [str(facts["duplicates"]), str(facts.get("in_validation", ""))]
+    counts = [str(facts["read"]), str(left_out), str(facts["used"]), count(facts["tokens"])]
+    return [name, *counts, trained, *lengths, *doubles]
+
+
+def shortened(name: str, longest: int = 36) -> str:
+    """A name's end where it is long: of a path it tells most."""
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"
 
 
 def _start(event: TrainingStarted) -> str:

@@ -1,9 +1,10 @@
-"""Which rows each step sees, and rows as tensors. Shape legend: B rows, T tokens."""
+"""Which units each step sees, and rows as tensors. Shape legend: B rows, T tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -79,44 +80,45 @@ def _labels(example: Example) -> list[int]:
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """The rows of every step: a pure function of seed, epoch and step, whatever the number of processes.
+    """The units, rows or packs, of every step: a pure function of seed, epoch and step, whatever the processes.
 
     Epochs follow each other without a gap; only the last step of a run can be short.
 
     Attributes:
-        rows: Number of training rows.
-        rows_per_step: Rows of one optimizer step over all processes.
+        units: Number of units of one epoch.
+        units_per_step: Units of one optimizer step over all processes.
         seed: Seed of the order.
-        total_rows: Rows of the whole run, repetitions counted.
+        total_units: Units of the whole run, repetitions counted.
     """
 
-    rows: int
-    rows_per_step: int
+    units: int
+    units_per_step: int
     seed: int
-    total_rows: int
+    total_units: int
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return -(-self.total_rows // self.rows_per_step)
+        return -(-self.total_units // self.units_per_step)
 
-    def step_rows(self, step: int) -> list[int]:
-        """Indices of the rows of `step`, counted from 0."""
-        first = step * self.rows_per_step
-        last = min(first + self.rows_per_step, self.total_rows)
-        indices: list[int] = []
+    def step_units(self, step: int) -> list[int]:
+        """Numbers of the units of `step`, counted from 0."""
+        first = step * self.units_per_step
+        last = min(first + self.units_per_step, self.total_units)
+        numbers: list[int] = []
         while first < last:
-            epoch, start = divmod(first, self.rows)
-            taken = self._permutation(epoch)[start : start + last - first]
-            indices += taken
+            epoch, start = divmod(first, self.units)
+            taken: list[int] = _permutation(self.units, self.seed, epoch)[start : start + last - first].tolist()
+            numbers += taken
             first += len(taken)
-        return indices
+        return numbers
 
     def epoch(self, step: int) -> float:
         """Passes over the data that are done after `step` steps."""
-        return min(step * self.rows_per_step, self.total_rows) / self.rows
+        return min(step * self.units_per_step, self.total_units) / self.units
 
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
-        return order
+
+@lru_cache(maxsize=2)
+def _permutation(units: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+    return torch.randperm(units, generator=generator)

@@ -1,27 +1,30 @@
-"""A recipe's rows: read, split into training and held-out ones, and encoded."""
+"""A recipe's rows: tokenized, mixed, split into training and held-out ones, and counted."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
 
-from finetune.data.documents import Conversation, Document, PlainText, Tokens
-from finetune.data.encode import Encoder, Example
-from finetune.data.lengths import chunks, without_end, without_prompt_head
-from finetune.data.mixing import draw, shares
+from finetune.data.documents import Document
+from finetune.data.encode import Example
+from finetune.data.mixing import drawn, shares
 from finetune.data.seeds import derived_seed
-from finetune.data.sources import read_rows
+from finetune.data.store import RowCounts
+from finetune.data.tokenized import TokenizedSource, rows_at
 from finetune.errors import DataError
 from finetune.recipe.data import Data, SourceSection
 from finetune.resolve import build
+from finetune.run.events import Report, ignore
 
 logger = logging.getLogger(__name__)
 
-SHOWN_PLACES = 5
-"""Places that a message lists of rows that train nothing."""
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -32,191 +35,208 @@ class LocatedDocument:
     where: str
 
 
-@dataclass(frozen=True)
-class RowCounts:
-    """What became of the rows of one split: `read` + `added` = `kept` + `too_long` + `untrainable`.
+class Split(Sequence[Example]):
+    """The training or the held-out rows: those chosen of some sources, read from disk when they are asked for.
 
-    Attributes:
-        read: Documents that were read.
-        added: Rows that came of splitting documents, beyond one of each.
-        kept: Rows that are used.
-        too_long: Rows left out for their length.
-        untrainable: Rows left out for they have no token to train on.
-        truncated: Kept rows that were cut.
-        tokens: Tokens of the kept rows.
-        target_tokens: Trained tokens among them.
-        cut_target_tokens: Tokens that would have been trained but were cut, of rows kept or not.
+    Args:
+        sources: Where the rows are.
+        chosen: Which of them: numbers of examples, counted on through all sources, ascending.
     """
 
-    read: int
-    added: int
-    kept: int
-    too_long: int
-    untrainable: int
-    truncated: int
-    tokens: int
-    target_tokens: int
-    cut_target_tokens: int
+    def __init__(self, sources: Sequence[TokenizedSource], chosen: Numbers) -> None:
+        self.sources = sources
+        self._chosen = chosen
+        self._begins = np.cumsum([0, *(len(source.store) for source in sources)])
 
-    def to_json(self) -> dict[str, int]:
-        """The counts by name."""
-        return asdict(self)
+    @classmethod
+    def whole(cls, sources: Sequence[TokenizedSource]) -> Split:
+        """Every row of the sources."""
+        return cls(sources, np.arange(sum(len(source.store) for source in sources)))
+
+    @property
+    def lengths(self) -> Numbers:
+        """Tokens of each row."""
+        return self.column("lengths")
+
+    @property
+    def counts(self) -> RowCounts:
+        """What became of the rows of all sources."""
+        return sum((source.store.counts for source in self.sources), RowCounts())
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        source, example = self._find(index)
+        return source.store[example]
+
+    def place(self, index: int) -> str:
+        """`file:line` of a row."""
+        source, example = self._find(index)
+        return source.store.place(example)
+
+    def column(self, name: str) -> Numbers:
+        """A number for each row: an array attribute of the stores."""
+        columns = [getattr(source.store, name) for source in self.sources]
+        joined: Numbers = np.concatenate(columns)[self._chosen] if columns else np.empty(0, np.int64)
+        return joined
+
+    def of_source(self, index: int) -> Split:
+        """The rows that come from one source."""
+        begin, end = self._begins[index], self._begins[index + 1]
+        inside = self._chosen[(self._chosen >= begin) & (self._chosen < end)]
+        return Split([self.sources[index]], inside - begin)
+
+    def parted(self, held_out: int, seed: int) -> tuple[Split, Split]:
+        """Draw rows of the files to hold out; what a file's row was split into stays together.
+
+        Returns:
+            What remains and what is held out, both in their order.
+        """
+        row_of_example = self._file_rows()
+        chosen = drawn(int(row_of_example[-1]) + 1, held_out, seed)
+        is_held_out = np.isin(row_of_example, chosen)
+        return Split(self.sources, self._chosen[~is_held_out]), Split(self.sources, self._chosen[is_held_out])
+
+    @property
+    def file_rows(self) -> int:
+        """Rows of the files that these come from."""
+        return int(self._file_rows()[-1]) + 1 if len(self) else 0
+
+    def documents(self) -> Iterator[LocatedDocument]:
+        """The rows as the files have them, read again."""
+        for index, source in enumerate(self.sources):
+            numbers = np.unique(self.of_source(index).column("rows")).tolist()
+            to_document = build(source.section).document
+            for row in rows_at(source.section, [0]):  # tells the format where the recipe leaves it open
+                to_document(row)
+            for row in rows_at(source.section, numbers):
+                yield LocatedDocument(to_document(row), row.where)
+
+    def _file_rows(self) -> Numbers:
+        """For each row the number of the file's row that it comes from, counted on through all sources."""
+        source = np.searchsorted(self._begins, self._chosen, side="right")
+        rows = self.column("rows")
+        is_new = (np.diff(source, prepend=-1) != 0) | (np.diff(rows, prepend=-1) != 0)
+        numbers: Numbers = np.cumsum(is_new) - 1
+        return numbers
+
+    def _find(self, index: int) -> tuple[TokenizedSource, int]:
+        number = self._chosen[index]
+        source = int(np.searchsorted(self._begins, number, side="right")) - 1
+        return self.sources[source], int(number - self._begins[source])
 
 
 @dataclass(frozen=True)
-class Split:
-    """The encoded rows of one split, and what became of them on the way.
+class Rows:
+    """A recipe's rows.
 
     Attributes:
-        examples: The rows that are kept.
-        places: `file:line` of each.
-        counts: Of all rows.
+        train: To train on.
+        validation: Held out.
     """
 
-    examples: list[Example]
-    places: list[str]
-    counts: RowCounts
+    train: Split
+    validation: Split
 
 
-@dataclass(frozen=True)
-class Documents:
-    """A recipe's documents before they are encoded."""
+def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report = ignore) -> Rows:
+    """Tokenize every source of a recipe, mix them, and hold rows out where it asks for a fraction of them.
 
-    train: list[LocatedDocument]
-    validation: list[LocatedDocument]
+    What is too long or trains nothing is treated as the recipe says, and counted.
 
-
-def read_documents(section: Data, seed: int) -> Documents:
-    """Read every source of a recipe, and hold rows out where it asks for a fraction of them.
+    Args:
+        section: The recipe's section.
+        tokenizer: Of the model.
+        seed: Of every draw.
+        report: Told how far it is.
 
     Raises:
-        DataError: A file or row cannot be used, or there are no rows to train on.
+        DataError: A file or row cannot be used, too many rows are lost, or there are none to train on.
     """
-    train = _read(section.train, seed)
-    validation = _read(section.validation, seed)
-    if not train:
+
+    def tokenized(sources: Sequence[SourceSection]) -> list[TokenizedSource]:
+        return [
+            TokenizedSource.of(source, section, tokenizer, derived_seed(seed, index), report)
+            for index, source in enumerate(sources)
+        ]
+
+    train, validation = (_mixed(tokenized(each)) for each in (section.train, section.validation))
+    for split in (train, validation):
+        refuse_losses(split, section)
+    if not len(train):
         raise DataError("there are no rows to train on", where=section.train[0].place, hint="check the file")
     if section.validation_fraction:
-        train, validation = _hold_out(train, section.validation_fraction, seed)
-        if not train:
+        wanted = max(1, round(train.file_rows * section.validation_fraction))
+        train, validation = train.parted(wanted, seed)
+        if not len(train):
             raise DataError(
-                f"data.validation_fraction: {section.validation_fraction} holds out every row ({len(validation)})",
+                f"data.validation_fraction: {section.validation_fraction} holds out every row ({wanted})",
                 where=section.train[0].place,
                 hint="lower it, or add rows",
             )
-    return Documents(train, validation)
+    return Rows(train, validation)
 
 
-def encode(documents: Sequence[LocatedDocument], encoder: Encoder, section: Data) -> Split:
-    """Encode documents; what is too long or trains nothing is treated as the recipe says, and counted.
+def _mixed(sources: list[TokenizedSource]) -> Split:
+    """The rows of all sources, one source after the other; of each as many as its weight says."""
+    split = Split.whole(sources)
+    weights = [source.section.weight for source in sources if source.section.weight is not None]
+    if not weights:
+        return split
+    parts = [split.of_source(index) for index in range(len(sources))]
+    counts = shares([part.file_rows for part in parts], weights)
+    begins = np.cumsum([0, *(len(source.store) for source in sources)])
+    chosen = [
+        part.parted(count, source.seed)[1]._chosen + begin
+        for part, count, source, begin in zip(parts, counts, sources, begins[:-1], strict=True)
+    ]
+    return Split(sources, np.concatenate(chosen))
+
+
+def refuse_losses(split: Split, section: Data) -> None:
+    """Stop where rows train nothing and the recipe does not say to skip them, or where too many are left out.
 
     Raises:
-        DataError: A row cannot be used, or none is left.
+        DataError: With the places of the first of them.
     """
-    fitting = _Fitting(encoder, section)
-    for located in documents:
-        for document in _rows(located.document, section):
-            fitting.add(document, located.where)
-    split = fitting.split(len(documents))
-    if documents and not split.examples and not fitting.untrainable:
+    counts = split.counts
+    rows = counts.read + counts.added
+    too_long = [place for source in split.sources for place in source.store.too_long]
+    untrainable = [place for source in split.sources for place in source.store.untrainable]
+    if counts.untrainable and (section.on_untrainable == "stop" or counts.untrainable == rows):
         raise DataError(
-            f"all {split.counts.too_long} rows are longer than data.max_length: {section.max_length}",
-            where=documents[0].where,
+            f"{counts.untrainable} rows have no token to train on: {_listed(untrainable, counts.untrainable)}",
+            where=untrainable[0],
+            hint="give them an answer, remove them, or set data.on_untrainable to skip",
+        )
+    if counts.too_long == rows > 0:
+        raise DataError(
+            f"all {rows} rows are longer than data.max_length: {section.max_length}",
+            where=too_long[0],
             hint="raise data.max_length",
         )
-    if fitting.untrainable and (section.on_untrainable == "stop" or not split.examples):
-        raise _untrainable(fitting.untrainable)
-    _log(split.counts, section)
-    return split
-
-
-def _rows(document: Document, section: Data) -> Sequence[Document]:
-    return document.split_turns() if section.split_turns and isinstance(document, Conversation) else [document]
-
-
-class _Fitting:
-    """Rows on their way from documents to examples of at most `max_length`, with a count of every loss."""
-
-    def __init__(self, encoder: Encoder, section: Data) -> None:
-        self.untrainable: list[str] = []
-        self._encoder = encoder
-        self._section = section
-        self._examples: list[Example] = []
-        self._places: list[str] = []
-        self._too_long = 0
-        self._truncated = 0
-        self._cut_targets = 0
-
-    def add(self, document: Document, where: str) -> None:
-        """Encode a document, make it fit, and keep what trains something."""
-        whole = self._encoder.example(document, where)
-        for example in self._fit(whole, document, where):
-            if not example.targets:
-                self.untrainable.append(where)
-                continue
-            self._examples.append(example)
-            self._places.append(where)
-            self._truncated += self._section.overlength != "split" and example is not whole
-
-    def split(self, read: int) -> Split:
-        """The examples and their counts."""
-        examples = self._examples
-        counts = RowCounts(
-            read=read,
-            added=len(examples) + self._too_long + len(self.untrainable) - read,
-            kept=len(examples),
-            too_long=self._too_long,
-            untrainable=len(self.untrainable),
-            truncated=self._truncated,
-            tokens=sum(len(example.ids) for example in examples),
-            target_tokens=sum(example.targets for example in examples),
-            cut_target_tokens=self._cut_targets,
+    if counts.dropped > section.max_dropped * rows:
+        causes = [
+            (counts.too_long, f"longer than {section.max_length} tokens", too_long),
+            (counts.untrainable, "without a token to train on", untrainable),
+        ]
+        told = "; ".join(f"{count} {cause} ({_listed(places, count)})" for count, cause, places in causes if count)
+        raise DataError(
+            f"{counts.dropped} of {rows} rows would be left out, more than data.max_dropped: "
+            f"{100 * section.max_dropped:g} %: {told}",
+            where=(too_long or untrainable)[0],
+            hint="raise data.max_length, correct the rows, or allow the loss with data.max_dropped",
         )
-        return Split(examples, self._places, counts)
-
-    def _fit(self, example: Example, document: Document, where: str) -> list[Example]:
-        longest, policy = self._section.max_length, self._section.overlength
-        if len(example.ids) <= longest:
-            return [example]
-        if policy == "drop":
-            self._too_long += 1
-            return []
-        if policy == "truncate":
-            cut = without_end(example, longest)
-            self._cut_targets += example.targets - cut.targets
-            return [cut]
-        if policy == "split" and _is_without_prompt(document):
-            return chunks(example, longest)
-        if policy == "truncate_prompt":
-            fitted = without_prompt_head(example, longest, self._encoder.tokenizer.bos_token_id)
-            if fitted is not None:
-                return [fitted]
-        raise self._too_long_error(example, where)
-
-    def _too_long_error(self, example: Example, where: str) -> DataError:
-        reasons = {
-            "truncate_prompt": ", and what follows the first trained token leaves no room for a prompt",
-            "split": ", and a row with a prompt cannot be split: its later parts would lack what they answer",
-        }
-        return DataError(
-            f"the row has {len(example.ids)} tokens, more than data.max_length: {self._section.max_length}"
-            + reasons.get(self._section.overlength, ""),
-            where=where,
-            hint="raise data.max_length, shorten the row, or set data.overlength to drop",
-        )
+    _log(counts, section)
 
 
-def _is_without_prompt(document: Document) -> bool:
-    return isinstance(document, Tokens) or (isinstance(document, PlainText) and not document.prompt)
-
-
-def _untrainable(places: Sequence[str]) -> DataError:
-    shown = ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(places) > SHOWN_PLACES else "")
-    return DataError(
-        f"{len(places)} rows have no token to train on: {shown}",
-        where=places[0],
-        hint="give them an answer, remove them, or set data.on_untrainable to skip",
-    )
+def _listed(places: list[str], count: int) -> str:
+    return ", ".join(places) + (", ..." if count > len(places) else "")
 
 
 def _log(counts: RowCounts, section: Data) -> None:
@@ -235,39 +255,3 @@ def _log(counts: RowCounts, section: Data) -> None:
         )
     if counts.added:
         logger.info("%d rows were split into %d", counts.read, rows)
-
-
-def _read(sources: Sequence[SourceSection], seed: int) -> list[LocatedDocument]:
-    """The rows of all sources, one source after the other; of each as many as its `rows` and `weight` say."""
-    seeds = [derived_seed(seed, index) for index in range(len(sources))]
-    per_source = [_read_one(source, seed) for source, seed in zip(sources, seeds, strict=True)]
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights:
-        counts = shares([len(documents) for documents in per_source], weights)
-        per_source = [draw(*each) for each in zip(per_source, counts, seeds, strict=True)]
-    return [document for documents in per_source for document in documents]
-
-
-def _read_one(source: SourceSection, seed: int) -> list[LocatedDocument]:
-    to_document = build(source).document
-    documents = (LocatedDocument(to_document(row), row.where) for row in read_rows(source))
-    if source.rows is None:
-        return list(documents)
-    drawn = draw(documents, source.rows, seed)
-    if len(drawn) < source.rows:
-        raise DataError(
-            f"the source has {len(drawn)} rows, fewer than rows: {source.rows}",
-            where=source.place,
-            hint="lower it, or leave it out to take every row",
-        )
-    return drawn
-
-
-def _hold_out(
-    rows: list[LocatedDocument], fraction: float, seed: int
-) -> tuple[list[LocatedDocument], list[LocatedDocument]]:
-    """Draw at least one row by `seed`; both parts keep the order of the file."""
-    count = max(1, round(len(rows) * fraction))
-    drawn = set(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist())
-    kept = [row for index, row in enumerate(rows) if index not in drawn]
-    return kept, [row for index, row in enumerate(rows) if index in drawn]

@@ -1,6 +1,7 @@
-"""How the rows of one step are laid out in micro-batches. It changes speed and memory, never the step.
+"""How rows are laid out in steps and micro-batches.
 
-A step's gradient is a sum over its rows, so rows may be grouped at will: by length, to pad little, or into packs.
+A step counts units: rows, or packs of rows. Its gradient is a sum over its tokens, so within a step units may be
+grouped at will: here by length, to pad little and to keep the micro-batches alike.
 """
 
 from __future__ import annotations
@@ -9,83 +10,86 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
+
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
+from finetune.data.packing import Packs, packed
 from finetune.recipe.training import Training
+
+Unit = list[Example]
+"""What a step counts: one row, or the rows of a pack."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """From the rows of a step to its micro-batches.
+    """From the units of a step to its micro-batches.
 
     Attributes:
-        group: Divides a step's examples into the groups that run together.
-        batch: Makes tensors of a group.
+        rows: Number of training rows.
+        packs: The packs that rows were put into; None where each row is a unit of its own.
+        batch: Makes tensors of the rows of a micro-batch.
+        micro_batch_size: Units of a micro-batch.
         restarts_positions: Whether examples stand in one row, where attention must not cross from one to the next.
     """
 
-    group: Callable[[Sequence[Example]], list[list[Example]]]
+    rows: int
+    packs: Packs | None
     batch: Callable[[Sequence[Example]], Batch]
+    micro_batch_size: int
     restarts_positions: bool
 
     @classmethod
-    def of(cls, training: Training, max_length: int, padding: int) -> Layout:
+    def of(cls, training: Training, lengths: npt.NDArray[np.int64], max_length: int, padding: int) -> Layout:
         """The layout of `training.batching`.
 
         Args:
             training: The recipe's section.
-            max_length: Longest example in tokens, which is the length of a pack where the recipe names none.
+            lengths: Tokens of each training row.
+            max_length: Longest row in tokens, which is the length of a pack where the recipe names none.
             padding: Any token id.
         """
-        by_length = partial(grouped_by_length, size=training.micro_batch_size)
+        size = training.micro_batch_size
         match training.batching:
             case "padded":
-                return cls(by_length, partial(padded, padding=padding), restarts_positions=False)
+                return cls(len(lengths), None, partial(padded, padding=padding), size, restarts_positions=False)
             case "padding_free":
-                return cls(by_length, joined, restarts_positions=True)
+                return cls(len(lengths), None, joined, size, restarts_positions=True)
             case "packed":
-                capacity = training.pack_length or max_length
-                return cls(partial(packed, capacity=capacity), joined, restarts_positions=True)
+                packs = packed(lengths, training.pack_length or max_length, training.seed)
+                return cls(len(lengths), packs, joined, size, restarts_positions=True)
 
-    def micro_batches(self, examples: Sequence[Example], rank: int, world_size: int) -> list[Batch]:
-        """The batches that process `rank` of `world_size` runs for a step over `examples`."""
-        return [self.batch(group) for group in share_of(self.group(examples), rank, world_size)]
+    @property
+    def units(self) -> int:
+        """Number of units of one epoch."""
+        return self.rows if self.packs is None else len(self.packs)
 
+    def rows_of(self, unit: int) -> list[int]:
+        """The rows of a unit."""
+        return [unit] if self.packs is None else self.packs[unit]
 
-def grouped_by_length(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Groups of `size` examples of similar length, which need little padding."""
-    by_length = sorted(examples, key=lambda example: len(example.ids))
-    return [by_length[first : first + size] for first in range(0, len(by_length), size)]
+    def groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
+        """The units of each micro-batch: those of similar length together."""
+        by_length = sorted(units, key=lambda unit: sum(len(example.ids) for example in unit))
+        return [
+            by_length[first : first + self.micro_batch_size] for first in range(0, len(units), self.micro_batch_size)
+        ]
 
+    def micro_batches(self, units: Sequence[Unit], rank: int, world_size: int) -> list[Batch]:
+        """The batches that process `rank` of `world_size` runs for a step over `units`."""
+        return [self.tensors(group) for group in share_of(self.groups(units), rank, world_size)]
 
-def packed(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
-    """Groups of up to `capacity` tokens by best fit: the longest first, each into the fullest group with room.
-
-    Raises:
-        ValueError: An example is longer than `capacity`.
-    """
-    packs: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda example: -len(example.ids)):
-        length = len(example.ids)
-        if length > capacity:
-            raise ValueError(f"an example of {length} tokens does not fit into a pack of {capacity}")
-        fitting = [index for index, free in enumerate(room) if free >= length]
-        if fitting:
-            best = min(fitting, key=room.__getitem__)
-            packs[best].append(example)
-            room[best] -= length
-        else:
-            packs.append([example])
-            room.append(capacity - length)
-    return packs
+    def tensors(self, group: Sequence[Unit]) -> Batch:
+        """The batch of a micro-batch's units."""
+        return self.batch([example for unit in group for example in unit])
 
 
-def share_of(groups: Sequence[list[Example]], rank: int, world_size: int) -> list[list[Example]]:
+def share_of(groups: Sequence[list[Unit]], rank: int, world_size: int) -> list[list[Unit]]:
     """The groups that process `rank` runs.
 
     Every process gets the same number, so that all meet in the same collective operations; one that has none
     left gets an example that trains nothing.
     """
-    idle = Example(groups[0][0].ids[:2], [False, False])
-    return [*groups, *[[idle]] * (-len(groups) % world_size)][rank::world_size]
+    idle = Example(groups[0][0][0].ids[:2], [False, False])
+    return [*groups, *[[[idle]]] * (-len(groups) % world_size)][rank::world_size]

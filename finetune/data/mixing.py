@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-T = TypeVar("T")
+import numpy as np
+import numpy.typing as npt
 
 
-def draw(items: Iterable[T], count: int, seed: int) -> list[T]:
-    """`count` of the items, or all if there are fewer, each set of them as likely; in their order.
-
-    Holds no more than `count` items in memory: reservoir sampling (Vitter 1985, algorithm R).
-    """
-    generator = random.Random(seed)
-    drawn: list[tuple[int, T]] = []
-    for index, item in enumerate(items):
-        if index < count:
-            drawn.append((index, item))
-        elif (slot := generator.randrange(index + 1)) < count:
-            drawn[slot] = (index, item)
-    return [item for _, item in sorted(drawn, key=lambda pair: pair[0])]
+def drawn(size: int, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """The numbers of `count` rows of `size`, or of all if there are fewer: each set as likely, in ascending order."""
+    if count >= size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed).permutation(size)[:count])
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -9,7 +9,7 @@ from finetune.data.hub import read_hub
 from finetune.data.readers.files import data_files, read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row
-from finetune.recipe.data import AutoSource, Data, SourceSection, TextSource
+from finetune.recipe.data import AutoSource, SourceSection, TextSource
 
 
 def read_rows(source: SourceSection) -> Iterator[Row]:
@@ -24,15 +24,13 @@ def read_rows(source: SourceSection) -> Iterator[Row]:
     return read_files(source.path, _options(source))
 
 
-def files_of(section: Data) -> list[Path]:
-    """Every local file that rows are read from, once.
+def files_of(source: SourceSection) -> list[Path]:
+    """The local files that rows are read from.
 
     Raises:
-        DataError: A source has none.
+        DataError: There are none.
     """
-    sources = [*section.train, *section.validation]
-    files = (file for each in sources if each.path for file in data_files(each.path, _options(each)))
-    return list(dict.fromkeys(files))
+    return data_files(source.path, _options(source)) if source.path else []
 
 
 def _options(source: SourceSection) -> Options:

@@ -60,12 +60,13 @@ def held_out_loss(
     device = accelerator.device
     was_training = model.training
     model.eval()
-    by_length = sorted(examples, key=lambda example: len(example.ids))
+    by_length = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
     own = by_length[accelerator.process_index :: accelerator.num_processes]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for first in range(0, len(own), batch_size):
-        batch = padded(own[first : first + batch_size], padding).to(device)
+        rows = [examples[row] for row in own[first : first + batch_size]]
+        batch = padded(rows, padding).to(device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
             loss_sum += summed_cross_entropy(model, batch)
         tokens += batch.targets

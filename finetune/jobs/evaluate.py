@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import nn
 
-from finetune.data.dataset import encode, read_documents
 from finetune.data.encode import Example, Prompt
 from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling, generate
@@ -69,17 +69,17 @@ def evaluate(run: RunDirectory, report: Report = ignore) -> Comparison:
     """
     trained = TrainedRun.open(run, report)
     bench = trained.bench
-    data, settings = bench.recipe.data, bench.recipe.evaluation
-    held_out = read_documents(data, bench.recipe.training.seed).validation
-    if not held_out:
+    settings = bench.recipe.evaluation
+    held_out = bench.read_data(report).validation
+    if not len(held_out):
         raise DataError(
             "the recipe holds no rows out",
             where=str(run.recipe),
             hint="train with data.validation or data.validation_fraction",
         )
-    examples = encode(held_out, bench.encoder, data).examples[: settings.max_rows]
-    asked = (bench.encoder.prompt(row.document, row.where) for row in held_out)
-    prompts = [prompt for prompt in asked if prompt is not None][: settings.generation_rows]
+    examples = held_out[: settings.max_rows]
+    asked = (bench.encoder.prompt(row.document, row.where) for row in held_out.documents())
+    prompts = list(islice((prompt for prompt in asked if prompt is not None), settings.generation_rows))
 
     base = bench.load_base(report)
     before = _score(bench, base, "base", examples, prompts, report)

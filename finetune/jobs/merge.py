@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.data.dataset import encode, read_documents
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
@@ -77,7 +76,7 @@ def merge(
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
     trained = TrainedRun.open(run, report)
-    examples = _proof_rows(trained)
+    examples = _proof_rows(trained, report)
     report(Phase("computing the trained model's logits"))
     reference = _trained_logits(trained, examples, report)
     gc.collect()
@@ -99,13 +98,12 @@ def merge(
     return result
 
 
-def _proof_rows(trained: TrainedRun) -> list[Example]:
+def _proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
     """Real rows, held-out ones if there are any, up to PROOF_TOKENS tokens together."""
-    bench = trained.bench
-    documents = read_documents(bench.recipe.data, bench.recipe.training.seed)
+    split = trained.bench.read_data(report)
     rows: list[Example] = []
     room = PROOF_TOKENS
-    for example in encode(documents.validation or documents.train, bench.encoder, bench.recipe.data).examples:
+    for example in split.validation or split.train:
         cut = example.ids[:room]
         rows.append(Example(cut, example.is_target[:room]))
         room -= len(cut)

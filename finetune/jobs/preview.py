@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.dataset import RowCounts, encode, read_documents
-from finetune.data.encode import Encoder, Example
+from finetune.data.dataset import read_data
+from finetune.data.encode import Example
 from finetune.data.layout import Layout
+from finetune.data.ledger import ledger
 from finetune.models.folder import find_model
 from finetune.models.load import load_tokenizer, padding_id
 from finetune.recipe.recipe import Recipe
@@ -74,14 +75,12 @@ class Preview:
     Attributes:
         rows: Some of the training rows, in the order of training.
         first_step: How the rows of the first step are laid out in one process.
-        train: What became of the training rows.
-        validation: What became of the held-out rows.
+        ledger: What became of all rows, as in a run's `data_report.json`.
     """
 
     rows: list[PreviewRow]
     first_step: list[MicroBatch]
-    train: RowCounts
-    validation: RowCounts
+    ledger: dict[str, Any]
 
     @property
     def fill(self) -> float:
@@ -102,23 +101,22 @@ def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
     """
     folder = find_model(recipe.model, lambda doing: report(Phase(doing)), weights=False)
     tokenizer = load_tokenizer(folder)
-    encoder = Encoder(tokenizer, recipe.data.train_on)
     report(Phase("reading the data"))
-    documents = read_documents(recipe.data, recipe.training.seed)
-    train = encode(documents.train, encoder, recipe.data)
-    validation = encode(documents.validation, encoder, recipe.data)
-    order = batch_order(len(train.examples), recipe.training, processes=1)
-    shown = [row for step in range(order.total_steps) for row in order.step_rows(step)][:rows]
-    layout = Layout.of(recipe.training, recipe.data.max_length, padding_id(tokenizer))
-    first_step = [train.examples[row] for row in order.step_rows(0)]
-    groups = layout.group(first_step)
+    data = read_data(recipe.data, tokenizer, recipe.training.seed, report)
+    train = data.train
+    layout = Layout.of(recipe.training, train.lengths, recipe.data.max_length, padding_id(tokenizer))
+    order = batch_order(layout.units, recipe.training, processes=1)
+    in_order = (
+        row for step in range(order.total_steps) for unit in order.step_units(step) for row in layout.rows_of(unit)
+    )
+    first_step = [[train[row] for row in layout.rows_of(unit)] for unit in order.step_units(0)]
     return Preview(
-        rows=[PreviewRow(train.places[row], list(_stretches(train.examples[row], tokenizer))) for row in shown],
+        rows=[PreviewRow(train.place(row), list(_stretches(train[row], tokenizer))) for row in islice(in_order, rows)],
         first_step=[
-            MicroBatch([len(example.ids) for example in group], layout.batch(group).ids_BT.numel()) for group in groups
+            MicroBatch([len(example.ids) for unit in group for example in unit], layout.tensors(group).ids_BT.numel())
+            for group in layout.groups(first_step)
         ],
-        train=train.counts,
-        validation=validation.counts,
+        ledger=ledger(data, layout),
     )
 
 

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.base import AdapterMethod
+from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.load import load_model, load_tokenizer, padding_id
@@ -66,6 +67,15 @@ class Workbench:
             method=build(recipe.adapter),
             compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
         )
+
+    def read_data(self, report: Report) -> Rows:
+        """The recipe's rows, tokenized.
+
+        Raises:
+            DataError: A file or row cannot be used.
+        """
+        report(Phase("reading the data"))
+        return read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
 
     @property
     def encoder(self) -> Encoder:

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from finetune.data.batches import BatchOrder
-from finetune.data.dataset import Split, encode, read_documents
+from finetune.data.dataset import Rows, Split
 from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
-from finetune.data.sources import files_of
+from finetune.data.ledger import ledger
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.setup import Workbench
 from finetune.models.attention import prove_separation
@@ -21,7 +21,16 @@ from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory, write_json, written_aside
-from finetune.run.events import Phase, Report, StepMetrics, TrainingFinished, TrainingStarted, Validated, ignore
+from finetune.run.events import (
+    DataRead,
+    Phase,
+    Report,
+    StepMetrics,
+    TrainingFinished,
+    TrainingStarted,
+    Validated,
+    ignore,
+)
 from finetune.run.provenance import provenance
 from finetune.train.loop import batch_order, fit
 from finetune.train.memory import peak_memory_bytes
@@ -46,20 +55,19 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
     """
     with run.attempt() as attempt:
         bench = Workbench.of(recipe, report)
-        report(Phase("reading the data"))
-        documents = read_documents(recipe.data, recipe.training.seed)
-        rows = encode(documents.train, bench.encoder, recipe.data)
-        held_out = encode(documents.validation, bench.encoder, recipe.data)
-        order = batch_order(len(rows.examples), recipe.training, bench.accelerator.num_processes)
-        layout = Layout.of(recipe.training, recipe.data.max_length, bench.padding)
+        rows = bench.read_data(report)
+        layout = Layout.of(recipe.training, rows.train.lengths, recipe.data.max_length, bench.padding)
+        order = batch_order(layout.units, recipe.training, bench.accelerator.num_processes)
+        read = DataRead(ledger(rows, layout))
+        report(read)
         state = _start(bench, order, layout, report)
         if bench.accelerator.is_main_process:
-            _record_inputs(run, bench, rows, held_out)
-        report(_describe(run, bench, state.bare_model, order, rows, held_out))
+            _record_inputs(run, bench, rows, read)
+        report(_describe(run, bench, state.bare_model, order, read))
 
-        validate = partial(_validate, bench, state, held_out, run, report)
+        validate = partial(_validate, bench, state, rows.validation, run, report)
         before = validate()
-        for metrics in fit(state, rows.examples, order, recipe.optimizer, recipe.training, layout):
+        for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, layout):
             attempt.steps = metrics.step
             if bench.accelerator.is_main_process:
                 run.append_metrics(metrics)
@@ -70,8 +78,8 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
         report(Phase("saving"))
         trained = run.trained(recipe.adapter.trains_base)
         if bench.accelerator.is_main_process:
-            speaks = isinstance(documents.train[0].document, Conversation)
-            _save(bench, state.bare_model, trained, in_conversation=speaks)
+            first = next(rows.train.documents())
+            _save(bench, state.bare_model, trained, in_conversation=isinstance(first.document, Conversation))
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
@@ -110,7 +118,7 @@ def _validate(
 ) -> Validated | None:
     """Measure, record and report the held-out loss; None where no rows are held out."""
     settings = bench.recipe.evaluation
-    examples = held_out.examples[: settings.max_rows]
+    examples = held_out[: settings.max_rows]
     if not examples:
         return None
     report(Phase("measuring the held-out loss"))
@@ -134,8 +142,8 @@ def _is_due(every_steps: int | None, metrics: StepMetrics) -> bool:
     return every_steps is not None and metrics.step % every_steps == 0 and metrics.step < metrics.total_steps
 
 
-def _record_inputs(run: RunDirectory, bench: Workbench, rows: Split, held_out: Split) -> None:
-    """Write what the run starts from: resolved recipe, provenance, counts of rows."""
+def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead) -> None:
+    """Write what the run starts from: resolved recipe, provenance, what became of the rows."""
     recipe = bench.recipe
     text = dump_recipe(recipe)
     run.recipe.write_text(text, encoding="utf-8")
@@ -144,8 +152,11 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Split, held_out: S
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
     }
-    write_json(run.provenance, provenance(text, files_of(recipe.data), facts))
-    write_json(run.data_report, {"train": rows.counts.to_json(), "validation": held_out.counts.to_json()})
+    content = [
+        record for split in (rows.train, rows.validation) for source in split.sources for record in source.content
+    ]
+    write_json(run.provenance, provenance(text, content, facts))
+    write_json(run.data_report, read.ledger)
 
 
 def _base_record(bench: Workbench) -> dict[str, str | None]:
@@ -154,7 +165,7 @@ def _base_record(bench: Workbench) -> dict[str, str | None]:
 
 
 def _describe(
-    run: RunDirectory, bench: Workbench, model: nn.Module, order: BatchOrder, rows: Split, held_out: Split
+    run: RunDirectory, bench: Workbench, model: nn.Module, order: BatchOrder, read: DataRead
 ) -> TrainingStarted:
     count = count_parameters(model, bench.quantizer)
     return TrainingStarted(
@@ -164,9 +175,9 @@ def _describe(
         quantization=bench.recipe.quantization.kind,
         trainable_parameters=count.trainable,
         total_parameters=count.total,
-        train_rows=rows.counts.kept,
-        validation_rows=held_out.counts.kept,
-        target_tokens=rows.counts.target_tokens,
+        train_rows=read.ledger["train"]["used"],
+        validation_rows=read.ledger["validation"]["used"],
+        target_tokens=read.ledger["train"]["target_tokens"],
         total_steps=order.total_steps,
         compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
     )

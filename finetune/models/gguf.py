@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -13,16 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import ModelError
-from finetune.run.directory import written_aside
+from finetune.run.cache import cached
 
 LAYOUT = "1"
 """Part of the cache's key: raise it when what the conversion writes changes."""
-
-
-def cache_folder() -> Path:
-    """Where conversions are kept: `$FT_CACHE`, or `ft` in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FT_CACHE") or Path(user_cache) / "ft")
 
 
 def converted(file: Path, report_work: Callable[[str], None]) -> Path:
@@ -34,13 +27,12 @@ def converted(file: Path, report_work: Callable[[str], None]) -> Path:
         ModelError: transformers cannot read the file.
         EnvironmentFault: The cache cannot be written.
     """
-    target = cache_folder() / "gguf" / f"{file.stem}-{_digest(file)}"
-    if target.is_dir():
-        return target
-    report_work(f"converting {file.name} (once)")
-    with written_aside(target) as folder:
+
+    def convert(folder: Path) -> None:
+        report_work(f"converting {file.name} (once)")
         _convert(file, folder)
-    return target
+
+    return cached("gguf", f"{file.stem}-{_digest(file)}", convert)
 
 
 def _convert(file: Path, folder: Path) -> None:

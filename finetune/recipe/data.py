@@ -38,7 +38,12 @@ class SourceSection(Section):
         None, description="What separates the cells of a CSV file; by default it is seen from the header."
     )
     rows: int | None = Field(
-        None, ge=1, description="Take this many rows of the source, drawn by `training.seed`; by default all of them."
+        None,
+        ge=1,
+        description=(
+            "Take this many rows of the source, drawn by `training.seed`; by default all of them. "
+            "Of a stream the first ones are taken."
+        ),
     )
     weight: float | None = Field(
         None,
@@ -211,6 +216,12 @@ class Data(Section):
     )
     on_untrainable: Literal["stop", "skip"] = Field(
         "stop", description="What to do with a row that has no token to train on: stop, or leave it out and count it."
+    )
+    max_dropped: float = Field(
+        0.01, ge=0, le=1, description="Stop if a larger share of the rows would be left out, for whatever cause."
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Processes that tokenize many rows; by default one for each core."
     )
 
     @field_validator("train", "validation", mode="before")

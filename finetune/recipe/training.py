@@ -14,16 +14,16 @@ class Training(Section):
 
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows; may be a fraction.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; replaces epochs.")
-    micro_batch_size: int = Field(4, ge=1, description="Rows in one forward pass of one process.")
+    micro_batch_size: int = Field(4, ge=1, description="Rows, or packs, in one forward pass of one process.")
     gradient_accumulation_steps: int = Field(
         4, ge=1, description="Forward passes of each process before one optimizer step."
     )
     batching: Literal["padded", "padding_free", "packed"] = Field(
         "padded",
         description=(
-            "How the rows of a step are laid out, which changes speed and memory but not the result. padded: "
-            "micro_batch_size rows of similar length, filled up. padding_free: as many rows, one after the other. "
-            "packed: one after the other, up to pack_length tokens."
+            "How rows are laid out. padded: rows of similar length, filled up. padding_free: the same rows, one after "
+            "the other, which changes speed and memory but not the result. packed: rows are put together into packs "
+            "of up to pack_length tokens first, and what counts as a row of a batch is a pack."
         ),
     )
     pack_length: int | None = Field(

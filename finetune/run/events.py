@@ -107,12 +107,20 @@ class Validated(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Part of something countable is done."""
+    """Part of something countable is done; `total` is None where it shows only at the end."""
 
     kind: ClassVar[str] = "progress"
     doing: str
     done: int
-    total: int
+    total: int | None
+
+
+@dataclass(frozen=True)
+class DataRead(Event):
+    """All rows are tokenized; `ledger` is what `data_report.json` holds."""
+
+    kind: ClassVar[str] = "data"
+    ledger: dict[str, Any]
 
 
 @dataclass(frozen=True)

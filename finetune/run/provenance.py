@@ -15,24 +15,29 @@ from finetune import __version__
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "pydantic")
 
 
-def provenance(recipe_text: str, data_files: Iterable[Path], facts: dict[str, Any]) -> dict[str, Any]:
+def provenance(recipe_text: str, data: Iterable[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """The record that stands in `provenance.json`.
 
     Args:
         recipe_text: The resolved recipe.
-        data_files: Every file that rows were read from.
+        data: Of every source a record of what was read.
         facts: What only the caller knows: the base model, its fingerprint, devices.
     """
     return {
         "ft": __version__,
         "recipe_sha256": hashlib.sha256(recipe_text.encode()).hexdigest(),
-        "data": [{"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)} for file in data_files],
+        "data": list(data),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         **facts,
     }
+
+
+def file_record(file: Path) -> dict[str, Any]:
+    """What tells a data file from another: its name, size and sha256."""
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def file_digest(path: Path) -> str:

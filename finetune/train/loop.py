@@ -20,14 +20,14 @@ from finetune.train.state import TrainState
 from finetune.train.step import train_step
 
 
-def batch_order(rows: int, training: Training, processes: int) -> BatchOrder:
-    """Which rows each step sees, by the recipe's batch sizes and length."""
-    rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes
+def batch_order(units: int, training: Training, processes: int) -> BatchOrder:
+    """Which rows or packs each step sees, by the recipe's batch sizes and length."""
+    units_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes
     if training.max_steps is not None:
-        total_rows = training.max_steps * rows_per_step
+        total_units = training.max_steps * units_per_step
     else:
-        total_rows = max(1, round(training.epochs * rows))
-    return BatchOrder(rows, rows_per_step, training.seed, total_rows)
+        total_units = max(1, round(training.epochs * units))
+    return BatchOrder(units, units_per_step, training.seed, total_units)
 
 
 def fit(
@@ -48,8 +48,8 @@ def fit(
     while state.step < order.total_steps:
         step_began = time.perf_counter()
         tokens_before = state.tokens
-        rows = [examples[row] for row in order.step_rows(state.step)]
-        own = layout.micro_batches(rows, accelerator.process_index, accelerator.num_processes)
+        units = [[examples[row] for row in layout.rows_of(unit)] for unit in order.step_units(state.step)]
+        own = layout.micro_batches(units, accelerator.process_index, accelerator.num_processes)
         batches = [batch.to(accelerator.device) for batch in own]
         rate = learning_rate(optimizer, state.step + 1, order.total_steps)
         # Dropout draws from a stream of its own in every step, which evaluating in between cannot shift.

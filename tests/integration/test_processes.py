@@ -13,6 +13,7 @@ import pytest
 
 SCRIPT = """
 import json, sys
+import numpy as np
 import torch
 from accelerate import Accelerator
 from finetune.adapters.full import FullMethod
@@ -35,11 +36,11 @@ for index in range(11):  # uneven: another length and another share of trained t
     rows.append(Example(ids, [position % (index + 2) == 1 for position in range(len(ids))]))
 micro = 4 // accelerator.num_processes
 training = Training(micro_batch_size=1, gradient_accumulation_steps=micro, max_grad_norm=1.0)
-order = BatchOrder(rows=11, rows_per_step=4, seed=3, total_rows=14)
+order = BatchOrder(units=11, units_per_step=4, seed=3, total_units=14)
 model = accelerator.prepare_model(tiny_llama())
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 state = TrainState(accelerator, model, FullMethod(Full(method="full")), optimizer, torch.float32)
-layout = Layout.of(training, 64, 0)
+layout = Layout.of(training, np.array([len(row.ids) for row in rows]), 64, 0)
 section = Sgd(name="sgd", learning_rate=0.1, schedule="linear")
 metrics = list(fit(state, rows, order, section, training, layout))
 steps = [[step.loss, step.gradient_norm, step.learning_rate, step.tokens] for step in metrics]

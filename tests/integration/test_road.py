@@ -17,6 +17,7 @@ from finetune.evaluation.generation import Sampling
 from finetune.jobs.evaluate import evaluate
 from finetune.jobs.generate import answer
 from finetune.jobs.merge import merge
+from finetune.jobs.preview import preview
 from finetune.jobs.train import train
 from finetune.models.fingerprint import fingerprint
 from finetune.run.directory import RunDirectory
@@ -52,7 +53,7 @@ def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: P
     assert [line["step"] for line in lines if line["event"] == StepMetrics.kind] == [1, 2, 3]
     assert [line["step"] for line in lines if line["event"] == Validated.kind] == [0, 3]
     assert json.loads(run.outcome.read_text())["code"] == 0
-    assert json.loads(run.data_report.read_text())["train"]["kept"] == 24
+    assert json.loads(run.data_report.read_text())["train"]["used"] == 24
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
 
 
@@ -80,16 +81,31 @@ def test_the_same_recipe_gives_the_same_adapter_bit_for_bit(tiny_recipe: dict[st
     assert (other.trained(False) / "adapter_model.safetensors").read_bytes() != files[0]
 
 
-def test_packing_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path):
+def losses_of(run: RunDirectory) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+
+
+def test_leaving_padding_out_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path):
     losses = []
-    for batching in ("padded", "padding_free", "packed"):
+    for batching in ("padded", "padding_free"):
         folder = tmp_path / batching
         folder.mkdir()
-        run = run_of(tiny_recipe, folder, f"training.batching={batching}", "training.gradient_accumulation_steps=4")
-        records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-        losses.append([record["loss"] for record in records])
+        settings = [f"training.batching={batching}", "training.gradient_accumulation_steps=4"]
+        losses.append(losses_of(run_of(tiny_recipe, folder, *settings)))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_steps_over_the_whole_data_are_the_same_in_packs_and_row_by_row(tiny_recipe: dict[str, Any], tmp_path: Path):
+    packs = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1).ledger["packing"]["packs"]
+    assert packs < 24  # rows stand together
+    losses = []
+    for batching, units in (("padded", 24), ("packed", packs)):
+        folder = tmp_path / batching
+        folder.mkdir()
+        sizes = ["training.micro_batch_size=1", f"training.gradient_accumulation_steps={units}"]
+        losses.append(losses_of(run_of(tiny_recipe, folder, f"training.batching={batching}", *sizes)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_evaluating_during_a_run_does_not_shift_it(tiny_recipe: dict[str, Any], tmp_path: Path):

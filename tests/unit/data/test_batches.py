@@ -12,35 +12,35 @@ def example(length: int) -> Example:
     return Example(list(range(1, length + 1)), [i % 2 == 1 for i in range(length)])
 
 
-def rows_of(order: BatchOrder) -> list[int]:
-    return [row for step in range(order.total_steps) for row in order.step_rows(step)]
+def units_of(order: BatchOrder) -> list[int]:
+    return [unit for step in range(order.total_steps) for unit in order.step_units(step)]
 
 
-@pytest.mark.parametrize("rows_per_step", [1, 3, 4, 10, 25])
-def test_every_epoch_sees_every_row_once(rows_per_step: int):
-    seen = rows_of(BatchOrder(rows=10, rows_per_step=rows_per_step, seed=1, total_rows=30))
+@pytest.mark.parametrize("units_per_step", [1, 3, 4, 10, 25])
+def test_every_epoch_sees_every_unit_once(units_per_step: int):
+    seen = units_of(BatchOrder(units=10, units_per_step=units_per_step, seed=1, total_units=30))
     assert all(sorted(seen[first : first + 10]) == list(range(10)) for first in (0, 10, 20))
 
 
-def test_rows_come_in_the_same_order_whatever_the_batch_size():
-    orders = [rows_of(BatchOrder(10, size, seed=7, total_rows=25)) for size in (1, 4, 25)]
+def test_units_come_in_the_same_order_whatever_the_batch_size():
+    orders = [units_of(BatchOrder(10, size, seed=7, total_units=25)) for size in (1, 4, 25)]
     assert orders[0] == orders[1] == orders[2]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    seen = rows_of(BatchOrder(50, 10, seed=7, total_rows=100))
+    seen = units_of(BatchOrder(50, 10, seed=7, total_units=100))
     assert seen[:50] != seen[50:]
-    assert seen != rows_of(BatchOrder(50, 10, seed=8, total_rows=100))
+    assert seen != units_of(BatchOrder(50, 10, seed=8, total_units=100))
 
 
 def test_a_step_needs_no_step_before_it():
-    order = BatchOrder(10, 4, seed=3, total_rows=40)
-    assert order.step_rows(7) == BatchOrder(10, 4, seed=3, total_rows=40).step_rows(7)
+    order = BatchOrder(10, 4, seed=3, total_units=40)
+    assert order.step_units(7) == BatchOrder(10, 4, seed=3, total_units=40).step_units(7)
 
 
 def test_only_the_last_step_is_short():
-    order = BatchOrder(10, 4, seed=3, total_rows=10)
-    assert [len(order.step_rows(step)) for step in range(order.total_steps)] == [4, 4, 2]
+    order = BatchOrder(10, 4, seed=3, total_units=10)
+    assert [len(order.step_units(step)) for step in range(order.total_steps)] == [4, 4, 2]
     assert order.epoch(order.total_steps) == 1.0
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from finetune.data.dataset import LocatedDocument, Split, encode
+from finetune.data.dataset import Split, refuse_losses
 from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder, Example
+from finetune.data.fitting import Fitting
 from finetune.data.lengths import chunks, without_prompt_head
+from finetune.data.store import Store, StoreWriter
+from finetune.data.tokenized import TokenizedSource
 from finetune.errors import DataError
 from finetune.recipe.data import Data
 from tests.fixtures.tiny import tiny_tokenizer
@@ -20,9 +25,16 @@ LONG_ANSWER = Conversation((Message("user", "a"), Message("assistant", "b" * 60)
 
 
 def encoded(*documents: Document, **settings: object) -> Split:
-    section = Data.model_validate({"train": [{"path": "rows.jsonl"}], **settings})
-    located = [LocatedDocument(document, f"rows.jsonl:{line}") for line, document in enumerate(documents, start=1)]
-    return encode(located, Encoder(TOKENIZER, section.train_on), section)
+    section = Data.model_validate({"train": [{"path": "rows.jsonl"}], "max_dropped": 1, **settings})
+    fitting = Fitting(Encoder(TOKENIZER, section.train_on), section)
+    for line, document in enumerate(documents, start=1):
+        fitting.add(document, line - 1, f"rows.jsonl:{line}")
+    with TemporaryDirectory() as folder:
+        with StoreWriter(Path(folder)) as writer:
+            writer.add(fitting.encoded())
+        split = Split.whole([TokenizedSource(section.train[0], 0, [], Store(Path(folder)))])
+    refuse_losses(split, section)
+    return split
 
 
 def trained(example: Example) -> str:
@@ -31,7 +43,7 @@ def trained(example: Example) -> str:
 
 def test_a_prompt_is_cut_from_the_left_behind_the_beginning_of_text_and_no_target_with_it():
     split = encoded(TALK, max_length=40, overlength="truncate_prompt")
-    (example,) = split.examples
+    (example,) = split
     assert len(example.ids) == 40
     assert example.ids[0] == TOKENIZER.bos_token_id
     assert trained(example) == "b" * 10 + "<|end|>"

@@ -12,17 +12,16 @@ from finetune.data.sources import files_of, read_rows
 from finetune.recipe.data import Data, Hub, TextSource
 
 
-def test_the_files_of_a_recipe_are_the_real_ones_each_once(tmp_path: Path):
-    for name in ("b.jsonl", "a.csv", "held_out.jsonl", "notes.txt"):
+def test_the_files_of_a_source_are_those_it_names(tmp_path: Path):
+    for name in ("b.jsonl", "a.csv", "notes.txt"):
         (tmp_path / name).touch()
     train = [
         {"format": "chat", "path": f"{tmp_path}/[ab].*"},
         {"format": "chat", "path": f"{tmp_path}/b.jsonl"},
         {"format": "chat", "hub": {"name": "org/name"}},
     ]
-    held_out = [{"format": "text", "path": f"{tmp_path}/held_out.jsonl"}]
-    files = files_of(Data.model_validate({"train": train, "validation": held_out}))
-    assert [file.name for file in files] == ["a.csv", "b.jsonl", "held_out.jsonl"]
+    files = [files_of(source) for source in Data.model_validate({"train": train}).train]
+    assert [[file.name for file in each] for each in files] == [["a.csv", "b.jsonl"], ["b.jsonl"], []]
 
 
 def test_the_sections_options_reach_the_reader(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 
 from finetune import __version__
 from finetune.run import provenance as module
-from finetune.run.provenance import file_digest, provenance
+from finetune.run.provenance import file_digest, file_record, provenance
 
 
 def test_a_file_is_known_by_its_sha256(tmp_path: Path):
@@ -25,7 +25,7 @@ def test_recipe_and_every_data_file_are_identified(tmp_path: Path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_text("{}\n")
     second.write_text("")
-    record = provenance("recipe", [first, second], {})
+    record = provenance("recipe", map(file_record, (first, second)), {})
     assert record["recipe_sha256"] == hashlib.sha256(b"recipe").hexdigest()
     assert record["data"] == [
         {"file": "a.jsonl", "bytes": 3, "sha256": file_digest(first)},
@@ -36,11 +36,11 @@ def test_recipe_and_every_data_file_are_identified(tmp_path: Path):
 def test_one_changed_byte_of_data_or_recipe_changes_the_record(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("1\n")
-    before = provenance("recipe", [file], {})
-    assert provenance("recipe", [file], {}) == before
-    assert provenance("Recipe", [file], {})["recipe_sha256"] != before["recipe_sha256"]
+    before = provenance("recipe", [file_record(file)], {})
+    assert provenance("recipe", [file_record(file)], {}) == before
+    assert provenance("Recipe", [file_record(file)], {})["recipe_sha256"] != before["recipe_sha256"]
     file.write_text("2\n")
-    assert provenance("recipe", [file], {})["data"] != before["data"]
+    assert provenance("recipe", [file_record(file)], {})["data"] != before["data"]
 
 
 def test_the_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch):
@@ -59,4 +59,4 @@ def test_what_the_caller_knows_is_in_the_record_and_all_of_it_is_json():
 def test_no_path_of_the_machine_is_in_the_record(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.touch()
-    assert str(tmp_path) not in json.dumps(provenance("", [file], {}))
+    assert str(tmp_path) not in json.dumps(provenance("", [file_record(file)], {}))

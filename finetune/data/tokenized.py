@@ -1,0 +1,152 @@
+"""A source as tokenized rows, from the cache where they are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+import finetune.data
+from finetune.data.mixing import drawn
+from finetune.data.rows import Row
+from finetune.data.sources import files_of, read_rows
+from finetune.data.store import Store, StoreWriter
+from finetune.data.tokenize import NumberedRow, tokenize
+from finetune.errors import DataError
+from finetune.recipe.data import Data, SourceSection
+from finetune.run.cache import cached
+from finetune.run.events import Progress, Report
+from finetune.run.provenance import file_record
+
+SHAPING_OPTIONS = ("max_length", "overlength", "train_on", "split_turns")
+"""Keys of the section `data` that decide which tokens a row becomes and which of them are trained."""
+
+SHAPING_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
+
+
+@dataclass(frozen=True)
+class TokenizedSource:
+    """One source of a recipe.
+
+    Attributes:
+        section: Its section.
+        seed: Of its draws.
+        content: What was read: name, size and sha256 of each file, or the hub's name and commit.
+        store: Its rows.
+    """
+
+    section: SourceSection
+    seed: int
+    content: list[dict[str, Any]]
+    store: Store
+
+    @classmethod
+    def of(
+        cls, source: SourceSection, section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report
+    ) -> TokenizedSource:
+        """Tokenize a source, or find it tokenized.
+
+        Raises:
+            DataError: A file or row cannot be used.
+            EnvironmentFault: The cache cannot be written.
+        """
+        content = [file_record(file) for file in files_of(source)] if source.path else [_hub_record(source)]
+
+        def make(folder: Path) -> None:
+            doing = f"tokenizing {source.place}"
+            with StoreWriter(folder) as writer:
+                rows = numbered_rows(source, seed)
+                tokenize(
+                    rows, source, section, tokenizer, writer, lambda done: report(Progress(doing, done, total=None))
+                )
+
+        key = _key(source, section, tokenizer, seed, content)
+        return cls(source, seed, content, Store(cached("tokens", key, make)))
+
+
+def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
+    """The rows that a recipe takes of a source, each with its number in the source.
+
+    Where `rows` asks for a part, the source is read twice: once to count, for every row must be as likely to be
+    drawn. Of a stream, which may be far larger than the part, the first ones are taken.
+
+    Raises:
+        DataError: A row cannot be read, or there are fewer than asked for.
+    """
+    rows = enumerate(read_rows(source))
+    if source.rows is None:
+        yield from rows
+        return
+    if source.hub and source.hub.stream:
+        count = 0
+        for number, row in islice(rows, source.rows):
+            yield number, row
+            count = number + 1
+    else:
+        count = sum(1 for _ in read_rows(source))
+        chosen = set(drawn(count, source.rows, seed).tolist())
+        yield from (row for row in rows if row[0] in chosen)
+    if count < source.rows:
+        raise DataError(
+            f"the source has {count} rows, fewer than rows: {source.rows}",
+            where=source.place,
+            hint="lower it, or leave it out to take every row",
+        )
+
+
+def rows_at(source: SourceSection, numbers: list[int]) -> Iterator[Row]:
+    """The rows of a source with these numbers, ascending."""
+    wanted = set(numbers)
+    last = max(wanted, default=-1)
+    for number, row in enumerate(islice(read_rows(source), last + 1)):
+        if number in wanted:
+            yield row
+
+
+def _key(
+    source: SourceSection,
+    section: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    content: list[dict[str, Any]],
+) -> str:
+    """A name that differs where the tokens could: by bytes, tokenizer, template, options, and the code itself."""
+    parts = {
+        "content": content,
+        "source": source.model_dump(exclude={"weight"}),
+        "options": section.model_dump(include=set(SHAPING_OPTIONS)),
+        "seed": seed if source.rows else None,
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "packages": {name: version(name) for name in SHAPING_PACKAGES},
+        "code": _code_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _code_digest() -> str:
+    """Of this package's sources: a corrected mask must not be hidden by what the wrong one left in the cache."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(finetune.data.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _hub_record(source: SourceSection) -> dict[str, Any]:
+    """What is known of a hub data set's content.
+
+    Without a commit nothing tells whether it has changed: then the record is this process's own, so that the
+    tokens are not found again.
+    """
+    assert source.hub is not None, "a source has a path or a hub, a rule of the recipe"
+    known = {"hub": source.hub.name, "subset": source.hub.subset, "split": source.hub.split}
+    return {**known, "process": os.getpid()}
