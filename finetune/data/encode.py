@@ -6,8 +6,10 @@ for marker strings, and never by token id, so that padding and end-of-turn may b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -15,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.errors import DataError, ModelError
+
+logger = logging.getLogger(__name__)
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
@@ -63,6 +67,7 @@ class Encoder:
         self.train_on = train_on
         special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._special = tuple(special)
+        self._warned_of_no_end = False
 
     def example(self, document: Document, where: str) -> Example:
         """The tokens of a document and which of them are trained; there may be none.
@@ -77,6 +82,28 @@ class Encoder:
         example = self._plain(document) if isinstance(document, PlainText) else self._conversation(document, where)
         self._begin_once(example.ids, where)
         return example
+
+    def head(self, document: Document, example: Example, where: str) -> int:
+        """Tokens at the beginning of a row that no cut of its prompt may take.
+
+        They are the beginning of text and, of a conversation, all that the template writes before the words of the
+        first user's message: the system message and the tools.
+        """
+        begun = int(example.ids[0] == self.tokenizer.bos_token_id)
+        if not isinstance(document, Conversation):
+            return begun
+        turns = [turn for turn, message in enumerate(document.messages) if message.role == "user"]
+        if not turns:
+            return begun
+        # What does not change with the first word stands before it, wherever the template puts the system message.
+        first, text = turns[0], self._render(document, len(document.messages), where)
+        word = document.messages[first].content.strip()[:1]
+        other = replace(document.messages[first], content="b" if word == "a" else "a")
+        messages = (*document.messages[:first], other, *document.messages[first + 1 :])
+        changed = self._render(replace(document, messages=messages), len(messages), where)
+        stays = len(commonprefix([text, changed]))
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return max(begun, sum(end <= stays for _, end in offsets))
 
     def prompt(self, document: Document, where: str) -> Prompt | None:
         """The document up to its last answer; None where it has no prompt to answer."""
@@ -163,7 +190,19 @@ class Encoder:
                 where=where,
                 hint="write the answer as the model should, or use data of format completion",
             )
-        return len(before), self._end_of_turn(through, len(before))
+        end = self._end_of_turn(through, len(before))
+        if is_answer and not through[:end].endswith(self._special):
+            self._warn_of_no_end(through[:end])
+        return len(before), end
+
+    def _warn_of_no_end(self, through: str) -> None:
+        if not self._warned_of_no_end:
+            self._warned_of_no_end = True
+            logger.warning(
+                "the chat template ends an answer with %r and no special token: "
+                "the model is not trained to end its answers",
+                through[-10:],
+            )
 
     def _end_of_turn(self, through: str, begins: int) -> int:
         """Where a turn ends: white space that the template puts after an end-of-turn token is the next turn's."""

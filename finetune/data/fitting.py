@@ -99,7 +99,7 @@ class Fitting:
         if policy == "split" and _is_without_prompt(document):
             return chunks(example, longest)
         if policy == "truncate_prompt":
-            fitted = without_prompt_head(example, longest, self._encoder.tokenizer.bos_token_id)
+            fitted = without_prompt_head(example, longest, self._encoder.head(document, example, where))
             if fitted is not None:
                 return [fitted]
         raise self._too_long_error(example, where)

@@ -37,6 +37,22 @@ def read_hub(hub: Hub) -> Iterator[Row]:
         yield Row(values, f"{where} row {number}")
 
 
+def revision_of(hub: Hub) -> str | None:
+    """The commit that the hub's data set is read at; without the hub, that of the newest copy in the local cache.
+
+    Offline the library reads that copy whatever revision is asked for, so the answer may differ from `hub.revision`.
+    None where the library does not say.
+
+    Raises:
+        DataError: The hub has no such data set, subset or revision.
+        EnvironmentFault: The hub cannot be reached and the data set is not in the local cache.
+    """
+    import datasets
+
+    with _errors_named(f"{hub.name}[{hub.split}]"):
+        return datasets.load_dataset_builder(hub.name, hub.subset, revision=hub.revision).hash
+
+
 @contextmanager
 def _errors_named(where: str) -> Iterator[None]:
     """The library's errors as the user's."""

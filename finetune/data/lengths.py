@@ -5,21 +5,20 @@ from __future__ import annotations
 from finetune.data.encode import Example
 
 
-def without_prompt_head(example: Example, longest: int, beginning: int | None) -> Example | None:
-    """Cut tokens from the left of what stands before the first target; None where that does not suffice.
+def without_prompt_head(example: Example, longest: int, head: int) -> Example | None:
+    """Cut tokens behind the head and before the first target; None where that does not suffice.
 
     Args:
         example: The row.
         longest: Tokens that may remain.
-        beginning: The token that begins a text, which stays, if the tokenizer has one.
+        head: Tokens at its beginning that stay.
     """
     prompt = example.is_target.index(True) if any(example.is_target) else len(example.ids)
-    kept = int(example.ids[0] == beginning)
     cut = len(example.ids) - longest
-    if cut >= prompt - kept:  # a first target needs a token to be predicted from
+    if cut >= prompt - head:  # a first target needs a token to be predicted from
         return None
     return Example(
-        example.ids[:kept] + example.ids[kept + cut :], example.is_target[:kept] + example.is_target[kept + cut :]
+        example.ids[:head] + example.ids[head + cut :], example.is_target[:head] + example.is_target[head + cut :]
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.data.hub import read_hub
-from finetune.data.readers.files import data_files, read_files
+from finetune.data.readers.files import data_files, is_plain_text, read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row
-from finetune.recipe.data import AutoSource, SourceSection, TextSource
+from finetune.errors import DataError
+from finetune.recipe.data import AutoSource, SourceSection, TextSource, TextSplit
 
 
 def read_rows(source: SourceSection) -> Iterator[Row]:
@@ -21,6 +22,8 @@ def read_rows(source: SourceSection) -> Iterator[Row]:
     if source.hub:
         return read_hub(source.hub)
     assert source.path is not None, "a rule of the recipe"
+    if isinstance(source, TextSource) and source.split is not None:
+        _refuse_split_of_columns(source.path, source.split, files_of(source))
     return read_files(source.path, _options(source))
 
 
@@ -33,10 +36,19 @@ def files_of(source: SourceSection) -> list[Path]:
     return data_files(source.path, _options(source)) if source.path else []
 
 
+def _refuse_split_of_columns(path: str, split: TextSplit, files: list[Path]) -> None:
+    if not any(is_plain_text(file) for file in files):
+        raise DataError(
+            f"the source has a split ({split}), and none of its files is plain text",
+            where=path,
+            hint="leave split out; it is for .txt and .md",
+        )
+
+
 def _options(source: SourceSection) -> Options:
     match source:
         case TextSource(split=split):
-            return Options(source.delimiter, split)
+            return Options(source.delimiter, split or "file")
         case AutoSource(path=str(path)) if Path(path).is_file():  # not in a folder, where a README may lie
             return Options(source.delimiter, "file")
     return Options(source.delimiter)

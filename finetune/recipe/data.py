@@ -136,6 +136,28 @@ class QaSource(SourceSection):
     system: str | None = Field(None, description="A system message to put before every row.")
 
 
+class MultipleChoiceSource(SourceSection):
+    """Rows with a question, several choices, and which of them is right, as in MMLU and ARC."""
+
+    implementation: ClassVar[str] = "finetune.data.formats.multiple_choice:MultipleChoiceFormat"
+    format: Literal["multiple_choice"]
+    context: str = Field(
+        "context", description="Column with a text to put before the question; may be absent or empty."
+    )
+    question: str = Field("question", description="Column with the question.")
+    choices: str = Field(
+        "choices",
+        description='Column with the choices: a list of texts, or `{"text": [...], "label": [...]}` as in ARC.',
+    )
+    answer: str = Field(
+        "answer", description="Column with the right choice: its number from 0, its letter or label, or its text."
+    )
+    answer_with: Literal["letter", "text"] = Field(
+        "letter", description="What the model learns to answer with: the letter of the choice, or its text."
+    )
+    system: str | None = Field(None, description="A system message to put before every row.")
+
+
 class ClassificationSource(SourceSection):
     """Rows with a text and its label."""
 
@@ -155,8 +177,11 @@ class TextSource(SourceSection):
     implementation: ClassVar[str] = "finetune.data.formats.text:TextFormat"
     format: Literal["text"]
     text: str = Field("text", description="Column with the text.")
-    split: TextSplit = Field(
-        "file", description="What of a .txt or .md file is a row: the file, a line, or a paragraph up to a blank line."
+    split: TextSplit | None = Field(
+        None,
+        description=(
+            "What of a .txt or .md file is a row: the file (default), a line, or a paragraph up to a blank line."
+        ),
     )
 
 
@@ -177,6 +202,7 @@ Source = Annotated[
     | InstructionSource
     | CompletionSource
     | QaSource
+    | MultipleChoiceSource
     | ClassificationSource
     | TextSource
     | TokenizedSource,
@@ -196,7 +222,8 @@ class Data(Section):
     overlength: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = Field(
         "error",
         description=(
-            "What to do with a longer row: stop; leave it out; cut the beginning of its prompt; cut its end; "
+            "What to do with a longer row: stop; leave it out; cut the beginning of its prompt, but not the system "
+            "message and the tools before the first user's message; cut its end; "
             "or make several rows of it, which only text without a prompt allows. What is cut is counted."
         ),
     )

@@ -119,6 +119,20 @@ def a_source_has_one_place(recipe: Recipe) -> Violation | None:
     return None
 
 
+def file_options_are_for_files(recipe: Recipe) -> Violation | None:
+    """How cells and plain text are told apart is asked of files; a hub data set comes with columns."""
+    for part, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        for index, source in enumerate(sources):
+            for option in ("delimiter", "split"):
+                if source.hub and getattr(source, option, None) is not None:
+                    return Violation(
+                        f"data.{part}.{index}.{option}",
+                        f"{option} is for files, and the source is a hub data set",
+                        f"leave {option} out, or name a file in path",
+                    )
+    return None
+
+
 def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
     """A weight is relative to the other sources' weights; beside a source without one it says nothing."""
     for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
@@ -141,5 +155,6 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     pack_length_is_for_packs,
     split_turns_trains_answers,
     a_source_has_one_place,
+    file_options_are_for_files,
     all_sources_have_weights_or_none,
 )

@@ -15,6 +15,7 @@ from finetune.recipe.data import (
     ClassificationSource,
     CompletionSource,
     InstructionSource,
+    MultipleChoiceSource,
     QaSource,
     ShareGptSource,
     SourceSection,
@@ -26,6 +27,7 @@ from finetune.resolve import build
 logger = logging.getLogger(__name__)
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+CHOICES_COLUMNS = ("choices", "options")
 
 
 class AutoFormat(Format[AutoSource]):
@@ -38,12 +40,24 @@ class AutoFormat(Format[AutoSource]):
     def __init__(self, section: AutoSource) -> None:
         super().__init__(section)
         self._detected: Format[Any] | None = None
+        self._told = ""
 
     def document(self, row: Row) -> Document:
         """The document of the row in the format that was detected on the first row."""
         if self._detected is None:
-            self._detected = build(self._detect(row))
-        return self._detected.document(row)
+            section = self._detect(row)
+            self._detected = build(section)
+            self._told = f"{section.model_dump()['format']}, which the columns of {row.where} told"
+        try:
+            return self._detected.document(row)
+        except DataError as error:
+            if any(section == self._detected.section for section, _ in _candidates(row)):
+                raise
+            raise DataError(
+                f"the row is not of the format {self._told}: {error.what}",
+                where=error.where,
+                hint="correct the row, or set the source's format and name its columns",
+            ) from error
 
     def _detect(self, row: Row) -> SourceSection:
         found = list(_candidates(row))
@@ -73,16 +87,29 @@ def _candidates(row: Row) -> Iterator[tuple[SourceSection, str]]:
         yield InstructionSource(format="instruction"), "columns instruction and output"
     if {"prompt", "completion"} <= has:
         yield CompletionSource(format="completion"), "columns prompt and completion"
-    for answers in ("answers", "answer"):
-        if {"question", answers} <= has:
-            yield QaSource(format="qa", answers=answers), f"columns question and {answers}"
-            break
+    yield from _questions(row)
     if {"text", "label"} <= has:
         yield ClassificationSource(format="classification"), "columns text and label"
     elif "text" in has:
         yield TextSource(format="text"), "column text"
     if "input_ids" in has:
         yield TokenizedSource(format="tokenized"), "column input_ids"
+
+
+def _questions(row: Row) -> Iterator[tuple[SourceSection, str]]:
+    """A question with choices has an answer too, but one that says nothing without them."""
+    has = row.values.keys()
+    choices = next((column for column in CHOICES_COLUMNS if isinstance(row.values.get(column), (list, dict))), None)
+    if choices:
+        answer = next((column for column in ("answer", "answerKey") if {"question", column} <= has), None)
+        if answer:
+            section = MultipleChoiceSource(format="multiple_choice", choices=choices, answer=answer)
+            yield section, f"columns question, {choices} and {answer}"
+            return
+    for answers in ("answers", "answer"):
+        if {"question", answers} <= has:
+            yield QaSource(format="qa", answers=answers), f"columns question and {answers}"
+            return
 
 
 def _conversations(row: Row) -> Iterator[tuple[SourceSection, str]]:

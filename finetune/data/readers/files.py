@@ -64,6 +64,11 @@ def data_files(path: str, options: Options) -> list[Path]:
     raise DataError("there is no such file", where=path, hint="check the source's path in the recipe")
 
 
+def is_plain_text(file: Path) -> bool:
+    """Whether a data file has no columns."""
+    return READERS[_kind(file)] is read_text
+
+
 def _visible_below(folder: Path) -> Iterator[Path]:
     for file in folder.rglob("*"):
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):

@@ -267,6 +267,7 @@ def test_tokens_with_unfit_labels_are_refused(row: dict[str, Any]):
         ({"instruction": "a", "input": "", "output": "b"}, "instruction"),
         ({"prompt": "a", "completion": "b"}, "completion"),
         ({"question": "a", "answers": ["b"]}, "qa"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 1}, "multiple_choice"),
         ({"text": "a", "label": "b"}, "classification"),
         ({"text": "a", "url": "b"}, "text"),
         ({"input_ids": [1, 2]}, "tokenized"),
@@ -282,3 +283,68 @@ def test_columns_of_two_formats_or_of_none_are_refused():
     both = error_of({"prompt": "a", "completion": "b", "text": "c"}, format="auto")
     assert "completion, text" in both.what
     assert "no format is known by the columns x" in error_of({"x": 1}, format="auto").what
+
+
+def test_a_later_row_of_other_columns_is_told_what_was_detected_and_where():
+    section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"})
+    auto = build(section)
+    auto.document(Row({"prompt": "a", "completion": "b"}, "rows.jsonl:1"))
+    with pytest.raises(DataError, match="not of the format completion, which the columns of rows.jsonl:1") as caught:
+        auto.document(Row({"messages": [turn("user", "a")]}, "rows.jsonl:7"))
+    assert caught.value.where == "rows.jsonl:7"
+    assert "set the source's format" in str(caught.value.hint)
+
+
+def test_a_later_row_of_the_detected_columns_has_its_own_error():
+    section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"})
+    auto = build(section)
+    auto.document(Row({"prompt": "a", "completion": "b"}, "rows.jsonl:1"))
+    with pytest.raises(DataError, match="^rows.jsonl:2: column 'prompt' must be text|^column 'prompt' must be text"):
+        auto.document(Row({"prompt": 1, "completion": "b"}, "rows.jsonl:2"))
+
+
+LETTERED = {"question": "Which?", "choices": ["red", "blue"]}
+LABELLED = {"question": "Which?", "choices": {"text": ["2", "1"], "label": ["1", "2"]}}
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({**LETTERED, "answer": 1}, "B"),
+        ({**LETTERED, "answer": "B"}, "B"),
+        ({**LETTERED, "answer": "blue"}, "B"),
+        ({**LABELLED, "answer": "1"}, "1"),
+        ({"question": "Which?", "choices": ["A", "B"], "answer": "B"}, "B"),
+    ],
+)
+def test_a_choice_is_named_by_number_letter_label_or_text(row: dict[str, Any], answer: str):
+    found = document(row, format="multiple_choice")
+    assert isinstance(found, Conversation)
+    assert (found.messages[-1].content, found.references) == (answer, (answer,))
+
+
+def test_choices_are_lettered_below_context_and_question_and_the_text_may_be_the_answer():
+    found = document({**LETTERED, "answer": 1, "context": "Sky"}, format="multiple_choice", answer_with="text")
+    expected = (Message("user", "Sky\n\nWhich?\n\nA. red\nB. blue"), Message("assistant", "blue"))
+    assert found == Conversation(expected, references=("blue",))
+
+
+@pytest.mark.parametrize("answer", [2, -1, True, None, "C", ["B"]])
+def test_an_answer_that_is_no_choice_is_refused(answer: Any):
+    assert "names none" in error_of({**LETTERED, "answer": answer}, format="multiple_choice").what
+
+
+def test_an_answer_that_is_one_choices_letter_and_anothers_text_is_refused():
+    row = {"question": "Which?", "choices": ["B", "A"], "answer": "A"}
+    assert "names more than one" in error_of(row, format="multiple_choice").what
+
+
+@pytest.mark.parametrize(
+    "choices", [None, [], "ab", [1], ["a"] * 27, {"text": ["a"]}, {"text": ["a", "b"], "label": ["A", "A"]}]
+)
+def test_choices_that_cannot_be_told_apart_are_refused(choices: Any):
+    assert "'choices'" in error_of({"question": "a", "choices": choices, "answer": 0}, format="multiple_choice").what
+
+
+def test_a_number_for_an_answer_is_pointed_to_multiple_choice():
+    assert "multiple_choice" in str(error_of({"question": "a", "answers": 1}, format="qa").hint)

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from finetune.data.hub import read_hub
+from finetune.data.hub import read_hub, revision_of
 from finetune.errors import DataError, EnvironmentFault, FinetuneError
 from finetune.recipe.data import Hub
 
@@ -90,3 +90,18 @@ def test_a_local_folder_is_never_taken_for_the_hubs_data_set(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="local folder"):
         list(read_hub(Hub(name="org/name")))
+
+
+def test_the_revision_is_the_commit_of_the_copy_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    copy = tmp_path / "org___name" / "default" / "0.0.0" / commit
+    copy.mkdir(parents=True)
+    (copy / "dataset_info.json").write_text("{}")
+    (copy / "name-train.arrow").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert revision_of(Hub(name="org/name")) == commit
+    with pytest.raises(EnvironmentFault, match="local cache"):
+        revision_of(Hub(name="org/other"))

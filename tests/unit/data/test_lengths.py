@@ -53,7 +53,7 @@ def test_a_prompt_is_cut_from_the_left_behind_the_beginning_of_text_and_no_targe
 @pytest.mark.parametrize(("longest", "fits"), [(4, True), (3, False)])
 def test_a_prompt_keeps_at_least_one_token(longest: int, fits: bool):
     example = Example([0, 1, 2, 3, 4], [False, False, True, True, True])
-    assert (without_prompt_head(example, longest, None) is not None) == fits
+    assert (without_prompt_head(example, longest, 0) is not None) == fits
 
 
 def test_an_answer_that_leaves_no_room_stops_the_run():
@@ -111,3 +111,14 @@ def test_a_row_that_begins_twice_is_refused():
     twice.chat_template = "{{ bos_token }}" + str(twice.chat_template)
     with pytest.raises(DataError, match="begins twice"):
         Encoder(twice, "assistant").example(TALK, "row")
+
+
+def test_a_cut_prompt_keeps_the_system_message_and_loses_the_beginning_of_the_users():
+    talk = Conversation((Message("system", "Be brief."), Message("user", "x" * 40 + "y"), TALK.messages[1]))
+    (whole,) = encoded(talk)
+    (cut,) = encoded(talk, max_length=len(whole.ids) - 30, overlength="truncate_prompt")
+    text = TOKENIZER.decode(whole.ids)
+    assert TOKENIZER.decode(cut.ids) == text.replace("x" * 30, "", 1)
+    assert trained(cut) == trained(whole)
+    with pytest.raises(DataError, match="no room for a prompt"):
+        encoded(talk, max_length=24, overlength="truncate_prompt")

@@ -9,6 +9,7 @@ import pytest
 from finetune.data import sources
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
+from finetune.errors import DataError
 from finetune.recipe.data import Data, Hub, TextSource
 
 
@@ -35,3 +36,12 @@ def test_a_hub_source_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "read_hub", lambda hub: iter([Row({"text": hub.name}, "row")]))
     source = TextSource(format="text", hub=Hub(name="org/name"))
     assert [row.text("text") for row in read_rows(source)] == ["org/name"]
+
+
+def test_a_split_of_files_that_are_no_plain_text_is_refused(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    path = str(tmp_path / "a.jsonl")
+    assert [row.text("text") for row in read_rows(TextSource(format="text", path=path))] == ["one"]
+    with pytest.raises(DataError, match="none of its files is plain text") as caught:
+        read_rows(TextSource(format="text", path=path, split="line"))
+    assert caught.value.where == path

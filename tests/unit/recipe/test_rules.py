@@ -18,6 +18,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "pack_length_is_for_packs": (("training.pack_length=4096",), "training.pack_length"),
     "split_turns_trains_answers": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
     "a_source_has_one_place": (("data.train.0.hub={name: org/name}",), "data.train.0"),
+    "file_options_are_for_files": (
+        ("data.train.0={format: text, hub: {name: org/name}, split: line}",),
+        "data.train.0.split",
+    ),
     "all_sources_have_weights_or_none": (("data.train.1.weight=2",), "data.train.0"),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
@@ -31,6 +35,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "pack_length_is_for_packs": ("training.pack_length=4096", "training.batching=packed"),
     "split_turns_trains_answers": ("data.split_turns=true", "data.train_on=completion"),
     "a_source_has_one_place": ("data.train.0={format: chat, hub: {name: org/name}}",),
+    "file_options_are_for_files": ("data.train.0={format: text, path: a.txt, split: line, delimiter: tab}",),
     "all_sources_have_weights_or_none": ("data.train.0.weight=1", "data.train.1.weight=2.5"),
 }
 """For each rule, overrides that come close to breaking it."""

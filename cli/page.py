@@ -1,0 +1,88 @@
+"""`ft preview --html`: a preview as one page that needs nothing else. All that comes from data is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING
+
+from . import wording
+
+if TYPE_CHECKING:
+    from finetune.jobs.preview import MicroBatch, Preview, PreviewRow, Stretch
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c1f23; --back: #fff; --dim: #59636e; --line: #d0d7de; --soft: #f6f8fa;
+  --trained: #0b5d2a; --trained-back: #d3f5de; --one: #2f6fb5; --two: #74a9dd; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e9ec; --back: #14171a; --dim: #9aa4ae; --line: #3a424a;
+  --soft: #1e2327; --trained: #8ee6ab; --trained-back: #123d22; --one: #4a8fd6; --two: #2b5a8c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--text); background: var(--back);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h3 { font-size: .9rem; margin: 1.25rem 0 .25rem; overflow-wrap: anywhere; } h3 small, .dim { color: var(--dim); }
+pre { font: .875rem/1.6 ui-monospace, monospace; padding: .75rem; margin: 0; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--soft); }
+.row { white-space: pre-wrap; overflow-wrap: anywhere; } .table { overflow-x: auto; }
+.trained { color: var(--trained); background: var(--trained-back); }
+.special { border: 1px solid currentColor; border-radius: 4px; padding: 0 .25em; font-size: .8em; }
+.bar { display: flex; height: 1.25rem; margin-top: .5rem; border: 1px solid var(--line); }
+.bar i { min-width: 1px; background: var(--one); } .bar i:nth-child(even) { background: var(--two); }
+.bar i.padding { background: repeating-linear-gradient(45deg, var(--line) 0 2px, transparent 2px 6px); }
+"""
+
+
+def preview_page(preview: Preview) -> str:
+    """The preview as HTML."""
+    passes = len(preview.first_step)
+    table = "\n".join(wording.ledger(preview.ledger))
+    longest = max(batch.computed for batch in preview.first_step)
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            # A browser would refuse a script even if one got through.
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+            f"<title>Preview of the training data</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            "<h1>The data as the model will see it</h1>",
+            '<p><span class="trained">trained</span>, not trained, <span class="special">special token</span>, '
+            "↵ end of line</p>",
+            "<h2>Rows</h2>",
+            *map(_row, preview.rows),
+            f"<h2>First step: {passes} forward passes, {100 * preview.fill:.1f} % filled</h2>",
+            '<p class="dim">A bar for each pass, a segment for each row, padding hatched.</p>',
+            *(_bar(batch, longest) for batch in preview.first_step),
+            "<h2>What became of the rows</h2>",
+            f'<pre class="table">{escape(table)}</pre>',
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def _row(row: PreviewRow) -> str:
+    trained = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
+    text = "".join(map(_stretch, row.stretches))
+    counts = f"<small>{row.tokens} tokens, {trained} trained</small>"
+    return f'<h3>{escape(row.where)} {counts}</h3>\n<pre class="row">{text}</pre>'
+
+
+def _stretch(stretch: Stretch) -> str:
+    kinds = [name for name in ("trained", "special") if getattr(stretch, name)]
+    shown = escape(stretch.text if stretch.special else stretch.text.replace("\n", "↵\n"))
+    return f'<span class="{" ".join(kinds)}">{shown}</span>' if kinds else shown
+
+
+def _bar(batch: MicroBatch, longest: int) -> str:
+    title = f"{sum(batch.lengths)} of {batch.computed} tokens"
+    segments = "".join(_segments(batch))
+    return (
+        f'<div class="bar" style="width: {100 * batch.computed / longest:.2f}%">{segments}</div>'
+        f'<div class="dim">{title}, {len(batch.lengths)} rows</div>'
+    )
+
+
+def _segments(batch: MicroBatch) -> Iterator[str]:
+    for length in batch.lengths:
+        yield f'<i style="flex: {length} 0 0" title="{length} tokens"></i>'
+    if padding := batch.computed - sum(batch.lengths):
+        yield f'<i class="padding" style="flex: {padding} 0 0" title="{padding} tokens of padding"></i>'
