@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -101,9 +100,10 @@ class Encoder:
         other = replace(document.messages[first], content="b" if word == "a" else "a")
         messages = (*document.messages[:first], other, *document.messages[first + 1 :])
         changed = self._render(replace(document, messages=messages), len(messages), where)
-        stays = len(commonprefix([text, changed]))
+        differs = (place for place, (was, now) in enumerate(zip(text, changed, strict=False)) if was != now)
+        stays = next(differs, 0)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return max(begun, sum(end <= stays for _, end in offsets))
+        return max(begun, len([end for _, end in offsets if end <= stays]))
 
     def prompt(self, document: Document, where: str) -> Prompt | None:
         """The document up to its last answer; None where it has no prompt to answer."""

@@ -50,7 +50,8 @@ def revision_of(hub: Hub) -> str | None:
     import datasets
 
     with _errors_named(f"{hub.name}[{hub.split}]"):
-        return datasets.load_dataset_builder(hub.name, hub.subset, revision=hub.revision).hash
+        commit: str | None = datasets.load_dataset_builder(hub.name, hub.subset, revision=hub.revision).hash
+    return commit
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, TypeGuard
 
 from finetune.data.documents import Conversation, Format, Message
 from finetune.data.rows import Row, describe, excerpt
@@ -75,5 +75,5 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
         return places.pop()
 
 
-def _are_texts(values: Any) -> bool:
+def _are_texts(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)

@@ -289,7 +289,7 @@ def test_a_later_row_of_other_columns_is_told_what_was_detected_and_where():
     section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"})
     auto = build(section)
     auto.document(Row({"prompt": "a", "completion": "b"}, "rows.jsonl:1"))
-    with pytest.raises(DataError, match="not of the format completion, which the columns of rows.jsonl:1") as caught:
+    with pytest.raises(DataError, match=r"not of the format completion, which the columns of rows\.jsonl:1") as caught:
         auto.document(Row({"messages": [turn("user", "a")]}, "rows.jsonl:7"))
     assert caught.value.where == "rows.jsonl:7"
     assert "set the source's format" in str(caught.value.hint)
@@ -299,8 +299,9 @@ def test_a_later_row_of_the_detected_columns_has_its_own_error():
     section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"})
     auto = build(section)
     auto.document(Row({"prompt": "a", "completion": "b"}, "rows.jsonl:1"))
-    with pytest.raises(DataError, match="^rows.jsonl:2: column 'prompt' must be text|^column 'prompt' must be text"):
+    with pytest.raises(DataError, match="column 'prompt' must be text") as caught:
         auto.document(Row({"prompt": 1, "completion": "b"}, "rows.jsonl:2"))
+    assert "format" not in caught.value.what
 
 
 LETTERED = {"question": "Which?", "choices": ["red", "blue"]}

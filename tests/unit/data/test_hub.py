@@ -96,7 +96,7 @@ def test_the_revision_is_the_commit_of_the_copy_in_the_local_cache(tmp_path: Pat
     commit = "0123456789abcdef0123456789abcdef01234567"
     copy = tmp_path / "org___name" / "default" / "0.0.0" / commit
     copy.mkdir(parents=True)
-    (copy / "dataset_info.json").write_text("{}")
+    (copy / "dataset_info.json").write_text('{"config_name": "default"}')
     (copy / "name-train.arrow").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -112,6 +112,63 @@ def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
     assert text.endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Two<|im_end|>⟧\n")
 
 
+def test_llama3_shows_tools_in_the_first_question_and_trains_the_call():
+    tool = '{\n    "type": "function",\n    "function": {\n        "name": "add"\n    }\n}'
+    assert marked("llama3", WITH_TOOL) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+        "Cutting Knowledge Date: December 2023\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "Given the following functions, please respond with a JSON for a function call with its proper arguments "
+        "that best answers the given prompt.\n\nRespond in the format "
+        '{"name": function name, "parameters": dictionary of argument name and its value}.Do not use variables.\n\n'
+        f"{tool}\n\n1?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        '⟦{"name": "add", "parameters": {"a": 1}}<|eot_id|>⟧'
+        "<|start_header_id|>ipython<|end_header_id|>\n\n2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Two<|eot_id|>⟧"
+    )
+
+
+def test_qwen3_shows_tools_in_the_system_turn_and_trains_the_last_answer():
+    assert marked("qwen3", WITH_TOOL, "last_turn") == (
+        "<|im_start|>system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        '{"type": "function", "function": {"name": "add"}}\n</tools>\n\n'
+        "For each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nTwo<|im_end|>⟧\n"
+    )
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_the_head_of_a_row_is_all_that_stands_before_the_first_users_words(family: str):
+    tokenizer = TOKENIZERS[family]
+    encoder = Encoder(tokenizer, "last_turn")
+    example = encoder.example(TALK, "row")
+    head = encoder.head(TALK, example, "row")
+    assert "Be brief." in tokenizer.decode(example.ids[:head])
+    assert tokenizer.decode(example.ids[head:]).startswith("Hi")
+
+
+def test_a_template_that_ends_answers_without_a_special_token_is_warned_of_once(caplog: pytest.LogCaptureFixture):
+    tokenizer = family_tokenizer("qwen2_5")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}"
+    tokenizer.chat_template += "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    encoder = Encoder(tokenizer, "assistant")
+    for _ in range(2):
+        encoder.example(TALK, "row")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no special token" in caplog.text
+
+
+@pytest.mark.parametrize("family", STABLE)
+def test_families_end_their_answers_and_are_not_warned_of(family: str, caplog: pytest.LogCaptureFixture):
+    marked(family, TALK)
+    assert not caplog.records
+
+
 def test_completion_trains_what_follows_the_last_user_message_and_last_turn_the_last_answer_only():
     assert marked("qwen2_5", WITH_TOOL, "completion").count("⟦") == 2
     assert marked("qwen2_5", WITH_TOOL, "last_turn").count("⟦") == 1
