@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow bench-data lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ test: $(VENV)/dev  ## The tests of every change
 
 test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
 	$(BIN)/python -m pytest -m slow
+
+bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
+	$(BIN)/python -m tests.benchmarks.data
 
 gpu: $(VENV)/dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

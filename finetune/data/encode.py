@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -152,10 +153,11 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # A token that straddles the beginning of an answer is a target: it carries a part of the answer.
         marked = self._spans(conversation, text, where)
-        inside = [
-            any(start < stop and end > begin for begin, stop in marked) for start, end in encoded["offset_mapping"]
-        ]
-        is_target = [not within for within in inside] if self.train_on == "all" else inside
+        starts, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
+        inside = np.zeros(len(starts), bool)
+        for begin, stop in marked:
+            inside |= (starts < stop) & (ends > begin)
+        is_target: list[bool] = (~inside if self.train_on == "all" else inside).tolist()
         return Example(list(encoded["input_ids"]), is_target)
 
     def _spans(self, conversation: Conversation, text: str, where: str) -> list[tuple[int, int]]:
@@ -176,7 +178,8 @@ class Encoder:
                 hint="begin with a user's message, or mark it as not trained: {train: false}",
             )
         before = self._render(conversation, turn, where, generation_prompt=is_answer) if turn else ""
-        through = self._render(conversation, turn + 1, where)
+        is_last = turn + 1 == len(conversation.messages)
+        through = text if is_last else self._render(conversation, turn + 1, where)
         if not text.startswith(through):
             raise DataError(
                 f"the chat template renders turn {turn} differently once later turns follow",

@@ -25,7 +25,7 @@ from finetune.resolve import build
 CHUNK_ROWS = 256
 """Rows that a process is handed at a time."""
 
-ROWS_WORTH_PROCESSES = 2048
+ROWS_WORTH_PROCESSES = 8192
 """Rows below which starting processes takes longer than the work itself."""
 
 NumberedRow = tuple[int, Row]
