@@ -77,7 +77,7 @@ def _bar(batch: MicroBatch, longest: int) -> str:
     segments = "".join(_segments(batch))
     return (
         f'<div class="bar" style="width: {100 * batch.computed / longest:.2f}%">{segments}</div>'
-        f'<div class="dim">{title}, {len(batch.lengths)} rows</div>'
+        f'<div class="dim">{title}, rows: {len(batch.lengths)}</div>'
     )
 
 
