@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune.quantizers.base import Quantizer
+from finetune.quantizers.base import Quantized, is_quantized
 
 
 class ParameterCount(NamedTuple):
@@ -19,12 +19,10 @@ class ParameterCount(NamedTuple):
     total: int
 
 
-def count_parameters(model: nn.Module, quantizer: Quantizer) -> ParameterCount:
+def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of `model`, shared ones once."""
-    unpacked: dict[int, int] = {
-        id(layer.weight): int(layer.in_features * layer.out_features)
-        for layer in model.modules()
-        if isinstance(layer, quantizer.layer_type)
+    unpacked = {
+        id(layer.weight): layer.in_features * layer.out_features for layer in model.modules() if is_quantized(layer)
     }
     sizes = [
         (parameter.requires_grad, unpacked.get(id(parameter), parameter.numel())) for parameter in model.parameters()
@@ -33,18 +31,18 @@ def count_parameters(model: nn.Module, quantizer: Quantizer) -> ParameterCount:
 
 
 @torch.no_grad()
-def dequantize_model(model: PreTrainedModel, quantizer: Quantizer, dtype: torch.dtype) -> PreTrainedModel:
+def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Put an ordinary layer of `dtype` in the place of each quantized one; returns the same model."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, quantizer.layer_type):
-            model.set_submodule(name, _plain_layer(layer, quantizer, dtype))
+        if is_quantized(layer):
+            model.set_submodule(name, _plain_layer(layer, dtype))
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(dtype)
 
 
-def _plain_layer(layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> nn.Module:
-    weight_OI = quantizer.dequantize(layer).to(dtype)
+def _plain_layer(layer: Quantized, dtype: torch.dtype) -> nn.Module:
+    weight_OI = layer.quantizer.dequantize(layer).to(dtype)
     out_features, in_features = weight_OI.shape
     with torch.device("meta"):
         plain: nn.Module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ class Quantizer(ABC):
     """Stores the frozen weight of a linear layer in few bits and gives it back.
 
     A model is quantized while it loads, one weight at a time: `empty_layer` builds each layer's
-    replacement without data, `quantize` fills it from the checkpoint's tensor.
+    replacement without data, `quantize` fills it from the checkpoint's tensor. Every layer carries the quantizer that
+    made it as `layer.quantizer`.
     """
 
     rounds_activations: ClassVar[bool] = False
@@ -22,12 +23,13 @@ class Quantizer(ABC):
     bits_per_weight: float
     """Bits that one weight takes on average as stored, scales included."""
 
-    layer_type: ClassVar[type[nn.Module]]
-    """The class of the layers that this quantizer makes."""
+    def refuse(self, in_features: int, out_features: int) -> str | None:
+        """Why a layer of this shape cannot be quantized, or None."""
+        return None
 
     @abstractmethod
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
-        """A layer of `layer_type` that computes in `dtype`; called under the meta device."""
+        """A layer without data that computes in `dtype`; called under the meta device."""
 
     @abstractmethod
     def quantize(self, layer: nn.Module, weight_OI: Tensor) -> dict[str, Tensor]:
@@ -42,3 +44,26 @@ class Quantizer(ABC):
         from finetune.quantizers.on_load import OnLoadConfig
 
         return {"quantization_config": OnLoadConfig(self, dtype)}
+
+
+class Quantized(nn.Module):
+    """What is known of any quantized layer; a type for checkers, never made.
+
+    Attributes:
+        quantizer: What made the layer.
+        in_features: I.
+        out_features: O.
+        stored_transposed: Whether the checkpoint holds the weight as (I, O), as GPT-2 does.
+    """
+
+    quantizer: Quantizer
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: Tensor | None
+    stored_transposed: bool
+
+
+def is_quantized(layer: nn.Module) -> TypeGuard[Quantized]:
+    """Whether a quantizer made the layer."""
+    return isinstance(getattr(layer, "quantizer", None), Quantizer)

@@ -1,4 +1,9 @@
-"""nf4, fp4 and int8 through bitsandbytes. Shape legend: O out_features, I in_features."""
+"""nf4, fp4 and int8 through bitsandbytes. Shape legend: O out_features, I in_features.
+
+The codes are bitsandbytes' everywhere. On CUDA so are the 4-bit layers, with its kernels; on a CPU the layer is our
+own, because bitsandbytes' repacks its weight in the first forward pass without gradients, for a kernel that has no
+backward pass: from then on about half the adapters get no gradient at all, and the rest a wrong one.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +11,103 @@ from typing import ClassVar
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.functional import (
+    QuantState,
+    create_dynamic_map,
+    dequantize_4bit,
+    get_4bit_type,
+    int8_vectorwise_dequant,
+    quantize_4bit,
+)
 from torch import Tensor, nn
 
 from finetune.quantizers.base import Quantizer
+from finetune.quantizers.layer import PackedQuantizer, TensorSpec
 from finetune.recipe.quantization import EightBit, FourBit
 
 SECOND_LEVEL_BLOCK = 256
 """Block maxima that share one second-level scale under double quantization."""
 
 
-class FourBitQuantizer(Quantizer):
-    """4-bit codes in blocks.
+def four_bit(section: FourBit) -> Quantizer:
+    """The quantizer of nf4 and fp4 for this machine's device."""
+    return CudaFourBitQuantizer(section) if torch.cuda.is_available() else FourBitQuantizer(section)
 
-    Source: Dettmers et al., arXiv 2305.14314, section 3. With blocks of 64 and double quantization a weight
-    takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
+
+def _bits_per_weight(section: FourBit) -> float:
+    """4 + 8/64 + 32/(64 * 256) = 4.127 with blocks of 64 and double quantization; section 3 of the paper."""
+    scale_bits = 8 + 32 / SECOND_LEVEL_BLOCK if section.double_quant else 32
+    return 4 + scale_bits / section.block_size
+
+
+class FourBitQuantizer(PackedQuantizer):
+    """4-bit codes in blocks over the flattened weight, each block with its absolute maximum.
+
+    Under double quantization the maxima, less their mean, are codes of 8 bits themselves, in blocks of 256.
+
+    Source: Dettmers et al., arXiv 2305.14314, section 3.
     """
-
-    layer_type: ClassVar[type[nn.Module]] = bnb.nn.Linear4bit
 
     def __init__(self, section: FourBit) -> None:
         self.section = section
-        scale_bits = 8 + 32 / SECOND_LEVEL_BLOCK if section.double_quant else 32
-        self.bits_per_weight = 4 + scale_bits / section.block_size
+        self.bits_per_weight = _bits_per_weight(section)
+
+    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Codes two to a byte, and the blocks' maxima in one level or two."""
+        count = out_features * in_features
+        blocks = -(-count // self.section.block_size)
+        specs = {"weight": TensorSpec((-(-count // 2), 1), torch.uint8)}
+        if not self.section.double_quant:
+            return {**specs, "absmax": TensorSpec((blocks,), torch.float32)}
+        return {
+            **specs,
+            "absmax": TensorSpec((blocks,), torch.uint8),
+            "absmax_scale": TensorSpec((-(-blocks // SECOND_LEVEL_BLOCK),), torch.float32),
+            "absmax_mean": TensorSpec((), torch.float32),
+        }
+
+    def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """bitsandbytes' own codes."""
+        section = self.section
+        codes, state = quantize_4bit(
+            weight_OI,
+            blocksize=section.block_size,
+            compress_statistics=section.double_quant,
+            quant_type=section.kind,
+        )
+        tensors = {"weight": codes, "absmax": state.absmax}
+        if section.double_quant:
+            tensors |= {"absmax_scale": state.state2.absmax, "absmax_mean": state.offset}
+        return tensors
+
+    def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """Look the codes up and scale them, in bitsandbytes' own arithmetic."""
+        section, device = self.section, tensors["weight"].device
+        second = None
+        if section.double_quant:
+            dynamic = create_dynamic_map().to(device)
+            second = QuantState(
+                absmax=tensors["absmax_scale"], blocksize=SECOND_LEVEL_BLOCK, code=dynamic, dtype=torch.float32
+            )
+        state = QuantState(
+            absmax=tensors["absmax"],
+            shape=torch.Size((out_features, in_features)),
+            code=get_4bit_type(section.kind, device=device),
+            blocksize=section.block_size,
+            quant_type=section.kind,
+            dtype=torch.float32,
+            offset=tensors.get("absmax_mean"),
+            state2=second,
+        )
+        return dequantize_4bit(tensors["weight"], state)
+
+
+class CudaFourBitQuantizer(Quantizer):
+    """The same codes in bitsandbytes' own layer, whose kernels run on CUDA."""
+
+    def __init__(self, section: FourBit) -> None:
+        self.section = section
+        self.bits_per_weight = _bits_per_weight(section)
 
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
         """A `Linear4bit` whose block size is the recipe's."""
@@ -41,10 +120,6 @@ class FourBitQuantizer(Quantizer):
             quant_type=self.section.kind,
         )
         layer.weight.blocksize = self.section.block_size
-        # On CPUs with AVX512-BF16 the first forward pass without gradients repacks the weight in place, for a
-        # kernel that has no backward pass: from then on about half the adapters get no gradient at all, and
-        # the rest a wrong one. The repacking asks this attribute first.
-        layer.support_avx512bf16_for_cpu = False
         return layer
 
     def quantize(self, layer: nn.Module, weight_OI: Tensor) -> dict[str, Tensor]:
@@ -64,7 +139,6 @@ class EightBitQuantizer(Quantizer):
     """
 
     bits_per_weight = 8.0
-    layer_type: ClassVar[type[nn.Module]] = bnb.nn.Linear8bitLt
     rounds_activations: ClassVar[bool] = True
 
     def __init__(self, section: EightBit) -> None:

@@ -11,15 +11,10 @@ from finetune.quantizers.base import Quantizer
 from finetune.recipe.quantization import NoQuantization
 
 
-class NoLayer(nn.Module):
-    """The class of no layer: nothing is an instance of it."""
-
-
 class FullPrecision(Quantizer):
     """Quantizes no layer, so that the code around it needs no special case."""
 
     bits_per_weight = 16.0
-    layer_type: ClassVar[type[nn.Module]] = NoLayer
 
     def __init__(self, section: NoQuantization) -> None:
         del section

@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finetune.quantizers.base import Quantizer
+from finetune.errors import UnsupportedError
+from finetune.quantizers.base import Quantizer, is_quantized
 
 METHOD = "ft"
 
@@ -51,7 +52,7 @@ class OnLoadQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor is the weight of a replaced layer."""
         module, tensor_name = get_module_from_name(model, param_name)
-        return isinstance(module, self.quantization_config.quantizer.layer_type) and tensor_name == "weight"
+        return is_quantized(module) and tensor_name == "weight"
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -61,16 +62,22 @@ class OnLoadQuantizer(HfQuantizer):
                 continue
             transposed = isinstance(layer, Conv1D)
             out_features, in_features = layer.weight.shape[::-1] if transposed else layer.weight.shape
-            with torch.device("meta"):
-                empty = config.quantizer.empty_layer(
-                    in_features, out_features, layer.bias is not None, config.compute_dtype
+            quantizer = config.quantizer
+            if reason := quantizer.refuse(in_features, out_features):
+                raise UnsupportedError(
+                    f"the layer {name} cannot be quantized: {reason}",
+                    where="quantization",
+                    hint="choose a value that fits every layer",
                 )
+            with torch.device("meta"):
+                empty = quantizer.empty_layer(in_features, out_features, layer.bias is not None, config.compute_dtype)
+            empty.quantizer = quantizer
             empty.stored_transposed = transposed
             model.set_submodule(name, empty.requires_grad_(False))
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that turns a checkpoint's tensor into the layer's tensors."""
-        return QuantizeOp(self.quantization_config.quantizer)
+        return QuantizeOp()
 
     def is_serializable(self) -> bool:
         """Not by transformers: we save merged weights ourselves."""
@@ -79,9 +86,6 @@ class OnLoadQuantizer(HfQuantizer):
 
 class QuantizeOp(ConversionOps):
     """One weight of the checkpoint -> the tensors of its quantized layer."""
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.quantizer = quantizer
 
     def convert(
         self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **kwargs: Any
@@ -93,7 +97,7 @@ class QuantizeOp(ConversionOps):
             layer, _ = get_module_from_name(model, full_name)
             prefix = full_name.rpartition(".")[0]
             weight_OI = weight.T if layer.stored_transposed else weight
-            for name, tensor in self.quantizer.quantize(layer, weight_OI).items():
+            for name, tensor in layer.quantizer.quantize(layer, weight_OI).items():
                 tensors[f"{prefix}.{name}"] = tensor
             layer._is_hf_initialized = True
         return tensors

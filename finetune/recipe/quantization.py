@@ -25,7 +25,7 @@ class NoQuantization(QuantizationSection):
 class FourBit(QuantizationSection):
     """4-bit codes per block with an absolute maximum each (Dettmers et al. 2023, arXiv 2305.14314)."""
 
-    implementation: ClassVar[str] = "finetune.quantizers.bits_and_bytes:FourBitQuantizer"
+    implementation: ClassVar[str] = "finetune.quantizers.bits_and_bytes:four_bit"
     kind: Literal["nf4", "fp4"] = Field(
         description="nf4: quantiles of a normal distribution. fp4: a 4-bit floating-point number."
     )
@@ -45,4 +45,47 @@ class EightBit(QuantizationSection):
     )
 
 
-Quantization = Annotated[NoQuantization | FourBit | EightBit, Field(discriminator="kind")]
+class GroupwiseSection(QuantizationSection):
+    """Base of all that have a scale and a float minimum per group of inputs: W = scale * code + minimum."""
+
+    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of one code.")
+    group_size: Literal[8, 16, 32, 64, 128, 256] = Field(
+        32, description="Inputs of an output that share scale and minimum."
+    )
+    scale_dtype: Literal["float16", "float32"] = Field("float16", description="How a group's scale is stored.")
+    minimum_dtype: Literal["float16", "float32"] = Field("float16", description="How a group's minimum is stored.")
+
+
+class Affine(GroupwiseSection):
+    """Codes of 2, 3, 4 or 8 bits, rounded to nearest between a group's smallest and largest weight."""
+
+    implementation: ClassVar[str] = "finetune.quantizers.affine:AffineQuantizer"
+    kind: Literal["affine"]
+
+
+class Hqq(GroupwiseSection):
+    """Half-quadratic quantization: zero points that minimise a sparse norm of the error (Badri and Shaji 2023)."""
+
+    implementation: ClassVar[str] = "finetune.quantizers.hqq:HqqQuantizer"
+    kind: Literal["hqq"]
+
+
+class InformationCalibrated(QuantizationSection):
+    """NF2, NF3 or NF4 with the shift per block that keeps most information (Qin et al. 2024, arXiv 2402.05445)."""
+
+    implementation: ClassVar[str] = "finetune.quantizers.information:InformationCalibratedQuantizer"
+    kind: Literal["icq"]
+    bits: Literal[2, 3, 4] = Field(4, description="Bits of one code.")
+    block_size: Literal[32, 64, 128, 256] = Field(64, description="Weights that share one maximum and one shift.")
+    double_quant: bool = Field(True, description="Quantize the blocks' maxima and shifts to 8 bits as well.")
+    candidates: int = Field(
+        100, ge=1, le=1000, description="Shifts that are tried on either side of the block's median; fewer are faster."
+    )
+    search_width: float = Field(
+        0.1, gt=0, le=1, description="How far from the median shifts are tried, in standard deviations."
+    )
+
+
+Quantization = Annotated[
+    NoQuantization | FourBit | EightBit | Affine | Hqq | InformationCalibrated, Field(discriminator="kind")
+]

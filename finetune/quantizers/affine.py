@@ -1,0 +1,81 @@
+"""Codes of 2, 3, 4 or 8 bits with a scale and a float minimum per group: W = scale * code + minimum.
+
+Shape legend: O out_features, I in_features, G groups of an output row, K inputs of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
+from finetune.quantizers.layer import PackedQuantizer, TensorSpec
+from finetune.recipe.quantization import Affine, GroupwiseSection
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class GroupwiseQuantizer(PackedQuantizer):
+    """What all quantizers with a scale and a minimum per group of inputs share: everything but finding them.
+
+    The minimum is a float, so it can take up whatever is constant within a group: that is what QA-LoRA merges into.
+
+    Args:
+        section: Bits, group size and the types of scale and minimum.
+    """
+
+    def __init__(self, section: GroupwiseSection) -> None:
+        self.bits, self.group_size = section.bits, section.group_size
+        self.scale_dtype = DTYPES[section.scale_dtype]
+        self.minimum_dtype = DTYPES[section.minimum_dtype]
+        overhead = 8 * (self.scale_dtype.itemsize + self.minimum_dtype.itemsize)
+        self.bits_per_weight = self.bits + overhead / self.group_size
+
+    def refuse(self, in_features: int, out_features: int) -> str | None:
+        """Groups do not reach over the end of a row."""
+        if in_features % self.group_size:
+            return f"its {in_features} inputs are no multiple of quantization.group_size: {self.group_size}"
+        return None
+
+    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Codes, and per group a scale and a minimum."""
+        groups = (out_features, in_features // self.group_size)
+        return {
+            "weight": TensorSpec((packed_bytes(out_features * in_features, self.bits),), torch.uint8),
+            "scale": TensorSpec(groups, self.scale_dtype),
+            "minimum": TensorSpec(groups, self.minimum_dtype),
+        }
+
+    def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """Find scale and minimum, round them to how they are stored, then round the weight to them."""
+        groups_OGK = weight_OI.unflatten(1, (-1, self.group_size))
+        scale_OG, minimum_OG = self.fit(groups_OGK)
+        scale_OG = scale_OG.clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
+        minimum_OG = minimum_OG.to(self.minimum_dtype)
+        codes = self.codes(groups_OGK, scale_OG.float(), minimum_OG.float())
+        return {"weight": pack_bits(codes, self.bits), "scale": scale_OG, "minimum": minimum_OG}
+
+    def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """scale * code + minimum."""
+        codes = unpack_bits(tensors["weight"], self.bits, out_features * in_features)
+        codes_OGK = codes.view(out_features, -1, self.group_size)
+        scale_OG1, minimum_OG1 = (tensors[name].float().unsqueeze(2) for name in ("scale", "minimum"))
+        return torch.addcmul(minimum_OG1, codes_OGK.float(), scale_OG1).flatten(1)
+
+    def codes(self, groups_OGK: Tensor, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
+        """The nearest codes, uint8; all zero where the scale is."""
+        inverse_OG = torch.where(scale_OG == 0, 0.0, 1 / scale_OG)
+        places = (groups_OGK - minimum_OG.unsqueeze(2)) * inverse_OG.unsqueeze(2)
+        return places.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def fit(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and minimum of each group, both (O, G), float32: here those that just span the group."""
+        lowest_OG, highest_OG = groups_OGK.aminmax(dim=2)
+        return (highest_OG - lowest_OG) / (2**self.bits - 1), lowest_OG
+
+
+class AffineQuantizer(GroupwiseQuantizer):
+    """Round to nearest between the smallest and the largest weight of a group."""
+
+    def __init__(self, section: Affine) -> None:
+        super().__init__(section)
