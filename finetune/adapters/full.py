@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
-from finetune.errors import ModelError, RefusedError
-from finetune.quantizers.base import Quantizer
+from finetune.errors import ModelError, RefusedError, UnsupportedError
+from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.recipe.adapter import Full
 
 WEIGHTS = "model.safetensors"
@@ -23,7 +23,17 @@ class FullMethod(AdapterMethod):
         del section
 
     def attach(self, model: PreTrainedModel, quantizer: Quantizer, total_steps: int) -> nn.Module:
-        """Unfreeze every weight."""
+        """Unfreeze every weight.
+
+        Raises:
+            UnsupportedError: The model came with quantized weights, which have no gradient.
+        """
+        if any(is_quantized(layer) for layer in model.modules()):
+            raise UnsupportedError(
+                "the model's weights are quantized, and quantized weights cannot be trained themselves",
+                where="model.name",
+                hint="name the unquantized model, or train an adapter: {method: lora}",
+            )
         return model.requires_grad_(True)
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -16,7 +16,7 @@ from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.trained import TrainedRun
-from finetune.models.linears import dequantize_model
+from finetune.models.linears import dequantize_model, rounds_activations
 from finetune.models.precision import DTYPES
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
@@ -119,14 +119,14 @@ def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Re
     """
     bench = trained.bench
     base = bench.load_base(report, torch.float32)
-    if bench.quantizer.rounds_activations:
-        base = dequantize_model(base, bench.quantizer, torch.float32)
+    if rounds_activations(base):
+        base = dequantize_model(base, torch.float32)
     return logits_of(trained.attach(base, report), examples)
 
 
 def _write_merged(trained: TrainedRun, folder: Path, dtype: torch.dtype, report: Report) -> None:
     bench = trained.bench
-    base = dequantize_model(bench.load_base(report, torch.float32), bench.quantizer, torch.float32)
+    base = dequantize_model(bench.load_base(report, torch.float32), torch.float32)
     merged = bench.method.merge(trained.attach(base, report)).to(dtype)
     assert isinstance(merged, PreTrainedModel)
     merged.config.dtype = dtype

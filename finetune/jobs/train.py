@@ -167,7 +167,7 @@ def _base_record(bench: Workbench) -> dict[str, str | None]:
 def _describe(
     run: RunDirectory, bench: Workbench, model: nn.Module, order: BatchOrder, read: DataRead
 ) -> TrainingStarted:
-    count = count_parameters(model, bench.quantizer)
+    count = count_parameters(model)
     return TrainingStarted(
         run_directory=str(run.path),
         model=bench.recipe.model.name,

@@ -30,6 +30,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(size for trains, size in sizes if trains), sum(size for _, size in sizes))
 
 
+def rounds_activations(model: nn.Module) -> bool:
+    """Whether layers of `model` round their inputs, so that no dequantized weight gives exactly their outputs."""
+    return any(is_quantized(layer) and layer.quantizer.rounds_activations for layer in model.modules())
+
+
 @torch.no_grad()
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Put an ordinary layer of `dtype` in the place of each quantized one; returns the same model."""

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
+from finetune.models.quantized import stored_options
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.model import Model
 
@@ -65,7 +66,7 @@ def load_model(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """The base model on `device`, its linear layers quantized while they load.
+    """The base model on `device`, its linear layers quantized while they load, if they are not in the folder already.
 
     Args:
         folder: Where its files are.
@@ -76,9 +77,14 @@ def load_model(
         device: Where every weight goes.
 
     Raises:
-        ModelError: transformers does not know the architecture, or weights are missing or of another shape.
+        ModelError: transformers does not know the architecture, or weights are missing or of another shape, or are
+            quantized already in another way.
+        UnsupportedError: The quantizer cannot take a layer of the model.
     """
     where = str(folder.path)
+    options = stored_options(folder, quantizer)
+    if options is None:
+        options = quantizer.load_options(compute_dtype)
     try:
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -91,7 +97,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **quantizer.load_options(compute_dtype),
+            **options,
         )
     except RuntimeError as error:
         if "mismatch" not in str(error):

@@ -1,6 +1,6 @@
 """Codes of 2, 3, 4 or 8 bits with a scale and a float minimum per group: W = scale * code + minimum.
 
-Shape legend: O out_features, I in_features, G groups of an output row, K inputs of a group.
+Shape legend: O out_features, I in_features, G groups of an output's inputs, K inputs of a group.
 """
 
 from __future__ import annotations
@@ -8,28 +8,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetune.quantizers.base import Capabilities
 from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
 from finetune.quantizers.layer import PackedQuantizer, TensorSpec
-from finetune.recipe.quantization import Affine, GroupwiseSection
+from finetune.recipe.quantization import Groupwise
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
+WEIGHTS_AT_ONCE = 1 << 20
+"""Weights that are quantized together, at least one row, so that temporary tensors stay small beside a weight."""
 
-class GroupwiseQuantizer(PackedQuantizer):
-    """What all quantizers with a scale and a minimum per group of inputs share: everything but finding them.
+GGUF_Q4_1_GROUP = 32
+
+
+class AffineQuantizer(PackedQuantizer):
+    """Round to nearest between the smallest and the largest weight of a group.
 
     The minimum is a float, so it can take up whatever is constant within a group: that is what QA-LoRA merges into.
+    Scale and minimum are rounded to their stored type first and the weight to them, so nothing is rounded twice.
 
     Args:
         section: Bits, group size and the types of scale and minimum.
     """
 
-    def __init__(self, section: GroupwiseSection) -> None:
+    def __init__(self, section: Groupwise) -> None:
+        super().__init__(section)
         self.bits, self.group_size = section.bits, section.group_size
-        self.scale_dtype = DTYPES[section.scale_dtype]
-        self.minimum_dtype = DTYPES[section.minimum_dtype]
+        self.scale_dtype, self.minimum_dtype = DTYPES[section.scale_dtype], DTYPES[section.minimum_dtype]
         overhead = 8 * (self.scale_dtype.itemsize + self.minimum_dtype.itemsize)
         self.bits_per_weight = self.bits + overhead / self.group_size
+        is_q4_1 = (self.bits, self.group_size) == (4, GGUF_Q4_1_GROUP)
+        in_halves = self.scale_dtype == self.minimum_dtype == torch.float16
+        self.capabilities = Capabilities(
+            group_size=self.group_size,
+            float_zero_points=True,
+            exact_exports=frozenset({"gguf_q4_1"}) if is_q4_1 and in_halves else frozenset(),
+        )
 
     def refuse(self, in_features: int, out_features: int) -> str | None:
         """Groups do not reach over the end of a row."""
@@ -48,34 +62,32 @@ class GroupwiseQuantizer(PackedQuantizer):
 
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """Find scale and minimum, round them to how they are stored, then round the weight to them."""
+        rows = max(1, WEIGHTS_AT_ONCE // weight_OI.shape[1])
+        parts = [self._pack_rows(part_OI) for part_OI in weight_OI.split(rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _pack_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         groups_OGK = weight_OI.unflatten(1, (-1, self.group_size))
         scale_OG, minimum_OG = self.fit(groups_OGK)
         scale_OG = scale_OG.clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
         minimum_OG = minimum_OG.to(self.minimum_dtype)
-        codes = self.codes(groups_OGK, scale_OG.float(), minimum_OG.float())
-        return {"weight": pack_bits(codes, self.bits), "scale": scale_OG, "minimum": minimum_OG}
+        codes_OGK = self.codes(groups_OGK, scale_OG.float(), minimum_OG.float())
+        return {"weight": pack_bits(codes_OGK.flatten(), self.bits), "scale": scale_OG, "minimum": minimum_OG}
 
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """scale * code + minimum."""
         codes = unpack_bits(tensors["weight"], self.bits, out_features * in_features)
-        codes_OGK = codes.view(out_features, -1, self.group_size)
+        codes_OGK = codes.view(out_features, -1, self.group_size).float()
         scale_OG1, minimum_OG1 = (tensors[name].float().unsqueeze(2) for name in ("scale", "minimum"))
-        return torch.addcmul(minimum_OG1, codes_OGK.float(), scale_OG1).flatten(1)
+        return codes_OGK.mul_(scale_OG1).add_(minimum_OG1).flatten(1)
 
     def codes(self, groups_OGK: Tensor, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
         """The nearest codes, uint8; all zero where the scale is."""
         inverse_OG = torch.where(scale_OG == 0, 0.0, 1 / scale_OG)
-        places = (groups_OGK - minimum_OG.unsqueeze(2)) * inverse_OG.unsqueeze(2)
-        return places.round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        places = (groups_OGK - minimum_OG.unsqueeze(2)).mul_(inverse_OG.unsqueeze(2))
+        return places.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
     def fit(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and minimum of each group, both (O, G), float32: here those that just span the group."""
         lowest_OG, highest_OG = groups_OGK.aminmax(dim=2)
         return (highest_OG - lowest_OG) / (2**self.bits - 1), lowest_OG
-
-
-class AffineQuantizer(GroupwiseQuantizer):
-    """Round to nearest between the smallest and the largest weight of a group."""
-
-    def __init__(self, section: Affine) -> None:
-        super().__init__(section)

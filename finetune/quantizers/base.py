@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+ExactExport = Literal["gguf_q4_1"]
+"""A container of others that holds a quantizer's tensors without any rounding."""
+
+
+class Capabilities(NamedTuple):
+    """What can be built on a quantizer's way of storing weights.
+
+    Attributes:
+        group_size: Contiguous inputs of an output that share scale and zero point; None without such groups.
+        float_zero_points: Whether a group's zero point is a float, so that it takes up a constant without rounding.
+        exact_exports: Containers that hold the stored tensors as they are.
+    """
+
+    group_size: int | None = None
+    float_zero_points: bool = False
+    exact_exports: frozenset[ExactExport] = frozenset()
 
 
 class Quantizer(ABC):
     """Stores the frozen weight of a linear layer in few bits and gives it back.
 
-    A model is quantized while it loads, one weight at a time: `empty_layer` builds each layer's
-    replacement without data, `quantize` fills it from the checkpoint's tensor. Every layer carries the quantizer that
-    made it as `layer.quantizer`.
+    A model is quantized while it loads, one weight at a time: `empty_layer` builds each layer's replacement without
+    data, `quantize` fills it from the checkpoint's tensor. Every layer carries the quantizer that made it as
+    `layer.quantizer`; layers of one model may have different ones.
+
+    Args:
+        section: The recipe's section, kept as `section`: from it the quantizer can be made again.
     """
 
     rounds_activations: ClassVar[bool] = False
     """Whether layers round their inputs too, so that they differ from the dequantized weight by more than rounding."""
 
     bits_per_weight: float
-    """Bits that one weight takes on average as stored, scales included."""
+    """Bits that one weight takes as stored, scales included, but for numbers that a tensor has only one of."""
+
+    capabilities: Capabilities = Capabilities()
+
+    def __init__(self, section: Any) -> None:
+        self.section = section
 
     def refuse(self, in_features: int, out_features: int) -> str | None:
         """Why a layer of this shape cannot be quantized, or None."""
@@ -43,7 +68,7 @@ class Quantizer(ABC):
         """Arguments for `from_pretrained` that make it quantize with this object while loading."""
         from finetune.quantizers.on_load import OnLoadConfig
 
-        return {"quantization_config": OnLoadConfig(self, dtype)}
+        return {"quantization_config": OnLoadConfig(lambda name: self, dtype)}
 
 
 class Quantized(nn.Module):
@@ -53,7 +78,7 @@ class Quantized(nn.Module):
         quantizer: What made the layer.
         in_features: I.
         out_features: O.
-        stored_transposed: Whether the checkpoint holds the weight as (I, O), as GPT-2 does.
+        stored_transposed: Whether the checkpoint held the weight as (I, O), as GPT-2 does.
     """
 
     quantizer: Quantizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CODES = 8
 """Codes that are packed together: of b bits they fill b bytes."""
@@ -11,25 +12,29 @@ CODES = 8
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that `count` codes take."""
-    return -(-count // CODES) * bits
+    return -(-count * bits // 8)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes of `bits` bits each as bytes.
+    """Codes of `bits` bits each as bytes, the first code in the highest bits of the first byte.
 
     Args:
-        codes: Any shape, integers in [0, 2^bits).
-        bits: 1 to 8.
+        codes: uint8, one dimension, below 2^bits.
+        bits: 2, 3, 4 or 8.
 
     Returns:
-        uint8, one dimension. Eight codes fill `bits` bytes, the first code in the lowest bits of the first byte.
+        uint8, one dimension, no bit between two codes left over.
     """
-    flat = codes.flatten()
     if bits == 8:
-        return flat.to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % CODES)).view(-1, CODES).long()
-    words = (flat << (bits * torch.arange(CODES, device=flat.device))).sum(1, keepdim=True)
-    return ((words >> (8 * torch.arange(bits, device=flat.device))) & 255).to(torch.uint8).flatten()
+        return codes
+    filled = functional.pad(codes, (0, -codes.numel() % CODES)).view(-1, CODES)
+    words = torch.zeros(filled.shape[0], dtype=torch.int32, device=codes.device)
+    for place in range(CODES):  # one place at a time: no more than a word for eight codes is held
+        words |= filled[:, place].int() << (bits * (CODES - 1 - place))
+    packed = torch.stack(
+        [(words >> (8 * (bits - 1 - byte))).bitwise_and_(255).to(torch.uint8) for byte in range(bits)], 1
+    )
+    return packed.flatten()[: packed_bytes(codes.numel(), bits)]
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -37,9 +42,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[:count]
     if bits in (2, 4):  # no code crosses a byte
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(1) >> shifts) & (2**bits - 1)).flatten()[:count]
-    groups = packed.view(-1, bits).to(torch.int32)
-    words = (groups << (8 * torch.arange(bits, dtype=torch.int32, device=packed.device))).sum(1, dtype=torch.int32)
-    shifts = bits * torch.arange(CODES, dtype=torch.int32, device=packed.device)
-    return ((words.unsqueeze(1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten()[:count]
+        shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
+        return (packed.unsqueeze(1) >> shifts).bitwise_and_(2**bits - 1).flatten()[:count]
+    bytes_WB = functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).int()
+    words_W = bytes_WB[:, 0]
+    for byte in range(1, bits):
+        words_W = (words_W << 8) | bytes_WB[:, byte]
+    shifts = bits * torch.arange(CODES - 1, -1, -1, dtype=torch.int32, device=packed.device)
+    return (words_W.unsqueeze(1) >> shifts).bitwise_and_(2**bits - 1).to(torch.uint8).flatten()[:count]

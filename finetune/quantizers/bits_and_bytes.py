@@ -1,9 +1,4 @@
-"""nf4, fp4 and int8 through bitsandbytes. Shape legend: O out_features, I in_features.
-
-The codes are bitsandbytes' everywhere. On CUDA so are the 4-bit layers, with its kernels; on a CPU the layer is our
-own, because bitsandbytes' repacks its weight in the first forward pass without gradients, for a kernel that has no
-backward pass: from then on about half the adapters get no gradient at all, and the rest a wrong one.
-"""
+"""int8, and nf4 and fp4 on CUDA, in bitsandbytes' layers. Shape legend: O out_features, I in_features."""
 
 from __future__ import annotations
 
@@ -11,103 +6,22 @@ from typing import ClassVar
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import (
-    QuantState,
-    create_dynamic_map,
-    dequantize_4bit,
-    get_4bit_type,
-    int8_vectorwise_dequant,
-    quantize_4bit,
-)
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
 
 from finetune.quantizers.base import Quantizer
-from finetune.quantizers.layer import PackedQuantizer, TensorSpec
-from finetune.recipe.quantization import EightBit, FourBit
-
-SECOND_LEVEL_BLOCK = 256
-"""Block maxima that share one second-level scale under double quantization."""
-
-
-def four_bit(section: FourBit) -> Quantizer:
-    """The quantizer of nf4 and fp4 for this machine's device."""
-    return CudaFourBitQuantizer(section) if torch.cuda.is_available() else FourBitQuantizer(section)
-
-
-def _bits_per_weight(section: FourBit) -> float:
-    """4 + 8/64 + 32/(64 * 256) = 4.127 with blocks of 64 and double quantization; section 3 of the paper."""
-    scale_bits = 8 + 32 / SECOND_LEVEL_BLOCK if section.double_quant else 32
-    return 4 + scale_bits / section.block_size
-
-
-class FourBitQuantizer(PackedQuantizer):
-    """4-bit codes in blocks over the flattened weight, each block with its absolute maximum.
-
-    Under double quantization the maxima, less their mean, are codes of 8 bits themselves, in blocks of 256.
-
-    Source: Dettmers et al., arXiv 2305.14314, section 3.
-    """
-
-    def __init__(self, section: FourBit) -> None:
-        self.section = section
-        self.bits_per_weight = _bits_per_weight(section)
-
-    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """Codes two to a byte, and the blocks' maxima in one level or two."""
-        count = out_features * in_features
-        blocks = -(-count // self.section.block_size)
-        specs = {"weight": TensorSpec((-(-count // 2), 1), torch.uint8)}
-        if not self.section.double_quant:
-            return {**specs, "absmax": TensorSpec((blocks,), torch.float32)}
-        return {
-            **specs,
-            "absmax": TensorSpec((blocks,), torch.uint8),
-            "absmax_scale": TensorSpec((-(-blocks // SECOND_LEVEL_BLOCK),), torch.float32),
-            "absmax_mean": TensorSpec((), torch.float32),
-        }
-
-    def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """bitsandbytes' own codes."""
-        section = self.section
-        codes, state = quantize_4bit(
-            weight_OI,
-            blocksize=section.block_size,
-            compress_statistics=section.double_quant,
-            quant_type=section.kind,
-        )
-        tensors = {"weight": codes, "absmax": state.absmax}
-        if section.double_quant:
-            tensors |= {"absmax_scale": state.state2.absmax, "absmax_mean": state.offset}
-        return tensors
-
-    def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
-        """Look the codes up and scale them, in bitsandbytes' own arithmetic."""
-        section, device = self.section, tensors["weight"].device
-        second = None
-        if section.double_quant:
-            dynamic = create_dynamic_map().to(device)
-            second = QuantState(
-                absmax=tensors["absmax_scale"], blocksize=SECOND_LEVEL_BLOCK, code=dynamic, dtype=torch.float32
-            )
-        state = QuantState(
-            absmax=tensors["absmax"],
-            shape=torch.Size((out_features, in_features)),
-            code=get_4bit_type(section.kind, device=device),
-            blocksize=section.block_size,
-            quant_type=section.kind,
-            dtype=torch.float32,
-            offset=tensors.get("absmax_mean"),
-            state2=second,
-        )
-        return dequantize_4bit(tensors["weight"], state)
+from finetune.quantizers.codebook import FourBitQuantizer
+from finetune.quantizers.layer import QuantizedLinear
+from finetune.recipe.quantization import FourBit
 
 
 class CudaFourBitQuantizer(Quantizer):
-    """The same codes in bitsandbytes' own layer, whose kernels run on CUDA."""
+    """`FourBitQuantizer`'s codes in bitsandbytes' own layer, whose kernels run on CUDA."""
 
     def __init__(self, section: FourBit) -> None:
-        self.section = section
-        self.bits_per_weight = _bits_per_weight(section)
+        super().__init__(section)
+        self.in_torch = FourBitQuantizer(section)
+        self.bits_per_weight = self.in_torch.bits_per_weight
 
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
         """A `Linear4bit` whose block size is the recipe's."""
@@ -120,16 +34,32 @@ class CudaFourBitQuantizer(Quantizer):
             quant_type=self.section.kind,
         )
         layer.weight.blocksize = self.section.block_size
+        # Should it ever run on a CPU: see `four_bit` for what this keeps from happening.
+        layer.support_avx512bf16_for_cpu = False
         return layer
 
     def quantize(self, layer: nn.Module, weight_OI: Tensor) -> dict[str, Tensor]:
         """Codes packed two to a byte; their scales travel with the parameter."""
         settings = layer.weight.__dict__
-        return {"weight": bnb.nn.Params4bit(weight_OI, requires_grad=False, **settings).to(weight_OI.device)}
+        parameter = bnb.nn.Params4bit(weight_OI, requires_grad=False, **settings).to(weight_OI.device)
+        parameter.quant_state.dtype = layer.compute_dtype  # into which the kernels dequantize
+        return {"weight": parameter}
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         """Look the codes up and scale them."""
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+    def repacked(self, layer: nn.Module) -> QuantizedLinear:
+        """The same codes in our own layer, which can be saved."""
+        dtype = layer.compute_dtype if layer.bias is None else layer.bias.dtype
+        with torch.device("meta"):
+            plain = QuantizedLinear(self.in_torch, layer.in_features, layer.out_features, layer.bias is not None, dtype)
+        state = layer.weight.quant_state
+        plain.weight = nn.Parameter(layer.weight.data.flatten(), requires_grad=False)
+        plain.bias, plain.absmax = layer.bias, state.absmax
+        if self.section.double_quant:
+            plain.absmax_scale, plain.absmax_mean = state.state2.absmax, state.offset
+        return plain
 
 
 class EightBitQuantizer(Quantizer):
@@ -140,9 +70,6 @@ class EightBitQuantizer(Quantizer):
 
     bits_per_weight = 8.0
     rounds_activations: ClassVar[bool] = True
-
-    def __init__(self, section: EightBit) -> None:
-        self.section = section
 
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
         """A `Linear8bitLt` that keeps its weight in int8."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from finetune.quantizers.base import Quantizer
-from finetune.recipe.quantization import NoQuantization
 
 
 class FullPrecision(Quantizer):
     """Quantizes no layer, so that the code around it needs no special case."""
 
     bits_per_weight = 16.0
-
-    def __init__(self, section: NoQuantization) -> None:
-        del section
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
         """No arguments: the model loads as it is."""

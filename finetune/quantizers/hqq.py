@@ -1,6 +1,6 @@
 """Half-quadratic quantization: zero points that minimise a sparse norm of the error, without calibration data.
 
-Shape legend: O out_features, G groups of an output row, K inputs of a group.
+Shape legend: O out_features, G groups of an output's inputs, K inputs of a group.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.quantizers.affine import GroupwiseQuantizer
-from finetune.recipe.quantization import Hqq
+from finetune.quantizers.affine import AffineQuantizer
 
 NORM = 0.7
 """p of the l_p norm that the error is measured in."""
@@ -21,19 +20,18 @@ PENALTY_GROWTH = 1.01
 """Factor kappa by which it grows."""
 
 ITERATIONS = 20
-"""At most; it stops when the error no longer falls."""
 
 
-class HqqQuantizer(GroupwiseQuantizer):
-    """Scales span the group as in `affine`; zero points are found by half-quadratic splitting.
+class HqqQuantizer(AffineQuantizer):
+    """Stored as `affine` is; scales span the group, zero points are found by half-quadratic splitting.
 
-    Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", equations 2-4:
-    argmin_z ||W - Q^-1(Q(W))||_p with p < 1, split with W_e for the error: W_e by the generalised soft threshold
-    of the l_p norm, then z as a mean.
+    argmin_z ||W - Q^-1(Q(W))||_p with p < 1 is split by an auxiliary W_e for the error: W_e is found by the generalised
+    soft threshold of the l_p norm, then z as a mean, in turns. The authors' code stops when the error of the whole
+    weight no longer falls; here each group keeps the zero point of its least error, so none is worse than rounding to
+    nearest.
+
+    Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", equations 1-4.
     """
-
-    def __init__(self, section: Hqq) -> None:
-        super().__init__(section)
 
     def fit(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and minimum of each group, both (O, G), float32."""
@@ -41,23 +39,22 @@ class HqqQuantizer(GroupwiseQuantizer):
         scale_OG1 = scale_OG.unsqueeze(2)
         inverse_OG1 = torch.where(scale_OG1 == 0, 0.0, 1 / scale_OG1)
         zero_OG1 = -minimum_OG.unsqueeze(2) * inverse_OG1  # W = scale * (code - zero)
-        best_zero, least = zero_OG1, torch.inf
+        best_OG1, least_OG1 = zero_OG1, torch.full_like(zero_OG1, torch.inf)
         penalty = PENALTY
         for _ in range(ITERATIONS):
-            codes = (groups_OGK * inverse_OG1 + zero_OG1).round().clamp(0, 2**self.bits - 1)
+            codes = (groups_OGK * inverse_OG1 + zero_OG1).round_().clamp_(0, 2**self.bits - 1)
             error = groups_OGK - scale_OG1 * (codes - zero_OG1)
-            mean_error = float(error.abs().mean())
-            if mean_error >= least:
-                break
-            best_zero, least = zero_OG1, mean_error
+            error_OG1 = error.abs().mean(dim=2, keepdim=True)
+            best_OG1 = torch.where(error_OG1 < least_OG1, zero_OG1, best_OG1)
+            least_OG1 = torch.minimum(error_OG1, least_OG1)
             outliers = _soft_threshold(error, penalty)
             zero_OG1 = (codes - (groups_OGK - outliers) * inverse_OG1).mean(dim=2, keepdim=True)
             penalty *= PENALTY_GROWTH
-        return scale_OG, torch.where(scale_OG == 0, minimum_OG, -(best_zero * scale_OG1).squeeze(2))
+        return scale_OG, torch.where(scale_OG == 0, minimum_OG, -(best_OG1 * scale_OG1).squeeze(2))
 
 
 def _soft_threshold(error: Tensor, penalty: float) -> Tensor:
     """sign(e) * relu(|e| - |e|^(p-1) / beta), equation 3; 0 where the error is."""
     size = error.abs()
     shrunk = size - size.clamp(min=1e-12) ** (NORM - 1) / penalty
-    return error.sign() * shrunk.clamp(min=0)
+    return error.sign() * shrunk.clamp_(min=0)

@@ -6,6 +6,7 @@ Shape legend: O out_features, I in_features, `...` any leading dimensions.
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,9 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def bits(self) -> int:
-        """Bits that the tensor takes."""
-        numbers = 1
-        for size in self.shape:
-            numbers *= size
-        return 8 * self.dtype.itemsize * numbers
+    def bytes(self) -> int:
+        """Bytes that the tensor takes."""
+        return self.dtype.itemsize * prod(self.shape)
 
 
 class PackedQuantizer(Quantizer):
@@ -44,7 +42,7 @@ class PackedQuantizer(Quantizer):
 
     @abstractmethod
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """The tensors that stand for a float32 weight."""
+        """The tensors that stand for a float32 weight, as `tensor_specs` says, on its device."""
 
     @abstractmethod
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
@@ -78,9 +76,11 @@ class QuantizedLinear(nn.Linear):
         dtype: Of the bias.
 
     Attributes:
-        weight: Packed codes, uint8; frozen.
+        weight: Packed codes, uint8, one dimension; frozen. Beside it stand the quantizer's other tensors, as buffers.
         quantizer: As given.
     """
+
+    quantizer: PackedQuantizer
 
     def __init__(
         self, quantizer: PackedQuantizer, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
@@ -116,7 +116,10 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with W rebuilt in each direction; what is kept between them is the layer, not W and not x."""
+    """x W^T with W rebuilt in each direction; what is kept between them is the layer, neither W nor x.
+
+    Source: Yin et al. 2023, arXiv 2309.16119, section 3.2, LPLinear.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:

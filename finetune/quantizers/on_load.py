@@ -1,14 +1,18 @@
 """Quantizing while transformers loads: each weight is quantized as it is read, then forgotten.
 
-transformers offers hooks for this (`HfQuantizer`); here they are tied to our `Quantizer` interface once,
-for all kinds of quantization. Importing this module registers the hooks.
+transformers offers hooks for this (`HfQuantizer`); here they are tied to our `Quantizer` interface once, for all kinds
+of quantization. A folder that holds quantized weights already loads through the same hooks. Importing this module
+registers them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -18,29 +22,70 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finetune.errors import UnsupportedError
+from finetune.errors import ModelError, UnsupportedError
 from finetune.quantizers.base import Quantizer, is_quantized
+from finetune.quantizers.layer import PackedQuantizer
+from finetune.quantizers.memory import FreedMemory
+from finetune.recipe.quantization import StoredQuantization
+from finetune.resolve import build
 
 METHOD = "ft"
 
 
 @register_quantization_config(METHOD)
 class OnLoadConfig(QuantizationConfigMixin):
-    """Carries a quantizer through `from_pretrained`.
+    """Carries quantizers through `from_pretrained`.
 
     Args:
-        quantizer: What each linear layer is handed to.
+        choose: From a linear layer's name to its quantizer; None leaves the layer alone.
         compute_dtype: Type in which the layers multiply.
+        stored: What stands in the config.json of a folder with quantized weights.
     """
 
-    def __init__(self, quantizer: Quantizer, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        choose: Callable[[str], Quantizer | None],
+        compute_dtype: torch.dtype,
+        stored: StoredQuantization | None = None,
+    ) -> None:
         self.quant_method = METHOD
-        self.quantizer = quantizer
+        self.choose = choose
         self.compute_dtype = compute_dtype
+        self.stored = stored
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> OnLoadConfig:
+        """From what stands in a config.json: data, checked by the recipe's own sections.
+
+        Raises:
+            ModelError: It is not what `to_dict` writes.
+        """
+        stored = as_stored(config_dict)
+        quantizers = [_packed(build(section)) for section in stored.quantizers]
+        chosen = {name: quantizers[index] for name, index in stored.layers.items()}
+        return cls(chosen.get, torch.float32, stored)
 
     def to_dict(self) -> dict[str, Any]:
-        """What may stand in a config.json: the method, not the object."""
-        return {"quant_method": METHOD}
+        """What stands in a config.json: sections, not objects."""
+        return self.stored.model_dump() if self.stored else {"quant_method": METHOD}
+
+
+def as_stored(config: dict[str, Any]) -> StoredQuantization:
+    """`quantization_config` of a config.json, validated.
+
+    Raises:
+        ModelError: It is not what we write.
+    """
+    try:
+        return StoredQuantization.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("quantization_config", *first["loc"])))
+        raise ModelError(
+            f"config.json says how its weights are quantized in a way that is not ours: {first['msg']}",
+            where=key,
+            hint="quantize the model again",
+        ) from error
 
 
 @register_quantizer(METHOD)
@@ -49,58 +94,97 @@ class OnLoadQuantizer(HfQuantizer):
 
     is_trainable = True
 
+    def __init__(self, quantization_config: OnLoadConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.freed = FreedMemory()
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor is the weight of a replaced layer."""
         module, tensor_name = get_module_from_name(model, param_name)
-        return is_quantized(module) and tensor_name == "weight"
+        return not self.pre_quantized and is_quantized(module) and tensor_name == "weight"
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
-        kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        kept = [] if config.stored else self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        replaced = []
         for name, layer in list(model.named_modules()):
             if type(layer) not in (nn.Linear, Conv1D) or _is_kept(name, kept):
                 continue
-            transposed = isinstance(layer, Conv1D)
-            out_features, in_features = layer.weight.shape[::-1] if transposed else layer.weight.shape
-            quantizer = config.quantizer
-            if reason := quantizer.refuse(in_features, out_features):
-                raise UnsupportedError(
-                    f"the layer {name} cannot be quantized: {reason}",
-                    where="quantization",
-                    hint="choose a value that fits every layer",
-                )
-            with torch.device("meta"):
-                empty = quantizer.empty_layer(in_features, out_features, layer.bias is not None, config.compute_dtype)
-            empty.quantizer = quantizer
-            empty.stored_transposed = transposed
-            model.set_submodule(name, empty.requires_grad_(False))
+            quantizer = config.choose(name)
+            if quantizer is None:
+                continue
+            model.set_submodule(name, _empty(name, layer, quantizer, dtype if config.stored else config.compute_dtype))
+            replaced.append(re.escape(name))
+        if config.stored and len(replaced) != len(config.stored.layers):
+            raise ModelError(
+                f"config.json names {len(config.stored.layers)} quantized layers, the model has {len(replaced)} of them",
+                where="quantization_config.layers",
+                hint="use the config.json that belongs to these weights",
+            )
+        if replaced and not config.stored:
+            # Codes must not depend on the type that the other weights are kept in: quantize what the file holds.
+            pattern = rf"^(?:{'|'.join(replaced)})\.weight$"
+            model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), pattern}
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that turns a checkpoint's tensor into the layer's tensors."""
-        return QuantizeOp()
+        return QuantizeOp(self.freed)
 
     def is_serializable(self) -> bool:
-        """Not by transformers: we save merged weights ourselves."""
-        return False
+        """Whether `save_pretrained` may write the model: when its config says what is stored."""
+        return self.quantization_config.stored is not None
 
 
 class QuantizeOp(ConversionOps):
     """One weight of the checkpoint -> the tensors of its quantized layer."""
 
+    def __init__(self, freed: FreedMemory) -> None:
+        self.freed = freed
+
     def convert(
         self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantize the weights in `input_dict`; returns the tensors by their full names."""
+        """Quantize the weights in `input_dict`, emptying it; returns the tensors by their full names."""
         tensors: dict[str, Tensor] = {}
-        for full_name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
+        for full_name in list(input_dict):
+            value = input_dict.pop(full_name)
+            weight = value.pop() if isinstance(value, list) else value
             layer, _ = get_module_from_name(model, full_name)
             prefix = full_name.rpartition(".")[0]
             weight_OI = weight.T if layer.stored_transposed else weight
             for name, tensor in layer.quantizer.quantize(layer, weight_OI).items():
                 tensors[f"{prefix}.{name}"] = tensor
             layer._is_hf_initialized = True
+            self.freed.count(weight)
         return tensors
+
+
+def _empty(name: str, layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> nn.Module:
+    transposed = isinstance(layer, Conv1D)
+    out_features, in_features = layer.weight.shape[::-1] if transposed else layer.weight.shape
+    if reason := quantizer.refuse(in_features, out_features):
+        raise UnsupportedError(
+            f"the layer {name} cannot be quantized: {reason}",
+            where="quantization",
+            hint="choose a value that fits every layer",
+        )
+    with torch.device("meta"):
+        empty = quantizer.empty_layer(in_features, out_features, layer.bias is not None, dtype)
+    empty.quantizer = quantizer
+    empty.stored_transposed = transposed
+    return empty.requires_grad_(False)
+
+
+def _packed(quantizer: Any) -> PackedQuantizer:
+    """What reads stored codes: on CUDA, too, the form that is nothing but functions of tensors."""
+    in_torch = getattr(quantizer, "in_torch", quantizer)
+    if not isinstance(in_torch, PackedQuantizer):
+        raise ModelError(
+            f"weights in {quantizer.section.kind} cannot be stored",
+            where="quantization_config.quantizers",
+            hint="quantize the model again",
+        )
+    return in_torch
 
 
 def _is_kept(name: str, kept: list[str]) -> bool:

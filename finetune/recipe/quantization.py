@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.recipe.section import Section
 
@@ -25,7 +25,7 @@ class NoQuantization(QuantizationSection):
 class FourBit(QuantizationSection):
     """4-bit codes per block with an absolute maximum each (Dettmers et al. 2023, arXiv 2305.14314)."""
 
-    implementation: ClassVar[str] = "finetune.quantizers.bits_and_bytes:four_bit"
+    implementation: ClassVar[str] = "finetune.quantizers.codebook:four_bit"
     kind: Literal["nf4", "fp4"] = Field(
         description="nf4: quantiles of a normal distribution. fp4: a 4-bit floating-point number."
     )
@@ -45,25 +45,25 @@ class EightBit(QuantizationSection):
     )
 
 
-class GroupwiseSection(QuantizationSection):
+class Groupwise(QuantizationSection):
     """Base of all that have a scale and a float minimum per group of inputs: W = scale * code + minimum."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of one code.")
     group_size: Literal[8, 16, 32, 64, 128, 256] = Field(
-        32, description="Inputs of an output that share scale and minimum."
+        32, description="Inputs of an output that share scale and minimum; it must divide every layer's inputs."
     )
     scale_dtype: Literal["float16", "float32"] = Field("float16", description="How a group's scale is stored.")
     minimum_dtype: Literal["float16", "float32"] = Field("float16", description="How a group's minimum is stored.")
 
 
-class Affine(GroupwiseSection):
+class Affine(Groupwise):
     """Codes of 2, 3, 4 or 8 bits, rounded to nearest between a group's smallest and largest weight."""
 
     implementation: ClassVar[str] = "finetune.quantizers.affine:AffineQuantizer"
     kind: Literal["affine"]
 
 
-class Hqq(GroupwiseSection):
+class Hqq(Groupwise):
     """Half-quadratic quantization: zero points that minimise a sparse norm of the error (Badri and Shaji 2023)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.hqq:HqqQuantizer"
@@ -86,6 +86,32 @@ class InformationCalibrated(QuantizationSection):
     )
 
 
+class PluginQuantization(QuantizationSection):
+    """A quantizer of another installed package, which registers it as an entry point of the group `ft.quantizers`."""
+
+    implementation: ClassVar[str] = "finetune.quantizers.plugin:installed_quantizer"
+    kind: Literal["plugin"]
+    name: str = Field(min_length=1, description="The entry point's name.")
+    options: dict[str, str | int | float | bool | None] = Field({}, description="What the quantizer itself is told.")
+
+
 Quantization = Annotated[
-    NoQuantization | FourBit | EightBit | Affine | Hqq | InformationCalibrated, Field(discriminator="kind")
+    NoQuantization | FourBit | EightBit | Affine | Hqq | InformationCalibrated | PluginQuantization,
+    Field(discriminator="kind"),
 ]
+
+
+class StoredQuantization(Section):
+    """`quantization_config` in the config.json of a folder with quantized weights."""
+
+    quant_method: Literal["ft"] = "ft"
+    version: Literal[1] = 1
+    quantizers: list[Quantization] = Field(description="How layers are quantized, each way once.")
+    layers: dict[str, int] = Field(description="From a layer's name to the index of its quantizer.")
+
+    @model_validator(mode="after")
+    def _each_layer_has_a_quantizer(self) -> Self:
+        for name, index in self.layers.items():
+            if not 0 <= index < len(self.quantizers):
+                raise ValueError(f"the layer {name} has quantizer {index} of {len(self.quantizers)}")
+        return self

@@ -1,0 +1,216 @@
+"""nf4 and fp4: codes that stand for fixed values, times a maximum per block of weights.
+
+Shape legend: O out_features, I in_features, B blocks of the flattened weight, K weights of a block.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.quantizers.base import Quantizer
+from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
+from finetune.quantizers.layer import PackedQuantizer, TensorSpec
+from finetune.recipe.quantization import FourBit
+
+NORMAL_FLOAT = {
+    2: (-1.0, -0.2525685, 0.2525685, 1.0),
+    3: (-1.0, -0.4786292, -0.2171418, 0.0, 0.1609302, 0.3379152, 0.5626170, 1.0),
+    4: (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+}  # fmt: skip
+"""Values of the codes by bits: quantiles of a normal distribution, scaled to [-1, 1].
+
+Source: 4 bits: Dettmers et al. 2023, arXiv 2305.14314, appendix E; 2 and 3 bits: Qin et al. 2024, arXiv 2402.05445,
+tables 11 and 12.
+"""
+
+FLOAT_4 = tuple(number / 12 for number in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+"""Values of a sign, two bits of exponent and one of fraction, by bit pattern, scaled to [-1, 1] as bitsandbytes does."""
+
+SECOND_LEVEL_BLOCK = 256
+"""Numbers of blocks that share one scale under double quantization."""
+
+WEIGHTS_AT_ONCE = 1 << 20
+"""Weights that are quantized together, so that temporary tensors stay small beside a weight; whole blocks."""
+
+
+def four_bit(section: FourBit) -> Quantizer:
+    """The quantizer of nf4 and fp4 for this machine: bitsandbytes' layers with its kernels on CUDA, else our own.
+
+    On a CPU with AVX512-BF16 bitsandbytes' layer repacks its weight in the first forward pass without gradients, for a
+    kernel that has no backward pass: from then on half of the adapters get no gradient, and the rest a wrong one.
+    """
+    if torch.cuda.is_available():
+        from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
+
+        return CudaFourBitQuantizer(section)
+    return FourBitQuantizer(section)
+
+
+class BlockNumbers(NamedTuple):
+    """One number per block, as float32 or, under double quantization, as an 8-bit code.
+
+    The codes are those of bitsandbytes' dynamic map, which is finer near zero, in blocks of 256 with a float32 scale.
+
+    Attributes:
+        name: Of the stored tensor.
+        double_quant: Whether numbers are codes.
+        centred: Whether codes are of the distance from the mean, which numbers of one sign need.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314, section 3, "Double Quantization".
+    """
+
+    name: str
+    double_quant: bool
+    centred: bool
+
+    @property
+    def bits(self) -> float:
+        """Bits for each number."""
+        return 8 + 32 / SECOND_LEVEL_BLOCK if self.double_quant else 32
+
+    def specs(self, blocks: int) -> dict[str, TensorSpec]:
+        """The tensors that hold a number for each of `blocks` blocks."""
+        if not self.double_quant:
+            return {self.name: TensorSpec((blocks,), torch.float32)}
+        scales = -(-blocks // SECOND_LEVEL_BLOCK)
+        specs = {
+            self.name: TensorSpec((blocks,), torch.uint8),
+            f"{self.name}_scale": TensorSpec((scales,), torch.float32),
+        }
+        return {**specs, f"{self.name}_mean": TensorSpec((), torch.float32)} if self.centred else specs
+
+    def store(self, numbers_B: Tensor) -> dict[str, Tensor]:
+        """The tensors that stand for the numbers."""
+        if not self.double_quant:
+            return {self.name: numbers_B}
+        mean = numbers_B.mean() if self.centred else numbers_B.new_zeros(())
+        blocks, scale = _scaled_to_one(in_blocks(numbers_B - mean, SECOND_LEVEL_BLOCK))
+        codes = nearest(blocks, dynamic_map().to(numbers_B.device)).flatten()[: numbers_B.numel()]
+        tensors = {self.name: codes, f"{self.name}_scale": scale}
+        return {**tensors, f"{self.name}_mean": mean} if self.centred else tensors
+
+    def read(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The numbers that the tensors stand for, shape (B,), float32."""
+        stored = tensors[self.name]
+        if not self.double_quant:
+            return stored
+        blocks = in_blocks(dynamic_map().to(stored.device)[stored.int()], SECOND_LEVEL_BLOCK)
+        numbers = (blocks * tensors[f"{self.name}_scale"].unsqueeze(1)).flatten()[: stored.numel()]
+        return numbers + tensors[f"{self.name}_mean"] if self.centred else numbers
+
+
+class CodebookQuantizer(PackedQuantizer):
+    """What quantizers with a codebook share: storage, and decoding.
+
+    Args:
+        section: The recipe's section.
+        bits: Of a code.
+        values: What the codes stand for, each in [-1, 1].
+        block_size: Weights that share a maximum; blocks run over the flattened weight, across its rows.
+        double_quant: Whether the maxima are 8-bit codes.
+    """
+
+    def __init__(
+        self, section: object, bits: int, values: tuple[float, ...], block_size: int, double_quant: bool
+    ) -> None:
+        super().__init__(section)
+        self.bits, self.values, self.block_size = bits, torch.tensor(values), block_size
+        self.maxima = BlockNumbers("absmax", double_quant, centred=True)
+        self.bits_per_weight = bits + self.maxima.bits / block_size
+
+    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Codes, and a maximum per block in one level or two."""
+        count = out_features * in_features
+        codes = TensorSpec((packed_bytes(count, self.bits),), torch.uint8)
+        return {"weight": codes, **self.maxima.specs(-(-count // self.block_size))}
+
+    def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """Each code's value times the maximum of its block."""
+        count = out_features * in_features
+        values_BK = in_blocks(self._look_up(tensors["weight"], count), self.block_size)
+        values_BK.mul_(self.maxima.read(tensors).unsqueeze(1))
+        return values_BK.flatten()[:count].view(out_features, in_features)
+
+    def _look_up(self, packed: Tensor, count: int) -> Tensor:
+        """The values of the first `count` codes, float32."""
+        if 8 % self.bits:
+            return self.values.to(packed.device)[unpack_bits(packed, self.bits, count).int()]
+        values_of_byte = _values_of_byte(self.bits, tuple(self.values.tolist())).to(packed.device)
+        return functional.embedding(packed.int(), values_of_byte).flatten()[:count]
+
+
+class FourBitQuantizer(CodebookQuantizer):
+    """nf4 and fp4 with bitsandbytes' codes, as a pair of functions in PyTorch.
+
+    With blocks of 64 and double quantization a weight takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314, section 3.
+    """
+
+    def __init__(self, section: FourBit) -> None:
+        values = NORMAL_FLOAT[4] if section.kind == "nf4" else FLOAT_4
+        super().__init__(section, 4, values, section.block_size, section.double_quant)
+
+    def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """The nearest codes, two to a byte, and the blocks' maxima."""
+        packed, maxima = [], []
+        for part in weight_OI.flatten().split(WEIGHTS_AT_ONCE):
+            blocks_BK, absmax_B = _scaled_to_one(in_blocks(part, self.block_size))
+            codes = nearest(blocks_BK, self.values.to(part.device)).flatten()[: part.numel()]
+            packed.append(pack_bits(codes, self.bits))
+            maxima.append(absmax_B)
+        return {"weight": torch.cat(packed), **self.maxima.store(torch.cat(maxima))}
+
+
+def nearest(numbers: Tensor, values: Tensor) -> Tensor:
+    """For each number the index of the nearest value, uint8; half-way between two, the lower one."""
+    ordered, order = values.sort(stable=True)
+    places = torch.bucketize(numbers, (ordered[:-1] + ordered[1:]) / 2, out_int32=True)
+    return order.to(torch.uint8)[places]
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 values of bitsandbytes' signed dynamic map, in order.
+
+    Seven decades below 1, each with twice the values of the one below it, and 0 and 1.
+
+    Source: Dettmers 2016, arXiv 1511.04561; Dettmers et al. 2022, arXiv 2110.02861, section 2.1.
+    """
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        positive += (10 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2.0).tolist()
+    return torch.tensor(sorted([*positive, *(-value for value in positive), 0.0, 1.0]))
+
+
+@cache
+def _values_of_byte(bits: int, values: tuple[float, ...]) -> Tensor:
+    """The values of the 8 / bits codes in each possible byte, shape (256, 8 / bits)."""
+    return torch.tensor(values)[unpack_bits(torch.arange(256, dtype=torch.uint8), bits, 2048 // bits).int()].view(
+        256, -1
+    )
+
+
+def in_blocks(numbers: Tensor, size: int) -> Tensor:
+    """Shape (B, size), the last block filled up with zeros."""
+    if numbers.numel() % size:
+        numbers = functional.pad(numbers, (0, -numbers.numel() % size))
+    return numbers.view(-1, size)
+
+
+def _scaled_to_one(blocks_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks over their largest magnitudes, and these."""
+    absmax_B = blocks_BK.abs().amax(1)
+    # As bitsandbytes does: times the reciprocal, which decides some ties.
+    return blocks_BK * (1 / absmax_B.clamp(min=1e-38)).unsqueeze(1), absmax_B

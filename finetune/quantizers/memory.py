@@ -1,0 +1,40 @@
+"""Giving freed memory back to the system while a model loads."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+BYTES_BETWEEN = 32 << 20
+"""Bytes of weights after which the allocator is asked to give back what it holds free."""
+
+
+class FreedMemory:
+    """Counts weights that were read and dropped, and now and then has the C library return their memory.
+
+    glibc keeps what is freed for later: after the first large tensors it takes the next ones from its heap, whose holes
+    stay with the process. A loading process would end up with about the size of the unquantized model.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def count(self, weight: Tensor) -> None:
+        """Note a weight whose last reference goes soon."""
+        self.bytes += weight.nbytes
+        if self.bytes >= BYTES_BETWEEN:
+            self.bytes = 0
+            if trim := _malloc_trim():
+                trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's function; other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
