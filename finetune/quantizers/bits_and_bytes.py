@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
@@ -49,7 +49,7 @@ class CudaFourBitQuantizer(Quantizer):
         """Look the codes up and scale them."""
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
 
-    def repacked(self, layer: nn.Module) -> QuantizedLinear:
+    def repacked(self, layer: Any) -> QuantizedLinear:
         """The same codes in our own layer, which can be saved."""
         dtype = layer.compute_dtype if layer.bias is None else layer.bias.dtype
         with torch.device("meta"):

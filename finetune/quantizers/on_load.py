@@ -168,11 +168,14 @@ def _empty(name: str, layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> n
             where="quantization",
             hint="choose a value that fits every layer",
         )
+    empty: Any
     with torch.device("meta"):
         empty = quantizer.empty_layer(in_features, out_features, layer.bias is not None, dtype)
     empty.quantizer = quantizer
     empty.stored_transposed = transposed
-    return empty.requires_grad_(False)
+    empty.requires_grad_(False)
+    assert is_quantized(empty)
+    return empty
 
 
 def _packed(quantizer: Any) -> PackedQuantizer:
