@@ -75,7 +75,7 @@ class AffineQuantizer(PackedQuantizer):
         return {"weight": pack_bits(codes_OGK.flatten(), self.bits), "scale": scale_OG, "minimum": minimum_OG}
 
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
-        """scale * code + minimum."""
+        """W = scale * code + minimum."""
         codes = unpack_bits(tensors["weight"], self.bits, out_features * in_features)
         codes_OGK = codes.view(out_features, -1, self.group_size).float()
         scale_OG1, minimum_OG1 = (tensors[name].float().unsqueeze(2) for name in ("scale", "minimum"))

@@ -34,7 +34,7 @@ tables 11 and 12.
 """
 
 FLOAT_4 = tuple(number / 12 for number in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
-"""Values of a sign, two bits of exponent and one of fraction, by bit pattern, scaled to [-1, 1] as bitsandbytes does."""
+"""Values by bit pattern (a sign, two bits of exponent, one of fraction), scaled to [-1, 1] as bitsandbytes does."""
 
 SECOND_LEVEL_BLOCK = 256
 """Numbers of blocks that share one scale under double quantization."""

@@ -71,7 +71,7 @@ class InformationCalibratedQuantizer(CodebookQuantizer):
         return {"weight": torch.cat(packed)[:codes_bytes], **self.maxima.store(torch.cat(maxima)), **stored}
 
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
-        """value(code) * maximum + shift."""
+        """W = value(code) * maximum + shift."""
         weight = super().unpack(tensors, out_features, in_features).flatten()
         blocks_BK = in_blocks(weight, self.block_size) + self.shifts.read(tensors).unsqueeze(1)
         return blocks_BK.flatten()[: weight.numel()].view(out_features, in_features)

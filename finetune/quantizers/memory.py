@@ -33,7 +33,7 @@ class FreedMemory:
 
 @cache
 def _malloc_trim() -> Any:
-    """glibc's function; other C libraries have none."""
+    """The function of glibc; other C libraries have none."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):

@@ -117,7 +117,7 @@ class OnLoadQuantizer(HfQuantizer):
             replaced.append(re.escape(name))
         if config.stored and len(replaced) != len(config.stored.layers):
             raise ModelError(
-                f"config.json names {len(config.stored.layers)} quantized layers, the model has {len(replaced)} of them",
+                f"config.json names {len(config.stored.layers)} quantized layers, the model has {len(replaced)}",
                 where="quantization_config.layers",
                 hint="use the config.json that belongs to these weights",
             )

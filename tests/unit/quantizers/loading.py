@@ -47,9 +47,10 @@ PACKED = {
 }
 
 
-def load(
-    folder: Path, chosen: QuantizationSection = NoQuantization(), dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
+PLAIN = NoQuantization()
+
+
+def load(folder: Path, chosen: QuantizationSection = PLAIN, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return load_model(
         ModelFolder(folder, str(folder)),
         Model(name=str(folder)),

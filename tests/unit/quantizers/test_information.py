@@ -1,0 +1,80 @@
+"""Information calibration: what the shifts gain, and never lose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from finetune.quantizers.bits import unpack_bits
+from finetune.quantizers.codebook import NORMAL_FLOAT, nearest
+from finetune.quantizers.information import InformationCalibratedQuantizer
+from finetune.recipe.quantization import InformationCalibrated
+from finetune.resolve import build
+
+torch.manual_seed(0)
+# Half of the blocks skewed, so that shifts matter, half not.
+WEIGHT = 0.02 * torch.cat([torch.randn(64, 512), torch.distributions.Gamma(2.0, 1.0).sample((64, 512)) - 2])
+BLOCKS = WEIGHT.flatten().view(-1, 64)
+
+
+def quantizer_of(**changes: object) -> InformationCalibratedQuantizer:
+    return build(InformationCalibrated(**{"kind": "icq", "candidates": 25, **changes}))
+
+
+def entropies(codes_BK: torch.Tensor, bits: int) -> torch.Tensor:
+    shares = functional.one_hot(codes_BK.long(), 2**bits).double().mean(1)
+    return -torch.special.xlogy(shares, shares).sum(1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+
+
+def plain_codes(bits: int) -> torch.Tensor:
+    return nearest(BLOCKS / BLOCKS.abs().amax(1, keepdim=True), torch.tensor(NORMAL_FLOAT[bits]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_no_block_keeps_less_information_than_plain_normal_float(bits: int, double_quant: bool):
+    """Counted from the codes as they are stored."""
+    tensors = quantizer_of(bits=bits, double_quant=double_quant).pack(WEIGHT)
+    kept = entropies(unpack_bits(tensors["weight"], bits, WEIGHT.numel()).view(-1, 64), bits)
+    plain = entropies(plain_codes(bits), bits)
+    assert (kept >= plain - 1e-6).all()
+    assert kept.mean() > plain.mean() + 0.03
+
+
+def test_an_exact_shift_keeps_at_least_what_the_median_would():
+    """The median is a candidate, and an unquantized shift is the very one that was found."""
+    quantizer = quantizer_of(double_quant=False)
+    median = BLOCKS.sort(dim=1).values[:, 31]
+    found = quantizer.pack(WEIGHT)["shift"]
+    assert (quantizer.entropy(BLOCKS, found) >= quantizer.entropy(BLOCKS, median) - 1e-6).all()
+
+
+def test_the_fast_search_finds_what_trying_each_candidate_finds():
+    quantizer = quantizer_of(candidates=10, double_quant=False)
+    blocks = BLOCKS[:: len(BLOCKS) // 50].contiguous()
+    median = blocks.sort(dim=1).values[:, 31]
+    width = 0.1 * (blocks - median.unsqueeze(1)).abs().amax(1) / 1.848
+    tried = [torch.zeros_like(median), *(median + width * step for step in torch.linspace(-1, 1, 21))]
+    best = torch.stack([quantizer.entropy(blocks, shift) for shift in tried]).amax(0)
+    found = quantizer.entropy(blocks, quantizer._best_shifts(blocks))
+    assert torch.allclose(found, best, atol=1e-6)
+
+
+def test_codes_are_those_of_the_shift_as_it_is_stored():
+    quantizer = quantizer_of()
+    tensors = quantizer.pack(WEIGHT)
+    shift = quantizer.shifts.read(tensors)
+    assert (shift != 0).float().mean() > 0
+    moved = BLOCKS - shift.unsqueeze(1)
+    expected = nearest(moved / moved.abs().amax(1, keepdim=True), torch.tensor(NORMAL_FLOAT[4]))
+    codes = unpack_bits(tensors["weight"], 4, WEIGHT.numel()).view(-1, 64)
+    assert (codes == expected).float().mean() > 0.9999
+
+
+def test_blocks_that_are_searched_in_parts_are_searched_alike(monkeypatch: pytest.MonkeyPatch):
+    whole = quantizer_of(bits=3).pack(WEIGHT)
+    monkeypatch.setattr("finetune.quantizers.information.WEIGHTS_AT_ONCE", 64 * 24)
+    monkeypatch.setattr("finetune.quantizers.information.BLOCKS_AT_ONCE", 7)
+    parts = quantizer_of(bits=3).pack(WEIGHT)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
