@@ -10,13 +10,10 @@ from torch import Tensor
 
 from finetune.quantizers.base import Capabilities
 from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
-from finetune.quantizers.layer import PackedQuantizer, TensorSpec
+from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, TensorSpec
 from finetune.recipe.quantization import Groupwise
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-WEIGHTS_AT_ONCE = 1 << 20
-"""Weights that are quantized together, at least one row, so that temporary tensors stay small beside a weight."""
 
 GGUF_Q4_1_GROUP = 32
 

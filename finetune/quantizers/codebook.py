@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
-from finetune.quantizers.layer import PackedQuantizer, TensorSpec
+from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, TensorSpec
 from finetune.recipe.quantization import FourBit
 
 NORMAL_FLOAT = {
@@ -38,9 +38,6 @@ FLOAT_4 = tuple(number / 12 for number in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0
 
 SECOND_LEVEL_BLOCK = 256
 """Numbers of blocks that share one scale under double quantization."""
-
-WEIGHTS_AT_ONCE = 1 << 20
-"""Weights that are quantized together, so that temporary tensors stay small beside a weight; whole blocks."""
 
 
 def four_bit(section: FourBit) -> Quantizer:

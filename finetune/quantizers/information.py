@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune.quantizers.bits import pack_bits
-from finetune.quantizers.codebook import NORMAL_FLOAT, WEIGHTS_AT_ONCE, BlockNumbers, CodebookQuantizer, in_blocks
-from finetune.quantizers.layer import TensorSpec
+from finetune.quantizers.codebook import NORMAL_FLOAT, BlockNumbers, CodebookQuantizer, in_blocks
+from finetune.quantizers.layer import WEIGHTS_AT_ONCE, TensorSpec
 from finetune.recipe.quantization import InformationCalibrated
 
 WIDEST_QUANTILE = 1.848

@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from finetune.quantizers.base import Quantizer
 
+WEIGHTS_AT_ONCE = 1 << 18
+"""Weights that quantizers work on together, so that temporary tensors stay small beside a weight, and in the cache."""
+
 
 class TensorSpec(NamedTuple):
     """Shape and dtype of a tensor that a layer stores."""
