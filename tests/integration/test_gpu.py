@@ -16,7 +16,7 @@ from tests.fixtures.recipes import as_recipe
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "affine", "hqq", "icq", "none"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
 def test_a_run_trains_evaluates_and_merges(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, precision: str):
     sections = {**tiny_recipe, "quantization": {"kind": kind}, "optimizer": {"name": "paged_adamw_8bit"}}

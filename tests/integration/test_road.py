@@ -18,15 +18,25 @@ from finetune.jobs.evaluate import evaluate
 from finetune.jobs.generate import answer
 from finetune.jobs.merge import merge
 from finetune.jobs.preview import preview
+from finetune.jobs.setup import Workbench
 from finetune.jobs.train import train
 from finetune.models.fingerprint import fingerprint
+from finetune.models.quantized import save_quantized
 from finetune.run.directory import RunDirectory
-from finetune.run.events import StepMetrics, Validated
+from finetune.run.events import StepMetrics, Validated, ignore
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257]])
-QUANTIZED = {"nf4": {"kind": "nf4"}, "int8": {"kind": "int8"}, "none": {"kind": "none"}}
+QUANTIZED = {
+    "nf4": {"kind": "nf4"},
+    "fp4": {"kind": "fp4"},
+    "int8": {"kind": "int8"},
+    "affine": {"kind": "affine", "bits": 3},
+    "hqq": {"kind": "hqq", "bits": 2},
+    "icq": {"kind": "icq", "candidates": 4},
+    "none": {"kind": "none"},
+}
 
 
 def run_of(sections: dict[str, Any], folder: Path, *overrides: str) -> RunDirectory:
@@ -132,8 +142,12 @@ def test_the_adapter_loads_in_stock_peft_with_equal_logits(
     assert (stock - plain).abs().max() > 1e-2 * stock.abs().max()
 
 
-def test_a_qlora_merge_is_the_dequantized_base_with_the_adapter(tiny_recipe: dict[str, Any], tmp_path: Path):
-    run = run_of({**tiny_recipe, "quantization": {"kind": "nf4"}}, tmp_path)
+@pytest.mark.parametrize("kind", sorted({*QUANTIZED} - {"none", "int8"}))
+def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
+    tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
+):
+    run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
+    assert evaluate(run).answered == 4
     result = merge(run)
     assert result.agreement.relative_difference <= 1e-5
     assert result.agreement.top1_agreement == 1.0
@@ -265,3 +279,21 @@ def test_ctrl_c_in_the_middle_is_recorded(tiny_recipe: dict[str, Any], tmp_path:
     with pytest.raises(KeyboardInterrupt):
         train(as_recipe(tiny_recipe, tmp_path), run, interrupt)
     assert json.loads(run.outcome.read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "affine", "icq"])
+def test_a_folder_of_quantized_weights_trains_as_the_model_that_it_was_made_from(
+    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, kind: str
+):
+    recipe = as_recipe({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
+    quantized = tmp_path / "quantized"
+    save_quantized(Workbench.of(recipe, ignore).load_base(ignore), quantized)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(quantized)
+    losses = []
+    for sections in ({"quantization": QUANTIZED[kind]}, {"model": {"name": str(quantized)}}):
+        folder = tmp_path / str(len(losses))
+        folder.mkdir()
+        run = run_of({**tiny_recipe, **sections}, folder)
+        losses.append(losses_of(run))
+        assert merge(run).agreement.relative_difference <= 1e-5
+    assert losses[0] == losses[1]
