@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,8 +237,9 @@ def _drawn_to_scale(lengths: list[int], computed: int, longest: int, width: int 
     from rich.text import Text
 
     bar = Text()
-    for index, length in enumerate(lengths):
-        bar.append("█" * max(1, round(width * length / longest)), style="cyan" if index % 2 else "blue")
+    ends = [round(width * end / longest) for end in accumulate(lengths)]  # rounded in sum, or short rows would add up
+    for index, end in enumerate(ends):
+        bar.append("█" * (end - len(bar)), style="cyan" if index % 2 else "blue")
     bar.append("·" * (round(width * computed / longest) - len(bar)), style="dim")
     bar.append(f"  {sum(lengths)}/{computed}", style="dim")
     return bar

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,13 +16,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import finetune.data
+from finetune.data.hub import revision_of
 from finetune.data.mixing import drawn
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
 from finetune.data.store import Store, StoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
-from finetune.recipe.data import Data, SourceSection
+from finetune.recipe.data import Data, Hub, SourceSection
 from finetune.run.cache import cached
 from finetune.run.events import Progress, Report
 from finetune.run.provenance import file_record
@@ -58,7 +60,7 @@ class TokenizedSource:
             DataError: A file or row cannot be used.
             EnvironmentFault: The cache cannot be written.
         """
-        content = [file_record(file) for file in files_of(source)] if source.path else [_hub_record(source)]
+        content = [_hub_record(source.hub)] if source.hub else [file_record(file) for file in files_of(source)]
 
         def make(folder: Path) -> None:
             doing = f"tokenizing {source.place}"
@@ -141,12 +143,20 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _hub_record(source: SourceSection) -> dict[str, Any]:
-    """What is known of a hub data set's content.
+def _hub_record(hub: Hub) -> dict[str, Any]:
+    """What tells a hub data set from another, and from itself at another time: its commit.
 
-    Without a commit nothing tells whether it has changed: then the record is this process's own, so that the
-    tokens are not found again.
+    Raises:
+        DataError: The recipe pins a commit, and the local cache, all there is without a network, holds another.
     """
-    assert source.hub is not None, "a source has a path or a hub, a rule of the recipe"
-    known = {"hub": source.hub.name, "subset": source.hub.subset, "split": source.hub.split}
-    return {**known, "process": os.getpid()}
+    revision = revision_of(hub)
+    pinned = hub.revision is not None and re.fullmatch(r"[0-9a-f]{40}", hub.revision)
+    if pinned and revision not in (None, hub.revision):
+        raise DataError(
+            f"the local cache holds commit {revision}, not {hub.revision}",
+            where=f"{hub.name}[{hub.split}]",
+            hint="fetch the pinned commit once with a network, or change the revision",
+        )
+    record = {"hub": hub.name, "subset": hub.subset, "split": hub.split, "commit": revision}
+    # Where nothing tells whether it has changed, the tokens must not be found again.
+    return record if revision else {**record, "process": os.getpid()}

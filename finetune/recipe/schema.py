@@ -203,7 +203,7 @@ def _type_in_words(schema: Mapping[str, Any]) -> str:
     if kind in _NUMBERS:
         bounds = [words.format(schema[bound]) for bound, words in _BOUNDS.items() if bound in schema]
         return " ".join([_NUMBERS[kind], " and ".join(bounds)]).rstrip()
-    return {"boolean": "true or false", "null": "null"}[str(kind)]
+    return {"boolean": "true or false", "null": "null", "object": "a mapping"}[str(kind)]
 
 
 def _list_in_words(schema: Mapping[str, Any]) -> str:

@@ -161,3 +161,11 @@ def test_a_drawn_part_depends_on_the_seed_and_is_a_part_of_the_whole(tmp_path: P
     assert all(rows == sorted(set(rows)) and len(rows) == 3 for rows in draws)
     part, _ = tokenized(file, source={"rows": 3}, seed=0)
     assert list(part) == [whole[row] for row in draws[0]]
+
+
+def test_a_pinned_commit_that_the_local_cache_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
+    pinned, held = "a" * 40, "b" * 40
+    monkeypatch.setattr("finetune.data.tokenized.revision_of", lambda hub: held)
+    section = Data.model_validate({"train": [{"hub": {"name": "org/name", "revision": pinned}, "format": "chat"}]})
+    with pytest.raises(DataError, match=f"holds commit {held}, not {pinned}"):
+        TokenizedSource.of(section.train[0], section, TOKENIZER, 1, lambda event: None)

@@ -278,6 +278,7 @@ def _sample(shape: Shape) -> Any:
         "a list of 2": [0.5, 0.25],
         "a list of items, each text": ["other"],
         "true or false": True,
+        "a mapping": {"key": 1},
         "text that matches ^[\\w.-]+/": "org/other",
         "text": "other",
     }
@@ -304,6 +305,8 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = ["data.validation=[]"]
     if path == ("training", "pack_length"):
         before = ["training.batching=packed", "data.max_length=8"]
+    if path == ("quantization", "options") or value == "plugin":
+        before = ["quantization={kind: plugin, name: other}"]
     if "hub" in path:
         before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
     if path[1:] == ("train", 0, "weight"):
