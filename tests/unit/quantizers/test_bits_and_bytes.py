@@ -11,7 +11,7 @@ from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, get_4bi
 
 from finetune.models.linears import dequantize_model
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
-from finetune.quantizers.codebook import FLOAT_4, NORMAL_FLOAT, FourBitQuantizer, dynamic_map
+from finetune.quantizers.codebook import FLOAT_4, NORMAL_FLOAT, CodebookQuantizer, FourBitQuantizer, dynamic_map
 from finetune.recipe.quantization import FourBit
 from finetune.resolve import build
 from tests.unit.quantizers.loading import load, logits, section
@@ -55,6 +55,16 @@ def test_codes_are_bitsandbytes_own(chosen: FourBit):
         assert (distance == 0).float().mean() >= 0.99
     else:
         assert torch.equal(ours["absmax"], state.absmax)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (33, 37)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_kernels_unpack_what_the_plain_functions_do(kind: str, shape: tuple[int, int]):
+    quantizer = FourBitQuantizer(FourBit(kind=kind))
+    tensors = quantizer.pack(torch.randn(shape))
+    plain = CodebookQuantizer.unpack(quantizer, tensors, *shape)
+    assert torch.equal(quantizer.unpack(tensors, *shape), plain)
+    assert plain.abs().max() > 1
 
 
 @every_four_bit
