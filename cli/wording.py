@@ -15,6 +15,9 @@ from finetune.run.events import (
     Validated,
 )
 
+ROWS_A_LINE = 256 * 400
+"""Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
+
 
 def count(number: float) -> str:
     """4884480 -> `4.88M`."""
@@ -64,56 +67,56 @@ def line(event: Event) -> str | None:
         case Validated():
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
+        case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
+            return f"{event.doing}: {done} rows so far"
         case Progress(done=done, total=total) if done == total:
             return f"{event.doing}: {total} rows"
     return None
 
 
+COLUMNS = ["read", "left out", "used", "tokens", "trained", "p50", "p99", "longest", "doubles", "in both"]
+"""Titles of the table of rows; `in both` counts training rows that are held out too."""
+
+
 def ledger(report: dict[str, Any]) -> list[str]:
-    """What became of the rows, as a table: a line for each source, and what to know of packs."""
-    titles = [
-        "rows",
-        "read",
-        "left out",
-        "used",
-        "tokens",
-        "trained",
-        "p50",
-        "p99",
-        "longest",
-        "doubles",
-        "held out too",
-    ]
-    lines = [titles]
-    for name, title in (("train", "train"), ("validation", "held out")):
-        split = report[name]
-        lines += [
-            _ledger_cells(f"{title}: {shortened(source['source'])}", source)
-            for source in split["sources"]
-            if source["used"]
-        ]
-        if len(split["sources"]) > 1:
-            lines.append(_ledger_cells(f"{title}, all", split))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in lines]
+    """What became of the rows, as a table: the numbers of each source below its name, and what to know of packs.
+
+    A name has a line of its own, for a table of 80 characters has no room for both.
+    """
+    named: list[tuple[str, list[str]]] = []
+    for key, title in (("train", "train"), ("validation", "held out")):
+        split = report[key]
+        used = [source for source in split["sources"] if source["used"]]
+        named += [(f"{title}: {source['source']} ({source['format']})", _ledger_cells(source)) for source in used]
+        if len(used) > 1:
+            named.append((f"{title}: all", _ledger_cells(split)))
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *(cells for _, cells in named), strict=True)]
+    lines = [_in_columns(COLUMNS, widths)]
+    for name, cells in named:
+        lines += [shortened(name), _in_columns(cells, widths)]
     if packing := report.get("packing"):
         share = f"{100 * packing['fill']:.1f} % filled"
-        table.append(f"{packing['packs']} packs of {packing['pack_length']} tokens, {share}")
-    return table
+        lines.append(f"{packing['packs']} packs of {packing['pack_length']} tokens, {share}")
+    return lines
 
 
-def _ledger_cells(name: str, facts: dict[str, Any]) -> list[str]:
+def _ledger_cells(facts: dict[str, Any]) -> list[str]:
     left_out = facts["too_long"] + facts["untrainable"]
     lengths = [str(facts["lengths"].get(key, "-")) for key in ("p50", "p99", "longest")]
     trained = f"{100 * facts['share_trained']:.0f} %"
     doubles = [str(facts["duplicates"]), str(facts.get("in_validation", ""))]
     counts = [str(facts["read"]), str(left_out), str(facts["used"]), count(facts["tokens"])]
-    return [name, *counts, trained, *lengths, *doubles]
+    return [*counts, trained, *lengths, *doubles]
 
 
-def shortened(name: str, longest: int = 36) -> str:
-    """A name's end where it is long: of a path it tells most."""
-    return name if len(name) <= longest else f"…{name[1 - longest :]}"
+def _in_columns(cells: list[str], widths: list[int]) -> str:
+    return "  ".join(map(str.rjust, cells, widths)).rstrip()
+
+
+def shortened(name: str, longest: int = 78) -> str:
+    """A name without its middle where it is long: its beginning says what it is, the end of a path tells most."""
+    begin = 12
+    return name if len(name) <= longest else f"{name[:begin]}…{name[begin + 1 - longest :]}"
 
 
 def _start(event: TrainingStarted) -> str:

@@ -16,7 +16,7 @@ from finetune.data.encode import Example
 from finetune.data.mixing import drawn, shares
 from finetune.data.seeds import derived_seed
 from finetune.data.store import RowCounts
-from finetune.data.tokenized import TokenizedSource, rows_at
+from finetune.data.stored import StoredSource, rows_at
 from finetune.errors import DataError
 from finetune.recipe.data import Data, SourceSection
 from finetune.resolve import build
@@ -43,13 +43,13 @@ class Split(Sequence[Example]):
         chosen: Which of them: numbers of examples, counted on through all sources, ascending.
     """
 
-    def __init__(self, sources: Sequence[TokenizedSource], chosen: Numbers) -> None:
+    def __init__(self, sources: Sequence[StoredSource], chosen: Numbers) -> None:
         self.sources = sources
         self._chosen = chosen
         self._begins = np.cumsum([0, *(len(source.store) for source in sources)])
 
     @classmethod
-    def whole(cls, sources: Sequence[TokenizedSource]) -> Split:
+    def whole(cls, sources: Sequence[StoredSource]) -> Split:
         """Every row of the sources."""
         return cls(sources, np.arange(sum(len(source.store) for source in sources)))
 
@@ -68,9 +68,9 @@ class Split(Sequence[Example]):
         return len(self._chosen)
 
     def __getitem__(self, index: Any) -> Any:
-        """A row, or a list of them for a slice."""
+        """A row, or for a slice a split of its rows."""
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+            return Split(self.sources, self._chosen[index])
         source, example = self._find(index)
         return source.store[example]
 
@@ -110,7 +110,7 @@ class Split(Sequence[Example]):
     def documents(self) -> Iterator[LocatedDocument]:
         """The rows as the files have them, read again."""
         for index, source in enumerate(self.sources):
-            numbers = np.unique(self.of_source(index).column("rows")).tolist()
+            numbers = np.unique(self.of_source(index).column("rows"))
             to_document = build(source.section).document
             for row in rows_at(source.section, [0]):  # tells the format where the recipe leaves it open
                 to_document(row)
@@ -125,7 +125,7 @@ class Split(Sequence[Example]):
         numbers: Numbers = np.cumsum(is_new) - 1
         return numbers
 
-    def _find(self, index: int) -> tuple[TokenizedSource, int]:
+    def _find(self, index: int) -> tuple[StoredSource, int]:
         number = self._chosen[index]
         source = int(np.searchsorted(self._begins, number, side="right")) - 1
         return self.sources[source], int(number - self._begins[source])
@@ -159,9 +159,9 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
         DataError: A file or row cannot be used, too many rows are lost, or there are none to train on.
     """
 
-    def tokenized(sources: Sequence[SourceSection]) -> list[TokenizedSource]:
+    def tokenized(sources: Sequence[SourceSection]) -> list[StoredSource]:
         return [
-            TokenizedSource.of(source, section, tokenizer, derived_seed(seed, index), report)
+            StoredSource.of(source, section, tokenizer, derived_seed(seed, index), report)
             for index, source in enumerate(sources)
         ]
 
@@ -182,7 +182,7 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
     return Rows(train, validation)
 
 
-def _mixed(sources: list[TokenizedSource]) -> Split:
+def _mixed(sources: list[StoredSource]) -> Split:
     """The rows of all sources, one source after the other; of each as many as its weight says."""
     split = Split.whole(sources)
     weights = [source.section.weight for source in sources if source.section.weight is not None]
@@ -232,14 +232,15 @@ def refuse_losses(split: Split, section: Data) -> None:
             where=(too_long or untrainable)[0],
             hint="raise data.max_length, correct the rows, or allow the loss with data.max_dropped",
         )
-    _log(counts, section)
+    _log(split, section)
 
 
 def _listed(places: list[str], count: int) -> str:
     return ", ".join(places) + (", ..." if count > len(places) else "")
 
 
-def _log(counts: RowCounts, section: Data) -> None:
+def _log(split: Split, section: Data) -> None:
+    counts = split.counts
     rows = counts.read + counts.added
     if counts.too_long:
         logger.warning("left out %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
@@ -255,3 +256,5 @@ def _log(counts: RowCounts, section: Data) -> None:
         )
     if counts.added:
         logger.info("%d rows were split into %d", counts.read, rows)
+    for remark in dict.fromkeys(remark for source in split.sources for remark in source.store.remarks):
+        logger.warning("%s", remark)

@@ -101,6 +101,11 @@ class Format(ABC, Generic[S]):
     def __init__(self, section: S) -> None:
         self.section = section
 
+    @property
+    def name(self) -> str:
+        """What a recipe calls the format."""
+        return str(self.section.model_dump()["format"])
+
     @abstractmethod
     def document(self, row: Row) -> Document:
         """The document of a row.

@@ -6,7 +6,6 @@ for marker strings, and never by token id, so that padding and end-of-turn may b
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,8 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.errors import DataError, ModelError
-
-logger = logging.getLogger(__name__)
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
@@ -60,6 +57,9 @@ class Encoder:
     Args:
         tokenizer: A tokenizer with character offsets; its chat template renders conversations.
         train_on: Which tokens of a conversation are trained.
+
+    Attributes:
+        remarks: What the user should know of the documents so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> None:
@@ -67,7 +67,7 @@ class Encoder:
         self.train_on = train_on
         special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._special = tuple(special)
-        self._warned_of_no_end = False
+        self.remarks: set[str] = set()
 
     def example(self, document: Document, where: str) -> Example:
         """The tokens of a document and which of them are trained; there may be none.
@@ -195,17 +195,10 @@ class Encoder:
             )
         end = self._end_of_turn(through, len(before))
         if is_answer and not through[:end].endswith(self._special):
-            self._warn_of_no_end(through[:end])
-        return len(before), end
-
-    def _warn_of_no_end(self, through: str) -> None:
-        if not self._warned_of_no_end:
-            self._warned_of_no_end = True
-            logger.warning(
-                "the chat template ends an answer with %r and no special token: "
-                "the model is not trained to end its answers",
-                through[-10:],
+            self.remarks.add(
+                "the chat template ends answers without a special token: the model is not trained to end them"
             )
+        return len(before), end
 
     def _end_of_turn(self, through: str, begins: int) -> int:
         """Where a turn ends: white space that the template puts after an end-of-turn token is the next turn's."""

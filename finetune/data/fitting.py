@@ -83,7 +83,8 @@ class Fitting:
             "rows": np.array(self._rows, np.int64),
             "digests": _digests(ids, lengths),
         }
-        return Encoded(columns, lengths, self._places, counts, self._too_long, self._untrainable)
+        remarks = sorted(self._encoder.remarks)
+        return Encoded(columns, lengths, self._places, counts, self._too_long, self._untrainable, remarks)
 
     def _fit(self, example: Example, document: Document, where: str) -> list[Example]:
         longest, policy = self._section.max_length, self._section.overlength

@@ -20,9 +20,7 @@ def read_hub(hub: Hub) -> Iterator[Row]:
     """
     import datasets
 
-    where = f"{hub.name}[{hub.split}]"
-    if os.path.exists(hub.name):  # datasets would read it without asking the hub
-        raise DataError("a local folder has the name of the hub data set", where=where, hint="name it in path")
+    where = _place(hub)
     with _errors_named(where):
         rows = iter(
             datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.stream)
@@ -49,9 +47,17 @@ def revision_of(hub: Hub) -> str | None:
     """
     import datasets
 
-    with _errors_named(f"{hub.name}[{hub.split}]"):
+    with _errors_named(_place(hub)):
         commit: str | None = datasets.load_dataset_builder(hub.name, hub.subset, revision=hub.revision).hash
     return commit
+
+
+def _place(hub: Hub) -> str:
+    """The data set in a word; refuses a local folder of its name, which the library would read without a question."""
+    where = f"{hub.name}[{hub.split}]"
+    if os.path.exists(hub.name):
+        raise DataError("a local folder has the name of the hub data set", where=where, hint="name it in path")
+    return where
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def ledger(rows: Rows, layout: Layout) -> dict[str, Any]:
 def _split_report(split: Split, held_out: Split | None) -> dict[str, Any]:
     sources = []
     for index, source in enumerate(split.sources):
-        facts = {"source": source.section.place, "format": source.section.model_dump()["format"]}
+        facts = {"source": source.section.place, "format": source.store.format}
         numbers = _numbers(split.of_source(index), held_out)
         sources.append({**facts, **source.store.counts.to_json(), **numbers, "content": source.content})
     return {**split.counts.to_json(), **_numbers(split, held_out), "sources": sources}

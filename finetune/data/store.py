@@ -30,7 +30,7 @@ COLUMNS: dict[str, npt.DTypeLike] = {
     "place_ends": np.int64,  # of each example's place, counted in bytes
 }
 PLACES = "places"
-COUNTS = "counts.json"
+FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Encoded:
         counts: Of these rows.
         too_long: Places of the first rows that were left out for their length.
         untrainable: Places of the first rows that have no token to train on.
+        remarks: What the user should know of the rows, whenever they are used.
     """
 
     columns: dict[str, npt.NDArray[Any]]
@@ -92,6 +93,7 @@ class Encoded:
     counts: RowCounts
     too_long: list[str] = field(default_factory=list)
     untrainable: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 class StoreWriter:
@@ -99,11 +101,17 @@ class StoreWriter:
 
     Args:
         folder: Empty.
+
+    Attributes:
+        counts: Of the rows so far.
+        format: Of the rows, as it was set or detected.
     """
 
     def __init__(self, folder: Path) -> None:
         self.counts = RowCounts()
+        self.format: str | None = None
         self._folder = folder
+        self._remarks: set[str] = set()
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (*COLUMNS, PLACES)}
         self._tokens = 0
         self._place_bytes = 0
@@ -120,7 +128,8 @@ class StoreWriter:
         for file in self._files.values():
             file.close()
         if error is None:
-            write_json(self._folder / COUNTS, {"counts": self.counts.to_json(), **self._left_out})
+            facts = {"format": self.format, "counts": self.counts.to_json(), "remarks": sorted(self._remarks)}
+            write_json(self._folder / FACTS, {**facts, **self._left_out})
 
     def add(self, encoded: Encoded) -> None:
         """Append some rows."""
@@ -133,6 +142,7 @@ class StoreWriter:
         self._tokens += int(encoded.lengths.sum())
         self._place_bytes += sum(map(len, texts))
         self.counts += encoded.counts
+        self._remarks.update(encoded.remarks)
         for cause in self._left_out:
             known = self._left_out[cause]
             known += getattr(encoded, cause)[: SHOWN_PLACES - len(known)]
@@ -142,15 +152,19 @@ class Store(Sequence[Example]):
     """The tokenized rows of one source, in order.
 
     Attributes:
+        format: Of the rows, as it was set or detected; None if there are none.
         counts: What became of the source's rows.
+        remarks: What the user should know of the rows.
         too_long: Places of the first rows that were left out for their length.
         untrainable: Places of the first rows that have no token to train on.
         ends, targets, rows, digests: A number for each example; see COLUMNS.
     """
 
     def __init__(self, folder: Path) -> None:
-        facts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self.format: str | None = facts["format"]
         self.counts = RowCounts(**facts["counts"])
+        self.remarks: list[str] = facts["remarks"]
         self.too_long: list[str] = facts["too_long"]
         self.untrainable: list[str] = facts["untrainable"]
         self.ends = _column(folder, "ends")

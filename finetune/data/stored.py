@@ -1,4 +1,4 @@
-"""A source as tokenized rows, from the cache where they are there already."""
+"""A source of a recipe as a store of tokenized rows, from the cache where it is there already."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -35,7 +35,7 @@ SHAPING_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
 
 
 @dataclass(frozen=True)
-class TokenizedSource:
+class StoredSource:
     """One source of a recipe.
 
     Attributes:
@@ -53,7 +53,7 @@ class TokenizedSource:
     @classmethod
     def of(
         cls, source: SourceSection, section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report
-    ) -> TokenizedSource:
+    ) -> StoredSource:
         """Tokenize a source, or find it tokenized.
 
         Raises:
@@ -83,19 +83,18 @@ def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
     Raises:
         DataError: A row cannot be read, or there are fewer than asked for.
     """
-    rows = enumerate(read_rows(source))
     if source.rows is None:
-        yield from rows
+        yield from enumerate(read_rows(source))
         return
     if source.hub and source.hub.stream:
         count = 0
-        for number, row in islice(rows, source.rows):
+        for number, row in enumerate(islice(read_rows(source), source.rows)):
             yield number, row
             count = number + 1
     else:
         count = sum(1 for _ in read_rows(source))
-        chosen = set(drawn(count, source.rows, seed).tolist())
-        yield from (row for row in rows if row[0] in chosen)
+        chosen = drawn(count, source.rows, seed).tolist()
+        yield from zip(chosen, rows_at(source, chosen), strict=True)
     if count < source.rows:
         raise DataError(
             f"the source has {count} rows, fewer than rows: {source.rows}",
@@ -104,13 +103,11 @@ def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
         )
 
 
-def rows_at(source: SourceSection, numbers: list[int]) -> Iterator[Row]:
-    """The rows of a source with these numbers, ascending."""
-    wanted = set(numbers)
-    last = max(wanted, default=-1)
-    for number, row in enumerate(islice(read_rows(source), last + 1)):
-        if number in wanted:
-            yield row
+def rows_at(source: SourceSection, numbers: Iterable[int]) -> Iterator[Row]:
+    """The rows of a source with these numbers, which ascend."""
+    rows = enumerate(read_rows(source))
+    for wanted in numbers:
+        yield next(row for number, row in rows if number == wanted)
 
 
 def _key(

@@ -10,10 +10,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.documents import Format
 from finetune.data.encode import Encoder
 from finetune.data.fitting import Fitting
 from finetune.data.rows import Row
@@ -29,8 +30,6 @@ ROWS_WORTH_PROCESSES = 8192
 """Rows below which starting processes takes longer than the work itself."""
 
 NumberedRow = tuple[int, Row]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,21 @@ class Tokenizing:
     tokenizer: PreTrainedTokenizerBase
     first: Row
 
+    def format(self) -> Format[Any]:
+        """The format of the rows."""
+        made: Format[Any] = build(self.source)
+        made.document(self.first)
+        return made
+
     def encoder(self) -> Callable[[list[NumberedRow]], Encoded]:
         """A function from rows to tokens, with what it needs built once."""
-        to_document = build(self.source).document
-        to_document(self.first)
+        row_format = self.format()
         encoder = Encoder(self.tokenizer, self.section.train_on)
 
         def encode(rows: list[NumberedRow]) -> Encoded:
             fitting = Fitting(encoder, self.section)
             for number, row in rows:
-                fitting.add(to_document(row), number, row.where)
+                fitting.add(row_format.document(row), number, row.where)
             return fitting.encoded()
 
         return encode
@@ -86,6 +90,7 @@ def tokenize(
     if first is None:
         return
     tokenizing = Tokenizing(source, section, tokenizer, first[1])
+    writer.format = tokenizing.format().name
     chunks = _chunks(chain([first], rows))
     encode = tokenizing.encoder()
     workers = section.workers or _cores()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +23,6 @@ from finetune.recipe.data import (
 )
 from finetune.resolve import build
 
-logger = logging.getLogger(__name__)
-
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 CHOICES_COLUMNS = ("choices", "options")
 
@@ -42,16 +39,20 @@ class AutoFormat(Format[AutoSource]):
         self._detected: Format[Any] | None = None
         self._told = ""
 
+    @property
+    def name(self) -> str:
+        """The detected format's once there was a row."""
+        return self._detected.name if self._detected else super().name
+
     def document(self, row: Row) -> Document:
         """The document of the row in the format that was detected on the first row."""
         if self._detected is None:
-            section = self._detect(row)
-            self._detected = build(section)
-            self._told = f"{section.model_dump()['format']}, which the columns of {row.where} told"
+            self._detected = build(self._detect(row))
+            self._told = f"{self.name}, which the columns of {row.where} told"
         try:
             return self._detected.document(row)
         except DataError as error:
-            if any(section == self._detected.section for section, _ in _candidates(row)):
+            if any(section == self._detected.section for section in _candidates(row)):
                 raise
             raise DataError(
                 f"the row is not of the format {self._told}: {error.what}",
@@ -61,7 +62,7 @@ class AutoFormat(Format[AutoSource]):
 
     def _detect(self, row: Row) -> SourceSection:
         found = list(_candidates(row))
-        formats = [section.model_dump()["format"] for section, _ in found]
+        formats = [section.model_dump()["format"] for section in found]
         if not found:
             raise DataError(
                 f"no format is known by the columns {excerpt(', '.join(row.values)) or '(none)'}",
@@ -74,50 +75,46 @@ class AutoFormat(Format[AutoSource]):
                 where=row.where,
                 hint=f"set the source's format: {' or '.join(formats)}",
             )
-        (section, columns), name = found[0], formats[0]
-        logger.info("%s: read as format %s, for it has %s", self.section.place, name, columns)
-        return section
+        return found[0]
 
 
-def _candidates(row: Row) -> Iterator[tuple[SourceSection, str]]:
-    """Every format that a row's columns fit, and what told it."""
+def _candidates(row: Row) -> Iterator[SourceSection]:
+    """Every format that a row's columns fit."""
     has = row.values.keys()
     yield from _conversations(row)
     if {"instruction", "output"} <= has:
-        yield InstructionSource(format="instruction"), "columns instruction and output"
+        yield InstructionSource(format="instruction")
     if {"prompt", "completion"} <= has:
-        yield CompletionSource(format="completion"), "columns prompt and completion"
+        yield CompletionSource(format="completion")
     yield from _questions(row)
     if {"text", "label"} <= has:
-        yield ClassificationSource(format="classification"), "columns text and label"
+        yield ClassificationSource(format="classification")
     elif "text" in has:
-        yield TextSource(format="text"), "column text"
+        yield TextSource(format="text")
     if "input_ids" in has:
-        yield TokenizedSource(format="tokenized"), "column input_ids"
+        yield TokenizedSource(format="tokenized")
 
 
-def _questions(row: Row) -> Iterator[tuple[SourceSection, str]]:
+def _questions(row: Row) -> Iterator[SourceSection]:
     """A question with choices has an answer too, but one that says nothing without them."""
     has = row.values.keys()
     choices = next((column for column in CHOICES_COLUMNS if isinstance(row.values.get(column), (list, dict))), None)
     if choices:
         answer = next((column for column in ("answer", "answerKey") if {"question", column} <= has), None)
         if answer:
-            section = MultipleChoiceSource(format="multiple_choice", choices=choices, answer=answer)
-            yield section, f"columns question, {choices} and {answer}"
+            yield MultipleChoiceSource(format="multiple_choice", choices=choices, answer=answer)
             return
     for answers in ("answers", "answer"):
         if {"question", answers} <= has:
-            yield QaSource(format="qa", answers=answers), f"columns question and {answers}"
+            yield QaSource(format="qa", answers=answers)
             return
 
 
-def _conversations(row: Row) -> Iterator[tuple[SourceSection, str]]:
+def _conversations(row: Row) -> Iterator[SourceSection]:
     for column in CONVERSATION_COLUMNS:
         turns = row.values.get(column)
         first = turns[0] if isinstance(turns, list) and turns else None
         if isinstance(first, dict) and "role" in first:
-            yield ChatSource(format="chat", messages=column), f"turns with role in column {column}"
+            yield ChatSource(format="chat", messages=column)
         elif isinstance(first, dict) and "from" in first:
-            section = ShareGptSource(format="sharegpt", conversations=column)
-            yield section, f"turns with from in column {column}"
+            yield ShareGptSource(format="sharegpt", conversations=column)

@@ -123,6 +123,8 @@ def test_a_step_tells_what_one_watches():
         ),
         (Progress("answering", 3, 8), None),
         (Progress("answering", 8, 8), "answering: 8 rows"),
+        (Progress("tokenizing", 256, None), None),
+        (Progress("tokenizing", 102_400, None), "tokenizing: 102400 rows so far"),
         (FINISHED, None),
     ],
 )
@@ -139,3 +141,21 @@ def test_the_outcome_compares_before_and_after():
 
 def test_the_outcome_of_a_run_without_held_out_rows_has_one_line():
     assert len(wording.outcome(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
+
+
+def numbers(**others: object) -> dict[str, object]:
+    lengths = {"shortest": 3, "p50": 95, "p90": 100, "p95": 105, "p99": 109, "longest": 2048}
+    rows = {"read": 10_000, "used": 9_950, "too_long": 40, "untrainable": 10, "tokens": 945_250}
+    return {**rows, "share_trained": 0.35, "lengths": lengths, "duplicates": 123, **others}
+
+
+def test_the_table_of_rows_fits_80_characters_and_names_every_source_and_all_of_them():
+    sources = [{**numbers(), "source": f"/some/where/{'deep/' * 20}{name}.jsonl", "format": "chat"} for name in "ab"]
+    report = {"train": {**numbers(in_validation=7), "sources": sources}, "validation": {**numbers(), "sources": []}}
+    lines = wording.ledger({**report, "packing": {"packs": 12, "pack_length": 1024, "fill": 0.987}})
+    assert max(map(len, lines)) <= 80
+    assert lines[1].startswith("train: ")
+    assert lines[1].endswith("/a.jsonl (chat)")
+    assert lines[5] == "train: all"
+    assert lines[6].split() == ["10000", "50", "9950", "945k", "35", "%", "95", "109", "2048", "123", "7"]
+    assert lines[-1] == "12 packs of 1024 tokens, 98.7 % filled"

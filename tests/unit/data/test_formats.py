@@ -273,10 +273,11 @@ def test_tokens_with_unfit_labels_are_refused(row: dict[str, Any]):
         ({"input_ids": [1, 2]}, "tokenized"),
     ],
 )
-def test_a_format_is_detected_by_columns_and_logged(row: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level("INFO"):
-        assert document(row, format="auto") == document(row, format=named)
-    assert f"read as format {named}, for it has" in caplog.text
+def test_a_format_is_detected_by_columns_and_named(row: dict[str, Any], named: str):
+    assert document(row, format="auto") == document(row, format=named)
+    auto = build(TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"}))
+    auto.document(Row(row, "rows.jsonl:1"))
+    assert auto.name == named
 
 
 def test_columns_of_two_formats_or_of_none_are_refused():

@@ -90,6 +90,8 @@ def test_a_local_folder_is_never_taken_for_the_hubs_data_set(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="local folder"):
         list(read_hub(Hub(name="org/name")))
+    with pytest.raises(DataError, match="local folder"):
+        revision_of(Hub(name="org/name"))
 
 
 def test_the_revision_is_the_commit_of_the_copy_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

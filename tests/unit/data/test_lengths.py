@@ -14,7 +14,7 @@ from finetune.data.encode import Encoder, Example
 from finetune.data.fitting import Fitting
 from finetune.data.lengths import chunks, without_prompt_head
 from finetune.data.store import Store, StoreWriter
-from finetune.data.tokenized import TokenizedSource
+from finetune.data.stored import StoredSource
 from finetune.errors import DataError
 from finetune.recipe.data import Data
 from tests.fixtures.tiny import tiny_tokenizer
@@ -32,7 +32,7 @@ def encoded(*documents: Document, **settings: object) -> Split:
     with TemporaryDirectory() as folder:
         with StoreWriter(Path(folder)) as writer:
             writer.add(fitting.encoded())
-        split = Split.whole([TokenizedSource(section.train[0], 0, [], Store(Path(folder)))])
+        split = Split.whole([StoredSource(section.train[0], 0, [], Store(Path(folder)))])
     refuse_losses(split, section)
     return split
 

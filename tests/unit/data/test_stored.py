@@ -12,11 +12,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data import tokenize as tokenize_module
+from finetune.data.dataset import read_data
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.rows import Row
 from finetune.data.store import Store
-from finetune.data.tokenized import TokenizedSource
+from finetune.data.stored import StoredSource
 from finetune.errors import DataError
 from finetune.recipe.data import Data
 from finetune.run.events import Event, Progress
@@ -42,7 +43,7 @@ def tokenized(
     events: list[Event] = []
     train = [{"path": str(file), "format": "chat", **(source or {})}]
     section = Data.model_validate({"train": train, "max_dropped": 1, **settings})
-    made = TokenizedSource.of(section.train[0], section, tokenizer, seed, events.append)
+    made = StoredSource.of(section.train[0], section, tokenizer, seed, events.append)
     return made.store, any(isinstance(event, Progress) for event in events)
 
 
@@ -69,11 +70,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_two_processes_make_the_same_store_as_one(tmp_path: Path):
+def test_two_processes_make_the_same_store_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = chats(tmp_path, count=21)
     alone, _ = tokenized(file, workers=1)
     expected = columns(alone)
-    os.environ["FT_CACHE"] = str(tmp_path / "another")
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "another"))
     together, made = tokenized(file, workers=2)
     assert made
     assert columns(together) == expected
@@ -165,7 +166,23 @@ def test_a_drawn_part_depends_on_the_seed_and_is_a_part_of_the_whole(tmp_path: P
 
 def test_a_pinned_commit_that_the_local_cache_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
     pinned, held = "a" * 40, "b" * 40
-    monkeypatch.setattr("finetune.data.tokenized.revision_of", lambda hub: held)
+    monkeypatch.setattr("finetune.data.stored.revision_of", lambda hub: held)
     section = Data.model_validate({"train": [{"hub": {"name": "org/name", "revision": pinned}, "format": "chat"}]})
     with pytest.raises(DataError, match=f"holds commit {held}, not {pinned}"):
-        TokenizedSource.of(section.train[0], section, TOKENIZER, 1, lambda event: None)
+        StoredSource.of(section.train[0], section, TOKENIZER, 1, lambda event: None)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["made", "found"])
+def test_what_the_user_should_know_is_said_whether_tokens_are_made_or_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, again: bool
+):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    file = chats(tmp_path)
+    section = Data.model_validate({"train": [{"path": str(file)}]})
+    for _ in range(1 + again):
+        caplog.clear()
+        rows = read_data(section, tokenizer, seed=1)
+    assert caplog.text.count("without a special token") == 1
+    assert rows.train.sources[0].store.format == "chat"

@@ -152,21 +152,22 @@ def test_the_head_of_a_row_is_all_that_stands_before_the_first_users_words(famil
     assert tokenizer.decode(example.ids[head:]).startswith("Hi")
 
 
-def test_a_template_that_ends_answers_without_a_special_token_is_warned_of_once(caplog: pytest.LogCaptureFixture):
+def test_a_template_that_ends_answers_without_a_special_token_is_remarked_on_once():
     tokenizer = family_tokenizer("qwen2_5")
     tokenizer.chat_template = "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}"
     tokenizer.chat_template += "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     encoder = Encoder(tokenizer, "assistant")
     for _ in range(2):
         encoder.example(TALK, "row")
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no special token" in caplog.text
+    (remark,) = encoder.remarks
+    assert "without a special token" in remark
 
 
 @pytest.mark.parametrize("family", STABLE)
-def test_families_end_their_answers_and_are_not_warned_of(family: str, caplog: pytest.LogCaptureFixture):
-    marked(family, TALK)
-    assert not caplog.records
+def test_families_end_their_answers_with_a_special_token(family: str):
+    encoder = Encoder(TOKENIZERS[family], "assistant")
+    encoder.example(TALK, "row")
+    assert not encoder.remarks
 
 
 def test_completion_trains_what_follows_the_last_user_message_and_last_turn_the_last_answer_only():
