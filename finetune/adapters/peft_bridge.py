@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
+from finetune.models.linears import linear_layers
 
 ADAPTER_NAME = "default"
 
+STOCK_WEIGHTS = "adapter_model.safetensors"
+NATIVE_WEIGHTS = "ft_adapter.safetensors"
+"""The trained tensors themselves, where the stock file holds what they amount to."""
 
-def attach(model: PreTrainedModel, config: LoraConfig, targets: str | list[str]) -> PeftModel:
+
+def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
     """Wrap the target layers of `model`; the adapter's weights are float32 and train, all others are frozen.
 
     Raises:
@@ -25,7 +33,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, targets: str | list[str])
     except ValueError as error:
         if "Target modules" not in str(error):
             raise
-        endings = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if _is_linear(layer)})
+        endings = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
         raise UnsupportedError(
             f"no layer of the model matches {targets}",
             where="adapter.target_modules",
@@ -42,32 +50,53 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with nothing filled in
 
 
-def load(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:
+@torch.no_grad()
+def save_as_lora(model: PeftModel, folder: Path) -> None:
+    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRankLinear):
+            a_RI, b_OR = layer.factors(ADAPTER_NAME)
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a_RI.contiguous(), b_OR.contiguous()
+    config = model.peft_config[ADAPTER_NAME]
+    config.inference_mode, trains = True, config.inference_mode
+    config.save_pretrained(folder)
+    config.inference_mode = trains
+    save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
+    save_file(_tensors(model), folder / NATIVE_WEIGHTS)
+
+
+def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     """Attach an adapter from disk, frozen; every one of its tensors must find its place.
 
+    Nothing but tensors is read: what the adapter is comes from the recipe.
+
     Raises:
+        ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError("no adapter_model.safetensors", where=str(folder), hint="the run has not finished: train it")
+    files = [folder / name for name in (NATIVE_WEIGHTS, STOCK_WEIGHTS) if (folder / name).is_file()]
+    if not files:
+        raise ModelError(f"no {STOCK_WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
+    tensors = load_file(files[0])
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
+    strangers = sorted(tensors.keys() ^ _tensors(wrapped).keys())
+    if strangers:
+        raise RefusedError(
+            f"{len(strangers)} tensors are only in the adapter or only in this base, {strangers[0]} among them",
+            where=str(files[0]),
+            hint="load the base that it was trained on",
+        )
     try:
-        outcome = wrapped.load_adapter(str(folder), ADAPTER_NAME, is_trainable=False)
+        set_peft_model_state_dict(wrapped, tensors, ADAPTER_NAME)
     except RuntimeError as error:  # PyTorch's word for tensors of another shape
         raise RefusedError(
             "the adapter's tensors have other shapes than this base's layers",
-            where=str(folder),
+            where=str(files[0]),
             hint="load the base that it was trained on",
         ) from error
-    strangers = [*outcome.unexpected_keys, *(key for key in outcome.missing_keys if "lora_" in key)]
-    if strangers:
-        raise RefusedError(
-            f"{len(strangers)} adapter tensors do not fit this base, {strangers[0]} among them",
-            where=str(folder),
-            hint="load the base that it was trained on",
-        )
     wrapped.requires_grad_(False)
     return wrapped
 
@@ -82,11 +111,17 @@ def merge(model: PeftModel) -> PreTrainedModel:
         ) from error
 
 
+def unload(model: PeftModel) -> PreTrainedModel:
+    """The base without the adapter, which is dropped."""
+    return model.unload()
+
+
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:
     """Whether layers are 4-bit or 8-bit ones of bitsandbytes: PEFT picks its layer class by these flags."""
     kinds = {type(layer).__name__ for layer in model.modules()}
     return "Linear4bit" in kinds, "Linear8bitLt" in kinds
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return hasattr(layer, "in_features") or type(layer).__name__ == "Conv1D"
+def _tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter consists of, by the names that it is saved under."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)

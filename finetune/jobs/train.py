@@ -103,7 +103,7 @@ def _start(bench: Workbench, order: BatchOrder, layout: Layout, report: Report) 
     if recipe.training.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     bench.seed()
-    model = bench.method.attach(base, bench.quantizer, order.total_steps)
+    model = bench.method.attach(base, order.total_steps)
     return TrainState(
         accelerator=bench.accelerator,
         model=bench.accelerator.prepare_model(model),

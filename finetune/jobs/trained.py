@@ -67,4 +67,4 @@ class TrainedRun:
     def attach(self, base: PreTrainedModel, report: Report) -> nn.Module:
         """Put the trained weights on a freshly loaded base."""
         report(Phase(f"loading the trained weights of {self.run.path.name}"))
-        return self.bench.method.load(base, self.bench.quantizer, self.weights)
+        return self.bench.method.load(base, self.weights)
