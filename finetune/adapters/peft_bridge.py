@@ -75,10 +75,29 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
         ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    files = [folder / name for name in (NATIVE_WEIGHTS, STOCK_WEIGHTS) if (folder / name).is_file()]
-    if not files:
-        raise ModelError(f"no {STOCK_WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
-    tensors = load_file(files[0])
+    native = folder / NATIVE_WEIGHTS
+    return _load(model, config, native if native.is_file() else folder / STOCK_WEIGHTS)
+
+
+def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:
+    """Add each update of an adapter's stock form to its layer's weight.
+
+    Raises:
+        ModelError: There is none.
+        RefusedError: The adapter's tensors are not those of this base and recipe, or are not finite.
+    """
+    try:
+        return _load(model, config, folder / STOCK_WEIGHTS).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RefusedError(
+            f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
+        ) from error
+
+
+def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
+    if not file.is_file():
+        raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
+    tensors = load_file(file)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
@@ -86,7 +105,7 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     if strangers:
         raise RefusedError(
             f"{len(strangers)} tensors are only in the adapter or only in this base, {strangers[0]} among them",
-            where=str(files[0]),
+            where=str(file),
             hint="load the base that it was trained on",
         )
     try:
@@ -94,21 +113,11 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     except RuntimeError as error:  # PyTorch's word for tensors of another shape
         raise RefusedError(
             "the adapter's tensors have other shapes than this base's layers",
-            where=str(files[0]),
+            where=str(file),
             hint="load the base that it was trained on",
         ) from error
     wrapped.requires_grad_(False)
     return wrapped
-
-
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Add each update to its layer's weight and drop the adapter; refuses numbers that are not finite."""
-    try:
-        return model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise RefusedError(
-            f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
-        ) from error
 
 
 def unload(model: PeftModel) -> PreTrainedModel:
