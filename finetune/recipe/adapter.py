@@ -45,6 +45,16 @@ class Lora(LowRank):
 
     implementation: ClassVar[str] = "finetune.adapters.lora:LoraMethod"
     method: Literal["lora"]
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(r), for large ranks (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Train the length of each row of the weight as well (arXiv 2402.09353).")
+    initialization: Literal["zero", "pissa", "olora", "loftq"] = Field(
+        "zero",
+        description=(
+            "What the update starts from. zero: nothing. pissa, olora: the weight's largest singular vectors "
+            "(arXiv 2404.02948), or columns of its QR factors (arXiv 2406.01775). loftq: what quantization has lost "
+            "(arXiv 2310.08659)."
+        ),
+    )
 
 
 class QaLora(LowRank):

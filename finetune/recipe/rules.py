@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from finetune.recipe.adapter import Lora
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -62,6 +63,41 @@ def qa_lora_needs_groups(recipe: Recipe) -> Violation | None:
                 f"QA-LoRA is merged into the float minimum of a group of inputs, which {section.kind} does not have",
                 "set it to affine, hqq or optq, or adapter.method to lora",
             )
+    return None
+
+
+def loftq_needs_a_quantized_base(recipe: Recipe) -> Violation | None:
+    """LoftQ starts from what quantization has lost; without it that is nothing."""
+    quantized = recipe.quantization.quantizes or any(
+        r.quantization and r.quantization.quantizes for r in recipe.modules
+    )
+    if isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "loftq" and not quantized:
+        return Violation(
+            "adapter.initialization",
+            "loftq starts from what quantization has lost, and nothing is quantized",
+            "set quantization.kind, or adapter.initialization to pissa",
+        )
+    return None
+
+
+def one_form_of_lora(recipe: Recipe) -> Violation | None:
+    """Forms whose formulas are defined for plain LoRA only."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, Lora):
+        return None
+    anchored = adapter.initialization in ("pissa", "olora")
+    if adapter.iec and (adapter.dora or anchored):
+        return Violation(
+            "adapter.iec",
+            f"iec is defined for plain LoRA, not with {'dora' if adapter.dora else adapter.initialization}",
+            "leave out one of them",
+        )
+    if adapter.dora and anchored:
+        return Violation(
+            "adapter.dora",
+            f"with {adapter.initialization} the update is a difference of two, which dora's length does not know",
+            "leave out one of them",
+        )
     return None
 
 
@@ -209,6 +245,8 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     full_needs_unquantized_modules,
     qa_lora_needs_groups,
+    loftq_needs_a_quantized_base,
+    one_form_of_lora,
     a_module_rule_sets_something,
     float16_weights_cannot_train,
     revision_is_for_the_hub,
