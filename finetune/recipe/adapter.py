@@ -131,11 +131,17 @@ class Oft(AdapterSection):
 
 
 class Full(AdapterSection):
-    """No adapter: every weight of the model trains."""
+    """No adapter: the model's own weights train, all or some of them; biases alone are BitFit (arXiv 2106.10199)."""
 
     implementation: ClassVar[str] = "finetune.adapters.full:FullMethod"
     trains_base: ClassVar[bool] = True
     method: Literal["full"]
+    train: list[str] = Field(
+        ["*"], min_length=1, description="Patterns of the names of weights that train, such as `*.bias`."
+    )
+    freeze: list[str] = Field(
+        [], description="Patterns of weights that stay as they are all the same, such as `*.layers.[0-9].*`."
+    )
 
 
 Adapter = Annotated[Lora | QaLora | Vera | Ia3 | LoHa | LoKr | Oft | Full, Field(discriminator="method")]
