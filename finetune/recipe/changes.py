@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -60,5 +61,5 @@ def _between(key: str, old: Any, new: Any, word: OnResume) -> Iterator[Change]:
 def _in_words(value: Any) -> str:
     if isinstance(value, Section):
         value = value.model_dump(mode="json", exclude_defaults=True)
-    text = "null" if value is None else str(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:79]}…"
