@@ -108,5 +108,22 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
         )
 
 
+def refuse_other_codes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
+    """Make sure that the base was quantized to the very codes of the checkpoint.
+
+    Another kind of device may round a tie the other way, so only the same kind is held to it.
+
+    Raises:
+        RefusedError: It was not.
+    """
+    before = checkpoint.facts
+    if before.get("device") == facts["device"] and before.get("quantized_base") != facts["quantized_base"]:
+        raise RefusedError(
+            "the base is quantized to other codes than when the checkpoint was made",
+            where=str(checkpoint.path),
+            hint="use the versions of ft and of the libraries that provenance.json names, or train another run",
+        )
+
+
 def _short(value: Any) -> str:
     return str(value)[:12]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
+from finetune.errors import UnsupportedError
 from finetune.models.folder import ModelFolder, find_model
+from finetune.models.linears import linear_layers
 from finetune.models.load import load_model, load_tokenizer, padding_id
 from finetune.models.precision import compute_dtype, weight_dtype
-from finetune.quantizers.base import Quantizer
+from finetune.quantizers.base import is_quantized
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.modules import ModuleRule
 from finetune.recipe.recipe import Recipe
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
@@ -34,7 +38,7 @@ class Workbench:
         accelerator: Processes and device.
         folder: The base model's files.
         tokenizer: Of the base model.
-        quantizer: How its linear layers are stored.
+        quantizers: How each of its linear layers is stored.
         method: What is trained on it.
         compute_dtype: Type of the forward pass.
     """
@@ -43,7 +47,7 @@ class Workbench:
     accelerator: Accelerator
     folder: ModelFolder
     tokenizer: PreTrainedTokenizerBase
-    quantizer: Quantizer
+    quantizers: Quantizers
     method: AdapterMethod
     compute_dtype: torch.dtype
 
@@ -63,8 +67,8 @@ class Workbench:
             accelerator=accelerator,
             folder=folder,
             tokenizer=load_tokenizer(folder),
-            quantizer=build(recipe.quantization),
-            method=build(recipe.adapter),
+            quantizers=Quantizers(recipe.quantization, recipe.modules),
+            method=build(recipe.adapter, recipe.modules),
             compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
         )
 
@@ -100,17 +104,39 @@ class Workbench:
         """
         kind = self.recipe.quantization.kind
         report(Phase(f"loading {self.recipe.model.name}" + (f" in {kind}" if kind != "none" else "")))
-        return load_model(
+        base = load_model(
             self.folder,
             self.recipe.model,
-            self.quantizer,
+            self.quantizers,
             weight_dtype=dtype or self._weight_dtype(),
             compute_dtype=dtype or self.compute_dtype,
             device=self.accelerator.device,
         )
+        _refuse_idle_rules(self.recipe.modules, base)
+        return base
 
     def _weight_dtype(self) -> torch.dtype:
         return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)
+
+
+def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
+    """Each rule for single layers must be about some layer.
+
+    Raises:
+        UnsupportedError: One is about none.
+    """
+    layers = linear_layers(base)
+    for index, rule in enumerate(rules):
+        matching = [layer for name, layer in layers.items() if rule.matches(name)]
+        quantizes = rule.quantization is not None and rule.quantization.quantizes
+        if quantizes:
+            matching = [layer for layer in matching if is_quantized(layer)]
+        if not matching:
+            raise UnsupportedError(
+                f"no linear layer {'that can be quantized ' if quantizes else ''}matches {rule.match!r}",
+                where=f"modules.{index}.match",
+                hint=f"names look like {next(iter(layers))}; * stands for any part",
+            )
 
 
 def _phases(report: Report) -> Callable[[str], None]:

@@ -15,11 +15,12 @@ from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
 from finetune.evaluation.loss import held_out_loss
-from finetune.jobs.resume import extends, permitted_changes, refuse_other_inputs
+from finetune.jobs.record import TrainedRecord, base_record
+from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
 from finetune.jobs.saving import Saver
 from finetune.jobs.setup import Workbench
 from finetune.models.attention import prove_separation
-from finetune.models.fingerprint import fingerprint
+from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
@@ -45,8 +46,6 @@ from finetune.train.optimizers import make_optimizer
 from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_RECORD = "ft_adapter.json"
 
 
 def train(
@@ -80,7 +79,9 @@ def train(
         read = DataRead(ledger(rows, layout))
         prepare(read)
         state = _start(bench, order, layout, interruption, prepare)
+        facts["quantized_base"] = fingerprint_quantized(state.bare_model)
         if checkpoint is not None:
+            refuse_other_codes(checkpoint, facts)
             read_state(state, checkpoint.path)
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
@@ -167,6 +168,7 @@ def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
         "total_units": order.total_units,
         "total_steps": order.total_steps,
         "processes": bench.accelerator.num_processes,
+        "device": bench.accelerator.device.type,
     }
 
 
@@ -182,7 +184,7 @@ def _start(
     if recipe.training.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     bench.seed()
-    model = bench.method.attach(base, bench.quantizer, order.total_steps)
+    model = bench.method.attach(base, order.total_steps)
     return TrainState(
         accelerator=bench.accelerator,
         model=bench.accelerator.prepare_model(model),
@@ -233,7 +235,7 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRe
     """Write what the run starts from: provenance, and what became of the rows."""
     recipe = bench.recipe
     facts = {
-        "base": _base_record(bench),
+        "base": base_record(bench).model_dump(),
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
     }
@@ -242,11 +244,6 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRe
     ]
     write_json(run.provenance, provenance(dump_recipe(recipe), content, facts))
     write_json(run.data_report, read.ledger)
-
-
-def _base_record(bench: Workbench) -> dict[str, str | None]:
-    folder = bench.folder
-    return {"name": folder.name, "commit": folder.commit, "fingerprint": fingerprint(folder.path)}
 
 
 def _describe(
@@ -280,12 +277,4 @@ def _save(bench: Workbench, model: nn.Module, folder: Path, in_conversation: boo
     with written_aside(folder) as aside:
         bench.method.save(model, aside)
         bench.tokenizer.save_pretrained(aside)
-        write_json(
-            aside / ADAPTER_RECORD,
-            {
-                "method": bench.recipe.adapter.method,
-                "quantization": bench.recipe.quantization.model_dump(),
-                "base": _base_record(bench),
-                "in_conversation": in_conversation,
-            },
-        )
+        TrainedRecord.of(bench, model, in_conversation).write(aside)

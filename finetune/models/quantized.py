@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from finetune.errors import ModelError, UnsupportedError
 from finetune.models.folder import ModelFolder
-from finetune.quantizers.base import Quantizer, is_quantized
+from finetune.quantizers.base import is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
-from finetune.quantizers.full_precision import FullPrecision
+from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.quantizers.on_load import METHOD, as_stored
 from finetune.recipe.quantization import QuantizationSection, StoredQuantization
@@ -56,26 +56,31 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def stored_options(folder: ModelFolder, quantizer: Quantizer) -> dict[str, Any] | None:
-    """Arguments for `from_pretrained` if the folder holds quantized weights of ours, else None.
-
-    Args:
-        folder: Of the model.
-        quantizer: The recipe's; it must be the folder's, or none.
+def stored_quantization(folder: ModelFolder) -> StoredQuantization | None:
+    """How the weights in a folder are quantized already, by us; None if they are not.
 
     Raises:
-        ModelError: config.json is not ours, or the recipe asks for another quantizer.
+        ModelError: config.json says it in a way that is not ours.
     """
     config = folder.config().get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != METHOD:
         return None
-    stored = as_stored(config)
-    kinds = ", ".join(sorted({section.kind for section in stored.quantizers}))
-    asked = quantizer.section
-    if not isinstance(quantizer, FullPrecision) and any(section != asked for section in stored.quantizers):
+    return as_stored(config)
+
+
+def refuse_other_quantization(folder: ModelFolder, quantizers: Quantizers) -> None:
+    """Weights that are quantized already stay so: the recipe must ask for the same, or for nothing.
+
+    Raises:
+        ModelError: It asks for something else.
+    """
+    stored = stored_quantization(folder)
+    if stored is None or quantizers.quantize_nothing:
+        return
+    if any(quantizers.section_of(name) != stored.quantizers[index] for name, index in stored.layers.items()):
+        kinds = ", ".join(sorted({section.kind for section in stored.quantizers}))
         raise ModelError(
             f"the model's weights are quantized already, to {kinds}, and not as the recipe says",
             where=str(folder.path),
             hint="leave quantization out, or name the unquantized model",
         )
-    return {}

@@ -14,12 +14,13 @@ class QuantizationSection(Section):
 
     implementation: ClassVar[str]
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    quantizes: ClassVar[bool] = True
 
 
 class NoQuantization(QuantizationSection):
     """Weights as they come, in `model.dtype`."""
 
-    implementation: ClassVar[str] = "finetune.quantizers.full_precision:FullPrecision"
+    quantizes: ClassVar[bool] = False
     kind: Literal["none"] = "none"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model
+from finetune.recipe.modules import ModuleRule
 from finetune.recipe.quantization import NoQuantization, Quantization, QuantizationSection
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
@@ -50,11 +53,16 @@ PACKED = {
 PLAIN = NoQuantization()
 
 
-def load(folder: Path, chosen: QuantizationSection = PLAIN, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    folder: Path,
+    chosen: QuantizationSection = PLAIN,
+    dtype: torch.dtype = torch.float32,
+    rules: Sequence[ModuleRule] = (),
+) -> PreTrainedModel:
     return load_model(
         ModelFolder(folder, str(folder)),
         Model(name=str(folder)),
-        build(chosen),
+        Quantizers(chosen, rules),
         weight_dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),
@@ -63,7 +71,7 @@ def load(folder: Path, chosen: QuantizationSection = PLAIN, dtype: torch.dtype =
 
 def with_lora(model: PreTrainedModel, r: int = 4) -> nn.Module:
     """A LoRA as after some training: B is not zero, so A has a gradient."""
-    attached = build(Lora(method="lora", r=r)).attach(model, build(NoQuantization()), total_steps=1)
+    attached = build(Lora(method="lora", r=r)).attach(model, total_steps=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in attached.named_parameters():

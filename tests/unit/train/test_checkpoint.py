@@ -63,7 +63,7 @@ class Setup(NamedTuple):
     def fresh(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> TrainState:
         method: AdapterMethod = build(TypeAdapter(Adapter).validate_python(METHODS[self.method]))
         torch.manual_seed(seed)
-        model = method.attach(tiny_llama(), None, ORDER.total_steps)
+        model = method.attach(tiny_llama(), ORDER.total_steps)
         return TrainState(Accelerator(cpu=True), model, method, make_optimizer(self.section, model), dtype)
 
     def steps(self, state: TrainState) -> Iterator[tuple[float, ...]]:
