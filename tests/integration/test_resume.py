@@ -105,14 +105,38 @@ def steps_of(run: RunDirectory) -> int:
     return sum(line["event"] == "step" for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "affine", "hqq", "icq"])
-def test_over_a_quantized_base_too(kind: str, tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]):
-    sections = {**tiny_recipe, "quantization": {"kind": kind}, "optimizer": {"name": "paged_adamw_8bit"}}
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("nf4", {"method": "lora"}),
+        ("int8", {"method": "lora"}),
+        ("hqq", {"method": "lora"}),
+        ("icq", {"method": "lora", "iec": True}),
+        ("affine", {"method": "qa_lora"}),
+    ],
+)
+def test_over_a_quantized_base_too(
+    kind: str, adapter: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
+):
+    quantized = {"quantization": {"kind": kind}, "adapter": adapter, "optimizer": {"name": "paged_adamw_8bit"}}
+    sections = {**tiny_recipe, **quantized}
     run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(Stopped):
         stopped_at(sections, run, [], after_step(2))
     train(as_recipe(sections, tmp_path), run)
     assert results(run) == uninterrupted(base, sections, [])
+
+
+def test_a_base_with_other_codes_is_refused(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import finetune.jobs.train as module
+
+    sections = {**tiny_recipe, "quantization": {"kind": "nf4"}}
+    run = stopped_run(sections, tmp_path)
+    monkeypatch.setattr(module, "fingerprint_quantized", lambda model: "others")
+    with pytest.raises(RefusedError, match="quantized to other codes"):
+        train(as_recipe(sections, tmp_path), run)
 
 
 def test_full_fine_tuning_too(tiny_recipe: dict[str, Any], tmp_path: Path):
