@@ -6,8 +6,10 @@ is renamed. One function, `find_resumable`, decides what a run may go on from, a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -84,7 +86,7 @@ class Checkpoints:
         Raises:
             EnvironmentFault: The disk is full or the folder cannot be written.
         """
-        number = 1 + max((_commit_number(folder) for folder in self._folders()), default=0)
+        number = 1 + int(max((_commit_number(folder, unreadable=0) for folder in self._folders()), default=0))
         target = self.folder / f"step-{step:08}"
         if os.path.lexists(target):
             target = target.with_name(f"{target.name}-{number}")
@@ -97,7 +99,7 @@ class Checkpoints:
                 open_to_readers(aside)
                 files = {file.name: _hashed(file) for file in sorted(aside.iterdir())}
                 manifest = {"format": FORMAT, "commit": number, "step": step, "files": files, "facts": facts}
-                (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                (aside / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
                 sync(aside / MANIFEST)
                 sync(aside)
                 aside.rename(target)
@@ -115,7 +117,7 @@ class Checkpoints:
             RefusedError: There are checkpoints, and every one is damaged.
         """
         reasons = []
-        for folder in self._newest_first():
+        for folder in self._newest_first(unreadable=math.inf):  # it may be the newest, and must not go unsaid
             try:
                 checkpoint = _verified(folder)
             except _DamagedError as damage:
@@ -135,7 +137,7 @@ class Checkpoints:
     def retain(self, kept: int) -> None:
         """Remove what is older than the newest `kept` checkpoints that have all their bytes."""
         whole = 0
-        for folder in self._newest_first():
+        for folder in self._newest_first(unreadable=0):
             if whole < kept:
                 whole += _has_its_bytes(folder)
                 continue
@@ -158,9 +160,18 @@ class Checkpoints:
             return []
         return [entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name)]
 
-    def _newest_first(self) -> list[Path]:
-        """Folders by commit number; what has none that can be read comes last."""
-        return sorted(self._folders(), key=lambda folder: (_commit_number(folder), folder.name), reverse=True)
+    def _newest_first(self, unreadable: float) -> list[Path]:
+        """Folders by commit number; `unreadable` stands for the number of those that have lost theirs."""
+        return sorted(
+            self._folders(), key=lambda folder: (_commit_number(folder, unreadable), folder.name), reverse=True
+        )
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the hash of what else stands in it."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _hashed(file: Path) -> dict[str, Any]:
@@ -196,11 +207,11 @@ def _check_size(file: Path, size_bytes: int) -> None:
         raise _DamagedError(f"{file.name} has {found} bytes, and {size_bytes} were written")
 
 
-def _commit_number(folder: Path) -> int:
+def _commit_number(folder: Path, unreadable: float) -> float:
     try:
         return _manifest(folder).commit
     except _DamagedError:
-        return 0
+        return unreadable
 
 
 def _manifest(folder: Path) -> Checkpoint:
@@ -214,6 +225,8 @@ def _manifest(folder: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise _DamagedError(f"{MANIFEST} cannot be read: {error}") from error
     match written:
+        case dict() if written != sealed(written):
+            raise _DamagedError(f"{MANIFEST} has another hash than was written")
         case {"format": int(version)} if version != FORMAT:
             raise _DamagedError(f"it has format {version}, and this version of ft reads format {FORMAT}")
         case {"commit": int(commit), "step": int(step), "files": dict(files), "facts": dict(facts)} if all(

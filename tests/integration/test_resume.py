@@ -18,6 +18,7 @@ from cli.main import app
 from finetune.errors import EnvironmentFault, Interrupted, RefusedError, Stopped
 from finetune.jobs import saving
 from finetune.jobs.train import train
+from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, Resumed, Saved, StepMetrics
 from finetune.run.interruption import Interruption
@@ -297,7 +298,7 @@ def test_a_horizon_that_changed_unasked_is_refused(tiny_recipe: dict[str, Any], 
     (folder,) = run.checkpoints.iterdir()
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["facts"]["total_steps"] = 30
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    (folder / "MANIFEST.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(RefusedError, match="had 30 steps and would have 3"):
         train(as_recipe(tiny_recipe, tmp_path), run)
 

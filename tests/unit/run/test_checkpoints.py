@@ -12,7 +12,7 @@ import pytest
 
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
 from finetune.run import checkpoints as module
-from finetune.run.checkpoints import MANIFEST, Checkpoint, Checkpoints
+from finetune.run.checkpoints import MANIFEST, Checkpoint, Checkpoints, sealed
 
 
 @pytest.fixture
@@ -86,13 +86,24 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(
     assert names(checkpoints) == ["step-00000004", "step-00000008"]
 
 
-@pytest.mark.parametrize("damage", [truncate, zero_the_second_half, Path.unlink])
-def test_a_damaged_manifest_is_passed_over(checkpoints: Checkpoints, damage: Callable[[Path], None]):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_named_although_it_cannot_say_how_new_it_was(
+    checkpoints: Checkpoints, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+):
     commit(checkpoints, 4)
     file = commit(checkpoints, 8).path / MANIFEST
     os.truncate(file, file.stat().st_size - 1)  # its last line end, without which it still is JSON
     damage(file)
     assert checkpoints.find_resumable().step == 4
+    assert f"step-00000008: {MANIFEST}" in caplog.text
+
+
+def test_a_single_digit_of_a_manifest_cannot_change(checkpoints: Checkpoints):
+    file = commit(checkpoints, 8).path / MANIFEST
+    assert checkpoints.find_resumable().step == 8
+    file.write_text(file.read_text().replace('"step_was": 8', '"step_was": 9'))
+    with pytest.raises(RefusedError, match="another hash"):
+        checkpoints.find_resumable()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +121,7 @@ def test_a_damaged_manifest_is_passed_over(checkpoints: Checkpoints, damage: Cal
 def test_a_manifest_that_is_not_ours_is_passed_over(checkpoints: Checkpoints, change: dict[str, object]):
     commit(checkpoints, 4)
     file = commit(checkpoints, 8).path / MANIFEST
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    file.write_text(json.dumps(sealed({**json.loads(file.read_text()), **change})))
     assert checkpoints.find_resumable().step == 4
 
 
