@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +41,15 @@ class AdapterMethod(ABC):
             total_steps: Optimizer steps of the run, for methods with a schedule of their own.
         """
 
+    def initialize(self, model: nn.Module, original: Callable[[str], Tensor]) -> None:
+        """Set starting values that are taken from the base's weights; called once, after `attach`.
+
+        Args:
+            model: What `attach` returned.
+            original: From a layer's name to its weight before it was quantized, shape (out, in).
+        """
+        return None
+
     @abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained into `folder`, as safetensors and JSON."""
@@ -77,15 +86,22 @@ class AdapterMethod(ABC):
         """Called once per optimizer step, after the update and while gradients are still there; `step` from 1."""
         return None
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """All that training has changed, for a checkpoint: every trainable parameter by its name.
+    def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint has to hold of `model`: every trainable parameter by its name.
 
-        A method whose `after_step` keeps tensors of its own adds them here and takes them back in `restore`.
+        A method adds what it made itself and the base's files do not determine to the last bit.
+        """
+        return dict(trainable(model))
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The method's part of a checkpoint.
+
+        A method whose `after_step` keeps something adds it here and takes it back in `restore`.
 
         Returns:
             Tensors on the CPU; where the model is there too, its own and no copies.
         """
-        return {name: parameter.detach().cpu() for name, parameter in trainable(model).items()}
+        return {name: tensor.detach().cpu() for name, tensor in self.own_tensors(model).items()}
 
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned, on a model that was attached to in the same way.
@@ -93,11 +109,11 @@ class AdapterMethod(ABC):
         Raises:
             RefusedError: A tensor is missing, or left over, or has another shape or dtype.
         """
-        own = trainable(model)
+        own = self.own_tensors(model)
         refuse_strangers(tensors, own)
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

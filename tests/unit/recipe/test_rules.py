@@ -16,7 +16,13 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "modules.0.quantization.kind",
     ),
+    "some_methods_need_full_precision": (("adapter={method: ia3}",), "quantization.kind"),
     "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
+    "loftq_needs_a_quantized_base": (
+        ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
+        "adapter.initialization",
+    ),
+    "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
     "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
     "float16_weights_cannot_train": (
         ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
@@ -43,11 +49,14 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "quantization={kind: none}",
         "modules=[{match: '*', quantization: {kind: none}}]",
     ),
+    "some_methods_need_full_precision": ("adapter={method: oft}",),
     "qa_lora_needs_groups": (
         "adapter={method: qa_lora}",
         "quantization={kind: affine}",
         "modules=[{match: '*.q_proj', quantization: {kind: nf4}, adapter: {skip: true}}]",
     ),
+    "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
+    "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "float16_weights_cannot_train": ("model.dtype=float16",),
     "revision_is_for_the_hub": ("model.revision=main",),

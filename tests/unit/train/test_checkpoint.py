@@ -36,6 +36,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "r": 64, "dropout": 0.1},  # matrices large enough for 8-bit moments
     "full": {"method": "full"},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "dora": {"method": "lora", "r": 4, "dora": True},
+    "pissa": {"method": "lora", "r": 4, "initialization": "pissa"},
+    "vera": {"method": "vera", "r": 8},
+    "ia3": {"method": "ia3"},
+    "loha": {"method": "loha", "r": 4, "module_dropout": 0.3},
+    "lokr": {"method": "lokr", "r": 4},
+    "oft": {"method": "oft", "module_dropout": 0.3},
+    "bitfit": {"method": "full", "train": ["*norm.weight"]},
+}
+"""Methods under the law for one optimizer."""
 ORDER = BatchOrder(units=7, units_per_step=3, seed=5, total_units=14)  # two epochs, one step across their border
 TRAINING = Training(micro_batch_size=1, gradient_accumulation_steps=3, seed=5)
 
@@ -61,9 +72,10 @@ class Setup(NamedTuple):
         return TypeAdapter(Optimizer).validate_python(values)
 
     def fresh(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> TrainState:
-        method: AdapterMethod = build(TypeAdapter(Adapter).validate_python(METHODS[self.method]))
+        method: AdapterMethod = build(TypeAdapter(Adapter).validate_python({**METHODS, **OTHERS}[self.method]))
         torch.manual_seed(seed)
         model = method.attach(tiny_llama(), ORDER.total_steps)
+        method.initialize(model, lambda name: model.get_submodule(name).weight)
         return TrainState(Accelerator(cpu=True), model, method, make_optimizer(self.section, model), dtype)
 
     def steps(self, state: TrainState) -> Iterator[tuple[float, ...]]:
@@ -103,8 +115,13 @@ def uninterrupted(setup: Setup, folder: Path) -> list[tuple[float, ...]]:
     return steps
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "method"),
+    [
+        *((optimizer, method) for optimizer in OPTIMIZERS for method in METHODS),
+        *(("adamw", method) for method in OTHERS),
+    ],
+)
 def test_from_every_step_a_fresh_state_goes_on_to_the_same_end(optimizer: str, method: str, tmp_path: Path):
     setup = Setup(method, optimizer)
     steps = uninterrupted(setup, tmp_path)
@@ -278,6 +295,19 @@ def test_the_scale_of_float16_losses_comes_back(tmp_path: Path):
     read_state(fresh, saved(state, tmp_path / "checkpoint"))
     assert fresh.scaler.state_dict() == state.scaler.state_dict()
     assert fresh.scaler.get_scale() == 1234.0
+
+
+@pytest.mark.parametrize(("method", "made"), [("pissa", "lora_start_A"), ("vera", "vera_A")])
+def test_what_a_method_made_itself_is_kept_as_it_was_made(method: str, made: str):
+    state, other = Setup(method, "sgd").fresh(), Setup(method, "sgd").fresh()
+    kept = state.method.state(state.model)
+    assert any(made in name for name in kept)
+    with torch.no_grad():
+        for tensor in other.method.own_tensors(other.model).values():
+            tensor.add_(1e-6)  # as another library would have made it
+    other.method.restore(other.model, kept)
+    restored = other.method.state(other.model)
+    assert all(torch.equal(restored[name], tensor) for name, tensor in kept.items())
 
 
 def test_state_and_restore_speak_of_trainable_parameters_by_their_names():
