@@ -23,6 +23,14 @@ class Process(NamedTuple):
     pid: int
     server: Server
 
+    def is_alive(self) -> bool:
+        """Whether it has not ended yet."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
     def wait(self) -> int:
         """Its exit code, negative for a signal."""
         return int(self.server.answer())

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from .conftest import Result, Server
+from .conftest import Process, Result, Server
 
 MOMENTS = ("start", "save", "save")
 """What is waited for before each kill of a run, and then a random time more."""
@@ -22,19 +22,20 @@ def is_saving(run: Path) -> bool:
     return any((run / "checkpoints").glob(".t*"))
 
 
-def wait_for_save(run: Path, since_ns: int) -> None:
-    """Wait until a process that was started at a time has begun to save."""
-    folder, deadline = run / "checkpoints", time.monotonic() + 60
-    while not folder.exists() or folder.stat().st_mtime_ns < since_ns:
-        if json_code(run) == 0:  # it had only its last step to do again
-            return
-        assert time.monotonic() < deadline
+def wait_for_save(process: Process, run: Path, since_ns: int) -> None:
+    """Wait until a process that was started at a time has begun to save, or has ended with nothing to save."""
+    folder = run / "checkpoints"
+    while process.is_alive() and not (folder.exists() and folder.stat().st_mtime_ns >= since_ns):
         time.sleep(0.002)
 
 
-def json_code(run: Path) -> int | None:
-    file = run / "exit.json"
-    return json.loads(file.read_text())["code"] if file.exists() else None
+def kill(process: Process) -> bool:
+    """Whether it came before the end of the process."""
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+    code = process.wait()
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def killed_and_finished(server: Server, recipe: Path, run: Path, draw: random.Random) -> list[bool]:
@@ -48,10 +49,9 @@ def killed_and_finished(server: Server, recipe: Path, run: Path, draw: random.Ra
         since_ns = time.time_ns()
         process = server.start("train", recipe, "--resume", "auto", "--run-dir", run, slow_disk=0.01)
         if moment == "save":
-            wait_for_save(run, since_ns)
+            wait_for_save(process, run, since_ns)
         time.sleep(draw.uniform(0, 0.8))
-        os.kill(process.pid, signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL:
+        if kill(process):
             hits.append(is_saving(run))
     assert server.start("train", recipe, "--resume", "auto", "--run-dir", run).wait() == 0
     return hits
