@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow bench-data lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench-data lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +20,10 @@ test: $(VENV)/dev  ## The tests of every change
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/faults
+
+test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
+	$(BIN)/python -m pytest tests/faults
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data

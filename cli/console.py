@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from finetune.errors import FinetuneError, RecipeError
+from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -50,10 +50,30 @@ def show_note(text: str) -> None:
 
 def show_error(error: FinetuneError) -> None:
     """Print what went wrong, where, and what to do; with `--json` as an event too."""
+    is_stop = isinstance(error, Stopped | Interrupted)
     if _json_mode:
-        show_result(json.dumps({"event": "error", "code": error.exit_code, **_error_fields(error)}))
+        event = "stopped" if is_stop else "error"
+        show_result(json.dumps({"event": event, "code": error.exit_code, **_error_fields(error)}))
+    title = _styled("stopped", "1;33") if is_stop else _styled("error", "1;31")
     for line in error.lines():
-        show_note(_styled(line, "33") if line.startswith("  ->") else f"{_styled('error', '1;31')}: {line}")
+        show_note(_styled(line, "33") if line.startswith("  ->") else f"{title}: {line}")
+
+
+def leave_at_once() -> NoReturn:
+    """End the process here and now, with the cursor that a moving line hides."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\033[?25h\n")
+    os._exit(Interrupted.exit_code)
+
+
+def show_nothing_left(run: Path, as_json: bool) -> None:
+    """Print that a run is finished already."""
+    if as_json:
+        show_result(json.dumps({"event": "nothing_left", "run_directory": str(run.absolute())}))
+        return
+    show_result(
+        f"nothing left to do: {run} is finished\nto train on: ft train --resume {run} --set training.epochs=..."
+    )
 
 
 def _error_fields(error: FinetuneError) -> dict[str, Any]:

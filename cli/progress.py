@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColum
 from rich.progress import Progress as LiveProgress
 from rich.text import Text
 
-from finetune.run.events import DataRead, Event, Phase, Progress, StepMetrics, TrainingStarted, Validated
+from finetune.run.events import DataRead, Event, Phase, Progress, Resumed, StepMetrics, TrainingStarted, Validated
 
 from . import wording
 
@@ -107,7 +107,7 @@ class Live(Follower):
         match event:
             case Phase():
                 self._show(event.doing, total=None)
-            case DataRead() | TrainingStarted():
+            case DataRead() | TrainingStarted() | Resumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
                 figures = f"{wording.numbers(event)}  {wording.duration(wording.seconds_left(event))} left"

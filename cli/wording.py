@@ -9,6 +9,8 @@ from finetune.run.events import (
     Event,
     Phase,
     Progress,
+    Resumed,
+    Saved,
     StepMetrics,
     TrainingFinished,
     TrainingStarted,
@@ -30,6 +32,11 @@ def count(number: float) -> str:
 def memory(size_bytes: int) -> str:
     """Bytes in GB, as memory is sold: 10^9."""
     return f"{size_bytes / 1e9:.1f} GB"
+
+
+def size(size_bytes: int) -> str:
+    """Bytes of a file in MB."""
+    return f"{size_bytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -61,6 +68,10 @@ def line(event: Event) -> str | None:
             return "\n".join(ledger(event.ledger))
         case TrainingStarted():
             return _start(event)
+        case Resumed():
+            return f"going on after step {event.step} of {event.total_steps} ({event.checkpoint})"
+        case Saved():
+            return f"saved step {event.step}: {size(event.size_bytes)} in {event.seconds:.1f} s"
         case StepMetrics():
             left = duration(seconds_left(event))
             return f"step {event.step}/{event.total_steps}  {numbers(event)}  {left} left"

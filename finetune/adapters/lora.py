@@ -101,6 +101,11 @@ class LoraMethod(LowRankMethod):
             return ElasticLinear
         return AnchoredLinear if self.section.initialization in ("pissa", "olora") else LowRankLinear
 
+    def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """And what anchored layers started from: a singular value decomposition differs with the number of threads."""
+        starts = {name: parameter for name, parameter in model.named_parameters() if "lora_start_" in name}
+        return {**super().own_tensors(model), **starts}
+
     def initialize(self, model: nn.Module, original: Callable[[str], Tensor]) -> None:
         """Start from a part of the weight, if the recipe asks for it.
 

@@ -6,13 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class AdapterSection(Section):
     """Base of all methods."""
 
     implementation: ClassVar[str]
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     trains_base: ClassVar[bool] = False
     """Whether the base's own weights train; they then keep a full-precision copy."""
     has_rank: ClassVar[bool] = False

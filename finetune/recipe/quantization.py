@@ -6,13 +6,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class QuantizationSection(Section):
     """Base of all kinds of quantization."""
 
     implementation: ClassVar[str]
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     quantizes: ClassVar[bool] = True
 
 

@@ -65,6 +65,27 @@ class TrainingStarted(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """The state of a checkpoint is back in place; the step after `step` comes next."""
+
+    kind: ClassVar[str] = "resumed"
+    checkpoint: str
+    step: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint is committed: whatever happens now, the run can go on from here."""
+
+    kind: ClassVar[str] = "saved"
+    checkpoint: str
+    step: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepMetrics(Event):
     """One optimizer step.
 
