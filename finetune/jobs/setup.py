@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
+from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.load import load_model, load_tokenizer, padding_id
 from finetune.models.precision import compute_dtype, weight_dtype
+from finetune.models.quantized import is_quantized_folder
 from finetune.quantizers.base import Quantizer
+from finetune.quantizers.optq import OptqQuantizer
 from finetune.recipe.recipe import Recipe
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
@@ -46,6 +49,7 @@ class Workbench:
     quantizer: Quantizer
     method: AdapterMethod
     compute_dtype: torch.dtype
+    _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, recipe: Recipe, report: Report) -> Workbench:
@@ -69,13 +73,15 @@ class Workbench:
         )
 
     def read_data(self, report: Report) -> Rows:
-        """The recipe's rows, tokenized.
+        """The recipe's rows, tokenized; read once.
 
         Raises:
             DataError: A file or row cannot be used.
         """
-        report(Phase("reading the data"))
-        return read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+        if not self._rows:
+            report(Phase("reading the data"))
+            self._rows.append(read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report))
+        return self._rows[0]
 
     @property
     def encoder(self) -> Encoder:
@@ -91,6 +97,18 @@ class Workbench:
         """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
         set_seed(self.recipe.training.seed)
 
+    def base_folder(self, report: Report) -> ModelFolder:
+        """The files that the base is loaded from: where codes come of calibration, a folder with them, made if need be.
+
+        Raises:
+            FinetuneError: The rows cannot be read, or the model cannot be quantized in this way.
+        """
+        if not isinstance(self.quantizer, OptqQuantizer) or is_quantized_folder(self.folder):
+            return self.folder
+        train = self.read_data(report).train
+        seed = self.recipe.training.seed
+        return calibrated_base(self.folder, self.quantizer, train, seed, self.accelerator.device, report)
+
     def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The frozen base model on the device, quantized as the recipe says.
 
@@ -98,10 +116,11 @@ class Workbench:
             report: Told that it is loading.
             dtype: Store and compute in this type instead of the recipe's.
         """
+        folder = self.base_folder(report)
         kind = self.recipe.quantization.kind
         report(Phase(f"loading {self.recipe.model.name}" + (f" in {kind}" if kind != "none" else "")))
         return load_model(
-            self.folder,
+            folder,
             self.recipe.model,
             self.quantizer,
             weight_dtype=dtype or self._weight_dtype(),

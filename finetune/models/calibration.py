@@ -92,7 +92,7 @@ def quantize_by_inputs(
     return errors
 
 
-class _Stop(Exception):  # noqa: N818
+class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
@@ -378,6 +378,4 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _unsupported(what: str) -> UnsupportedError:
-    return UnsupportedError(
-        what, where="quantization.kind", hint="choose affine or hqq, which need no calibration"
-    )
+    return UnsupportedError(what, where="quantization.kind", hint="choose affine or hqq, which need no calibration")

@@ -40,9 +40,6 @@ class Quantizer(ABC):
     rounds_activations: ClassVar[bool] = False
     """Whether layers round their inputs too, so that they differ from the dequantized weight by more than rounding."""
 
-    is_calibrated: ClassVar[bool] = False
-    """Whether a weight is quantized by what its layer sees, so that codes are made before a model is loaded for use."""
-
     bits_per_weight: float
     """Bits that one weight takes as stored, scales included, but for numbers that a tensor has only one of."""
 

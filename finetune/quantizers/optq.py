@@ -6,7 +6,7 @@ N tokens, `...` any leading dimensions.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ class OptqQuantizer(AffineQuantizer):
     Source: Frantar et al. 2023, "OPTQ", arXiv 2210.17323, algorithm 1; groups: section 4, "Additional Tricks".
     """
 
-    is_calibrated: ClassVar[bool] = True
-
     def __init__(self, section: Optq) -> None:
         super().__init__(section)
         self.calibration_rows, self.damping = section.calibration_rows, section.damping
+
+    def load_options(self, dtype: torch.dtype) -> NoReturn:
+        """Never asked for: codes are made before a model is loaded for use, and loaded from their folder."""
+        raise AssertionError("codes that inputs are needed for cannot be made while a model loads")
 
     def pack_for_inputs(self, weight_OI: Tensor, factor_II: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for a float32 weight, made for the inputs that `inverse_factor` was taken of."""
@@ -74,7 +76,7 @@ class OptqQuantizer(AffineQuantizer):
 class Hessian:
     """H = 2 X^T X over all inputs of a layer, the second derivative of its squared output error by an output's weights.
 
-    Summed and factored in float64: a single precision is used up by the condition of a damped H of some thousand inputs.
+    Summed and factored in float64: the condition of a damped H of some thousand inputs uses up single precision.
 
     Args:
         in_features: I.

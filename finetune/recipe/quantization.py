@@ -76,7 +76,9 @@ class Optq(Groupwise):
     implementation: ClassVar[str] = "finetune.quantizers.optq:OptqQuantizer"
     kind: Literal["optq"]
     calibration_rows: int = Field(
-        128, ge=1, description="Training rows, drawn by training.seed, whose inputs to each layer errors are weighed by."
+        128,
+        ge=1,
+        description="Training rows, drawn by training.seed, whose inputs to each layer errors are weighed by.",
     )
     damping: float = Field(
         0.01, gt=0, le=1, description="Added to the Hessian's diagonal, as a share of its mean: more trusts rows less."

@@ -113,6 +113,7 @@ class Progress(Event):
     doing: str
     done: int
     total: int | None
+    unit: str = "rows"
 
 
 @dataclass(frozen=True)
