@@ -82,11 +82,12 @@ def quantize_by_inputs(
         block = _Block(module, hidden, [rests_of_row[index] for rests_of_row in rests])
         linears = chain.linears(model, index)
         with _in_full_precision(_tensors(module), device):
-            errors |= _quantize_block(model, block, linears, quantizer)
+            quantized, errors_of_block = _quantize_block(block, linears, quantizer)
             for row, output in enumerate(block.passes()):
                 hidden[row] = _hidden_of(output)
-        module.to("cpu")
-        for layer in linears.values():
+        errors |= errors_of_block
+        for name, layer in quantized.items():
+            model.set_submodule(name, layer.to("cpu"))
             freed.count(layer.weight)  # type: ignore[arg-type]
         report_blocks(index + 1, len(chain.blocks))
     return errors
@@ -233,7 +234,7 @@ class _Block(NamedTuple):
         """The block's output for each row; None where something has stopped it."""
         for hidden_1TD, rest in zip(self.hidden, self.rests, strict=True):
             try:
-                yield self.module(hidden_1TD, *rest.args, **rest.kwargs)
+                yield self.module.forward(hidden_1TD, *rest.args, **rest.kwargs)  # it was seen past its hooks
             except _Stop:
                 yield None
 
@@ -279,13 +280,21 @@ class _Block(NamedTuple):
 
 
 def _quantize_block(
-    model: PreTrainedModel, block: _Block, linears: dict[str, nn.Module], quantizer: OptqQuantizer
-) -> dict[str, OutputError]:
-    """Quantize the layers of one block stage by stage; errors of those that a row has reached, by name."""
+    block: _Block, linears: dict[str, nn.Module], quantizer: OptqQuantizer
+) -> tuple[dict[str, nn.Module], dict[str, OutputError]]:
+    """Quantize the layers of one block stage by stage.
+
+    The layers that are there stay for so long and compute with what their codes stand for: unpacking these for every
+    row would take most of the time.
+
+    Returns:
+        What is to take their place, and by how much outputs of layers that a row has reached are off, both by name.
+    """
+    quantized: dict[str, nn.Module] = {}
     errors: dict[str, OutputError] = {}
     for stage in block.stages(linears):
         hessian = block.hessian(linears[stage[0]])
-        if not hessian.sum_II.isfinite().all():
+        if not hessian.matrix().isfinite().all():
             raise ModelError(
                 "the layer's inputs are not finite on the calibration rows",
                 where=stage[0],
@@ -293,32 +302,38 @@ def _quantize_block(
             )
         factor_II = hessian.inverse_factor(quantizer.damping)
         for name in stage:
-            weight_OI, restored_OI = _replace(model, name, linears[name], quantizer, factor_II)
+            layer: Any = linears[name]
+            quantized[name] = _quantized(name, layer, quantizer, factor_II)
+            weight_OI, restored_OI = _oriented(layer), quantizer.dequantize(quantized[name])
             nearest_OI = quantizer.unpack(quantizer.pack(weight_OI), *weight_OI.shape)
+            norm = max(hessian.output_norm(weight_OI), 1e-30)
             errors[name] = OutputError(
-                calibrated=hessian.output_error(weight_OI, restored_OI),
-                nearest=hessian.output_error(weight_OI, nearest_OI),
+                calibrated=hessian.output_norm(weight_OI - restored_OI) / norm,
+                nearest=hessian.output_norm(weight_OI - nearest_OI) / norm,
             )
+            layer.weight.data = restored_OI.T if isinstance(layer, Conv1D) else restored_OI
     for name in linears.keys() - errors.keys():
         no_inputs = Hessian(_in_features(linears[name]), block.hidden[0].device)
-        _replace(model, name, linears[name], quantizer, no_inputs.inverse_factor(quantizer.damping))
+        quantized[name] = _quantized(name, linears[name], quantizer, no_inputs.inverse_factor(quantizer.damping))
         logger.warning("no calibration row reaches %s: its weights are rounded to nearest", name)
-    return errors
+    return quantized, errors
 
 
-def _replace(
-    model: PreTrainedModel, name: str, layer: Any, quantizer: OptqQuantizer, factor_II: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Put the quantized layer in the place of `layer`; returns the weight before and after, both (O, I), float32."""
+def _quantized(name: str, layer: Any, quantizer: OptqQuantizer, factor_II: Tensor) -> nn.Module:
+    """The quantized layer that takes the place of `layer`."""
     quantized = replacement(name, layer, quantizer, layer.weight.dtype)
-    weight_OI = layer.weight.T if quantized.stored_transposed else layer.weight
-    tensors = quantizer.pack_for_inputs(weight_OI, factor_II)
+    tensors = quantizer.pack_for_inputs(_oriented(layer), factor_II)
     quantized.weight = nn.Parameter(tensors.pop("weight"), requires_grad=False)
     for key, tensor in tensors.items():
         setattr(quantized, key, tensor)
     quantized.bias = layer.bias
-    model.set_submodule(name, quantized)
-    return weight_OI, quantizer.dequantize(quantized)
+    return quantized
+
+
+def _oriented(layer: Any) -> Tensor:
+    """The weight of a layer as (O, I)."""
+    weight_OI: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return weight_OI.detach()
 
 
 @contextmanager
@@ -350,7 +365,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _in_features(layer: Any) -> int:
-    return int(layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1])
+    return _oriented(layer).shape[1]
 
 
 def _hidden_of(output: Any) -> Tensor:

@@ -22,6 +22,10 @@ BLOCK = 128
 """Inputs after which the errors are passed on to all that follow, B in the paper's algorithm 1."""
 
 
+TOKENS_AT_ONCE = 2048
+"""Inputs that are multiplied together for H."""
+
+
 class OptqQuantizer(AffineQuantizer):
     """Stored as `affine` is; codes minimise the error of the layer's outputs, not that of the weight.
 
@@ -86,12 +90,26 @@ class Hessian:
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._waiting: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
         """Count in what a layer was given; shape (..., I), float32."""
-        inputs_NI = inputs.flatten(0, -2)
-        self.sum_II += 2 * (inputs_NI.T @ inputs_NI)
+        self._waiting.append(inputs.flatten(0, -2))
+        if sum(map(len, self._waiting)) >= TOKENS_AT_ONCE:
+            self._count_in()
+
+    def matrix(self) -> Tensor:
+        """H of all inputs so far, shape (I, I), float64."""
+        if self._waiting:
+            self._count_in()
+        return self._sum_II
+
+    def _count_in(self) -> None:
+        """Add what is waiting, together: for short rows alone, adding would take longer than multiplying."""
+        inputs_NI = torch.cat(self._waiting)
+        self._sum_II.add_(inputs_NI.T @ inputs_NI, alpha=2)
+        self._waiting.clear()
 
     def inverse_factor(self, damping: float) -> Tensor:
         """U of H^-1 = U^T U after damping, upper triangular, float64; its rows say how errors are passed on.
@@ -104,7 +122,7 @@ class Hessian:
 
         Source: Frantar et al. 2023, arXiv 2210.17323, section 3.3, "Cholesky Reformulation".
         """
-        damped_II = self.sum_II.clone()
+        damped_II = self.matrix().clone()
         diagonal_I = damped_II.diagonal()
         mean = diagonal_I.mean() if diagonal_I.any() else diagonal_I.new_ones(())
         diagonal_I[diagonal_I == 0] = mean
@@ -112,10 +130,8 @@ class Hessian:
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
         return torch.linalg.cholesky(inverse_II, upper=True)
 
-    def output_error(self, weight_OI: Tensor, restored_OI: Tensor) -> float:
-        """||W X - Q X|| / ||W X||, Frobenius norms over all inputs; 0 where there are no outputs but zero."""
-        lost, whole = (
-            torch.einsum("oi,ij,oj->", matrix_OI, self.sum_II, matrix_OI)
-            for matrix_OI in (weight_OI.double() - restored_OI.double(), weight_OI.double())
-        )
-        return float((lost / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
+    def output_norm(self, matrix_OI: Tensor) -> float:
+        """||M X||, the Frobenius norm of what a matrix makes of all inputs."""
+        matrix_OI = matrix_OI.double()
+        squares = (matrix_OI @ self.matrix()).mul_(matrix_OI).sum() / 2
+        return float(squares.clamp(min=0).sqrt())
