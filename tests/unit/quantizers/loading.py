@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from finetune.data.batches import padded
 from finetune.data.encode import Example
+from finetune.models.calibration import quantize_by_inputs
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model
+from finetune.models.quantized import is_quantized_folder
+from finetune.quantizers.optq import OptqQuantizer
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import NoQuantization, Quantization, QuantizationSection
@@ -40,6 +43,8 @@ PACKED = {
     "hqq-3": section(kind="hqq", bits=3, group_size=64),
     "hqq-4": section(kind="hqq"),
     "hqq-8": section(kind="hqq", bits=8),
+    "optq-3": section(kind="optq", bits=3),
+    "optq-4": section(kind="optq", minimum_dtype="float32"),
     "icq-2": section(kind="icq", bits=2, candidates=8),
     "icq-3": section(kind="icq", bits=3, candidates=8),
     "icq-4": section(kind="icq", candidates=8),
@@ -51,10 +56,15 @@ PLAIN = NoQuantization()
 
 
 def load(folder: Path, chosen: QuantizationSection = PLAIN, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    quantizer, model_folder = build(chosen), ModelFolder(folder, str(folder))
+    if isinstance(quantizer, OptqQuantizer) and not is_quantized_folder(model_folder):
+        model = load(folder, dtype=dtype)
+        quantize_by_inputs(model, quantizer, [ROW.ids], torch.device("cpu"))
+        return model
     return load_model(
-        ModelFolder(folder, str(folder)),
+        model_folder,
         Model(name=str(folder)),
-        build(chosen),
+        quantizer,
         weight_dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),
