@@ -21,9 +21,9 @@ def resolve(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build(section: Any) -> Any:
-    """The implementation of a section, constructed from that section.
+def build(section: Any, *context: Any) -> Any:
+    """The implementation of a section, constructed from that section and what else it is told.
 
     This is where heavy modules are imported: validating a recipe never gets here.
     """
-    return resolve(type(section).implementation)(section)
+    return resolve(type(section).implementation)(section, *context)

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.quantizers.base import Quantizer, is_quantized
-from finetune.recipe.adapter import Full
+from finetune.quantizers.base import is_quantized
 
 WEIGHTS = "model.safetensors"
 
@@ -19,10 +18,9 @@ WEIGHTS = "model.safetensors"
 class FullMethod(AdapterMethod):
     """Every weight trains; what is saved is a model that plain transformers loads."""
 
-    def __init__(self, section: Full) -> None:
-        del section
+    convention = "W x"
 
-    def attach(self, model: PreTrainedModel, quantizer: Quantizer, total_steps: int) -> nn.Module:
+    def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Unfreeze every weight.
 
         Raises:
@@ -40,7 +38,7 @@ class FullMethod(AdapterMethod):
         """Write the whole model; tied weights once."""
         model.save_pretrained(folder, max_shard_size="1TB")
 
-    def load(self, model: PreTrainedModel, quantizer: Quantizer, folder: Path) -> nn.Module:
+    def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Replace the weights of `model` by the trained ones.
 
         Raises:
@@ -58,7 +56,8 @@ class FullMethod(AdapterMethod):
             ) from error
         return model.requires_grad_(False)
 
-    def merge(self, model: nn.Module) -> PreTrainedModel:
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Nothing to fold in: the trained weights are the model's own."""
-        assert isinstance(model, PreTrainedModel)
-        return model
+        merged = self.load(model, folder)
+        assert isinstance(merged, PreTrainedModel)
+        return merged

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
+from finetune.models.linears import linear_layers
 
 ADAPTER_NAME = "default"
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a wrapped model's layers."""
 
-def attach(model: PreTrainedModel, config: LoraConfig, targets: str | list[str]) -> PeftModel:
+STOCK_WEIGHTS = "adapter_model.safetensors"
+NATIVE_WEIGHTS = "ft_adapter.safetensors"
+"""The trained tensors themselves, where the stock file holds what they amount to."""
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers with a low-rank update, by the names that they have in the base."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+def as_targets(targets: str | Sequence[str]) -> str | list[str]:
+    """Target modules as PEFT takes them: it changes lists."""
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
     """Wrap the target layers of `model`; the adapter's weights are float32 and train, all others are frozen.
 
     Raises:
@@ -25,7 +48,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, targets: str | list[str])
     except ValueError as error:
         if "Target modules" not in str(error):
             raise
-        endings = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if _is_linear(layer)})
+        endings = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
         raise UnsupportedError(
             f"no layer of the model matches {targets}",
             where="adapter.target_modules",
@@ -42,44 +65,85 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with nothing filled in
 
 
-def load(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:
+@torch.no_grad()
+def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path) -> None:
+    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it.
+
+    Args:
+        model: With an adapter of `LowRankLinear` layers.
+        config: Of the plain LoRA.
+        folder: Where to.
+    """
+    tensors = {}
+    for name, layer in low_rank_layers(model).items():
+        a_RI, b_OR = layer.factors(ADAPTER_NAME)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+    trains = model.peft_config[ADAPTER_NAME]
+    config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
+    config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
+    config.save_pretrained(folder)
+    save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
+    save_file(_tensors(model), folder / NATIVE_WEIGHTS)
+
+
+def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     """Attach an adapter from disk, frozen; every one of its tensors must find its place.
 
+    Nothing but tensors is read: what the adapter is comes from the recipe.
+
     Raises:
+        ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError("no adapter_model.safetensors", where=str(folder), hint="the run has not finished: train it")
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
-    config.inference_mode = True
-    wrapped = get_peft_model(model, config)
-    try:
-        outcome = wrapped.load_adapter(str(folder), ADAPTER_NAME, is_trainable=False)
-    except RuntimeError as error:  # PyTorch's word for tensors of another shape
-        raise RefusedError(
-            "the adapter's tensors have other shapes than this base's layers",
-            where=str(folder),
-            hint="load the base that it was trained on",
-        ) from error
-    strangers = [*outcome.unexpected_keys, *(key for key in outcome.missing_keys if "lora_" in key)]
-    if strangers:
-        raise RefusedError(
-            f"{len(strangers)} adapter tensors do not fit this base, {strangers[0]} among them",
-            where=str(folder),
-            hint="load the base that it was trained on",
-        )
-    wrapped.requires_grad_(False)
-    return wrapped
+    native = folder / NATIVE_WEIGHTS
+    return _load(model, config, native if native.is_file() else folder / STOCK_WEIGHTS)
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Add each update to its layer's weight and drop the adapter; refuses numbers that are not finite."""
+def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:
+    """Add each update of an adapter's stock form to its layer's weight.
+
+    Raises:
+        ModelError: There is none.
+        RefusedError: The adapter's tensors are not those of this base and recipe, or are not finite.
+    """
     try:
-        return model.merge_and_unload(safe_merge=True)
+        return _load(model, config, folder / STOCK_WEIGHTS).merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise RefusedError(
             f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
         ) from error
+
+
+def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
+    if not file.is_file():
+        raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
+    tensors = load_file(file)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
+    config.inference_mode = True
+    wrapped = get_peft_model(model, config)
+    strangers = sorted(tensors.keys() ^ _tensors(wrapped).keys())
+    if strangers:
+        raise RefusedError(
+            f"{len(strangers)} tensors are only in the adapter or only in this base, {strangers[0]} among them",
+            where=str(file),
+            hint="load the base that it was trained on",
+        )
+    try:
+        set_peft_model_state_dict(wrapped, tensors, ADAPTER_NAME)
+    except RuntimeError as error:  # PyTorch's word for tensors of another shape
+        raise RefusedError(
+            "the adapter's tensors have other shapes than this base's layers",
+            where=str(file),
+            hint="load the base that it was trained on",
+        ) from error
+    wrapped.requires_grad_(False)
+    return wrapped
+
+
+def unload(model: PeftModel) -> PreTrainedModel:
+    """The base without the adapter, which is dropped."""
+    return model.unload()
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:
@@ -88,5 +152,6 @@ def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:
     return "Linear4bit" in kinds, "Linear8bitLt" in kinds
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return hasattr(layer, "in_features") or type(layer).__name__ == "Conv1D"
+def _tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter consists of, by the names that it is saved under."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)

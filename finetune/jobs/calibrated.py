@@ -16,9 +16,9 @@ from finetune.models.fingerprint import fingerprint
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model
 from finetune.models.precision import file_dtype
-from finetune.models.quantized import save_quantized
-from finetune.quantizers.full_precision import FullPrecision
-from finetune.quantizers.optq import ALGORITHM, OptqQuantizer
+from finetune.models.quantized import refuse_without_form_on_disk, save_quantized
+from finetune.quantizers.choice import Quantizers
+from finetune.quantizers.optq import ALGORITHM
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import NoQuantization
 from finetune.run.cache import cached
@@ -30,13 +30,13 @@ RECORD = "calibration.json"
 
 
 def calibrated_base(
-    base: ModelFolder, quantizer: OptqQuantizer, train: Split, seed: int, device: torch.device, report: Report
+    base: ModelFolder, quantizers: Quantizers, train: Split, seed: int, device: torch.device, report: Report
 ) -> ModelFolder:
     """The folder of the quantized base, bit for bit the same for every run until it leaves the cache.
 
     Args:
         base: The model in full precision.
-        quantizer: Of its weights.
+        quantizers: Of its weights, some of which need calibration.
         train: The rows to draw from.
         seed: Of the draw.
         device: Where to compute.
@@ -45,21 +45,23 @@ def calibrated_base(
     Raises:
         FinetuneError: The model cannot be quantized in this way.
     """
-    chosen = drawn(len(train), quantizer.calibration_rows, seed).tolist()
+    refuse_without_form_on_disk(quantizers.in_use)
+    count = max(quantizer.calibration_rows for quantizer in quantizers.calibrated)
+    chosen = drawn(len(train), count, seed).tolist()
     rows: list[list[int]] = [train[row].ids for row in chosen]
 
     def make(folder: Path) -> None:
         model = load_model(
             base,
             Model(name=base.name),
-            FullPrecision(NoQuantization()),
+            Quantizers(NoQuantization()),
             weight_dtype=file_dtype(base.path),
             compute_dtype=torch.float32,
             device=torch.device("cpu"),
         )
         errors = quantize_by_inputs(
             model,
-            quantizer,
+            quantizers,
             rows,
             device,
             lambda done, total: report(Progress("quantizing", done, total, unit="blocks")),
@@ -68,14 +70,15 @@ def calibrated_base(
         outputs = {name: error._asdict() for name, error in errors.items()}
         write_json(folder / RECORD, {"rows": len(rows), "tokens": sum(map(len, rows)), "output_errors": outputs})
 
-    return replace(base, path=cached("quantized", _key(base, quantizer, rows), make))
+    return replace(base, path=cached("quantized", _key(base, quantizers, rows), make))
 
 
-def _key(base: ModelFolder, quantizer: OptqQuantizer, rows: list[list[int]]) -> str:
+def _key(base: ModelFolder, quantizers: Quantizers, rows: list[list[int]]) -> str:
     """A name that differs where codes could."""
     parts = {
         "base": fingerprint(base.path),
-        "section": quantizer.section.model_dump(),
+        "section": quantizers.section.model_dump(),
+        "modules": [rule.model_dump(include={"match", "quantization"}) for rule in quantizers.modules],
         "rows": rows,
         "algorithm": ALGORITHM,
     }

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from finetune.errors import ModelError, RefusedError
 from finetune.jobs.calibrated import RECORD as CALIBRATION
+from finetune.jobs.record import base_record
 from finetune.jobs.setup import Workbench
-from finetune.models.fingerprint import fingerprint
 from finetune.models.load import load_model
 from finetune.models.precision import file_dtype
-from finetune.models.quantized import is_quantized_folder, refuse_without_form_on_disk, save_quantized
-from finetune.quantizers.full_precision import FullPrecision
+from finetune.models.quantized import refuse_without_form_on_disk, save_quantized, stored_quantization
+from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.quantization import NoQuantization
 from finetune.recipe.recipe import Recipe
@@ -102,8 +102,8 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Repo
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
     bench = Workbench.of(recipe, report)
-    refuse_without_form_on_disk(bench.quantizer)
-    if is_quantized_folder(bench.folder):
+    refuse_without_form_on_disk(bench.quantizers.in_use)
+    if stored_quantization(bench.folder):
         raise ModelError(
             "the model's weights are quantized already",
             where=str(bench.folder.path),
@@ -124,9 +124,12 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Repo
             bytes_before=_weight_bytes(bench.folder.path),
             bytes_after=_weight_bytes(folder),
         )
-        base = {"name": bench.folder.name, "commit": bench.folder.commit, "fingerprint": fingerprint(bench.folder.path)}
-        section = recipe.quantization.model_dump()
-        write_json(folder / RECORD, {"base": base, "quantization": section, **result.to_json()})
+        inputs = {
+            "base": base_record(bench).model_dump(),
+            "quantization": recipe.quantization.model_dump(),
+            "modules": [rule.model_dump() for rule in recipe.modules],
+        }
+        write_json(folder / RECORD, {**inputs, **result.to_json()})
     return result
 
 
@@ -138,7 +141,7 @@ def _measured(
     plain = load_model(
         bench.folder,
         bench.recipe.model,
-        FullPrecision(NoQuantization()),
+        Quantizers(NoQuantization()),
         weight_dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),

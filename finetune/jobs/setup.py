@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
+from finetune.errors import UnsupportedError
 from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
+from finetune.models.linears import linear_layers
 from finetune.models.load import load_model, load_tokenizer, padding_id
 from finetune.models.precision import compute_dtype, weight_dtype
-from finetune.models.quantized import is_quantized_folder
-from finetune.quantizers.base import Quantizer
-from finetune.quantizers.optq import OptqQuantizer
+from finetune.models.quantized import stored_quantization
+from finetune.quantizers.base import is_quantized
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.modules import ModuleRule
 from finetune.recipe.recipe import Recipe
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
@@ -37,7 +40,7 @@ class Workbench:
         accelerator: Processes and device.
         folder: The base model's files.
         tokenizer: Of the base model.
-        quantizer: How its linear layers are stored.
+        quantizers: How each of its linear layers is stored.
         method: What is trained on it.
         compute_dtype: Type of the forward pass.
     """
@@ -46,7 +49,7 @@ class Workbench:
     accelerator: Accelerator
     folder: ModelFolder
     tokenizer: PreTrainedTokenizerBase
-    quantizer: Quantizer
+    quantizers: Quantizers
     method: AdapterMethod
     compute_dtype: torch.dtype
     _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
@@ -67,8 +70,8 @@ class Workbench:
             accelerator=accelerator,
             folder=folder,
             tokenizer=load_tokenizer(folder),
-            quantizer=build(recipe.quantization),
-            method=build(recipe.adapter),
+            quantizers=Quantizers(recipe.quantization, recipe.modules),
+            method=build(recipe.adapter, recipe.modules),
             compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
         )
 
@@ -103,11 +106,11 @@ class Workbench:
         Raises:
             FinetuneError: The rows cannot be read, or the model cannot be quantized in this way.
         """
-        if not isinstance(self.quantizer, OptqQuantizer) or is_quantized_folder(self.folder):
+        if not self.quantizers.calibrated or stored_quantization(self.folder):
             return self.folder
         train = self.read_data(report).train
         seed = self.recipe.training.seed
-        return calibrated_base(self.folder, self.quantizer, train, seed, self.accelerator.device, report)
+        return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, report)
 
     def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The frozen base model on the device, quantized as the recipe says.
@@ -119,17 +122,39 @@ class Workbench:
         folder = self.base_folder(report)
         kind = self.recipe.quantization.kind
         report(Phase(f"loading {self.recipe.model.name}" + (f" in {kind}" if kind != "none" else "")))
-        return load_model(
+        base = load_model(
             folder,
             self.recipe.model,
-            self.quantizer,
+            self.quantizers,
             weight_dtype=dtype or self._weight_dtype(),
             compute_dtype=dtype or self.compute_dtype,
             device=self.accelerator.device,
         )
+        _refuse_idle_rules(self.recipe.modules, base)
+        return base
 
     def _weight_dtype(self) -> torch.dtype:
         return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)
+
+
+def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
+    """Each rule for single layers must be about some layer.
+
+    Raises:
+        UnsupportedError: One is about none.
+    """
+    layers = linear_layers(base)
+    for index, rule in enumerate(rules):
+        matching = [layer for name, layer in layers.items() if rule.matches(name)]
+        quantizes = rule.quantization is not None and rule.quantization.quantizes
+        if quantizes:
+            matching = [layer for layer in matching if is_quantized(layer)]
+        if not matching:
+            raise UnsupportedError(
+                f"no linear layer {'that can be quantized ' if quantizes else ''}matches {rule.match!r}",
+                where=f"modules.{index}.match",
+                hint=f"names look like {next(iter(layers))}; * stands for any part",
+            )
 
 
 def _phases(report: Report) -> Callable[[str], None]:

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,11 +22,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError, UnsupportedError
+from finetune.quantizers.base import Quantizer
+from finetune.quantizers.layer import PackedQuantizer
 from finetune.quantizers.memory import FreedMemory
-from finetune.quantizers.on_load import linear_layers, replacement
+from finetune.quantizers.on_load import quantizable_layers, replacement
 from finetune.quantizers.optq import Hessian, OptqQuantizer
 
 logger = logging.getLogger(__name__)
+
+Choose = Callable[[str], Quantizer | None]
+"""From a linear layer's name to its quantizer; None leaves the layer as it is."""
 
 PROBE_TOKENS = 16
 """Tokens of the row on which it is checked that blocks hand on their outputs and nothing else."""
@@ -46,7 +52,7 @@ class OutputError(NamedTuple):
 @torch.no_grad()
 def quantize_by_inputs(
     model: PreTrainedModel,
-    quantizer: OptqQuantizer,
+    choose: Choose,
     rows: Sequence[list[int]],
     device: torch.device,
     report_blocks: Callable[[int, int], None] = lambda done, total: None,
@@ -55,17 +61,17 @@ def quantize_by_inputs(
 
     Blocks go in their order, and within a block layers go in the order in which they run; those that share an input go
     together. Each sees what comes out of the layers before it when these are quantized ("true sequential" in the
-    authors' code). Layers that no row reaches are rounded to nearest.
+    authors' code). Layers that no row reaches are quantized without inputs.
 
     Args:
         model: In full precision on the CPU, in the types of its file; stays there.
-        quantizer: Of the weights.
+        choose: The quantizer of each layer; those that need no inputs may be among them.
         rows: Token ids; each row runs by itself.
         device: Where to compute, in float32.
         report_blocks: Told how many blocks are done, and how many there are.
 
     Returns:
-        By the name of each layer that a row has reached.
+        By the name of each layer whose codes were made for its inputs.
 
     Raises:
         UnsupportedError: The model is no chain of blocks, or the quantizer cannot take one of its layers.
@@ -74,6 +80,8 @@ def quantize_by_inputs(
     Source: Frantar et al. 2023, arXiv 2210.17323, section 4, "Setup".
     """
     chain = _Chain.of(model)
+    replacements = _replacements(model, choose)
+    _quantize_outside(model, chain, replacements)
     hand_on = chain.prove(rows[0][:PROBE_TOKENS])
     hidden, rests = chain.inputs(rows, device, hand_on)
     errors: dict[str, OutputError] = {}
@@ -82,13 +90,13 @@ def quantize_by_inputs(
         block = _Block(module, hidden, [rests_of_row[index] for rests_of_row in rests])
         linears = chain.linears(model, index)
         with _in_full_precision(_tensors(module), device):
-            quantized, errors_of_block = _quantize_block(block, linears, quantizer)
+            quantized, errors_of_block = _quantize_block(block, linears, replacements)
             for row, output in enumerate(block.passes()):
                 hidden[row] = _hidden_of(output)
         errors |= errors_of_block
         for name, layer in quantized.items():
             model.set_submodule(name, layer.to("cpu"))
-            freed.count(layer.weight)  # type: ignore[arg-type]
+            freed.count(linears[name].weight)  # type: ignore[arg-type]
         report_blocks(index + 1, len(chain.blocks))
     return errors
 
@@ -133,14 +141,12 @@ class _Chain(NamedTuple):
         Raises:
             UnsupportedError: There is none.
         """
-        linears = linear_layers(model)
+        linears = quantizable_layers(model)
         lists = [_outermost_list(model, name) for name in linears]
         counts = Counter(name for name in lists if name is not None)
         if not counts:
             raise _unsupported(f"no list of blocks is found in this model ({model.config.model_type})")
-        ((name, count),) = counts.most_common(1)
-        if count < len(linears):
-            logger.warning("%d linear layers outside of %s stay in full precision", len(linears) - count, name)
+        ((name, _),) = counts.most_common(1)
         blocks = model.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
         return cls(name, blocks, model.base_model)
@@ -148,7 +154,7 @@ class _Chain(NamedTuple):
     def linears(self, model: PreTrainedModel, index: int) -> dict[str, nn.Module]:
         """The linear layers of one block by their full names."""
         prefix = f"{self.name}.{index}."
-        return {name: layer for name, layer in linear_layers(model).items() if name.startswith(prefix)}
+        return {name: layer for name, layer in quantizable_layers(model).items() if name.startswith(prefix)}
 
     def prove(self, ids: list[int]) -> Callable[[Tensor], Any]:
         """Make sure that a block gets the output of the one before, and nothing else that depends on what blocks do.
@@ -265,8 +271,12 @@ class _Block(NamedTuple):
                     break
         return stages
 
-    def hessian(self, layer: nn.Module) -> Hessian:
-        """Of what one of the block's layers is given on all rows."""
+    def hessian(self, name: str, layer: nn.Module) -> Hessian:
+        """Of what one of the block's layers is given on all rows.
+
+        Raises:
+            ModelError: It is not finite.
+        """
 
         def add_and_stop(inputs: Tensor) -> None:
             hessian.add(inputs)
@@ -276,11 +286,44 @@ class _Block(NamedTuple):
         with _shown_inputs(layer, add_and_stop):
             for _ in self.passes():
                 pass
+        if not hessian.matrix().isfinite().all():
+            raise ModelError(
+                "the layer's inputs are not finite on the calibration rows",
+                where=name,
+                hint="check the model's weights, or choose a quantization.kind that needs no calibration",
+            )
         return hessian
 
 
+def _replacements(model: PreTrainedModel, choose: Choose) -> dict[str, Any]:
+    """For each linear layer that is to be quantized, by name, the layer without data that takes its place.
+
+    Raises:
+        UnsupportedError: A quantizer cannot take a layer.
+    """
+    layers: dict[str, Any] = quantizable_layers(model)
+    chosen = {name: quantizer for name in layers if (quantizer := choose(name)) is not None}
+    return {
+        name: replacement(name, layers[name], _in_torch(quantizer), layers[name].weight.dtype)
+        for name, quantizer in chosen.items()
+    }
+
+
+def _quantize_outside(model: PreTrainedModel, chain: _Chain, replacements: dict[str, Any]) -> None:
+    """Quantize the linear layers that stand in no block, but for those that would need inputs."""
+    for name, quantized in replacements.items():
+        if name.startswith(f"{chain.name}."):
+            continue
+        if isinstance(quantized.quantizer, OptqQuantizer):
+            logger.warning("%s stays in full precision: calibration goes through %s only", name, chain.name)
+            continue
+        layer = model.get_submodule(name)
+        _fill(quantized, layer, quantized.quantizer.pack(_oriented(layer).float()))
+        model.set_submodule(name, quantized)
+
+
 def _quantize_block(
-    block: _Block, linears: dict[str, nn.Module], quantizer: OptqQuantizer
+    block: _Block, linears: dict[str, nn.Module], replacements: dict[str, Any]
 ) -> tuple[dict[str, nn.Module], dict[str, OutputError]]:
     """Quantize the layers of one block stage by stage.
 
@@ -288,46 +331,55 @@ def _quantize_block(
     row would take most of the time.
 
     Returns:
-        What is to take their place, and by how much outputs of layers that a row has reached are off, both by name.
+        What is to take their place, and by how much the outputs are off of those that needed inputs, both by name.
     """
-    quantized: dict[str, nn.Module] = {}
+    quantized = {name: replacements[name] for name in linears if name in replacements}
     errors: dict[str, OutputError] = {}
-    for stage in block.stages(linears):
-        hessian = block.hessian(linears[stage[0]])
-        if not hessian.matrix().isfinite().all():
-            raise ModelError(
-                "the layer's inputs are not finite on the calibration rows",
-                where=stage[0],
-                hint="check the model's weights, or choose a quantization.kind that needs no calibration",
-            )
-        factor_II = hessian.inverse_factor(quantizer.damping)
+    reached: set[str] = set()
+    for stage in block.stages({name: linears[name] for name in quantized}):
+        hessian = block.hessian(stage[0], linears[stage[0]])
+        inverse_factor = cache(hessian.inverse_factor)  # once for all of the stage
         for name in stage:
-            layer: Any = linears[name]
-            quantized[name] = _quantized(name, layer, quantizer, factor_II)
-            weight_OI, restored_OI = _oriented(layer), quantizer.dequantize(quantized[name])
-            nearest_OI = quantizer.unpack(quantizer.pack(weight_OI), *weight_OI.shape)
-            norm = max(hessian.output_norm(weight_OI), 1e-30)
-            errors[name] = OutputError(
-                calibrated=hessian.output_norm(weight_OI - restored_OI) / norm,
-                nearest=hessian.output_norm(weight_OI - nearest_OI) / norm,
-            )
+            layer, quantizer = linears[name], quantized[name].quantizer
+            weight_OI = _oriented(layer)
+            if isinstance(quantizer, OptqQuantizer):
+                tensors = quantizer.pack_for_inputs(weight_OI, inverse_factor(quantizer.damping))
+                errors[name] = _output_error(hessian, quantizer, weight_OI, tensors)
+            else:
+                tensors = quantizer.pack(weight_OI)
+            _fill(quantized[name], layer, tensors)
+            restored_OI = quantizer.unpack(tensors, *weight_OI.shape)
             layer.weight.data = restored_OI.T if isinstance(layer, Conv1D) else restored_OI
-    for name in linears.keys() - errors.keys():
-        no_inputs = Hessian(_in_features(linears[name]), block.hidden[0].device)
-        quantized[name] = _quantized(name, linears[name], quantizer, no_inputs.inverse_factor(quantizer.damping))
-        logger.warning("no calibration row reaches %s: its weights are rounded to nearest", name)
+        reached.update(stage)
+    for name in quantized.keys() - reached:
+        _fill(quantized[name], linears[name], quantized[name].quantizer.pack(_oriented(linears[name])))
+        logger.warning("no calibration row reaches %s: its weights are quantized without any", name)
     return quantized, errors
 
 
-def _quantized(name: str, layer: Any, quantizer: OptqQuantizer, factor_II: Tensor) -> nn.Module:
-    """The quantized layer that takes the place of `layer`."""
-    quantized = replacement(name, layer, quantizer, layer.weight.dtype)
-    tensors = quantizer.pack_for_inputs(_oriented(layer), factor_II)
-    quantized.weight = nn.Parameter(tensors.pop("weight"), requires_grad=False)
+def _output_error(
+    hessian: Hessian, quantizer: OptqQuantizer, weight_OI: Tensor, tensors: dict[str, Tensor]
+) -> OutputError:
+    norm = max(hessian.output_norm(weight_OI), 1e-30)
+    calibrated, nearest = (
+        hessian.output_norm(weight_OI - quantizer.unpack(packed, *weight_OI.shape)) / norm
+        for packed in (tensors, quantizer.pack(weight_OI))
+    )
+    return OutputError(calibrated, nearest)
+
+
+def _fill(quantized: Any, layer: Any, tensors: dict[str, Tensor]) -> None:
+    """Give a layer without data its packed weight, and the bias of the one that it takes the place of."""
     for key, tensor in tensors.items():
-        setattr(quantized, key, tensor)
+        setattr(quantized, key, nn.Parameter(tensor, requires_grad=False) if key == "weight" else tensor)
     quantized.bias = layer.bias
-    return quantized
+
+
+def _in_torch(quantizer: Quantizer) -> PackedQuantizer:
+    """On CUDA, too, the form that is nothing but functions of tensors."""
+    in_torch = getattr(quantizer, "in_torch", quantizer)
+    assert isinstance(in_torch, PackedQuantizer)
+    return in_torch
 
 
 def _oriented(layer: Any) -> Tensor:

@@ -11,6 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.quantizers.base import Quantized, is_quantized
 
+LINEAR_TYPES = (nn.Linear, Conv1D)
+"""Layers that hold a weight matrix; quantized ones are subclasses."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers of a model without adapter, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_TYPES)}
+
 
 class ParameterCount(NamedTuple):
     """Numbers of parameters, a packed weight counted as what it unpacks to."""

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
-from finetune.models.quantized import stored_options
-from finetune.quantizers.base import Quantizer
+from finetune.models.quantized import refuse_other_quantization, stored_quantization
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def load_model(
     folder: ModelFolder,
     section: Model,
-    quantizer: Quantizer,
+    quantizers: Quantizers,
     *,
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
@@ -71,7 +71,7 @@ def load_model(
     Args:
         folder: Where its files are.
         section: The recipe's section, for the attention kernel.
-        quantizer: How linear layers are stored.
+        quantizers: How each linear layer is stored.
         weight_dtype: Storage type of all other weights.
         compute_dtype: Type in which quantized layers multiply.
         device: Where every weight goes.
@@ -82,9 +82,8 @@ def load_model(
         UnsupportedError: The quantizer cannot take a layer of the model.
     """
     where = str(folder.path)
-    options = stored_options(folder, quantizer)
-    if options is None:
-        options = quantizer.load_options(compute_dtype)
+    refuse_other_quantization(folder, quantizers)
+    options = {} if stored_quantization(folder) else quantizers.load_options(compute_dtype)
     try:
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(

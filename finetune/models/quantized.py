@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from finetune.errors import ModelError, UnsupportedError
 from finetune.models.folder import ModelFolder
 from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
-from finetune.quantizers.full_precision import FullPrecision
+from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.quantizers.on_load import METHOD, OnLoadConfig, OnLoadQuantizer, as_stored
 from finetune.recipe.quantization import QuantizationSection, StoredQuantization
@@ -39,14 +40,12 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
             repacked.stored_transposed = layer.stored_transposed
             model.set_submodule(name, repacked)
         else:
-            refuse_without_form_on_disk(quantizer)
+            refuse_without_form_on_disk([quantizer])
         if quantizer.section not in sections:
             sections.append(quantizer.section)
         layers[name] = sections.index(quantizer.section)
     if not layers:
-        raise UnsupportedError(
-            "no layer of the model is quantized", where="quantization", hint="choose a kind other than none"
-        )
+        refuse_without_form_on_disk([])
     stored = StoredQuantization(quantizers=sections, layers=layers)  # type: ignore[arg-type]
     config = OnLoadConfig(lambda name: None, torch.float32, stored)  # it is written, and loads nothing
     model.hf_quantizer = OnLoadQuantizer(config)
@@ -54,46 +53,46 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def refuse_without_form_on_disk(quantizer: Quantizer) -> None:
-    """Stop where `save_quantized` could not write the quantizer's layers.
+def refuse_without_form_on_disk(quantizers: Sequence[Quantizer]) -> None:
+    """Stop where `save_quantized` could not write layers that these have made.
 
     Raises:
-        UnsupportedError: With kinds that have a form on disk.
+        UnsupportedError: One has no form on disk, or there are none.
     """
-    if isinstance(quantizer, FullPrecision):
-        what = "without quantization there is nothing to write"
-    elif isinstance(quantizer, PackedQuantizer | CudaFourBitQuantizer):
-        return
-    else:
-        what = f"weights in {quantizer.section.kind} have no form on disk"
-    raise UnsupportedError(what, where="quantization.kind", hint="quantize to affine, hqq, optq, nf4, fp4 or icq")
+    hint = "quantize to affine, hqq, optq, nf4, fp4 or icq"
+    if not quantizers:
+        raise UnsupportedError("no layer of the model is quantized", where="quantization.kind", hint=hint)
+    for quantizer in quantizers:
+        if not isinstance(quantizer, PackedQuantizer | CudaFourBitQuantizer):
+            what = f"weights in {quantizer.section.kind} have no form on disk"
+            raise UnsupportedError(what, where="quantization.kind", hint=hint)
 
 
-def is_quantized_folder(folder: ModelFolder) -> bool:
-    """Whether the folder holds quantized weights of ours."""
+def stored_quantization(folder: ModelFolder) -> StoredQuantization | None:
+    """How the weights in a folder are quantized already, by us; None if they are not.
+
+    Raises:
+        ModelError: config.json says it in a way that is not ours.
+    """
     config = folder.config().get("quantization_config")
-    return isinstance(config, dict) and config.get("quant_method") == METHOD
+    if not isinstance(config, dict) or config.get("quant_method") != METHOD:
+        return None
+    return as_stored(config)
 
 
-def stored_options(folder: ModelFolder, quantizer: Quantizer) -> dict[str, Any] | None:
-    """Arguments for `from_pretrained` if the folder holds quantized weights of ours, else None.
-
-    Args:
-        folder: Of the model.
-        quantizer: The recipe's; it must be the folder's, or none.
+def refuse_other_quantization(folder: ModelFolder, quantizers: Quantizers) -> None:
+    """Weights that are quantized already stay so: the recipe must ask for the same, or for nothing.
 
     Raises:
-        ModelError: config.json is not ours, or the recipe asks for another quantizer.
+        ModelError: It asks for something else.
     """
-    if not is_quantized_folder(folder):
-        return None
-    stored = as_stored(folder.config()["quantization_config"])
-    kinds = ", ".join(sorted({section.kind for section in stored.quantizers}))
-    asked = quantizer.section
-    if not isinstance(quantizer, FullPrecision) and any(section != asked for section in stored.quantizers):
+    stored = stored_quantization(folder)
+    if stored is None or quantizers.quantize_nothing:
+        return
+    if any(quantizers.section_of(name) != stored.quantizers[index] for name, index in stored.layers.items()):
+        kinds = ", ".join(sorted({section.kind for section in stored.quantizers}))
         raise ModelError(
             f"the model's weights are quantized already, to {kinds}, and not as the recipe says",
             where=str(folder.path),
             hint="leave quantization out, or name the unquantized model",
         )
-    return {}

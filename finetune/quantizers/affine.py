@@ -6,11 +6,11 @@ Shape legend: O out_features, I in_features, G groups of an output's inputs, K i
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.quantizers.base import Capabilities
 from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
-from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, TensorSpec
+from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, QuantizedLinear, TensorSpec
 from finetune.recipe.quantization import Groupwise
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -75,6 +75,12 @@ class AffineQuantizer(PackedQuantizer):
         codes_OGK = codes.view(out_features, -1, self.group_size).float()
         scale_OG1, minimum_OG1 = (tensors[name].float().unsqueeze(2) for name in ("scale", "minimum"))
         return codes_OGK.mul_(scale_OG1).add_(minimum_OG1).flatten(1)
+
+    def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
+        """W + constant = scale * code + (minimum + constant)."""
+        assert isinstance(layer, QuantizedLinear)
+        layer.minimum = layer.minimum.float() + constant_OG
+        layer.quantizer = type(self)(self.section.model_copy(update={"minimum_dtype": "float32"}))
 
     def codes(self, groups_OGK: Tensor, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
         """The nearest codes, uint8; all zero where the scale is."""

@@ -64,11 +64,12 @@ class Quantizer(ABC):
     def dequantize(self, layer: nn.Module) -> Tensor:
         """The weight that `layer` computes with, shape (O, I), float32."""
 
-    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments for `from_pretrained` that make it quantize with this object while loading."""
-        from finetune.quantizers.on_load import OnLoadConfig
+    def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
+        """Add a constant to each group's weights, changing nothing but the minimums, which are float32 from then on.
 
-        return {"quantization_config": OnLoadConfig(lambda name: self, dtype)}
+        Only where `capabilities.float_zero_points`; G are the groups of an output's inputs.
+        """
+        raise NotImplementedError
 
 
 class Quantized(nn.Module):

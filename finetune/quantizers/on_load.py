@@ -105,7 +105,7 @@ class OnLoadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
-        linears = linear_layers(model, with_head=config.stored is not None)
+        linears = quantizable_layers(model, with_head=config.stored is not None)
         replaced = []
         for name, layer in linears.items():
             quantizer = config.choose(name)
@@ -158,7 +158,7 @@ class QuantizeOp(ConversionOps):
         return tensors
 
 
-def linear_layers(model: PreTrainedModel, with_head: bool = False) -> dict[str, nn.Module]:
+def quantizable_layers(model: PreTrainedModel, with_head: bool = False) -> dict[str, nn.Module]:
     """The linear layers of a model by name, in its order; without the head, those that are quantized by default."""
     kept = [] if with_head else HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     return {

@@ -6,8 +6,6 @@ N tokens, `...` any leading dimensions.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
@@ -42,10 +40,6 @@ class OptqQuantizer(AffineQuantizer):
     def __init__(self, section: Optq) -> None:
         super().__init__(section)
         self.calibration_rows, self.damping = section.calibration_rows, section.damping
-
-    def load_options(self, dtype: torch.dtype) -> NoReturn:
-        """Never asked for: codes are made before a model is loaded for use, and loaded from their folder."""
-        raise AssertionError("codes that inputs are needed for cannot be made while a model loads")
 
     def pack_for_inputs(self, weight_OI: Tensor, factor_II: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for a float32 weight, made for the inputs that `inverse_factor` was taken of."""

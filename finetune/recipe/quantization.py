@@ -13,12 +13,13 @@ class QuantizationSection(Section):
     """Base of all kinds of quantization."""
 
     implementation: ClassVar[str]
+    quantizes: ClassVar[bool] = True
 
 
 class NoQuantization(QuantizationSection):
     """Weights as they come, in `model.dtype`."""
 
-    implementation: ClassVar[str] = "finetune.quantizers.full_precision:FullPrecision"
+    quantizes: ClassVar[bool] = False
     kind: Literal["none"] = "none"
 
 

@@ -8,6 +8,7 @@ from finetune.recipe.adapter import Adapter
 from finetune.recipe.data import Data
 from finetune.recipe.evaluation import Evaluation
 from finetune.recipe.model import Model
+from finetune.recipe.modules import ModuleRule
 from finetune.recipe.optimizer import AdamW, Optimizer
 from finetune.recipe.quantization import NoQuantization, Quantization
 from finetune.recipe.run import Run
@@ -21,6 +22,7 @@ class Recipe(Section):
     model: Model
     quantization: Quantization = NoQuantization()
     adapter: Adapter
+    modules: list[ModuleRule] = Field([], description="What holds for single layers; of several rules, the first.")
     data: Data
     optimizer: Optimizer = AdamW(name="adamw")
     training: Training = Training()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from finetune.recipe.adapter import Lora
+from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
 
@@ -28,6 +30,99 @@ def full_needs_full_precision(recipe: Recipe) -> Violation | None:
             f"a base quantized to {recipe.quantization.kind} cannot be trained by adapter.method: full",
             "set quantization to {kind: none}, or train an adapter: {method: lora}",
         )
+    return None
+
+
+def full_needs_unquantized_modules(recipe: Recipe) -> Violation | None:
+    """The same for single layers."""
+    for index, rule in enumerate(recipe.modules):
+        if recipe.adapter.trains_base and rule.quantization is not None and rule.quantization.quantizes:
+            return Violation(
+                f"modules.{index}.quantization.kind",
+                f"layers quantized to {rule.quantization.kind} cannot be trained by adapter.method: full",
+                "leave the rule out, or train an adapter: {method: lora}",
+            )
+    return None
+
+
+def qa_lora_needs_groups(recipe: Recipe) -> Violation | None:
+    """Only a float minimum per group of inputs takes up QA-LoRA's update without rounding."""
+    if recipe.adapter.method != "qa_lora":
+        return None
+    sections = {"quantization": recipe.quantization} | {
+        f"modules.{index}.quantization": rule.quantization
+        for index, rule in enumerate(recipe.modules)
+        if rule.quantization is not None and not (rule.adapter and rule.adapter.skip)
+    }
+    for key, section in sections.items():
+        # Without a kind the model may be quantized already; of a plugin only its quantizer knows. Both are looked at
+        # when the adapter is attached.
+        if section.quantizes and not isinstance(section, Groupwise | PluginQuantization):
+            return Violation(
+                f"{key}.kind",
+                f"QA-LoRA is merged into the float minimum of a group of inputs, which {section.kind} does not have",
+                "set it to affine, hqq or optq, or adapter.method to lora",
+            )
+    return None
+
+
+def loftq_needs_a_quantized_base(recipe: Recipe) -> Violation | None:
+    """LoftQ starts from what quantization has lost; without it that is nothing."""
+    quantized = recipe.quantization.quantizes or any(
+        r.quantization and r.quantization.quantizes for r in recipe.modules
+    )
+    if isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "loftq" and not quantized:
+        return Violation(
+            "adapter.initialization",
+            "loftq starts from what quantization has lost, and nothing is quantized",
+            "set quantization.kind, or adapter.initialization to pissa",
+        )
+    return None
+
+
+def one_form_of_lora(recipe: Recipe) -> Violation | None:
+    """Forms whose formulas are defined for plain LoRA only."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, Lora):
+        return None
+    anchored = adapter.initialization in ("pissa", "olora")
+    if adapter.iec and (adapter.dora or anchored):
+        return Violation(
+            "adapter.iec",
+            f"iec is defined for plain LoRA, not with {'dora' if adapter.dora else adapter.initialization}",
+            "leave out one of them",
+        )
+    if adapter.dora and anchored:
+        return Violation(
+            "adapter.dora",
+            f"with {adapter.initialization} the update is a difference of two, which dora's length does not know",
+            "leave out one of them",
+        )
+    return None
+
+
+def a_module_rule_sets_something(recipe: Recipe) -> Violation | None:
+    """A rule that sets nothing would be read by nothing."""
+    for index, rule in enumerate(recipe.modules):
+        key = f"modules.{index}"
+        adapter = rule.adapter
+        if rule.quantization is None and adapter is None:
+            return Violation(key, "the rule sets nothing", "add quantization or adapter, or leave the rule out")
+        if adapter is None:
+            continue
+        if not recipe.adapter.has_rank:
+            return Violation(
+                f"{key}.adapter",
+                f"adapter.method: {recipe.adapter.method} gives layers no update of their own",
+                "leave it out, or set adapter.method to lora",
+            )
+        sizes = adapter.r is not None or adapter.alpha is not None
+        if adapter.skip == sizes:
+            return Violation(
+                f"{key}.adapter",
+                "a layer that is skipped has neither r nor alpha" if sizes else "the rule sets nothing",
+                "write either {skip: true} or r, alpha or both",
+            )
     return None
 
 
@@ -148,6 +243,11 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
 
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
+    full_needs_unquantized_modules,
+    qa_lora_needs_groups,
+    loftq_needs_a_quantized_base,
+    one_form_of_lora,
+    a_module_rule_sets_something,
     float16_weights_cannot_train,
     revision_is_for_the_hub,
     one_kind_of_validation,

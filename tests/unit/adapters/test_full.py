@@ -10,19 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from finetune.adapters.full import FullMethod
 from finetune.errors import ModelError, RefusedError
-from finetune.quantizers.full_precision import FullPrecision
 from finetune.recipe.adapter import Full
-from finetune.recipe.quantization import NoQuantization
 from tests.fixtures.tiny import tiny_llama
 
 METHOD = FullMethod(Full(method="full"))
-QUANTIZER = FullPrecision(NoQuantization())
 IDS = torch.tensor([[256, 5, 9, 80, 41]])
 
 
 def test_every_weight_trains():
     model = tiny_llama().requires_grad_(False)
-    assert all(p.requires_grad for p in METHOD.attach(model, QUANTIZER, 1).parameters())
+    assert all(p.requires_grad for p in METHOD.attach(model, 1).parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -30,7 +27,7 @@ def test_a_saved_model_loads_in_plain_transformers_and_on_the_base(tmp_path: Pat
     model = tiny_llama(seed=1, tie_word_embeddings=tied).eval()
     METHOD.save(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    again = METHOD.load(tiny_llama(seed=2, tie_word_embeddings=tied), QUANTIZER, tmp_path).eval()
+    again = METHOD.load(tiny_llama(seed=2, tie_word_embeddings=tied), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(plain(IDS).logits, model(IDS).logits)
         assert torch.equal(again(IDS).logits, model(IDS).logits)
@@ -40,9 +37,9 @@ def test_a_saved_model_loads_in_plain_transformers_and_on_the_base(tmp_path: Pat
 def test_weights_of_another_shape_are_refused(tmp_path: Path):
     METHOD.save(tiny_llama(), tmp_path)
     with pytest.raises(RefusedError):
-        METHOD.load(tiny_llama(num_hidden_layers=1), QUANTIZER, tmp_path)
+        METHOD.load(tiny_llama(num_hidden_layers=1), tmp_path)
 
 
 def test_missing_weights_are_named(tmp_path: Path):
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
-        METHOD.load(tiny_llama(), QUANTIZER, tmp_path)
+        METHOD.load(tiny_llama(), tmp_path)

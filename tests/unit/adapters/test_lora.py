@@ -15,27 +15,24 @@ from finetune.errors import RefusedError, UnsupportedError
 from finetune.models.folder import ModelFolder
 from finetune.models.linears import dequantize_model
 from finetune.models.load import load_model
-from finetune.quantizers.base import Quantizer
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import EightBit, FourBit, NoQuantization
-from finetune.resolve import build
 
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])
 SECTIONS = [NoQuantization(), FourBit(kind="nf4"), FourBit(kind="fp4"), EightBit(kind="int8")]
 
 
-def base(folder: Path, section: object = NoQuantization()) -> tuple[nn.Module, Quantizer]:
-    quantizer = build(section)
-    model = load_model(
+def base(folder: Path, section: object = NoQuantization()) -> nn.Module:
+    return load_model(
         ModelFolder(folder, "base"),
         Model(name=str(folder)),
-        quantizer,
+        Quantizers(section),
         weight_dtype=torch.float32,
         compute_dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    return model, quantizer
 
 
 def lora(**settings: object) -> LoraMethod:
@@ -59,24 +56,24 @@ def trained(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.kind)
 def test_an_untrained_adapter_changes_nothing(tiny_model: Path, section: object):
-    model, quantizer = base(tiny_model, section)
+    model = base(tiny_model, section)
     before = logits(model)
-    assert torch.equal(logits(lora().attach(model, quantizer, 1)), before)
+    assert torch.equal(logits(lora().attach(model, 1)), before)
 
 
 def test_only_the_update_trains_and_its_size_is_the_papers(tiny_model: Path):
-    model, quantizer = base(tiny_model)
+    model = base(tiny_model)
     layers = [layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
     expected = sum(4 * (layer.in_features + layer.out_features) for layer in layers)
-    attached = lora().attach(model, quantizer, 1)
+    attached = lora().attach(model, 1)
     trainable = {name: p for name, p in attached.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
     assert sum(p.numel() for p in trainable.values()) == expected
 
 
 def test_the_update_is_alpha_over_r_times_b_a(tiny_model: Path):
-    model, quantizer = base(tiny_model)
-    layer = trained(lora().attach(model, quantizer, 1)).base_model.model.model.layers[0].mlp.up_proj
+    model = base(tiny_model)
+    layer = trained(lora().attach(model, 1)).base_model.model.model.layers[0].mlp.up_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     inputs = torch.randn(3, 64)
     expected = layer.base_layer(inputs) + 8 / 4 * inputs @ a.T @ b.T
@@ -85,31 +82,31 @@ def test_the_update_is_alpha_over_r_times_b_a(tiny_model: Path):
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.kind)
 def test_saved_and_loaded_is_the_same_model(tiny_model: Path, tmp_path: Path, section: object):
-    model, quantizer = base(tiny_model, section)
-    attached = trained(lora().attach(model, quantizer, 1))
+    model = base(tiny_model, section)
+    attached = trained(lora().attach(model, 1))
     lora().save(attached, tmp_path)
-    again = lora().load(base(tiny_model, section)[0], quantizer, tmp_path)
+    again = lora().load(base(tiny_model, section), tmp_path)
     assert torch.equal(logits(again), logits(attached))
     assert not any(p.requires_grad for p in again.parameters())
 
 
 @pytest.mark.parametrize("section", SECTIONS[:3], ids=lambda section: section.kind)
 def test_merged_is_unmerged(tiny_model: Path, tmp_path: Path, section: object):
-    model, quantizer = base(tiny_model, section)
-    attached = trained(lora().attach(model, quantizer, 1))
+    model = base(tiny_model, section)
+    attached = trained(lora().attach(model, 1))
     expected = logits(attached)
     lora().save(attached, tmp_path)
-    dequantized = dequantize_model(base(tiny_model, section)[0], torch.float32)
+    dequantized = dequantize_model(base(tiny_model, section), torch.float32)
     plain = logits(dequantized)
-    merged = lora().merge(lora().load(dequantized, quantizer, tmp_path))
+    merged = lora().merge(dequantized, tmp_path)
     assert (logits(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (expected - plain).abs().max() > 1e-2 * expected.abs().max()  # the update matters
     assert not any("lora_" in name for name, _ in merged.named_parameters())
 
 
 def test_a_file_tells_neither_paths_nor_a_floating_alpha(tiny_model: Path, tmp_path: Path):
-    model, quantizer = base(tiny_model)
-    lora().save(lora().attach(model, quantizer, 1), tmp_path)
+    model = base(tiny_model)
+    lora().save(lora().attach(model, 1), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"
     assert config["lora_alpha"] == 8
@@ -118,48 +115,47 @@ def test_a_file_tells_neither_paths_nor_a_floating_alpha(tiny_model: Path, tmp_p
 
 
 def test_an_adapter_of_a_wider_base_is_refused(tiny_model: Path, tmp_path: Path):
-    model, quantizer = base(tiny_model)
-    lora().save(lora().attach(model, quantizer, 1), tmp_path)
+    model = base(tiny_model)
+    lora().save(lora().attach(model, 1), tmp_path)
     from tests.fixtures.tiny import write_tiny_model
 
     write_tiny_model(tmp_path / "wide", intermediate_size=192)
     with pytest.raises(RefusedError):
-        lora().load(base(tmp_path / "wide")[0], quantizer, tmp_path)
+        lora().load(base(tmp_path / "wide"), tmp_path)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(tiny_model: Path, tmp_path: Path, layers: int):
-    model, quantizer = base(tiny_model)
-    lora().save(lora().attach(model, quantizer, 1), tmp_path)
+    model = base(tiny_model)
+    lora().save(lora().attach(model, 1), tmp_path)
     from tests.fixtures.tiny import write_tiny_model
 
     write_tiny_model(tmp_path / "other", num_hidden_layers=layers)
     with pytest.raises(RefusedError):
-        lora().load(base(tmp_path / "other")[0], quantizer, tmp_path)
+        lora().load(base(tmp_path / "other"), tmp_path)
 
 
 def test_an_adapter_with_a_number_that_is_none_is_not_merged(tiny_model: Path, tmp_path: Path):
-    model, quantizer = base(tiny_model)
-    lora().save(trained(lora().attach(model, quantizer, 1)), tmp_path)
+    model = base(tiny_model)
+    lora().save(trained(lora().attach(model, 1)), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
-    loaded = lora().load(base(tiny_model)[0], quantizer, tmp_path)
     with pytest.raises(RefusedError, match="cannot be merged"):
-        lora().merge(loaded)
+        lora().merge(base(tiny_model), tmp_path)
 
 
 def test_unknown_target_modules_name_the_layers_that_are_there(tiny_model: Path):
-    model, quantizer = base(tiny_model)
+    model = base(tiny_model)
     with pytest.raises(UnsupportedError) as caught:
-        lora(target_modules=["query"]).attach(model, quantizer, 1)
+        lora(target_modules=["query"]).attach(model, 1)
     assert "q_proj" in str(caught.value)
 
 
 def test_chosen_target_modules_are_the_only_ones(tiny_model: Path):
-    model, quantizer = base(tiny_model)
-    attached = lora(target_modules=["q_proj", "v_proj"]).attach(model, quantizer, 1)
+    model = base(tiny_model)
+    attached = lora(target_modules=["q_proj", "v_proj"]).attach(model, 1)
     names = [name for name, p in attached.named_parameters() if p.requires_grad]
     assert all(".q_proj." in name or ".v_proj." in name for name in names)
     assert len(names) == 2 * 2 * 2

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model, load_tokenizer
-from finetune.quantizers.full_precision import FullPrecision
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import NoQuantization
 
@@ -23,7 +23,7 @@ def load(folder: Path) -> PreTrainedModel:
     return load_model(
         ModelFolder(folder, "org/name"),
         Model(name="org/name"),
-        FullPrecision(NoQuantization()),
+        Quantizers(NoQuantization()),
         weight_dtype=torch.bfloat16,
         compute_dtype=torch.float32,
         device=torch.device("cpu"),

@@ -16,7 +16,6 @@ from finetune.models.quantized import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.adapter import Full
 from finetune.recipe.quantization import QuantizationSection
-from finetune.resolve import build
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits, section, with_lora
 
 
@@ -76,7 +75,7 @@ def test_a_recipe_may_name_the_same_quantizer_but_no_other(tiny_model: Path, tmp
 def test_quantized_weights_are_not_trained_themselves(tiny_model: Path, tmp_path: Path):
     save_quantized(load(tiny_model, PACKED["affine-4"]), tmp_path)
     with pytest.raises(UnsupportedError, match="cannot be trained"):
-        FullMethod(Full(method="full")).attach(load(tmp_path), build(section(kind="none")), 1)
+        FullMethod(Full(method="full")).attach(load(tmp_path), 1)
 
 
 @pytest.mark.parametrize("chosen", [section(kind="int8"), section(kind="none")], ids=lambda chosen: chosen.kind)

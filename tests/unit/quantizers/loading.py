@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from finetune.data.encode import Example
 from finetune.models.calibration import quantize_by_inputs
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model
-from finetune.models.quantized import is_quantized_folder
-from finetune.quantizers.optq import OptqQuantizer
+from finetune.models.quantized import stored_quantization
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model
+from finetune.recipe.modules import ModuleRule
 from finetune.recipe.quantization import NoQuantization, Quantization, QuantizationSection
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
@@ -55,16 +57,21 @@ PACKED = {
 PLAIN = NoQuantization()
 
 
-def load(folder: Path, chosen: QuantizationSection = PLAIN, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    quantizer, model_folder = build(chosen), ModelFolder(folder, str(folder))
-    if isinstance(quantizer, OptqQuantizer) and not is_quantized_folder(model_folder):
+def load(
+    folder: Path,
+    chosen: QuantizationSection = PLAIN,
+    dtype: torch.dtype = torch.float32,
+    rules: Sequence[ModuleRule] = (),
+) -> PreTrainedModel:
+    quantizers, model_folder = Quantizers(chosen, rules), ModelFolder(folder, str(folder))
+    if quantizers.calibrated and not stored_quantization(model_folder):
         model = load(folder, dtype=dtype)
-        quantize_by_inputs(model, quantizer, [ROW.ids], torch.device("cpu"))
+        quantize_by_inputs(model, quantizers, [ROW.ids], torch.device("cpu"))
         return model
     return load_model(
         model_folder,
         Model(name=str(folder)),
-        quantizer,
+        quantizers,
         weight_dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),
@@ -73,7 +80,7 @@ def load(folder: Path, chosen: QuantizationSection = PLAIN, dtype: torch.dtype =
 
 def with_lora(model: PreTrainedModel, r: int = 4) -> nn.Module:
     """A LoRA as after some training: B is not zero, so A has a gradient."""
-    attached = build(Lora(method="lora", r=r)).attach(model, build(NoQuantization()), total_steps=1)
+    attached = build(Lora(method="lora", r=r)).attach(model, total_steps=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in attached.named_parameters():

@@ -8,6 +8,21 @@ from .conftest import Load, Problems
 
 BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "full_needs_full_precision": (("adapter={method: full}",), "quantization.kind"),
+    "full_needs_unquantized_modules": (
+        (
+            "adapter={method: full}",
+            "quantization={kind: none}",
+            "modules=[{match: '*', quantization: {kind: affine}}]",
+        ),
+        "modules.0.quantization.kind",
+    ),
+    "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
+    "loftq_needs_a_quantized_base": (
+        ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
+        "adapter.initialization",
+    ),
+    "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
+    "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
     "float16_weights_cannot_train": (
         ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
         "model.dtype",
@@ -28,6 +43,19 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
 
 KEEPING: dict[str, tuple[str, ...]] = {
     "full_needs_full_precision": ("adapter={method: full}", "quantization={kind: none}"),
+    "full_needs_unquantized_modules": (
+        "adapter={method: full}",
+        "quantization={kind: none}",
+        "modules=[{match: '*', quantization: {kind: none}}]",
+    ),
+    "qa_lora_needs_groups": (
+        "adapter={method: qa_lora}",
+        "quantization={kind: affine}",
+        "modules=[{match: '*.q_proj', quantization: {kind: nf4}, adapter: {skip: true}}]",
+    ),
+    "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
+    "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
+    "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "float16_weights_cannot_train": ("model.dtype=float16",),
     "revision_is_for_the_hub": ("model.revision=main",),
     "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),
@@ -70,3 +98,29 @@ def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Prob
 def test_a_source_without_any_place_is_refused(good: str, problems: Problems) -> None:
     (problem,) = problems(good, "data.train.0={format: chat}")
     assert (problem.key, problem.what) == ("data.train.0", "the source has no path")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("modules=[{match: '*', adapter: {}}]",), "modules.0.adapter"),
+        (("modules=[{match: '*', adapter: {skip: true, r: 4}}]",), "modules.0.adapter"),
+        (
+            ("adapter={method: full}", "quantization={kind: none}", "modules=[{match: '*', adapter: {r: 4}}]"),
+            "modules.0.adapter",
+        ),
+        (
+            (
+                "adapter={method: qa_lora}",
+                "quantization={kind: affine}",
+                "modules=[{match: '*', quantization: {kind: nf4}}]",
+            ),
+            "modules.0.quantization.kind",
+        ),
+    ],
+)
+def test_a_rule_for_single_layers_is_one_that_something_reads(
+    overrides: tuple[str, ...], key: str, good: str, problems: Problems
+) -> None:
+    (problem,) = problems(good, *overrides)
+    assert problem.key == key

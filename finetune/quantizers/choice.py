@@ -1,0 +1,66 @@
+"""Which layer of a model is stored how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from finetune.quantizers.base import Quantizer
+from finetune.quantizers.on_load import OnLoadConfig
+from finetune.quantizers.optq import OptqQuantizer
+from finetune.recipe.modules import ModuleRule, setting_for
+from finetune.recipe.quantization import QuantizationSection
+from finetune.resolve import build
+
+
+class Quantizers:
+    """From a linear layer's name to its quantizer, as the recipe says.
+
+    Args:
+        section: For every layer that no rule is about.
+        modules: Rules for single layers.
+
+    Attributes:
+        sections: Every way in which some layer may be stored, the common one first.
+    """
+
+    def __init__(self, section: QuantizationSection, modules: Sequence[ModuleRule] = ()) -> None:
+        self.section, self.modules = section, modules
+        self.sections = [section]
+        for rule in modules:
+            if rule.quantization is not None and rule.quantization not in self.sections:
+                self.sections.append(rule.quantization)
+        self._quantizers: list[Quantizer | None] = [
+            build(section) if section.quantizes else None for section in self.sections
+        ]
+
+    def __call__(self, layer: str) -> Quantizer | None:
+        """The quantizer of a layer, None for one that keeps its weight."""
+        return self._quantizers[self.sections.index(self.section_of(layer))]
+
+    def section_of(self, layer: str) -> QuantizationSection:
+        """What the recipe says of a layer."""
+        own: QuantizationSection | None = setting_for(self.modules, layer, "quantization")
+        return own or self.section
+
+    @property
+    def in_use(self) -> list[Quantizer]:
+        """Every quantizer that some layer may have."""
+        return [quantizer for quantizer in self._quantizers if quantizer is not None]
+
+    @property
+    def quantize_nothing(self) -> bool:
+        """Whether every layer keeps its weight."""
+        return not self.in_use
+
+    @property
+    def calibrated(self) -> list[OptqQuantizer]:
+        """Those whose codes are made for a layer's inputs: before a model is loaded for use, not while it loads."""
+        return [quantizer for quantizer in self.in_use if isinstance(quantizer, OptqQuantizer)]
+
+    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments for `from_pretrained` that make it quantize while loading; layers compute in `dtype`."""
+        assert not self.calibrated, "what needs calibration is loaded from the folder of its codes"
+        return {} if self.quantize_nothing else {"quantization_config": OnLoadConfig(self, dtype)}
