@@ -17,6 +17,9 @@ from finetune.models.linears import linear_layers
 
 ADAPTER_NAME = "default"
 
+NO_LAYER_FOUND = ("Target modules", "No layers types compatible")
+"""Words of PEFT's errors where no layer has the name of a target."""
+
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a wrapped model's layers."""
 
@@ -46,7 +49,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        if "Target modules" not in str(error):
+        if not any(words in str(error) for words in NO_LAYER_FOUND):
             raise
         endings = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
         raise UnsupportedError(

@@ -45,6 +45,23 @@ def full_needs_unquantized_modules(recipe: Recipe) -> Violation | None:
     return None
 
 
+def some_methods_need_full_precision(recipe: Recipe) -> Violation | None:
+    """What computes with the weight's own numbers would take codes for them."""
+    sections = {"quantization": recipe.quantization} | {
+        f"modules.{index}.quantization": rule.quantization
+        for index, rule in enumerate(recipe.modules)
+        if rule.quantization is not None
+    }
+    for key, section in sections.items():
+        if recipe.adapter.needs_full_precision and section.quantizes:
+            return Violation(
+                f"{key}.kind",
+                f"adapter.method: {recipe.adapter.method} works over full-precision weights only",
+                "set it to none, or adapter.method to lora",
+            )
+    return None
+
+
 def qa_lora_needs_groups(recipe: Recipe) -> Violation | None:
     """Only a float minimum per group of inputs takes up QA-LoRA's update without rounding."""
     if recipe.adapter.method != "qa_lora":
@@ -244,6 +261,7 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     full_needs_unquantized_modules,
+    some_methods_need_full_precision,
     qa_lora_needs_groups,
     loftq_needs_a_quantized_base,
     one_form_of_lora,

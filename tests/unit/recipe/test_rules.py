@@ -16,6 +16,7 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "modules.0.quantization.kind",
     ),
+    "some_methods_need_full_precision": (("adapter={method: ia3}",), "quantization.kind"),
     "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
     "loftq_needs_a_quantized_base": (
         ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
@@ -48,6 +49,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "quantization={kind: none}",
         "modules=[{match: '*', quantization: {kind: none}}]",
     ),
+    "some_methods_need_full_precision": ("adapter={method: oft}",),
     "qa_lora_needs_groups": (
         "adapter={method: qa_lora}",
         "quantization={kind: affine}",
