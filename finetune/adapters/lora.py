@@ -5,6 +5,7 @@ Source: Hu et al. 2021, arXiv 2106.09685, section 4.1. A starts Kaiming-uniform 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 
 from peft import LoraConfig
@@ -13,35 +14,32 @@ from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
-from finetune.adapters.low_rank import layer_class
+from finetune.adapters.low_rank import LowRankLinear, layer_class
 from finetune.models.linears import LINEAR_TYPES, linear_layers
-from finetune.recipe.adapter import LowRank
+from finetune.recipe.adapter import FixedRank, LowRank
 from finetune.recipe.modules import setting_for
 
 
-class LoraMethod(AdapterMethod):
-    """LoRA over full-precision or quantized layers, with IR-QLoRA's elastic connection if the recipe asks for it."""
+class LowRankMethod(AdapterMethod):
+    """What all methods with an update of some rank have in common: where it stands, how it is loaded and merged."""
 
     section: LowRank
-    pooled = False
+
+    @property
+    @abstractmethod
+    def layer(self) -> type[LowRankLinear]:
+        """What stands in the place of a target layer."""
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Add an update of rank r beside each target layer."""
+        """Add an update beside each target layer."""
         return peft_bridge.attach(model, self._config(model), self.section.target_modules)
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the adapter as stock PEFT reads it; beside it the native tensors where they are others."""
-        if self.pooled or self.section.iec:
-            peft_bridge.save_as_lora(model, folder)
-        else:
-            peft_bridge.save(model, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Put a saved adapter on a base."""
         return peft_bridge.load(model, self._config(model), folder)
 
     def merge(self, model: nn.Module) -> PreTrainedModel:
-        """W + (alpha / r) B A: exact but for the rounding of W's dtype."""
+        """Add the update to W: exact but for the rounding of W's dtype."""
         return peft_bridge.merge(model)
 
     def _config(self, model: PreTrainedModel) -> LoraConfig:
@@ -58,8 +56,7 @@ class LoraMethod(AdapterMethod):
             alpha_pattern=alphas,
             exclude_modules=skipped or None,
         )
-        layer = layer_class(pooled=self.pooled, elastic=section.iec)
-        config._register_custom_module(dict.fromkeys(LINEAR_TYPES, layer))
+        config._register_custom_module(dict.fromkeys(LINEAR_TYPES, self.layer))
         return config
 
     def _of_single_layers(self, model: PreTrainedModel) -> tuple[dict[str, int], dict[str, float], list[str]]:
@@ -78,6 +75,25 @@ class LoraMethod(AdapterMethod):
             if own.alpha:
                 alphas[name] = _short(own.alpha)
         return ranks, alphas, skipped
+
+
+class LoraMethod(LowRankMethod):
+    """LoRA over full-precision or quantized layers, with IR-QLoRA's elastic connection if the recipe asks for it."""
+
+    section: FixedRank
+    pooled = False
+
+    @property
+    def layer(self) -> type[LowRankLinear]:
+        """The layer of B A, with what goes around it."""
+        return layer_class(pooled=self.pooled, elastic=self.section.iec)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the adapter as stock PEFT reads it; beside it the native tensors where they are others."""
+        if self.pooled or self.section.iec:
+            peft_bridge.save_as_lora(model, folder)
+        else:
+            peft_bridge.save(model, folder)
 
 
 def _short(alpha: float) -> float:

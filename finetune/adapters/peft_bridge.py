@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from finetune.adapters.low_rank import LowRankLinear
@@ -15,6 +17,9 @@ from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.linears import linear_layers
 
 ADAPTER_NAME = "default"
+
+BASE_PREFIX = "base_model.model."
+"""What PEFT puts before a layer's name in the base."""
 
 STOCK_WEIGHTS = "adapter_model.safetensors"
 NATIVE_WEIGHTS = "ft_adapter.safetensors"
@@ -50,18 +55,35 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with nothing filled in
 
 
+def updated_layers(model: PeftModel) -> dict[str, LowRankLinear]:
+    """The layers that have an update, by their names in the base."""
+    named = model.get_base_model().named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, LowRankLinear)}
+
+
 @torch.no_grad()
-def save_as_lora(model: PeftModel, folder: Path) -> None:
-    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it."""
+def save_as_lora(model: PeftModel, folder: Path, rank: int | None = None) -> None:
+    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it.
+
+    Args:
+        model: With low-rank layers.
+        folder: Where to.
+        rank: Give every layer this rank, which zeros fill up, and the scale 1: engines that serve adapters ignore
+            ranks and scales of single layers. By default both are those of the layers.
+    """
+    config = copy.copy(model.peft_config[ADAPTER_NAME])
+    config.inference_mode = True
+    if rank is not None:
+        config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank, rank, {}, {}
     tensors = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear):
-            a_RI, b_OR = layer.factors(ADAPTER_NAME)
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a_RI.contiguous(), b_OR.contiguous()
-    config = model.peft_config[ADAPTER_NAME]
-    config.inference_mode, trains = True, config.inference_mode
+    for name, layer in updated_layers(model).items():
+        a_RI, b_OR = layer.factors(ADAPTER_NAME)
+        if rank is not None:
+            missing = rank - len(a_RI)
+            a_RI, b_OR = pad(a_RI, (0, 0, 0, missing)), pad(b_OR * layer.scaling[ADAPTER_NAME], (0, missing))
+        tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
     config.save_pretrained(folder)
-    config.inference_mode = trains
     save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(_tensors(model), folder / NATIVE_WEIGHTS)
 
