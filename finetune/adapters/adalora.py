@@ -75,6 +75,7 @@ class AdaLoraMethod(LowRankMethod):
         allocator: Chooses ranks while training; made by `attach`.
     """
 
+    convention = "W x + (alpha / r) B (E o A) x, r being the rank that was started with"
     section: AdaLora
     allocator: RankAllocator
 
@@ -126,10 +127,14 @@ class AdaLoraMethod(LowRankMethod):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a plain LoRA of one rank, which all engines read, and beside it the factors as they are."""
-        ranks = [
-            len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in peft_bridge.updated_layers(model).values()
-        ]
+        layers = peft_bridge.updated_layers(model).values()
+        ranks = [len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers]
         peft_bridge.save_as_lora(model, folder, rank=max(1, *ranks))
+
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Add the plain LoRA that `save` wrote to W."""
+        config = peft_bridge.of_one_rank(self._stock_config(model), peft_bridge.stock_rank(folder))
+        return peft_bridge.merge(model, config, folder)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The factors at their first rank, the smoothed scores, which triplets stay, and the budget."""

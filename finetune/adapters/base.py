@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ class AdapterMethod(ABC):
         section: The recipe's section of this method.
         modules: What the recipe says of single layers.
     """
+
+    convention: ClassVar[str]
+    """The formula of a trained layer: tensors that were trained for another one mean something else."""
+
+    fits_quantized: ClassVar[bool] = False
+    """Whether quantized weights can take up the update without rounding."""
 
     def __init__(self, section: Any, modules: Sequence[ModuleRule] = ()) -> None:
         self.section, self.modules = section, modules
@@ -44,15 +50,15 @@ class AdapterMethod(ABC):
         """Put what `save` wrote on a base, frozen, for evaluation, generation or merging."""
 
     @abstractmethod
-    def merge(self, model: nn.Module) -> PreTrainedModel:
-        """Fold what was trained into the weights of a dequantized base; the adapter is gone afterwards.
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Fold what `save` wrote into the weights of a dequantized base; the result has no adapter.
 
         Raises:
             UnsupportedError: The method has no form without an adapter.
         """
 
-    def merge_quantized(self, model: nn.Module) -> PreTrainedModel:
-        """Fold what was trained into the quantized base's own tensors, without rounding; the adapter is gone then.
+    def merge_quantized(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Fold what `save` wrote into the quantized base's own tensors, without rounding; the result has no adapter.
 
         Raises:
             UnsupportedError: The method's update is not one that stored weights can take up.

@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -74,7 +76,7 @@ def save_as_lora(model: PeftModel, folder: Path, rank: int | None = None) -> Non
     config = copy.copy(model.peft_config[ADAPTER_NAME])
     config.inference_mode = True
     if rank is not None:
-        config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank, rank, {}, {}
+        config = of_one_rank(config, rank)
     tensors = {}
     for name, layer in updated_layers(model).items():
         a_RI, b_OR = layer.factors(ADAPTER_NAME)
@@ -88,6 +90,22 @@ def save_as_lora(model: PeftModel, folder: Path, rank: int | None = None) -> Non
     save_file(_tensors(model), folder / NATIVE_WEIGHTS)
 
 
+def of_one_rank(config: LoraConfig, rank: int) -> LoraConfig:
+    """The same layers, each with an update of this rank and the scale 1."""
+    config = copy.copy(config)
+    config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank, rank, {}, {}
+    return config
+
+
+def stock_rank(folder: Path) -> int:
+    """The rank of the plain LoRA in `folder`, whose layers have all the same.
+
+    Raises:
+        ModelError: There is none.
+    """
+    return min(len(tensor) for name, tensor in _read(folder / STOCK_WEIGHTS).items() if "lora_A" in name)
+
+
 def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     """Attach an adapter from disk, frozen; every one of its tensors must find its place.
 
@@ -97,10 +115,27 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
         ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    files = [folder / name for name in (NATIVE_WEIGHTS, STOCK_WEIGHTS) if (folder / name).is_file()]
-    if not files:
-        raise ModelError(f"no {STOCK_WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
-    tensors = load_file(files[0])
+    native = folder / NATIVE_WEIGHTS
+    return _load(model, config, native if native.is_file() else folder / STOCK_WEIGHTS)
+
+
+def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:
+    """Add each update of an adapter's stock form to its layer's weight.
+
+    Raises:
+        ModelError: There is none.
+        RefusedError: The adapter's tensors are not those of this base and recipe, or are not finite.
+    """
+    try:
+        return _load(model, config, folder / STOCK_WEIGHTS).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RefusedError(
+            f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
+        ) from error
+
+
+def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
+    tensors = _read(file)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
@@ -108,7 +143,7 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     if strangers:
         raise RefusedError(
             f"{len(strangers)} tensors are only in the adapter or only in this base, {strangers[0]} among them",
-            where=str(files[0]),
+            where=str(file),
             hint="load the base that it was trained on",
         )
     try:
@@ -116,21 +151,17 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     except RuntimeError as error:  # PyTorch's word for tensors of another shape
         raise RefusedError(
             "the adapter's tensors have other shapes than this base's layers",
-            where=str(files[0]),
+            where=str(file),
             hint="load the base that it was trained on",
         ) from error
     wrapped.requires_grad_(False)
     return wrapped
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Add each update to its layer's weight and drop the adapter; refuses numbers that are not finite."""
-    try:
-        return model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise RefusedError(
-            f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
-        ) from error
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
+    return load_file(file)
 
 
 def unload(model: PeftModel) -> PreTrainedModel:

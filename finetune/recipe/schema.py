@@ -82,8 +82,10 @@ class Shape:
     """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
-        references = [each["$ref"] for each in (schema, *schema.get("anyOf", [])) if "$ref" in each]
-        self._schema = {**_definitions()[references[0]], **schema} if references else schema
+        # A section that may be left out is one of two alternatives, null the other: its own words stand here too.
+        sections = [each for each in (schema, *schema.get("anyOf", [])) if "$ref" in each or "discriminator" in each]
+        section = sections[0] if sections else {}
+        self._schema = {**_definitions().get(section.get("$ref", ""), section), **schema}
 
     @property
     def description(self) -> str | None:
@@ -104,7 +106,8 @@ class Shape:
     @property
     def default_tag(self) -> str | None:
         """The kind of section that a recipe has when it leaves this one out."""
-        return str(self._schema["default"][self.tag]) if self.tag and self.has_default else None
+        default = self._schema.get("default")
+        return str(default[self.tag]) if self.tag and default else None
 
     @property
     def arms(self) -> Mapping[str, Shape]:

@@ -94,7 +94,14 @@ def test_an_endless_file_is_refused() -> None:
         ("run:", "learning_rate: 1\nrun:", "22:1", "learning_rate", "unknown key", "`optimizer.learning_rate`"),
         ("method: lora", "", "4:1", "adapter.method", "missing; one of lora, qa_lora, full", None),
         ("method: lora", "metod: lora", "5:3", "adapter.metod", "unknown key", "did you mean `method`?"),
-        ("method: lora", "method: lorra", "5:11", "adapter.method", "one of lora, qa_lora, full", "did you mean `lora`?"),
+        (
+            "method: lora",
+            "method: lorra",
+            "5:11",
+            "adapter.method",
+            "one of lora, qa_lora, full",
+            "did you mean `lora`?",
+        ),
         ("method: lora", "method: [1]", "5:11", "adapter.method", "found a list [1]", None),
         ("method: lora", "method: full", "6:3", "adapter.r", "for method: full", "it belongs to method: lora"),
         ("[q_proj, v_proj]", "q_proj", "8:19", "adapter.target_modules", "`all-linear` or a list", "write [q_proj]"),
@@ -311,6 +318,13 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
     if path[1:] == ("train", 0, "weight"):
         before = ["data.train.1.weight=1", *before]
+    if path[0] == "modules":  # a rule must say something, and what it says of a layer that is skipped is that
+        adapter = "" if path[2] == "quantization" else ", adapter: {}" if path[-1] == "skip" else ", adapter: {r: 4}"
+        kind = before[0].partition("=")[2] if before else "{kind: none}"
+        kind = "{kind: plugin, name: x}" if value == "plugin" or "plugin" in kind else kind
+        before = [f"modules=[{{match: '*', quantization: {kind}{adapter}}}]"]
+    if value == "qa_lora" or "qa_lora" in "".join(before):
+        before = ["quantization={kind: affine}", *before]
     if value == "full":
         before = ["quantization={kind: none}", *before]
     reached: Any = load(good, *before, f"{dotted(path)}={json.dumps(value)}").recipe
@@ -363,7 +377,7 @@ def test_a_dumped_recipe_loads_as_an_equal_one(good: str, load: Load) -> None:
 
 def test_a_dump_has_every_default_in_the_schemas_order(good: str, load: Load) -> None:
     text = dump_recipe(load(good).recipe)
-    tops = [line.rstrip(":") for line in text.splitlines() if not line.startswith((" ", "-"))]
+    tops = [line.partition(":")[0] for line in text.splitlines() if not line.startswith((" ", "-"))]
     assert tops == list(json_schema()["properties"])
     assert "  warmup_ratio: 0.03\n" in text
     assert "{" not in text
