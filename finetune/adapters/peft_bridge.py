@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from peft import (
-    LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
