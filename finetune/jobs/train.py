@@ -14,6 +14,7 @@ from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
 from finetune.evaluation.loss import held_out_loss
+from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
 from finetune.jobs.setup import Workbench
 from finetune.models.attention import prove_separation
@@ -64,12 +65,14 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
         report(_describe(run, bench, state.bare_model, order, read))
 
         validate = partial(_validate, bench, state, rows.validation, run, report)
+        ranks = RankRecorder(state, run, report)
         before = validate()
         for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, layout):
             attempt.steps = metrics.step
             if bench.accelerator.is_main_process:
                 run.append_metrics(metrics)
             report(metrics)
+            ranks.follow()
             if _is_due(recipe.evaluation.every_steps, metrics):
                 validate()
         after = validate()
@@ -78,6 +81,7 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
         if bench.accelerator.is_main_process:
             first = next(rows.train.documents())
             _save(bench, state.bare_model, trained, in_conversation=isinstance(first.document, Conversation))
+            ranks.draw(order.total_steps)
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
@@ -88,6 +92,7 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
         tokens=state.tokens,
         seconds=metrics.seconds,
         peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
+        ranks=ranks.ranks,
     )
 
 

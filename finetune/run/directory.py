@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.errors import EnvironmentFault, FinetuneError, RefusedError, UsageError, as_out_of_memory
-from finetune.run.events import StepMetrics, Validated
+from finetune.run.events import RanksChosen, StepMetrics, Validated
 
 FORMAT = 1
 """Layout of the directory; raised when it changes."""
@@ -51,6 +51,7 @@ class RunDirectory:
         self.provenance = path / "provenance.json"
         self.data_report = path / "data_report.json"
         self.metrics = path / "metrics.jsonl"
+        self.ranks_picture = path / "ranks.svg"
         self.log = path / "log.txt"
         self.outcome = path / "exit.json"
         self.merged = path / "merged"
@@ -115,7 +116,7 @@ class RunDirectory:
         """Where the trained weights are: `adapter/`, or `model/` where every weight trained."""
         return self.path / ("model" if is_whole_model else "adapter")
 
-    def append_metrics(self, record: StepMetrics | Validated) -> None:
+    def append_metrics(self, record: StepMetrics | Validated | RanksChosen) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system."""
         with disk_faults(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_json()) + "\n")
@@ -176,10 +177,15 @@ def now() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that readers see the old one or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with disk_faults(path):
-            aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.write_text(text, encoding="utf-8")
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
