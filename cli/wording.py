@@ -146,7 +146,7 @@ def outcome(event: TrainingFinished) -> list[str]:
 
 
 def ranks(chosen: dict[str, int] | None, run: Path) -> list[str]:
-    """The ranks that a method chose for the layers of a run, if it chose any; in a picture only where a table is wide."""
+    """The ranks that a method chose for the layers of a run, if it chose any; a table where it is not too wide."""
     if chosen is None:
         return []
     return [f"ranks of the layers; how they came about: {run / 'ranks.svg'}", *(table(chosen) or ())]
