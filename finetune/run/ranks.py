@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -44,6 +44,7 @@ def _place(name: str) -> tuple[str, str]:
 
 PANELS_A_LINE = 7
 PANEL_WIDTH, ROW_HEIGHT = 108, 9
+LEAST_WIDTH = 700
 LEFT, TOP, GAP_X, GAP_Y = 34, 46, 26, 40
 LIGHT, DARK = (0xE8, 0xF0, 0xF7), (0x0B, 0x3C, 0x6F)
 NOTHING = "#f4f1ec"
@@ -60,11 +61,11 @@ def picture(history: Sequence[RanksChosen], total_steps: int) -> str:
     grid = Grid.of(first)
     highest = max(first.values())
     lines = -(-len(grid.kinds) // PANELS_A_LINE)
-    width = LEFT + min(len(grid.kinds), PANELS_A_LINE) * (PANEL_WIDTH + GAP_X)
+    width = max(LEFT + min(len(grid.kinds), PANELS_A_LINE) * (PANEL_WIDTH + GAP_X), LEAST_WIDTH)
     panel_height = len(grid.blocks) * ROW_HEIGHT
     height = TOP + lines * (panel_height + GAP_Y)
     body = [
-        f'<text x="{LEFT}" y="18" class="title">Rank of each layer over {total_steps} steps: '
+        f'<text x="{LEFT}" y="18" class="title">Rank of each layer, a row a block, over {total_steps} steps: '
         f"{sum(first.values())} in all at first, {sum(last.values())} in the end</text>",
         *_legend(highest, width),
     ]
@@ -127,17 +128,19 @@ def _shade(rank: int, highest: int) -> str:
 def table(ranks: Mapping[str, int], width: int = 80) -> list[str] | None:
     """Ranks as lines of text, a row a block and a column a kind; None where they do not fit into `width` characters."""
     grid = Grid.of(ranks)
-    rows = [
-        [block, *(str(ranks[name]) if (name := grid.names.get((block, kind))) else "-" for kind in grid.kinds)]
-        for block in grid.blocks
-    ]
-    means = [
-        f"{sum(of_kind) / len(of_kind):.1f}"
-        for kind in grid.kinds
-        if (of_kind := [ranks[name] for (_, found), name in grid.names.items() if found == kind])
-    ]
-    rows = [["block", *grid.kinds], *rows, ["mean", *means]]
+    of_kind: dict[str, list[int]] = {kind: [] for kind in grid.kinds}
+    rows = [["block", *grid.kinds, "mean"]]
+    for block in grid.blocks:
+        found = {kind: ranks[grid.names[block, kind]] for kind in grid.kinds if (block, kind) in grid.names}
+        for kind, rank in found.items():
+            of_kind[kind].append(rank)
+        rows.append([block, *(str(found.get(kind, "-")) for kind in grid.kinds), _mean(found.values())])
+    rows.append(["mean", *map(_mean, of_kind.values()), _mean(ranks.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if sum(widths) + 2 * len(grid.kinds) > width:
+    if sum(widths) + 2 * len(grid.kinds) + 2 > width:
         return None
     return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+
+
+def _mean(ranks: Collection[int]) -> str:
+    return f"{sum(ranks) / len(ranks):.1f}"
