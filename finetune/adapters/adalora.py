@@ -14,7 +14,7 @@ Shape legend: O out_features, I in_features, R first rank of a layer, `...` any 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from finetune.adapters.lora import LowRankMethod
 from finetune.adapters.low_rank import Factors, LowRankLinear
 from finetune.adapters.rank_allocation import Budget, RankAllocator, Triplets
 from finetune.errors import RefusedError, UnsupportedError
+from finetune.models.linears import linear_layers
 from finetune.recipe.adapter import AdaLora
 
 
@@ -98,7 +99,7 @@ class AdaLoraMethod(LowRankMethod):
                 hint="train for longer, or lower adapter.initial_steps or adapter.final_steps",
             )
         attached = super().attach(model, total_steps)
-        updated = peft_bridge.updated_layers(attached)
+        updated = peft_bridge.low_rank_layers(attached)
         layers = {name: layer.triplets(peft_bridge.ADAPTER_NAME) for name, layer in updated.items()}
         self.allocator = RankAllocator(
             layers, self._budget(layers, total_steps), self.section.sensitivity_decay, self.section.uncertainty_decay
@@ -127,14 +128,20 @@ class AdaLoraMethod(LowRankMethod):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a plain LoRA of one rank, which all engines read, and beside it the factors as they are."""
-        layers = peft_bridge.updated_layers(model).values()
-        ranks = [len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers]
-        peft_bridge.save_as_lora(model, folder, rank=max(1, *ranks))
+        layers = peft_bridge.low_rank_layers(model)
+        rank = max(1, *(len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers.values()))
+        peft_bridge.save_as_lora(model, self._one_rank(layers, rank), folder, rank)
 
     def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Add the plain LoRA that `save` wrote to W."""
-        config = peft_bridge.of_one_rank(self._stock_config(model), peft_bridge.stock_rank(folder))
+        config = self._one_rank(linear_layers(model), peft_bridge.stock_rank(folder))
         return peft_bridge.merge(model, config, folder)
+
+    def _one_rank(self, layers: Iterable[str], rank: int) -> LoraConfig:
+        """The configuration of a plain LoRA of this rank and the scale 1 everywhere."""
+        config = self._lora_config(layers, lambda r, alpha: (rank, rank))
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        return config
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The factors at their first rank, the smoothed scores, which triplets stay, and the budget."""

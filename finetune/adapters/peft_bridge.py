@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -25,12 +18,26 @@ from finetune.models.linears import linear_layers
 
 ADAPTER_NAME = "default"
 
-BASE_PREFIX = "base_model.model."
-"""What PEFT puts before a layer's name in the base."""
+NO_LAYER_FOUND = ("Target modules", "No layers types compatible")
+"""Words of PEFT's errors where no layer has the name of a target."""
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a wrapped model's layers."""
 
 STOCK_WEIGHTS = "adapter_model.safetensors"
 NATIVE_WEIGHTS = "ft_adapter.safetensors"
 """The trained tensors themselves, where the stock file holds what they amount to."""
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers with a low-rank update, by the names that they have in the base."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+def as_targets(targets: str | Sequence[str]) -> str | list[str]:
+    """Target modules as PEFT takes them: it changes lists."""
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
@@ -43,7 +50,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        if "Target modules" not in str(error):
+        if not any(words in str(error) for words in NO_LAYER_FOUND):
             raise
         endings = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
         raise UnsupportedError(
@@ -62,48 +69,35 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with nothing filled in
 
 
-def updated_layers(model: PeftModel) -> dict[str, LowRankLinear]:
-    """The layers that have an update, by their names in the base."""
-    named = model.get_base_model().named_modules()
-    return {name: layer for name, layer in named if isinstance(layer, LowRankLinear)}
-
-
 @torch.no_grad()
-def save_as_lora(model: PeftModel, folder: Path, rank: int | None = None) -> None:
+def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int | None = None) -> None:
     """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it.
 
     Args:
-        model: With low-rank layers.
+        model: With an adapter of `LowRankLinear` layers.
+        config: Of the plain LoRA.
         folder: Where to.
-        rank: Give every layer this rank, which zeros fill up, and the scale 1: engines that serve adapters ignore
-            ranks and scales of single layers. By default both are those of the layers.
+        rank: Fill every layer's factors up to this rank with zeros, and fold its scale into them: engines that serve
+            adapters know only one rank and scale for all. By default both stay.
     """
-    config = copy.copy(model.peft_config[ADAPTER_NAME])
-    config.inference_mode = True
-    if rank is not None:
-        config = of_one_rank(config, rank)
     tensors = {}
-    for name, layer in updated_layers(model).items():
+    for name, layer in low_rank_layers(model).items():
         a_RI, b_OR = layer.factors(ADAPTER_NAME)
         if rank is not None:
             missing = rank - len(a_RI)
             a_RI, b_OR = pad(a_RI, (0, 0, 0, missing)), pad(b_OR * layer.scaling[ADAPTER_NAME], (0, missing))
-        tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
-        tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+    trains = model.peft_config[ADAPTER_NAME]
+    config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
+    config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
     save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(_tensors(model), folder / NATIVE_WEIGHTS)
 
 
-def of_one_rank(config: LoraConfig, rank: int) -> LoraConfig:
-    """The same layers, each with an update of this rank and the scale 1."""
-    config = copy.copy(config)
-    config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = rank, rank, {}, {}
-    return config
-
-
 def stock_rank(folder: Path) -> int:
-    """The rank of the plain LoRA in `folder`, whose layers have all the same.
+    """The rank of a plain LoRA that `save_as_lora` has given one rank.
 
     Raises:
         ModelError: There is none.

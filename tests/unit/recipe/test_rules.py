@@ -16,12 +16,18 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "modules.0.quantization.kind",
     ),
+    "some_methods_need_full_precision": (("adapter={method: ia3}",), "quantization.kind"),
     "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
     "adalora_ends_with_less": (("adapter={method: adalora, r: 8, target_r: 8}",), "adapter.target_r"),
     "adalora_leaves_steps_to_choose": (
         ("adapter={method: adalora, initial_steps: 4, final_steps: 6}", "training.max_steps=10"),
         "adapter.final_steps",
     ),
+    "loftq_needs_a_quantized_base": (
+        ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
+        "adapter.initialization",
+    ),
+    "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
     "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
     "float16_weights_cannot_train": (
         ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
@@ -48,6 +54,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "quantization={kind: none}",
         "modules=[{match: '*', quantization: {kind: none}}]",
     ),
+    "some_methods_need_full_precision": ("adapter={method: oft}",),
     "qa_lora_needs_groups": (
         "adapter={method: qa_lora}",
         "quantization={kind: affine}",
@@ -58,6 +65,8 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "adapter={method: adalora, initial_steps: 4, final_steps: 5}",
         "training.max_steps=10",
     ),
+    "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
+    "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "float16_weights_cannot_train": ("model.dtype=float16",),
     "revision_is_for_the_hub": ("model.revision=main",),
