@@ -210,6 +210,20 @@ def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None
     )
 
 
+def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the combined model is and how far each run is in it."""
+    if as_json:
+        show_result(json.dumps({"event": "combined", "folder": str(folder), **certificate}))
+        return
+    lines = [f"combined model: {folder} ({certificate['dtype']})"]
+    for name, found in certificate["runs"].items():
+        lines.append(
+            f"{name}: same likeliest token as the run alone at {100 * found['top1_agreement']:.1f} % of "
+            f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
+        )
+    show_result("\n".join(lines))
+
+
 def show_preview(preview: Preview) -> None:
     """Print rows token by token: trained ones green, special ones in angle quotes, line ends visible."""
     from rich.console import Console
