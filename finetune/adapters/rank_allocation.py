@@ -109,7 +109,8 @@ class RankAllocator:
 
     def ranks(self) -> dict[str, int]:
         """How many triplets each layer has been given."""
-        return {name: int(kept_R.sum()) for name, kept_R in self.kept_R.items()}
+        counts = torch.stack([kept_R.sum() for kept_R in self.kept_R.values()]).tolist()  # together: one wait for a GPU
+        return dict(zip(self.kept_R, counts, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next choice depends on beside weights and gradients, by name: no copies."""
