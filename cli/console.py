@@ -184,7 +184,12 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         show_result(json.dumps(finished.to_json()))
         return
     trained = Path(finished.trained).name
-    lines = [*wording.outcome(finished), f"weights: {run / trained}", f"next: ft eval {run}   ft merge {run}"]
+    lines = [
+        *wording.outcome(finished),
+        *wording.ranks(finished.ranks, run),
+        f"weights: {run / trained}",
+        f"next: ft eval {run}   ft merge {run}",
+    ]
     show_result("\n".join(lines))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from finetune.run.events import (
@@ -16,6 +17,7 @@ from finetune.run.events import (
     TrainingStarted,
     Validated,
 )
+from finetune.run.ranks import table
 
 ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
@@ -152,3 +154,10 @@ def outcome(event: TrainingFinished) -> list[str]:
     if event.validation_loss is not None and event.validation_loss_before is not None:
         lines.append(f"held-out loss {event.validation_loss_before:.4f} -> {event.validation_loss:.4f}")
     return lines
+
+
+def ranks(chosen: dict[str, int] | None, run: Path) -> list[str]:
+    """The ranks that a method chose for the layers of a run, if it chose any; a table where it is not too wide."""
+    if chosen is None:
+        return []
+    return [f"ranks of the layers; how they came about: {run / 'ranks.svg'}", *(table(chosen) or ())]

@@ -86,6 +86,10 @@ class AdapterMethod(ABC):
         """Called once per optimizer step, after the update and while gradients are still there; `step` from 1."""
         return None
 
+    def ranks(self, model: nn.Module) -> dict[str, int] | None:
+        """The rank of each layer's update by the layer's name, from a method that chooses ranks while it trains."""
+        return None
+
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint has to hold of `model`: every trainable parameter by its name.
 

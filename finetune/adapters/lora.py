@@ -24,7 +24,7 @@ from finetune.recipe.modules import setting_for
 
 
 class LowRankMethod(AdapterMethod):
-    """What LoRA and QA-LoRA have in common: which layers get an update of which rank, and its two forms on disk."""
+    """What LoRA, QA-LoRA and AdaLoRA share: which layers get an update of which rank, and its two forms on disk."""
 
     section: LowRank
 

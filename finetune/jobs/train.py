@@ -15,6 +15,7 @@ from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
 from finetune.evaluation.loss import held_out_loss
+from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
 from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
 from finetune.jobs.saving import Saver
@@ -91,6 +92,7 @@ def train(
             report(Resumed(checkpoint.path.name, state.step, order.total_steps))
 
         saver = Saver(run, attempt, recipe.training, facts, report)
+        ranks = RankRecorder(state, run, report)
         validate = partial(_validate_if_due, bench, state, rows.validation, order, run, report)
         try:
             after = validate()
@@ -99,6 +101,7 @@ def train(
                 if is_main:
                     run.append_metrics(metrics)
                 report(metrics)
+                ranks.follow()
                 if is_main:
                     saver.save_if_due(state)
                 after = validate()
@@ -113,6 +116,7 @@ def train(
         if is_main:
             first = next(rows.train.documents())
             _save(bench, state.bare_model, trained, in_conversation=isinstance(first.document, Conversation))
+            ranks.draw(order.total_steps)
     assert state.loss is not None
     return TrainingFinished(
         run_directory=str(run.path),
@@ -124,6 +128,7 @@ def train(
         tokens=state.tokens,
         seconds=state.seconds,
         peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
+        ranks=ranks.ranks,
     )
 
 

@@ -28,7 +28,7 @@ from finetune.errors import (
     UsageError,
     as_out_of_memory,
 )
-from finetune.run.events import StepMetrics, Validated
+from finetune.run.events import RanksChosen, StepMetrics, Validated
 from finetune.run.interruption import StopRequested
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class RunDirectory:
         self.provenance = path / "provenance.json"
         self.data_report = path / "data_report.json"
         self.metrics = path / "metrics.jsonl"
+        self.ranks_picture = path / "ranks.svg"
         self.log = path / "log.txt"
         self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
@@ -163,7 +164,7 @@ class RunDirectory:
             self.outcome.unlink(missing_ok=True)
         write_text(self.recipe, recipe)
 
-    def append_metrics(self, record: StepMetrics | Validated) -> None:
+    def append_metrics(self, record: StepMetrics | Validated | RanksChosen) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system."""
         with disk_faults(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_json()) + "\n")

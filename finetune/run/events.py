@@ -127,6 +127,15 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
+class RanksChosen(Event):
+    """How many ranks each layer's update has after `step` steps, by the layer's name, from a method that chooses."""
+
+    kind: ClassVar[str] = "ranks"
+    step: int
+    ranks: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Progress(Event):
     """Part of something countable is done; `total` is None where it shows only at the end."""
 
@@ -147,7 +156,7 @@ class DataRead(Event):
 
 @dataclass(frozen=True)
 class TrainingFinished(Event):
-    """The run is complete and its weights are saved in `trained`."""
+    """The run is complete and its weights are saved in `trained`; `ranks` as in the last `RanksChosen`."""
 
     kind: ClassVar[str] = "finished"
     run_directory: str
@@ -159,6 +168,7 @@ class TrainingFinished(Event):
     tokens: int
     seconds: float
     peak_memory_bytes: int
+    ranks: dict[str, int] | None = None
 
 
 Report = Callable[[Event], None]
