@@ -5,13 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import UnsupportedError
 from finetune.recipe.modules import ModuleRule
+
+
+class BakedPrompt(NamedTuple):
+    """A soft prompt that has become tokens of a model."""
+
+    model: PreTrainedModel
+    ids: list[int]
+    text: str
+    """What tokenizes to `ids`."""
 
 
 class AdapterMethod(ABC):
@@ -20,10 +29,16 @@ class AdapterMethod(ABC):
     Args:
         section: The recipe's section of this method.
         modules: What the recipe says of single layers.
+        tokenizer: The base's, for methods that start from words.
     """
 
-    def __init__(self, section: Any, modules: Sequence[ModuleRule] = ()) -> None:
-        self.section, self.modules = section, modules
+    def __init__(
+        self,
+        section: Any,
+        modules: Sequence[ModuleRule] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.section, self.modules, self.tokenizer = section, modules, tokenizer
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
@@ -41,6 +56,14 @@ class AdapterMethod(ABC):
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Put what `save` wrote on a base, frozen, for evaluation, generation or merging."""
+
+    def check_merge(self) -> None:
+        """Refuse a merge that would fail for any weights, before they are loaded.
+
+        Raises:
+            UnsupportedError: The method has no form without an adapter.
+        """
+        return None
 
     @abstractmethod
     def merge(self, model: nn.Module) -> PreTrainedModel:
@@ -61,6 +84,32 @@ class AdapterMethod(ABC):
             where="--dtype",
             hint="choose float32, bfloat16 or float16; adapter.method: qa_lora merges into quantized weights",
         )
+
+    def check_bake(self) -> None:
+        """Refuse to bake what cannot be baked, before any weight is loaded.
+
+        Raises:
+            UnsupportedError: What is trained is not a prompt of embeddings.
+        """
+        raise UnsupportedError(
+            f"what {self.section.method} trains is no prompt that could become tokens",
+            where="adapter.method",
+            hint="ft merge folds it into the weights",
+        )
+
+    def bake(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, unlikely: int) -> BakedPrompt:
+        """Give a full-precision base and its tokenizer new tokens that do what was trained; both are changed.
+
+        Args:
+            model: What `load` returned.
+            tokenizer: The base's.
+            unlikely: A token that the model does not write; the new ones will be as unlikely.
+
+        Raises:
+            UnsupportedError: As `check_bake`.
+        """
+        self.check_bake()
+        raise NotImplementedError
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A term that joins the training loss once per optimizer step, never the evaluation loss."""

@@ -20,6 +20,9 @@ STOCK_WEIGHTS = "adapter_model.safetensors"
 NATIVE_WEIGHTS = "ft_adapter.safetensors"
 """The trained tensors themselves, where the stock file holds what they amount to."""
 
+PROMPT = "prompt_embeddings"
+"""PEFT's name of a soft prompt, whichever kind it is."""
+
 
 def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
     """Wrap the target layers of `model`; the adapter's weights are float32 and train, all others are frozen.
@@ -75,10 +78,8 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
         ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    files = [folder / name for name in (NATIVE_WEIGHTS, STOCK_WEIGHTS) if (folder / name).is_file()]
-    if not files:
-        raise ModelError(f"no {STOCK_WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
-    tensors = load_file(files[0])
+    file = _weights_file(folder)
+    tensors = load_file(file)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
@@ -86,7 +87,7 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     if strangers:
         raise RefusedError(
             f"{len(strangers)} tensors are only in the adapter or only in this base, {strangers[0]} among them",
-            where=str(files[0]),
+            where=str(file),
             hint="load the base that it was trained on",
         )
     try:
@@ -94,11 +95,37 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     except RuntimeError as error:  # PyTorch's word for tensors of another shape
         raise RefusedError(
             "the adapter's tensors have other shapes than this base's layers",
-            where=str(files[0]),
+            where=str(file),
             hint="load the base that it was trained on",
         ) from error
     wrapped.requires_grad_(False)
     return wrapped
+
+
+def save_prompt(prompt_PW: Tensor, config: PeftConfig, folder: Path) -> None:
+    """Write a soft prompt of P places as stock PEFT reads it."""
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({PROMPT: prompt_PW.cpu().contiguous()}, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
+
+
+def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
+    """A saved soft prompt of the shape (P, W), float32; as with `load`, nothing but tensors is read.
+
+    Raises:
+        ModelError: There is none.
+        RefusedError: It is not one of this recipe and base.
+    """
+    file = _weights_file(folder)
+    tensors = load_file(file)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != {PROMPT: shape}:
+        raise RefusedError(
+            f"the file holds {found}, and the recipe's prompt before this base has the shape {shape}",
+            where=str(file),
+            hint="load the base that it was trained on",
+        )
+    return tensors[PROMPT].float()
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -114,6 +141,18 @@ def merge(model: PeftModel) -> PreTrainedModel:
 def unload(model: PeftModel) -> PreTrainedModel:
     """The base without the adapter, which is dropped."""
     return model.unload()
+
+
+def _weights_file(folder: Path) -> Path:
+    """The native tensors where there are such, else the stock ones.
+
+    Raises:
+        ModelError: There is neither.
+    """
+    files = [folder / name for name in (NATIVE_WEIGHTS, STOCK_WEIGHTS) if (folder / name).is_file()]
+    if not files:
+        raise ModelError(f"no {STOCK_WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
+    return files[0]
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:

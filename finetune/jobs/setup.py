@@ -62,13 +62,14 @@ class Workbench:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
             folder = find_model(recipe.model, _phases(report))
+        tokenizer = load_tokenizer(folder)
         return cls(
             recipe=recipe,
             accelerator=accelerator,
             folder=folder,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=tokenizer,
             quantizers=Quantizers(recipe.quantization, recipe.modules),
-            method=build(recipe.adapter, recipe.modules),
+            method=build(recipe.adapter, recipe.modules, tokenizer),
             compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
         )
 

@@ -19,6 +19,11 @@ class AdapterSection(Section):
     """Whether layers have updates of some rank, which `modules` can set."""
     method: str
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Places that the method takes in front of every row."""
+        return 0
+
 
 class LowRank(AdapterSection):
     """Base of the methods whose update is a product of two thin matrices."""
@@ -54,6 +59,92 @@ class QaLora(LowRank):
     method: Literal["qa_lora"]
 
 
+class SoftPrompt(AdapterSection):
+    """Base of the methods that train what the model reads before every row, and nothing of the model."""
+
+    tokens: int = Field(20, ge=1, description="Length of the prompt, in tokens of the context that it takes.")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Places that the prompt takes in front of every row."""
+        return self.tokens
+
+
+class LabelsStart(Section):
+    """The prompt starts as class labels, each the mean over its tokens; what is left, as common words."""
+
+    kind: Literal["labels"]
+    labels: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="The labels as the model is to write them."
+    )
+
+
+class VocabularyStart(Section):
+    """The prompt starts as tokens drawn from the first 5,000 of the vocabulary that are text.
+
+    Tokenizers number their tokens by how common they were where they were trained, as T5's of the paper does.
+    """
+
+    kind: Literal["vocabulary"]
+
+
+class TextStart(Section):
+    """The prompt starts as a text, repeated until it is as long."""
+
+    kind: Literal["text"]
+    text: str = Field(min_length=1, description="Such as an instruction: `Classify the sentiment.`")
+
+
+class UniformStart(Section):
+    """The prompt starts as numbers drawn evenly from [-0.5, 0.5]."""
+
+    kind: Literal["uniform"]
+
+
+Start = Annotated[LabelsStart | VocabularyStart | TextStart | UniformStart, Field(discriminator="kind")]
+
+
+class PromptTuning(SoftPrompt):
+    """Vectors in front of every row's embeddings (Lester et al. 2021, arXiv 2104.08691)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.prompt_tuning:PromptTuningMethod"
+    method: Literal["prompt_tuning"]
+    tokens: int = Field(100, ge=1, description="Length of the prompt; the paper gains little beyond 20.")
+    initialization: Start = Field(VocabularyStart(kind="vocabulary"), description="What the prompt starts as.")
+
+
+class PTuning(SoftPrompt):
+    """Prompt tuning through a small network that ties the vectors together (Liu et al. 2021, arXiv 2103.10385)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.p_tuning:PTuningMethod"
+    method: Literal["p_tuning"]
+    encoder: Literal["lstm", "mlp"] = Field(
+        "lstm",
+        description=(
+            "Network that makes the vectors while training: a bidirectional LSTM and a perceptron as in the paper, "
+            "or a perceptron alone."
+        ),
+    )
+    hidden_size: int | None = Field(
+        None, ge=1, description="Width inside the network; by default that of the model's embeddings."
+    )
+
+
+class PrefixTuning(SoftPrompt):
+    """Keys and values in front of every row in every layer (Li and Liang 2021, arXiv 2101.00190)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.prefix_tuning:PrefixTuningMethod"
+    method: Literal["prefix_tuning"]
+    projection: int | None = Field(
+        512,
+        ge=1,
+        description=(
+            "Width inside the perceptron that makes keys and values while training, as in the paper; null trains them "
+            "directly, and they start as those of common words."
+        ),
+    )
+
+
 class Full(AdapterSection):
     """No adapter: every weight of the model trains."""
 
@@ -62,4 +153,4 @@ class Full(AdapterSection):
     method: Literal["full"]
 
 
-Adapter = Annotated[Lora | QaLora | Full, Field(discriminator="method")]
+Adapter = Annotated[Lora | QaLora | PromptTuning | PrefixTuning | PTuning | Full, Field(discriminator="method")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from finetune.recipe.adapter import LabelsStart, PrefixTuning, PromptTuning, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -87,6 +88,44 @@ def a_module_rule_sets_something(recipe: Recipe) -> Violation | None:
                 "a layer that is skipped has neither r nor alpha" if sizes else "the rule sets nothing",
                 "write either {skip: true} or r, alpha or both",
             )
+    return None
+
+
+def soft_prompts_begin_rows(recipe: Recipe) -> Violation | None:
+    """A soft prompt stands once before each row; of rows in one line only the first would have it."""
+    if isinstance(recipe.adapter, SoftPrompt) and recipe.training.batching != "padded":
+        return Violation(
+            "training.batching",
+            f"{recipe.training.batching} puts several rows into one, and {recipe.adapter.method} puts its prompt "
+            "before each of them",
+            "set training.batching to padded",
+        )
+    return None
+
+
+def prefixes_outlive_checkpointing(recipe: Recipe) -> Violation | None:
+    """Checkpointed layers are computed without a cache of keys and values, which is where a prefix stands."""
+    if isinstance(recipe.adapter, PrefixTuning) and recipe.training.gradient_checkpointing:
+        return Violation(
+            "training.gradient_checkpointing",
+            "layers that are computed again drop the keys and values that prefix_tuning trains",
+            "set it to false, or adapter.method to prompt_tuning",
+        )
+    return None
+
+
+def labels_fit_into_the_prompt(recipe: Recipe) -> Violation | None:
+    """Each label takes a place of the prompt."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, PromptTuning) or not isinstance(adapter.initialization, LabelsStart):
+        return None
+    labels = len(adapter.initialization.labels)
+    if labels > adapter.tokens:
+        return Violation(
+            "adapter.tokens",
+            f"{labels} labels do not fit into a prompt of {adapter.tokens}",
+            f"set adapter.tokens to {labels} or more",
+        )
     return None
 
 
@@ -210,6 +249,9 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_unquantized_modules,
     qa_lora_needs_groups,
     a_module_rule_sets_something,
+    soft_prompts_begin_rows,
+    prefixes_outlive_checkpointing,
+    labels_fit_into_the_prompt,
     float16_weights_cannot_train,
     revision_is_for_the_hub,
     one_kind_of_validation,
