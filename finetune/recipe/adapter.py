@@ -70,13 +70,14 @@ class SoftPrompt(AdapterSection):
         return self.tokens
 
 
+Label = Annotated[str, Field(min_length=1)]
+
+
 class LabelsStart(Section):
     """The prompt starts as class labels, each the mean over its tokens; what is left, as common words."""
 
     kind: Literal["labels"]
-    labels: list[Annotated[str, Field(min_length=1)]] = Field(
-        min_length=1, description="The labels as the model is to write them."
-    )
+    labels: list[Label] = Field(min_length=1, description="The labels, as the model is to write them.")
 
 
 class VocabularyStart(Section):
