@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import console
-from .options import AsJson, Overwrite, Quiet, RunPath
-
-
-class MergedDtype(StrEnum):
-    """Types of merged weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from .options import AsJson, Overwrite, Quiet, RunPath, WrittenDtype
 
 
 def merge(
@@ -25,7 +16,7 @@ def merge(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write; by default merged/ in the run.")
     ] = None,
-    dtype: Annotated[MergedDtype, typer.Option(help="Type of the merged weights.")] = MergedDtype.float32,
+    dtype: Annotated[WrittenDtype, typer.Option(help="Type of the merged weights.")] = WrittenDtype.float32,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -121,7 +121,9 @@ class EmbeddedPromptMethod(SoftPromptMethod):
             )
         ids = tokenizer.convert_tokens_to_ids(names)
         _untie(base)
-        base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))
+        base.resize_token_embeddings(
+            max(len(tokenizer), base.get_input_embeddings().num_embeddings), mean_resizing=False
+        )
         inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
         inputs.weight[ids] = (prompt_PE / getattr(inputs, "embed_scale", 1.0)).to(inputs.weight.dtype)
         for parameter in outputs.parameters():

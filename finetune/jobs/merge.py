@@ -71,14 +71,16 @@ def merge(
     Raises:
         RefusedError: The base is another one, the folder is taken, or the merged model does not agree with
             the trained one; then nothing is written.
+        UnsupportedError: What the run trains has no form without an adapter.
     """
     target = (output or run.merged).absolute()
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
     trained = TrainedRun.open(run, report)
-    examples = _proof_rows(trained, report)
+    trained.bench.method.check_merge()
+    examples = proof_rows(trained, report)
     report(Phase("computing the trained model's logits"))
-    reference = _trained_logits(trained, examples, report)
+    reference = trained_logits(trained, examples, report)
     gc.collect()
     with written_aside(target) as folder:
         report(Phase(f"merging in {dtype}"))
@@ -98,7 +100,7 @@ def merge(
     return result
 
 
-def _proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
+def proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
     """Real rows, held-out ones if there are any, up to PROOF_TOKENS tokens together."""
     split = trained.bench.read_data(report)
     rows: list[Example] = []
@@ -112,7 +114,7 @@ def _proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
     return rows
 
 
-def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
     """Logits of base plus trained weights in float32, as they were trained.
 
     A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.

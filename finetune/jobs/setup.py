@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
-from finetune.errors import UnsupportedError
+from finetune.errors import DataError, UnsupportedError
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
 from finetune.models.load import load_model, load_tokenizer, padding_id
@@ -77,10 +77,12 @@ class Workbench:
         """The recipe's rows, tokenized.
 
         Raises:
-            DataError: A file or row cannot be used.
+            DataError: A file or row cannot be used, or a row is too long for the prompt that is trained before it.
         """
         report(Phase("reading the data"))
-        return read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+        rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+        self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
+        return rows
 
     @property
     def encoder(self) -> Encoder:
@@ -115,6 +117,19 @@ class Workbench:
         )
         _refuse_idle_rules(self.recipe.modules, base)
         return base
+
+    def _refuse_crowded_context(self, longest: int) -> None:
+        config = self.folder.config()
+        text = config.get("text_config", config)
+        positions = text.get("max_position_embeddings") or text.get("n_positions")
+        places = self.recipe.adapter.prompt_tokens
+        if places and positions and longest + places > positions:
+            raise DataError(
+                f"the longest row has {longest} tokens and the prompt before it {places}, "
+                f"more together than the {positions} positions of the model",
+                where="data.max_length",
+                hint=f"set data.max_length to {positions - places} or less, or lower adapter.tokens",
+            )
 
     def _weight_dtype(self) -> torch.dtype:
         return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)

@@ -54,6 +54,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.outcome = path / "exit.json"
         self.merged = path / "merged"
+        self.exported = path / "exported"
         self.evaluation = path / "eval"
 
     @classmethod

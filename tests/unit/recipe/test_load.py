@@ -92,7 +92,14 @@ def test_an_endless_file_is_refused() -> None:
         ("r: 16", "seed: 16", "6:3", "adapter.seed", "unknown key", "it belongs to `training.seed`"),
         ("r: 16", "zzz: 16", "6:3", "adapter.zzz", "unknown key", "valid keys: method, r, alpha"),
         ("run:", "learning_rate: 1\nrun:", "22:1", "learning_rate", "unknown key", "`optimizer.learning_rate`"),
-        ("method: lora", "", "4:1", "adapter.method", "missing; one of lora, qa_lora, prompt_tuning, prefix_tuning, p_tuning, full", None),
+        (
+            "method: lora",
+            "",
+            "4:1",
+            "adapter.method",
+            "missing; one of lora, qa_lora, prompt_tuning, prefix_tuning, p_tuning, full",
+            None,
+        ),
         ("method: lora", "metod: lora", "5:3", "adapter.metod", "unknown key", "did you mean `method`?"),
         (
             "method: lora",
@@ -320,7 +327,13 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
     if path[1:] == ("train", 0, "weight"):
         before = ["data.train.1.weight=1", *before]
     if path[:2] == ("adapter", "initialization"):
-        begun = before[0].partition("=")[2].rstrip("}").replace("labels", "labels, labels: [a]").replace("text", "text, text: a")
+        begun = (
+            before[0]
+            .partition("=")[2]
+            .rstrip("}")
+            .replace("labels", "labels, labels: [a]")
+            .replace("text", "text, text: a")
+        )
         before = [f"adapter={{method: prompt_tuning, initialization: {begun}}}}}"]
     if path[0] == "modules":  # a rule must say something, and what it says of a layer that is skipped is that
         adapter = "" if path[2] == "quantization" else ", adapter: {}" if path[-1] == "skip" else ", adapter: {r: 4}"
