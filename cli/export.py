@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import console
-from .options import AsJson, Overwrite, Quiet, RunPath, WrittenDtype
+from .options import AsJson, Overwrite, Quiet, RunPath
+
+
+class ExportedDtype(StrEnum):
+    """Types of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def export(
@@ -16,7 +25,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write; by default exported/ in the run.")
     ] = None,
-    dtype: Annotated[WrittenDtype, typer.Option(help="Type of the written weights.")] = WrittenDtype.float32,
+    dtype: Annotated[ExportedDtype, typer.Option(help="Type of the written weights.")] = ExportedDtype.float32,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

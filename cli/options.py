@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +21,3 @@ AsJson = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
-
-
-class WrittenDtype(StrEnum):
-    """Types of weights that are written for other programs."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +31,12 @@ class AdapterMethod(ABC):
         modules: What the recipe says of single layers.
         tokenizer: The base's, for methods that start from words.
     """
+
+    convention: ClassVar[str]
+    """The formula of a trained layer: tensors that were trained for another one mean something else."""
+
+    fits_quantized: ClassVar[bool] = False
+    """Whether quantized weights can take up the update without rounding."""
 
     def __init__(
         self,
@@ -66,15 +72,15 @@ class AdapterMethod(ABC):
         return None
 
     @abstractmethod
-    def merge(self, model: nn.Module) -> PreTrainedModel:
-        """Fold what was trained into the weights of a dequantized base; the adapter is gone afterwards.
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Fold what `save` wrote into the weights of a dequantized base; the result has no adapter.
 
         Raises:
             UnsupportedError: The method has no form without an adapter.
         """
 
-    def merge_quantized(self, model: nn.Module) -> PreTrainedModel:
-        """Fold what was trained into the quantized base's own tensors, without rounding; the adapter is gone then.
+    def merge_quantized(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Fold what `save` wrote into the quantized base's own tensors, without rounding; the result has no adapter.
 
         Raises:
             UnsupportedError: The method's update is not one that stored weights can take up.
@@ -97,11 +103,14 @@ class AdapterMethod(ABC):
             hint="ft merge folds it into the weights",
         )
 
-    def bake(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, unlikely: int) -> BakedPrompt:
-        """Give a full-precision base and its tokenizer new tokens that do what was trained; both are changed.
+    def bake(
+        self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
+    ) -> BakedPrompt:
+        """Make what `save` wrote new tokens of a dequantized base and its tokenizer; both are changed.
 
         Args:
-            model: What `load` returned.
+            model: The base.
+            folder: Where the prompt is.
             tokenizer: The base's.
             unlikely: A token that the model does not write; the new ones will be as unlikely.
 

@@ -18,6 +18,8 @@ WEIGHTS = "model.safetensors"
 class FullMethod(AdapterMethod):
     """Every weight trains; what is saved is a model that plain transformers loads."""
 
+    convention = "W x"
+
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Unfreeze every weight.
 
@@ -54,7 +56,8 @@ class FullMethod(AdapterMethod):
             ) from error
         return model.requires_grad_(False)
 
-    def merge(self, model: nn.Module) -> PreTrainedModel:
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Nothing to fold in: the trained weights are the model's own."""
-        assert isinstance(model, PreTrainedModel)
-        return model
+        merged = self.load(model, folder)
+        assert isinstance(merged, PreTrainedModel)
+        return merged

@@ -22,6 +22,7 @@ from finetune.recipe.modules import setting_for
 class LoraMethod(AdapterMethod):
     """LoRA over full-precision or quantized layers, with IR-QLoRA's elastic connection if the recipe asks for it."""
 
+    convention = "W x + (alpha / r) B A x, with iec both factors after equation 16 of arXiv 2402.05445"
     section: LowRank
     pooled = False
 
@@ -40,15 +41,21 @@ class LoraMethod(AdapterMethod):
         """Put a saved adapter on a base."""
         return peft_bridge.load(model, self._config(model), folder)
 
-    def merge(self, model: nn.Module) -> PreTrainedModel:
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """W + (alpha / r) B A: exact but for the rounding of W's dtype."""
-        return peft_bridge.merge(model)
+        return peft_bridge.merge(model, self._stock_config(model), folder)
 
     def _config(self, model: PreTrainedModel) -> LoraConfig:
+        config = self._stock_config(model)
+        layer = layer_class(pooled=self.pooled, elastic=self.section.iec)
+        config._register_custom_module(dict.fromkeys(LINEAR_TYPES, layer))
+        return config
+
+    def _stock_config(self, model: PreTrainedModel) -> LoraConfig:
         section = self.section
         targets = section.target_modules
         ranks, alphas, skipped = self._of_single_layers(model)
-        config = LoraConfig(
+        return LoraConfig(
             task_type="CAUSAL_LM",
             r=section.r,
             lora_alpha=_short(section.alpha),
@@ -58,9 +65,6 @@ class LoraMethod(AdapterMethod):
             alpha_pattern=alphas,
             exclude_modules=skipped or None,
         )
-        layer = layer_class(pooled=self.pooled, elastic=section.iec)
-        config._register_custom_module(dict.fromkeys(LINEAR_TYPES, layer))
-        return config
 
     def _of_single_layers(self, model: PreTrainedModel) -> tuple[dict[str, int], dict[str, float], list[str]]:
         """Ranks, alphas and left-out layers by name, from the recipe's `modules`."""

@@ -78,8 +78,27 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
         ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    file = _weights_file(folder)
-    tensors = load_file(file)
+    native = folder / NATIVE_WEIGHTS
+    return _load(model, config, native if native.is_file() else folder / STOCK_WEIGHTS)
+
+
+def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:
+    """Add each update of an adapter's stock form to its layer's weight.
+
+    Raises:
+        ModelError: There is none.
+        RefusedError: The adapter's tensors are not those of this base and recipe, or are not finite.
+    """
+    try:
+        return _load(model, config, folder / STOCK_WEIGHTS).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RefusedError(
+            f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
+        ) from error
+
+
+def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
+    tensors = _read(file)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
@@ -116,8 +135,8 @@ def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
         ModelError: There is none.
         RefusedError: It is not one of this recipe and base.
     """
-    file = _weights_file(folder)
-    tensors = load_file(file)
+    file = folder / STOCK_WEIGHTS
+    tensors = _read(file)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != {PROMPT: shape}:
         raise RefusedError(
@@ -128,31 +147,15 @@ def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
     return tensors[PROMPT].float()
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Add each update to its layer's weight and drop the adapter; refuses numbers that are not finite."""
-    try:
-        return model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise RefusedError(
-            f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
-        ) from error
-
-
 def unload(model: PeftModel) -> PreTrainedModel:
     """The base without the adapter, which is dropped."""
     return model.unload()
 
 
-def _weights_file(folder: Path) -> Path:
-    """The native tensors where there are such, else the stock ones.
-
-    Raises:
-        ModelError: There is neither.
-    """
-    files = [folder / name for name in (NATIVE_WEIGHTS, STOCK_WEIGHTS) if (folder / name).is_file()]
-    if not files:
-        raise ModelError(f"no {STOCK_WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
-    return files[0]
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
+    return load_file(file)
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:

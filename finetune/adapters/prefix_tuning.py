@@ -1,7 +1,7 @@
 """Prefix tuning: P keys and values before every row's own train in every layer, and nothing else.
 
-Source: Li and Liang 2021, arXiv 2101.00190, section 4. The perceptron that makes them (section 4.3) is dropped once they
-are trained.
+Source: Li and Liang 2021, arXiv 2101.00190, section 4. The perceptron that makes them (section 4.3) is dropped once
+they are trained.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from finetune.recipe.adapter import PrefixTuning
 class PrefixTuningMethod(SoftPromptMethod):
     """Keys and values train, directly or as what a perceptron makes."""
 
+    convention = "keys and values of P places before each layer's own, in the order layer, key and value, head"
     section: PrefixTuning
 
     def check_merge(self) -> None:

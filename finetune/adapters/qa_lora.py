@@ -9,8 +9,9 @@ and divides when it merges: the same up to the scale of A.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
@@ -21,14 +22,19 @@ from finetune.adapters.low_rank import LowRankLinear
 class QaLoraMethod(LoraMethod):
     """QA-LoRA over layers whose groups have float minimums."""
 
+    convention = (
+        "W x + (alpha / r) B A sum(x in each group), with iec both factors after equation 16 of arXiv 2402.05445"
+    )
+    fits_quantized = True
     pooled = True
 
     @torch.no_grad()
-    def merge_quantized(self, model: nn.Module) -> PreTrainedModel:
+    def merge_quantized(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Add (alpha / r) B A to the minimums, which are float32 from then on; codes and scales stay bit for bit."""
-        for layer in [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]:
+        attached = self.load(model, folder)
+        for layer in [layer for layer in attached.modules() if isinstance(layer, LowRankLinear)]:
             base = layer.get_base_layer()
             for adapter in layer.active_adapters:
                 a_RL, b_OR = layer.pooled_factors(adapter)
                 base.quantizer.shift_minimums(base, b_OR @ a_RL * layer.scaling[adapter])
-        return peft_bridge.unload(model)
+        return peft_bridge.unload(attached)

@@ -44,10 +44,9 @@ class SoftPromptMethod(AdapterMethod):
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Put a saved prompt before a base."""
-        prompt_PW = peft_bridge.load_prompt(folder, (self.section.tokens, self._width(model)))
-        return self._prompted(model, FixedPrompt(prompt_PW)).requires_grad_(False)
+        return self._prompted(model, FixedPrompt(self._saved_prompt(model, folder))).requires_grad_(False)
 
-    def merge(self, model: nn.Module) -> PreTrainedModel:
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Refuse: see `check_merge`."""
         self.check_merge()
         raise NotImplementedError
@@ -72,6 +71,9 @@ class SoftPromptMethod(AdapterMethod):
     def _peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """What PEFT calls such a prompt."""
 
+    def _saved_prompt(self, model: PreTrainedModel, folder: Path) -> Tensor:
+        return peft_bridge.load_prompt(folder, (self.section.tokens, self._width(model)))
+
     def _common_tokens(self) -> Tensor:
         """As many common tokens as the prompt has places, drawn anew for each prompt; int64."""
         pool = common_tokens(self.tokenizer)
@@ -82,6 +84,8 @@ class SoftPromptMethod(AdapterMethod):
 
 class EmbeddedPromptMethod(SoftPromptMethod):
     """A prompt of embeddings: it can become tokens of the model."""
+
+    convention = "the model reads [P; X] after arXiv 2104.08691, P in the place of embeddings, behind any padding"
 
     def check_merge(self) -> None:
         """Refuse: a prompt is input, not weights.
@@ -100,7 +104,9 @@ class EmbeddedPromptMethod(SoftPromptMethod):
         return None
 
     @torch.no_grad()
-    def bake(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, unlikely: int) -> BakedPrompt:
+    def bake(
+        self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
+    ) -> BakedPrompt:
         """Give the base a token for each vector of the prompt, and let its chat template begin with them.
 
         Input and output embeddings are untied. The output rows of the new tokens are copies of an unlikely one's, and
@@ -109,8 +115,7 @@ class EmbeddedPromptMethod(SoftPromptMethod):
         Raises:
             UnsupportedError: The model has tokens of these names already.
         """
-        assert isinstance(model, EmbeddedPromptModel)
-        base, prompt_PE = model.base, model.prompt()
+        prompt_PE = self._saved_prompt(model, folder)
         names = [f"<|soft_prompt_{place}|>" for place in range(len(prompt_PE))]
         new = [AddedToken(name, special=True, normalized=False) for name in names]
         if tokenizer.add_tokens(new, special_tokens=True) != len(names):
@@ -120,19 +125,19 @@ class EmbeddedPromptMethod(SoftPromptMethod):
                 hint="train on the model that was not exported with a prompt",
             )
         ids = tokenizer.convert_tokens_to_ids(names)
-        _untie(base)
-        base.resize_token_embeddings(
-            max(len(tokenizer), base.get_input_embeddings().num_embeddings), mean_resizing=False
+        _untie(model)
+        model.resize_token_embeddings(
+            max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False
         )
-        inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         inputs.weight[ids] = (prompt_PE / getattr(inputs, "embed_scale", 1.0)).to(inputs.weight.dtype)
         for parameter in outputs.parameters():
             parameter[ids] = parameter[unlikely].clone()
-        base.generation_config.suppress_tokens = ids
+        model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *ids]
         text = "".join(names)
         if tokenizer.chat_template is not None:
             tokenizer.chat_template = _begun(tokenizer.chat_template, text)
-        return BakedPrompt(base, ids, text)
+        return BakedPrompt(model, ids, text)
 
     def _width(self, model: PreTrainedModel) -> int:
         width: int = model.get_input_embeddings().embedding_dim
@@ -143,7 +148,7 @@ class EmbeddedPromptMethod(SoftPromptMethod):
 
 
 def common_tokens(tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """The first COMMON_TOKENS tokens of the vocabulary that are text of their own, neither special nor parts of a letter.
+    """The first COMMON_TOKENS tokens of the vocabulary that are text: neither special, nor blank, nor part of a letter.
 
     Tokenizers number their tokens by how common they were in the text that they were made from: by merges or by
     likelihood. The paper takes the order of T5's vocabulary in the same way.

@@ -81,7 +81,7 @@ def evaluate(run: RunDirectory, report: Report = ignore) -> Comparison:
     asked = (bench.encoder.prompt(row.document, row.where) for row in held_out.documents())
     prompts = list(islice((prompt for prompt in asked if prompt is not None), settings.generation_rows))
 
-    base = bench.load_base(report)
+    base = trained.load_base(report)
     before = _score(bench, base, "base", examples, prompts, report)
     tuned = _score(bench, trained.attach(base, report), "tuned", examples, prompts, report)
     comparison = Comparison(rows=len(examples), answered=len(prompts), base=before, tuned=tuned)

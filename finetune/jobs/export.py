@@ -99,8 +99,10 @@ def export(
         result = ExportResult(
             folder=target,
             dtype=dtype,
-            prompt=baked.text if trained.in_conversation else baked.text + _begin_of_text(trained.bench.tokenizer),
-            in_template=trained.in_conversation,
+            prompt=baked.text
+            if trained.record.in_conversation
+            else baked.text + _begin_of_text(trained.bench.tokenizer),
+            in_template=trained.record.in_conversation,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
         )
@@ -128,8 +130,8 @@ def _least_likely(logits: Sequence[Tensor]) -> int:
 
 def _write_baked(trained: TrainedRun, folder: Path, dtype: torch.dtype, unlikely: int, report: Report) -> BakedPrompt:
     bench = trained.bench
-    base = dequantize_model(bench.load_base(report, torch.float32), torch.float32)
-    baked = bench.method.bake(trained.attach(base, report), bench.tokenizer, unlikely)
+    base = dequantize_model(trained.load_base(report, torch.float32), torch.float32)
+    baked = bench.method.bake(base, trained.weights, bench.tokenizer, unlikely)
     model = baked.model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)

@@ -38,7 +38,7 @@ def answer(
     encoder = bench.encoder
     documents = [_document(trained, prompt, system) for prompt in prompts]
     encoded = [encoder.prompt(document, "the prompt") for document in documents]
-    base = bench.load_base(report)
+    base = trained.load_base(report)
     model = base if untuned else trained.attach(base, report)
     report(Phase("writing"))
     return generate(
@@ -53,7 +53,7 @@ def answer(
 
 def _document(trained: TrainedRun, prompt: str, system: str | None) -> Document:
     """The prompt in the form of the training rows: a user's turn, or plain text."""
-    if not trained.in_conversation:
+    if not trained.record.in_conversation:
         return PlainText(prompt, "")
     opening = () if system is None else (Message("system", system),)
     return Conversation((*opening, Message("user", prompt), Message("assistant", "")))

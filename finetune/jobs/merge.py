@@ -9,19 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.trained import TrainedRun
+from finetune.models.folder import ModelFolder
 from finetune.models.linears import dequantize_model, rounds_activations
+from finetune.models.load import load_model
 from finetune.models.precision import DTYPES
+from finetune.models.quantized import save_quantized
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.quantization import NoQuantization
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 
-BOUNDS = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
+QUANTIZED = "quantized"
+"""In the place of a dtype: the base's own codes and scales, its minimums moved."""
+
+BOUNDS = {QUANTIZED: 2e-5, "float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding weights to a dtype explains."""
 
 PROOF_TOKENS = 512
@@ -33,8 +41,8 @@ class MergeResult:
     """Where the merged model is, and the proof that it is the trained one.
 
     Attributes:
-        folder: A model folder that plain transformers loads.
-        dtype: Of its weights.
+        folder: A model folder: one that plain transformers loads, or of quantized weights.
+        dtype: Of its weights, or QUANTIZED.
         bound: What `agreement.relative_difference` had to stay below.
         agreement: Merged logits, read back from disk, against base-plus-adapter logits, both in float32.
     """
@@ -53,41 +61,48 @@ class MergeResult:
 def merge(
     run: RunDirectory,
     output: Path | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     overwrite: bool = False,
     report: Report = ignore,
 ) -> MergeResult:
-    """Write the run's model without its adapter, in full precision.
+    """Write the run's model without its adapter.
 
-    The base of the merge is what the adapter was trained on: for a quantized base, its dequantized weights.
+    The base of the merge is what the adapter was trained on: for a quantized base, its dequantized weights, or the
+    quantized weights themselves.
 
     Args:
         run: A finished run.
         output: Folder to write, by default the run's `merged/`.
-        dtype: Of the written weights.
+        dtype: Of the written weights; QUANTIZED keeps the base's codes. By default QUANTIZED where the method merges
+            without loss into quantized weights, and else float32.
         overwrite: Replace a folder that is there.
         report: Told of every phase.
 
     Raises:
+        UnsupportedError: The method does not merge, or not into quantized weights, or there are none.
         RefusedError: The base is another one, the folder is taken, or the merged model does not agree with
             the trained one; then nothing is written.
-        UnsupportedError: What the run trains has no form without an adapter.
     """
     target = (output or run.merged).absolute()
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
     trained = TrainedRun.open(run, report)
     trained.bench.method.check_merge()
+    dtype = dtype or (QUANTIZED if trained.bench.method.fits_quantized else "float32")
     examples = proof_rows(trained, report)
     report(Phase("computing the trained model's logits"))
     reference = trained_logits(trained, examples, report)
     gc.collect()
     with written_aside(target) as folder:
-        report(Phase(f"merging in {dtype}"))
-        _write_merged(trained, folder, DTYPES[dtype], report)
+        if dtype == QUANTIZED:
+            report(Phase("merging into the quantized weights"))
+            _write_quantized(trained, folder, report)
+        else:
+            report(Phase(f"merging in {dtype}"))
+            _write_merged(trained, folder, DTYPES[dtype], report)
         gc.collect()
         report(Phase("comparing merged and trained logits"))
-        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        reloaded = _reload(trained, folder, dtype)
         result = MergeResult(target, dtype, BOUNDS[dtype], agreement(reference, logits_of(reloaded, examples)))
         if not result.agreement.relative_difference <= result.bound:
             raise RefusedError(
@@ -119,8 +134,7 @@ def trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Rep
 
     A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.
     """
-    bench = trained.bench
-    base = bench.load_base(report, torch.float32)
+    base = trained.load_base(report, torch.float32)
     if rounds_activations(base):
         base = dequantize_model(base, torch.float32)
     return logits_of(trained.attach(base, report), examples)
@@ -128,9 +142,32 @@ def trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Rep
 
 def _write_merged(trained: TrainedRun, folder: Path, dtype: torch.dtype, report: Report) -> None:
     bench = trained.bench
-    base = dequantize_model(bench.load_base(report, torch.float32), torch.float32)
-    merged = bench.method.merge(trained.attach(base, report)).to(dtype)
-    assert isinstance(merged, PreTrainedModel)
+    base = dequantize_model(trained.load_base(report, torch.float32), torch.float32)
+    merged = bench.method.merge(base, trained.weights).to(dtype)
     merged.config.dtype = dtype
     merged.save_pretrained(folder)
     bench.tokenizer.save_pretrained(folder)
+
+
+def _write_quantized(trained: TrainedRun, folder: Path, report: Report) -> None:
+    bench = trained.bench
+    base = trained.load_base(report, torch.float32)
+    save_quantized(bench.method.merge_quantized(base, trained.weights), folder)
+    bench.tokenizer.save_pretrained(folder)
+
+
+def _reload(trained: TrainedRun, folder: Path, dtype: str) -> nn.Module:
+    """The written model in float32: by plain transformers if its weights are plain."""
+    if dtype != QUANTIZED:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return model
+    bench = trained.bench
+    reloaded: nn.Module = load_model(
+        ModelFolder(folder, str(folder)),
+        bench.recipe.model,
+        Quantizers(NoQuantization()),
+        weight_dtype=torch.float32,
+        compute_dtype=torch.float32,
+        device=bench.accelerator.device,
+    )
+    return reloaded

@@ -14,9 +14,9 @@ from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
 from finetune.evaluation.loss import held_out_loss
+from finetune.jobs.record import TrainedRecord, base_record
 from finetune.jobs.setup import Workbench
 from finetune.models.attention import prove_separation
-from finetune.models.fingerprint import fingerprint
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
@@ -38,8 +38,6 @@ from finetune.train.optimizers import make_optimizer
 from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_RECORD = "ft_adapter.json"
 
 
 def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> TrainingFinished:
@@ -148,7 +146,7 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRe
     text = dump_recipe(recipe)
     run.recipe.write_text(text, encoding="utf-8")
     facts = {
-        "base": _base_record(bench),
+        "base": base_record(bench).model_dump(),
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
     }
@@ -157,11 +155,6 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRe
     ]
     write_json(run.provenance, provenance(text, content, facts))
     write_json(run.data_report, read.ledger)
-
-
-def _base_record(bench: Workbench) -> dict[str, str | None]:
-    folder = bench.folder
-    return {"name": folder.name, "commit": folder.commit, "fingerprint": fingerprint(folder.path)}
 
 
 def _describe(
@@ -195,12 +188,4 @@ def _save(bench: Workbench, model: nn.Module, folder: Path, in_conversation: boo
     with written_aside(folder) as aside:
         bench.method.save(model, aside)
         bench.tokenizer.save_pretrained(aside)
-        write_json(
-            aside / ADAPTER_RECORD,
-            {
-                "method": bench.recipe.adapter.method,
-                "quantization": bench.recipe.quantization.model_dump(),
-                "base": _base_record(bench),
-                "in_conversation": in_conversation,
-            },
-        )
+        TrainedRecord.of(bench, model, in_conversation).write(aside)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.errors import RefusedError, UsageError
+from finetune.errors import UsageError
+from finetune.jobs.record import TrainedRecord
 from finetune.jobs.setup import Workbench
-from finetune.jobs.train import ADAPTER_RECORD
-from finetune.models.fingerprint import fingerprint
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report
@@ -26,13 +25,13 @@ class TrainedRun:
         run: Its directory.
         bench: The parts of its recipe.
         weights: The folder of its trained weights.
-        in_conversation: Whether it was trained through the chat template.
+        record: What stands beside them.
     """
 
     run: RunDirectory
     bench: Workbench
     weights: Path
-    in_conversation: bool
+    record: TrainedRecord
 
     @classmethod
     def open(cls, run: RunDirectory, report: Report) -> TrainedRun:
@@ -46,23 +45,26 @@ class TrainedRun:
             raise UsageError("the run never started", where=str(run.path), hint="train it: ft train")
         recipe = load_recipe(run.recipe).recipe
         weights = run.trained(recipe.adapter.trains_base)
-        record = weights / ADAPTER_RECORD
-        if not record.is_file():
+        if not weights.is_dir():
             raise UsageError(
                 "the run has no trained weights: it did not finish", where=str(run.path), hint="train it again"
             )
         bench = Workbench.of(recipe, report)
-        written = json.loads(record.read_text(encoding="utf-8"))
-        trained_on = written["base"]["fingerprint"]
-        found = fingerprint(bench.folder.path)
-        if found != trained_on:
-            raise RefusedError(
-                f"the base's weights are not those that the run was trained on "
-                f"(fingerprint {found[:12]}, trained on {trained_on[:12]})",
-                where=str(bench.folder.path),
-                hint=f"bring back the base that {run.path.name} was trained on, or train again on this one",
-            )
-        return cls(run, bench, weights, in_conversation=written["in_conversation"])
+        return cls(run, bench, weights, TrainedRecord.read(weights, bench))
+
+    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The base, quantized to the very weights that the run was trained on.
+
+        Args:
+            report: Told that it is loading.
+            dtype: Store and compute in this type instead of the recipe's.
+
+        Raises:
+            RefusedError: It is quantized to others.
+        """
+        base = self.bench.load_base(report, dtype)
+        self.record.refuse_other_quantization(self.bench, base)
+        return base
 
     def attach(self, base: PreTrainedModel, report: Report) -> nn.Module:
         """Put the trained weights on a freshly loaded base."""

@@ -1,4 +1,4 @@
-"""A base model's identity: what its weights are, whatever folder or shards they come in."""
+"""A base model's identity: what its weights are, whatever folder or shards they come in, and how they are quantized."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune.quantizers.base import is_quantized
+from finetune.quantizers.layer import QuantizedLinear
 
 BLOCK_BYTES = 4096
 BLOCKS_PER_TENSOR = 16
@@ -34,6 +40,23 @@ def fingerprint(folder: Path) -> str:
                     digest.update(stream.read(min(BLOCK_BYTES, end - offset)))
                 tensors[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_quantized(model: nn.Module) -> str | None:
+    """A sha256 over the stored tensors of all quantized layers, each sampled as above; None where there are none.
+
+    An adapter around a layer does not change it, nor does the type that layers compute in.
+    """
+    layers = [layer for layer in model.modules() if is_quantized(layer)]
+    digest = hashlib.sha256()
+    for layer in layers:
+        tensors = layer.packed() if isinstance(layer, QuantizedLinear) else {"weight": layer.weight}
+        for name, tensor in tensors.items():
+            content = tensor.detach().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            for offset in _sample(0, content.numel()):
+                digest.update(content[offset : offset + BLOCK_BYTES].cpu().numpy().tobytes())
+    return digest.hexdigest() if layers else None
 
 
 def _sample(start: int, end: int) -> list[int]:

@@ -85,7 +85,7 @@ class Shape:
         # A section that may be left out is one of two alternatives, null the other: its own words stand here too.
         sections = [each for each in (schema, *schema.get("anyOf", [])) if "$ref" in each or "discriminator" in each]
         section = sections[0] if sections else {}
-        self._schema = {**_definitions().get(section.get("$ref"), section), **schema}
+        self._schema = {**_definitions().get(section.get("$ref", ""), section), **schema}
 
     @property
     def description(self) -> str | None:

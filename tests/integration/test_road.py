@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.encode import Encoder
-from finetune.errors import DivergedError, RefusedError, UsageError
+from finetune.errors import DivergedError, RefusedError, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
 from finetune.jobs.evaluate import evaluate
 from finetune.jobs.generate import answer
@@ -155,6 +155,61 @@ def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
     assert "quantization_config" not in config
     tokenizer = AutoTokenizer.from_pretrained(result.folder)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run.trained(False)).chat_template
+
+
+@pytest.mark.parametrize("kind", ["affine", "hqq"])
+def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+    sections = {**tiny_recipe, "quantization": QUANTIZED[kind], "adapter": {"method": "qa_lora", "iec": True}}
+    run = run_of(sections, tmp_path)
+    assert evaluate(run).answered == 4
+    result = merge(run)
+    assert result.dtype == "quantized"
+    assert 0 < result.agreement.relative_difference <= 2e-5
+    merged = {"model": {"name": str(result.folder)}, "adapter": {"method": "lora"}, "data": tiny_recipe["data"]}
+    (tmp_path / "again").mkdir()
+    again = RunDirectory.create(tmp_path / "again" / "run")
+    assert train(as_recipe(merged, tmp_path / "again"), again).validation_loss_before == pytest.approx(
+        json.loads((run.evaluation / "results.json").read_text())["tuned"]["loss"], rel=1e-5
+    )
+    dense = merge(run, tmp_path / "dense", dtype="float32")
+    assert dense.agreement.relative_difference <= 1e-5
+
+
+def test_an_adapter_is_put_on_the_quantized_weights_that_it_was_trained_on_and_no_others(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    run = run_of({**tiny_recipe, "quantization": QUANTIZED["hqq"]}, tmp_path)
+    record = json.loads((run.trained(False) / "ft_adapter.json").read_text())
+    assert record["quantized_base"]["device"] == "cpu"
+    record["quantized_base"]["fingerprint"] = "0" * 64
+    (run.trained(False) / "ft_adapter.json").write_text(json.dumps(record))
+    with pytest.raises(RefusedError, match="quantized to other weights"):
+        merge(run)
+    record["quantized_base"]["device"] = "cuda"  # where another rounding is to be expected
+    (run.trained(False) / "ft_adapter.json").write_text(json.dumps(record))
+    merge(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [({"convention": "W x - B A x"}, "belong to"), ({"format": 9}, "not of this version")]
+)
+def test_weights_of_another_formula_or_version_are_refused(
+    tiny_recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], what: str
+):
+    run = run_of(tiny_recipe, tmp_path)
+    file = run.trained(False) / "ft_adapter.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(RefusedError, match=what):
+        merge(run)
+
+
+def test_a_rule_that_matches_no_layer_is_refused_before_training(tiny_recipe: dict[str, Any], tmp_path: Path):
+    rules = [{"match": "*.queries", "adapter": {"skip": True}}]
+    with pytest.raises(UnsupportedError, match=r"modules\.0\.match"):
+        run_of({**tiny_recipe, "modules": rules}, tmp_path)
+    rules = [{"match": "*lm_head", "quantization": {"kind": "hqq"}}]  # the head stays as it is
+    with pytest.raises(UnsupportedError, match="that can be quantized"):
+        run_of({**tiny_recipe, "modules": rules}, tmp_path / "head")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

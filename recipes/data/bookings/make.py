@@ -3,13 +3,16 @@
 A seeded generator puts the messages together from parts, so the files can be made again bit for bit. Held-out
 messages use names and remarks that no training message has, and half of them a sentence that none has either.
 
-    python make.py        writes train.jsonl and validation.jsonl beside this file
+The same messages, one question about each, are a question-answering data set.
+
+    python make.py        writes train.jsonl, validation.jsonl and both for questions beside this file
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +141,14 @@ HELD_OUT = Parts(
     ],
 )
 
+QUESTIONS = {
+    "name": ["Under what name is the booking?", "Who is the table for?", "What is the guest called?"],
+    "day": ["On which day do they want to come?", "Which day of the week is it for?", "What day is asked for?"],
+    "time": ["At what time will they arrive?", "When should the table be ready?", "What time is asked for?"],
+    "guests": ["How many guests are there?", "For how many people is the table?", "How large is the party?"],
+}
+"""For each key of a booking, ways to ask for it; the last one is asked of held-out messages only."""
+
 REMARKED = 0.6  # of the messages end with a remark
 SHORT_DAYS = 0.15  # of the messages write the day with three letters
 
@@ -189,14 +200,25 @@ def conversations(count: int, sentences: list[str], parts: Parts, draw: random.R
     return mixed
 
 
+def question(row: Conversation, asked: slice, draw: random.Random) -> dict[str, str | list[str]]:
+    """A question about the guest's message of a conversation, asked in one of the ways that `asked` picks."""
+    _, message, answer = (turn["content"] for turn in row["messages"])
+    key, value = draw.choice(list(json.loads(answer).items()))
+    return {"context": message, "question": draw.choice(QUESTIONS[key][asked]), "answers": [str(value)]}
+
+
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     draw = random.Random(SEED)
     known, new = draw.sample(TRAIN.sentences, HELD_OUT_ROWS // 2), HELD_OUT.sentences
     held_out_sentences = [sentence for pair in zip(known, new + new, strict=True) for sentence in pair]
-    files = {
-        "train.jsonl": conversations(TRAIN_ROWS, TRAIN.sentences, TRAIN, draw),
-        "validation.jsonl": conversations(HELD_OUT_ROWS, held_out_sentences, HELD_OUT, draw),
+    train = conversations(TRAIN_ROWS, TRAIN.sentences, TRAIN, draw)
+    held_out = conversations(HELD_OUT_ROWS, held_out_sentences, HELD_OUT, draw)
+    files: dict[str, Sequence[Mapping[str, object]]] = {
+        "train.jsonl": train,
+        "validation.jsonl": held_out,
+        "questions-train.jsonl": [question(row, slice(2), draw) for row in train],
+        "questions-validation.jsonl": [question(row, slice(2, None), draw) for row in held_out],
     }
     for file, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

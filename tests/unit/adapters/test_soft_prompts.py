@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune.adapters.base import AdapterMethod
+from finetune.adapters.base import AdapterMethod, BakedPrompt
 from finetune.adapters.p_tuning import PTuningMethod
 from finetune.adapters.prefix_tuning import PrefixTuningMethod
 from finetune.adapters.prompt_tuning import PromptTuningMethod
@@ -37,7 +37,7 @@ from finetune.recipe.adapter import PrefixTuning, PromptTuning, PTuning
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import Affine, FourBit, NoQuantization
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
+from tests.fixtures.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
 PLACES = 6
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])
@@ -55,6 +55,14 @@ BASES = {"none": NoQuantization(), "nf4": FourBit(kind="nf4"), "affine": Affine(
 
 kinds = pytest.mark.parametrize("kind", SECTIONS)
 on_bases = pytest.mark.parametrize("base", BASES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with an output head of its own: with a tied one and no training it repeats the last token."""
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    write_tiny_model(folder, tie_word_embeddings=False)
+    return folder
 
 
 def load(folder: Path, base: str = "none") -> PreTrainedModel:
@@ -103,15 +111,15 @@ def answers(model: nn.Module, rows: list[list[int]], batch_size: int, tokens: in
         ("prefix_tuning directly", PLACES * 2 * 2 * 2 * 16),  # keys and values of 2 layers with 2 heads of width 16
     ],
 )
-def test_what_trains_is_the_prompt_and_nothing_else(tiny_model: Path, kind: str, numbers: int):
-    model = prompted(kind, load(tiny_model))
+def test_what_trains_is_the_prompt_and_nothing_else(folder: Path, kind: str, numbers: int):
+    model = prompted(kind, load(folder))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
 
 
 @kinds
 @on_bases
-def test_a_step_changes_the_prompt_and_leaves_the_base_bit_for_bit(tiny_model: Path, kind: str, base: str):
-    model = prompted(kind, load(tiny_model, base))
+def test_a_step_changes_the_prompt_and_leaves_the_base_bit_for_bit(folder: Path, kind: str, base: str):
+    model = prompted(kind, load(folder, base))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     summed_cross_entropy(model.train(), batch()).backward()
@@ -123,8 +131,8 @@ def test_a_step_changes_the_prompt_and_leaves_the_base_bit_for_bit(tiny_model: P
 
 
 @kinds
-def test_training_lowers_the_loss(tiny_model: Path, kind: str):
-    model = prompted(kind, load(tiny_model))
+def test_training_lowers_the_loss(folder: Path, kind: str):
+    model = prompted(kind, load(folder))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(12):
@@ -136,9 +144,9 @@ def test_training_lowers_the_loss(tiny_model: Path, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning lstm"])
-def test_checkpointed_layers_give_the_same_gradient(tiny_model: Path, kind: str):
+def test_checkpointed_layers_give_the_same_gradient(folder: Path, kind: str):
     def gradients(checkpointed: bool) -> list[Tensor]:
-        base = load(tiny_model)
+        base = load(folder)
         if checkpointed:
             base.activation_checkpointing_enable({"use_reentrant": False})
         model = prompted(kind, base)
@@ -160,14 +168,14 @@ def starting_as(model: PreTrainedModel, start: dict[str, Any], tokens: int = PLA
     return prompted(PromptTuning(method="prompt_tuning", tokens=tokens, initialization=start), model).prompt()
 
 
-def test_a_prompt_starts_as_a_text_that_is_repeated(tiny_model: Path):
-    model = load(tiny_model)
+def test_a_prompt_starts_as_a_text_that_is_repeated(folder: Path):
+    model = load(folder)
     prompt = starting_as(model, {"kind": "text", "text": "Hi!?"})
     assert torch.equal(prompt, embeddings(model, "Hi!?Hi"))
 
 
-def test_a_prompt_that_starts_as_a_text_is_the_text(tiny_model: Path):
-    model = load(tiny_model)
+def test_a_prompt_that_starts_as_a_text_is_the_text(folder: Path):
+    model = load(folder)
     text = tiny_tokenizer()("Hi!?Hi", return_tensors="pt")["input_ids"]
     expected = logits(model, torch.cat([text, IDS], dim=1))[:, PLACES:]
     tuned = prompted(
@@ -177,13 +185,13 @@ def test_a_prompt_that_starts_as_a_text_is_the_text(tiny_model: Path):
     assert not torch.allclose(logits(model), expected, atol=1e-2)
 
 
-def test_a_text_longer_than_the_prompt_is_refused(tiny_model: Path):
+def test_a_text_longer_than_the_prompt_is_refused(folder: Path):
     with pytest.raises(UnsupportedError, match="has 7 tokens, and the prompt 6"):
-        starting_as(load(tiny_model), {"kind": "text", "text": "Hi there"[:7]})
+        starting_as(load(folder), {"kind": "text", "text": "Hi there"[:7]})
 
 
-def test_labels_are_means_over_their_tokens_and_words_fill_up(tiny_model: Path):
-    model = load(tiny_model)
+def test_labels_are_means_over_their_tokens_and_words_fill_up(folder: Path):
+    model = load(folder)
     prompt = starting_as(model, {"kind": "labels", "labels": ["good", "x"]})
     assert torch.allclose(prompt[0], embeddings(model, "good").mean(0))
     assert torch.equal(prompt[1], embeddings(model, "x")[0])
@@ -201,18 +209,18 @@ def test_common_words_are_no_special_tokens_and_come_in_the_vocabularys_order():
     assert tokenizer.convert_tokens_to_ids("é") not in found  # half a letter
 
 
-def test_a_prompt_of_more_places_than_common_words_is_filled(tiny_model: Path):
-    assert starting_as(load(tiny_model), {"kind": "vocabulary"}, tokens=300).shape == (300, 64)
+def test_a_prompt_of_more_places_than_common_words_is_filled(folder: Path):
+    assert starting_as(load(folder), {"kind": "vocabulary"}, tokens=300).shape == (300, 64)
 
 
-def test_uniform_is_the_papers_interval(tiny_model: Path):
-    prompt = starting_as(load(tiny_model), {"kind": "uniform"}, tokens=200)
+def test_uniform_is_the_papers_interval(folder: Path):
+    prompt = starting_as(load(folder), {"kind": "uniform"}, tokens=200)
     assert prompt.abs().max() <= 0.5
     assert abs(prompt.std() - 1 / 12**0.5) < 0.01  # of a normal distribution of the same width, 0.5 / 3
 
 
-def test_an_untrained_prefix_is_the_words_that_it_starts_as(tiny_model: Path):
-    model = load(tiny_model)
+def test_an_untrained_prefix_is_the_words_that_it_starts_as(folder: Path):
+    model = load(folder)
     words = logits(prompted("prompt_tuning", model))
     assert torch.allclose(logits(prompted("prefix_tuning directly", model)), words, atol=1e-5)
     assert not torch.allclose(logits(model), words, atol=1e-2)
@@ -268,16 +276,16 @@ def test_padding_changes_no_logits(kind: str, side: str, architecture: str):
         assert torch.allclose(own, logits(model, torch.tensor([row]))[0], atol=1e-5)
 
 
-def test_peft_would_not_keep_that_on_the_left(tiny_model: Path, tmp_path: Path):
-    stock = in_peft(prompted("prompt_tuning", load(tiny_model)), "prompt_tuning", tiny_model, tmp_path)
+def test_peft_would_not_keep_that_on_the_left(folder: Path, tmp_path: Path):
+    stock = in_peft(prompted("prompt_tuning", load(folder)), "prompt_tuning", folder, tmp_path)
     alone = logits(stock, torch.tensor([ROWS[0]]))[0, PLACES:]
     padded_left = logits(stock, torch.tensor([[257] * 3 + ROWS[0]]), attention_mask=torch.tensor([[0] * 3 + [1] * 4]))
     assert not torch.allclose(padded_left[0, PLACES + 3 :], alone, atol=1e-3)
 
 
 @kinds
-def test_logits_to_keep_counts_as_without_a_prompt(tiny_model: Path, kind: str):
-    model = prompted(kind, load(tiny_model))
+def test_logits_to_keep_counts_as_without_a_prompt(folder: Path, kind: str):
+    model = prompted(kind, load(folder))
     everything = logits(model)
     columns = torch.tensor([1, 4, 7])
     assert everything.shape[1] == IDS.shape[1]
@@ -287,16 +295,16 @@ def test_logits_to_keep_counts_as_without_a_prompt(tiny_model: Path, kind: str):
 
 @kinds
 @on_bases
-def test_a_batch_is_answered_as_each_prompt_alone(tiny_model: Path, kind: str, base: str):
-    model = prompted(kind, load(tiny_model, base))
+def test_a_batch_is_answered_as_each_prompt_alone(folder: Path, kind: str, base: str):
+    model = prompted(kind, load(folder, base))
     alone = answers(model, ROWS, batch_size=1)
     assert answers(model, ROWS, batch_size=3) == alone
     assert alone != answers(model.base, ROWS, batch_size=1)  # the prompt matters
 
 
 @kinds
-def test_generation_follows_the_logits(tiny_model: Path, kind: str):
-    model = prompted(kind, load(tiny_model))
+def test_generation_follows_the_logits(folder: Path, kind: str):
+    model = prompted(kind, load(folder))
     expected = IDS
     for _ in range(5):
         expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], dim=1)
@@ -305,8 +313,8 @@ def test_generation_follows_the_logits(tiny_model: Path, kind: str):
 
 
 @kinds
-def test_a_penalty_for_repeating_counts_the_row_alone(tiny_model: Path, kind: str):
-    model = prompted(kind, load(tiny_model))
+def test_a_penalty_for_repeating_counts_the_row_alone(folder: Path, kind: str):
+    model = prompted(kind, load(folder))
     scores = logits(model)[0, -1]
     repeated = IDS[0].unique()
     scores[repeated] = torch.where(scores[repeated] < 0, scores[repeated] * 3, scores[repeated] / 3)
@@ -325,99 +333,104 @@ def in_peft(model: Any, kind: str, folder: Path, saved: Path) -> nn.Module:
 
 @kinds
 @on_bases
-def test_saved_and_loaded_is_the_same_model(tiny_model: Path, tmp_path: Path, kind: str, base: str):
-    model = prompted(kind, load(tiny_model, base))
+def test_saved_and_loaded_is_the_same_model(folder: Path, tmp_path: Path, kind: str, base: str):
+    model = prompted(kind, load(folder, base))
     method(kind).save(model, tmp_path)
-    again = method(kind).load(load(tiny_model, base), tmp_path)
+    again = method(kind).load(load(folder, base), tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), logits(again.base))
     assert not any(p.requires_grad for p in again.parameters())
 
 
 @kinds
-def test_what_is_loaded_is_what_trained_in_a_narrower_type(tiny_model: Path, tmp_path: Path, kind: str):
-    model = prompted(kind, load(tiny_model))
+def test_what_is_loaded_is_what_trained_in_a_narrower_type(folder: Path, tmp_path: Path, kind: str):
+    model = prompted(kind, load(folder))
     method(kind).save(model, tmp_path)
-    again = method(kind).load(load(tiny_model), tmp_path)
+    again = method(kind).load(load(folder), tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits(again), logits(model))
 
 
 @kinds
-def test_stock_peft_says_the_same(tiny_model: Path, tmp_path: Path, kind: str):
-    model = prompted(kind, load(tiny_model))
-    stock = in_peft(model, kind, tiny_model, tmp_path)
+def test_stock_peft_says_the_same(folder: Path, tmp_path: Path, kind: str):
+    model = prompted(kind, load(folder))
+    stock = in_peft(model, kind, folder, tmp_path)
     assert torch.allclose(logits(stock)[:, -IDS.shape[1] :], logits(model), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
-def test_a_prompt_of_another_length_or_width_is_refused(tiny_model: Path, tmp_path: Path, kind: str):
-    method(kind).save(prompted(kind, load(tiny_model)), tmp_path)
+def test_a_prompt_of_another_length_or_width_is_refused(folder: Path, tmp_path: Path, kind: str):
+    method(kind).save(prompted(kind, load(folder)), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     prompt = load_file(file)["prompt_embeddings"]
     for tensors in ({"prompt_embeddings": prompt[1:]}, {"prompt_embeddings": prompt[:, 1:]}, {"other": prompt}):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         with pytest.raises(RefusedError, match="shape"):
-            method(kind).load(load(tiny_model), tmp_path)
+            method(kind).load(load(folder), tmp_path)
 
 
 # --- without an adapter
 
 
 @kinds
-def test_a_merge_is_refused_with_what_to_do_instead(tiny_model: Path, kind: str):
-    with pytest.raises(UnsupportedError, match="export|PEFT"):
-        method(kind).merge(prompted(kind, load(tiny_model)))
+def test_a_merge_is_refused_with_what_to_do_instead(folder: Path, tmp_path: Path, kind: str):
+    with pytest.raises(UnsupportedError, match=r"ft export|PEFT"):
+        method(kind).merge(load(folder), tmp_path)
 
 
-def test_a_prefix_does_not_become_tokens(tiny_model: Path):
-    model = prompted("prefix_tuning", load(tiny_model))
+def test_a_prefix_does_not_become_tokens(folder: Path, tmp_path: Path):
     with pytest.raises(UnsupportedError, match="no place"):
-        method("prefix_tuning").bake(model, tiny_tokenizer(), 0)
+        method("prefix_tuning").bake(load(folder), tmp_path, tiny_tokenizer(), unlikely=7)
+
+
+def baked(kind: str, base: PreTrainedModel, folder: Path, unlikely: int = 7) -> tuple[BakedPrompt, Any]:
+    """A new prompt as tokens of `base`, and their tokenizer; `folder` is where the prompt goes in between."""
+    method(kind).save(prompted(kind, base), folder)
+    tokenizer = tiny_tokenizer()
+    return method(kind).bake(base, folder, tokenizer, unlikely), tokenizer
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("tokens", [PLACES, 70])  # into rows that the tokenizer leaves free, and beyond the last one
-@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
-def test_baked_tokens_are_the_prompt(tmp_path: Path, kind: str, tokens: int, tied: bool):
-    section = (
-        PromptTuning(method=kind, tokens=tokens) if kind == "prompt_tuning" else PTuning(method=kind, tokens=tokens)
-    )
-    base = tiny_llama(tie_word_embeddings=tied)
-    model, tokenizer = prompted(section, base), tiny_tokenizer()
-    known = len(tokenizer)
+@pytest.mark.parametrize("vocabulary", [259, 262])  # as many rows as tokens, and three that no token needs
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning lstm"])
+def test_baked_tokens_are_the_prompt(tmp_path: Path, kind: str, vocabulary: int, tied: bool):
+    base = tiny_llama(tie_word_embeddings=tied, vocab_size=vocabulary)
+    known = len(tiny_tokenizer())
+    base.generation_config.suppress_tokens = list(range(known, vocabulary))  # which only an untrained model would write
+    model = prompted(kind, base)
     expected, written = logits(model)[..., :known], answers(model, ROWS, batch_size=1)
-    baked = method(section).bake(model, tokenizer, unlikely=7)
-    baked.model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    prompt, tokenizer = baked(kind, base, tmp_path)
+    prompt.model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
 
-    plain, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert words(baked.text)["input_ids"] == baked.ids
-    found = logits(plain, torch.cat([torch.tensor([baked.ids]), IDS], dim=1))[:, tokens:]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    words = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert words(prompt.text)["input_ids"] == prompt.ids
+    found = logits(plain, torch.cat([torch.tensor([prompt.ids]), IDS], dim=1))[:, PLACES:]
     assert torch.allclose(found[..., :known], expected, atol=1e-6)
     assert not torch.allclose(logits(plain)[..., :known], expected, atol=1e-2)
-    assert torch.equal(found[..., baked.ids], found[..., [7] * tokens])
-    assert answers(plain, [baked.ids + row for row in ROWS], batch_size=3) == written
+    assert torch.equal(found[..., prompt.ids], found[..., [7] * PLACES])
+    assert answers(plain, [prompt.ids + row for row in ROWS], batch_size=3) == written
     chat = words.apply_chat_template([{"role": "user", "content": "x"}], tokenize=True)["input_ids"]
-    assert chat[: tokens + 1] == [*baked.ids, 256]
+    assert chat[: PLACES + 1] == [*prompt.ids, 256]
 
 
-def test_baked_tokens_are_never_written(tmp_path: Path):
-    model, tokenizer = prompted("prompt_tuning", tiny_llama()), tiny_tokenizer()
-    likeliest = int(logits(model)[0, -1].argmax())
-    baked = method("prompt_tuning").bake(
-        model, tokenizer, unlikely=likeliest
-    )  # so that only the settings hold them back
-    ids = torch.cat([torch.tensor([baked.ids]), IDS], dim=1)
-    drawn = baked.model.generate(ids, max_new_tokens=100, do_sample=True, eos_token_id=[])[0, ids.shape[1] :]
-    assert not set(drawn.tolist()) & set(baked.ids)
-    baked.model.generation_config.suppress_tokens = None
-    drawn = baked.model.generate(ids, max_new_tokens=100, do_sample=True, eos_token_id=[])[0, ids.shape[1] :]
-    assert set(drawn.tolist()) & set(baked.ids)
+def test_baked_tokens_are_never_written(folder: Path, tmp_path: Path):
+    base = load(folder)
+    likeliest = int(logits(prompted("prompt_tuning", base))[0, -1].argmax())
+    prompt, _ = baked("prompt_tuning", base, tmp_path, unlikely=likeliest)  # only the settings hold them back then
+    rows = torch.cat([torch.tensor([prompt.ids]), IDS], dim=1).expand(100, -1)
+
+    def written() -> set[int]:
+        torch.manual_seed(0)
+        return set(prompt.model.generate(rows, max_new_tokens=1, do_sample=True, eos_token_id=[])[:, -1].tolist())
+
+    assert not written() & set(prompt.ids)
+    prompt.model.generation_config.suppress_tokens = None
+    assert written() & set(prompt.ids)
 
 
-def test_a_model_with_a_baked_prompt_takes_no_second_one(tiny_model: Path):
-    model, tokenizer = prompted("prompt_tuning", load(tiny_model)), tiny_tokenizer()
-    method("prompt_tuning").bake(model, tokenizer, unlikely=7)
+def test_a_model_with_a_baked_prompt_takes_no_second_one(folder: Path, tmp_path: Path):
+    prompt, tokenizer = baked("prompt_tuning", load(folder), tmp_path)
     with pytest.raises(UnsupportedError, match="already"):
-        method("prompt_tuning").bake(model, tokenizer, unlikely=7)
+        method("prompt_tuning").bake(prompt.model, tmp_path, tokenizer, unlikely=7)
