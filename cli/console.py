@@ -164,7 +164,8 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         show_result(json.dumps(finished.to_json()))
         return
     trained = Path(finished.trained).name
-    lines = [*wording.outcome(finished), f"weights: {run / trained}", f"next: ft eval {run}   ft merge {run}"]
+    commands = [f"ft {command} {run}" for command in ("eval", finished.standalone_by) if command]
+    lines = [*wording.outcome(finished), f"weights: {run / trained}", f"next: {'   '.join(commands)}"]
     show_result("\n".join(lines))
 
 

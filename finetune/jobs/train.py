@@ -81,6 +81,7 @@ def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> Trainin
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
+        standalone_by=recipe.adapter.standalone_by,
         steps=state.step,
         loss=metrics.loss,
         validation_loss_before=before.loss if before else None,

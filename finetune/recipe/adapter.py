@@ -17,6 +17,8 @@ class AdapterSection(Section):
     """Whether the base's own weights train; they then keep a full-precision copy."""
     has_rank: ClassVar[bool] = False
     """Whether layers have updates of some rank, which `modules` can set."""
+    standalone_by: ClassVar[str | None] = "merge"
+    """The command that writes the trained model so that it needs no adapter; None where there is no such form."""
     method: str
 
     @property
@@ -62,6 +64,7 @@ class QaLora(LowRank):
 class SoftPrompt(AdapterSection):
     """Base of the methods that train what the model reads before every row, and nothing of the model."""
 
+    standalone_by: ClassVar[str | None] = "export"
     tokens: int = Field(20, ge=1, description="Length of the prompt, in tokens of the context that it takes.")
 
     @property
@@ -135,6 +138,7 @@ class PrefixTuning(SoftPrompt):
     """Keys and values in front of every row in every layer (Li and Liang 2021, arXiv 2101.00190)."""
 
     implementation: ClassVar[str] = "finetune.adapters.prefix_tuning:PrefixTuningMethod"
+    standalone_by: ClassVar[str | None] = None
     method: Literal["prefix_tuning"]
     projection: int | None = Field(
         512,

@@ -125,11 +125,12 @@ class DataRead(Event):
 
 @dataclass(frozen=True)
 class TrainingFinished(Event):
-    """The run is complete and its weights are saved in `trained`."""
+    """The run is complete and its weights are saved in `trained`; a command may write them as a model by itself."""
 
     kind: ClassVar[str] = "finished"
     run_directory: str
     trained: str
+    standalone_by: str | None
     steps: int
     loss: float
     validation_loss_before: float | None
