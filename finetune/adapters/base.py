@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -54,6 +54,15 @@ class AdapterMethod(ABC):
             model: The frozen base; a quantized layer carries its quantizer.
             total_steps: Optimizer steps of the run, for methods with a schedule of their own.
         """
+
+    def initialize(self, model: nn.Module, original: Callable[[str], Tensor]) -> None:
+        """Set starting values that are taken from the base's weights; called once, after `attach`.
+
+        Args:
+            model: What `attach` returned.
+            original: From a layer's name to its weight before it was quantized, shape (out, in).
+        """
+        return None
 
     @abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -1,7 +1,9 @@
-"""Full fine-tuning: every weight of the model trains."""
+"""Full fine-tuning: the model's own weights train."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors.torch import load_model
@@ -10,29 +12,44 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.quantizers.base import is_quantized
 
 WEIGHTS = "model.safetensors"
 
 
 class FullMethod(AdapterMethod):
-    """Every weight trains; what is saved is a model that plain transformers loads."""
+    """All weights train, or those that the recipe picks; what is saved is a model that plain transformers loads."""
 
     convention = "W x"
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Unfreeze every weight.
+        """Unfreeze the weights that the recipe picks.
 
         Raises:
-            UnsupportedError: The model came with quantized weights, which have no gradient.
+            UnsupportedError: It picks weights that are quantized and so have no gradient, or a pattern matches none.
         """
-        if any(is_quantized(layer) for layer in model.modules()):
+        names = [name for name, _ in model.named_parameters()]
+        for key, patterns in (("train", self.section.train), ("freeze", self.section.freeze)):
+            for pattern in patterns:
+                if not _matching(names, [pattern]):
+                    raise UnsupportedError(
+                        f"no weight of the model matches {pattern!r}",
+                        where=f"adapter.{key}",
+                        hint=f"names look like {names[-1]}; * stands for any part",
+                    )
+        picked = _matching(names, self.section.train) - _matching(names, self.section.freeze)
+        for name, parameter in model.named_parameters():
+            if name in picked and not parameter.is_floating_point():
+                raise UnsupportedError(
+                    "the model's weights are quantized, and quantized weights cannot be trained themselves",
+                    where="model.name",
+                    hint="name the unquantized model, or train an adapter: {method: lora}",
+                )
+            parameter.requires_grad_(name in picked)
+        if not picked:
             raise UnsupportedError(
-                "the model's weights are quantized, and quantized weights cannot be trained themselves",
-                where="model.name",
-                hint="name the unquantized model, or train an adapter: {method: lora}",
+                "no weight is left to train", where="adapter.freeze", hint="freeze less, or train more"
             )
-        return model.requires_grad_(True)
+        return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the whole model; tied weights once."""
@@ -61,3 +78,9 @@ class FullMethod(AdapterMethod):
         merged = self.load(model, folder)
         assert isinstance(merged, PreTrainedModel)
         return merged
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names that match any of the patterns."""
+    patterns = list(patterns)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import UnsupportedError
@@ -27,6 +28,14 @@ class Factors(NamedTuple):
     b_OR: Tensor
 
 
+class Magnitude(nn.Module):
+    """The length of each row of an adapted weight, shape (O,): what DoRA trains beside the direction."""
+
+    def __init__(self, lengths_O: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(lengths_O)
+
+
 class LowRankLinear(lora.Linear):
     """y = W x + s B A x, whatever stores W.
 
@@ -38,6 +47,8 @@ class LowRankLinear(lora.Linear):
     """Whether A sees sums over the groups that the base's quantizer has (QA-LoRA)."""
     elastic: ClassVar[bool] = False
     """Whether means of input and bottleneck go around A and B (IR-QLoRA's IEC)."""
+    anchored: ClassVar[bool] = False
+    """Whether A and B start at values that the update takes off again (PiSSA, OLoRA)."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
         self.pooled_inputs = _group_size(base_layer, settings.get("target_name", "")) if self.pooled else 1
@@ -48,6 +59,9 @@ class LowRankLinear(lora.Linear):
         in_features, out_features = super()._get_in_out_features(module)
         return in_features // self.pooled_inputs, out_features
 
+    def resolve_lora_variant(self, *, config: LoraConfig, **settings: Any) -> None:
+        """None of PEFT's: what differs from plain LoRA stands below, and works over quantized weights too."""
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **settings: Any) -> None:
         """Add an adapter; B and the betas start at zero, so that it changes nothing.
 
@@ -55,13 +69,35 @@ class LowRankLinear(lora.Linear):
         """
         if not hasattr(self, "lora_beta"):
             self.lora_beta = nn.ParameterDict({})
+            self.lora_start_A, self.lora_start_B = nn.ParameterDict({}), nn.ParameterDict({})
         super().update_layer(adapter_name, r, lora_alpha, config, **settings)
+        device = self.lora_A[adapter_name].weight.device
         if self.pooled_inputs > 1:
             with torch.no_grad():
                 self.lora_A[adapter_name].weight.div_(self.pooled_inputs**0.5)
         if self.elastic:
-            self.lora_beta[adapter_name] = nn.Parameter(torch.zeros(2, device=self.lora_A[adapter_name].weight.device))
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self.lora_beta[adapter_name] = nn.Parameter(torch.zeros(2, device=device))
+        if self.anchored:
+            for start, factor in ((self.lora_start_A, self.lora_A), (self.lora_start_B, self.lora_B)):
+                start[adapter_name] = nn.Parameter(torch.zeros_like(factor[adapter_name].weight), requires_grad=False)
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self._row_lengths(adapter_name))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def start_from(self, adapter: str, factors: Factors) -> None:
+        """Give A and B other starting values than Kaiming-uniform and zero; their product counts s times.
+
+        An anchored layer takes them off again, so that it starts as W does. The papers take them off W instead: the
+        same map, but the base would not stay as it is, and a quantized one could not take it.
+        """
+        for factor, start, value in (
+            (self.lora_A, self.lora_start_A, factors.a_RI),
+            (self.lora_B, self.lora_start_B, factors.b_OR),
+        ):
+            factor[adapter].weight.copy_(value)
+            if self.anchored:
+                start[adapter].copy_(value)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The product with W and every active update, in the type of the base's product; (..., I) -> (..., O)."""
@@ -70,11 +106,26 @@ class LowRankLinear(lora.Linear):
             return result
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
-                result = result + self.update(adapter, x).to(result.dtype)
+                result = self._adapted(adapter, x, result)
         return result
 
+    def _adapted(self, adapter: str, x: Tensor, product: Tensor) -> Tensor:
+        """The base's product with one adapter's part in it.
+
+        With a magnitude m: m (W + s B A) x / |W + s B A| by rows, the lengths taken as constants.
+
+        Source: Liu et al. 2024, arXiv 2402.09353, equations 5 and 11.
+        """
+        update = self.update(adapter, x)
+        if adapter not in self.lora_magnitude_vector:
+            return product + update.to(product.dtype)
+        scale_O = self.lora_magnitude_vector[adapter].weight / self._row_lengths(adapter)
+        bias = self.get_base_layer().bias
+        unbiased = product if bias is None else product - bias
+        return product + ((scale_O - 1) * unbiased + scale_O * update).to(product.dtype)
+
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        """S B A x of one adapter, (..., I) -> (..., O), in float32 or autocast's type.
+        """The product s B A x of one adapter, (..., I) -> (..., O), in float32 or autocast's type.
 
         Pooled: A sees the sum over each group of K inputs. Elastic: u = A x + beta1 up(mean(x)) and
         s (B u + beta2 up(mean(u))), where mean and up go over as many equal parts as both widths have.
@@ -85,11 +136,16 @@ class LowRankLinear(lora.Linear):
         a, b = self.lora_A[adapter], self.lora_B[adapter]
         x = self._cast_input_dtype(x, a.weight.dtype)
         seen = self._pool(self.lora_dropout[adapter](x))
-        if not self.elastic:
-            return b(a(seen)) * self.scaling[adapter]
-        beta1, beta2 = self.lora_beta[adapter]
-        inner = a(seen) + beta1 * _spread_mean(self._pool(x), a.out_features)
-        return (b(inner) + beta2 * _spread_mean(inner, b.out_features)) * self.scaling[adapter]
+        if self.elastic:
+            beta1, beta2 = self.lora_beta[adapter]
+            inner = a(seen) + beta1 * _spread_mean(self._pool(x), a.out_features)
+            result = b(inner) + beta2 * _spread_mean(inner, b.out_features)
+        else:
+            result = b(a(seen))
+        if adapter in self.lora_start_A:
+            inner = functional.linear(x, self.lora_start_A[adapter])
+            result = result - functional.linear(inner, self.lora_start_B[adapter])
+        return result * self.scaling[adapter]
 
     def factors(self, adapter: str) -> Factors:
         """The plain LoRA that this adapter is: elastic paths folded in, a pooled A repeated over its groups."""
@@ -97,7 +153,7 @@ class LowRankLinear(lora.Linear):
         return Factors(a.repeat_interleave(self.pooled_inputs, dim=1), b)
 
     def pooled_factors(self, adapter: str) -> Factors:
-        """The same with A of shape (R, L).
+        """The same with A of shape (R, L); with starting values that are taken off again, R is twice the rank.
 
         Source: Qin et al. 2024, arXiv 2402.05445, equation 16.
         """
@@ -106,6 +162,9 @@ class LowRankLinear(lora.Linear):
             beta1, beta2 = self.lora_beta[adapter]
             a_RL = a_RL + beta1 * _mean_pattern(a_RL.shape[0], a_RL.shape[1], a_RL)
             b_OR = b_OR + beta2 * _mean_pattern(b_OR.shape[0], b_OR.shape[1], b_OR)
+        if adapter in self.lora_start_A:
+            a_RL = torch.cat([a_RL, self.lora_start_A[adapter]])
+            b_OR = torch.cat([b_OR, -self.lora_start_B[adapter]], dim=1)
         return Factors(a_RL, b_OR)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -113,6 +172,18 @@ class LowRankLinear(lora.Linear):
         a_RI, b_OR = self.factors(adapter)
         delta_OI = b_OR @ a_RI * self.scaling[adapter]
         return delta_OI.T if self.fan_in_fan_out else delta_OI
+
+    def base_weight(self) -> Tensor:
+        """W as the base computes with it, shape (O, I), float32."""
+        base = self.get_base_layer()
+        if is_quantized(base):
+            return base.quantizer.dequantize(base)
+        return (base.weight.T if isinstance(base, Conv1D) else base.weight).float()
+
+    @torch.no_grad()
+    def _row_lengths(self, adapter: str) -> Tensor:
+        a_RI, b_OR = self.factors(adapter)
+        return torch.addmm(self.base_weight(), b_OR, a_RI, alpha=self.scaling[adapter]).norm(dim=1)
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.pooled_inputs)).sum(-1) if self.pooled_inputs > 1 else x
@@ -137,10 +208,10 @@ class PooledElasticLinear(LowRankLinear):
     elastic = True
 
 
-def layer_class(*, pooled: bool, elastic: bool) -> type[LowRankLinear]:
-    """The layer of these properties."""
-    kinds = (LowRankLinear, PooledLinear, ElasticLinear, PooledElasticLinear)
-    return next(kind for kind in kinds if (kind.pooled, kind.elastic) == (pooled, elastic))
+class AnchoredLinear(LowRankLinear):
+    """An update that starts from a part of W and at zero all the same."""
+
+    anchored = True
 
 
 def _group_size(base_layer: nn.Module, name: str) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,12 +17,29 @@ from finetune.models.linears import linear_layers
 
 ADAPTER_NAME = "default"
 
+NO_LAYER_FOUND = ("Target modules", "No layers types compatible")
+"""Words of PEFT's errors where no layer has the name of a target."""
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a wrapped model's layers."""
+
 STOCK_WEIGHTS = "adapter_model.safetensors"
 NATIVE_WEIGHTS = "ft_adapter.safetensors"
 """The trained tensors themselves, where the stock file holds what they amount to."""
 
 PROMPT = "prompt_embeddings"
 """PEFT's name of a soft prompt, whichever kind it is."""
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers with a low-rank update, by the names that they have in the base."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+def as_targets(targets: str | Sequence[str]) -> str | list[str]:
+    """Target modules as PEFT takes them: it changes lists."""
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
@@ -34,7 +52,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        if "Target modules" not in str(error):
+        if not any(words in str(error) for words in NO_LAYER_FOUND):
             raise
         endings = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
         raise UnsupportedError(
@@ -54,17 +72,23 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def save_as_lora(model: PeftModel, folder: Path) -> None:
-    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it."""
+def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path) -> None:
+    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it.
+
+    Args:
+        model: With an adapter of `LowRankLinear` layers.
+        config: Of the plain LoRA.
+        folder: Where to.
+    """
     tensors = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear):
-            a_RI, b_OR = layer.factors(ADAPTER_NAME)
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a_RI.contiguous(), b_OR.contiguous()
-    config = model.peft_config[ADAPTER_NAME]
-    config.inference_mode, trains = True, config.inference_mode
+    for name, layer in low_rank_layers(model).items():
+        a_RI, b_OR = layer.factors(ADAPTER_NAME)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+    trains = model.peft_config[ADAPTER_NAME]
+    config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
+    config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
-    config.inference_mode = trains
     save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(_tensors(model), folder / NATIVE_WEIGHTS)
 

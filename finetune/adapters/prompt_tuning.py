@@ -26,7 +26,7 @@ class PromptTuningMethod(EmbeddedPromptMethod):
 
     @torch.no_grad()
     def _new_prompt(self, model: PreTrainedModel) -> nn.Module:
-        start = self.section.initialization
+        start = self.section.start
         match start:
             case UniformStart():
                 prompt_PE = torch.rand(self.section.tokens, self._width(model)) - 0.5

@@ -15,24 +15,30 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
-from finetune.adapters.lora import LoraMethod
-from finetune.adapters.low_rank import LowRankLinear
+from finetune.adapters.lora import LowRankMethod
+from finetune.adapters.low_rank import LowRankLinear, PooledElasticLinear, PooledLinear
+from finetune.recipe.adapter import QaLora
 
 
-class QaLoraMethod(LoraMethod):
+class QaLoraMethod(LowRankMethod):
     """QA-LoRA over layers whose groups have float minimums."""
 
     convention = (
         "W x + (alpha / r) B A sum(x in each group), with iec both factors after equation 16 of arXiv 2402.05445"
     )
     fits_quantized = True
-    pooled = True
+    section: QaLora
+
+    @property
+    def layer(self) -> type[LowRankLinear]:
+        """The form of the update."""
+        return PooledElasticLinear if self.section.iec else PooledLinear
 
     @torch.no_grad()
     def merge_quantized(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Add (alpha / r) B A to the minimums, which are float32 from then on; codes and scales stay bit for bit."""
         attached = self.load(model, folder)
-        for layer in [layer for layer in attached.modules() if isinstance(layer, LowRankLinear)]:
+        for layer in peft_bridge.low_rank_layers(attached).values():
             base = layer.get_base_layer()
             for adapter in layer.active_adapters:
                 a_RL, b_OR = layer.pooled_factors(adapter)

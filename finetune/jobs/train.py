@@ -103,6 +103,7 @@ def _start(bench: Workbench, order: BatchOrder, layout: Layout, report: Report) 
         base.activation_checkpointing_enable({"use_reentrant": False})
     bench.seed()
     model = bench.method.attach(base, order.total_steps)
+    bench.method.initialize(model, bench.folder.weight)
     return TrainState(
         accelerator=bench.accelerator,
         model=bench.accelerator.prepare_model(model),

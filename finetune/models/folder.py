@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.models.gguf import converted
@@ -58,6 +59,23 @@ class ModelFolder:
         except ValueError as error:
             raise ModelError("config.json is not valid JSON", where=str(self.path), hint="fetch it again") from error
         return config
+
+    def weight(self, layer: str) -> Tensor:
+        """The weight of a linear layer as its file holds it, whatever the model makes of it; shape (out, in).
+
+        Raises:
+            ModelError: The files hold it under another name, or quantized.
+        """
+        name = f"{layer}.weight"
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys() and tensors.get_slice(name).get_dtype()[0] in "FB":  # noqa: SIM118
+                    return tensors.get_tensor(name)
+        raise ModelError(
+            f"the files hold no unquantized weight {name}",
+            where=str(self.path),
+            hint="name the unquantized model, or choose another adapter.initialization",
+        )
 
 
 def find_model(section: Model, report_work: Callable[[str], None], weights: bool = True) -> ModelFolder:

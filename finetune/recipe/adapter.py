@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ class AdapterSection(Section):
     """Whether the base's own weights train; they then keep a full-precision copy."""
     has_rank: ClassVar[bool] = False
     """Whether layers have updates of some rank, which `modules` can set."""
+    needs_full_precision: ClassVar[bool] = False
+    """Whether the method computes with the weight's own numbers, which a quantized layer does not hold."""
     standalone_by: ClassVar[str | None] = "merge"
     """The command that writes the trained model so that it needs no adapter; None where there is no such form."""
     method: str
@@ -27,6 +29,13 @@ class AdapterSection(Section):
         return 0
 
 
+Targets = Literal["all-linear"] | list[str]
+TARGETS: Any = Field(
+    "all-linear",
+    description="Layers that are adapted: `all-linear` (all but the output head), or a list of name endings.",
+)
+
+
 class LowRank(AdapterSection):
     """Base of the methods whose update is a product of two thin matrices."""
 
@@ -34,10 +43,7 @@ class LowRank(AdapterSection):
     r: int = Field(16, ge=1, description="Rank of the update.")
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update while training.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear",
-        description="Layers that get an update: `all-linear` (all but the output head), or a list of name endings.",
-    )
+    target_modules: Targets = TARGETS
     iec: bool = Field(
         False,
         description=(
@@ -52,6 +58,16 @@ class Lora(LowRank):
 
     implementation: ClassVar[str] = "finetune.adapters.lora:LoraMethod"
     method: Literal["lora"]
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(r), for large ranks (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Train the length of each row of the weight as well (arXiv 2402.09353).")
+    initialization: Literal["zero", "pissa", "olora", "loftq"] = Field(
+        "zero",
+        description=(
+            "What the update starts from. zero: nothing. pissa, olora: the weight's largest singular vectors "
+            "(arXiv 2404.02948), or columns of its QR factors (arXiv 2406.01775). loftq: what quantization has lost "
+            "(arXiv 2310.08659)."
+        ),
+    )
 
 
 class QaLora(LowRank):
@@ -114,7 +130,7 @@ class PromptTuning(SoftPrompt):
     implementation: ClassVar[str] = "finetune.adapters.prompt_tuning:PromptTuningMethod"
     method: Literal["prompt_tuning"]
     tokens: int = Field(100, ge=1, description="Length of the prompt; the paper gains little beyond 20.")
-    initialization: Start = Field(VocabularyStart(kind="vocabulary"), description="What the prompt starts as.")
+    start: Start = Field(VocabularyStart(kind="vocabulary"), description="What the prompt starts as.")
 
 
 class PTuning(SoftPrompt):
@@ -150,12 +166,81 @@ class PrefixTuning(SoftPrompt):
     )
 
 
+class Vera(AdapterSection):
+    """Two vectors per layer around random matrices that all layers share (Kopiczko et al. 2024, arXiv 2310.11454)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.peft_methods:VeraMethod"
+    method: Literal["vera"]
+    r: int = Field(256, ge=1, description="Rank of the shared matrices.")
+    initial: float = Field(0.1, gt=0, description="What the inner vector starts at.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update while training.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the shared matrices.")
+    target_modules: Targets = TARGETS
+
+
+class Ia3(AdapterSection):
+    """A learned factor per output, or per input of feed-forward layers (Liu et al. 2022, arXiv 2205.05638)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.peft_methods:Ia3Method"
+    needs_full_precision: ClassVar[bool] = True
+    method: Literal["ia3"]
+    target_modules: list[str] = Field(
+        ["k_proj", "v_proj", "down_proj"], min_length=1, description="Layers with factors, by name endings."
+    )
+    feedforward_modules: list[str] = Field(
+        ["down_proj"], description="Those of them whose inputs are scaled, not their outputs."
+    )
+
+
+class LoHa(AdapterSection):
+    """The entrywise product of two low-rank updates (Hyeon-Woo et al. 2022, arXiv 2108.06098)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoHaMethod"
+    needs_full_precision: ClassVar[bool] = True
+    method: Literal["loha"]
+    r: int = Field(8, ge=1, description="Rank of each of the two factors.")
+    alpha: float = Field(8.0, gt=0, description="The update is scaled by alpha / r.")
+    module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a layer is left without update in a step.")
+    target_modules: Targets = TARGETS
+
+
+class LoKr(AdapterSection):
+    """A Kronecker product as update (Yeh et al. 2024, arXiv 2309.14859)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoKrMethod"
+    needs_full_precision: ClassVar[bool] = True
+    method: Literal["lokr"]
+    r: int = Field(8, ge=1, description="Rank of the larger factor.")
+    alpha: float = Field(8.0, gt=0, description="The update is scaled by alpha / r.")
+    module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a layer is left without update in a step.")
+    target_modules: Targets = TARGETS
+
+
+class Oft(AdapterSection):
+    """Rotations of each layer's inputs, in blocks (Qiu et al. 2023, arXiv 2306.07280)."""
+
+    implementation: ClassVar[str] = "finetune.adapters.peft_methods:OftMethod"
+    method: Literal["oft"]
+    block_size: int = Field(32, ge=2, description="Inputs of a block; it must divide every layer's inputs.")
+    module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a block is not rotated in a step.")
+    target_modules: Targets = TARGETS
+
+
 class Full(AdapterSection):
-    """No adapter: every weight of the model trains."""
+    """No adapter: the model's own weights train, all or some of them; biases alone are BitFit (arXiv 2106.10199)."""
 
     implementation: ClassVar[str] = "finetune.adapters.full:FullMethod"
     trains_base: ClassVar[bool] = True
     method: Literal["full"]
+    train: list[str] = Field(
+        ["*"], min_length=1, description="Patterns of the names of weights that train, such as `*.bias`."
+    )
+    freeze: list[str] = Field(
+        [], description="Patterns of weights that stay as they are all the same, such as `*.layers.[0-9].*`."
+    )
 
 
-Adapter = Annotated[Lora | QaLora | PromptTuning | PrefixTuning | PTuning | Full, Field(discriminator="method")]
+Adapter = Annotated[
+    Lora | QaLora | PromptTuning | PrefixTuning | PTuning | Vera | Ia3 | LoHa | LoKr | Oft | Full,
+    Field(discriminator="method"),
+]

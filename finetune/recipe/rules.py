@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from finetune.recipe.adapter import LabelsStart, PrefixTuning, PromptTuning, SoftPrompt
+from finetune.recipe.adapter import LabelsStart, Lora, PrefixTuning, PromptTuning, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -45,6 +45,23 @@ def full_needs_unquantized_modules(recipe: Recipe) -> Violation | None:
     return None
 
 
+def some_methods_need_full_precision(recipe: Recipe) -> Violation | None:
+    """What computes with the weight's own numbers would take codes for them."""
+    sections = {"quantization": recipe.quantization} | {
+        f"modules.{index}.quantization": rule.quantization
+        for index, rule in enumerate(recipe.modules)
+        if rule.quantization is not None
+    }
+    for key, section in sections.items():
+        if recipe.adapter.needs_full_precision and section.quantizes:
+            return Violation(
+                f"{key}.kind",
+                f"adapter.method: {recipe.adapter.method} works over full-precision weights only",
+                "set it to none, or adapter.method to lora",
+            )
+    return None
+
+
 def qa_lora_needs_groups(recipe: Recipe) -> Violation | None:
     """Only a float minimum per group of inputs takes up QA-LoRA's update without rounding."""
     if recipe.adapter.method != "qa_lora":
@@ -63,6 +80,41 @@ def qa_lora_needs_groups(recipe: Recipe) -> Violation | None:
                 f"QA-LoRA is merged into the float minimum of a group of inputs, which {section.kind} does not have",
                 "set it to affine, hqq or optq, or adapter.method to lora",
             )
+    return None
+
+
+def loftq_needs_a_quantized_base(recipe: Recipe) -> Violation | None:
+    """LoftQ starts from what quantization has lost; without it that is nothing."""
+    quantized = recipe.quantization.quantizes or any(
+        r.quantization and r.quantization.quantizes for r in recipe.modules
+    )
+    if isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "loftq" and not quantized:
+        return Violation(
+            "adapter.initialization",
+            "loftq starts from what quantization has lost, and nothing is quantized",
+            "set quantization.kind, or adapter.initialization to pissa",
+        )
+    return None
+
+
+def one_form_of_lora(recipe: Recipe) -> Violation | None:
+    """Forms whose formulas are defined for plain LoRA only."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, Lora):
+        return None
+    anchored = adapter.initialization in ("pissa", "olora")
+    if adapter.iec and (adapter.dora or anchored):
+        return Violation(
+            "adapter.iec",
+            f"iec is defined for plain LoRA, not with {'dora' if adapter.dora else adapter.initialization}",
+            "leave out one of them",
+        )
+    if adapter.dora and anchored:
+        return Violation(
+            "adapter.dora",
+            f"with {adapter.initialization} the update is a difference of two, which dora's length does not know",
+            "leave out one of them",
+        )
     return None
 
 
@@ -117,9 +169,9 @@ def prefixes_outlive_checkpointing(recipe: Recipe) -> Violation | None:
 def labels_fit_into_the_prompt(recipe: Recipe) -> Violation | None:
     """Each label takes a place of the prompt."""
     adapter = recipe.adapter
-    if not isinstance(adapter, PromptTuning) or not isinstance(adapter.initialization, LabelsStart):
+    if not isinstance(adapter, PromptTuning) or not isinstance(adapter.start, LabelsStart):
         return None
-    labels = len(adapter.initialization.labels)
+    labels = len(adapter.start.labels)
     if labels > adapter.tokens:
         return Violation(
             "adapter.tokens",
@@ -247,7 +299,10 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     full_needs_unquantized_modules,
+    some_methods_need_full_precision,
     qa_lora_needs_groups,
+    loftq_needs_a_quantized_base,
+    one_form_of_lora,
     a_module_rule_sets_something,
     soft_prompts_begin_rows,
     prefixes_outlive_checkpointing,

@@ -9,12 +9,34 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.adapters.full import FullMethod
-from finetune.errors import ModelError, RefusedError
+from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.recipe.adapter import Full
 from tests.fixtures.tiny import tiny_llama
 
 METHOD = FullMethod(Full(method="full"))
 IDS = torch.tensor([[256, 5, 9, 80, 41]])
+
+
+@pytest.mark.parametrize(
+    ("section", "trains"),
+    [
+        ({"train": ["*.layers.1.*"]}, ["model.layers.1."]),
+        ({"freeze": ["*.layers.*", "lm_head*"]}, ["model.embed_tokens.", "model.norm."]),
+        ({"train": ["*.bias"]}, ["q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"]),
+    ],
+)
+def test_chosen_weights_train_and_no_others(section: dict[str, list[str]], trains: list[str]):
+    model = tiny_llama(attention_bias=True, tie_word_embeddings=False)
+    FullMethod(Full(method="full", **section)).attach(model, 1)
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert training == {name for name, _ in model.named_parameters() if any(part in name for part in trains)}
+    assert training
+
+
+@pytest.mark.parametrize("section", [{"train": ["*.bias"]}, {"freeze": ["*.queries.*"]}, {"freeze": ["*"]}])
+def test_patterns_that_pick_nothing_are_refused(section: dict[str, list[str]]):
+    with pytest.raises(UnsupportedError):
+        FullMethod(Full(method="full", **section)).attach(tiny_llama(), 1)
 
 
 def test_every_weight_trains():

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune.adapters.lora import LoraMethod
-from finetune.adapters.low_rank import LowRankLinear, layer_class
+from finetune.adapters.lora import LoraMethod, LowRankMethod
+from finetune.adapters.low_rank import ElasticLinear, LowRankLinear
 from finetune.adapters.qa_lora import QaLoraMethod
 from finetune.errors import UnsupportedError
 from finetune.models.linears import dequantize_model, linear_layers
@@ -53,7 +53,7 @@ def alone(in_features: int, out_features: int, r: int, *, elastic: bool = True, 
     """One adapted layer in float64."""
     torch.manual_seed(3)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout)
-    kind = layer_class(pooled=False, elastic=elastic)
+    kind = ElasticLinear if elastic else LowRankLinear
     layer = kind(nn.Linear(in_features, out_features), "default", config, r=r, lora_alpha=2 * r)
     return trained(layer).double()
 
@@ -214,7 +214,7 @@ def test_the_betas_train(tiny_model: Path):
     ids=lambda value: value if isinstance(value, str) else f"{value.section.method}-{value.section.iec}",
 )
 def test_a_saved_adapter_is_the_same_for_us_and_for_stock_peft(
-    tiny_model: Path, tmp_path: Path, method: LoraMethod, kind: str
+    tiny_model: Path, tmp_path: Path, method: LowRankMethod, kind: str
 ):
     """Stock PEFT needs the dequantized base; what it would make of the native tensors is another model."""
     attached = trained(method.attach(load(tiny_model, PACKED[kind]), 1))
@@ -227,7 +227,7 @@ def test_a_saved_adapter_is_the_same_for_us_and_for_stock_peft(
         return logits(peft.PeftModel.from_pretrained(base, tmp_path).eval())
 
     assert is_close(in_stock_peft(), expected)
-    if method.section.iec and not method.pooled:
+    if method.section.method == "lora":
         native = load_file(tmp_path / "ft_adapter.safetensors")
         save_file({k: t for k, t in native.items() if "beta" not in k}, tmp_path / "adapter_model.safetensors")
         assert not is_close(in_stock_peft(), expected, 1e-3)
@@ -236,7 +236,9 @@ def test_a_saved_adapter_is_the_same_for_us_and_for_stock_peft(
 @pytest.mark.parametrize(
     ("method", "kind"), [(lora(iec=True), "icq-3"), (lora(iec=True), "affine-2"), (qa_lora(iec=True), "hqq-3")]
 )
-def test_an_adapter_merges_into_the_dequantized_base(tiny_model: Path, tmp_path: Path, method: LoraMethod, kind: str):
+def test_an_adapter_merges_into_the_dequantized_base(
+    tiny_model: Path, tmp_path: Path, method: LowRankMethod, kind: str
+):
     attached = trained(method.attach(load(tiny_model, PACKED[kind]), 1))
     method.save(attached, tmp_path)
     base = dequantize_model(load(tiny_model, PACKED[kind]), torch.float32)

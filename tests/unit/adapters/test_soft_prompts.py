@@ -165,7 +165,7 @@ def embeddings(model: PreTrainedModel, text: str) -> Tensor:
 
 
 def starting_as(model: PreTrainedModel, start: dict[str, Any], tokens: int = PLACES) -> Tensor:
-    return prompted(PromptTuning(method="prompt_tuning", tokens=tokens, initialization=start), model).prompt()
+    return prompted(PromptTuning(method="prompt_tuning", tokens=tokens, start=start), model).prompt()
 
 
 def test_a_prompt_starts_as_a_text_that_is_repeated(folder: Path):
@@ -178,9 +178,7 @@ def test_a_prompt_that_starts_as_a_text_is_the_text(folder: Path):
     model = load(folder)
     text = tiny_tokenizer()("Hi!?Hi", return_tensors="pt")["input_ids"]
     expected = logits(model, torch.cat([text, IDS], dim=1))[:, PLACES:]
-    tuned = prompted(
-        PromptTuning(method="prompt_tuning", tokens=PLACES, initialization={"kind": "text", "text": "Hi!?"}), model
-    )
+    tuned = prompted(PromptTuning(method="prompt_tuning", tokens=PLACES, start={"kind": "text", "text": "Hi!?"}), model)
     assert torch.allclose(logits(tuned), expected, atol=1e-5)
     assert not torch.allclose(logits(model), expected, atol=1e-2)
 

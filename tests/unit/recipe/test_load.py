@@ -92,21 +92,14 @@ def test_an_endless_file_is_refused() -> None:
         ("r: 16", "seed: 16", "6:3", "adapter.seed", "unknown key", "it belongs to `training.seed`"),
         ("r: 16", "zzz: 16", "6:3", "adapter.zzz", "unknown key", "valid keys: method, r, alpha"),
         ("run:", "learning_rate: 1\nrun:", "22:1", "learning_rate", "unknown key", "`optimizer.learning_rate`"),
-        (
-            "method: lora",
-            "",
-            "4:1",
-            "adapter.method",
-            "missing; one of lora, qa_lora, prompt_tuning, prefix_tuning, p_tuning, full",
-            None,
-        ),
+        ("method: lora", "", "4:1", "adapter.method", "missing; one of lora, qa_lora", None),
         ("method: lora", "metod: lora", "5:3", "adapter.metod", "unknown key", "did you mean `method`?"),
         (
             "method: lora",
             "method: lorra",
             "5:11",
             "adapter.method",
-            "one of lora, qa_lora, prompt_tuning, prefix_tuning, p_tuning, full",
+            "one of lora, qa_lora",
             "did you mean `lora`?",
         ),
         ("method: lora", "method: [1]", "5:11", "adapter.method", "found a list [1]", None),
@@ -291,7 +284,7 @@ def _sample(shape: Shape) -> Any:
         "a number": 0.5,
         "a list of 2": [0.5, 0.25],
         "a list of items, each text": ["other"],
-        "a list that is not empty": ["other"],
+        "a list that is not empty of items, each text": ["other"],
         "true or false": True,
         "a mapping": {"key": 1},
         "text that matches ^[\\w.-]+/": "org/other",
@@ -324,9 +317,11 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = ["quantization={kind: plugin, name: other}"]
     if "hub" in path:
         before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
+    if value == "loftq":
+        before = ["quantization={kind: affine}", *before]
     if path[1:] == ("train", 0, "weight"):
         before = ["data.train.1.weight=1", *before]
-    if path[:2] == ("adapter", "initialization"):
+    if path[:2] == ("adapter", "start"):
         begun = (
             before[0]
             .partition("=")[2]
@@ -334,7 +329,7 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
             .replace("labels", "labels, labels: [a]")
             .replace("text", "text, text: a")
         )
-        before = [f"adapter={{method: prompt_tuning, initialization: {begun}}}}}"]
+        before = [f"adapter={{method: prompt_tuning, start: {begun}}}}}"]
     if path[0] == "modules":  # a rule must say something, and what it says of a layer that is skipped is that
         adapter = "" if path[2] == "quantization" else ", adapter: {}" if path[-1] == "skip" else ", adapter: {r: 4}"
         kind = before[0].partition("=")[2] if before else "{kind: none}"
@@ -342,7 +337,7 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = [f"modules=[{{match: '*', quantization: {kind}{adapter}}}]"]
     if value == "qa_lora" or "qa_lora" in "".join(before):
         before = ["quantization={kind: affine}", *before]
-    if value == "full":
+    if any(f"method: {name}}}" in f"{before} method: {value}}}" for name in ("full", "ia3", "loha", "lokr")):
         before = ["quantization={kind: none}", *before]
     reached: Any = load(good, *before, f"{dotted(path)}={json.dumps(value)}").recipe
     for segment in path:

@@ -16,7 +16,13 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "modules.0.quantization.kind",
     ),
+    "some_methods_need_full_precision": (("adapter={method: ia3}",), "quantization.kind"),
     "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
+    "loftq_needs_a_quantized_base": (
+        ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
+        "adapter.initialization",
+    ),
+    "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
     "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
     "soft_prompts_begin_rows": (("adapter={method: p_tuning}", "training.batching=packed"), "training.batching"),
     "prefixes_outlive_checkpointing": (
@@ -24,7 +30,7 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "training.gradient_checkpointing",
     ),
     "labels_fit_into_the_prompt": (
-        ("adapter={method: prompt_tuning, tokens: 1, initialization: {kind: labels, labels: [good, bad]}}",),
+        ("adapter={method: prompt_tuning, tokens: 1, start: {kind: labels, labels: [good, bad]}}",),
         "adapter.tokens",
     ),
     "float16_weights_cannot_train": (
@@ -52,16 +58,19 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "quantization={kind: none}",
         "modules=[{match: '*', quantization: {kind: none}}]",
     ),
+    "some_methods_need_full_precision": ("adapter={method: oft}",),
     "qa_lora_needs_groups": (
         "adapter={method: qa_lora}",
         "quantization={kind: affine}",
         "modules=[{match: '*.q_proj', quantization: {kind: nf4}, adapter: {skip: true}}]",
     ),
+    "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
+    "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "soft_prompts_begin_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
     "prefixes_outlive_checkpointing": ("adapter={method: prompt_tuning}", "training.gradient_checkpointing=true"),
     "labels_fit_into_the_prompt": (
-        "adapter={method: prompt_tuning, tokens: 2, initialization: {kind: labels, labels: [good, bad]}}",
+        "adapter={method: prompt_tuning, tokens: 2, start: {kind: labels, labels: [good, bad]}}",
     ),
     "float16_weights_cannot_train": ("model.dtype=float16",),
     "revision_is_for_the_hub": ("model.revision=main",),

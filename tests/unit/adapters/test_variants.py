@@ -1,0 +1,142 @@
+"""LoRA's variants: how they start, what they compute, and that stock PEFT reads what they save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from finetune.adapters.lora import LoraMethod
+from finetune.adapters.peft_bridge import low_rank_layers
+from finetune.models.folder import ModelFolder
+from finetune.models.linears import dequantize_model
+from finetune.recipe.adapter import Lora
+from finetune.recipe.modules import ModuleRule
+from tests.unit.adapters.test_low_rank import is_close, trained
+from tests.unit.quantizers.loading import PACKED, gradients, load, logits
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "pissa": {"initialization": "pissa"},
+    "olora": {"initialization": "olora", "rslora": True},
+    "loftq": {"initialization": "loftq"},
+    "loftq-dora": {"initialization": "loftq", "dora": True},
+}
+BASES = [None, "nf4", "affine-3", "icq-4"]
+
+
+def method(name: str, **more: Any) -> LoraMethod:
+    return LoraMethod(Lora(**{"method": "lora", "r": 4, "alpha": 8, **VARIANTS[name], **more}))
+
+
+def attached(name: str, folder: Path, kind: str | None, **more: Any) -> torch.nn.Module:
+    chosen = method(name, **more)
+    model = chosen.attach(load(folder, PACKED[kind]) if kind else load(folder), 1)
+    chosen.initialize(model, ModelFolder(folder, "base").weight)
+    return model
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "loftq" not in name])
+def test_it_starts_as_the_base(tiny_model: Path, name: str, kind: str | None):
+    plain = logits(load(tiny_model, PACKED[kind]) if kind else load(tiny_model))
+    assert is_close(logits(attached(name, tiny_model, kind)), plain, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "affine-3", "icq-4"])
+def test_loftq_starts_closer_to_the_unquantized_weights(tiny_model: Path, kind: str):
+    model = attached("loftq", tiny_model, kind)
+    for name, layer in low_rank_layers(model).items():
+        original = ModelFolder(tiny_model, "base").weight(name)
+        before = (layer.base_weight() - original).norm()
+        after = (layer.base_weight() + layer.get_delta_weight("default") - original).norm()
+        assert after < 0.98 * before
+        singular = torch.linalg.svdvals(original - layer.base_weight())
+        assert is_close(after, singular[4:].norm(), 1e-4)  # the best that rank 4 can do
+
+
+def test_pissa_trains_the_largest_singular_vectors(tiny_model: Path):
+    layer = low_rank_layers(attached("pissa", tiny_model, None))["model.layers.0.self_attn.q_proj"]
+    product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    u, s, v = torch.linalg.svd(layer.base_weight())
+    assert is_close(product, u[:, :4] @ s[:4].diag() @ v[:4], 1e-4)
+
+
+def test_olora_starts_orthonormal(tiny_model: Path):
+    layer = low_rank_layers(attached("olora", tiny_model, None))["model.layers.0.self_attn.q_proj"]
+    b = layer.lora_B["default"].weight
+    assert is_close(b.T @ b, torch.eye(4), 1e-5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path):
+    layer = next(iter(low_rank_layers(attached("rslora", tiny_model, None)).values()))
+    assert layer.scaling["default"] == 8 / 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_trains_direction_and_length(tiny_model: Path, bias: bool):
+    """Against the formula written out: m (W + s B A) x / |W + s B A|, with its gradient as if lengths were fixed."""
+    model = trained(attached("dora", tiny_model, "affine-3"))
+    layer = low_rank_layers(model)["model.layers.1.mlp.gate_proj"]
+    if bias:
+        layer.get_base_layer().bias = torch.nn.Parameter(torch.randn(layer.out_features))
+    adapted = layer.base_weight() + layer.get_delta_weight("default")
+    x = torch.randn(3, layer.in_features)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    expected = x @ (magnitude[:, None] * adapted / adapted.norm(dim=1, keepdim=True)).T
+    if bias:
+        expected = expected + layer.get_base_layer().bias
+    assert is_close(layer(x), expected, 1e-4)
+    assert is_close(adapted.norm(dim=1), layer._row_lengths("default"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_saved_is_the_same_for_us_for_stock_peft_and_merged(
+    tiny_model: Path, tmp_path: Path, name: str, kind: str | None
+):
+    if kind is None and "loftq" in name:
+        pytest.skip("loftq is for quantized bases")
+
+    def base() -> torch.nn.Module:
+        return load(tiny_model, PACKED[kind]) if kind else load(tiny_model)
+
+    chosen = method(name)
+    model = attached(name, tiny_model, kind)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    expected = logits(model)
+    chosen.save(model, tmp_path)
+    assert torch.equal(logits(chosen.load(base(), tmp_path)), expected)
+    plain = dequantize_model(base(), torch.float32)
+    assert not is_close(logits(plain), expected, 1e-2)
+    assert is_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path).eval()), expected)
+    assert is_close(logits(chosen.merge(dequantize_model(base(), torch.float32), tmp_path)), expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_everything_that_should_train_has_a_gradient_and_nothing_else(tiny_model: Path, name: str):
+    found = gradients(trained(attached(name, tiny_model, "nf4")).train())
+    kinds = {part for gradient in found for part in gradient.split(".") if part.startswith("lora_")}
+    assert kinds == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if "dora" in name else set())
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_rules_for_single_layers_hold_for_variants_too(tiny_model: Path, tmp_path: Path):
+    rules = [
+        ModuleRule(match="*.down_proj", adapter={"r": 2}),
+        ModuleRule(match="*.q_proj", adapter={"skip": True}),
+    ]
+    chosen = LoraMethod(Lora(method="lora", r=4, alpha=8, initialization="pissa"), rules)
+    model = chosen.attach(load(tiny_model), 1)
+    chosen.initialize(model, ModelFolder(tiny_model, "base").weight)
+    model = trained(model)
+    chosen.save(model, tmp_path)
+    assert torch.equal(logits(chosen.load(load(tiny_model), tmp_path)), logits(model))
+    assert is_close(logits(peft.PeftModel.from_pretrained(load(tiny_model), tmp_path).eval()), logits(model))
+    assert is_close(logits(chosen.merge(load(tiny_model), tmp_path)), logits(model))
