@@ -184,11 +184,12 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         show_result(json.dumps(finished.to_json()))
         return
     trained = Path(finished.trained).name
+    commands = [f"ft {command} {run}" for command in ("eval", finished.standalone_by) if command]
     lines = [
         *wording.outcome(finished),
         *wording.ranks(finished.ranks, run),
         f"weights: {run / trained}",
-        f"next: ft eval {run}   ft merge {run}",
+        f"next: {'   '.join(commands)}",
     ]
     show_result("\n".join(lines))
 
@@ -221,8 +222,28 @@ def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None
     if as_json:
         show_result(json.dumps({"event": "merged", "folder": str(folder), **certificate}))
         return
+    show_result(f"merged model: {folder} ({certificate['dtype']})\n{_agreement(certificate)}")
+
+
+def show_export(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the exported model is, how it compares with the trained one, and what its prompts begin with."""
+    if as_json:
+        show_result(json.dumps({"event": "exported", "folder": str(folder), **certificate}))
+        return
+    begins = (
+        "the folder's chat template begins with them"
+        if certificate["in_template"]
+        else "begin every text with `prompt` of export.json, and add no special tokens to it"
+    )
     show_result(
-        f"merged model: {folder} ({certificate['dtype']})\n"
+        f"exported model: {folder} ({certificate['dtype']})\n{_agreement(certificate)}\n"
+        f"the trained prompt is new tokens of the vocabulary: {begins}"
+    )
+
+
+def _agreement(certificate: dict[str, Any]) -> str:
+    """What a certificate says of written and trained logits."""
+    return (
         f"checked on {certificate['positions']} tokens of {certificate['rows']} real rows: largest logit difference "
         f"{certificate['relative_difference']:.1e} of the largest logit (bound {certificate['bound']:.0e}),\n"
         f"KL divergence {certificate['kl_divergence']:.1e}, same likeliest token at "

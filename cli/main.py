@@ -12,6 +12,7 @@ from finetune.errors import FinetuneError, as_out_of_memory
 
 from . import console
 from .evaluate import evaluate
+from .export import export
 from .generate import generate
 from .merge import merge
 from .preview import preview
@@ -77,6 +78,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(merge)
 app.command()(quantize)
+app.command()(export)
 app.command()(schema)
 
 

@@ -28,6 +28,9 @@ STOCK_WEIGHTS = "adapter_model.safetensors"
 NATIVE_WEIGHTS = "ft_adapter.safetensors"
 """The trained tensors themselves, where the stock file holds what they amount to."""
 
+PROMPT = "prompt_embeddings"
+"""PEFT's name of a soft prompt, whichever kind it is."""
+
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The layers with a low-rank update, by the names that they have in the base."""
@@ -157,15 +160,41 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
     return wrapped
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
-    return load_file(file)
+def save_prompt(prompt_PW: Tensor, config: PeftConfig, folder: Path) -> None:
+    """Write a soft prompt of P places as stock PEFT reads it."""
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({PROMPT: prompt_PW.cpu().contiguous()}, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
+
+
+def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
+    """A saved soft prompt of the shape (P, W), float32; as with `load`, nothing but tensors is read.
+
+    Raises:
+        ModelError: There is none.
+        RefusedError: It is not one of this recipe and base.
+    """
+    file = folder / STOCK_WEIGHTS
+    tensors = _read(file)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != {PROMPT: shape}:
+        raise RefusedError(
+            f"the file holds {found}, and the recipe's prompt before this base has the shape {shape}",
+            where=str(file),
+            hint="load the base that it was trained on",
+        )
+    return tensors[PROMPT].float()
 
 
 def unload(model: PeftModel) -> PreTrainedModel:
     """The base without the adapter, which is dropped."""
     return model.unload()
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
+    return load_file(file)
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:

@@ -79,17 +79,18 @@ def merge(
         report: Told of every phase.
 
     Raises:
-        UnsupportedError: The method does not merge into quantized weights, or there are none.
+        UnsupportedError: The method does not merge, or not into quantized weights, or there are none.
         RefusedError: The base is another one, the folder is taken, or the merged model does not agree with
             the trained one; then nothing is written.
     """
     target = (output or run.merged).absolute()
     refuse_taken(target, overwrite)
     trained = TrainedRun.open(run, report)
+    trained.bench.method.check_merge()
     dtype = dtype or (QUANTIZED if trained.bench.method.fits_quantized else "float32")
     examples = proof_rows(trained, report)
     report(Phase("computing the trained model's logits"))
-    reference = _trained_logits(trained, examples, report)
+    reference = trained_logits(trained, examples, report)
     gc.collect()
     with written_aside(target) as folder:
         if dtype == QUANTIZED:
@@ -137,7 +138,7 @@ def proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
     return rows
 
 
-def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
     """Logits of base plus trained weights in float32, as they were trained.
 
     A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
-from finetune.errors import UnsupportedError
+from finetune.errors import DataError, UnsupportedError
 from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
@@ -65,13 +65,14 @@ class Workbench:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
             folder = find_model(recipe.model, _phases(report))
+        tokenizer = load_tokenizer(folder)
         return cls(
             recipe=recipe,
             accelerator=accelerator,
             folder=folder,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=tokenizer,
             quantizers=Quantizers(recipe.quantization, recipe.modules),
-            method=build(recipe.adapter, recipe.modules),
+            method=build(recipe.adapter, recipe.modules, tokenizer),
             compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
         )
 
@@ -79,11 +80,13 @@ class Workbench:
         """The recipe's rows, tokenized; read once.
 
         Raises:
-            DataError: A file or row cannot be used.
+            DataError: A file or row cannot be used, or a row is too long for the prompt that is trained before it.
         """
         if not self._rows:
             report(Phase("reading the data"))
-            self._rows.append(read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report))
+            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+            self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
+            self._rows.append(rows)
         return self._rows[0]
 
     @property
@@ -132,6 +135,19 @@ class Workbench:
         )
         _refuse_idle_rules(self.recipe.modules, base)
         return base
+
+    def _refuse_crowded_context(self, longest: int) -> None:
+        config = self.folder.config()
+        text = config.get("text_config", config)
+        positions = text.get("max_position_embeddings") or text.get("n_positions")
+        places = self.recipe.adapter.prompt_tokens
+        if places and positions and longest + places > positions:
+            raise DataError(
+                f"the longest row has {longest} tokens and the prompt before it {places}, "
+                f"more together than the {positions} positions of the model",
+                where="data.max_length",
+                hint=f"set data.max_length to {positions - places} or less, or lower adapter.tokens",
+            )
 
     def _weight_dtype(self) -> torch.dtype:
         return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)

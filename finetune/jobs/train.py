@@ -121,6 +121,7 @@ def train(
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
+        standalone_by=recipe.adapter.standalone_by,
         steps=state.step,
         loss=state.loss,
         validation_loss_before=state.held_out_before,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from finetune.recipe.adapter import AdaLora, Lora
+from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, PrefixTuning, PromptTuning, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -177,6 +177,44 @@ def a_module_rule_sets_something(recipe: Recipe) -> Violation | None:
     return None
 
 
+def soft_prompts_begin_rows(recipe: Recipe) -> Violation | None:
+    """A soft prompt stands once before each row; of rows in one line only the first would have it."""
+    if isinstance(recipe.adapter, SoftPrompt) and recipe.training.batching != "padded":
+        return Violation(
+            "training.batching",
+            f"{recipe.training.batching} puts several rows into one, and {recipe.adapter.method} puts its prompt "
+            "before each of them",
+            "set training.batching to padded",
+        )
+    return None
+
+
+def prefixes_outlive_checkpointing(recipe: Recipe) -> Violation | None:
+    """Checkpointed layers are computed without a cache of keys and values, which is where a prefix stands."""
+    if isinstance(recipe.adapter, PrefixTuning) and recipe.training.gradient_checkpointing:
+        return Violation(
+            "training.gradient_checkpointing",
+            "layers that are computed again drop the keys and values that prefix_tuning trains",
+            "set it to false, or adapter.method to prompt_tuning",
+        )
+    return None
+
+
+def labels_fit_into_the_prompt(recipe: Recipe) -> Violation | None:
+    """Each label takes a place of the prompt."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, PromptTuning) or not isinstance(adapter.start, LabelsStart):
+        return None
+    labels = len(adapter.start.labels)
+    if labels > adapter.tokens:
+        return Violation(
+            "adapter.tokens",
+            f"{labels} labels do not fit into a prompt of {adapter.tokens}",
+            f"set adapter.tokens to {labels} or more",
+        )
+    return None
+
+
 def float16_weights_cannot_train(recipe: Recipe) -> Violation | None:
     """Loss scaling needs float32 master weights: float16 gradients of float16 weights underflow."""
     if recipe.adapter.trains_base and recipe.model.dtype == "float16":
@@ -302,6 +340,9 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     loftq_needs_a_quantized_base,
     one_form_of_lora,
     a_module_rule_sets_something,
+    soft_prompts_begin_rows,
+    prefixes_outlive_checkpointing,
+    labels_fit_into_the_prompt,
     float16_weights_cannot_train,
     revision_is_for_the_hub,
     one_kind_of_validation,

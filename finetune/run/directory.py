@@ -76,6 +76,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.outcome = path / "exit.json"
         self.merged = path / "merged"
+        self.exported = path / "exported"
         self.evaluation = path / "eval"
 
     @classmethod

@@ -156,11 +156,15 @@ class DataRead(Event):
 
 @dataclass(frozen=True)
 class TrainingFinished(Event):
-    """The run is complete and its weights are saved in `trained`; `ranks` as in the last `RanksChosen`."""
+    """The run is complete and its weights are saved in `trained`.
+
+    `ranks` as in the last `RanksChosen`; `standalone_by` is the command that writes a model by itself, if one can.
+    """
 
     kind: ClassVar[str] = "finished"
     run_directory: str
     trained: str
+    standalone_by: str | None
     steps: int
     loss: float
     validation_loss_before: float | None

@@ -1,4 +1,4 @@
-"""Every shipped recipe runs: two steps on the tiny model, evaluated and merged."""
+"""Every shipped recipe runs: two steps on the tiny model, evaluated, and written as a model of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.errors import UnsupportedError
 from finetune.jobs.evaluate import evaluate
+from finetune.jobs.export import export
 from finetune.jobs.merge import merge
 from finetune.jobs.train import train
 from finetune.recipe.load import load_recipe
@@ -19,14 +21,19 @@ ON_TINY = ["training.max_steps=2", "evaluation.generation_rows=2", "evaluation.m
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_it_trains_evaluates_and_merges(file: Path, tiny_model: Path, tmp_path: Path):
+def test_it_trains_evaluates_and_stands_alone(file: Path, tiny_model: Path, tmp_path: Path):
     recipe = load_recipe(file, [*ON_TINY, f"model.name={tiny_model}", "evaluation.max_rows=4"]).recipe
     run = RunDirectory.create(tmp_path / "run")
     finished = train(recipe, run)
     assert finished.steps == 2
     assert torch.isfinite(torch.tensor(finished.loss))
     assert evaluate(run).answered == 2
-    assert merge(run).agreement.relative_difference <= 2e-5
+    write = {"merge": merge, "export": export, None: None}[recipe.adapter.standalone_by]
+    if write is None:
+        with pytest.raises(UnsupportedError):
+            merge(run)
+    else:
+        assert write(run).agreement.relative_difference <= 2e-5
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

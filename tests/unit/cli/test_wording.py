@@ -38,6 +38,7 @@ STEP = StepMetrics(
 FINISHED = TrainingFinished(
     run_directory="runs/tickets",
     trained="runs/tickets/adapter",
+    standalone_by="merge",
     steps=60,
     loss=0.9,
     validation_loss_before=2.5,

@@ -321,6 +321,15 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = ["quantization={kind: affine}", *before]
     if path[1:] == ("train", 0, "weight"):
         before = ["data.train.1.weight=1", *before]
+    if path[:2] == ("adapter", "start"):
+        begun = (
+            before[0]
+            .partition("=")[2]
+            .rstrip("}")
+            .replace("labels", "labels, labels: [a]")
+            .replace("text", "text, text: a")
+        )
+        before = [f"adapter={{method: prompt_tuning, start: {begun}}}}}"]
     if path[0] == "modules":  # a rule must say something, and what it says of a layer that is skipped is that
         adapter = "" if path[2] == "quantization" else ", adapter: {}" if path[-1] == "skip" else ", adapter: {r: 4}"
         kind = before[0].partition("=")[2] if before else "{kind: none}"

@@ -29,6 +29,15 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
     "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
+    "soft_prompts_begin_rows": (("adapter={method: p_tuning}", "training.batching=packed"), "training.batching"),
+    "prefixes_outlive_checkpointing": (
+        ("adapter={method: prefix_tuning}", "training.gradient_checkpointing=true"),
+        "training.gradient_checkpointing",
+    ),
+    "labels_fit_into_the_prompt": (
+        ("adapter={method: prompt_tuning, tokens: 1, start: {kind: labels, labels: [good, bad]}}",),
+        "adapter.tokens",
+    ),
     "float16_weights_cannot_train": (
         ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
         "model.dtype",
@@ -68,6 +77,11 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
     "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
+    "soft_prompts_begin_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
+    "prefixes_outlive_checkpointing": ("adapter={method: prompt_tuning}", "training.gradient_checkpointing=true"),
+    "labels_fit_into_the_prompt": (
+        "adapter={method: prompt_tuning, tokens: 2, start: {kind: labels, labels: [good, bad]}}",
+    ),
     "float16_weights_cannot_train": ("model.dtype=float16",),
     "revision_is_for_the_hub": ("model.revision=main",),
     "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),

@@ -1,0 +1,66 @@
+"""Prompt tuning: P vectors before every row's embeddings train, and nothing else.
+
+Source: Lester et al. 2021, arXiv 2104.08691. Shape legend: P places of the prompt, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+from typing import assert_never
+
+import torch
+from peft import PeftConfig, PromptTuningConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finetune.adapters.prompted import FixedPrompt
+from finetune.adapters.soft_prompt import EmbeddedPromptMethod
+from finetune.errors import UnsupportedError
+from finetune.recipe.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
+
+
+class PromptTuningMethod(EmbeddedPromptMethod):
+    """The prompt itself trains."""
+
+    section: PromptTuning
+
+    @torch.no_grad()
+    def _new_prompt(self, model: PreTrainedModel) -> nn.Module:
+        start = self.section.start
+        match start:
+            case UniformStart():
+                prompt_PE = torch.rand(self.section.tokens, self._width(model)) - 0.5
+            case VocabularyStart():
+                prompt_PE = _embedded(model, self._common_tokens())
+            case TextStart():
+                prompt_PE = _embedded(model, self._repeated(start.text))
+            case LabelsStart():
+                labels = torch.stack([_embedded(model, self._tokens(label)).mean(0) for label in start.labels])
+                words = _embedded(model, self._common_tokens())
+                prompt_PE = torch.cat([labels, words[len(labels) :]])
+            case _:
+                assert_never(start)
+        return FixedPrompt(prompt_PE)
+
+    def _repeated(self, text: str) -> Tensor:
+        ids = self._tokens(text).tolist()
+        if len(ids) > self.section.tokens:
+            raise UnsupportedError(
+                f"the text that the prompt starts as has {len(ids)} tokens, and the prompt {self.section.tokens}",
+                where="adapter.tokens",
+                hint=f"set adapter.tokens to {len(ids)} or more, or shorten the text",
+            )
+        return torch.tensor(list(islice(cycle(ids), self.section.tokens)))
+
+    def _tokens(self, text: str) -> Tensor:
+        assert self.tokenizer is not None
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        return PromptTuningConfig(num_virtual_tokens=self.section.tokens, token_dim=self._width(model))
+
+
+def _embedded(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The embeddings of tokens, as the first layer reads them; float32."""
+    embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
+    return embedded.float().clone()

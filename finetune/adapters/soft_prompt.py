@@ -1,0 +1,183 @@
+"""What all soft prompts have in common: they are saved as PEFT saves them, and do not merge.
+
+Shape legend: P places of the prompt, E width of the embeddings, W numbers of a place.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.adapters import peft_bridge
+from finetune.adapters.base import AdapterMethod, BakedPrompt
+from finetune.adapters.prompted import EmbeddedPromptModel, FixedPrompt, PromptedModel
+from finetune.errors import UnsupportedError
+from finetune.recipe.adapter import SoftPrompt
+
+COMMON_TOKENS = 5000
+"""Tokens that a prompt's first words are drawn from. Source: Lester et al. 2021, arXiv 2104.08691, section 2.1."""
+
+
+class SoftPromptMethod(AdapterMethod):
+    """A prompt that trains before a frozen model."""
+
+    section: SoftPrompt
+
+    def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
+        """Put a new prompt before `model`."""
+        return self._prompted(model, self._new_prompt(model))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the prompt as stock PEFT reads it; a network that made it is not needed any more."""
+        assert isinstance(model, PromptedModel)
+        with torch.no_grad():
+            config = self._peft_config(model.base)
+            config.task_type, config.base_model_name_or_path = "CAUSAL_LM", model.base.name_or_path
+            peft_bridge.save_prompt(model.prompt(), config, folder)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+        """Put a saved prompt before a base."""
+        return self._prompted(model, FixedPrompt(self._saved_prompt(model, folder))).requires_grad_(False)
+
+    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Refuse: see `check_merge`."""
+        self.check_merge()
+        raise NotImplementedError
+
+    @abstractmethod
+    def check_merge(self) -> None:
+        """Refuse, with what to do instead."""
+
+    @abstractmethod
+    def _new_prompt(self, model: PreTrainedModel) -> nn.Module:
+        """What trains."""
+
+    @abstractmethod
+    def _width(self, model: PreTrainedModel) -> int:
+        """W."""
+
+    @abstractmethod
+    def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> PromptedModel:
+        """The model with the prompt before it."""
+
+    @abstractmethod
+    def _peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        """What PEFT calls such a prompt."""
+
+    def _saved_prompt(self, model: PreTrainedModel, folder: Path) -> Tensor:
+        return peft_bridge.load_prompt(folder, (self.section.tokens, self._width(model)))
+
+    def _common_tokens(self) -> Tensor:
+        """As many common tokens as the prompt has places, drawn anew for each prompt; int64."""
+        pool = common_tokens(self.tokenizer)
+        enough = len(pool) >= self.section.tokens
+        drawn = torch.randperm(len(pool)) if enough else torch.randint(len(pool), (self.section.tokens,))
+        return pool[drawn[: self.section.tokens]]
+
+
+class EmbeddedPromptMethod(SoftPromptMethod):
+    """A prompt of embeddings: it can become tokens of the model."""
+
+    convention = "the model reads [P; X] after arXiv 2104.08691, P in the place of embeddings, behind any padding"
+
+    def check_merge(self) -> None:
+        """Refuse: a prompt is input, not weights.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            f"a prompt of {self.section.method} stands before the model and not in its weights",
+            where="adapter.method",
+            hint="ft export writes a model that has the prompt as tokens of its vocabulary",
+        )
+
+    def check_bake(self) -> None:
+        """Nothing to refuse."""
+        return None
+
+    @torch.no_grad()
+    def bake(
+        self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
+    ) -> BakedPrompt:
+        """Give the base a token for each vector of the prompt, and let its chat template begin with them.
+
+        Input and output embeddings are untied. The output rows of the new tokens are copies of an unlikely one's, and
+        the generation settings suppress them.
+
+        Raises:
+            UnsupportedError: The model has tokens of these names already.
+        """
+        prompt_PE = self._saved_prompt(model, folder)
+        names = [f"<|soft_prompt_{place}|>" for place in range(len(prompt_PE))]
+        new = [AddedToken(name, special=True, normalized=False) for name in names]
+        if tokenizer.add_tokens(new, special_tokens=True) != len(names):
+            raise UnsupportedError(
+                f"the tokenizer knows tokens such as {names[0]} already",
+                where="model.name",
+                hint="train on the model that was not exported with a prompt",
+            )
+        ids = tokenizer.convert_tokens_to_ids(names)
+        _untie(model)
+        model.resize_token_embeddings(
+            max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False
+        )
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        inputs.weight[ids] = (prompt_PE / getattr(inputs, "embed_scale", 1.0)).to(inputs.weight.dtype)
+        for parameter in outputs.parameters():
+            parameter[ids] = parameter[unlikely].clone()
+        model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *ids]
+        text = "".join(names)
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template = _begun(tokenizer.chat_template, text)
+        return BakedPrompt(model, ids, text)
+
+    def _width(self, model: PreTrainedModel) -> int:
+        width: int = model.get_input_embeddings().embedding_dim
+        return width
+
+    def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> PromptedModel:
+        return EmbeddedPromptModel(model, prompt)
+
+
+def common_tokens(tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """The first COMMON_TOKENS tokens of the vocabulary that are text: neither special, nor blank, nor part of a letter.
+
+    Tokenizers number their tokens by how common they were in the text that they were made from: by merges or by
+    likelihood. The paper takes the order of T5's vocabulary in the same way.
+    """
+    assert tokenizer is not None
+    added = set(tokenizer.added_tokens_decoder)
+    found: list[int] = []
+    for token in sorted(set(tokenizer.get_vocab().values()) - added):
+        if _is_text(tokenizer.decode([token])):
+            found.append(token)
+        if len(found) == COMMON_TOKENS:
+            break
+    return torch.tensor(found)
+
+
+def _is_text(text: str) -> bool:
+    return bool(text.strip()) and "\N{REPLACEMENT CHARACTER}" not in text
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the output head a weight of its own."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+
+
+def _begun(template: Any, text: str) -> Any:
+    """A chat template, or several by name, whose every rendering begins with `text`."""
+    if isinstance(template, dict):
+        return {name: _begun(one, text) for name, one in template.items()}
+    return text + template
