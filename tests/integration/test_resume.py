@@ -151,6 +151,20 @@ def test_full_fine_tuning_too(tiny_recipe: dict[str, Any], tmp_path: Path):
     assert results(run, True) == results(never, True)
 
 
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_ranks_that_a_method_chooses_are_chosen_as_if_it_never_was(
+    step: int, tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
+):
+    """Before the first choice, between two, and after the last; every choice is in the metrics."""
+    adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 3, "allocate_every": 2}
+    sections = {**tiny_recipe, "adapter": adapter, "quantization": {"kind": "nf4"}}
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Stopped):
+        stopped_at(sections, run, ["training.max_steps=8"], after_step(step))
+    train(as_recipe(sections, tmp_path, ["training.max_steps=8"]), run)
+    assert results(run) == uninterrupted(base, sections, ["training.max_steps=8"])
+
+
 def test_stopped_again_and_again_it_still_ends_the_same(
     tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
