@@ -24,6 +24,7 @@ from finetune.evaluation.loss import held_out_loss
 from finetune.recipe.adapter import Full
 from finetune.recipe.optimizer import Sgd
 from finetune.recipe.training import Training
+from finetune.run.interruption import StopRequested
 from finetune.train.loop import fit
 from finetune.train.state import TrainState
 from tests.fixtures.tiny import tiny_llama
@@ -44,10 +45,20 @@ layout = Layout.of(training, np.array([len(row.ids) for row in rows]), 64, 0)
 section = Sgd(name="sgd", learning_rate=0.1, schedule="linear")
 metrics = list(fit(state, rows, order, section, training, layout))
 steps = [[step.loss, step.gradient_norm, step.learning_rate, step.tokens] for step in metrics]
+last = accelerator.num_processes - 1
+order = BatchOrder(units=11, units_per_step=4, seed=3, total_units=400)
+state.step = 0
+try:
+    for metrics in fit(state, rows, order, section, training, layout):
+        if metrics.step == 2 and accelerator.process_index == last:  # one of them gets a signal
+            state.interruption.number = 15
+except StopRequested:
+    stopped_after = accelerator.gather(torch.tensor([state.step])).tolist()
 settings = {"compute_dtype": torch.float32, "batch_size": 2, "padding": 0}
 held_out = held_out_loss(model, rows, accelerator=accelerator, **settings)
 if accelerator.is_main_process:
-    print(json.dumps({"steps": steps, "held_out": [held_out.loss, held_out.tokens]}))
+    figures = {"steps": steps, "held_out": [held_out.loss, held_out.tokens], "stopped_after": stopped_after}
+    print(json.dumps(figures))
 """
 
 
@@ -79,3 +90,5 @@ def test_two_processes_give_the_losses_gradients_and_rates_of_one(tmp_path: Path
     for alone, together in zip(one["steps"], two["steps"], strict=True):
         assert together == pytest.approx(alone, rel=1e-5)
     assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-6)
+    # A signal to one process alone stops all after the same step.
+    assert (one["stopped_after"], two["stopped_after"]) == ([2], [2, 2])
