@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow test-faults bench-data lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench-data bench-quantizers lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, ful
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data
+
+bench-quantizers: $(VENV)/dev  ## Size, error, loss, time and memory of every quantization, on TEXT=file: about half an hour
+	$(BIN)/python -m tests.benchmarks.quantizers $(TEXT)
 
 gpu: $(VENV)/dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -225,6 +225,47 @@ def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None
     )
 
 
+def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the quantized model is, its size and its errors."""
+    if as_json:
+        show_result(json.dumps({"event": "quantized", "folder": str(folder), **record}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['layer_count']} layers in {record['kind']}", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    bits = [f"{record[name]:.3f}" for name in ("bits_per_weight_before", "bits_per_weight")]
+    table.add_row("bits per weight of these layers", *bits)
+    table.add_row("all weights, on disk", *(f"{record[name] / 1e6:.1f} MB" for name in ("bytes_before", "bytes_after")))
+    rows = {
+        "mean error of the weights": "weight_error",
+        "mean error of the layers' outputs": "output_error",
+        "the same, rounded to nearest": "nearest_output_error",
+    }
+    for title, name in rows.items():
+        if record[name] is not None:
+            table.add_row(title, "", f"{100 * record[name]:.2f} %")
+    Console().print(table)
+    show_result(f"quantized model: {folder}")
+
+
+def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the combined model is and how far each run is in it."""
+    if as_json:
+        show_result(json.dumps({"event": "combined", "folder": str(folder), **certificate}))
+        return
+    lines = [f"combined model: {folder} ({certificate['dtype']})"]
+    for name, found in certificate["runs"].items():
+        lines.append(
+            f"{name}: same likeliest token as the run alone at {100 * found['top1_agreement']:.1f} % of "
+            f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
+        )
+    show_result("\n".join(lines))
+
+
 def show_preview(preview: Preview) -> None:
     """Print rows token by token: trained ones green, special ones in angle quotes, line ends visible."""
     from rich.console import Console

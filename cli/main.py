@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .merge import merge
 from .preview import preview
+from .quantize import quantize
 from .schema import schema
 from .train import train
 from .validate import validate
@@ -75,6 +76,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(merge)
+app.command()(quantize)
 app.command()(schema)
 
 

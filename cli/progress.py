@@ -113,7 +113,7 @@ class Live(Follower):
                 figures = f"{wording.numbers(event)}  {wording.duration(wording.seconds_left(event))} left"
                 self._show("training", event.total_steps, event.step, figures)
             case Progress():
-                unknown = f"{event.done} rows" if event.total is None else ""
+                unknown = f"{event.done} {event.unit}" if event.total is None else ""
                 self._show(event.doing, event.total, event.done, unknown)
             case Validated():
                 self._print(wording.line(event))

@@ -79,9 +79,9 @@ def line(event: Event) -> str | None:
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
-            return f"{event.doing}: {done} rows so far"
+            return f"{event.doing}: {done} {event.unit} so far"
         case Progress(done=done, total=total) if done == total:
-            return f"{event.doing}: {total} rows"
+            return f"{event.doing}: {total} {event.unit}"
     return None
 
 

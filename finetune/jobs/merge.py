@@ -84,11 +84,10 @@ def merge(
             the trained one; then nothing is written.
     """
     target = (output or run.merged).absolute()
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+    refuse_taken(target, overwrite)
     trained = TrainedRun.open(run, report)
     dtype = dtype or (QUANTIZED if trained.bench.method.fits_quantized else "float32")
-    examples = _proof_rows(trained, report)
+    examples = proof_rows(trained, report)
     report(Phase("computing the trained model's logits"))
     reference = _trained_logits(trained, examples, report)
     gc.collect()
@@ -114,7 +113,17 @@ def merge(
     return result
 
 
-def _proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
+def refuse_taken(target: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless that was asked for.
+
+    Raises:
+        RefusedError: The folder is there.
+    """
+    if target.exists() and not overwrite:
+        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+
+
+def proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
     """Real rows, held-out ones if there are any, up to PROOF_TOKENS tokens together."""
     split = trained.bench.read_data(report)
     rows: list[Example] = []

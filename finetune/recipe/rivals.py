@@ -191,6 +191,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "8bit": "int8",
         "llm_int8": "int8",
         "bnb.int8": "int8",
+        "gptq": "optq",
     },
     "adapter.method": {"qlora": "lora"},
     "adapter.target_modules": {"all": "all-linear", "all_linear": "all-linear"},

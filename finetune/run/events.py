@@ -134,6 +134,7 @@ class Progress(Event):
     doing: str
     done: int
     total: int | None
+    unit: str = "rows"
 
 
 @dataclass(frozen=True)

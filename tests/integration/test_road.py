@@ -34,6 +34,7 @@ QUANTIZED = {
     "int8": {"kind": "int8"},
     "affine": {"kind": "affine", "bits": 3},
     "hqq": {"kind": "hqq", "bits": 2},
+    "optq": {"kind": "optq", "bits": 3, "calibration_rows": 8},
     "icq": {"kind": "icq", "candidates": 4},
     "none": {"kind": "none"},
 }
