@@ -44,6 +44,71 @@ def test_paged_optimizer_state_is_paged(name: str):
     assert optimizer.state[model.weight]["state1"].is_paged
 
 
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_paged_optimizer_state_comes_back_from_a_checkpoint_paged_and_equal(name: str, tmp_path: Path):
+    import torch
+    from accelerate import Accelerator
+    from pydantic import TypeAdapter
+    from torch import nn
+
+    from finetune.adapters.full import FullMethod
+    from finetune.recipe.adapter import Full
+    from finetune.recipe.optimizer import Optimizer
+    from finetune.train.checkpoint import read_state, write_state
+    from finetune.train.optimizers import make_optimizer
+    from finetune.train.state import TrainState
+
+    section = TypeAdapter(Optimizer).validate_python({"name": name, "learning_rate": 1e-2})
+
+    def fresh() -> TrainState:
+        torch.manual_seed(0)
+        model = nn.Linear(1024, 1024, device="cuda")
+        return TrainState(
+            Accelerator(), model, FullMethod(Full(method="full")), make_optimizer(section, model), torch.float32
+        )
+
+    def step(state: TrainState, seed: int) -> None:
+        torch.manual_seed(seed)
+        state.model(torch.randn(4, 1024, device="cuda")).square().sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    state = fresh()
+    step(state, 1)
+    write_state(state, tmp_path)
+    resumed = fresh()
+    read_state(resumed, tmp_path)
+    assert resumed.optimizer.state[resumed.model.weight]["state1"].is_paged
+    for each in (state, resumed):
+        step(each, 2)
+    assert torch.equal(resumed.model.weight, state.model.weight)
+    assert torch.equal(resumed.model.bias, state.model.bias)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "affine"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_run_that_was_stopped_goes_on(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, precision: str):
+    from finetune.errors import Stopped
+    from finetune.run.events import Event, StepMetrics
+    from finetune.run.interruption import Interruption
+
+    sections = {**tiny_recipe, "quantization": {"kind": kind}, "optimizer": {"name": "paged_adamw_8bit"}}
+    recipe = as_recipe(sections, tmp_path, [f"training.precision={precision}", "training.max_steps=8"])
+    losses = []
+    for name in ("never", "once"):
+        run, interruption = RunDirectory.create(tmp_path / name), Interruption()
+
+        def stop(event: Event, name: str = name, interruption: Interruption = interruption) -> None:
+            if name == "once" and isinstance(event, StepMetrics) and event.step == 3:
+                interruption.number = 15
+
+        if name == "once":
+            with pytest.raises(Stopped):
+                train(recipe, run, stop, interruption)
+        losses.append(train(recipe, run).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # kernels on a GPU may add in another order
+
+
 @pytest.mark.parametrize("batching", ["padding_free", "packed"])
 def test_examples_in_one_row_do_not_see_each_other(tiny_recipe: dict[str, Any], tmp_path: Path, batching: str):
     run = RunDirectory.create(tmp_path / "run")

@@ -25,6 +25,7 @@ from finetune.evaluation.loss import held_out_loss
 from finetune.recipe.adapter import AdaLora, Full
 from finetune.recipe.optimizer import Sgd
 from finetune.recipe.training import Training
+from finetune.run.interruption import StopRequested
 from finetune.train.loop import fit
 from finetune.train.state import TrainState
 from tests.fixtures.tiny import tiny_llama
@@ -45,6 +46,15 @@ layout = Layout.of(training, np.array([len(row.ids) for row in rows]), 64, 0)
 section = Sgd(name="sgd", learning_rate=0.1, schedule="linear")
 metrics = list(fit(state, rows, order, section, training, layout))
 steps = [[step.loss, step.gradient_norm, step.learning_rate, step.tokens] for step in metrics]
+last = accelerator.num_processes - 1
+long = BatchOrder(units=11, units_per_step=4, seed=3, total_units=400)
+state.step = 0
+try:
+    for metrics in fit(state, rows, long, section, training, layout):
+        if metrics.step == 2 and accelerator.process_index == last:  # one of them gets a signal
+            state.interruption.number = 15
+except StopRequested:
+    stopped_after = accelerator.gather(torch.tensor([state.step])).tolist()
 settings = {"compute_dtype": torch.float32, "batch_size": 2, "padding": 0}
 held_out = held_out_loss(model, rows, accelerator=accelerator, **settings)
 
@@ -59,7 +69,7 @@ results = {"steps": steps, "held_out": [held_out.loss, held_out.tokens], "adapte
 ranks = torch.tensor([list(method.ranks(state.bare_model).values())])
 results["ranks"] = accelerator.gather(ranks).tolist()
 if accelerator.is_main_process:
-    print(json.dumps(results))
+    print(json.dumps({**results, "stopped_after": stopped_after}))
 """
 
 
@@ -95,3 +105,5 @@ def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path
         assert together == pytest.approx(alone, rel=1e-4)
     assert two["ranks"] == one["ranks"] * 2
     assert sum(one["ranks"][0]) == 14 * 2
+    # A signal to one process alone stops all after the same step.
+    assert (one["stopped_after"], two["stopped_after"]) == ([2], [2, 2])
