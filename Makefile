@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow bench-data lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench-data bench-quantizers lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,10 +20,16 @@ test: $(VENV)/dev  ## The tests of every change
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/faults
+
+test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
+	$(BIN)/python -m pytest tests/faults
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data
+
+bench-quantizers: $(VENV)/dev  ## Size, error, loss, time and memory of every quantization, on TEXT=file: about half an hour
+	$(BIN)/python -m tests.benchmarks.quantizers $(TEXT)
 
 gpu: $(VENV)/dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

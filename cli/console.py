@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from finetune.errors import FinetuneError, RecipeError
+from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -50,10 +50,30 @@ def show_note(text: str) -> None:
 
 def show_error(error: FinetuneError) -> None:
     """Print what went wrong, where, and what to do; with `--json` as an event too."""
+    is_stop = isinstance(error, Stopped | Interrupted)
     if _json_mode:
-        show_result(json.dumps({"event": "error", "code": error.exit_code, **_error_fields(error)}))
+        event = "stopped" if is_stop else "error"
+        show_result(json.dumps({"event": event, "code": error.exit_code, **_error_fields(error)}))
+    title = _styled("stopped", "1;33") if is_stop else _styled("error", "1;31")
     for line in error.lines():
-        show_note(_styled(line, "33") if line.startswith("  ->") else f"{_styled('error', '1;31')}: {line}")
+        show_note(_styled(line, "33") if line.startswith("  ->") else f"{title}: {line}")
+
+
+def leave_at_once() -> NoReturn:
+    """End the process here and now, with the cursor that a moving line hides."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\033[?25h\n")
+    os._exit(Interrupted.exit_code)
+
+
+def show_nothing_left(run: Path, as_json: bool) -> None:
+    """Print that a run is finished already."""
+    if as_json:
+        show_result(json.dumps({"event": "nothing_left", "run_directory": str(run.absolute())}))
+        return
+    show_result(
+        f"nothing left to do: {run} is finished\nto train on: ft train --resume {run} --set training.epochs=..."
+    )
 
 
 def _error_fields(error: FinetuneError) -> dict[str, Any]:
@@ -165,7 +185,12 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         return
     trained = Path(finished.trained).name
     commands = [f"ft {command} {run}" for command in ("eval", finished.standalone_by) if command]
-    lines = [*wording.outcome(finished), f"weights: {run / trained}", f"next: {'   '.join(commands)}"]
+    lines = [
+        *wording.outcome(finished),
+        *wording.ranks(finished.ranks, run),
+        f"weights: {run / trained}",
+        f"next: {'   '.join(commands)}",
+    ]
     show_result("\n".join(lines))
 
 
@@ -224,6 +249,47 @@ def _agreement(certificate: dict[str, Any]) -> str:
         f"KL divergence {certificate['kl_divergence']:.1e}, same likeliest token at "
         f"{100 * certificate['top1_agreement']:.1f} % of the positions"
     )
+
+
+def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the quantized model is, its size and its errors."""
+    if as_json:
+        show_result(json.dumps({"event": "quantized", "folder": str(folder), **record}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['layer_count']} layers in {record['kind']}", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    bits = [f"{record[name]:.3f}" for name in ("bits_per_weight_before", "bits_per_weight")]
+    table.add_row("bits per weight of these layers", *bits)
+    table.add_row("all weights, on disk", *(f"{record[name] / 1e6:.1f} MB" for name in ("bytes_before", "bytes_after")))
+    rows = {
+        "mean error of the weights": "weight_error",
+        "mean error of the layers' outputs": "output_error",
+        "the same, rounded to nearest": "nearest_output_error",
+    }
+    for title, name in rows.items():
+        if record[name] is not None:
+            table.add_row(title, "", f"{100 * record[name]:.2f} %")
+    Console().print(table)
+    show_result(f"quantized model: {folder}")
+
+
+def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print where the combined model is and how far each run is in it."""
+    if as_json:
+        show_result(json.dumps({"event": "combined", "folder": str(folder), **certificate}))
+        return
+    lines = [f"combined model: {folder} ({certificate['dtype']})"]
+    for name, found in certificate["runs"].items():
+        lines.append(
+            f"{name}: same likeliest token as the run alone at {100 * found['top1_agreement']:.1f} % of "
+            f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
+        )
+    show_result("\n".join(lines))
 
 
 def show_preview(preview: Preview) -> None:

@@ -16,6 +16,7 @@ from .export import export
 from .generate import generate
 from .merge import merge
 from .preview import preview
+from .quantize import quantize
 from .schema import schema
 from .train import train
 from .validate import validate
@@ -76,6 +77,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(merge)
+app.command()(quantize)
 app.command()(export)
 app.command()(schema)
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColum
 from rich.progress import Progress as LiveProgress
 from rich.text import Text
 
-from finetune.run.events import DataRead, Event, Phase, Progress, StepMetrics, TrainingStarted, Validated
+from finetune.run.events import DataRead, Event, Phase, Progress, Resumed, StepMetrics, TrainingStarted, Validated
 
 from . import wording
 
@@ -107,13 +107,13 @@ class Live(Follower):
         match event:
             case Phase():
                 self._show(event.doing, total=None)
-            case DataRead() | TrainingStarted():
+            case DataRead() | TrainingStarted() | Resumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
                 figures = f"{wording.numbers(event)}  {wording.duration(wording.seconds_left(event))} left"
                 self._show("training", event.total_steps, event.step, figures)
             case Progress():
-                unknown = f"{event.done} rows" if event.total is None else ""
+                unknown = f"{event.done} {event.unit}" if event.total is None else ""
                 self._show(event.doing, event.total, event.done, unknown)
             case Validated():
                 self._print(wording.line(event))

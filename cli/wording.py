@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from finetune.run.events import (
@@ -9,11 +10,14 @@ from finetune.run.events import (
     Event,
     Phase,
     Progress,
+    Resumed,
+    Saved,
     StepMetrics,
     TrainingFinished,
     TrainingStarted,
     Validated,
 )
+from finetune.run.ranks import table
 
 ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
@@ -30,6 +34,11 @@ def count(number: float) -> str:
 def memory(size_bytes: int) -> str:
     """Bytes in GB, as memory is sold: 10^9."""
     return f"{size_bytes / 1e9:.1f} GB"
+
+
+def size(size_bytes: int) -> str:
+    """Bytes of a file in MB."""
+    return f"{size_bytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -61,6 +70,10 @@ def line(event: Event) -> str | None:
             return "\n".join(ledger(event.ledger))
         case TrainingStarted():
             return _start(event)
+        case Resumed():
+            return f"going on after step {event.step} of {event.total_steps} ({event.checkpoint})"
+        case Saved():
+            return f"saved step {event.step}: {size(event.size_bytes)} in {event.seconds:.1f} s"
         case StepMetrics():
             left = duration(seconds_left(event))
             return f"step {event.step}/{event.total_steps}  {numbers(event)}  {left} left"
@@ -68,9 +81,9 @@ def line(event: Event) -> str | None:
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
-            return f"{event.doing}: {done} rows so far"
+            return f"{event.doing}: {done} {event.unit} so far"
         case Progress(done=done, total=total) if done == total:
-            return f"{event.doing}: {total} rows"
+            return f"{event.doing}: {total} {event.unit}"
     return None
 
 
@@ -141,3 +154,10 @@ def outcome(event: TrainingFinished) -> list[str]:
     if event.validation_loss is not None and event.validation_loss_before is not None:
         lines.append(f"held-out loss {event.validation_loss_before:.4f} -> {event.validation_loss:.4f}")
     return lines
+
+
+def ranks(chosen: dict[str, int] | None, run: Path) -> list[str]:
+    """The ranks that a method chose for the layers of a run, if it chose any; a table where it is not too wide."""
+    if chosen is None:
+        return []
+    return [f"ranks of the layers; how they came about: {run / 'ranks.svg'}", *(table(chosen) or ())]

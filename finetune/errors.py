@@ -5,9 +5,9 @@ Anything else that escapes is a bug of ours: it keeps its traceback and exits wi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 class FinetuneError(Exception):
@@ -19,7 +19,7 @@ class FinetuneError(Exception):
         hint: The remedy, as an instruction.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
@@ -136,3 +136,21 @@ class EnvironmentFault(FinetuneError):
     """The machine: disk, permission, network, a device that is not there."""
 
     exit_code = 7
+
+
+class Stopped(FinetuneError):
+    """A signal ended the run in good order: it goes on from a checkpoint when it is started again."""
+
+    exit_code = 75  # EX_TEMPFAIL: the one code after which a scheduler should try again
+
+
+class Interrupted(FinetuneError):
+    """A signal ended the run before there was anything to go on from."""
+
+    exit_code = 128 + signal.SIGINT
+
+    def __init__(
+        self, what: str, *, number: int = signal.SIGINT, where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.exit_code = 128 + number

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.errors import UnsupportedError
+from finetune.errors import RefusedError, UnsupportedError
 from finetune.recipe.modules import ModuleRule
 
 
@@ -136,3 +137,58 @@ class AdapterMethod(ABC):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called once per optimizer step, after the update and while gradients are still there; `step` from 1."""
         return None
+
+    def ranks(self, model: nn.Module) -> dict[str, int] | None:
+        """The rank of each layer's update by the layer's name, from a method that chooses ranks while it trains."""
+        return None
+
+    def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint has to hold of `model`: every trainable parameter by its name.
+
+        A method adds what it made itself and the base's files do not determine to the last bit.
+        """
+        return dict(trainable(model))
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The method's part of a checkpoint.
+
+        A method whose `after_step` keeps something adds it here and takes it back in `restore`.
+
+        Returns:
+            Tensors on the CPU; where the model is there too, its own and no copies.
+        """
+        return {name: tensor.detach().cpu() for name, tensor in self.own_tensors(model).items()}
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned, on a model that was attached to in the same way.
+
+        Raises:
+            RefusedError: A tensor is missing, or left over, or has another shape or dtype.
+        """
+        own = self.own_tensors(model)
+        refuse_strangers(tensors, own)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that train, by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def refuse_strangers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors from a checkpoint that are not one for one those of the model.
+
+    Raises:
+        RefusedError: Names the first that is missing, left over, or of another shape or dtype.
+    """
+    hint = "bring back the base and the version of ft that the run was started with"
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors:
+            raise RefusedError(f"the checkpoint lacks {name}", hint=hint)
+        if name not in own:
+            raise RefusedError(f"the checkpoint has {name}, and the model does not", hint=hint)
+        wanted, found = ((tuple(tensor.shape), tensor.dtype) for tensor in (own[name], tensors[name]))
+        if wanted != found:
+            raise RefusedError(f"the checkpoint has {found} for {name}, and the model has {wanted}", hint=hint)

@@ -24,7 +24,7 @@ from finetune.recipe.modules import setting_for
 
 
 class LowRankMethod(AdapterMethod):
-    """What LoRA and QA-LoRA have in common: which layers get an update of which rank, and its two forms on disk."""
+    """What LoRA, QA-LoRA and AdaLoRA share: which layers get an update of which rank, and its two forms on disk."""
 
     section: LowRank
 
@@ -100,6 +100,11 @@ class LoraMethod(LowRankMethod):
         if self.section.iec:
             return ElasticLinear
         return AnchoredLinear if self.section.initialization in ("pissa", "olora") else LowRankLinear
+
+    def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """And what anchored layers started from: a singular value decomposition differs with the number of threads."""
+        starts = {name: parameter for name, parameter in model.named_parameters() if "lora_start_" in name}
+        return {**super().own_tensors(model), **starts}
 
     def initialize(self, model: nn.Module, original: Callable[[str], Tensor]) -> None:
         """Start from a part of the weight, if the recipe asks for it.

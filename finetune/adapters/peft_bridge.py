@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from finetune.adapters.low_rank import LowRankLinear
@@ -72,17 +73,22 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path) -> None:
+def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int | None = None) -> None:
     """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it.
 
     Args:
         model: With an adapter of `LowRankLinear` layers.
         config: Of the plain LoRA.
         folder: Where to.
+        rank: Fill every layer's factors up to this rank with zeros, and fold its scale into them: engines that serve
+            adapters know only one rank and scale for all. By default both stay.
     """
     tensors = {}
     for name, layer in low_rank_layers(model).items():
         a_RI, b_OR = layer.factors(ADAPTER_NAME)
+        if rank is not None:
+            missing = rank - len(a_RI)
+            a_RI, b_OR = pad(a_RI, (0, 0, 0, missing)), pad(b_OR * layer.scaling[ADAPTER_NAME], (0, missing))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
     trains = model.peft_config[ADAPTER_NAME]
@@ -91,6 +97,15 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path) -> None:
     config.save_pretrained(folder)
     save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(_tensors(model), folder / NATIVE_WEIGHTS)
+
+
+def stock_rank(folder: Path) -> int:
+    """The rank of a plain LoRA that `save_as_lora` has given one rank.
+
+    Raises:
+        ModelError: There is none.
+    """
+    return min(len(tensor) for name, tensor in _read(folder / STOCK_WEIGHTS).items() if "lora_A" in name)
 
 
 def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:

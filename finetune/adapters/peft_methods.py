@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraConfig
 from peft.tuners.oft.layer import OFTLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
@@ -62,6 +62,11 @@ class VeraMethod(PeftMethod):
             save_projection=True,
             **self._targets(),
         )
+
+    def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """And the shared matrices, for the same reason."""
+        shared = {name: buffer for name, buffer in model.named_buffers() if ".vera_A." in name or ".vera_B." in name}
+        return {**super().own_tensors(model), **shared}
 
 
 class Ia3Method(PeftMethod):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,15 @@ class Rows:
 
     train: Split
     validation: Split
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over the hash and the trained tokens of every row, in order, wherever the rows came from."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            for name in ("digests", "targets"):
+                digest.update(f"{name} {len(split)} ".encode() + split.column(name).tobytes())
+        return digest.hexdigest()
 
 
 def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report = ignore) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -141,7 +142,8 @@ _encode_here: Callable[[list[NumberedRow]], Encoded]
 
 
 def _start(tokenizing: Tokenizing) -> None:
-    """Make a new process ready."""
+    """Make a new process ready; Ctrl-C, which a terminal sends to it too, is for its parent to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _encode_here
     _encode_here = tokenizing.encoder()
 

@@ -84,8 +84,7 @@ def merge(
             the trained one; then nothing is written.
     """
     target = (output or run.merged).absolute()
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+    refuse_taken(target, overwrite)
     trained = TrainedRun.open(run, report)
     trained.bench.method.check_merge()
     dtype = dtype or (QUANTIZED if trained.bench.method.fits_quantized else "float32")
@@ -113,6 +112,16 @@ def merge(
             )
         write_json(folder / "merge.json", result.to_json())
     return result
+
+
+def refuse_taken(target: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, unless that was asked for.
+
+    Raises:
+        RefusedError: The folder is there.
+    """
+    if target.exists() and not overwrite:
+        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
 def proof_rows(trained: TrainedRun, report: Report) -> list[Example]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,12 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
 from finetune.errors import DataError, UnsupportedError
+from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
 from finetune.models.load import load_model, load_tokenizer, padding_id
 from finetune.models.precision import compute_dtype, weight_dtype
+from finetune.models.quantized import stored_quantization
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.modules import ModuleRule
@@ -50,6 +52,7 @@ class Workbench:
     quantizers: Quantizers
     method: AdapterMethod
     compute_dtype: torch.dtype
+    _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, recipe: Recipe, report: Report) -> Workbench:
@@ -74,15 +77,17 @@ class Workbench:
         )
 
     def read_data(self, report: Report) -> Rows:
-        """The recipe's rows, tokenized.
+        """The recipe's rows, tokenized; read once.
 
         Raises:
             DataError: A file or row cannot be used, or a row is too long for the prompt that is trained before it.
         """
-        report(Phase("reading the data"))
-        rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
-        self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
-        return rows
+        if not self._rows:
+            report(Phase("reading the data"))
+            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+            self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
+            self._rows.append(rows)
+        return self._rows[0]
 
     @property
     def encoder(self) -> Encoder:
@@ -98,6 +103,18 @@ class Workbench:
         """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
         set_seed(self.recipe.training.seed)
 
+    def base_folder(self, report: Report) -> ModelFolder:
+        """The files that the base is loaded from: where codes come of calibration, a folder with them, made if need be.
+
+        Raises:
+            FinetuneError: The rows cannot be read, or the model cannot be quantized in this way.
+        """
+        if not self.quantizers.calibrated or stored_quantization(self.folder):
+            return self.folder
+        train = self.read_data(report).train
+        seed = self.recipe.training.seed
+        return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, report)
+
     def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The frozen base model on the device, quantized as the recipe says.
 
@@ -105,10 +122,11 @@ class Workbench:
             report: Told that it is loading.
             dtype: Store and compute in this type instead of the recipe's.
         """
+        folder = self.base_folder(report)
         kind = self.recipe.quantization.kind
         report(Phase(f"loading {self.recipe.model.name}" + (f" in {kind}" if kind != "none" else "")))
         base = load_model(
-            self.folder,
+            folder,
             self.recipe.model,
             self.quantizers,
             weight_dtype=dtype or self._weight_dtype(),

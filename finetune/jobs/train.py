@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,24 +15,32 @@ from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
 from finetune.evaluation.loss import held_out_loss
+from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
+from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
+from finetune.jobs.saving import Saver
 from finetune.jobs.setup import Workbench
 from finetune.models.attention import prove_separation
+from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
-from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.checkpoints import Checkpoint, Checkpoints
+from finetune.run.directory import Attempt, RunDirectory, write_json, write_text, written_aside
 from finetune.run.events import (
     DataRead,
+    Event,
     Phase,
     Report,
-    StepMetrics,
+    Resumed,
     TrainingFinished,
     TrainingStarted,
     Validated,
     ignore,
 )
+from finetune.run.interruption import Interruption, StopRequested
 from finetune.run.provenance import provenance
+from finetune.train.checkpoint import read_state
 from finetune.train.loop import batch_order, fit
 from finetune.train.memory import peak_memory_bytes
 from finetune.train.optimizers import make_optimizer
@@ -40,59 +49,138 @@ from finetune.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, run: RunDirectory, report: Report = ignore) -> TrainingFinished:
+def train(
+    recipe: Recipe, run: RunDirectory, report: Report = ignore, interruption: Interruption | None = None
+) -> TrainingFinished:
     """Train what the recipe describes and leave the result in the run directory.
+
+    A run that has a checkpoint goes on from it and ends bit for bit as if it had never stopped.
 
     Args:
         recipe: A valid recipe.
-        run: A directory made for this run; removed again if the run fails before its first step.
+        run: A directory made for this run; removed again if a new run fails before its first step.
         report: Told of every phase, step and validation.
+        interruption: Looked at again and again: whether to save and stop.
 
     Raises:
         FinetuneError: What the user can mend.
     """
+    interruption = interruption or Interruption()
     with run.attempt() as attempt:
-        bench = Workbench.of(recipe, report)
-        rows = bench.read_data(report)
+        checkpoint, is_extended = _find_start(run, recipe, attempt)
+        prepare = _stopping(report, interruption)
+        bench = Workbench.of(recipe, prepare)
+        is_main = bench.accelerator.is_main_process
+        rows = bench.read_data(prepare)
         layout = Layout.of(recipe.training, rows.train.lengths, recipe.data.max_length, bench.padding)
         order = batch_order(layout.units, recipe.training, bench.accelerator.num_processes)
+        facts = _facts(bench, rows, order)
+        if checkpoint is not None:
+            refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
-        report(read)
-        state = _start(bench, order, layout, report)
-        if bench.accelerator.is_main_process:
+        prepare(read)
+        state = _start(bench, order, layout, interruption, prepare)
+        facts["quantized_base"] = fingerprint_quantized(state.bare_model)
+        if checkpoint is not None:
+            refuse_other_codes(checkpoint, facts)
+            read_state(state, checkpoint.path)
+        if is_main:
+            run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
             _record_inputs(run, bench, rows, read)
         report(_describe(run, bench, state.bare_model, order, read))
+        if checkpoint is not None:
+            report(Resumed(checkpoint.path.name, state.step, order.total_steps))
 
-        validate = partial(_validate, bench, state, rows.validation, run, report)
-        before = validate()
-        for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, layout):
-            attempt.steps = metrics.step
-            if bench.accelerator.is_main_process:
-                run.append_metrics(metrics)
-            report(metrics)
-            if _is_due(recipe.evaluation.every_steps, metrics):
-                validate()
-        after = validate()
+        saver = Saver(run, attempt, recipe.training, facts, report)
+        ranks = RankRecorder(state, run, report)
+        validate = partial(_validate_if_due, bench, state, rows.validation, order, run, report)
+        try:
+            after = validate()
+            for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, layout):
+                attempt.steps = metrics.step
+                if is_main:
+                    run.append_metrics(metrics)
+                report(metrics)
+                ranks.follow()
+                if is_main:
+                    saver.save_if_due(state)
+                after = validate()
+        except StopRequested:
+            if is_main:
+                report(Phase(f"stopping: step {state.step} is kept"))
+                saver.save(state)
+            bench.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
+            raise
         report(Phase("saving"))
         trained = run.trained(recipe.adapter.trains_base)
-        if bench.accelerator.is_main_process:
+        if is_main:
             first = next(rows.train.documents())
             _save(bench, state.bare_model, trained, in_conversation=isinstance(first.document, Conversation))
+            ranks.draw(order.total_steps)
+    assert state.loss is not None
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
         standalone_by=recipe.adapter.standalone_by,
         steps=state.step,
-        loss=metrics.loss,
-        validation_loss_before=before.loss if before else None,
+        loss=state.loss,
+        validation_loss_before=state.held_out_before,
         validation_loss=after.loss if after else None,
         tokens=state.tokens,
-        seconds=metrics.seconds,
+        seconds=state.seconds,
         peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
+        ranks=ranks.ranks,
     )
 
 
-def _start(bench: Workbench, order: BatchOrder, layout: Layout, report: Report) -> TrainState:
+def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Checkpoint | None, bool]:
+    """What the run goes on from, and whether the recipe makes it longer than it was then.
+
+    Raises:
+        RefusedError: Every checkpoint is damaged, or the recipe would make it another run.
+    """
+    checkpoints = Checkpoints(run.checkpoints)
+    checkpoints.remove_leftovers()
+    checkpoint = checkpoints.find_resumable()
+    if checkpoint is None and not run.recipe.is_file():
+        write_text(run.recipe, dump_recipe(recipe))
+        return None, False
+    found = permitted_changes(checkpoint.path / run.recipe.name if checkpoint else run.recipe, recipe)
+    for change in found:
+        logger.info("changed since the run was started: %s", change)
+    if checkpoint is None:
+        logger.info("no checkpoint was saved: the run starts again from the beginning")
+    else:
+        attempt.steps = attempt.checkpoint = checkpoint.step
+    return checkpoint, extends(found)
+
+
+def _stopping(report: Report, interruption: Interruption) -> Report:
+    """Report, and stop there if that was asked for."""
+
+    def report_or_stop(event: Event) -> None:
+        report(event)
+        interruption.poll()
+
+    return report_or_stop
+
+
+def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    return {
+        "base": fingerprint(bench.folder.path),
+        "data": rows.fingerprint,
+        "units_per_step": order.units_per_step,
+        "total_units": order.total_units,
+        "total_steps": order.total_steps,
+        "processes": bench.accelerator.num_processes,
+        "device": bench.accelerator.device.type,
+    }
+
+
+def _start(
+    bench: Workbench, order: BatchOrder, layout: Layout, interruption: Interruption, report: Report
+) -> TrainState:
     """Load the base, attach the method, and make the optimizer."""
     recipe = bench.recipe
     base = bench.load_base(report)
@@ -110,16 +198,18 @@ def _start(bench: Workbench, order: BatchOrder, layout: Layout, report: Report) 
         method=bench.method,
         optimizer=make_optimizer(recipe.optimizer, model),
         compute_dtype=bench.compute_dtype,
+        interruption=interruption,
     )
 
 
-def _validate(
-    bench: Workbench, state: TrainState, held_out: Split, run: RunDirectory, report: Report
+def _validate_if_due(
+    bench: Workbench, state: TrainState, held_out: Split, order: BatchOrder, run: RunDirectory, report: Report
 ) -> Validated | None:
-    """Measure, record and report the held-out loss; None where no rows are held out."""
+    """Measure, record and report the held-out loss; None where no rows are held out or it is not time for it."""
     settings = bench.recipe.evaluation
     examples = held_out[: settings.max_rows]
-    if not examples:
+    is_due = state.step in (0, order.total_steps) or (settings.every_steps and state.step % settings.every_steps == 0)
+    if not examples or not is_due or state.held_out_step == state.step:
         return None
     report(Phase("measuring the held-out loss"))
     measured = held_out_loss(
@@ -129,7 +219,11 @@ def _validate(
         compute_dtype=bench.compute_dtype,
         batch_size=settings.batch_size,
         padding=bench.padding,
+        report_rows=partial(_stop_if_alone, bench, state),
     )
+    state.held_out_step = state.step
+    if not state.step:
+        state.held_out_before = measured.loss
     event = Validated(step=state.step, loss=measured.loss, perplexity=measured.perplexity, rows=measured.rows)
     if bench.accelerator.is_main_process:
         run.append_metrics(event)
@@ -137,16 +231,16 @@ def _validate(
     return event
 
 
-def _is_due(every_steps: int | None, metrics: StepMetrics) -> bool:
-    """Whether to validate after this step; the last one is measured in any case."""
-    return every_steps is not None and metrics.step % every_steps == 0 and metrics.step < metrics.total_steps
+def _stop_if_alone(bench: Workbench, state: TrainState, rows: int) -> None:
+    """Stop between two batches where that was asked for; of several processes none may leave by itself."""
+    del rows
+    if bench.accelerator.num_processes == 1:
+        state.interruption.poll()
 
 
 def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead) -> None:
-    """Write what the run starts from: resolved recipe, provenance, what became of the rows."""
+    """Write what the run starts from: provenance, and what became of the rows."""
     recipe = bench.recipe
-    text = dump_recipe(recipe)
-    run.recipe.write_text(text, encoding="utf-8")
     facts = {
         "base": base_record(bench).model_dump(),
         "device": str(bench.accelerator.device),
@@ -155,7 +249,7 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRe
     content = [
         record for split in (rows.train, rows.validation) for source in split.sources for record in source.content
     ]
-    write_json(run.provenance, provenance(text, content, facts))
+    write_json(run.provenance, provenance(dump_recipe(recipe), content, facts))
     write_json(run.data_report, read.ledger)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import reduce
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 
 from finetune.errors import EnvironmentFault
 from finetune.recipe.model import Dtype
@@ -13,6 +16,8 @@ from finetune.recipe.model import Dtype
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def compute_dtype(precision: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device) -> torch.dtype:
@@ -37,6 +42,16 @@ def weight_dtype(dtype: Dtype, compute: torch.dtype, trains_base: bool) -> torch
     if dtype != "auto":
         return DTYPES[dtype]
     return torch.float32 if trains_base else compute
+
+
+def file_dtype(folder: Path) -> torch.dtype:
+    """The narrowest type that holds every floating-point weight in a folder as it is; float32 at most."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    known = [SAFETENSORS_DTYPES[name] for name in found & SAFETENSORS_DTYPES.keys()]
+    return reduce(torch.promote_types, known) if known else torch.float32
 
 
 def _has_bfloat16(device: torch.device) -> bool:

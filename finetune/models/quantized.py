@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from finetune.errors import ModelError, UnsupportedError
 from finetune.models.folder import ModelFolder
-from finetune.quantizers.base import is_quantized
+from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.choice import Quantizers
-from finetune.quantizers.layer import QuantizedLinear
-from finetune.quantizers.on_load import METHOD, as_stored
+from finetune.quantizers.layer import PackedQuantizer
+from finetune.quantizers.on_load import METHOD, OnLoadConfig, OnLoadQuantizer, as_stored
 from finetune.recipe.quantization import QuantizationSection, StoredQuantization
 
 
@@ -21,7 +23,7 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
     """Write `model` with its packed weights: safetensors, and in config.json each layer's quantizer.
 
     Args:
-        model: A base whose layers were quantized while it loaded, without an adapter.
+        model: A base whose layers are quantized, while it loaded or by calibration, without an adapter.
         folder: Where to write; the tokenizer is not part of it.
 
     Raises:
@@ -37,23 +39,33 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
             repacked: Any = quantizer.repacked(layer)
             repacked.stored_transposed = layer.stored_transposed
             model.set_submodule(name, repacked)
-        elif not isinstance(layer, QuantizedLinear):
-            raise UnsupportedError(
-                f"weights in {quantizer.section.kind} have no form on disk",
-                where="quantization.kind",
-                hint="quantize to affine, hqq, nf4, fp4 or icq",
-            )
+        else:
+            refuse_without_form_on_disk([quantizer])
         if quantizer.section not in sections:
             sections.append(quantizer.section)
         layers[name] = sections.index(quantizer.section)
     if not layers:
-        raise UnsupportedError(
-            "no layer of the model is quantized", where="quantization", hint="choose a kind other than none"
-        )
+        refuse_without_form_on_disk([])
     stored = StoredQuantization(quantizers=sections, layers=layers)  # type: ignore[arg-type]
-    model.hf_quantizer.quantization_config.stored = stored
-    model.config.quantization_config = model.hf_quantizer.quantization_config
+    config = OnLoadConfig(lambda name: None, torch.float32, stored)  # it is written, and loads nothing
+    model.hf_quantizer = OnLoadQuantizer(config)
+    model.config.quantization_config = config
     model.save_pretrained(folder)
+
+
+def refuse_without_form_on_disk(quantizers: Sequence[Quantizer]) -> None:
+    """Stop where `save_quantized` could not write layers that these have made.
+
+    Raises:
+        UnsupportedError: One has no form on disk, or there are none.
+    """
+    hint = "quantize to affine, hqq, optq, nf4, fp4 or icq"
+    if not quantizers:
+        raise UnsupportedError("no layer of the model is quantized", where="quantization.kind", hint=hint)
+    for quantizer in quantizers:
+        if not isinstance(quantizer, PackedQuantizer | CudaFourBitQuantizer):
+            what = f"weights in {quantizer.section.kind} have no form on disk"
+            raise UnsupportedError(what, where="quantization.kind", hint=hint)
 
 
 def stored_quantization(folder: ModelFolder) -> StoredQuantization | None:

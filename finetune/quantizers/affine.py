@@ -65,9 +65,7 @@ class AffineQuantizer(PackedQuantizer):
 
     def _pack_rows(self, weight_OI: Tensor) -> dict[str, Tensor]:
         groups_OGK = weight_OI.unflatten(1, (-1, self.group_size))
-        scale_OG, minimum_OG = self.fit(groups_OGK)
-        scale_OG = scale_OG.clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
-        minimum_OG = minimum_OG.to(self.minimum_dtype)
+        scale_OG, minimum_OG = self.fit_as_stored(groups_OGK)
         codes_OGK = self.codes(groups_OGK, scale_OG.float(), minimum_OG.float())
         return {"weight": pack_bits(codes_OGK.flatten(), self.bits), "scale": scale_OG, "minimum": minimum_OG}
 
@@ -89,6 +87,12 @@ class AffineQuantizer(PackedQuantizer):
         inverse_OG = torch.where(scale_OG == 0, 0.0, 1 / scale_OG)
         places = (groups_OGK - minimum_OG.unsqueeze(2)).mul_(inverse_OG.unsqueeze(2))
         return places.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def fit_as_stored(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and minimum of each group, both (O, G), rounded to the types that they are stored in."""
+        scale_OG, minimum_OG = self.fit(groups_OGK)
+        largest = torch.finfo(self.scale_dtype).max
+        return scale_OG.clamp(max=largest).to(self.scale_dtype), minimum_OG.to(self.minimum_dtype)
 
     def fit(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and minimum of each group, both (O, G), float32: here those that just span the group."""

@@ -9,6 +9,7 @@ import torch
 
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.on_load import OnLoadConfig
+from finetune.quantizers.optq import OptqQuantizer
 from finetune.recipe.modules import ModuleRule, setting_for
 from finetune.recipe.quantization import QuantizationSection
 from finetune.resolve import build
@@ -45,10 +46,21 @@ class Quantizers:
         return own or self.section
 
     @property
+    def in_use(self) -> list[Quantizer]:
+        """Every quantizer that some layer may have."""
+        return [quantizer for quantizer in self._quantizers if quantizer is not None]
+
+    @property
     def quantize_nothing(self) -> bool:
         """Whether every layer keeps its weight."""
-        return not any(self._quantizers)
+        return not self.in_use
+
+    @property
+    def calibrated(self) -> list[OptqQuantizer]:
+        """Those whose codes are made for a layer's inputs: before a model is loaded for use, not while it loads."""
+        return [quantizer for quantizer in self.in_use if isinstance(quantizer, OptqQuantizer)]
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments for `from_pretrained` that make it quantize while loading; layers compute in `dtype`."""
+        assert not self.calibrated, "what needs calibration is loaded from the folder of its codes"
         return {} if self.quantize_nothing else {"quantization_config": OnLoadConfig(self, dtype)}

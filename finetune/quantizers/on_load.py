@@ -105,15 +105,14 @@ class OnLoadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
-        kept = [] if config.stored else self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        linears = quantizable_layers(model, with_head=config.stored is not None)
         replaced = []
-        for name, layer in list(model.named_modules()):
-            if type(layer) not in (nn.Linear, Conv1D) or _is_kept(name, kept):
-                continue
+        for name, layer in linears.items():
             quantizer = config.choose(name)
             if quantizer is None:
                 continue
-            model.set_submodule(name, _empty(name, layer, quantizer, dtype if config.stored else config.compute_dtype))
+            in_dtype = dtype if config.stored else config.compute_dtype
+            model.set_submodule(name, replacement(name, layer, quantizer, in_dtype))
             replaced.append(re.escape(name))
         if config.stored and len(replaced) != len(config.stored.layers):
             raise ModelError(
@@ -159,7 +158,28 @@ class QuantizeOp(ConversionOps):
         return tensors
 
 
-def _empty(name: str, layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> nn.Module:
+def quantizable_layers(model: PreTrainedModel, with_head: bool = False) -> dict[str, nn.Module]:
+    """The linear layers of a model by name, in its order; without the head, those that are quantized by default."""
+    kept = [] if with_head else HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) in (nn.Linear, Conv1D) and not _is_kept(name, kept)
+    }
+
+
+def replacement(name: str, layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> Any:
+    """The layer without data that takes the place of a linear layer, on the meta device.
+
+    Args:
+        name: Of the layer in its model.
+        layer: To be replaced.
+        quantizer: Of its weight.
+        dtype: Type in which the layer multiplies.
+
+    Raises:
+        UnsupportedError: The quantizer cannot take a weight of this shape.
+    """
     transposed = isinstance(layer, Conv1D)
     out_features, in_features = layer.weight.shape[::-1] if transposed else layer.weight.shape
     if reason := quantizer.refuse(in_features, out_features):

@@ -6,15 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from finetune.recipe.section import FilePath, Section
+from finetune.recipe.section import FilePath, OnResume, Section
 
 Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
 TextSplit = Literal["file", "line", "paragraph"]
 
 
 class Hub(Section):
-    """A data set on the hub."""
+    """A data set on the hub; that its rows are the same is checked by their hashes, as for files."""
 
+    on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     name: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Its id: `org/name`.")
     subset: str | None = Field(None, description="Which of its configurations; by default the only one.")
     split: str = Field("train", description="Which of its splits; `train[:1000]` is a part of one.")
@@ -26,14 +27,17 @@ class SourceSection(Section):
     """Where rows come from and the names of their columns."""
 
     implementation: ClassVar[str]
-    path: FilePath | None = Field(
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    path: Annotated[FilePath | None, OnResume.MAY_CHANGE] = Field(
         None,
         description=(
             "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv or .parquet files; "
             "all but the last may be compressed: .gz, .bz2, .xz, .zst."
         ),
     )
-    hub: Hub | None = Field(None, description="A data set on the hub, instead of `path`.")
+    hub: Annotated[Hub | None, OnResume.MAY_CHANGE] = Field(
+        None, description="A data set on the hub, instead of `path`."
+    )
     delimiter: Delimiter | None = Field(
         None, description="What separates the cells of a CSV file; by default it is seen from the header."
     )
@@ -213,6 +217,7 @@ Source = Annotated[
 class Data(Section):
     """Training and held-out rows."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     train: list[Source] = Field(min_length=1, description="Sources of training rows, joined or mixed by weight.")
     validation: list[Source] = Field([], description="Sources of held-out rows.")
     validation_fraction: float = Field(
@@ -247,7 +252,7 @@ class Data(Section):
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Stop if a larger share of the rows would be left out, for whatever cause."
     )
-    workers: int | None = Field(
+    workers: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
         None, ge=1, description="Processes that tokenize many rows; by default one for each core."
     )
 

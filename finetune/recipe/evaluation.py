@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class Evaluation(Section):
     """Held-out loss during training; loss and generation in `ft eval`."""
 
+    on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     every_steps: int | None = Field(
         None, ge=1, description="Measure the held-out loss every so many steps; null for the end only."
     )

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from finetune.recipe.section import Section, anchored
+from finetune.recipe.section import OnResume, Section, anchored
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Model(Section):
-    """The base model."""
+    """The base model; that its weights are the same is checked by their fingerprint."""
 
-    name: str = Field(
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    name: Annotated[str, OnResume.MAY_CHANGE] = Field(
         min_length=1,
         description=(
             "Hub id (`org/name`), a folder, a .gguf file, or `package://<package>/<file>.gguf` "
             "for a file that an installed Python package carries."
         ),
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, OnResume.MAY_CHANGE] = Field(
         None, description="Branch, tag or commit of a hub model. Pin a commit to make a run repeatable."
     )
     dtype: Dtype = Field(
@@ -33,7 +34,7 @@ class Model(Section):
             "`training.precision` for a frozen base, float32 where every weight trains."
         ),
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], OnResume.MAY_CHANGE] = Field(
         "auto", description="Attention kernel; `auto` is the best one that the model and device support."
     )
 

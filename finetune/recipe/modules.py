@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from finetune.recipe.quantization import Quantization
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class ModuleAdapter(Section):
     """The update of the layers that match."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     r: int | None = Field(None, ge=1, description="Rank, in the place of adapter.r.")
     alpha: float | None = Field(None, gt=0, description="Scale, in the place of adapter.alpha.")
     skip: bool = Field(False, description="Leave these layers without an update.")
@@ -23,6 +24,7 @@ class ModuleAdapter(Section):
 class ModuleRule(Section):
     """One entry: which layers, and what holds for them."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     match: str = Field(
         min_length=1,
         description="Pattern of layer names with * and ?, such as `*.down_proj` or `*.layers.0.*`.",

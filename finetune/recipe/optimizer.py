@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
@@ -15,6 +15,7 @@ class OptimizerSection(Section):
     """What every optimizer has: a learning rate that follows a schedule, and weight decay."""
 
     implementation: ClassVar[str]
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay on matrices; vectors have none.")
     schedule: Literal["constant", "linear", "cosine"] = Field(

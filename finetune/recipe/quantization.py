@@ -6,13 +6,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class QuantizationSection(Section):
     """Base of all kinds of quantization."""
 
     implementation: ClassVar[str]
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     quantizes: ClassVar[bool] = True
 
 
@@ -71,6 +72,21 @@ class Hqq(Groupwise):
     kind: Literal["hqq"]
 
 
+class Optq(Groupwise):
+    """OPTQ: rounding errors made up for by the weights still to come, on rows of the recipe (arXiv 2210.17323)."""
+
+    implementation: ClassVar[str] = "finetune.quantizers.optq:OptqQuantizer"
+    kind: Literal["optq"]
+    calibration_rows: int = Field(
+        128,
+        ge=1,
+        description="Training rows, drawn by training.seed, whose inputs to each layer errors are weighed by.",
+    )
+    damping: float = Field(
+        0.01, gt=0, le=1, description="Added to the Hessian's diagonal, as a share of its mean: more trusts rows less."
+    )
+
+
 class InformationCalibrated(QuantizationSection):
     """NF2, NF3 or NF4 with the shift per block that keeps most information (Qin et al. 2024, arXiv 2402.05445)."""
 
@@ -97,7 +113,7 @@ class PluginQuantization(QuantizationSection):
 
 
 Quantization = Annotated[
-    NoQuantization | FourBit | EightBit | Affine | Hqq | InformationCalibrated | PluginQuantization,
+    NoQuantization | FourBit | EightBit | Affine | Hqq | Optq | InformationCalibrated | PluginQuantization,
     Field(discriminator="kind"),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from finetune.recipe.adapter import Adapter
@@ -12,13 +14,14 @@ from finetune.recipe.modules import ModuleRule
 from finetune.recipe.optimizer import AdamW, Optimizer
 from finetune.recipe.quantization import NoQuantization, Quantization
 from finetune.recipe.run import Run
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 from finetune.recipe.training import Training
 
 
 class Recipe(Section):
     """The frozen description of a run. Defaults live here and nowhere else."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
     model: Model
     quantization: Quantization = NoQuantization()
     adapter: Adapter

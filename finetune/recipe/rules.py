@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from finetune.recipe.adapter import LabelsStart, Lora, PrefixTuning, PromptTuning, SoftPrompt
+from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, PrefixTuning, PromptTuning, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -80,6 +80,40 @@ def qa_lora_needs_groups(recipe: Recipe) -> Violation | None:
                 f"QA-LoRA is merged into the float minimum of a group of inputs, which {section.kind} does not have",
                 "set it to affine, hqq or optq, or adapter.method to lora",
             )
+    return None
+
+
+def adalora_ends_with_less(recipe: Recipe) -> Violation | None:
+    """Ranks can only be taken away."""
+    section = recipe.adapter
+    if isinstance(section, AdaLora) and section.target_r >= section.r:
+        return Violation(
+            "adapter.target_r",
+            f"a mean rank of {section.target_r} leaves nothing to choose from layers that start with {section.r}",
+            f"set adapter.r to {-(-3 * section.target_r // 2)}, half as many again",
+        )
+    return None
+
+
+def adalora_leaves_steps_to_choose(recipe: Recipe) -> Violation | None:
+    """Ranks are chosen between the first and the last phase; with epochs the number of steps shows only later."""
+    section = recipe.adapter
+    if not isinstance(section, AdaLora):
+        return None
+    are_shares = section.initial_steps is None and section.final_steps is None
+    total_steps = recipe.training.max_steps
+    if are_shares and section.initial_ratio + section.final_ratio >= 1:
+        return Violation(
+            "adapter.final_ratio",
+            "adapter.initial_ratio and adapter.final_ratio leave no steps in between, in which ranks are chosen",
+            "lower one of them: 0.1 and 0.4 leave half of the steps",
+        )
+    if total_steps is not None and (lack := section.lack_of_steps(total_steps)):
+        return Violation(
+            "adapter.final_steps",
+            lack,
+            "lower adapter.initial_steps or adapter.final_steps, or raise training.max_steps",
+        )
     return None
 
 
@@ -301,6 +335,8 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_unquantized_modules,
     some_methods_need_full_precision,
     qa_lora_needs_groups,
+    adalora_ends_with_less,
+    adalora_leaves_steps_to_choose,
     loftq_needs_a_quantized_base,
     one_form_of_lora,
     a_module_rule_sets_something,

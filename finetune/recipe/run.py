@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class Run(Section):
     """The run directory is `directory/name`."""
 
+    on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",

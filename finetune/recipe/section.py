@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, model_validator
 
 
-class Section(BaseModel):
-    """A frozen part of a recipe that refuses unknown keys, infinities and booleans in the place of numbers."""
+class OnResume(Enum):
+    """What may become of a key when a run is resumed."""
 
+    FROZEN = "it stays as it was: another value would be another run"
+    MAY_CHANGE = "it changes neither what is computed nor on what, or that is checked by itself"
+    EXTENDS = "it makes the run longer"
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses unknown keys, infinities and booleans in the place of numbers.
+
+    Every section says in `on_resume` what may become of its keys when a run is resumed; a key of which something else
+    is true is `Annotated` with that.
+    """
+
+    on_resume: ClassVar[OnResume]
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")

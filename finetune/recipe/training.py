@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.recipe.section import Section
+from finetune.recipe.section import OnResume, Section
 
 
 class Training(Section):
     """The loop."""
 
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; may be a fraction.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; replaces epochs.")
-    micro_batch_size: int = Field(4, ge=1, description="Rows, or packs, in one forward pass of one process.")
-    gradient_accumulation_steps: int = Field(
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    epochs: Annotated[float, OnResume.EXTENDS] = Field(
+        1.0, gt=0, description="Passes over the training rows; may be a fraction."
+    )
+    max_steps: Annotated[int | None, OnResume.EXTENDS] = Field(
+        None, ge=1, description="Optimizer steps; replaces epochs."
+    )
+    micro_batch_size: Annotated[int, OnResume.MAY_CHANGE] = Field(
+        4, ge=1, description="Rows, or packs, in one forward pass of one process."
+    )
+    gradient_accumulation_steps: Annotated[int, OnResume.MAY_CHANGE] = Field(
         4, ge=1, description="Forward passes of each process before one optimizer step."
     )
     batching: Literal["padded", "padding_free", "packed"] = Field(
@@ -39,7 +46,18 @@ class Training(Section):
             "float16 needs a GPU."
         ),
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, OnResume.MAY_CHANGE] = Field(
         False, description="Keep only each block's input and recompute the rest in backward: less memory, more time."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, order of rows and dropout.")
+    checkpoint_every_steps: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
+        None,
+        ge=1,
+        description=(
+            "Save what it takes to go on every so many steps; null for every five minutes, or more seldom where saving "
+            "would take more than a twentieth of the time. Saved at the end and on a signal in any case."
+        ),
+    )
+    checkpoints_kept: Annotated[int, OnResume.MAY_CHANGE] = Field(
+        2, ge=1, description="Checkpoints to keep; the second one is for the case that the last is damaged."
+    )

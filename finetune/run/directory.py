@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +19,25 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.errors import EnvironmentFault, FinetuneError, RefusedError, UsageError, as_out_of_memory
-from finetune.run.events import StepMetrics, Validated
+from finetune.errors import (
+    EnvironmentFault,
+    FinetuneError,
+    Interrupted,
+    RefusedError,
+    Stopped,
+    UsageError,
+    as_out_of_memory,
+)
+from finetune.run.events import RanksChosen, StepMetrics, Validated
+from finetune.run.interruption import StopRequested
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Layout of the directory; raised when it changes."""
 
+_ASIDE = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
+"""Names of what `written_aside` and `write_text` have not yet put in its place."""
 
 INTERRUPTED = 130
 """Exit code of a run that Ctrl-C ended."""
@@ -32,13 +49,15 @@ class Attempt:
 
     Attributes:
         steps: Optimizer steps that are done.
+        checkpoint: Steps of the newest checkpoint, from which the run could go on.
     """
 
     steps: int = 0
+    checkpoint: int | None = None
 
 
 class RunDirectory:
-    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, trained weights, what was made of them.
+    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, checkpoints, trained weights, what was made of them.
 
     Made by `create` for a new run and by `open` for one that is there.
     """
@@ -51,7 +70,10 @@ class RunDirectory:
         self.provenance = path / "provenance.json"
         self.data_report = path / "data_report.json"
         self.metrics = path / "metrics.jsonl"
+        self.ranks_picture = path / "ranks.svg"
         self.log = path / "log.txt"
+        self.lock = path / "lock"
+        self.checkpoints = path / "checkpoints"
         self.outcome = path / "exit.json"
         self.merged = path / "merged"
         self.exported = path / "exported"
@@ -66,13 +88,14 @@ class RunDirectory:
             overwrite: Remove a run that is there; anything else is left alone.
 
         Raises:
-            RefusedError: Something is there already, or another process claims it at the same time.
+            RefusedError: Something is there already, or another process trains or claims it.
             EnvironmentFault: The directory cannot be made.
         """
         run = cls(path.absolute())
         try:
             if overwrite and run.marker.is_file() and not path.is_symlink():
-                shutil.rmtree(path)
+                with run._locked():
+                    shutil.rmtree(path)
             run._refuse_if_used()
             path.mkdir(parents=True, exist_ok=True)
             with run.marker.open("x", encoding="utf-8") as file:
@@ -116,43 +139,153 @@ class RunDirectory:
         """Where the trained weights are: `adapter/`, or `model/` where every weight trained."""
         return self.path / ("model" if is_whole_model else "adapter")
 
-    def append_metrics(self, record: StepMetrics | Validated) -> None:
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        try:
+            written = json.loads(self.outcome.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(written, dict) and written.get("code") == 0
+
+    def begin(self, recipe: str, metrics_bytes: int) -> None:
+        """Make ready for an attempt: what an earlier one wrote past its last checkpoint is set aside.
+
+        Args:
+            recipe: The resolved recipe.
+            metrics_bytes: Length of `metrics.jsonl` at the checkpoint that the run goes on from; 0 without one.
+        """
+        with disk_faults(self.path):
+            for entry in self.path.iterdir():
+                if _ASIDE.fullmatch(entry.name):  # a killed process was about to put it in its place
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self._rewind_metrics(metrics_bytes)
+            if self.provenance.is_file():
+                self.provenance.rename(self._set_aside(self.provenance))
+            self.outcome.unlink(missing_ok=True)
+        write_text(self.recipe, recipe)
+
+    def append_metrics(self, record: StepMetrics | Validated | RanksChosen) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system."""
         with disk_faults(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_json()) + "\n")
 
+    def sync_metrics(self) -> int:
+        """Put `metrics.jsonl` on the disk for good; returns its length in bytes."""
+        with disk_faults(self.metrics), self.metrics.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def _rewind_metrics(self, size_bytes: int) -> None:
+        """Cut `metrics.jsonl` to its length at a checkpoint; the lines past it move to `metrics.attempt-N.jsonl`."""
+        found = self.metrics.stat().st_size if self.metrics.is_file() else 0
+        if found < size_bytes:
+            logger.warning("%s: %d bytes are lost; training goes on without them", self.metrics, size_bytes - found)
+        if found <= size_bytes:
+            return
+        with self.metrics.open("r+b") as file:
+            file.seek(size_bytes)
+            self._set_aside(self.metrics).write_bytes(file.read())
+            file.truncate(size_bytes)
+
+    def _set_aside(self, file: Path) -> Path:
+        """The first free name of the kind `metrics.attempt-1.jsonl`."""
+        number = 1
+        while (path := file.with_name(f"{file.stem}.attempt-{number}{file.suffix}")).exists():
+            number += 1
+        return path
+
     @contextmanager
     def attempt(self) -> Iterator[Attempt]:
-        """The time in which a run trains: `exit.json` tells afterwards how it ended.
+        """The time in which a run trains, and no other process may: `exit.json` tells afterwards how it ended.
 
-        A run that fails before its first step leaves nothing behind, so that its name is free for the next try.
+        A new run that fails before its first step leaves nothing behind, so that its name is free for the next try;
+        a run that is refused to go on keeps its record as it was.
+
+        Raises:
+            RefusedError: Another process trains the run.
+            Stopped: A signal ended the run, and it can go on from a checkpoint.
+            Interrupted: A signal ended the run before there was one.
         """
-        attempt = Attempt()
-        try:
-            yield attempt
-        except FinetuneError as error:
-            self._end(attempt, error.exit_code, error.what)
-            raise
-        except KeyboardInterrupt:
-            self._end(attempt, INTERRUPTED, "interrupted")
-            raise
-        except Exception as error:
-            shortage = as_out_of_memory(error)
-            if shortage is None:  # a bug: keep all that could explain it
-                self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
+        with self._locked():
+            attempt = Attempt()
+            is_new = not self.recipe.is_file()
+            try:
+                yield attempt
+            except StopRequested as request:
+                raise self._stop(attempt, request, is_new) from None
+            except FinetuneError as error:
+                if is_new or not isinstance(error, RefusedError):
+                    self._end(attempt, error.exit_code, error.what, is_new)
                 raise
-            self._end(attempt, shortage.exit_code, shortage.what)
-            raise shortage from error
-        self._write_outcome(attempt, 0, "done")
+            except KeyboardInterrupt:
+                self._end(attempt, INTERRUPTED, "interrupted", is_new)
+                raise
+            except Exception as error:
+                shortage = as_out_of_memory(error)
+                if shortage is None:  # a bug: keep all that could explain it
+                    self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
+                    raise
+                self._end(attempt, shortage.exit_code, shortage.what, is_new)
+                raise shortage from error
+            self._write_outcome(attempt, 0, "done")
 
-    def _end(self, attempt: Attempt, code: int, message: str) -> None:
-        if attempt.steps:
+    def _stop(self, attempt: Attempt, request: StopRequested, is_new: bool) -> Stopped | Interrupted:
+        """Write down that a signal ended the run, and make the error that says so."""
+        if attempt.checkpoint is not None:
+            attempt.steps = attempt.checkpoint
+            self._write_outcome(attempt, Stopped.exit_code, f"stopped {request}")
+            return Stopped(f"{request} after step {attempt.checkpoint}, which is saved", hint=self.how_to_resume)
+        interrupted = Interrupted(f"{request} before anything could be saved", number=request.number)
+        self._end(attempt, interrupted.exit_code, interrupted.what, is_new)
+        return interrupted
+
+    @property
+    def how_to_resume(self) -> str:
+        """The command that goes on with the run."""
+        here = Path.cwd()
+        path = self.path.relative_to(here) if here in self.path.parents else self.path
+        return f"go on with it: ft train --resume {path}"
+
+    def _end(self, attempt: Attempt, code: int, message: str, is_new: bool) -> None:
+        if attempt.steps or attempt.checkpoint is not None:
             self._write_outcome(attempt, code, message)
-        else:
+        elif is_new:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _write_outcome(self, attempt: Attempt, code: int, message: str) -> None:
-        write_json(self.outcome, {"code": code, "step": attempt.steps, "message": message, "ended": now()})
+        ending = {"code": code, "step": attempt.steps, "resumable": bool(code) and attempt.checkpoint is not None}
+        write_json(self.outcome, {**ending, "checkpoint": attempt.checkpoint, "message": message, "ended": now()})
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes out; the system takes the lock away when the process ends, however it does.
+
+        Processes that tokenize do not inherit it: Python opens files so that they stay with who opened them.
+        """
+        with disk_faults(self.lock):
+            file = self.lock.open("a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._is_held() from None
+            except OSError as error:  # a network file system without locks
+                logger.warning("%s cannot be locked (%s): let only one process train it", self.path, error.strerror)
+            if not self.lock.exists() or not os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
+                raise RefusedError("the run has just been removed", where=str(self.path), hint="train it again")
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}) + "\n")
+            file.flush()
+            yield
+
+    def _is_held(self) -> RefusedError:
+        try:
+            holder = json.loads(self.lock.read_text(encoding="utf-8"))
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or somebody wrote there
+            who = "another process"
+        return RefusedError(f"the run is being trained by {who}", where=str(self.path), hint="wait for it, or stop it")
 
     def _refuse_if_used(self) -> None:
         if self.path.is_symlink():
@@ -177,10 +310,16 @@ def now() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that readers see the old one or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part, even if the machine stops."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with disk_faults(path):
-            aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.write_text(text, encoding="utf-8")
+            sync(aside)
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -200,7 +339,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         with disk_faults(target):
             aside.mkdir(parents=True)
             yield aside
-            _open_to_readers(aside)
+            open_to_readers(aside)
             _put_in_place(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -218,7 +357,16 @@ def disk_faults(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open_to_readers(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_to_readers(folder: Path) -> None:
     """Give every file the permissions of a new one: those of `folder`, which is new, without the right to search."""
     allowed = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):

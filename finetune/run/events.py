@@ -65,6 +65,27 @@ class TrainingStarted(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """The state of a checkpoint is back in place; the step after `step` comes next."""
+
+    kind: ClassVar[str] = "resumed"
+    checkpoint: str
+    step: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint is committed: whatever happens now, the run can go on from here."""
+
+    kind: ClassVar[str] = "saved"
+    checkpoint: str
+    step: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepMetrics(Event):
     """One optimizer step.
 
@@ -106,6 +127,15 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
+class RanksChosen(Event):
+    """How many ranks each layer's update has after `step` steps, by the layer's name, from a method that chooses."""
+
+    kind: ClassVar[str] = "ranks"
+    step: int
+    ranks: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Progress(Event):
     """Part of something countable is done; `total` is None where it shows only at the end."""
 
@@ -113,6 +143,7 @@ class Progress(Event):
     doing: str
     done: int
     total: int | None
+    unit: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -125,7 +156,10 @@ class DataRead(Event):
 
 @dataclass(frozen=True)
 class TrainingFinished(Event):
-    """The run is complete and its weights are saved in `trained`; a command may write them as a model by itself."""
+    """The run is complete and its weights are saved in `trained`.
+
+    `ranks` as in the last `RanksChosen`; `standalone_by` is the command that writes a model by itself, if one can.
+    """
 
     kind: ClassVar[str] = "finished"
     run_directory: str
@@ -138,6 +172,7 @@ class TrainingFinished(Event):
     tokens: int
     seconds: float
     peak_memory_bytes: int
+    ranks: dict[str, int] | None = None
 
 
 Report = Callable[[Event], None]

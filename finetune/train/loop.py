@@ -42,9 +42,10 @@ def fit(
 
     Raises:
         DivergedError: Loss or gradient is not finite; the weights are those of the last step that was yielded.
+        StopRequested: The run was asked to stop; the same holds.
     """
     accelerator = state.accelerator
-    began = time.perf_counter()
+    began = time.perf_counter() - state.seconds
     while state.step < order.total_steps:
         step_began = time.perf_counter()
         tokens_before = state.tokens
@@ -57,6 +58,7 @@ def fit(
         state.model.train()
         loss, norm = train_step(state, batches, rate, training.max_grad_norm)
         ended = time.perf_counter()
+        state.loss, state.seconds = loss, ended - began
         yield StepMetrics(
             step=state.step,
             total_steps=order.total_steps,
@@ -67,5 +69,5 @@ def fit(
             tokens=state.tokens,
             tokens_per_second=(state.tokens - tokens_before) / (ended - step_began),
             peak_memory_bytes=peak_memory_bytes(accelerator.device),
-            seconds=ended - began,
+            seconds=state.seconds,
         )

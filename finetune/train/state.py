@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
+from finetune.run.interruption import Interruption
 
 
 @dataclass
 class TrainState:
-    """Model, optimizer and counters; what a checkpoint would have to hold.
+    """Model, optimizer and counters; `checkpoint.py` writes and reads all of it.
 
     Attributes:
         accelerator: Processes and devices.
@@ -22,8 +23,13 @@ class TrainState:
         optimizer: Over the trainable parameters.
         compute_dtype: Type of the forward pass.
         scaler: Scales the loss where gradients are float16; inactive otherwise.
+        interruption: Looked at where a step can be left undone.
         step: Optimizer steps done.
         tokens: Tokens seen by all processes, padding not counted.
+        seconds: Since training began, in all attempts together.
+        loss: Of the last step, in nats; None before the first.
+        held_out_step: Step after which the held-out loss was last measured.
+        held_out_before: The held-out loss before the first step, in nats.
     """
 
     accelerator: Accelerator
@@ -32,8 +38,13 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     compute_dtype: torch.dtype
     scaler: torch.amp.GradScaler = field(init=False)
+    interruption: Interruption = field(default_factory=Interruption)
     step: int = 0
     tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    held_out_step: int | None = None
+    held_out_before: float | None = None
 
     def __post_init__(self) -> None:
         device = self.accelerator.device.type

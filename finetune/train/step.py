@@ -36,14 +36,21 @@ def train_step(
 
     Raises:
         DivergedError: Loss or gradient is not finite; no weight was changed.
+        StopRequested: A process of the run was asked to stop; no weight was changed.
     """
     accelerator = state.accelerator
-    counts = torch.tensor([[batch.targets, batch.tokens] for batch in batches], device=accelerator.device).sum(0)
-    targets, tokens = accelerator.reduce(counts, "sum").tolist()
+    own = torch.tensor([[batch.targets, batch.tokens, 0] for batch in batches], device=accelerator.device).sum(0)
+    own[2] = state.interruption.is_asked
+    targets, tokens, asked = accelerator.reduce(own, "sum").tolist()
+    if asked:  # in one process or all: they leave at the same step
+        state.interruption.stop()
     # Processes average their gradients; multiplied by their number, the average is a sum.
     weight = accelerator.num_processes / targets
     loss_sum = torch.zeros((), device=accelerator.device)
     for index, batch in enumerate(batches):
+        if accelerator.num_processes == 1 and state.interruption.is_asked:
+            state.optimizer.zero_grad()
+            state.interruption.stop()
         is_last = index == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(state.model):
             with state.autocast():

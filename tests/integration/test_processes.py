@@ -16,12 +16,13 @@ import json, sys
 import numpy as np
 import torch
 from accelerate import Accelerator
+from finetune.adapters.adalora import AdaLoraMethod
 from finetune.adapters.full import FullMethod
 from finetune.data.batches import BatchOrder
 from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.evaluation.loss import held_out_loss
-from finetune.recipe.adapter import Full
+from finetune.recipe.adapter import AdaLora, Full
 from finetune.recipe.optimizer import Sgd
 from finetune.recipe.training import Training
 from finetune.train.loop import fit
@@ -46,8 +47,19 @@ metrics = list(fit(state, rows, order, section, training, layout))
 steps = [[step.loss, step.gradient_norm, step.learning_rate, step.tokens] for step in metrics]
 settings = {"compute_dtype": torch.float32, "batch_size": 2, "padding": 0}
 held_out = held_out_loss(model, rows, accelerator=accelerator, **settings)
+
+method = AdaLoraMethod(AdaLora(method="adalora", r=4, target_r=2))
+torch.manual_seed(0)
+model = accelerator.prepare_model(method.attach(tiny_llama(), order.total_steps))
+optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+state = TrainState(accelerator, model, method, optimizer, torch.float32)
+section = Sgd(name="sgd", learning_rate=5.0)
+adapted = [[step.loss, step.gradient_norm] for step in fit(state, rows, order, section, training, layout)]
+results = {"steps": steps, "held_out": [held_out.loss, held_out.tokens], "adapted": adapted}
+ranks = torch.tensor([list(method.ranks(state.bare_model).values())])
+results["ranks"] = accelerator.gather(ranks).tolist()
 if accelerator.is_main_process:
-    print(json.dumps({"steps": steps, "held_out": [held_out.loss, held_out.tokens]}))
+    print(json.dumps(results))
 """
 
 
@@ -73,9 +85,13 @@ def results(processes: int, tmp_path: Path) -> dict[str, list]:
     return json.loads(outputs[0][0].decode().strip().splitlines()[-1])
 
 
-def test_two_processes_give_the_losses_gradients_and_rates_of_one(tmp_path: Path):
+def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path: Path):
     one, two = results(1, tmp_path), results(2, tmp_path)
     assert len(one["steps"]) == 4  # the last step has two rows
     for alone, together in zip(one["steps"], two["steps"], strict=True):
         assert together == pytest.approx(alone, rel=1e-5)
     assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-6)
+    for alone, together in zip(one["adapted"], two["adapted"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-4)
+    assert two["ranks"] == one["ranks"] * 2
+    assert sum(one["ranks"][0]) == 14 * 2

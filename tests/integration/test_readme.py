@@ -26,10 +26,18 @@ def test_its_ft_commands_run_in_their_order(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("ft ")]
-    assert [command.split()[1] for command in commands] == ["validate", "preview", "train", "eval", "generate", "merge"]
+    assert [command.split()[1] for command in commands] == [
+        "validate",
+        "preview",
+        "train",
+        "eval",
+        "generate",
+        "merge",
+        "quantize",
+    ]
     for command in commands:
         arguments = shlex.split(command)[1:]
-        if arguments[0] in ("preview", "train"):  # the same run on the tiny model and two steps
+        if arguments[0] in ("preview", "train", "quantize"):  # the same run on the tiny model and two steps
             smaller = [f"model.name={tiny_model}", "training.max_steps=2", "evaluation.generation_rows=2"]
             arguments = [argument.replace("my.jsonl", str(chat_file)) for argument in arguments]
             arguments += [part for value in smaller for part in ("--set", value)]

@@ -23,7 +23,7 @@ from finetune.jobs.train import train
 from finetune.models.fingerprint import fingerprint
 from finetune.models.quantized import save_quantized
 from finetune.run.directory import RunDirectory
-from finetune.run.events import StepMetrics, Validated, ignore
+from finetune.run.events import RanksChosen, StepMetrics, Validated, ignore
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -34,6 +34,7 @@ QUANTIZED = {
     "int8": {"kind": "int8"},
     "affine": {"kind": "affine", "bits": 3},
     "hqq": {"kind": "hqq", "bits": 2},
+    "optq": {"kind": "optq", "bits": 3, "calibration_rows": 8},
     "icq": {"kind": "icq", "candidates": 4},
     "none": {"kind": "none"},
 }
@@ -65,6 +66,7 @@ def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: P
     assert json.loads(run.outcome.read_text())["code"] == 0
     assert json.loads(run.data_report.read_text())["train"]["used"] == 24
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
+    assert not run.ranks_picture.exists()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -173,6 +175,21 @@ def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any]
     )
     dense = merge(run, tmp_path / "dense", dtype="float32")
     assert dense.agreement.relative_difference <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_adalora_goes_the_road_and_tells_where_its_ranks_went(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+    adapter = {"method": "adalora", "r": 4, "target_r": 2}
+    sections = {**tiny_recipe, "adapter": adapter, "quantization": QUANTIZED[kind]}
+    run = RunDirectory.create(tmp_path / "run")
+    finished = train(as_recipe(sections, tmp_path, ["training.max_steps=6"]), run)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    choices = [line for line in lines if line["event"] == RanksChosen.kind]
+    totals = {choice["step"]: sum(choice["ranks"].values()) for choice in choices}
+    assert totals | {4: 28} == {0: 56, 1: 39, 2: 31, 3: 28, 4: 28}  # of 6 steps the last 2 leave ranks as they are
+    assert choices[-1]["ranks"] == finished.ranks
+    assert "56 in all at first, 28 in the end" in run.ranks_picture.read_text()
+    assert merge(run).agreement.relative_difference <= 2e-5
 
 
 def test_an_adapter_is_put_on_the_quantized_weights_that_it_was_trained_on_and_no_others(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ EXIT_CODES = {
     "DivergedError": 5,
     "RefusedError": 6,
     "EnvironmentFault": 7,
+    "Stopped": 75,
+    "Interrupted": 130,
 }
 """The promise to schedulers, written down a second time on purpose."""
 
@@ -63,8 +66,21 @@ def test_every_kind_of_error_has_its_promised_exit_code():
 def test_an_error_of_ours_is_a_message_with_place_and_remedy_and_its_exit_code(kind: type[FinetuneError]):
     result = command_that_raises(kind("it broke", where="rows.jsonl:3", hint="mend it"))
     assert result.exit_code == kind.exit_code
-    assert result.stderr == "error: rows.jsonl:3: it broke\n  -> mend it\n"
+    title = "stopped" if kind in (errors.Stopped, errors.Interrupted) else "error"
+    assert result.stderr == f"{title}: rows.jsonl:3: it broke\n  -> mend it\n"
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_left_nothing_to_go_on_from_is_told_as_shells_do(number: int):
+    assert command_that_raises(errors.Interrupted("stopped", number=number)).exit_code == 128 + number
+
+
+def test_with_json_a_stop_is_no_error():
+    result = command_that_raises(errors.Stopped("step 4 is saved", hint="go on"), "--json")
+    assert json.loads(result.stdout) == {
+        "event": "stopped", "code": 75, "what": "step 4 is saved", "where": None, "hint": "go on",
+    }  # fmt: skip
 
 
 def test_a_recipe_error_is_a_line_for_every_problem():
@@ -137,12 +153,28 @@ def test_help_lists_the_commands_in_the_order_of_use():
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "r.yaml", "--nope"], ["generate", "r"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "r.yaml", "--nope"], ["generate", "r"]])
 def test_a_call_that_is_no_call_is_exit_code_2_and_says_how(arguments: list[str]):
     result = ft(*arguments)
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--resume", "auto"],
+        ["r.yaml", "--resume", "runs/r"],
+        ["r.yaml", "--resume", "auto", "--overwrite"],
+        ["--resume", "runs/r", "--run-dir", "runs/s"],
+    ],
+)
+def test_a_training_that_contradicts_itself_is_exit_code_2_and_says_how(arguments: list[str]):
+    result = ft("train", *arguments)
+    assert result.exit_code == 2
+    assert "\n  -> " in result.stderr
 
 
 @pytest.mark.parametrize("command", ["eval", "merge"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,16 @@ def test_the_outcome_compares_before_and_after():
 
 def test_the_outcome_of_a_run_without_held_out_rows_has_one_line():
     assert len(wording.outcome(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
+
+
+def test_the_ranks_of_a_run_are_a_table_or_where_that_is_too_wide_a_picture():
+    assert wording.ranks(None, Path("runs/a")) == []
+    few = {f"layers.{block}.{kind}_proj": 3 for block in range(2) for kind in "qkv"}
+    lines = wording.ranks(few, Path("runs/a"))
+    assert lines[0] == "ranks of the layers; how they came about: runs/a/ranks.svg"
+    assert len(lines) == 5
+    many = {f"layers.0.experts.{number}.down_proj": 3 for number in range(30)}
+    assert len(wording.ranks(many, Path("runs/a"))) == 1
 
 
 def numbers(**others: object) -> dict[str, object]:

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from finetune.data.batches import padded
 from finetune.data.encode import Example
+from finetune.models.calibration import quantize_by_inputs
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model
+from finetune.models.quantized import stored_quantization
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model
@@ -43,6 +45,8 @@ PACKED = {
     "hqq-3": section(kind="hqq", bits=3, group_size=64),
     "hqq-4": section(kind="hqq"),
     "hqq-8": section(kind="hqq", bits=8),
+    "optq-3": section(kind="optq", bits=3),
+    "optq-4": section(kind="optq", minimum_dtype="float32"),
     "icq-2": section(kind="icq", bits=2, candidates=8),
     "icq-3": section(kind="icq", bits=3, candidates=8),
     "icq-4": section(kind="icq", candidates=8),
@@ -59,10 +63,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     rules: Sequence[ModuleRule] = (),
 ) -> PreTrainedModel:
+    quantizers, model_folder = Quantizers(chosen, rules), ModelFolder(folder, str(folder))
+    if quantizers.calibrated and not stored_quantization(model_folder):
+        model = load(folder, dtype=dtype)
+        quantize_by_inputs(model, quantizers, [ROW.ids], torch.device("cpu"))
+        return model
     return load_model(
-        ModelFolder(folder, str(folder)),
+        model_folder,
         Model(name=str(folder)),
-        Quantizers(chosen, rules),
+        quantizers,
         weight_dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),

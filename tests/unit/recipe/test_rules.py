@@ -18,6 +18,11 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "some_methods_need_full_precision": (("adapter={method: ia3}",), "quantization.kind"),
     "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
+    "adalora_ends_with_less": (("adapter={method: adalora, r: 8, target_r: 8}",), "adapter.target_r"),
+    "adalora_leaves_steps_to_choose": (
+        ("adapter={method: adalora, initial_steps: 4, final_steps: 6}", "training.max_steps=10"),
+        "adapter.final_steps",
+    ),
     "loftq_needs_a_quantized_base": (
         ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
         "adapter.initialization",
@@ -64,6 +69,11 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "quantization={kind: affine}",
         "modules=[{match: '*.q_proj', quantization: {kind: nf4}, adapter: {skip: true}}]",
     ),
+    "adalora_ends_with_less": ("adapter={method: adalora, r: 9, target_r: 8}",),
+    "adalora_leaves_steps_to_choose": (
+        "adapter={method: adalora, initial_steps: 4, final_steps: 5}",
+        "training.max_steps=10",
+    ),
     "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
     "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
@@ -109,6 +119,22 @@ def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Prob
     in_file, in_override = problems(good, "adapter={method: full}", "model.dtype=float16")
     assert in_file.where.endswith("recipe.yaml:3:22")
     assert in_override.where == "--set model.dtype"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("adapter={method: adalora, initial_ratio: 0.5, final_ratio: 0.5}",), "adapter.final_ratio"),
+        (("adapter={method: adalora, final_steps: 9}", "training.max_steps=10"), "adapter.final_steps"),
+        (("adapter={method: adalora, initial_steps: 9}", "training.max_steps=12"), "adapter.final_steps"),
+        (("adapter={method: adalora}", "training.max_steps=1"), "adapter.final_steps"),
+    ],
+)
+def test_shares_and_numbers_of_adaloras_steps_are_seen_together(
+    overrides: tuple[str, ...], key: str, good: str, problems: Problems
+) -> None:
+    (problem,) = problems(good, *overrides)
+    assert problem.key == key
 
 
 def test_a_source_without_any_place_is_refused(good: str, problems: Problems) -> None:

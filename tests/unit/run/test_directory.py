@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +16,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.errors import DataError, DivergedError, EnvironmentFault, FinetuneError, RefusedError, UsageError
+from finetune.errors import (
+    DataError,
+    DivergedError,
+    EnvironmentFault,
+    FinetuneError,
+    Interrupted,
+    RefusedError,
+    Stopped,
+    UsageError,
+)
+from finetune.run import directory as module
 from finetune.run.directory import INTERRUPTED, RunDirectory, write_json, written_aside
 from finetune.run.events import StepMetrics, Validated
+from finetune.run.interruption import StopRequested
 
 
 def names_in(folder: Path) -> list[str]:
@@ -127,9 +141,9 @@ def test_a_free_path_is_the_wanted_one_or_the_first_with_a_number(tmp_path: Path
 # How a run ends
 
 
-def end_of(run: RunDirectory, steps: int, error: BaseException | None) -> None:
+def end_of(run: RunDirectory, steps: int, error: BaseException | None, checkpoint: int | None = None) -> None:
     with run.attempt() as attempt:
-        attempt.steps = steps
+        attempt.steps, attempt.checkpoint = steps, checkpoint
         if error is not None:
             raise error
 
@@ -185,6 +199,171 @@ def test_metrics_are_lines_of_json_even_where_numbers_have_no_end(tmp_path: Path
     step, validated = (json.loads(line, parse_constant=refuse) for line in run.metrics.read_text().splitlines())
     assert (step["event"], step["loss"], step["learning_rate"]) == ("step", 3.0, 1e-4)
     assert validated == {"event": "validation", "step": 1, "loss": 900.0, "perplexity": None, "rows": 4}
+
+
+def test_the_end_of_a_run_says_whether_it_can_go_on(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+
+    def fail_after(checkpoint: int | None) -> dict[str, object]:
+        with pytest.raises(DivergedError):
+            end_of(run, 7, DivergedError("the loss is not finite"), checkpoint)
+        return json.loads(run.outcome.read_text())
+
+    without, with_one = fail_after(None), fail_after(4)
+    assert (without["step"], without["resumable"], without["checkpoint"]) == (7, False, None)
+    assert (with_one["step"], with_one["resumable"], with_one["checkpoint"]) == (7, True, 4)
+    end_of(run, 9, None)
+    assert json.loads(run.outcome.read_text())["resumable"] is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_run_that_is_stopped_by_a_signal_can_go_on_if_it_has_a_checkpoint(tmp_path: Path, number: int):
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Interrupted, match="before anything could be saved") as interrupted, run.attempt():
+        raise StopRequested(number)
+    assert interrupted.value.exit_code == 128 + number
+    assert names_in(tmp_path) == []
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Stopped, match="after step 4, which is saved") as stopped:
+        end_of(run, 5, StopRequested(number), checkpoint=4)
+    assert str(stopped.value.hint).endswith(f"ft train --resume {run.path}")
+    outcome = json.loads(run.outcome.read_text())
+    assert (outcome["code"], outcome["resumable"], outcome["step"]) == (75, True, 4)
+
+
+def started_run(path: Path) -> RunDirectory:
+    """A run that was once stopped."""
+    run = RunDirectory.create(path)
+    run.begin("seed: 1", 0)
+    end_of(run, 3, None)
+    return run
+
+
+@pytest.mark.parametrize("error", [RefusedError("another base"), DataError("bad row")])
+def test_a_run_that_cannot_go_on_is_not_removed(tmp_path: Path, error: FinetuneError):
+    run = started_run(tmp_path / "run")
+    before = run.outcome.read_text()
+    with pytest.raises(type(error)), run.attempt():
+        raise error
+    assert run.outcome.read_text() == before
+    assert run.recipe.read_text() == "seed: 1"
+
+
+# Going on with a run
+
+
+def test_what_was_written_past_the_checkpoint_is_set_aside(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    run.provenance.write_text("{}")
+    run.metrics.write_text("1\n2\n3\n")
+    run.begin("seed: 1", metrics_bytes=4)
+    assert (run.metrics.read_text(), (run.path / "metrics.attempt-1.jsonl").read_text()) == ("1\n2\n", "3\n")
+    assert (run.path / "provenance.attempt-1.json").is_file()
+    assert not run.outcome.exists()
+    run.metrics.write_text("1\n2\n4\n")
+    run.begin("seed: 1", metrics_bytes=0)
+    assert (run.metrics.read_text(), (run.path / "metrics.attempt-2.jsonl").read_text()) == ("", "1\n2\n4\n")
+
+
+def test_nothing_is_set_aside_where_nothing_follows(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    run.append_metrics(Validated(step=0, loss=1.0, perplexity=2.7, rows=4))
+    before = names_in(run.path)
+    run.begin("seed: 1", run.sync_metrics())
+    assert names_in(run.path) == sorted({*before} - {"exit.json"})
+
+
+def test_metrics_that_were_lost_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = started_run(tmp_path / "run")
+    run.metrics.write_text("1\n")
+    run.begin("seed: 1", metrics_bytes=10)
+    assert "8 bytes are lost" in caplog.text
+
+
+def test_what_a_killed_process_was_about_to_write_is_removed_and_nothing_else_hidden(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    for name in (".adapter-0123abcd", ".adapter-0123abcd-old"):
+        (run.path / name).mkdir()
+    (run.path / ".exit.json.4711").touch()
+    (run.path / ".gitignore").touch()
+    (run.path / ".nfs00000001").touch()
+    run.begin("seed: 1", 0)
+    assert [name for name in names_in(run.path) if name.startswith(".")] == [".gitignore", ".nfs00000001"]
+
+
+# One writer
+
+
+def test_a_second_process_is_refused_and_told_who_trains_the_run(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    with run.attempt(), pytest.raises(RefusedError, match=rf"process {os.getpid()} on .*, since \d") as caught:
+        end_of(RunDirectory.open(run.path), 1, None)
+    assert caught.value.where == str(run.path)
+    end_of(run, 4, None)
+
+
+def test_a_run_that_is_being_trained_is_not_replaced(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    with run.attempt(), pytest.raises(RefusedError, match="is being trained"):
+        RunDirectory.create(run.path, overwrite=True)
+    assert run.recipe.is_file()
+
+
+def test_what_stands_in_the_lock_decides_nothing(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    run.lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "long ago"}))
+    end_of(run, 4, None)
+    with run.attempt():
+        run.lock.write_text("[]")
+        with pytest.raises(RefusedError, match="trained by another process"):
+            end_of(RunDirectory.open(run.path), 1, None)
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        with run.attempt():
+            os.write(writing, b"held")
+            signal.pause()
+    os.read(reading, 4)
+    with pytest.raises(RefusedError, match=f"process {child} on"):
+        end_of(run, 1, None)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    end_of(run, 4, None)
+
+
+def test_a_program_that_is_started_meanwhile_does_not_keep_the_lock(tmp_path: Path):
+    run = started_run(tmp_path / "run")
+    with run.attempt():
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        end_of(run, 4, None)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_run_that_was_removed_while_one_waited_for_it_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = started_run(tmp_path / "run")
+    lock = module.fcntl.flock
+    monkeypatch.setattr(module.fcntl, "flock", lambda *arguments: (shutil.rmtree(run.path), lock(*arguments)))
+    with pytest.raises(RefusedError, match="just been removed"):
+        end_of(run, 1, None)
+
+
+def test_where_files_cannot_be_locked_a_warning_stands_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refuse(*arguments: object) -> None:
+        raise OSError(37, "No locks available")
+
+    run = started_run(tmp_path / "run")
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    end_of(run, 4, None)
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 # Writing

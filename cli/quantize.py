@@ -1,0 +1,30 @@
+"""`ft quantize`: a model in few bits, as a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import console
+from .options import AsJson, Overrides, Overwrite, Quiet, RecipePath
+
+
+def quantize(
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write.")],
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a recipe's model as its section `quantization` says, into a folder that recipes can name."""
+    from finetune.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    with console.reporting(quiet, as_json) as report:
+        from finetune.jobs.quantize import quantize as quantize_job
+
+        quantized = quantize_job(loaded.recipe, output, overwrite, report)
+    console.show_quantized(quantized.to_json(), quantized.folder, as_json)

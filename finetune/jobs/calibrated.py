@@ -1,0 +1,85 @@
+"""A base that is quantized by what its layers see: made once for a base, a section and rows, then kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from finetune.data.dataset import Split
+from finetune.data.mixing import drawn
+from finetune.models.calibration import quantize_by_inputs
+from finetune.models.fingerprint import fingerprint
+from finetune.models.folder import ModelFolder
+from finetune.models.load import load_model
+from finetune.models.precision import file_dtype
+from finetune.models.quantized import refuse_without_form_on_disk, save_quantized
+from finetune.quantizers.choice import Quantizers
+from finetune.quantizers.optq import ALGORITHM
+from finetune.recipe.model import Model
+from finetune.recipe.quantization import NoQuantization
+from finetune.run.cache import cached
+from finetune.run.directory import write_json
+from finetune.run.events import Progress, Report
+
+RECORD = "calibration.json"
+"""In the folder: the rows' number and tokens, and by layer its outputs' error and that of rounding to nearest."""
+
+
+def calibrated_base(
+    base: ModelFolder, quantizers: Quantizers, train: Split, seed: int, device: torch.device, report: Report
+) -> ModelFolder:
+    """The folder of the quantized base, bit for bit the same for every run until it leaves the cache.
+
+    Args:
+        base: The model in full precision.
+        quantizers: Of its weights, some of which need calibration.
+        train: The rows to draw from.
+        seed: Of the draw.
+        device: Where to compute.
+        report: Told how far it is.
+
+    Raises:
+        FinetuneError: The model cannot be quantized in this way.
+    """
+    refuse_without_form_on_disk(quantizers.in_use)
+    count = max(quantizer.calibration_rows for quantizer in quantizers.calibrated)
+    chosen = drawn(len(train), count, seed).tolist()
+    rows: list[list[int]] = [train[row].ids for row in chosen]
+
+    def make(folder: Path) -> None:
+        model = load_model(
+            base,
+            Model(name=base.name),
+            Quantizers(NoQuantization()),
+            weight_dtype=file_dtype(base.path),
+            compute_dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        errors = quantize_by_inputs(
+            model,
+            quantizers,
+            rows,
+            device,
+            lambda done, total: report(Progress("quantizing", done, total, unit="blocks")),
+        )
+        save_quantized(model, folder)
+        outputs = {name: error._asdict() for name, error in errors.items()}
+        write_json(folder / RECORD, {"rows": len(rows), "tokens": sum(map(len, rows)), "output_errors": outputs})
+
+    return replace(base, path=cached("quantized", _key(base, quantizers, rows), make))
+
+
+def _key(base: ModelFolder, quantizers: Quantizers, rows: list[list[int]]) -> str:
+    """A name that differs where codes could."""
+    parts = {
+        "base": fingerprint(base.path),
+        "section": quantizers.section.model_dump(),
+        "modules": [rule.model_dump(include={"match", "quantization"}) for rule in quantizers.modules],
+        "rows": rows,
+        "algorithm": ALGORITHM,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,51 @@
+"""Writing down the ranks that a method gives to layers while it trains."""
+
+from __future__ import annotations
+
+import json
+
+from finetune.run.directory import RunDirectory, write_text
+from finetune.run.events import RanksChosen, Report
+from finetune.run.ranks import picture
+from finetune.train.state import TrainState
+
+
+class RankRecorder:
+    """Follows the ranks of a run into `metrics.jsonl`, and draws them in the end; idle where a method chooses none.
+
+    Args:
+        state: Of the run, before its next step.
+        run: Where they are written.
+        report: Told of every choice.
+    """
+
+    def __init__(self, state: TrainState, run: RunDirectory, report: Report) -> None:
+        self.state, self.run, self.report = state, run, report
+        self.ranks = state.method.ranks(state.bare_model)
+        if state.step == 0:
+            self._write()
+
+    def follow(self) -> None:
+        """Write down what the last step has changed."""
+        ranks = self.state.method.ranks(self.state.bare_model)
+        if ranks != self.ranks:
+            self.ranks = ranks
+            self._write()
+
+    def draw(self, total_steps: int) -> None:
+        """Leave a picture of all choices in the run directory."""
+        if self.ranks is None:
+            return
+        lines = [json.loads(line) for line in self.run.metrics.read_text(encoding="utf-8").splitlines()]
+        history = [
+            RanksChosen(step=line["step"], ranks=line["ranks"]) for line in lines if line["event"] == RanksChosen.kind
+        ]
+        write_text(self.run.ranks_picture, picture(history, total_steps))
+
+    def _write(self) -> None:
+        if self.ranks is None:
+            return
+        event = RanksChosen(step=self.state.step, ranks=self.ranks)
+        if self.state.accelerator.is_main_process:
+            self.run.append_metrics(event)
+        self.report(event)

@@ -1,0 +1,91 @@
+"""When a training run is saved."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import EnvironmentFault
+from finetune.recipe.training import Training
+from finetune.run.checkpoints import Checkpoints
+from finetune.run.directory import Attempt, RunDirectory
+from finetune.run.events import Report, Saved
+from finetune.train.checkpoint import write_state
+from finetune.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN = 300.0
+"""The most work that a power cut costs, where the recipe does not say otherwise."""
+
+LARGEST_SHARE = 0.05
+"""Of the time that may be spent saving: checkpoints that take long to write are written more seldom."""
+
+
+class Saver:
+    """Commits checkpoints of a run when they are due.
+
+    Only the main process has one: what trains is the same in all, so the others need not wait for it.
+
+    Args:
+        run: Where to.
+        attempt: Told of each.
+        training: How often, and how many are kept.
+        facts: What must be the same when the run goes on.
+        report: Told of each.
+    """
+
+    def __init__(
+        self, run: RunDirectory, attempt: Attempt, training: Training, facts: Mapping[str, Any], report: Report
+    ) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._training = training
+        self._facts = facts
+        self._report = report
+        self._checkpoints = Checkpoints(run.checkpoints)
+        self._due = time.monotonic() + SECONDS_BETWEEN
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Commit a checkpoint if it is time for one; a disk that is full costs a warning and no more.
+
+        Raises:
+            DivergedError: A number in it is not finite.
+        """
+        every = self._training.checkpoint_every_steps
+        is_due = state.step % every == 0 if every else time.monotonic() >= self._due
+        if not is_due and state.step != self._facts["total_steps"]:
+            return
+        try:
+            self.save(state)
+        except EnvironmentFault as fault:
+            self._due = time.monotonic() + SECONDS_BETWEEN
+            saved = self._attempt.checkpoint
+            rest = "nothing is saved yet" if saved is None else f"step {saved} is still there"
+            logger.warning("step %d could not be saved: %s (%s; training goes on)", state.step, fault.what, rest)
+
+    def save(self, state: TrainState) -> None:
+        """Commit a checkpoint of the last finished step, unless that is the one that is there.
+
+        Raises:
+            DivergedError: A number in it is not finite.
+            EnvironmentFault: It cannot be written.
+        """
+        if state.step in (0, self._attempt.checkpoint):
+            return
+        began = time.monotonic()
+
+        def write(folder: Path) -> None:
+            write_state(state, folder)
+            (folder / self._run.recipe.name).write_bytes(self._run.recipe.read_bytes())
+
+        facts = {**self._facts, "metrics_bytes": self._run.sync_metrics()}
+        committed = self._checkpoints.commit(state.step, facts, write)
+        self._attempt.checkpoint = state.step
+        self._checkpoints.retain(self._training.checkpoints_kept)
+        seconds = time.monotonic() - began
+        self._due = time.monotonic() + max(SECONDS_BETWEEN, seconds / LARGEST_SHARE)
+        self._report(Saved(committed.path.name, state.step, committed.size_bytes, seconds))

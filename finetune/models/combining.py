@@ -1,0 +1,173 @@
+"""Several fine-tuned versions of one model put together: their differences from it, combined weight by weight.
+
+Tensors are read and written one at a time, so that memory holds a few tensors and no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.errors import RefusedError
+
+SHARD_BYTES = 2 << 30
+INDEX = "model.safetensors.index.json"
+
+Rule = Literal["linear", "ties", "dare", "svd"]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How differences are combined.
+
+    Attributes:
+        rule: See `of`.
+        weights: One for each version.
+        density: Share of each difference's entries that `ties` and `dare` keep.
+        rank: Of what `svd` keeps of a matrix.
+        seed: Of what `dare` drops.
+    """
+
+    rule: Rule
+    weights: tuple[float, ...]
+    density: float = 0.5
+    rank: int = 16
+    seed: int = 0
+
+    def of(self, differences: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        """Combine the differences of one weight, float32.
+
+        linear: their weighted sum. dare: the same of differences whose entries are dropped at random, the others
+        enlarged to make up for it. ties: of each only the largest entries; where signs differ, the side with more
+        weight wins and the other counts nothing; then the weighted mean. svd: the best approximation of rank `rank` of
+        the weighted sum, for matrices.
+
+        Source: Ilharco et al. 2023, arXiv 2212.04089, section 2 (linear); Yu et al. 2024, arXiv 2311.03099,
+        section 3.2 (dare); Yadav et al. 2023, arXiv 2306.01708, section 3.1 (ties, each weight by itself).
+        """
+        if self.rule == "ties":
+            return _elected(self.weights, [_largest(difference, self.density) for difference in differences])
+        if self.rule == "dare":
+            differences = [
+                difference * (torch.rand(difference.shape, generator=generator) < self.density) / self.density
+                for difference in differences
+            ]
+        total = _weighted_sum(self.weights, differences)
+        return _of_rank(total, self.rank) if self.rule == "svd" and total.ndim == 2 else total
+
+
+def combine_folders(
+    base: Path, versions: Sequence[Path], combination: Combination, dtype: torch.dtype, target: Path
+) -> None:
+    """Write the combined weights as safetensors, with an index where they take more than one file.
+
+    Args:
+        base: Folder with the weights that the versions started from, float32.
+        versions: Folders with weights of the same names and shapes.
+        combination: Rule and weights.
+        dtype: Of the written weights.
+        target: Folder to write into.
+
+    Raises:
+        RefusedError: A version's weights are not those of the base, or the result is not finite.
+    """
+    generator = torch.Generator().manual_seed(combination.seed)
+    with ExitStack() as stack:
+        start = stack.enter_context(_tensors(base))
+        others = [stack.enter_context(_tensors(version)) for version in versions]
+        for other, version in zip(others, versions, strict=True):
+            if other.keys() != start.keys():
+                stray = sorted(other.keys() ^ start.keys())[0]
+                raise RefusedError(
+                    f"only one of base and version has the weight {stray}",
+                    where=str(version),
+                    hint="combine runs over one base",
+                )
+        shards = _Shards(target)
+        for name in sorted(start):
+            origin = start[name].get_tensor(name)
+            differences = [other[name].get_tensor(name) - origin for other in others]
+            combined = origin + combination.of(differences, generator)
+            if not combined.isfinite().all():
+                raise RefusedError(f"the weight {name} is not finite", hint="a run is damaged: train it again")
+            shards.add(name, combined.to(dtype))
+        shards.finish()
+
+
+class _Shards:
+    """Tensors on their way into files of at most SHARD_BYTES."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.waiting: dict[str, Tensor] = {}
+        self.files: list[tuple[Path, list[str]]] = []
+        self.bytes = self.total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one more."""
+        if self.waiting and self.bytes + tensor.nbytes > SHARD_BYTES:
+            self._write()
+        self.waiting[name] = tensor.contiguous()
+        self.bytes += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write what is left, and name the files as transformers looks for them."""
+        self._write()
+        if len(self.files) == 1:
+            self.files[0][0].rename(self.folder / "model.safetensors")
+            return
+        index: dict[str, str] = {}
+        for number, (file, names) in enumerate(self.files, start=1):
+            final = file.rename(self.folder / f"model-{number:05}-of-{len(self.files):05}.safetensors")
+            index.update(dict.fromkeys(names, final.name))
+        text = json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2)
+        (self.folder / INDEX).write_text(text, encoding="utf-8")
+
+    def _write(self) -> None:
+        file = self.folder / f"part-{len(self.files)}.safetensors"
+        save_file(self.waiting, file, metadata={"format": "pt"})
+        self.files.append((file, list(self.waiting)))
+        self.waiting, self.bytes = {}, 0
+
+
+@contextmanager
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """From a tensor's name to the open file that has it."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def _weighted_sum(weights: Sequence[float], differences: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * difference for weight, difference in zip(weights, differences, strict=True)]).sum(0)
+
+
+def _largest(difference: Tensor, density: float) -> Tensor:
+    """The share `density` of entries with the largest size, zero elsewhere."""
+    kept = max(1, round(density * difference.numel()))
+    smallest = difference.abs().flatten().kthvalue(difference.numel() - kept + 1).values
+    return torch.where(difference.abs() >= smallest, difference, 0.0)
+
+
+def _elected(weights: Sequence[float], differences: Sequence[Tensor]) -> Tensor:
+    """Per entry the weighted mean of the differences on the winning side."""
+    sign = _weighted_sum(weights, differences).sign()
+    agrees = [(difference.sign() == sign) & (difference != 0) for difference in differences]
+    total = _weighted_sum(weights, [torch.where(on, d, 0.0) for on, d in zip(agrees, differences, strict=True)])
+    weight = _weighted_sum(weights, [on.float() for on in agrees])
+    return torch.where(weight > 0, total / weight, 0.0)
+
+
+def _of_rank(matrix: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ v[:rank]

@@ -1,0 +1,151 @@
+"""The state of a run as files: safetensors and JSON, from which nothing but numbers can come back.
+
+Order of rows, learning rate and dropout are functions of seed and step, so the counters stand for them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from finetune.adapters.base import trainable
+from finetune.errors import DivergedError, EnvironmentFault, RefusedError
+from finetune.train.state import TrainState
+
+TRAINED = "trained.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+COUNTERS = ("step", "tokens", "seconds", "loss", "held_out_step", "held_out_before")
+"""Attributes of TrainState that are plain numbers."""
+
+
+def write_state(state: TrainState, folder: Path) -> None:
+    """Write all that changes during a run into an empty folder.
+
+    Raises:
+        DivergedError: A number is not finite: such a state is never kept.
+        EnvironmentFault: It does not fit on the disk.
+    """
+    model = state.bare_model
+    trained = state.method.state(model)
+    entries, moments = _optimizer_state(state.optimizer, trainable(model))
+    for name, tensor in (*trained.items(), *moments.items()):
+        if not tensor.isfinite().all():
+            raise DivergedError(
+                f"{name} is not finite, although loss and gradient were",
+                where=f"step {state.step}",
+                hint="lower optimizer.learning_rate, or lengthen the warm-up",
+            )
+    _refuse_full_disk(folder, [*trained.values(), *moments.values()])
+    save_file(_apart(trained), folder / TRAINED)
+    save_file(_apart(moments), folder / OPTIMIZER)
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    written = {"counters": counters, "scaler": state.scaler.state_dict(), "optimizer": entries}
+    (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(state: TrainState, folder: Path) -> None:
+    """Put what `write_state` wrote into a fresh state of the same recipe.
+
+    Raises:
+        RefusedError: A part is missing, or is not of this model and optimizer.
+    """
+    for name in (TRAINED, OPTIMIZER, STATE):
+        if not (folder / name).is_file():
+            raise _lacking(name, folder)
+    written = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    for part in ("counters", "scaler", "optimizer"):
+        if part not in written:
+            raise _lacking(part, folder)
+    for name in COUNTERS:
+        if name not in written["counters"]:
+            raise _lacking(f"the counter {name}", folder)
+        setattr(state, name, written["counters"][name])
+    state.method.restore(state.bare_model, load_file(folder / TRAINED))
+    _restore_optimizer(state, written["optimizer"], load_file(folder / OPTIMIZER), folder)
+    if state.scaler.is_enabled() and written["scaler"]:
+        state.scaler.load_state_dict(written["scaler"])
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """An optimizer's state by the names of parameters, whichever optimizer it is.
+
+    Returns:
+        For each parameter its `values`, which are plain numbers, and the keys of its `tensors`; and the tensors, on the
+        CPU, each as `parameter:key`.
+    """
+    if torch.cuda.is_available():  # paged state is read here from memory that the GPU may be writing to
+        torch.cuda.synchronize()
+    entries: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        own = {key: value.detach().cpu() for key, value in state.items() if isinstance(value, Tensor)}
+        values = {key: value for key, value in state.items() if key not in own}
+        entries[name] = {"tensors": sorted(own), "values": values}
+        tensors |= {f"{name}:{key}": tensor for key, tensor in own.items()}
+    return entries, tensors
+
+
+def _restore_optimizer(
+    state: TrainState, entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    parameters = trainable(state.bare_model)
+    listed = {f"{name}:{key}" for name, entry in entries.items() for key in entry["tensors"]}
+    for lacking in sorted((parameters.keys() - entries.keys()) | (listed - tensors.keys())):
+        raise _lacking(f"the optimizer's state of {lacking}", folder)
+    for stranger in sorted((entries.keys() - parameters.keys()) | (tensors.keys() - listed)):
+        raise RefusedError(f"the checkpoint has optimizer state of {stranger}, which does not train", where=str(folder))
+    for name, parameter in parameters.items():
+        placed = {
+            key: _placed(state.optimizer, parameter, key, tensors[f"{name}:{key}"]) for key in entries[name]["tensors"]
+        }
+        if restored := {**entries[name]["values"], **placed}:
+            state.optimizer.state[parameter] = restored
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, tensor: Tensor) -> Tensor:
+    """A tensor of an optimizer's state where that optimizer keeps it."""
+    if key == "step":  # PyTorch's optimizers count on the CPU
+        return tensor
+    if key in ("state1", "state2") and getattr(optimizer, "is_paged", False):
+        paged: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
+        return paged.copy_(tensor)
+    return tensor.to(parameter.device)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that safetensors takes: contiguous, and no two in the same memory, as bitsandbytes' code tables are."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return apart
+
+
+def _refuse_full_disk(folder: Path, tensors: list[Tensor]) -> None:
+    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+    if needed > free:
+        raise EnvironmentFault(
+            f"{needed / 1e6:.1f} MB are needed, and {free / 1e6:.1f} MB are free",
+            where=str(folder.parent),
+            hint="make room on the disk",
+        )
+
+
+def _lacking(part: str, folder: Path) -> RefusedError:
+    return RefusedError(
+        f"the checkpoint lacks {part}", where=str(folder), hint="remove it to go on from an earlier one"
+    )

@@ -1,0 +1,84 @@
+"""Several runs over one base in one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.jobs.combine import combine
+from finetune.jobs.merge import merge
+from finetune.jobs.train import train
+from finetune.models.combining import Combination
+from finetune.run.directory import RunDirectory
+from tests.fixtures.recipes import as_recipe
+from tests.integration.test_road import logits
+
+
+def run_of(sections: dict[str, Any], folder: Path, name: str, *overrides: str) -> RunDirectory:
+    run = RunDirectory.create(folder / name)
+    train(as_recipe(sections, folder, overrides), run)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_of_a_run_and_nothing_of_another_is_the_run(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+    sections = {**tiny_recipe, "quantization": {"kind": kind}}
+    one = run_of(sections, tmp_path, "one")
+    two = run_of(sections, tmp_path, "two", "adapter={method: lora, r: 2}", "training.seed=7")
+    result = combine([one, two], Combination("linear", (1.0, 0.0)), tmp_path / "out")
+    alone = logits(AutoModelForCausalLM.from_pretrained(merge(one).folder))
+    together = logits(AutoModelForCausalLM.from_pretrained(result.folder))
+    assert (alone - together).abs().max() <= 1e-5 * alone.abs().max()
+    assert result.agreements["one"].top1_agreement == 1.0
+    assert result.agreements["one"].relative_difference < 1e-5 < result.agreements["two"].relative_difference
+    assert AutoTokenizer.from_pretrained(result.folder).chat_template
+    assert not [path for path in result.folder.iterdir() if path.is_dir()]
+
+
+def test_the_command_writes_one_folder_in_the_type_asked_for(tiny_recipe: dict[str, Any], tmp_path: Path):
+    runs = [run_of(tiny_recipe, tmp_path, name, f"training.seed={seed}") for seed, name in enumerate("ab")]
+    paths = [str(run.path) for run in runs]
+    call = ["merge", *paths, "--output", str(tmp_path / "out"), "--combine", "ties", "--dtype", "bfloat16", "--json"]
+    result = CliRunner().invoke(app, [*call, "--weights", "0.5,1"])
+    assert result.exit_code == 0, result.output
+    certificate = json.loads(result.stdout.splitlines()[-1])
+    assert set(certificate["runs"]) == {"a", "b"}
+    assert certificate["combination"]["weights"] == [0.5, 1.0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype is torch.bfloat16
+    assert CliRunner().invoke(app, call).exit_code == 6  # the folder is taken
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ([], "--output"),
+        (["--output", "out", "--weights", "1"], "--weights"),
+        (["--output", "out", "--weights", "1,x"], "--weights"),
+        (["--output", "out", "--dtype", "quantized"], "--dtype"),
+    ],
+)
+def test_what_several_runs_need_is_asked_for(
+    tiny_recipe: dict[str, Any], tmp_path: Path, options: list[str], where: str
+):
+    for name in "ab":
+        RunDirectory.create(tmp_path / name)
+    result = CliRunner().invoke(app, ["merge", str(tmp_path / "a"), str(tmp_path / "b"), *options])
+    assert result.exit_code == 2
+    assert where in result.output
+
+
+def test_runs_over_another_base_are_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+    plain = run_of({**tiny_recipe, "quantization": {"kind": "none"}}, tmp_path, "plain")
+    quantized = run_of({**tiny_recipe, "quantization": {"kind": "affine"}}, tmp_path, "quantized")
+    from finetune.errors import RefusedError
+
+    with pytest.raises(RefusedError, match="another base"):
+        combine([plain, quantized], Combination("linear", (1.0, 1.0)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,461 @@
+"""A run that was stopped, wherever that was, ends bit for bit as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from finetune.errors import EnvironmentFault, Interrupted, RefusedError, Stopped
+from finetune.jobs import saving
+from finetune.jobs.train import train
+from finetune.run.checkpoints import sealed
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Event, Phase, Resumed, Saved, StepMetrics
+from finetune.run.interruption import Interruption
+from tests.fixtures.recipes import as_recipe, write_recipe
+from tests.fixtures.tiny import write_tiny_model
+
+EPOCHS = ["training.max_steps=null", "training.epochs=2", "evaluation.every_steps=4", "adapter.dropout=0.1"]
+"""12 steps of 4 rows over 24 rows: the border of the epochs lies after step 6."""
+
+
+def stopped_at(sections: dict[str, Any], run: RunDirectory, overrides: list[str], is_time: Callable[[Event], bool]):
+    """Train until an event, and let a signal come then."""
+    interruption = Interruption()
+
+    def report(event: Event) -> None:
+        if is_time(event):
+            interruption.number = signal.SIGTERM
+
+    recipe = as_recipe(sections, run.path.parent, overrides)
+    train(recipe, run, report, interruption)
+
+
+def after_step(step: int) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, StepMetrics) and event.step == step
+
+
+def results(run: RunDirectory, is_whole_model: bool = False) -> dict[str, Any]:
+    """All that a run leaves but times and memory."""
+    folder = run.trained(is_whole_model)
+    (last,) = sorted(run.checkpoints.iterdir())[-1:]
+    timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return {
+        "weights": {file.name: file.read_bytes() for file in folder.glob("*.safetensors")},
+        "moments": (last / "optimizer.safetensors").read_bytes(),
+        "metrics": [{key: value for key, value in line.items() if key not in timed} for line in lines],
+        "code": json.loads(run.outcome.read_text())["code"],
+    }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Holds what a run that is never stopped leaves; made once."""
+    return {"folder": tmp_path_factory.mktemp("uninterrupted")}
+
+
+def uninterrupted(base: dict[str, Any], sections: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    key = json.dumps([sections["adapter"], sections.get("quantization"), overrides])
+    if key not in base:
+        folder = base["folder"] / str(len(base))
+        folder.mkdir()
+        run = RunDirectory.create(folder / "run")
+        train(as_recipe(sections, folder, overrides), run)
+        base[key] = results(run)
+    return base[key]
+
+
+@pytest.mark.parametrize("step", range(1, 13))
+def test_stopped_after_any_step_it_ends_as_if_it_never_was(
+    step: int, tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
+):
+    run = RunDirectory.create(tmp_path / "run")
+    if step < 12:
+        with pytest.raises(Stopped):
+            stopped_at(tiny_recipe, run, EPOCHS, after_step(step))
+    else:  # in the measurement that follows the last step
+        with pytest.raises(Stopped):
+            stopped_at(
+                tiny_recipe,
+                run,
+                EPOCHS,
+                lambda event: event == Phase("measuring the held-out loss") and steps_of(run) == 12,
+            )
+    outcome = json.loads(run.outcome.read_text())
+    assert (outcome["code"], outcome["resumable"], outcome["step"]) == (75, True, step)
+    events: list[Event] = []
+    train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run, events.append)
+    assert [event.step for event in events if isinstance(event, Resumed)] == [step]
+    assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
+    assert [line["step"] for line in results(run)["metrics"] if line["event"] == "step"] == list(range(1, 13))
+
+
+def steps_of(run: RunDirectory) -> int:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+    return sum(line["event"] == "step" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("nf4", {"method": "lora"}),
+        ("int8", {"method": "lora"}),
+        ("hqq", {"method": "lora"}),
+        ("icq", {"method": "lora", "iec": True}),
+        ("affine", {"method": "qa_lora"}),
+        ("nf4", {"method": "prompt_tuning", "tokens": 4}),
+        ("none", {"method": "p_tuning", "tokens": 4}),
+        ("none", {"method": "prefix_tuning", "tokens": 4, "projection": 8}),
+    ],
+)
+def test_over_a_quantized_base_too(
+    kind: str, adapter: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
+):
+    quantized = {"quantization": {"kind": kind}, "adapter": adapter, "optimizer": {"name": "paged_adamw_8bit"}}
+    sections = {**tiny_recipe, **quantized}
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Stopped):
+        stopped_at(sections, run, [], after_step(2))
+    train(as_recipe(sections, tmp_path), run)
+    assert results(run) == uninterrupted(base, sections, [])
+
+
+def test_a_base_with_other_codes_is_refused(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import finetune.jobs.train as module
+
+    sections = {**tiny_recipe, "quantization": {"kind": "nf4"}}
+    run = stopped_run(sections, tmp_path)
+    monkeypatch.setattr(module, "fingerprint_quantized", lambda model: "others")
+    with pytest.raises(RefusedError, match="quantized to other codes"):
+        train(as_recipe(sections, tmp_path), run)
+
+
+def test_full_fine_tuning_too(tiny_recipe: dict[str, Any], tmp_path: Path):
+    sections = {**tiny_recipe, "adapter": {"method": "full"}, "optimizer": {"name": "adamw_8bit"}}
+    never = RunDirectory.create(tmp_path / "never")
+    train(as_recipe(sections, tmp_path), never)
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Stopped):
+        stopped_at(sections, run, [], after_step(1))
+    train(as_recipe(sections, tmp_path), run)
+    assert results(run, True) == results(never, True)
+
+
+def test_stopped_again_and_again_it_still_ends_the_same(
+    tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
+):
+    run = RunDirectory.create(tmp_path / "run")
+    for step in (2, 3, 7, 11):
+        with pytest.raises(Stopped):
+            stopped_at(tiny_recipe, run, EPOCHS, after_step(step))
+    train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run)
+    assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
+
+
+def test_a_half_done_step_is_thrown_away(
+    tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    import finetune.train.step as module
+
+    interruption, calls, real = Interruption(), [], module.summed_cross_entropy
+
+    def signal_in_the_fifth(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 5:  # the first of the two micro-batches of step 3
+            interruption.number = signal.SIGUSR1
+        return real(model, batch)
+
+    run = RunDirectory.create(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "summed_cross_entropy", signal_in_the_fifth)
+        with pytest.raises(Stopped, match="by SIGUSR1 after step 2"):
+            train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run, interruption=interruption)
+    assert len(calls) == 5
+    train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run)
+    assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
+
+
+def test_stopped_in_an_evaluation_it_measures_again(
+    tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    import finetune.evaluation.loss as module
+
+    interruption, run, real = Interruption(), RunDirectory.create(tmp_path / "run"), module.summed_cross_entropy
+    batches = []
+
+    def signal_after_step_four(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if steps_of(run) == 4:
+            batches.append(batch)
+            interruption.number = signal.SIGTERM
+        return real(model, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "summed_cross_entropy", signal_after_step_four)
+        with pytest.raises(Stopped, match="after step 4"):
+            train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run, interruption=interruption)
+    assert len(batches) == 1  # of two
+    train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run)
+    assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
+
+
+@pytest.mark.parametrize("phase", ["reading the data", "loading"])
+def test_stopped_before_the_first_step_it_leaves_nothing(phase: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Interrupted) as caught:
+        stopped_at(tiny_recipe, run, [], lambda event: isinstance(event, Phase) and event.doing.startswith(phase))
+    assert caught.value.exit_code == 143
+    assert not run.path.exists()
+
+
+def test_stopped_while_it_gets_ready_to_go_on_it_can_still_go_on(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(Stopped):
+        stopped_at(tiny_recipe, run, [], after_step(2))
+    with pytest.raises(Stopped, match="after step 2"):
+        stopped_at(tiny_recipe, run, [], lambda event: event == Phase("reading the data"))
+    assert json.loads(run.outcome.read_text())["step"] == 2
+    assert train(as_recipe(tiny_recipe, tmp_path), run).steps == 3
+
+
+# What it goes on with
+
+
+def stopped_run(sections: dict[str, Any], folder: Path, step: int = 2, *overrides: str) -> RunDirectory:
+    run = RunDirectory.create(folder / "run")
+    with pytest.raises(Stopped):
+        stopped_at(sections, run, list(overrides), after_step(step))
+    return run
+
+
+def test_another_base_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+    write_tiny_model(tmp_path / "base")
+    sections = {**tiny_recipe, "model": {"name": str(tmp_path / "base")}}
+    run = stopped_run(sections, tmp_path)
+    write_tiny_model(tmp_path / "base", seed=1)
+    with pytest.raises(RefusedError, match="the base's weights"):
+        train(as_recipe(sections, tmp_path), run)
+    assert json.loads(run.outcome.read_text())["code"] == 75
+
+
+def test_other_rows_are_refused_and_the_same_ones_elsewhere_are_not(
+    tiny_recipe: dict[str, Any], chat_file: Path, tmp_path: Path
+):
+    run = stopped_run(tiny_recipe, tmp_path)
+    moved = tmp_path / "moved.jsonl"
+    lines = chat_file.read_text().splitlines(keepends=True)
+    moved.write_text("".join([*lines[:-1], lines[-1].replace("Say", "Sing")]))
+    with pytest.raises(RefusedError, match="the rows"):
+        train(as_recipe(tiny_recipe, tmp_path, [f"data.train.0.path={moved}"]), run)
+    moved.write_text("".join(lines))
+    assert train(as_recipe(tiny_recipe, tmp_path, [f"data.train.0.path={moved}"]), run).steps == 3
+
+
+def test_smaller_micro_batches_go_on_if_a_step_sees_the_same_rows(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = stopped_run(tiny_recipe, tmp_path)
+    with pytest.raises(RefusedError, match="of one step"):
+        train(as_recipe(tiny_recipe, tmp_path, ["training.micro_batch_size=1"]), run)
+    smaller = ["training.micro_batch_size=1", "training.gradient_accumulation_steps=4"]
+    assert train(as_recipe(tiny_recipe, tmp_path, smaller), run).steps == 3
+
+
+def test_a_frozen_key_is_refused_with_both_values(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = stopped_run(tiny_recipe, tmp_path)
+    with pytest.raises(RefusedError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.1"):
+        train(as_recipe(tiny_recipe, tmp_path, ["optimizer.learning_rate=0.1"]), run)
+    run.recipe.write_text(run.recipe.read_text().replace("seed: 42", "seed: 43"))
+    with pytest.raises(RefusedError, match=r"training\.seed: 42 -> 43"):  # the checkpoint knows
+        train(as_recipe(tiny_recipe, tmp_path, ["training.seed=43"]), run)
+
+
+def test_a_longer_run_goes_on_with_its_own_schedule_and_says_so(
+    tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = RunDirectory.create(tmp_path / "run")
+    train(as_recipe(tiny_recipe, tmp_path), run)
+    with caplog.at_level("INFO", logger="finetune"):
+        assert train(as_recipe(tiny_recipe, tmp_path, ["training.max_steps=5"]), run).steps == 5
+    assert "training.max_steps: 3 -> 5" in caplog.text
+    assert "5 steps instead of 3" in caplog.text
+    steps = [line for line in results(run)["metrics"] if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert steps[3]["learning_rate"] > steps[2]["learning_rate"]  # the cosine of three steps had come down
+    with pytest.raises(RefusedError, match="would end after 4 steps, and 5 are done"):
+        train(as_recipe(tiny_recipe, tmp_path, ["training.max_steps=4"]), run)
+
+
+def test_a_horizon_that_changed_unasked_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = stopped_run(tiny_recipe, tmp_path)
+    (folder,) = run.checkpoints.iterdir()
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["facts"]["total_steps"] = 30
+    (folder / "MANIFEST.json").write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(RefusedError, match="had 30 steps and would have 3"):
+        train(as_recipe(tiny_recipe, tmp_path), run)
+
+
+def test_a_run_without_a_checkpoint_starts_again_in_its_place(
+    tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
+):
+    run = stopped_run(tiny_recipe, tmp_path, 5, *EPOCHS)
+    for folder in run.checkpoints.iterdir():
+        folder.rename(tmp_path / folder.name)  # as if it had been killed before it was there
+    train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run)
+    assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
+    assert len((run.path / "metrics.attempt-1.jsonl").read_text().splitlines()) == 7  # two of them validations
+
+
+# When it is saved
+
+
+def saved_steps(sections: dict[str, Any], folder: Path, *overrides: str) -> list[int]:
+    events: list[Event] = []
+    run = RunDirectory.create(folder / "run")
+    train(as_recipe(sections, folder, overrides), run, events.append)
+    return [event.step for event in events if isinstance(event, Saved)]
+
+
+def test_checkpoints_come_when_the_recipe_says_and_at_the_end(tiny_recipe: dict[str, Any], tmp_path: Path):
+    every = ["training.max_steps=7", "training.checkpoint_every_steps=3", "training.checkpoints_kept=1"]
+    assert saved_steps(tiny_recipe, tmp_path, *every) == [3, 6, 7]
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_without_a_word_checkpoints_come_by_the_clock(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert saved_steps(tiny_recipe, tmp_path) == [3]
+    (tmp_path / "soon").mkdir()
+    monkeypatch.setattr(saving, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(saving, "LARGEST_SHARE", 1e9)
+    assert saved_steps(tiny_recipe, tmp_path / "soon") == [1, 2, 3]
+    (tmp_path / "slow").mkdir()
+    monkeypatch.setattr(saving, "LARGEST_SHARE", 1e-9)  # saving takes long: after the first, no time for another
+    assert saved_steps(tiny_recipe, tmp_path / "slow") == [1, 3]
+
+
+def test_a_full_disk_while_training_is_a_warning(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    write, full = saving.write_state, {2, 3}
+
+    def write_or_fail(state: Any, folder: Path) -> None:
+        if state.step in full:
+            raise EnvironmentFault("2.0 MB are needed, and 1.0 MB are free")
+        write(state, folder)
+
+    monkeypatch.setattr(saving, "write_state", write_or_fail)
+    assert saved_steps(tiny_recipe, tmp_path, "training.checkpoint_every_steps=1") == [1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [warning[:26] for warning in warnings] == ["step 2 could not be saved:", "step 3 could not be saved:"]
+    assert "2.0 MB are needed" in warnings[0]
+    assert "step 1 is still there" in warnings[0]
+
+
+def test_a_full_disk_when_it_is_to_stop_is_told_and_the_checkpoint_before_is_kept(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = saving.write_state
+
+    def write_or_fail(state: Any, folder: Path) -> None:
+        if state.step == 2:
+            raise EnvironmentFault("no space")
+        write(state, folder)
+
+    monkeypatch.setattr(saving, "write_state", write_or_fail)
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(EnvironmentFault):
+        stopped_at(tiny_recipe, run, ["training.checkpoint_every_steps=1"], after_step(2))
+    outcome = json.loads(run.outcome.read_text())
+    assert (outcome["code"], outcome["step"], outcome["checkpoint"], outcome["resumable"]) == (7, 2, 1, True)
+
+
+# The command line
+
+
+def ft(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Let a signal come to this very process after a step."""
+    append = RunDirectory.append_metrics
+
+    def append_and_signal(run: RunDirectory, record: Event) -> None:
+        append(run, record)
+        if isinstance(record, StepMetrics) and record.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", append_and_signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_is_exit_code_75_and_the_command_that_is_shown_goes_on(
+    number: int, tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = write_recipe(tiny_recipe, tmp_path)
+    with monkeypatch.context() as patched:
+        interrupting(patched, 2, number)
+        stopped = ft(recipe)
+    assert stopped.exit_code == 75
+    assert f"stopped: by {signal.Signals(number).name} after step 2, which is saved" in stopped.stderr
+    command = stopped.stderr.splitlines()[-1].split("ft train ")[1]
+    finished = ft(*command.split())
+    assert finished.exit_code == 0
+    assert "going on after step 2 of 3" in finished.stderr
+    assert "trained 3 steps" in finished.stdout
+
+
+def test_auto_starts_goes_on_and_has_nothing_left_to_do(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = write_recipe(tiny_recipe, tmp_path)
+    with monkeypatch.context() as patched:
+        interrupting(patched, 2)
+        assert ft(recipe, "--resume", "auto").exit_code == 75
+    again = ft(recipe, "--resume", "auto")
+    assert (again.exit_code, "going on after step 2" in again.stderr) == (0, True)
+    adapter = tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors"
+    weights = load_file(adapter)
+    third = ft(recipe, "--resume", "auto")
+    assert (third.exit_code, third.stdout.startswith("nothing left to do")) == (0, True)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(adapter).items())
+    longer = ft("--resume", tmp_path / "runs" / "tiny", "--set", "training.max_steps=4")
+    assert (longer.exit_code, "trained 4 steps" in longer.stdout) == (0, True)
+    other = ft(recipe, "--resume", "auto", "--set", "adapter.r=2")
+    assert (other.exit_code, "adapter.r: 4 -> 2" in other.stderr) == (6, True)
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+
+def test_a_run_that_is_being_trained_is_refused_with_who_trains_it(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = stopped_run(tiny_recipe, tmp_path)
+    with run._locked():
+        result = ft("--resume", run.path)
+    assert result.exit_code == 6
+    assert f"process {os.getpid()} on" in result.stderr
+
+
+def test_if_every_checkpoint_is_damaged_the_run_is_refused_and_left_as_it_is(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    run = stopped_run(tiny_recipe, tmp_path)
+    (folder,) = run.checkpoints.iterdir()
+    os.truncate(folder / "trained.safetensors", 100)
+    before = run.outcome.read_text()
+    result = ft("--resume", run.path)
+    assert result.exit_code == 6
+    assert "step-00000002: trained.safetensors has 100 bytes" in result.stderr
+    assert folder.is_dir()
+    assert run.outcome.read_text() == before
