@@ -119,7 +119,7 @@ def steps_of(run: RunDirectory) -> int:
         ("none", {"method": "prefix_tuning", "tokens": 4, "projection": 8}),
     ],
 )
-def test_over_a_quantized_base_too(
+def test_over_other_bases_and_with_other_methods_too(
     kind: str, adapter: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     quantized = {"quantization": {"kind": kind}, "adapter": adapter, "optimizer": {"name": "paged_adamw_8bit"}}
