@@ -16,7 +16,7 @@ from finetune.adapters.base import BakedPrompt
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.merge import BOUNDS, proof_rows, trained_logits
+from finetune.jobs.merge import BOUNDS, proof_rows, refuse_taken, trained_logits
 from finetune.jobs.trained import TrainedRun
 from finetune.models.linears import dequantize_model
 from finetune.models.precision import DTYPES
@@ -79,8 +79,7 @@ def export(
             trained one; then nothing is written.
     """
     target = (output or run.exported).absolute()
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+    refuse_taken(target, overwrite)
     trained = TrainedRun.open(run, report)
     trained.bench.method.check_bake()
     known = len(trained.bench.tokenizer)

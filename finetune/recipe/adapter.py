@@ -154,14 +154,21 @@ class SoftPrompt(AdapterSection):
 Label = Annotated[str, Field(min_length=1)]
 
 
-class LabelsStart(Section):
+class PromptStart(Section):
+    """Base of what a prompt starts as."""
+
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    kind: str
+
+
+class LabelsStart(PromptStart):
     """The prompt starts as class labels, each the mean over its tokens; what is left, as common words."""
 
     kind: Literal["labels"]
     labels: list[Label] = Field(min_length=1, description="The labels, as the model is to write them.")
 
 
-class VocabularyStart(Section):
+class VocabularyStart(PromptStart):
     """The prompt starts as tokens drawn from the first 5,000 of the vocabulary that are text.
 
     Tokenizers number their tokens by how common they were where they were trained, as T5's of the paper does.
@@ -170,14 +177,14 @@ class VocabularyStart(Section):
     kind: Literal["vocabulary"]
 
 
-class TextStart(Section):
+class TextStart(PromptStart):
     """The prompt starts as a text, repeated until it is as long."""
 
     kind: Literal["text"]
     text: str = Field(min_length=1, description="Such as an instruction: `Classify the sentiment.`")
 
 
-class UniformStart(Section):
+class UniformStart(PromptStart):
     """The prompt starts as numbers drawn evenly from [-0.5, 0.5]."""
 
     kind: Literal["uniform"]

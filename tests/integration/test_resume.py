@@ -114,9 +114,12 @@ def steps_of(run: RunDirectory) -> int:
         ("hqq", {"method": "lora"}),
         ("icq", {"method": "lora", "iec": True}),
         ("affine", {"method": "qa_lora"}),
+        ("nf4", {"method": "prompt_tuning", "tokens": 4}),
+        ("none", {"method": "p_tuning", "tokens": 4}),
+        ("none", {"method": "prefix_tuning", "tokens": 4, "projection": 8}),
     ],
 )
-def test_over_a_quantized_base_too(
+def test_over_other_bases_and_with_other_methods_too(
     kind: str, adapter: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     quantized = {"quantization": {"kind": kind}, "adapter": adapter, "optimizer": {"name": "paged_adamw_8bit"}}
