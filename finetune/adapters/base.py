@@ -65,6 +65,14 @@ class AdapterMethod(ABC):
         """
         return None
 
+    def take_over(self, model: nn.Module, folder: Path) -> None:
+        """Start from what `save` wrote in an earlier run; called after `initialize`, where the recipe asks for it.
+
+        Raises:
+            RefusedError: The saved tensors are not those of this recipe and base.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained into `folder`, as safetensors and JSON."""
@@ -129,6 +137,10 @@ class AdapterMethod(ABC):
         """
         self.check_bake()
         raise NotImplementedError
+
+    def rate_factor(self, parameter: str) -> float:
+        """The learning rate of a parameter, by its name, as a multiple of the schedule's."""
+        return 1.0
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A term that joins the training loss once per optimizer step, never the evaluation loss."""

@@ -37,6 +37,10 @@ class LowRankMethod(AdapterMethod):
         """Add an update of rank r beside each target layer."""
         return peft_bridge.attach(model, self._config(linear_layers(model)), self.section.target_modules)
 
+    def take_over(self, model: nn.Module, folder: Path) -> None:
+        """Start from a saved adapter of the same form."""
+        peft_bridge.take_over(model, folder)
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapter as stock PEFT reads it; beside it the native tensors where they are others."""
         if self.layer is LowRankLinear:
@@ -82,7 +86,13 @@ class LowRankMethod(AdapterMethod):
             rank_pattern=ranks,
             alpha_pattern={name: _short(alpha) for name, alpha in alphas.items()},
             exclude_modules=skipped or None,
+            modules_to_save=list(section.modules_to_save) or None,
+            trainable_token_indices=self._trained_tokens() or None,
+            ensure_weight_tying=True,
         )
+
+    def _trained_tokens(self) -> list[int]:
+        return peft_bridge.token_ids(self.section.trainable_tokens, self.tokenizer, "adapter.trainable_tokens")
 
 
 class LoraMethod(LowRankMethod):
@@ -123,6 +133,10 @@ class LoraMethod(LowRankMethod):
                         layer.start_from(adapter, orthonormal(weight_OI, r))
                     case "loftq":
                         layer.start_from(adapter, principal((original(name).float() - weight_OI) / scaling, r))
+
+    def rate_factor(self, parameter: str) -> float:
+        """LoRA+: B learns faster than A. Source: Hayou et al. 2024, arXiv 2402.12354, section 5."""
+        return self.section.loraplus_ratio if ".lora_B." in parameter else 1.0
 
     def _config(self, layers: Iterable[str]) -> LoraConfig:
         config = super()._config(layers)

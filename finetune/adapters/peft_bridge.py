@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
@@ -51,7 +51,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     """
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     try:
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
     except ValueError as error:
         if not any(words in str(error) for words in NO_LAYER_FOUND):
             raise
@@ -61,6 +61,40 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
             where="adapter.target_modules",
             hint=f"its linear layers end in: {', '.join(endings)}",
         ) from error
+    for parameter in wrapped.parameters():  # of modules that train whole: updates are lost in 16 bits
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, key: str) -> list[int]:
+    """The ids of tokens.
+
+    Raises:
+        UnsupportedError: One of them is none of the vocabulary.
+    """
+    ids = []
+    for token in tokens:
+        assert tokenizer is not None
+        pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(pieces) != 1:
+            raise UnsupportedError(
+                f"{token!r} is not one token but {len(pieces)}",
+                where=key,
+                hint="name tokens of the vocabulary; those within words often begin with a space",
+            )
+        ids += pieces
+    return ids
+
+
+def take_over(model: PeftModel, folder: Path) -> None:
+    """Put saved tensors into an adapter that trains.
+
+    Raises:
+        ModelError: There are none.
+        RefusedError: They are not those of this base and recipe.
+    """
+    _put(model, _native(folder))
 
 
 def save(model: PeftModel, folder: Path) -> None:
@@ -83,7 +117,7 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
         rank: Fill every layer's factors up to this rank with zeros, and fold its scale into them: engines that serve
             adapters know only one rank and scale for all. By default both stay.
     """
-    tensors = {}
+    tensors = {name: tensor for name, tensor in _tensors(model).items() if "lora_" not in name}
     for name, layer in low_rank_layers(model).items():
         a_RI, b_OR = layer.factors(ADAPTER_NAME)
         if rank is not None:
@@ -117,8 +151,7 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
         ModelError: There is none.
         RefusedError: The adapter's tensors are not those of this base and recipe.
     """
-    native = folder / NATIVE_WEIGHTS
-    return _load(model, config, native if native.is_file() else folder / STOCK_WEIGHTS)
+    return _load(model, config, _native(folder))
 
 
 def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:
@@ -137,10 +170,22 @@ def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTraine
 
 
 def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
-    tensors = _read(file)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
+    _put(wrapped, file)
+    wrapped.requires_grad_(False)
+    return wrapped
+
+
+def _native(folder: Path) -> Path:
+    """The file of what was trained itself."""
+    native = folder / NATIVE_WEIGHTS
+    return native if native.is_file() else folder / STOCK_WEIGHTS
+
+
+def _put(wrapped: PeftModel, file: Path) -> None:
+    tensors = _read(file)
     strangers = sorted(tensors.keys() ^ _tensors(wrapped).keys())
     if strangers:
         raise RefusedError(
@@ -156,8 +201,6 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
             where=str(file),
             hint="load the base that it was trained on",
         ) from error
-    wrapped.requires_grad_(False)
-    return wrapped
 
 
 def save_prompt(prompt_PW: Tensor, config: PeftConfig, folder: Path) -> None:

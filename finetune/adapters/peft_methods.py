@@ -6,7 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, TrainableTokensConfig, VeraConfig
 from peft.tuners.oft.layer import OFTLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +22,10 @@ class PeftMethod(AdapterMethod):
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the target layers."""
         return peft_bridge.attach(model, self.config(), self.section.target_modules)
+
+    def take_over(self, model: nn.Module, folder: Path) -> None:
+        """Start from a saved adapter of the same form."""
+        peft_bridge.take_over(model, folder)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapter as stock PEFT reads it."""
@@ -144,3 +148,18 @@ class OftMethod(PeftMethod):
             use_cayley_neumann=False,
             **self._targets(),
         )
+
+
+class TrainableTokensMethod(PeftMethod):
+    """New embeddings for a few tokens; of the embedding matrix nothing else is kept a second time."""
+
+    convention = "embeddings of the named tokens replaced"
+
+    def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
+        """Wrap the embeddings, and the output head where it is tied to them."""
+        return peft_bridge.attach(model, self.config(), "the embeddings")
+
+    def config(self) -> TrainableTokensConfig:
+        """PEFT finds the embeddings itself."""
+        ids = peft_bridge.token_ids(self.section.tokens, self.tokenizer, "adapter.tokens")
+        return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=ids)

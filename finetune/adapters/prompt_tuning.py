@@ -6,6 +6,7 @@ Source: Lester et al. 2021, arXiv 2104.08691. Shape legend: P places of the prom
 from __future__ import annotations
 
 from itertools import cycle, islice
+from pathlib import Path
 from typing import assert_never
 
 import torch
@@ -13,7 +14,7 @@ from peft import PeftConfig, PromptTuningConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.adapters.prompted import FixedPrompt
+from finetune.adapters.prompted import FixedPrompt, PromptedModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.errors import UnsupportedError
 from finetune.recipe.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
@@ -23,6 +24,12 @@ class PromptTuningMethod(EmbeddedPromptMethod):
     """The prompt itself trains."""
 
     section: PromptTuning
+
+    @torch.no_grad()
+    def take_over(self, model: nn.Module, folder: Path) -> None:
+        """Start from a saved prompt of the same length."""
+        assert isinstance(model, PromptedModel)
+        model.prompt.embedding.copy_(self._saved_prompt(model.base, folder))
 
     @torch.no_grad()
     def _new_prompt(self, model: PreTrainedModel) -> nn.Module:

@@ -42,6 +42,17 @@ class Batch:
         """Number of trained tokens."""
         return int((self.labels_BT[:, 1:] != IGNORED).sum())
 
+    @property
+    def example_lengths_BT(self) -> Tensor:
+        """For each token the number of tokens of its example, float32; 1 or more for padding."""
+        if self.positions_BT is not None:
+            starts_BT = (self.positions_BT == 0).long()
+            number_BT = starts_BT.flatten().cumsum(0) - 1
+            return number_BT.bincount()[number_BT].view_as(self.ids_BT).float()
+        if self.mask_BT is None:
+            return torch.full_like(self.ids_BT, self.ids_BT.shape[1], dtype=torch.float32)
+        return self.mask_BT.sum(1, keepdim=True).expand_as(self.ids_BT).float()
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         return Batch(

@@ -192,14 +192,26 @@ def _start(
     bench.seed()
     model = bench.method.attach(base, order.total_steps)
     bench.method.initialize(model, bench.folder.weight)
+    _take_over(bench, model)
     return TrainState(
         accelerator=bench.accelerator,
         model=bench.accelerator.prepare_model(model),
         method=bench.method,
-        optimizer=make_optimizer(recipe.optimizer, model),
+        optimizer=make_optimizer(recipe.optimizer, model, bench.method.rate_factor),
         compute_dtype=bench.compute_dtype,
         interruption=interruption,
+        noise=recipe.training.neftune_alpha,
     )
+
+
+def _take_over(bench: Workbench, model: nn.Module) -> None:
+    """Start from the adapter of an earlier run over the same base, if the recipe says so."""
+    earlier = getattr(bench.recipe.adapter, "continue_from", None)
+    if earlier is None:
+        return
+    folder = RunDirectory.open(Path(earlier)).trained(is_whole_model=False)
+    TrainedRecord.read(folder, bench).refuse_other_quantization(bench, model)
+    bench.method.take_over(model, folder)
 
 
 def _validate_if_due(

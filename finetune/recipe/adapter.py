@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.section import FilePath, OnResume, Section
 
 
 class AdapterSection(Section):
@@ -37,7 +37,16 @@ TARGETS: Any = Field(
 )
 
 
-class LowRank(AdapterSection):
+class Continuable(AdapterSection):
+    """Base of the methods that can go on from what an earlier run has trained."""
+
+    continue_from: FilePath | None = Field(
+        None,
+        description="Directory of a finished run over the same base, whose adapter this one starts as.",
+    )
+
+
+class LowRank(Continuable):
     """Base of the methods whose update is a product of two thin matrices."""
 
     has_rank: ClassVar[bool] = True
@@ -45,6 +54,16 @@ class LowRank(AdapterSection):
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update while training.")
     target_modules: Targets = TARGETS
+    modules_to_save: list[str] = Field(
+        [],
+        description=(
+            "Whole modules that train beside the updates, such as embed_tokens or lm_head, by name endings. Engines "
+            "that serve adapters refuse these: merge instead."
+        ),
+    )
+    trainable_tokens: list[str] = Field(
+        [], description="Tokens whose embeddings train as well; each must be one token of the vocabulary."
+    )
 
 
 class FixedRank(LowRank):
@@ -65,6 +84,9 @@ class Lora(FixedRank):
     implementation: ClassVar[str] = "finetune.adapters.lora:LoraMethod"
     method: Literal["lora"]
     rslora: bool = Field(False, description="Scale the update by alpha / sqrt(r), for large ranks (arXiv 2312.03732).")
+    loraplus_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ uses 16 (arXiv 2402.12354)."
+    )
     dora: bool = Field(False, description="Train the length of each row of the weight as well (arXiv 2402.09353).")
     initialization: Literal["zero", "pissa", "olora", "loftq"] = Field(
         "zero",
@@ -193,7 +215,7 @@ class UniformStart(PromptStart):
 Start = Annotated[LabelsStart | VocabularyStart | TextStart | UniformStart, Field(discriminator="kind")]
 
 
-class PromptTuning(SoftPrompt):
+class PromptTuning(SoftPrompt, Continuable):
     """Vectors in front of every row's embeddings (Lester et al. 2021, arXiv 2104.08691)."""
 
     implementation: ClassVar[str] = "finetune.adapters.prompt_tuning:PromptTuningMethod"
@@ -235,7 +257,7 @@ class PrefixTuning(SoftPrompt):
     )
 
 
-class Vera(AdapterSection):
+class Vera(Continuable):
     """Two vectors per layer around random matrices that all layers share (Kopiczko et al. 2024, arXiv 2310.11454)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:VeraMethod"
@@ -247,7 +269,7 @@ class Vera(AdapterSection):
     target_modules: Targets = TARGETS
 
 
-class Ia3(AdapterSection):
+class Ia3(Continuable):
     """A learned factor per output, or per input of feed-forward layers (Liu et al. 2022, arXiv 2205.05638)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:Ia3Method"
@@ -261,7 +283,7 @@ class Ia3(AdapterSection):
     )
 
 
-class LoHa(AdapterSection):
+class LoHa(Continuable):
     """The entrywise product of two low-rank updates (Hyeon-Woo et al. 2022, arXiv 2108.06098)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoHaMethod"
@@ -273,7 +295,7 @@ class LoHa(AdapterSection):
     target_modules: Targets = TARGETS
 
 
-class LoKr(AdapterSection):
+class LoKr(Continuable):
     """A Kronecker product as update (Yeh et al. 2024, arXiv 2309.14859)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoKrMethod"
@@ -285,7 +307,7 @@ class LoKr(AdapterSection):
     target_modules: Targets = TARGETS
 
 
-class Oft(AdapterSection):
+class Oft(Continuable):
     """Rotations of each layer's inputs, in blocks (Qiu et al. 2023, arXiv 2306.07280)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:OftMethod"
@@ -293,6 +315,14 @@ class Oft(AdapterSection):
     block_size: int = Field(32, ge=2, description="Inputs of a block; it must divide every layer's inputs.")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a block is not rotated in a step.")
     target_modules: Targets = TARGETS
+
+
+class TrainableTokens(Continuable):
+    """The embeddings of chosen tokens and nothing else, for words that a base knows badly."""
+
+    implementation: ClassVar[str] = "finetune.adapters.peft_methods:TrainableTokensMethod"
+    method: Literal["trainable_tokens"]
+    tokens: list[str] = Field(min_length=1, description="Each must be one token of the vocabulary.")
 
 
 class Full(AdapterSection):
@@ -310,6 +340,18 @@ class Full(AdapterSection):
 
 
 Adapter = Annotated[
-    Lora | QaLora | AdaLora | PromptTuning | PrefixTuning | PTuning | Vera | Ia3 | LoHa | LoKr | Oft | Full,
+    Lora
+    | QaLora
+    | AdaLora
+    | PromptTuning
+    | PrefixTuning
+    | PTuning
+    | Vera
+    | Ia3
+    | LoHa
+    | LoKr
+    | Oft
+    | TrainableTokens
+    | Full,
     Field(discriminator="method"),
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, PrefixTuning, PromptTuning, SoftPrompt
+from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, LowRank, PrefixTuning, PromptTuning, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -148,6 +148,18 @@ def one_form_of_lora(recipe: Recipe) -> Violation | None:
             "adapter.dora",
             f"with {adapter.initialization} the update is a difference of two, which dora's length does not know",
             "leave out one of them",
+        )
+    return None
+
+
+def embeddings_train_whole_or_by_token(recipe: Recipe) -> Violation | None:
+    """PEFT wraps embeddings in one way or the other; with tied ones, the output head is the same matrix."""
+    adapter = recipe.adapter
+    if isinstance(adapter, LowRank) and adapter.modules_to_save and adapter.trainable_tokens:
+        return Violation(
+            "adapter.trainable_tokens",
+            "single tokens train beside updates, or whole modules do, not both",
+            "leave out adapter.modules_to_save or adapter.trainable_tokens",
         )
     return None
 
@@ -339,6 +351,7 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     adalora_leaves_steps_to_choose,
     loftq_needs_a_quantized_base,
     one_form_of_lora,
+    embeddings_train_whole_or_by_token,
     a_module_rule_sets_something,
     soft_prompts_begin_rows,
     prefixes_outlive_checkpointing,

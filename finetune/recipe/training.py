@@ -46,6 +46,9 @@ class Training(Section):
             "float16 needs a GPU."
         ),
     )
+    neftune_alpha: float | None = Field(
+        None, gt=0, description="Noise on embeddings while training (NEFTune, arXiv 2310.05914); 5 is a usual value."
+    )
     gradient_checkpointing: Annotated[bool, OnResume.MAY_CHANGE] = Field(
         False, description="Keep only each block's input and recompute the rest in backward: less memory, more time."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,21 +18,34 @@ logger = logging.getLogger(__name__)
 Groups = list[dict[str, Any]]
 
 
-def make_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters of `model`."""
+def make_optimizer(
+    section: OptimizerSection, model: nn.Module, rate_factor: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters of `model`; see `parameter_groups`."""
     optimizer: torch.optim.Optimizer = resolve(type(section).implementation)(
-        section, parameter_groups(model, section.weight_decay)
+        section, parameter_groups(model, section.weight_decay, rate_factor)
     )
     return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Matrices decay; biases, norms and other vectors do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, weight_decay: float, rate_factor: Callable[[str], float]) -> Groups:
+    """Parameters by what they have in common: matrices decay, biases, norms and other vectors do not.
+
+    Args:
+        model: Its trainable parameters.
+        weight_decay: Of matrices.
+        rate_factor: From a parameter's name to its learning rate as a multiple of the schedule's; a group has it as
+            `rate_factor`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((decay, rate_factor(name)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
 
 
 def adamw(section: AdamW, groups: Groups) -> torch.optim.Optimizer:

@@ -22,6 +22,7 @@ class TrainState:
         method: The adapter method, for its part of a step.
         optimizer: Over the trainable parameters.
         compute_dtype: Type of the forward pass.
+        noise: Size of the noise on embeddings while training, if any.
         scaler: Scales the loss where gradients are float16; inactive otherwise.
         interruption: Looked at where a step can be left undone.
         step: Optimizer steps done.
@@ -39,6 +40,7 @@ class TrainState:
     compute_dtype: torch.dtype
     scaler: torch.amp.GradScaler = field(init=False)
     interruption: Interruption = field(default_factory=Interruption)
+    noise: float | None = None
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from finetune.data.batches import Batch
 from finetune.errors import DivergedError
 from finetune.train.loss import summed_cross_entropy
+from finetune.train.noise import embedding_noise
 from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def train_step(
             state.interruption.stop()
         is_last = index == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(state.model):
-            with state.autocast():
+            with state.autocast(), embedding_noise(state.bare_model, batch, state.noise):
                 loss = summed_cross_entropy(state.model, batch)
             loss_sum += loss.detach()
             objective = loss * weight
@@ -65,7 +66,7 @@ def train_step(
     norm = _clip(state, max_grad_norm)
     _refuse_non_finite(state, mean_loss, norm, learning_rate)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
     state.scaler.step(state.optimizer)  # leaves the update out where float16 gradients overflowed
     state.scaler.update()
     state.step += 1

@@ -57,7 +57,7 @@ def batches(step: int, count: int = 1) -> list[Batch]:
 def state_of(method: AdaLoraMethod, base: nn.Module, total_steps: int = STEPS) -> TrainState:
     torch.manual_seed(5)
     model = method.attach(base, total_steps).train()
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.0), lr=0.1)
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.0, lambda name: 1.0), lr=0.1)
     return TrainState(Accelerator(cpu=True), model, method, optimizer, torch.float32)
 
 
@@ -109,7 +109,7 @@ def test_vectors_start_normal_with_the_authors_deviation():
 
 def test_singular_values_decay_as_the_authors_do():
     model = adalora().attach(tiny_llama(), STEPS)
-    (decaying,) = parameter_groups(model, 0.1)
+    (decaying,) = parameter_groups(model, 0.1, lambda name: 1.0)
     assert len(decaying["params"]) == 3 * 14
 
 

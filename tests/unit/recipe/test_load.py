@@ -90,7 +90,7 @@ def test_an_endless_file_is_refused() -> None:
         ("r: 16", "rr: 16", "6:3", "adapter.rr", "unknown key for method: lora", "did you mean `r`?"),
         ("r: 16", "R: 16", "6:3", "adapter.R", "unknown key", "did you mean `r`?"),
         ("r: 16", "seed: 16", "6:3", "adapter.seed", "unknown key", "it belongs to `training.seed`"),
-        ("r: 16", "zzz: 16", "6:3", "adapter.zzz", "unknown key", "valid keys: method, r, alpha"),
+        ("r: 16", "zzz: 16", "6:3", "adapter.zzz", "unknown key", "valid keys: method, continue_from, r, alpha"),
         ("run:", "learning_rate: 1\nrun:", "22:1", "learning_rate", "unknown key", "`optimizer.learning_rate`"),
         ("method: lora", "", "4:1", "adapter.method", "missing; one of lora, qa_lora", None),
         ("method: lora", "metod: lora", "5:3", "adapter.metod", "unknown key", "did you mean `method`?"),
@@ -330,6 +330,8 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
             .replace("text", "text, text: a")
         )
         before = [f"adapter={{method: prompt_tuning, start: {begun}}}}}"]
+    if value == "trainable_tokens" or "trainable_tokens" in "".join(before):
+        before = ["adapter={method: trainable_tokens, tokens: [a]}"]
     if path[0] == "modules":  # a rule must say something, and what it says of a layer that is skipped is that
         adapter = "" if path[2] == "quantization" else ", adapter: {}" if path[-1] == "skip" else ", adapter: {r: 4}"
         kind = before[0].partition("=")[2] if before else "{kind: none}"
@@ -342,7 +344,7 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
     reached: Any = load(good, *before, f"{dotted(path)}={json.dumps(value)}").recipe
     for segment in path:
         reached = reached[segment] if isinstance(segment, int) else getattr(reached, segment)
-    if path[-1] == "path":
+    if path[-1] in ("path", "continue_from"):
         assert reached.endswith("/other")
     else:
         assert json.loads(json.dumps(reached)) == value

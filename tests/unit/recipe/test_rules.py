@@ -28,6 +28,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "adapter.initialization",
     ),
     "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
+    "embeddings_train_whole_or_by_token": (
+        ("adapter={method: lora, modules_to_save: [lm_head], trainable_tokens: [a]}",),
+        "adapter.trainable_tokens",
+    ),
     "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
     "soft_prompts_begin_rows": (("adapter={method: p_tuning}", "training.batching=packed"), "training.batching"),
     "prefixes_outlive_checkpointing": (
@@ -76,6 +80,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     ),
     "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
     "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
+    "embeddings_train_whole_or_by_token": ("adapter={method: lora, trainable_tokens: [a]}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "soft_prompts_begin_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
     "prefixes_outlive_checkpointing": ("adapter={method: prompt_tuning}", "training.gradient_checkpointing=true"),

@@ -67,7 +67,7 @@ def test_paging_without_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture):
 def test_matrices_decay_and_vectors_do_not():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     model[0].weight.requires_grad_(True)
-    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.1)}
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.1, lambda name: 1.0)}
     assert [p.ndim for p in groups[0.1]] == [2]
     assert [p.ndim for p in groups[0.0]] == [1, 1, 1]
 
@@ -75,4 +75,10 @@ def test_matrices_decay_and_vectors_do_not():
 def test_frozen_weights_are_left_out():
     model = nn.Linear(4, 4)
     model.weight.requires_grad_(False)
-    assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.0]
+    assert [group["weight_decay"] for group in parameter_groups(model, 0.1, lambda name: 1.0)] == [0.0]
+
+
+def test_a_method_may_give_parameters_other_rates():
+    model = nn.Linear(4, 4)
+    groups = parameter_groups(model, 0.0, lambda name: 16.0 if name == "weight" else 1.0)
+    assert {group["rate_factor"]: len(group["params"]) for group in groups} == {16.0: 1, 1.0: 1}

@@ -1,0 +1,41 @@
+"""Noise on embeddings while training. Shape legend: B rows, T tokens, E width of the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.batches import Batch
+
+
+@contextmanager
+def embedding_noise(model: nn.Module, batch: Batch, alpha: float | None) -> Iterator[None]:
+    """Forward passes in the block see embeddings with noise, drawn evenly from +- alpha / sqrt(tokens x width).
+
+    The tokens are those of each example, not of the row that it stands in, so that layouts make no difference.
+
+    Source: Jain et al. 2024 (NEFTune), arXiv 2310.05914, algorithm 1.
+
+    Args:
+        model: With `get_input_embeddings`.
+        batch: That the block passes through it.
+        alpha: Size of the noise; None for none.
+    """
+    if alpha is None:
+        yield
+        return
+    lengths_BT1 = batch.example_lengths_BT.unsqueeze(2)
+
+    def add_noise(module: nn.Module, inputs: Any, embedded_BTE: Tensor) -> Tensor:
+        size_BT1 = alpha / (lengths_BT1 * embedded_BTE.shape[-1]).sqrt()
+        return embedded_BTE + ((2 * torch.rand_like(embedded_BTE) - 1) * size_BT1).to(embedded_BTE.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()

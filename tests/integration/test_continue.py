@@ -1,0 +1,59 @@
+"""A run that starts as an earlier one has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import RefusedError
+from finetune.jobs.train import train
+from finetune.run.directory import RunDirectory
+from finetune.run.events import TrainingFinished
+from tests.fixtures.recipes import as_recipe
+
+ADAPTERS: list[dict[str, Any]] = [
+    {"method": "lora", "r": 4},
+    {"method": "lora", "r": 4, "initialization": "pissa"},
+    {"method": "lora", "r": 4, "trainable_tokens": ["a"]},
+    {"method": "qa_lora", "r": 4, "iec": True},
+    {"method": "oft", "block_size": 8},
+    {"method": "prompt_tuning", "tokens": 6},
+]
+
+
+def run_of(sections: dict[str, Any], folder: Path, name: str, **adapter: Any) -> TrainingFinished:
+    changed = {**sections, "adapter": {**sections["adapter"], **adapter}}
+    return train(as_recipe(changed, folder), RunDirectory.create(folder / name))
+
+
+def sections_of(tiny_recipe: dict[str, Any], adapter: dict[str, Any], kind: str = "affine") -> dict[str, Any]:
+    return {**tiny_recipe, "adapter": adapter, "quantization": {"kind": kind}, "optimizer": {"name": "adamw"}}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: "-".join(map(str, adapter.values())))
+def test_it_starts_where_the_earlier_one_ended(tiny_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]):
+    sections = sections_of(tiny_recipe, adapter)
+    first = run_of(sections, tmp_path, "first")
+    second = run_of(sections, tmp_path, "second", continue_from=str(tmp_path / "first"))
+    assert second.validation_loss_before == pytest.approx(first.validation_loss, rel=1e-6)
+    assert second.validation_loss < first.validation_loss < first.validation_loss_before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"adapter": {"method": "lora", "r": 2}}, "other shapes"),
+        ({"adapter": {"method": "oft", "block_size": 8}}, "belong to"),
+        ({"quantization": {"kind": "hqq"}}, "quantized to other weights"),
+    ],
+)
+def test_an_adapter_of_another_form_or_base_is_refused(
+    tiny_recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], what: str
+):
+    sections = sections_of(tiny_recipe, ADAPTERS[0])
+    run_of(sections, tmp_path, "first")
+    with pytest.raises(RefusedError, match=what):
+        run_of({**sections, **change}, tmp_path, "second", continue_from=str(tmp_path / "first"))
+    assert not (tmp_path / "second").exists()
