@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from finetune.jobs.preview import Preview
+    from finetune.recipe.catalogue import Choice
     from finetune.run.events import Event, Report, TrainingFinished
 
     from .progress import Follower
@@ -290,6 +293,18 @@ def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -
             f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
         )
     show_result("\n".join(lines))
+
+
+def show_catalogue(choices: list[Choice], as_json: bool) -> None:
+    """Print what a recipe can choose, a few lines each."""
+    if as_json:
+        for choice in choices:
+            show_result(json.dumps(asdict(choice)))
+        return
+    from . import wording
+
+    width = shutil.get_terminal_size().columns
+    show_result("\n".join(line for choice in choices for line in wording.choice(choice, width)))
 
 
 def show_preview(preview: Preview) -> None:

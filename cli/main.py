@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .merge import merge
+from .methods import methods
 from .preview import preview
 from .quantize import quantize
 from .schema import schema
@@ -79,6 +80,7 @@ app.command()(generate)
 app.command()(merge)
 app.command()(quantize)
 app.command()(export)
+app.command()(methods)
 app.command()(schema)
 
 

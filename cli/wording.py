@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.run.events import (
     DataRead,
@@ -18,6 +19,9 @@ from finetune.run.events import (
     Validated,
 )
 from finetune.run.ranks import table
+
+if TYPE_CHECKING:
+    from finetune.recipe.catalogue import Choice
 
 ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
@@ -161,3 +165,16 @@ def ranks(chosen: dict[str, int] | None, run: Path) -> list[str]:
     if chosen is None:
         return []
     return [f"ranks of the layers; how they came about: {run / 'ranks.svg'}", *(table(chosen) or ())]
+
+
+def choice(choice: Choice, width: int) -> list[str]:
+    """A word that a recipe can choose, and below it what there is to know of it."""
+    source = f" ({choice.source})" if choice.source else ""
+    costs = "trains" if choice.key == "adapter.method" else "a weight takes"
+    facts = f"{costs} {choice.costs} · merges {choice.merges} · loads in {choice.loads_in}"
+    texts = (f"{choice.what}{source}", facts)
+    indent = " " * 4
+    lines = [
+        line for text in texts for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+    ]
+    return [f"{choice.key}: {choice.name}", *lines]

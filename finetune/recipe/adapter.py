@@ -22,6 +22,11 @@ class AdapterSection(Section):
     """Whether the method computes with the weight's own numbers, which a quantized layer does not hold."""
     standalone_by: ClassVar[str | None] = "merge"
     """The command that writes the trained model so that it needs no adapter; None where there is no such form."""
+    costs: ClassVar[str]
+    """What trains, in numbers."""
+    merges: ClassVar[str] = "merges into plain weights"
+    loads_in: ClassVar[str] = "PEFT"
+    """What reads the adapter's folder, beside ft."""
     method: str
 
     @property
@@ -82,6 +87,8 @@ class Lora(FixedRank):
     """A low-rank update beside each target layer (Hu et al. 2021, arXiv 2106.09685)."""
 
     implementation: ClassVar[str] = "finetune.adapters.lora:LoraMethod"
+    costs: ClassVar[str] = "r (in + out) a layer"
+    loads_in: ClassVar[str] = "PEFT, vLLM (not with dora or modules_to_save)"
     method: Literal["lora"]
     rslora: bool = Field(False, description="Scale the update by alpha / sqrt(r), for large ranks (arXiv 2312.03732).")
     loraplus_ratio: float = Field(
@@ -102,6 +109,9 @@ class QaLora(FixedRank):
     """A low-rank update that a group-wise quantized base takes up without loss (Xu et al. 2024, arXiv 2309.14717)."""
 
     implementation: ClassVar[str] = "finetune.adapters.qa_lora:QaLoraMethod"
+    costs: ClassVar[str] = "r (in / group_size + out) a layer"
+    merges: ClassVar[str] = "merges into the quantized weights, without rounding"
+    loads_in: ClassVar[str] = "PEFT over the dequantized base; merged: ft"
     method: Literal["qa_lora"]
 
 
@@ -112,6 +122,8 @@ class AdaLora(LowRank):
     """
 
     implementation: ClassVar[str] = "finetune.adapters.adalora:AdaLoraMethod"
+    costs: ClassVar[str] = "r (in + out + 1) a layer, and two averages of each"
+    loads_in: ClassVar[str] = "PEFT, vLLM, as the LoRA that it ends as"
     method: Literal["adalora"]
     r: int = Field(12, ge=2, description="Rank that each layer starts with, and the most that it can keep.")
     target_r: int = Field(8, ge=1, description="Mean rank of the layers in the end; the budget is as many times that.")
@@ -219,6 +231,9 @@ class PromptTuning(SoftPrompt, Continuable):
     """Vectors in front of every row's embeddings (Lester et al. 2021, arXiv 2104.08691)."""
 
     implementation: ClassVar[str] = "finetune.adapters.prompt_tuning:PromptTuningMethod"
+    costs: ClassVar[str] = "tokens x width in all"
+    merges: ClassVar[str] = "does not merge (ft export makes it tokens of the vocabulary)"
+    loads_in: ClassVar[str] = "PEFT; exported: every engine"
     method: Literal["prompt_tuning"]
     tokens: int = Field(100, ge=1, description="Length of the prompt; the paper gains little beyond 20.")
     start: Start = Field(VocabularyStart(kind="vocabulary"), description="What the prompt starts as.")
@@ -228,6 +243,9 @@ class PTuning(SoftPrompt):
     """Prompt tuning through a small network that ties the vectors together (Liu et al. 2021, arXiv 2103.10385)."""
 
     implementation: ClassVar[str] = "finetune.adapters.p_tuning:PTuningMethod"
+    costs: ClassVar[str] = "tokens x width in all, and a network while training"
+    merges: ClassVar[str] = "does not merge (ft export makes it tokens of the vocabulary)"
+    loads_in: ClassVar[str] = "PEFT; exported: every engine"
     method: Literal["p_tuning"]
     encoder: Literal["lstm", "mlp"] = Field(
         "lstm",
@@ -245,6 +263,9 @@ class PrefixTuning(SoftPrompt):
     """Keys and values in front of every row in every layer (Li and Liang 2021, arXiv 2101.00190)."""
 
     implementation: ClassVar[str] = "finetune.adapters.prefix_tuning:PrefixTuningMethod"
+    costs: ClassVar[str] = "tokens x layers x width of keys and values"
+    merges: ClassVar[str] = "does not merge"
+    loads_in: ClassVar[str] = "PEFT"
     standalone_by: ClassVar[str | None] = None
     method: Literal["prefix_tuning"]
     projection: int | None = Field(
@@ -261,6 +282,7 @@ class Vera(Continuable):
     """Two vectors per layer around random matrices that all layers share (Kopiczko et al. 2024, arXiv 2310.11454)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:VeraMethod"
+    costs: ClassVar[str] = "r + out a layer, beside r (in + out) shared ones that do not train"
     method: Literal["vera"]
     r: int = Field(256, ge=1, description="Rank of the shared matrices.")
     initial: float = Field(0.1, gt=0, description="What the inner vector starts at.")
@@ -273,6 +295,7 @@ class Ia3(Continuable):
     """A learned factor per output, or per input of feed-forward layers (Liu et al. 2022, arXiv 2205.05638)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:Ia3Method"
+    costs: ClassVar[str] = "out or in a layer"
     needs_full_precision: ClassVar[bool] = True
     method: Literal["ia3"]
     target_modules: list[str] = Field(
@@ -287,6 +310,7 @@ class LoHa(Continuable):
     """The entrywise product of two low-rank updates (Hyeon-Woo et al. 2022, arXiv 2108.06098)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoHaMethod"
+    costs: ClassVar[str] = "2 r (in + out) a layer"
     needs_full_precision: ClassVar[bool] = True
     method: Literal["loha"]
     r: int = Field(8, ge=1, description="Rank of each of the two factors.")
@@ -299,6 +323,7 @@ class LoKr(Continuable):
     """A Kronecker product as update (Yeh et al. 2024, arXiv 2309.14859)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoKrMethod"
+    costs: ClassVar[str] = "fewer than LoRA of the same rank"
     needs_full_precision: ClassVar[bool] = True
     method: Literal["lokr"]
     r: int = Field(8, ge=1, description="Rank of the larger factor.")
@@ -311,6 +336,7 @@ class Oft(Continuable):
     """Rotations of each layer's inputs, in blocks (Qiu et al. 2023, arXiv 2306.07280)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:OftMethod"
+    costs: ClassVar[str] = "in (block_size - 1) / 2 a layer"
     method: Literal["oft"]
     block_size: int = Field(32, ge=2, description="Inputs of a block; it must divide every layer's inputs.")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a block is not rotated in a step.")
@@ -321,14 +347,18 @@ class TrainableTokens(Continuable):
     """The embeddings of chosen tokens and nothing else, for words that a base knows badly."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:TrainableTokensMethod"
+    costs: ClassVar[str] = "width a token"
     method: Literal["trainable_tokens"]
     tokens: list[str] = Field(min_length=1, description="Each must be one token of the vocabulary.")
 
 
 class Full(AdapterSection):
-    """No adapter: the model's own weights train, all or some of them; biases alone are BitFit (arXiv 2106.10199)."""
+    """No adapter: the model's own weights train, all or some (biases alone: BitFit, Ben Zaken et al. 2022, 2106.10199)."""
 
     implementation: ClassVar[str] = "finetune.adapters.full:FullMethod"
+    costs: ClassVar[str] = "every number: 16 bytes each with AdamW in float32, 10 with adamw_8bit"
+    merges: ClassVar[str] = "merges as it is"
+    loads_in: ClassVar[str] = "transformers, every engine"
     trains_base: ClassVar[bool] = True
     method: Literal["full"]
     train: list[str] = Field(

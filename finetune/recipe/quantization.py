@@ -15,12 +15,20 @@ class QuantizationSection(Section):
     implementation: ClassVar[str]
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     quantizes: ClassVar[bool] = True
+    costs: ClassVar[str]
+    """What a weight takes."""
+    merges: ClassVar[str] = "merges after dequantizing"
+    loads_in: ClassVar[str] = "ft; merged: every engine"
+    """What reads weights that are stored so."""
 
 
 class NoQuantization(QuantizationSection):
     """Weights as they come, in `model.dtype`."""
 
     quantizes: ClassVar[bool] = False
+    costs: ClassVar[str] = "16 or 32 bits"
+    merges: ClassVar[str] = "merges as it is"
+    loads_in: ClassVar[str] = "every engine"
     kind: Literal["none"] = "none"
 
 
@@ -28,6 +36,7 @@ class FourBit(QuantizationSection):
     """4-bit codes per block with an absolute maximum each (Dettmers et al. 2023, arXiv 2305.14314)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.codebook:four_bit"
+    costs: ClassVar[str] = "4.127 bits, 4.5 without double_quant"
     kind: Literal["nf4", "fp4"] = Field(
         description="nf4: quantiles of a normal distribution. fp4: a 4-bit floating-point number."
     )
@@ -41,6 +50,8 @@ class EightBit(QuantizationSection):
     """LLM.int8(): 8-bit rows, outlier columns in 16 bits (Dettmers et al. 2022, arXiv 2208.07339)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.bits_and_bytes:EightBitQuantizer"
+    costs: ClassVar[str] = "8 bits and a number a row"
+    loads_in: ClassVar[str] = "merged: every engine"
     kind: Literal["int8"]
     outlier_threshold: float = Field(
         6.0, ge=0, description="Input columns with a magnitude above this are not quantized; 0 quantizes all."
@@ -62,6 +73,8 @@ class Affine(Groupwise):
     """Codes of 2, 3, 4 or 8 bits, rounded to nearest between a group's smallest and largest weight."""
 
     implementation: ClassVar[str] = "finetune.quantizers.affine:AffineQuantizer"
+    costs: ClassVar[str] = "bits + 32 / group_size"
+    merges: ClassVar[str] = "merges with qa_lora as it is, else after dequantizing"
     kind: Literal["affine"]
 
 
@@ -69,13 +82,17 @@ class Hqq(Groupwise):
     """Half-quadratic quantization: zero points that minimise a sparse norm of the error (Badri and Shaji 2023)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.hqq:HqqQuantizer"
+    costs: ClassVar[str] = "bits + 32 / group_size"
+    merges: ClassVar[str] = "merges with qa_lora as it is, else after dequantizing"
     kind: Literal["hqq"]
 
 
 class Optq(Groupwise):
-    """OPTQ: rounding errors made up for by the weights still to come, on rows of the recipe (arXiv 2210.17323)."""
+    """OPTQ: rounding errors made up for by the weights still to come, on the recipe's rows (Frantar et al. 2023, arXiv 2210.17323)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.optq:OptqQuantizer"
+    costs: ClassVar[str] = "bits + 32 / group_size"
+    merges: ClassVar[str] = "merges with qa_lora as it is, else after dequantizing"
     kind: Literal["optq"]
     calibration_rows: int = Field(
         128,
@@ -91,6 +108,7 @@ class InformationCalibrated(QuantizationSection):
     """NF2, NF3 or NF4 with the shift per block that keeps most information (Qin et al. 2024, arXiv 2402.05445)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.information:InformationCalibratedQuantizer"
+    costs: ClassVar[str] = "bits + 0.254"
     kind: Literal["icq"]
     bits: Literal[2, 3, 4] = Field(4, description="Bits of one code.")
     block_size: Literal[32, 64, 128, 256] = Field(64, description="Weights that share one maximum and one shift.")
@@ -107,6 +125,8 @@ class PluginQuantization(QuantizationSection):
     """A quantizer of another installed package, which registers it as an entry point of the group `ft.quantizers`."""
 
     implementation: ClassVar[str] = "finetune.quantizers.plugin:installed_quantizer"
+    costs: ClassVar[str] = "what the package says"
+    merges: ClassVar[str] = "merges after dequantizing"
     kind: Literal["plugin"]
     name: str = Field(min_length=1, description="The entry point's name.")
     options: dict[str, str | int | float | bool | None] = Field({}, description="What the quantizer itself is told.")

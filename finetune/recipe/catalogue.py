@@ -1,0 +1,48 @@
+"""What there is to choose from: every adapter and every quantization, as their sections describe themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from finetune.recipe.adapter import Adapter
+from finetune.recipe.quantization import Quantization
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One word that a recipe can choose.
+
+    Attributes:
+        key: `adapter.method` or `quantization.kind`.
+        name: The word.
+        what: What it is, in one sentence.
+        source: Authors, year and paper; empty where there is none.
+        costs: Numbers that train, or bits of a weight.
+        merges: What becomes of it in a merge.
+        loads_in: What reads the result.
+    """
+
+    key: str
+    name: str
+    what: str
+    source: str
+    costs: str
+    merges: str
+    loads_in: str
+
+
+def catalogue() -> list[Choice]:
+    """Every choice, adapters first, in the schema's order."""
+    return [*_choices("adapter.method", Adapter), *_choices("quantization.kind", Quantization)]
+
+
+def _choices(key: str, union: Any) -> Iterator[Choice]:
+    tag = key.rpartition(".")[2]
+    for section in get_args(get_args(union)[0]):
+        first_line = section.__doc__.splitlines()[0]
+        what, source = re.fullmatch(r"(.*?)(?: \(([^()]*\d{4}[^()]*)\))?\.", first_line).groups()  # type: ignore[union-attr]
+        for name in get_args(section.model_fields[tag].annotation):
+            yield Choice(key, name, what, source or "", section.costs, section.merges, section.loads_in)
