@@ -353,7 +353,7 @@ class TrainableTokens(Continuable):
 
 
 class Full(AdapterSection):
-    """No adapter: the model's own weights train, all or some (biases alone: BitFit, Ben Zaken et al. 2022, 2106.10199)."""
+    """No adapter: the model's own weights train, all or some (BitFit: Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
     implementation: ClassVar[str] = "finetune.adapters.full:FullMethod"
     costs: ClassVar[str] = "every number: 16 bytes each with AdamW in float32, 10 with adamw_8bit"

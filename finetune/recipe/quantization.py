@@ -88,7 +88,7 @@ class Hqq(Groupwise):
 
 
 class Optq(Groupwise):
-    """OPTQ: rounding errors made up for by the weights still to come, on the recipe's rows (Frantar et al. 2023, arXiv 2210.17323)."""
+    """OPTQ: each rounding error is made up for by weights still to come (Frantar et al. 2023, arXiv 2210.17323)."""
 
     implementation: ClassVar[str] = "finetune.quantizers.optq:OptqQuantizer"
     costs: ClassVar[str] = "bits + 32 / group_size"
