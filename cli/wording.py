@@ -171,10 +171,10 @@ def choice(choice: Choice, width: int) -> list[str]:
     """A word that a recipe can choose, and below it what there is to know of it."""
     source = f" ({choice.source})" if choice.source else ""
     costs = "trains" if choice.key == "adapter.method" else "a weight takes"
-    facts = f"{costs} {choice.costs} · merges {choice.merges} · loads in {choice.loads_in}"
-    texts = (f"{choice.what}{source}", facts)
-    indent = " " * 4
-    lines = [
-        line for text in texts for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
-    ]
-    return [f"{choice.key}: {choice.name}", *lines]
+    facts = f"{costs} {choice.costs} · {choice.merges} · loads in {choice.loads_in}"
+    lines = [_indented(text, width) for text in (f"{choice.what}{source}", facts)]
+    return [f"{choice.key}: {choice.name}", *lines[0], *lines[1]]
+
+
+def _indented(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
