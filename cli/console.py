@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from finetune.jobs.preview import Preview
+    from finetune.jobs.reproduce import Reproduction
     from finetune.recipe.catalogue import Choice
+    from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
+    from finetune.run.listing import Removable, RunSummary
 
     from .progress import Follower
 
@@ -293,6 +296,82 @@ def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -
             f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
         )
     show_result("\n".join(lines))
+
+
+def is_confirmed(question: str) -> bool:
+    """Ask a person; where there is none, the answer is no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
+    """Print a line for each run."""
+    if as_json:
+        for summary in summaries:
+            show_result(json.dumps({**asdict(summary), "path": str(summary.path)}))
+        return
+    if not summaries:
+        show_result(f"no runs in {folder}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import wording
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("run", "state", "step", "loss", "held out", "size"):
+        table.add_column(title, justify="left" if title in ("run", "state") else "right", overflow="fold")
+    for summary in summaries:
+        losses = ["" if loss is None else f"{loss:.4f}" for loss in (summary.loss, summary.validation_loss)]
+        size = wording.memory(summary.size_bytes)
+        table.add_row(summary.path.name, summary.state, str(summary.step), *losses, size)
+    Console().print(table)
+
+
+def show_removable(found: list[Removable], folder: Path) -> None:
+    """Print what would be removed, and what that wins."""
+    from . import wording
+
+    if not found:
+        show_result(f"nothing to remove in {folder}")
+        return
+    for each in found:
+        show_result(f"{each.path}  {wording.memory(each.size_bytes)}: {each.why}")
+    show_result(f"together {wording.memory(sum(each.size_bytes for each in found))}")
+
+
+def show_differences(found: list[Difference], as_json: bool) -> None:
+    """Print what differs between two runs, part by part."""
+    if as_json:
+        for each in found:
+            show_result(json.dumps(asdict(each)))
+        return
+    if not found:
+        show_result("no difference")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("part", "key", "first", "second"):
+        table.add_column(title, overflow="fold")
+    for each in found:
+        table.add_row(each.part, each.key, each.first, each.second)
+    Console().print(table)
+
+
+def show_reproduction(result: Reproduction, as_json: bool) -> None:
+    """Print whether two runs have the same weights, and what else differs."""
+    if as_json:
+        show_result(json.dumps({"event": "reproduced", **asdict(result), "run_directory": str(result.run_directory)}))
+        return
+    verdict = "the same bit for bit" if result.is_identical else "not the same"
+    show_result(f"{', '.join(result.files)}: {verdict} ({result.run_directory})")
+    if result.differences:
+        show_differences(result.differences, as_json=False)
 
 
 def show_catalogue(choices: list[Choice], as_json: bool) -> None:

@@ -11,6 +11,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError, as_out_of_memory
 
 from . import console
+from .diff import diff
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
@@ -18,6 +19,8 @@ from .merge import merge
 from .methods import methods
 from .preview import preview
 from .quantize import quantize
+from .reproduce import reproduce
+from .runs import app as runs
 from .schema import schema
 from .train import train
 from .validate import validate
@@ -80,6 +83,9 @@ app.command()(generate)
 app.command()(merge)
 app.command()(quantize)
 app.command()(export)
+app.add_typer(runs, name="runs")
+app.command()(diff)
+app.command()(reproduce)
 app.command()(methods)
 app.command()(schema)
 

@@ -126,6 +126,12 @@ class DivergedError(FinetuneError):
     exit_code = 5
 
 
+class CheckFailedError(FinetuneError):
+    """A check that was asked for, such as that of a reproduction, came out negative."""
+
+    exit_code = 5
+
+
 class RefusedError(FinetuneError):
     """Refused for safety: another base, a directory that is not ours, a lock."""
 

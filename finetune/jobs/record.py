@@ -87,7 +87,9 @@ class TrainedRecord(Section):
         file = folder / NAME
         if not file.is_file():
             raise UsageError(
-                "the run has no trained weights: it did not finish", where=str(folder.parent), hint="train it again"
+                "the run has no trained weights: it did not finish",
+                where=str(folder.parent),
+                hint="go on with it: ft train --resume RUN",
             )
         try:
             record = cls.model_validate(json.loads(file.read_text(encoding="utf-8")))

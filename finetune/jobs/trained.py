@@ -47,7 +47,9 @@ class TrainedRun:
         weights = run.trained(recipe.adapter.trains_base)
         if not weights.is_dir():
             raise UsageError(
-                "the run has no trained weights: it did not finish", where=str(run.path), hint="train it again"
+                "the run has no trained weights: it did not finish",
+                where=str(run.path),
+                hint="go on with it: ft train --resume RUN",
             )
         bench = Workbench.of(recipe, report)
         return cls(run, bench, weights, TrainedRecord.read(weights, bench))

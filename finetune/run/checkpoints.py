@@ -134,6 +134,11 @@ class Checkpoints:
             )
         return None
 
+    @property
+    def any_committed(self) -> bool:
+        """Whether a checkpoint is there, whole or damaged."""
+        return bool(self._folders())
+
     def retain(self, kept: int) -> None:
         """Remove what is older than the newest `kept` checkpoints that have all their bytes."""
         whole = 0

@@ -148,6 +148,20 @@ class RunDirectory:
             return False
         return isinstance(written, dict) and written.get("code") == 0
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process trains the run just now."""
+        if not self.lock.is_file():
+            return False
+        with self.lock.open("r", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:  # a file system without locks: nobody can tell
+                return False
+        return False
+
     def begin(self, recipe: str, metrics_bytes: int) -> None:
         """Make ready for an attempt: what an earlier one wrote past its last checkpoint is set aside.
 

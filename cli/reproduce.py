@@ -1,0 +1,42 @@
+"""`ft reproduce`: a run trained once more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import CheckFailedError
+
+from . import console
+from .options import AsJson, Quiet, RunPath
+
+
+def reproduce(
+    run: RunPath,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the second run goes; by default beside it.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a finished run once more and tell whether the weights are the same, bit for bit."""
+    from finetune.run.directory import RunDirectory
+
+    first = RunDirectory.open(run)
+    again = RunDirectory.create(run_dir or RunDirectory.free_path(run.with_name(f"{run.name}-again")))
+    with console.reporting(quiet, as_json, log=again.log) as report:
+        from finetune.jobs.reproduce import reproduce as reproduce_job
+        from finetune.run.interruption import Interruption
+
+        interruption = Interruption()
+        with interruption.listening(console.leave_at_once):
+            result = reproduce_job(first, again, report, interruption)
+    console.show_reproduction(result, as_json)
+    if not result.is_identical:
+        raise CheckFailedError(
+            "the weights are not the same",
+            where=str(result.run_directory),
+            hint="compare versions and number of threads: ft diff",
+        )

@@ -1,0 +1,48 @@
+"""`ft runs`: what is there and how far it has come; `ft runs clean` makes room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import UsageError
+
+from . import console
+from .options import AsJson
+
+Folder = Annotated[
+    Path, typer.Option("--directory", metavar="DIR", help="A folder with runs, or the directory of one run.")
+]
+
+app = typer.Typer(help="List runs with state, step, loss and size.", invoke_without_command=True)
+
+
+@app.callback()
+def listing(ctx: typer.Context, directory: Folder = Path("runs"), as_json: AsJson = False) -> None:
+    """List runs with state, step, loss and size."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from finetune.run.listing import runs_in, summarize
+
+    console.show_runs([summarize(run) for run in runs_in(directory)], directory, as_json)
+
+
+@app.command()
+def clean(
+    directory: Folder = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+) -> None:
+    """Remove what runs can do without, after saying what: checkpoints of finished runs, leftovers of killed ones."""
+    from finetune.run.listing import removable, remove, runs_in
+
+    found = [each for run in runs_in(directory) for each in removable(run)]
+    console.show_removable(found, directory)
+    if not found:
+        return
+    if not yes and not console.is_confirmed("Remove them?"):
+        raise UsageError("nothing was removed", hint="say yes, or add --yes")
+    for each in found:
+        remove(each)
+    console.show_result(f"removed {len(found)}")

@@ -1,0 +1,90 @@
+"""Two runs side by side: what differs in recipe, data, versions and results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.recipe.changes import changes
+from finetune.recipe.load import load_recipe
+from finetune.run.directory import RunDirectory
+from finetune.run.listing import summarize
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fact that differs.
+
+    Attributes:
+        part: `recipe`, `data`, `versions` or `results`.
+        key: What it is.
+        first: Its value in the first run, in words.
+        second: Its value in the second.
+    """
+
+    part: str
+    key: str
+    first: str
+    second: str
+
+
+def differences(first: RunDirectory, second: RunDirectory) -> list[Difference]:
+    """What differs between two runs; nothing of the recipe can differ unseen, for both are resolved ones."""
+    before, after = (load_recipe(run.recipe).recipe for run in (first, second))
+    recipe = [Difference("recipe", change.key, change.old, change.new) for change in changes(before, after)]
+    return [*recipe, *_between("data", _data, first, second), *_between("versions", _versions, first, second),
+            *_between("results", _results, first, second)]  # fmt: skip
+
+
+def _between(part: str, read: Any, first: RunDirectory, second: RunDirectory) -> Iterator[Difference]:
+    before, after = read(first), read(second)
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key):
+            yield Difference(part, key, _in_words(before.get(key)), _in_words(after.get(key)))
+
+
+def _data(run: RunDirectory) -> dict[str, Any]:
+    """The hash of every file, or all that is known of a hub data set, by its number among the sources."""
+    return {
+        f"{number}. {record.get('file', 'hub data set')}": record.get("sha256") or json.dumps(record, sort_keys=True)
+        for number, record in enumerate(_json(run.provenance).get("data", []), start=1)
+    }
+
+
+def _versions(run: RunDirectory) -> dict[str, Any]:
+    provenance = _json(run.provenance)
+    facts = {key: provenance.get(key) for key in ("ft", "python", "platform", "processors", "device", "processes")}
+    base = provenance.get("base", {})
+    return {**facts, **provenance.get("packages", {}), "base fingerprint": base.get("fingerprint")}
+
+
+def _results(run: RunDirectory) -> dict[str, Any]:
+    summary = summarize(run)
+    results = {
+        "state": summary.state,
+        "step": summary.step,
+        "loss": summary.loss,
+        "held-out loss": summary.validation_loss,
+    }
+    for name, score in _json(run.evaluation / "results.json").get("tuned", {}).items():
+        results[f"eval {name}"] = score
+    return results
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A record of ours; empty where it was not written."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
