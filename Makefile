@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow test-faults bench-data bench-quantizers lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench-data bench-quantizers bench-methods lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of token
 
 bench-quantizers: $(VENV)/dev  ## Size, error, loss, time and memory of every quantization, on TEXT=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.quantizers $(TEXT)
+
+bench-methods: $(VENV)/dev $(VENV)/quickstart  ## What each method reaches with as many numbers, on TRAIN=file TEST=file: hours
+	$(BIN)/python -m tests.benchmarks.methods $(TRAIN) $(TEST)
 
 gpu: $(VENV)/dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

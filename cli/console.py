@@ -326,8 +326,8 @@ def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
         table.add_column(title, justify="left" if title in ("run", "state") else "right", overflow="fold")
     for summary in summaries:
         losses = ["" if loss is None else f"{loss:.4f}" for loss in (summary.loss, summary.validation_loss)]
-        size = wording.memory(summary.size_bytes)
-        table.add_row(summary.path.name, summary.state, str(summary.step), *losses, size)
+        row = (summary.path.name, summary.state, str(summary.step), *losses, wording.size(summary.size_bytes))
+        table.add_row(*row)
     Console().print(table)
 
 
@@ -339,8 +339,8 @@ def show_removable(found: list[Removable], folder: Path) -> None:
         show_result(f"nothing to remove in {folder}")
         return
     for each in found:
-        show_result(f"{each.path}  {wording.memory(each.size_bytes)}: {each.why}")
-    show_result(f"together {wording.memory(sum(each.size_bytes for each in found))}")
+        show_result(f"{each.path}  {wording.size(each.size_bytes)}: {each.why}")
+    show_result(f"together {wording.size(sum(each.size_bytes for each in found))}")
 
 
 def show_differences(found: list[Difference], as_json: bool) -> None:

@@ -10,7 +10,6 @@ three on the loss of the last training steps for each, so that no method is judg
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -136,7 +135,8 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.benchmarks.methods", *sys.argv[1:], "--measure", method]
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            print(f"| {method} | {json.dumps(done.stderr.strip().splitlines()[-1])} |", flush=True)
+            reason = " ".join(done.stderr.strip().splitlines()[-2:])
+            print(f"| {method} | {reason} |", flush=True)
 
 
 if __name__ == "__main__":
