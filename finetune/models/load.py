@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
 from finetune.models.quantized import refuse_other_quantization, stored_quantization
+from finetune.models.template import refuse_endless_template
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 
@@ -21,7 +22,8 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, checked against the model's vocabulary.
 
     Raises:
-        ModelError: It cannot be read, has no character offsets, or knows more tokens than the model.
+        ModelError: It cannot be read, has no character offsets, knows more tokens than the model, or its template
+            does not end.
     """
     where = str(folder.path)
     try:
@@ -45,6 +47,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
             where=where,
             hint="use the tokenizer that belongs to this model",
         )
+    refuse_endless_template(tokenizer, where)
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-BYTES_BETWEEN = 16 << 20
+BYTES_BETWEEN = 8 << 20
 """Bytes of weights after which the allocator is asked to give back what it holds free."""
 
 

@@ -33,7 +33,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    [{"kind": "affine"}, {"kind": "nf4"}, {"kind": "int8"}],
+    [{"kind": "affine"}, {"kind": "nf4"}, {"kind": "int8"}, {"kind": "icq", "bits": 2, "candidates": 2}],
     ids=lambda kind: kind["kind"],
 )
 def test_loading_never_holds_much_more_than_the_codes_and_one_weight(large_model: Path, kind: dict[str, Any]):
