@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -67,6 +68,10 @@ class FullMethod(AdapterMethod):
             raise ModelError(f"no {WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
         try:
             load_model(model, file)
+        except SafetensorError as error:
+            raise RefusedError(
+                f"the file is damaged: {error}", where=str(file), hint="train the run again, or bring back a good copy"
+            ) from error
         except RuntimeError as error:
             raise RefusedError(
                 "the trained weights do not fit this model", where=str(file), hint="use the model of the recipe"

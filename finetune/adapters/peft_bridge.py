@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -237,7 +238,12 @@ def unload(model: PeftModel) -> PreTrainedModel:
 def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise RefusedError(
+            f"the file is damaged: {error}", where=str(file), hint="train the run again, or bring back a good copy"
+        ) from error
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:

@@ -159,3 +159,11 @@ def test_chosen_target_modules_are_the_only_ones(tiny_model: Path):
     names = [name for name, p in attached.named_parameters() if p.requires_grad]
     assert all(".q_proj." in name or ".v_proj." in name for name in names)
     assert len(names) == 2 * 2 * 2
+
+
+def test_a_damaged_file_is_refused_by_its_name(tiny_model: Path, tmp_path: Path):
+    lora().save(lora().attach(base(tiny_model), 1), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RefusedError, match="damaged"):
+        lora().load(base(tiny_model), tmp_path)
