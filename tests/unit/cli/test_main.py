@@ -27,6 +27,7 @@ EXIT_CODES = {
     "DataError": 3,
     "OutOfMemoryError": 4,
     "DivergedError": 5,
+    "CheckFailedError": 5,
     "RefusedError": 6,
     "EnvironmentFault": 7,
     "Stopped": 75,
