@@ -306,30 +306,30 @@ class Ia3(Continuable):
     )
 
 
-class LoHa(Continuable):
+class FactoredUpdate(Continuable):
+    """Base of the methods whose update is another product of small factors than LoRA's."""
+
+    needs_full_precision: ClassVar[bool] = True
+    r: int = Field(8, ge=1, description="Rank of the factors, of LoKr's the larger one.")
+    alpha: float = Field(8.0, gt=0, description="The update is scaled by alpha / r.")
+    module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a layer is left without update in a step.")
+    target_modules: Targets = TARGETS
+
+
+class LoHa(FactoredUpdate):
     """The entrywise product of two low-rank updates (Hyeon-Woo et al. 2022, arXiv 2108.06098)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoHaMethod"
     costs: ClassVar[str] = "2 r (in + out) a layer"
-    needs_full_precision: ClassVar[bool] = True
     method: Literal["loha"]
-    r: int = Field(8, ge=1, description="Rank of each of the two factors.")
-    alpha: float = Field(8.0, gt=0, description="The update is scaled by alpha / r.")
-    module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a layer is left without update in a step.")
-    target_modules: Targets = TARGETS
 
 
-class LoKr(Continuable):
+class LoKr(FactoredUpdate):
     """A Kronecker product as update (Yeh et al. 2024, arXiv 2309.14859)."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:LoKrMethod"
     costs: ClassVar[str] = "fewer than LoRA of the same rank"
-    needs_full_precision: ClassVar[bool] = True
     method: Literal["lokr"]
-    r: int = Field(8, ge=1, description="Rank of the larger factor.")
-    alpha: float = Field(8.0, gt=0, description="The update is scaled by alpha / r.")
-    module_dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a layer is left without update in a step.")
-    target_modules: Targets = TARGETS
 
 
 class Oft(Continuable):
