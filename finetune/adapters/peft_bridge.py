@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.linears import linear_layers
+from finetune.models.tensors import apart
 
 ADAPTER_NAME = "default"
 
@@ -124,14 +125,13 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
         if rank is not None:
             missing = rank - len(a_RI)
             a_RI, b_OR = pad(a_RI, (0, 0, 0, missing)), pad(b_OR * layer.scaling[ADAPTER_NAME], (0, missing))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a_RI, b_OR
     trains = model.peft_config[ADAPTER_NAME]
     config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
     config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
-    save_file(tensors, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
-    save_file(_tensors(model), folder / NATIVE_WEIGHTS)
+    save_file(apart(tensors), folder / STOCK_WEIGHTS, metadata={"format": "pt"})
+    save_file(apart(_tensors(model)), folder / NATIVE_WEIGHTS)
 
 
 def stock_rank(folder: Path) -> int:

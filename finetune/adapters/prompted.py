@@ -66,6 +66,11 @@ class PromptedModel(nn.Module, ABC):
         self.base = base.requires_grad_(False)
         self.prompt = prompt.to(base.device)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        embeddings: nn.Module = self.base.get_input_embeddings()
+        return embeddings
+
     @property
     def config(self) -> PreTrainedConfig:
         """The model's."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, LowRank, PrefixTuning, PromptTuning, SoftPrompt
+from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, LowRank, PrefixTuning, PromptTuning, QaLora, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 
@@ -149,6 +149,19 @@ def one_form_of_lora(recipe: Recipe) -> Violation | None:
             f"with {adapter.initialization} the update is a difference of two, which dora's length does not know",
             "leave out one of them",
         )
+    return None
+
+
+def qa_lora_trains_updates_alone(recipe: Recipe) -> Violation | None:
+    """What it is for is a merge that moves minimums and nothing else."""
+    adapter = recipe.adapter
+    for key in ("modules_to_save", "trainable_tokens"):
+        if isinstance(adapter, QaLora) and getattr(adapter, key):
+            return Violation(
+                f"adapter.{key}",
+                "qa_lora is merged into the quantized weights, and no other weight changes there",
+                "leave it out, or set adapter.method to lora",
+            )
     return None
 
 
@@ -351,6 +364,7 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     adalora_leaves_steps_to_choose,
     loftq_needs_a_quantized_base,
     one_form_of_lora,
+    qa_lora_trains_updates_alone,
     embeddings_train_whole_or_by_token,
     a_module_rule_sets_something,
     soft_prompts_begin_rows,

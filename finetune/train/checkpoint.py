@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
+from finetune.models.tensors import apart
 from finetune.train.state import TrainState
 
 TRAINED = "trained.safetensors"
@@ -45,8 +46,8 @@ def write_state(state: TrainState, folder: Path) -> None:
                 hint="lower optimizer.learning_rate, or lengthen the warm-up",
             )
     _refuse_full_disk(folder, [*trained.values(), *moments.values()])
-    save_file(_apart(trained), folder / TRAINED)
-    save_file(_apart(moments), folder / OPTIMIZER)
+    save_file(apart(trained), folder / TRAINED)
+    save_file(apart(moments), folder / OPTIMIZER)
     counters = {name: getattr(state, name) for name in COUNTERS}
     written = {"counters": counters, "scaler": state.scaler.state_dict(), "optimizer": entries}
     (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -122,17 +123,6 @@ def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str,
         paged: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
         return paged.copy_(tensor)
     return tensor.to(parameter.device)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that safetensors takes: contiguous, and no two in the same memory, as bitsandbytes' code tables are."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor.contiguous()
-        seen.add(memory)
-    return apart
 
 
 def _refuse_full_disk(folder: Path, tensors: list[Tensor]) -> None:

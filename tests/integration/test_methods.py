@@ -30,6 +30,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-head": {"method": "lora", "modules_to_save": ["lm_head"]},
     "lora-iec-tokens": {"method": "lora", "iec": True, "trainable_tokens": ["a", "b"]},
     "trainable_tokens": {"method": "trainable_tokens", "tokens": ["e", "t", " "]},
+    "pissa-embeddings": {"method": "lora", "initialization": "pissa", "modules_to_save": ["embed_tokens"]},
+    "adalora-head": {
+        "method": "adalora",
+        "r": 4,
+        "target_r": 2,
+        "initial_steps": 1,
+        "final_steps": 1,
+        "modules_to_save": ["lm_head"],
+    },
     "adalora": {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1},
     "prompt_tuning": {"method": "prompt_tuning", "tokens": 6},
     "prefix_tuning": {"method": "prefix_tuning", "tokens": 6},
@@ -103,3 +112,21 @@ def test_it_trains_stops_goes_on_and_stands_alone(tiny_recipe: dict[str, Any], t
             merge(run)
     else:
         assert write(run).agreement.relative_difference <= 2e-5
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt_tuning", "prefix_tuning", "full"])
+def test_noise_on_embeddings_goes_with_every_method_and_is_drawn_anew_when_it_goes_on(
+    tiny_recipe: dict[str, Any], tmp_path: Path, name: str
+):
+    sections = {**tiny_recipe, "adapter": METHODS[name]}
+    trained = []
+    for alpha in (None, 5):
+        run = RunDirectory.create(tmp_path / f"alpha-{alpha}")
+        train(as_recipe(sections, tmp_path, [f"training.neftune_alpha={alpha or 'null'}"]), run)
+        trained.append(results(run, name == "full"))
+    assert trained[0]["weights"] != trained[1]["weights"]
+    stopped = RunDirectory.create(tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        stopped_at(sections, stopped, ["training.neftune_alpha=5"], after_step(1))
+    train(as_recipe(sections, tmp_path, ["training.neftune_alpha=5"]), stopped)
+    assert results(stopped, name == "full") == trained[1]

@@ -337,6 +337,8 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         kind = before[0].partition("=")[2] if before else "{kind: none}"
         kind = "{kind: plugin, name: x}" if value == "plugin" or "plugin" in kind else kind
         before = [f"modules=[{{match: '*', quantization: {kind}{adapter}}}]"]
+    if path[-1] in ("modules_to_save", "trainable_tokens") and "qa_lora" in "".join(before):
+        pytest.skip("a rule refuses it")
     if value == "qa_lora" or "qa_lora" in "".join(before):
         before = ["quantization={kind: affine}", *before]
     if any(f"method: {name}}}" in f"{before} method: {value}}}" for name in ("full", "ia3", "loha", "lokr")):

@@ -28,6 +28,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "adapter.initialization",
     ),
     "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
+    "qa_lora_trains_updates_alone": (
+        ("adapter={method: qa_lora, trainable_tokens: [a]}", "quantization={kind: affine}"),
+        "adapter.trainable_tokens",
+    ),
     "embeddings_train_whole_or_by_token": (
         ("adapter={method: lora, modules_to_save: [lm_head], trainable_tokens: [a]}",),
         "adapter.trainable_tokens",
@@ -80,6 +84,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     ),
     "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
     "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
+    "qa_lora_trains_updates_alone": ("adapter={method: qa_lora, iec: true}", "quantization={kind: affine}"),
     "embeddings_train_whole_or_by_token": ("adapter={method: lora, trainable_tokens: [a]}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "soft_prompts_begin_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
