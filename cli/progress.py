@@ -9,6 +9,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as LiveProgress
+from rich.table import Column
 from rich.text import Text
 
 from finetune.run.events import DataRead, Event, Phase, Progress, Resumed, StepMetrics, TrainingStarted, Validated
@@ -93,7 +94,7 @@ class Live(Follower):
         self.display = LiveProgress(
             TextColumn("{task.description}", style="cyan", markup=False),
             BarColumn(bar_width=24),
-            CountColumn(),
+            CountColumn(table_column=Column(no_wrap=True, min_width=7)),  # the first to be read on a narrow terminal
             TextColumn("{task.fields[figures]}", style="dim", markup=False),
             console=console,
             transient=True,
@@ -110,7 +111,7 @@ class Live(Follower):
             case DataRead() | TrainingStarted() | Resumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
-                figures = f"{wording.numbers(event)}  {wording.duration(wording.seconds_left(event))} left"
+                figures = f"{wording.duration(wording.seconds_left(event))} left  {wording.numbers(event)}"
                 self._show("training", event.total_steps, event.step, figures)
             case Progress():
                 unknown = f"{event.done} {event.unit}" if event.total is None else ""
