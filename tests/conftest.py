@@ -59,7 +59,12 @@ def tiny_recipe(tiny_model: Path, chat_file: Path, tmp_path: Path) -> dict[str, 
         "adapter": {"method": "lora", "r": 4, "alpha": 8},
         "data": {"train": [{"path": str(chat_file), "format": "chat"}], "validation_fraction": 0.25, "max_length": 128},
         "optimizer": {"name": "adamw", "learning_rate": 1e-2},
-        "training": {"max_steps": 3, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+        "training": {
+            "precision": "float32",  # as on every machine, whatever this one is good at
+            "max_steps": 3,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
         "evaluation": {"generation_rows": 4, "max_new_tokens": 8, "batch_size": 4},
         "run": {"name": "tiny", "directory": str(tmp_path / "runs")},
     }

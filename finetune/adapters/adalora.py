@@ -52,11 +52,10 @@ class AdaLoraLinear(LowRankLinear):
         self.lora_E[adapter_name] = nn.Parameter(torch.zeros(r, 1, device=a.device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        """S B (E o A) x of one adapter, (..., I) -> (..., O), in float32 or autocast's type."""
-        a, b = self.lora_A[adapter], self.lora_B[adapter]
-        x = self._cast_input_dtype(x, a.weight.dtype)
-        return b(a(self.lora_dropout[adapter](x)) * self.lora_E[adapter].T) * self.scaling[adapter]
+    def _parts(self, adapter: str) -> list[Factors]:
+        """E o A and B, with every triplet: those of the value zero have gradients too."""
+        a_RI, e_R1, b_OR = self.triplets(adapter)
+        return [Factors(e_R1 * a_RI, b_OR)]
 
     def triplets(self, adapter: str) -> Triplets:
         """The trainable factors."""

@@ -14,9 +14,9 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from finetune.adapters.low_rank_sum import add_low_rank
 from finetune.errors import UnsupportedError
 from finetune.quantizers.base import Capabilities, is_quantized
 
@@ -52,6 +52,7 @@ class LowRankLinear(lora.Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
         self.pooled_inputs = _group_size(base_layer, settings.get("target_name", "")) if self.pooled else 1
+        self.base_lengths: dict[str, Tensor] = {}
         super().__init__(base_layer, adapter_name, config, **settings)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
@@ -116,36 +117,36 @@ class LowRankLinear(lora.Linear):
 
         Source: Liu et al. 2024, arXiv 2402.09353, equations 5 and 11.
         """
-        update = self.update(adapter, x)
         if adapter not in self.lora_magnitude_vector:
-            return product + update.to(product.dtype)
-        scale_O = self.lora_magnitude_vector[adapter].weight / self._row_lengths(adapter)
+            return self._updated(adapter, x, product)
+        scale_O = (self.lora_magnitude_vector[adapter].weight / self._row_lengths(adapter)).to(product.dtype)
         bias = self.get_base_layer().bias
-        unbiased = product if bias is None else product - bias
-        return product + ((scale_O - 1) * unbiased + scale_O * update).to(product.dtype)
+        if bias is None:
+            return self._updated(adapter, x, product) * scale_O
+        return self._updated(adapter, x, product - bias) * scale_O + bias
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        """The product s B A x of one adapter, (..., I) -> (..., O), in float32 or autocast's type.
+        """The product s B A x of one adapter, (..., I) -> (..., O), in the type of x."""
+        return self._updated(adapter, x, x.new_zeros(*x.shape[:-1], self.get_base_layer().out_features))
+
+    def _updated(self, adapter: str, x: Tensor, product: Tensor) -> Tensor:
+        """The sum of a product and s B A x.
 
         Pooled: A sees the sum over each group of K inputs. Elastic: u = A x + beta1 up(mean(x)) and
-        s (B u + beta2 up(mean(u))), where mean and up go over as many equal parts as both widths have.
+        s (B u + beta2 up(mean(u))), where mean and up go over as many equal parts as both widths have: A and B with the
+        means of equation 16 folded in. Dropout leaves means alone, and what an anchored layer takes off again.
 
         Source: Xu et al. 2024, arXiv 2309.14717, algorithm 1; Qin et al. 2024, arXiv 2402.05445, equations 13-16,
         means repeated element by element as in equation 16.
         """
-        a, b = self.lora_A[adapter], self.lora_B[adapter]
-        x = self._cast_input_dtype(x, a.weight.dtype)
-        seen = self._pool(self.lora_dropout[adapter](x))
-        if self.elastic:
-            beta1, beta2 = self.lora_beta[adapter]
-            inner = a(seen) + beta1 * _spread_mean(self._pool(x), a.out_features)
-            result = b(inner) + beta2 * _spread_mean(inner, b.out_features)
-        else:
-            result = b(a(seen))
-        if adapter in self.lora_start_A:
-            inner = functional.linear(x, self.lora_start_A[adapter])
-            result = result - functional.linear(inner, self.lora_start_B[adapter])
-        return result * self.scaling[adapter]
+        dropped, scale = self.lora_dropout[adapter](x), self.scaling[adapter]
+        if dropped is x:
+            return add_low_rank(product, self._pool(x), *self.pooled_factors(adapter), scale)
+        learned, *fixed = self._parts(adapter)
+        product = add_low_rank(product, self._pool(dropped), *learned, scale)
+        for part in fixed:
+            product = add_low_rank(product, self._pool(x), *part, scale)
+        return product
 
     def factors(self, adapter: str) -> Factors:
         """The plain LoRA that this adapter is: elastic paths folded in, a pooled A repeated over its groups."""
@@ -153,19 +154,29 @@ class LowRankLinear(lora.Linear):
         return Factors(a.repeat_interleave(self.pooled_inputs, dim=1), b)
 
     def pooled_factors(self, adapter: str) -> Factors:
-        """The same with A of shape (R, L); with starting values that are taken off again, R is twice the rank.
+        """The same with A of shape (R, L); with starting values that are taken off again, R is twice the rank."""
+        (a_RL, b_OR), *fixed = self._parts(adapter)
+        for part in fixed:
+            if part.b_OR is b_OR:
+                a_RL = a_RL + part.a_RI
+            else:
+                a_RL, b_OR = torch.cat([a_RL, part.a_RI]), torch.cat([b_OR, part.b_OR], dim=1)
+        return Factors(a_RL, b_OR)
+
+    def _parts(self, adapter: str) -> list[Factors]:
+        """Pairs whose products make up the update: first the learned one that dropout is for, then the others.
 
         Source: Qin et al. 2024, arXiv 2402.05445, equation 16.
         """
         a_RL, b_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        parts = [Factors(a_RL, b_OR)]
         if self.elastic:
             beta1, beta2 = self.lora_beta[adapter]
-            a_RL = a_RL + beta1 * _mean_pattern(a_RL.shape[0], a_RL.shape[1], a_RL)
             b_OR = b_OR + beta2 * _mean_pattern(b_OR.shape[0], b_OR.shape[1], b_OR)
+            parts = [Factors(a_RL, b_OR), Factors(beta1 * _mean_pattern(a_RL.shape[0], a_RL.shape[1], a_RL), b_OR)]
         if adapter in self.lora_start_A:
-            a_RL = torch.cat([a_RL, self.lora_start_A[adapter]])
-            b_OR = torch.cat([b_OR, -self.lora_start_B[adapter]], dim=1)
-        return Factors(a_RL, b_OR)
+            parts.append(Factors(self.lora_start_A[adapter], -self.lora_start_B[adapter]))
+        return parts
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to W, in its orientation."""
@@ -182,8 +193,18 @@ class LowRankLinear(lora.Linear):
 
     @torch.no_grad()
     def _row_lengths(self, adapter: str) -> Tensor:
-        a_RI, b_OR = self.factors(adapter)
-        return torch.addmm(self.base_weight(), b_OR, a_RI, alpha=self.scaling[adapter]).norm(dim=1)
+        """Of W + s B A, shape (O,), float32: |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A^T b for each row."""
+        base, scale = self.get_base_layer(), self.scaling[adapter]
+        a_RI, b_OR = (factor.float() for factor in self.factors(adapter))
+        # Products in the type that W is stored in: what is lost is a share of the small terms.
+        weight_OI = self.base_weight() if is_quantized(base) or isinstance(base, Conv1D) else base.weight
+        if adapter not in self.base_lengths:
+            self.base_lengths[adapter] = self.base_weight().square().sum(1)
+        crossed_OR = (weight_OI @ a_RI.T.to(weight_OI.dtype)).float()
+        squares_O = self.base_lengths[adapter] + (
+            b_OR * (2 * scale * crossed_OR + scale**2 * b_OR @ (a_RI @ a_RI.T))
+        ).sum(1)
+        return squares_O.clamp(min=0).sqrt()
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.pooled_inputs)).sum(-1) if self.pooled_inputs > 1 else x
@@ -229,14 +250,8 @@ def _group_size(base_layer: nn.Module, name: str) -> int:
     return stored.group_size
 
 
-def _spread_mean(x: Tensor, width: int) -> Tensor:
-    """Means over equal contiguous parts of the last dimension, each repeated, up to `width` numbers."""
-    parts = gcd(x.shape[-1], width)
-    return x.unflatten(-1, (parts, -1)).mean(-1).repeat_interleave(width // parts, dim=-1)
-
-
 def _mean_pattern(rows: int, columns: int, like: Tensor) -> Tensor:
-    """The matrix of `_spread_mean` from `columns` to `rows` numbers, shape (rows, columns)."""
+    """The matrix that takes means over equal contiguous parts and repeats each, shape (rows, columns)."""
     parts = gcd(rows, columns)
     block = torch.full((rows // parts, columns // parts), parts / columns, dtype=like.dtype, device=like.device)
     return torch.block_diag(*[block] * parts)

@@ -71,6 +71,11 @@ class PromptedModel(nn.Module, ABC):
         embeddings: nn.Module = self.base.get_input_embeddings()
         return embeddings
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        head: nn.Module = self.base.get_output_embeddings()
+        return head
+
     @property
     def config(self) -> PreTrainedConfig:
         """The model's."""

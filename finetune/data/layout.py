@@ -7,7 +7,7 @@ grouped at will: here by length, to pad little and to keep the micro-batches ali
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -41,7 +41,9 @@ class Layout:
     restarts_positions: bool
 
     @classmethod
-    def of(cls, training: Training, lengths: npt.NDArray[np.int64], max_length: int, padding: int) -> Layout:
+    def of(
+        cls, training: Training, lengths: npt.NDArray[np.int64], max_length: int, padding: int, may_join: bool = True
+    ) -> Layout:
         """The layout of `training.batching`.
 
         Args:
@@ -49,16 +51,22 @@ class Layout:
             lengths: Tokens of each training row.
             max_length: Longest row in tokens, which is the length of a pack where the recipe names none.
             padding: Any token id.
+            may_join: Whether `auto` may put several rows into one line.
         """
-        size = training.micro_batch_size
+        joins = cls(len(lengths), None, joined, training.micro_batch_size, restarts_positions=True)
         match training.batching:
-            case "padded":
-                return cls(len(lengths), None, partial(padded, padding=padding), size, restarts_positions=False)
-            case "padding_free":
-                return cls(len(lengths), None, joined, size, restarts_positions=True)
             case "packed":
-                packs = packed(lengths, training.pack_length or max_length, training.seed)
-                return cls(len(lengths), packs, joined, size, restarts_positions=True)
+                return replace(joins, packs=packed(lengths, training.pack_length or max_length, training.seed))
+            case "padding_free":
+                return joins
+            case "auto" if may_join:
+                return joins
+            case _:
+                return joins.with_padding(padding)
+
+    def with_padding(self, padding: int) -> Layout:
+        """The same units with a row for each example, filled up with any token id."""
+        return replace(self, batch=partial(padded, padding=padding), restarts_positions=False)
 
     @property
     def units(self) -> int:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
-from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
+from finetune.jobs.setup import layout_of
 from finetune.models.folder import find_model
 from finetune.models.load import load_tokenizer, padding_id
 from finetune.recipe.recipe import Recipe
@@ -104,7 +104,7 @@ def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
     report(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, report)
     train = data.train
-    layout = Layout.of(recipe.training, train.lengths, recipe.data.max_length, padding_id(tokenizer))
+    layout = layout_of(recipe, train.lengths, padding_id(tokenizer))
     order = batch_order(layout.units, recipe.training, processes=1)
     in_order = (
         row for step in range(order.total_steps) for unit in order.step_units(step) for row in layout.rows_of(unit)

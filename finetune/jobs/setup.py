@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
+from finetune.data.layout import Layout
 from finetune.errors import DataError, UnsupportedError
 from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
@@ -151,6 +154,12 @@ class Workbench:
 
     def _weight_dtype(self) -> torch.dtype:
         return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)
+
+
+def layout_of(recipe: Recipe, lengths: npt.NDArray[np.int64], padding: int) -> Layout:
+    """How the recipe's training rows are laid out; see `Layout.of`."""
+    may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
+    return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join)
 
 
 def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from finetune.data.batches import BatchOrder
 from finetune.data.dataset import Rows, Split
 from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
+from finetune.errors import UnsupportedError
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
 from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
 from finetune.jobs.saving import Saver
-from finetune.jobs.setup import Workbench
-from finetune.models.attention import prove_separation
+from finetune.jobs.setup import Workbench, layout_of
+from finetune.models.attention import keep_apart
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
@@ -72,14 +74,16 @@ def train(
         bench = Workbench.of(recipe, prepare)
         is_main = bench.accelerator.is_main_process
         rows = bench.read_data(prepare)
-        layout = Layout.of(recipe.training, rows.train.lengths, recipe.data.max_length, bench.padding)
+        layout = layout_of(recipe, rows.train.lengths, bench.padding)
         order = batch_order(layout.units, recipe.training, bench.accelerator.num_processes)
         facts = _facts(bench, rows, order)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
         prepare(read)
-        state = _start(bench, order, layout, interruption, prepare)
+        base = bench.load_base(prepare)
+        layout = _settle(layout, bench, base, prepare)
+        state = _start(bench, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)
         if checkpoint is not None:
             refuse_other_codes(checkpoint, facts)
@@ -178,15 +182,28 @@ def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
     }
 
 
-def _start(
-    bench: Workbench, order: BatchOrder, layout: Layout, interruption: Interruption, report: Report
-) -> TrainState:
-    """Load the base, attach the method, and make the optimizer."""
+def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Report) -> Layout:
+    """Rows stay in one line where the base keeps them apart; where not, they are padded if the recipe leaves it open.
+
+    Raises:
+        UnsupportedError: The recipe wants them in one line.
+    """
+    if not layout.restarts_positions:
+        return layout
+    report(Phase("proving that examples in one row do not see each other"))
+    try:
+        keep_apart(base, may_choose=bench.recipe.model.attention == "auto")
+    except UnsupportedError as error:
+        if bench.recipe.training.batching != "auto":
+            raise
+        logger.info("training.batching: auto is padded: %s", error)
+        return layout.with_padding(bench.padding)
+    return layout
+
+
+def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:
+    """Attach the method, and make the optimizer."""
     recipe = bench.recipe
-    base = bench.load_base(report)
-    if layout.restarts_positions:
-        report(Phase("proving that examples in one row do not see each other"))
-        prove_separation(base)
     if recipe.training.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     bench.seed()

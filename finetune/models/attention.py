@@ -1,12 +1,17 @@
-"""Attention within each example only, where several stand in one row."""
+"""Attention within each example only, where several stand in one row: chosen, and proved."""
 
 from __future__ import annotations
 
+import logging
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.errors import UnsupportedError
+from finetune.models import packed_attention
+
+logger = logging.getLogger(__name__)
 
 PROBE_LENGTHS = (19, 7, 12)
 """Tokens of the examples of the probe; the middle one is changed."""
@@ -15,32 +20,99 @@ TOLERANCE = 1e-5
 """Largest change of a neighbour's logits that a float32 kernel's order of summation explains, as a share of the
 largest logit. A leak changes them by a thousand times as much."""
 
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest root mean square of the difference between two kernels' logits that rounding explains, as a share of that of
+the logits; in bfloat16, transformers' own kernels differ by 0.02."""
 
-@torch.no_grad()
+
+def mask_for(model: nn.Module, positions_BT: Tensor) -> Tensor | None:
+    """What a model has to be called with as its mask where positions restart within a row; most look for themselves."""
+    config = getattr(model, "module", model).config
+    return packed_attention.ends_of(positions_BT) if config._attn_implementation == packed_attention.NAME else None
+
+
+def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:
+    """Give a model attention that keeps examples in one row apart, and make sure that it does, on its device.
+
+    Args:
+        model: A base model; its kernel may be changed.
+        may_choose: Whether the kernel without masks may take the place of the model's own.
+
+    Raises:
+        UnsupportedError: Examples see each other all the same.
+    """
+    if may_choose and _takes_packed_attention(model):
+        return
+    prove_separation(model)
+
+
+def _takes_packed_attention(model: PreTrainedModel) -> bool:
+    """Switch to the kernel without masks where it is made for the model and the device; the model's own is its twin."""
+    own = model.config._attn_implementation
+    weight = model.get_input_embeddings().weight
+    if own != "sdpa" or getattr(model.config, "attention_dropout", 0) or not _has_kernel(weight):
+        return False
+    examples = _probe(model)[0].split(PROBE_LENGTHS)
+    alone_TV = torch.cat([_logits(model, ids_T, torch.arange(len(ids_T))) for ids_T in examples])
+    model.set_attn_implementation(packed_attention.NAME)
+    try:
+        together_TV = _logits(model, torch.cat(examples), _probe(model)[1])
+        difference = float((together_TV - alone_TV).norm() / alone_TV.norm())
+        if difference <= AGREEMENT[weight.dtype]:
+            prove_separation(model)
+            return True
+        reason = f"its logits are {difference:.1e} of their size away from those of {own}"
+    except (NotImplementedError, UnsupportedError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    model.set_attn_implementation(own)
+    logger.info("model.attention: auto is %s, since attention without masks does not fit: %s", own, reason)
+    return False
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """On CUDA it is flash attention's, for 16 bits and from compute capability 8.0."""
+    if weight.device.type == "cuda":
+        return weight.dtype.itemsize == 2 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    return weight.device.type == "cpu" and weight.dtype in AGREEMENT
+
+
 def separation_error(model: PreTrainedModel) -> float:
     """How much an example's logits move when its neighbour in the row changes, as a share of the largest logit.
 
     Three random examples stand in one row with restarting positions; every token of the second is replaced.
     """
+    ids_T, positions_T = _probe(model)
     vocabulary = model.get_input_embeddings().num_embeddings
-    device = model.get_input_embeddings().weight.device
-    draw = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(vocabulary, (sum(PROBE_LENGTHS),), generator=draw)
     changed_T = ids_T.clone()
     begin, end = PROBE_LENGTHS[0], PROBE_LENGTHS[0] + PROBE_LENGTHS[1]
     changed_T[begin:end] = (ids_T[begin:end] + 1 + vocabulary // 2) % vocabulary
-    positions_T = torch.cat([torch.arange(length) for length in PROBE_LENGTHS])
-
-    def logits(tokens_T: Tensor) -> Tensor:
-        output = model(input_ids=tokens_T[None].to(device), position_ids=positions_T[None].to(device), use_cache=False)
-        return output.logits[0].float().cpu()
-
-    was_training = model.training
-    model.eval()
-    before_TV, after_TV = logits(ids_T), logits(changed_T)
-    model.train(was_training)
+    before_TV, after_TV = _logits(model, ids_T, positions_T), _logits(model, changed_T, positions_T)
     neighbours = torch.cat([torch.arange(begin), torch.arange(end, len(ids_T))])
     return float((before_TV - after_TV)[neighbours].abs().max() / before_TV.abs().max())
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Random tokens of a row of three examples, and their positions."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids_T = torch.randint(vocabulary, (sum(PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0))
+    return ids_T, torch.cat([torch.arange(length) for length in PROBE_LENGTHS])
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+    """Of a single row, shape (T, V), float32, on the CPU."""
+    device = model.get_input_embeddings().weight.device
+    positions_BT = positions_T[None].to(device)
+    was_training = model.training
+    model.eval()
+    output = model(
+        input_ids=ids_T[None].to(device),
+        position_ids=positions_BT,
+        attention_mask=mask_for(model, positions_BT),
+        use_cache=False,
+    )
+    model.train(was_training)
+    return output.logits[0].float().cpu()
 
 
 def prove_separation(model: PreTrainedModel) -> None:

@@ -204,12 +204,12 @@ def a_module_rule_sets_something(recipe: Recipe) -> Violation | None:
 
 def soft_prompts_begin_rows(recipe: Recipe) -> Violation | None:
     """A soft prompt stands once before each row; of rows in one line only the first would have it."""
-    if isinstance(recipe.adapter, SoftPrompt) and recipe.training.batching != "padded":
+    if isinstance(recipe.adapter, SoftPrompt) and recipe.training.batching not in ("auto", "padded"):
         return Violation(
             "training.batching",
             f"{recipe.training.batching} puts several rows into one, and {recipe.adapter.method} puts its prompt "
             "before each of them",
-            "set training.batching to padded",
+            "set training.batching to padded or leave it out",
         )
     return None
 

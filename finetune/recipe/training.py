@@ -25,12 +25,13 @@ class Training(Section):
     gradient_accumulation_steps: Annotated[int, OnResume.MAY_CHANGE] = Field(
         4, ge=1, description="Forward passes of each process before one optimizer step."
     )
-    batching: Literal["padded", "padding_free", "packed"] = Field(
-        "padded",
+    batching: Literal["auto", "padded", "padding_free", "packed"] = Field(
+        "auto",
         description=(
             "How rows are laid out. padded: rows of similar length, filled up. padding_free: the same rows, one after "
             "the other, which changes speed and memory but not the result. packed: rows are put together into packs "
-            "of up to pack_length tokens first, and what counts as a row of a batch is a pack."
+            "of up to pack_length tokens first, and what counts as a row of a batch is a pack. auto: padding_free, or "
+            "padded where the method or the model cannot keep rows in one line apart."
         ),
     )
     pack_length: int | None = Field(

@@ -1,32 +1,208 @@
-"""Next-token cross-entropy over trained tokens only. Shape legend: B rows, T tokens, K kept positions, V vocabulary."""
+"""Next-token cross-entropy over trained tokens only.
+
+Shape legend: B rows, T tokens, K kept positions, N trained tokens, E width of the hidden states, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.data.batches import IGNORED, Batch
+from finetune.models.attention import mask_for
+from finetune.train.noise import embedding_noise
+
+logger = logging.getLogger(__name__)
+
+LOGITS_AT_ONCE = 1 << 23
+"""Logits that exist together, whatever the vocabulary."""
+
+ROWS_AT_ONCE = 8
+"""Rows of them whose softmax is worked on together, so that its passes find them in the cache."""
+
+PROBE_TOKENS = 8
+"""Of a batch, for the comparison of the head in chunks with the model's own logits."""
+
+_in_chunks: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def summed_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def summed_cross_entropy(model: nn.Module, batch: Batch, noise: float | None = None) -> Tensor:
     """The cross-entropy, in nats, summed over the trained tokens of a batch; float32 scalar.
 
-    A sum, not a mean: only the caller knows how many tokens the whole step trains. The output head runs at
-    the positions before a trained token and nowhere else, so that no (B, T, V) tensor is made.
+    A sum, not a mean: only the caller knows how many tokens the whole step trains. The output head runs at the
+    positions before a trained token and nowhere else, a few at a time, so that no (T, V) tensor is made.
+
+    Args:
+        model: A causal language model, bare or wrapped for several processes.
+        batch: On the model's device.
+        noise: Size of the noise on embeddings; None for none.
     """
+    bare = _bare(model)
+    head = bare.get_output_embeddings()
+    if head not in _in_chunks:
+        _in_chunks[head] = _agrees_in_chunks(bare, batch)
+    with embedding_noise(bare, batch, noise):
+        return _chunked(model, batch) if _in_chunks[head] else whole_cross_entropy(model, batch)
+
+
+def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The same from the model's own logits, (B, K, V) at once: the plain twin."""
+    labels_BK, keep_K = _kept(batch)
+    logits_BKV = _run(model, batch, keep_K).logits
+    return functional.cross_entropy(
+        logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _chunked(model: nn.Module, batch: Batch) -> Tensor:
+    labels_BK, keep_K = _kept(batch)
+    with _loss_in_head(_bare(model), labels_BK) as losses:
+        _run(model, batch, keep_K)
+    return losses[0]
+
+
+def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The labels of the positions at which some row predicts a trained token, and those positions."""
     labels_BT = batch.labels_BT[:, 1:]
     keep_K = (labels_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     if not len(keep_K):  # a row that trains nothing: the model must run all the same, for its collectives
         keep_K = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
-    output = model(
+    return labels_BT[:, keep_K], keep_K
+
+
+def _run(model: nn.Module, batch: Batch, keep_K: Tensor) -> Any:
+    mask = batch.mask_BT if batch.positions_BT is None else mask_for(_bare(model), batch.positions_BT)
+    return model(
         input_ids=batch.ids_BT,
-        attention_mask=batch.mask_BT,
+        attention_mask=mask,
         position_ids=batch.positions_BT,
         logits_to_keep=keep_K,
         use_cache=False,
     )
-    logits_BKV = output.logits
-    return functional.cross_entropy(
-        logits_BKV.flatten(0, 1).float(), labels_BT[:, keep_K].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+
+
+def _bare(model: nn.Module) -> Any:
+    return getattr(model, "module", model)
+
+
+@contextmanager
+def _loss_in_head(model: Any, labels_BK: Tensor) -> Iterator[list[Tensor]]:
+    """In the block the model's output head gives no logits but leaves the loss in the list.
+
+    The head does it in its own place in the model's forward pass, where wrappers for many processes have its weights
+    ready.
+    """
+    head, after_head = model.get_output_embeddings(), _after_head(model.config)
+    forward, own, losses = head.forward, vars(head).get("forward"), []
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def take_loss(hidden_BKE: Tensor) -> Tensor:
+        is_target_N = (labels_BK != IGNORED).flatten()
+        hidden_NE, labels_N = hidden_BKE.flatten(0, 1)[is_target_N], labels_BK.flatten()[is_target_N]
+        weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
+        at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+
+        def logits(part_NE: Tensor) -> Tensor:
+            return after_head(forward(part_NE))
+
+        losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, at_once, is_needed, *weights))
+        return hidden_BKE.new_zeros(*hidden_BKE.shape[:2], 1)
+
+    head.forward = take_loss
+    try:
+        yield losses
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The summed loss of an output head, its gradient formed a chunk of logits at a time in the forward pass.
+
+    The gradient of a sum is the same whatever it is multiplied by later, so what is kept for backward is one tensor of
+    the size of the hidden states, and one of the size of each trained weight of the head.
+
+    Source: the softmax less the one-hot label, which is the gradient of cross-entropy; formed early as in Hsu et al.
+    2024, arXiv 2410.10989, section 3.2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NE: Tensor,
+        labels_N: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        at_once: int,
+        is_needed: bool,
+        *weights: Tensor,
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden_NE.device)
+        of_hidden_NE = torch.zeros_like(hidden_NE)
+        of_weights = [torch.zeros_like(weight) for weight in weights]
+        chunks = (tensor.split(at_once) for tensor in (hidden_NE, labels_N, of_hidden_NE))
+        for part_NE, label_N, of_part_NE in zip(*chunks, strict=True):
+            with torch.enable_grad() if is_needed else nullcontext():
+                part_NE = part_NE.detach().requires_grad_(is_needed)
+                logits_NV = logits(part_NE)
+            gradient_NV = logits_NV.detach()
+            total += _to_gradient(gradient_NV, label_N)
+            if is_needed:
+                of_part, *of_rest = torch.autograd.grad(logits_NV, (part_NE, *weights), gradient_NV)
+                of_part_NE.copy_(of_part)
+                for sum_of, of_weight in zip(of_weights, of_rest, strict=True):
+                    sum_of += of_weight
+        ctx.save_for_backward(of_hidden_NE, *of_weights)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden_NE, *of_weights = (of * gradient.to(of.dtype) for of in ctx.saved_tensors)
+        return of_hidden_NE, None, None, None, None, *of_weights
+
+
+def _to_gradient(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Put the gradient of the summed loss in the place of logits; returns the loss, float32."""
+    loss = torch.zeros((), device=logits_NV.device)
+    for rows_NV, label_N in zip(logits_NV.split(ROWS_AT_ONCE), labels_N.split(ROWS_AT_ONCE), strict=True):
+        log_chances_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
+        loss -= log_chances_NV.gather(1, label_N[:, None]).sum()
+        one_hot = log_chances_NV.new_full((len(label_N), 1), -1.0)
+        rows_NV.copy_(log_chances_NV.exp_().scatter_add_(1, label_N[:, None], one_hot))
+    return loss
+
+
+def _after_head(config: Any) -> Callable[[Tensor], Tensor]:
+    """What families of models do to the logits of their head."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    if cap is not None:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    return (lambda logits: logits) if factor == 1 else lambda logits: logits * factor
+
+
+@torch.no_grad()
+def _agrees_in_chunks(model: Any, batch: Batch) -> bool:
+    """Whether the head in chunks gives the loss of the model's own logits, on a few tokens of a batch."""
+    ids_BT = batch.ids_BT[:1, :PROBE_TOKENS]
+    probe = Batch(ids_BT, ids_BT)
+    was_training = model.training
+    model.eval()
+    try:
+        agree = torch.isclose(_chunked(model, probe), whole_cross_entropy(model, probe), rtol=1e-2)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        logger.info("the output head runs whole: %s", error)
+        return False
+    finally:
+        model.train(was_training)
+    return bool(agree)

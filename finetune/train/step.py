@@ -12,7 +12,6 @@ from torch import Tensor
 from finetune.data.batches import Batch
 from finetune.errors import DivergedError
 from finetune.train.loss import summed_cross_entropy
-from finetune.train.noise import embedding_noise
 from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -54,8 +53,8 @@ def train_step(
             state.interruption.stop()
         is_last = index == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(state.model):
-            with state.autocast(), embedding_noise(state.bare_model, batch, state.noise):
-                loss = summed_cross_entropy(state.model, batch)
+            with state.autocast():
+                loss = summed_cross_entropy(state.model, batch, state.noise)
             loss_sum += loss.detach()
             objective = loss * weight
             if is_last and (penalty := state.method.penalty(state.bare_model)) is not None:
