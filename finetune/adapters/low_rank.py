@@ -182,8 +182,11 @@ class LowRankLinear(lora.Linear):
 
     @torch.no_grad()
     def _row_lengths(self, adapter: str) -> Tensor:
+        """In float32 whatever the rest computes in: rounded lengths would not start as those of W."""
         a_RI, b_OR = self.factors(adapter)
-        return torch.addmm(self.base_weight(), b_OR, a_RI, alpha=self.scaling[adapter]).norm(dim=1)
+        with torch.autocast(a_RI.device.type, enabled=False):
+            rows_OI = torch.addmm(self.base_weight(), b_OR.float(), a_RI.float(), alpha=self.scaling[adapter])
+        return rows_OI.norm(dim=1)
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.pooled_inputs)).sum(-1) if self.pooled_inputs > 1 else x

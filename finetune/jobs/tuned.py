@@ -190,15 +190,16 @@ class SharedBase:
         """The model of one; what was on the base before is taken off."""
         trained = self.tuned[number].trained
         if self._on_it is not None:
-            before, loaded = self._on_it
+            before, model = self._on_it
             if before is trained:
-                return loaded
-            self._base, self._on_it = before.method.detach(loaded), None
+                return model
+            self._base, self._on_it = before.method.detach(model), None
         if trained is None:
-            return self._base
-        loaded = trained.put_on(self._base)
-        self._on_it = (trained, loaded)
-        return loaded
+            base: nn.Module = self._base  # transformers has no types
+            return base
+        model = trained.put_on(self._base)
+        self._on_it = (trained, model)
+        return model
 
     def with_prompts(self, numbers: Sequence[int]) -> PromptChoiceModel:
         """One model for several that are prompts of embeddings, in this order."""
