@@ -152,15 +152,19 @@ def _logging_to(follower: Follower, log: Path | None) -> Iterator[Report]:
 
 
 class _NoteHandler(logging.Handler):
-    """Shows what the library logs as remarks."""
+    """Shows what the library logs as remarks, each once."""
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
         self.follower = follower
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "note" if record.levelno < logging.WARNING else "warning"
-        self.follower.note(f"{prefix}: {record.getMessage()}")
+        text = f"{prefix}: {record.getMessage()}"
+        if text not in self.shown:
+            self.shown.add(text)
+            self.follower.note(text)
 
 
 def _log_event(handlers: list[logging.Handler], event: Event) -> None:

@@ -27,11 +27,11 @@ from finetune.recipe.model import Model
 from finetune.recipe.section import Section
 from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
-from finetune.run.directory import TRAINED_RECORD, RunDirectory
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Report
 from finetune.train.checkpoint import TRAINED
 
-CERTIFICATES = ("merge.json", "export.json", TRAINED_RECORD)
+CERTIFICATES = ("merge.json", "export.json")
 """Files of ours in a model's folder that say whether it was trained on conversations."""
 
 
@@ -109,8 +109,10 @@ def _of_run(named: Named, report: Report) -> Tuned:
 def _of_weights(named: Named, report: Report) -> Tuned:
     """The base is found as the record names it, wherever the folder lies now."""
     record = TrainedRecord.read(named.path)
-    if record.adapter.trains_base:
-        return _of_model(named, report)
+    if record.adapter.trains_base:  # a whole model
+        section = record.model.model_copy(update={"name": str(named.path), "revision": None})
+        setup = ModelSetup.find(section, report, precision=record.precision, trains_base=True)
+        return Tuned(named.label, setup, None, record.in_conversation)
     quantizers = Quantizers(record.quantization, record.modules)
     setup = ModelSetup.find(record.model, report, quantizers, record.precision)
     method = build(record.adapter, record.modules, setup.tokenizer)
