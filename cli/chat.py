@@ -29,7 +29,7 @@ def chat(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with a run or model, turn by turn, through the template of training."""
+    """Talk with a run or a model, turn by turn."""
     from finetune.jobs.named import named
 
     (found,) = named([name])

@@ -15,7 +15,7 @@ from .options import ANSWERS, AsJson, MaxNewTokens, Overwrite, Quiet, Seed, Syst
 
 
 def generate(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help=f"{ANSWERS}. Several need one base.")],
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help=f"{ANSWERS}. Several need one base.")],
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,7 +45,10 @@ def generate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer prompts through the template of training: with one run, or with several side by side on one base."""
+    """Answer prompts with one run, or with several on one base.
+
+    Prompts go through the template of training. The base is loaded once, and each run's adapter is put on it.
+    """
     if bool(prompts) == bool(file):
         raise UsageError(
             "expected either prompts or a file of them", hint='add --prompt "...", or --file prompts.jsonl'

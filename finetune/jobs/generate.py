@@ -119,7 +119,9 @@ def answer(
             sampling,
             batch_size=batch_size,
             padding=setup.padding,
-            report_rows=lambda rows, before=done: report(Progress("answering", before + rows, len(questions), "prompts")),  # type: ignore[misc]
+            report_rows=lambda rows, before=done: report(
+                Progress("answering", before + rows, len(questions), "prompts")
+            ),  # type: ignore[misc]
             options_of=options_of,
             tell=tell,
         )
