@@ -178,6 +178,8 @@ def _encoded(tuned: Tuned, encoder: Encoder, question: Question, longest: int) -
     Raises:
         DataError: The template refuses the conversation, or there is no room for the longest answer.
     """
+    if not all(_is_unicode(message.content) for message in question.conversation.messages):
+        raise DataError("the text has half of a letter in it", where=question.where, hint="write it as UTF-8")
     prompt = encoder.prompt(_document(tuned, question), question.where)
     if prompt is None:
         raise DataError("the prompt is empty", where=question.where, hint="write the beginning of a text")
@@ -191,6 +193,11 @@ def _encoded(tuned: Tuned, encoder: Encoder, question: Question, longest: int) -
             hint=f"set --max-new-tokens to {room} or less" if room > 0 else "ask something shorter",
         )
     return prompt.ids
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no code stands alone that is only half of a letter, as where bytes were not UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _document(tuned: Tuned, question: Question) -> Document:

@@ -220,6 +220,7 @@ def test_lines_of_a_text_file_are_prompts_and_answers_go_to_a_pipe_as_json(runs:
         ),
         ({"question": "Hi"}, "prompts.jsonl:1: the row asks nothing; its columns are: question"),
         ({"prompt": 3}, "prompts.jsonl:1: column 'prompt' must be text"),
+        ({"prompt": "half \ud83d"}, "prompts.jsonl:1"),
         ({"messages": [{"role": "system", "content": "Hi"}]}, "prompts.jsonl:1: the conversation asks nothing"),
         ({"prompt": "x" * 300}, "prompts.jsonl:1: after its 320 tokens there is room for 189 more"),
     ],

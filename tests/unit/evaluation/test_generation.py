@@ -48,4 +48,4 @@ def test_telling_changes_nothing(temperature: float):
     silent = generate(model, tiny_tokenizer(), [[256, 80, 81]], **call)
     assert generate(model, tiny_tokenizer(), [[256, 80, 81]], **call, tell=pieces.append) == silent
     assert "".join(pieces) == silent[0]
-    assert len(pieces) > 3
+    assert len(pieces) > 1
