@@ -240,6 +240,13 @@ def unload(model: PeftModel) -> PreTrainedModel:
     return model.unload()
 
 
+def store_as_base(model: nn.Module) -> None:
+    """Give modules that trained whole the type of the base's, as `load` does: outside of training nothing is cast."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(next(module.original_module.parameters()).dtype)
+
+
 def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.prompted import EmbeddedPromptModel, PromptChoiceModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
@@ -140,6 +141,7 @@ def _of_checkpoint(named: Named, report: Report) -> Tuned:
         model: nn.Module = bench.method.attach(base, facts["total_steps"])
         bench.method.initialize(model, bench.folder.weight)
         bench.method.restore(model, load_file(named.path / TRAINED))
+        peft_bridge.store_as_base(model)
         return model.requires_grad_(False)
 
     codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])

@@ -121,6 +121,15 @@ def test_checkpoint_folder_of_weights_and_merged_model_say_what_the_run_says(
         assert answers(tiny_recipe["model"]["name"], prompts=PROMPTS) != expected
 
 
+def test_a_checkpoint_with_a_whole_module_answers_over_a_base_in_bfloat16(tiny_recipe: dict[str, Any], tmp_path: Path):
+    sections = {**tiny_recipe, "adapter": ADAPTERS["head"], "model": {**tiny_recipe["model"], "dtype": "bfloat16"}}
+    sections["training"] |= {"precision": "bfloat16", "checkpoint_every_steps": 3}
+    run = RunDirectory.create(tmp_path / "run")
+    train(as_recipe(sections, tmp_path), run)
+    checkpoint = run.checkpoints / "step-00000003"
+    assert answers(checkpoint, prompts=PROMPTS) == answers(run.path, prompts=PROMPTS)
+
+
 def test_an_earlier_checkpoint_is_the_model_of_its_step(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_recipe["training"] |= {"max_steps": 6, "checkpoint_every_steps": 3}
     run = RunDirectory.create(tmp_path / "run")
