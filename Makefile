@@ -14,7 +14,7 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 	$(BIN)/ft eval $(RUN)
 	$(BIN)/ft merge $(RUN) --overwrite
 	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
-		"Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
+		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
 
 test: $(VENV)/dev  ## The tests of every change
 	$(BIN)/python -m pytest -m "not slow"

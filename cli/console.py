@@ -11,13 +11,14 @@ import logging
 import os
 import shutil
 import sys
+import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
 
@@ -88,9 +89,9 @@ def _error_fields(error: FinetuneError) -> dict[str, Any]:
     return {"what": error.what, "where": error.where, "hint": error.hint}
 
 
-def _styled(text: str, code: str) -> str:
-    """ANSI colours for a terminal, plain text elsewhere."""
-    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ
+def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
+    """ANSI colours for a terminal, plain text elsewhere; by default standard error is looked at."""
+    plain = not (stream or sys.stderr).isatty() or "NO_COLOR" in os.environ
     return text if plain else f"\033[{code}m{text}\033[0m"
 
 
@@ -151,15 +152,19 @@ def _logging_to(follower: Follower, log: Path | None) -> Iterator[Report]:
 
 
 class _NoteHandler(logging.Handler):
-    """Shows what the library logs as remarks."""
+    """Shows what the library logs as remarks, each once."""
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
         self.follower = follower
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "note" if record.levelno < logging.WARNING else "warning"
-        self.follower.note(f"{prefix}: {record.getMessage()}")
+        text = f"{prefix}: {record.getMessage()}"
+        if text not in self.shown:
+            self.shown.add(text)
+            self.follower.note(text)
 
 
 def _log_event(handlers: list[logging.Handler], event: Event) -> None:
@@ -238,7 +243,7 @@ def show_export(certificate: dict[str, Any], folder: Path, as_json: bool) -> Non
         return
     begins = (
         "the folder's chat template begins with them"
-        if certificate["in_template"]
+        if certificate["in_conversation"]
         else "begin every text with `prompt` of export.json, and add no special tokens to it"
     )
     show_result(
@@ -296,6 +301,90 @@ def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -
             f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
         )
     show_result("\n".join(lines))
+
+
+def is_watched() -> bool:
+    """Whether a person reads the results."""
+    return sys.stdout.isatty()
+
+
+def is_asked() -> bool:
+    """Whether a person writes what is read."""
+    return sys.stdin.isatty()
+
+
+@contextmanager
+def words() -> Iterator[Callable[[str], None]]:
+    """Print an answer while it is written: yields the function that takes its pieces, and ends the line."""
+
+    def write(piece: str) -> None:
+        sys.stdout.write(_harmless(piece))
+        sys.stdout.flush()
+
+    try:
+        yield write
+    finally:
+        write("\n")
+
+
+def read_line(prompt: str) -> str | None:
+    """A line that a person or a program writes, None where there are no more; Ctrl-C empties it."""
+    try:
+        if is_asked() and is_watched():
+            import readline  # noqa: F401, from here on `input` knows the arrow keys
+
+            return input(prompt)
+        if is_asked():
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
+    except EOFError:
+        show_note("")
+        return None
+    except KeyboardInterrupt:
+        show_note("")
+        return ""
+
+
+def show_answers(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print answers: one as it is; of several, each below the prompt and the name of who gave it."""
+    if as_json:
+        for row in rows:
+            show_result(json.dumps(row, ensure_ascii=False))
+        return
+    if len(rows) == 1:
+        show_result(_harmless(rows[0]["generated"]))
+        return
+    has_prompts, has_names = (len({row[key] for row in rows}) > 1 for key in ("prompt", "adapter"))
+    blocks = []
+    for index, row in enumerate(rows):
+        lines = []
+        if has_prompts and (index == 0 or rows[index - 1]["prompt"] != row["prompt"]):
+            lines.append(_titled(f"> {row['prompt']}"))
+        if has_names:
+            lines.append(_titled(f"{row['adapter']}:"))
+        blocks.append("\n".join([*lines, _harmless(row["generated"])]))
+    show_result("\n\n".join(blocks))
+
+
+def _titled(text: str) -> str:
+    return _styled(_harmless(text), "1", sys.stdout)
+
+
+def _harmless(text: str) -> str:
+    """What a model writes, for a terminal: without the characters that would move its cursor or change its colours."""
+    if not is_watched():
+        return text
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
+
+
+def show_written(file: Path, answers: int, as_json: bool) -> None:
+    """Print where answers are."""
+    if as_json:
+        show_result(json.dumps({"event": "generated", "file": str(file), "answers": answers}))
+        return
+    show_result(f"{answers} answer{'s' if answers != 1 else ''}: {file}")
 
 
 def is_confirmed(question: str) -> bool:

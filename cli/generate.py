@@ -1,38 +1,93 @@
-"""`ft generate`: text from a run."""
+"""`ft generate`: text from runs, adapters and models."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from finetune.errors import RefusedError, UsageError
+
 from . import console
-from .options import Quiet, RunPath
+from .options import ANSWERS, AsJson, MaxNewTokens, Overwrite, Quiet, Seed, System, Temperature, TopP
 
 
 def generate(
-    run: RunPath,
-    prompt: Annotated[str, typer.Argument(help="What the user says, or the beginning of a text.")],
-    system: Annotated[str | None, typer.Option(help="A system message to put first.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Let the model answer as it was before training.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token; 0.7 is a usual value for drawing.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that reach this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help=f"{ANSWERS}. Several need one base.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="What the user says, or the beginning of a text. Repeatable."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="Prompts by the row, in a column prompt or messages, or lines of .txt; "
+            "a column adapter names who answers.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write answers to this file, a JSON object a line.")
+    ] = None,
+    system: System = None,
+    base: Annotated[bool, typer.Option("--base", help="Let the base answer too, as it was before training.")] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Answer a prompt with a run's model, through the template it was trained with."""
-    from finetune.run.directory import RunDirectory
+    """Answer prompts with one run, or with several on one base.
 
-    directory = RunDirectory.open(run)
-    with console.reporting(quiet, as_json=False) as report:
+    Prompts go through the template of training. The base is loaded once, and each run's adapter is put on it.
+    """
+    if bool(prompts) == bool(file):
+        raise UsageError(
+            "expected either prompts or a file of them", hint='add --prompt "...", or --file prompts.jsonl'
+        )
+    if output and output.exists() and not overwrite:
+        raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
+    from finetune.jobs.named import named
+
+    found = named(names)
+    with console.reporting(quiet, as_json) as report:
         from finetune.evaluation.generation import Sampling
-        from finetune.jobs.generate import answer
+        from finetune.jobs.generate import answer, questions_in, questions_of
+        from finetune.jobs.tuned import SharedBase, Tuned
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        answers = answer(directory, [prompt], sampling, system=system, untuned=base, report=report)
-    console.show_result(answers[0])
+        tuned = [Tuned.find(each, report) for each in found]
+        if base:
+            tuned.insert(0, tuned[0].untuned)
+        if file:
+            asked = [(dict(each.row.values), each.question) for each in questions_in(file, system, tuned)]
+        else:
+            asked = [({"prompt": text}, each) for text in prompts or () for each in questions_of(text, system, tuned)]
+        shared = SharedBase(tuned, report)
+        questions = [question for _, question in asked]
+        streams = len(asked) == 1 and console.is_watched() and not (as_json or output or file)
+        if not streams:
+            answers = answer(shared, questions, sampling, batch_size=batch_size, report=report)
+    if streams:  # when the moving line is gone
+        with console.words() as tell:
+            answer(shared, questions, sampling, tell=tell)
+        return
+    rows: list[dict[str, Any]] = [
+        {**columns, "adapter": tuned[question.to].label, "generated": text}
+        for (columns, question), text in zip(asked, answers, strict=True)
+    ]
+    if output:
+        from finetune.run.directory import write_text
+
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        console.show_written(output, len(rows), as_json)
+    else:
+        console.show_answers(rows, as_json or file is not None)

@@ -11,6 +11,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError, as_out_of_memory
 
 from . import console
+from .chat import chat
 from .diff import diff
 from .evaluate import evaluate
 from .export import export
@@ -80,6 +81,7 @@ app.command()(preview)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(chat)
 app.command()(merge)
 app.command()(quantize)
 app.command()(export)

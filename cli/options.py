@@ -21,3 +21,13 @@ AsJson = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
+ANSWERS = "A run, a checkpoint of one, an adapter's folder, or a model: folder, .gguf file, hub id or package://"
+System = Annotated[str | None, typer.Option(help="A system message to put first.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0 takes the likeliest token; 0.7 is a usual value for drawing.")
+]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that reach this probability.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draw.")]

@@ -81,6 +81,14 @@ class AdapterMethod(ABC):
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Put what `save` wrote on a base, frozen, for evaluation, generation or merging."""
 
+    @abstractmethod
+    def detach(self, model: nn.Module) -> PreTrainedModel:
+        """Take off what `load` put on a base, which is then as it was before, bit for bit.
+
+        Raises:
+            UnsupportedError: The base's own weights were replaced.
+        """
+
     def check_merge(self) -> None:
         """Refuse a merge that would fail for any weights, before they are loaded.
 

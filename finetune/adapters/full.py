@@ -78,6 +78,18 @@ class FullMethod(AdapterMethod):
             ) from error
         return model.requires_grad_(False)
 
+    def detach(self, model: nn.Module) -> PreTrainedModel:
+        """Refuse: the trained weights have taken the place of the base's.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "full fine-tuning changes the base's own weights and leaves no adapter to take off",
+            where="adapter.method",
+            hint="use the run by itself",
+        )
+
     def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Nothing to fold in: the trained weights are the model's own."""
         merged = self.load(model, folder)

@@ -52,6 +52,10 @@ class LowRankMethod(AdapterMethod):
         """Put a saved adapter on a base."""
         return peft_bridge.load(model, self._config(linear_layers(model)), folder)
 
+    def detach(self, model: nn.Module) -> PreTrainedModel:
+        """Drop the adapter."""
+        return peft_bridge.unload(model)
+
     def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """W + (alpha / r) B A: exact but for the rounding of W's dtype."""
         return peft_bridge.merge(model, self._stock_config(linear_layers(model)), folder)

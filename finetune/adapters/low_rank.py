@@ -200,11 +200,10 @@ class LowRankLinear(lora.Linear):
         weight_OI = self.base_weight() if is_quantized(base) or isinstance(base, Conv1D) else base.weight
         if adapter not in self.base_lengths:
             self.base_lengths[adapter] = self.base_weight().square().sum(1)
-        crossed_OR = (weight_OI @ a_RI.T.to(weight_OI.dtype)).float()
-        squares_O = self.base_lengths[adapter] + (
-            b_OR * (2 * scale * crossed_OR + scale**2 * b_OR @ (a_RI @ a_RI.T))
-        ).sum(1)
-        return squares_O.clamp(min=0).sqrt()
+        with torch.autocast(a_RI.device.type, enabled=False):
+            crossed_OR = (weight_OI @ a_RI.T.to(weight_OI.dtype)).float()
+            changed_OR = b_OR * (2 * scale * crossed_OR + scale**2 * b_OR @ (a_RI @ a_RI.T))
+        return (self.base_lengths[adapter] + changed_OR.sum(1)).clamp(min=0).sqrt()
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.pooled_inputs)).sum(-1) if self.pooled_inputs > 1 else x

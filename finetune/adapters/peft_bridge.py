@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -231,8 +232,19 @@ def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
 
 
 def unload(model: PeftModel) -> PreTrainedModel:
-    """The base without the adapter, which is dropped."""
+    """The base without the adapter, which is dropped; modules that trained whole are those of the base again."""
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT would leave its trained copy there
+            base.set_submodule(name, module.original_module)
     return model.unload()
+
+
+def store_as_base(model: nn.Module) -> None:
+    """Give modules that trained whole the type of the base's, as `load` does: outside of training nothing is cast."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(next(module.original_module.parameters()).dtype)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -35,6 +35,10 @@ class PeftMethod(AdapterMethod):
         """Put a saved adapter on a base."""
         return peft_bridge.load(model, self.config(), folder)
 
+    def detach(self, model: nn.Module) -> PreTrainedModel:
+        """Drop the adapter."""
+        return peft_bridge.unload(model)
+
     def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Into the weights: exact but for the rounding of their dtype."""
         return peft_bridge.merge(model, self.config(), folder)

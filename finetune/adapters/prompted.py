@@ -7,10 +7,12 @@ L layers, H key heads, D width of a key.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
@@ -125,7 +127,7 @@ class EmbeddedPromptModel(PromptedModel):
     ) -> Any:
         """See the base class."""
         assert position_ids is None, "recipes with soft prompts pad their rows"
-        rows = self._prompted(input_ids, _mask(input_ids, attention_mask))
+        rows = self._rows(input_ids, _mask(input_ids, attention_mask))
         added = rows.ids.shape[1] - input_ids.shape[1]
         # A row's token in column t now stands in column t + P, with padding before it or without.
         keep = logits_to_keep + added if isinstance(logits_to_keep, Tensor) else logits_to_keep or input_ids.shape[1]
@@ -140,32 +142,47 @@ class EmbeddedPromptModel(PromptedModel):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """See the base class."""
-        rows = self._prompted(input_ids, attention_mask)
-        written = self.base.generate(
-            input_ids=rows.ids, inputs_embeds=rows.embeddings, attention_mask=rows.mask, **options
-        )
-        return torch.cat([input_ids, written[:, rows.ids.shape[1] :]], dim=1)
+        return _generated(self.base, input_ids, self._rows(input_ids, attention_mask), **options)
 
-    def _prompted(self, ids_BT: Tensor, mask_BT: Tensor) -> _Rows:
-        """Each row with the prompt before its first token, behind the padding on its left.
-
-        Were the padding between prompt and row, sliding windows and biases by distance would count it.
-        """
-        embeddings_BTE = self.base.get_input_embeddings()(ids_BT)
-        prompt_PE = self.prompt().to(embeddings_BTE.dtype)
+    def _rows(self, ids_BT: Tensor, mask_BT: Tensor) -> _Rows:
+        prompt_PE = self.prompt()
         rows, places = len(ids_BT), len(prompt_PE)
-        begin_B1 = _first_column(mask_BT)
-        column = torch.arange(places + ids_BT.shape[1], device=ids_BT.device)
-        # Of prompt and row, one behind the other, the column that comes to stand in each column.
-        source = torch.where(column < begin_B1 + places, column - begin_B1, column)
-        source = torch.where(column < begin_B1, column + places, source)
-        embeddings = torch.cat([prompt_PE.expand(rows, -1, -1), embeddings_BTE], dim=1)
-        stand_ins_BP = ids_BT.gather(1, begin_B1).expand(-1, places)
-        return _Rows(
-            ids=torch.cat([stand_ins_BP, ids_BT], dim=1).gather(1, source),
-            embeddings=embeddings.gather(1, source[..., None].expand_as(embeddings)),
-            mask=torch.cat([mask_BT.new_ones(rows, places), mask_BT], dim=1).gather(1, source),
+        prompts = _Prompts(prompt_PE.expand(rows, -1, -1), mask_BT.new_ones(rows, places))
+        return _prompted(self.base, prompts, ids_BT, mask_BT)
+
+
+class PromptChoiceModel(nn.Module):
+    """A model with several prompts of embeddings, of which each row names the one that stands before it.
+
+    Source: Lester et al. 2021, arXiv 2104.08691, figure 2: rows of different tasks go through one model in one batch.
+
+    Args:
+        models: One for each prompt, all with the same base.
+    """
+
+    def __init__(self, models: Sequence[EmbeddedPromptModel]) -> None:
+        super().__init__()
+        self.base = models[0].base
+        self.prompts = nn.ModuleList(model.prompt for model in models)
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The model's."""
+        return self.base.generation_config
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, prompt_of_row: Sequence[int], **options: Any
+    ) -> Tensor:
+        """As `PromptedModel.generate`, each row behind the prompt of the number that stands for it."""
+        chosen = [self.prompts[number]() for number in prompt_of_row]
+        longest = max(map(len, chosen))
+        prompts = _Prompts(
+            torch.stack([pad(prompt_PE, (0, 0, longest - len(prompt_PE), 0)) for prompt_PE in chosen]),
+            torch.stack([pad(attention_mask.new_ones(len(each)), (longest - len(each), 0)) for each in chosen]),
         )
+        rows = _prompted(self.base, prompts, input_ids, attention_mask)
+        return _generated(self.base, input_ids, rows, **options)
 
 
 class PrefixedModel(PromptedModel):
@@ -269,6 +286,13 @@ def prefix_of_tokens(model: PreTrainedModel, ids_P: Tensor) -> Tensor:
     return pairs_LHPD.permute(2, 0, 1, 3).flatten(1)
 
 
+class _Prompts(NamedTuple):
+    """A prompt for each row, shape (B, P, E); shorter ones are padded on the left, and the mask (B, P) says so."""
+
+    embeddings_BPE: Tensor
+    mask_BP: Tensor
+
+
 class _Rows(NamedTuple):
     """Rows with their prompt: ids and mask of shape (B, P + T), embeddings (B, P + T, E)."""
 
@@ -282,6 +306,33 @@ def _kept(model: PreTrainedModel, ids_BT: Tensor) -> tuple[list[Tensor], list[Te
     """Keys and values that each layer keeps of these rows, shapes (B, H, T, D)."""
     cache = model.eval()(input_ids=ids_BT, use_cache=True).past_key_values
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+
+
+def _prompted(base: PreTrainedModel, prompts: _Prompts, ids_BT: Tensor, mask_BT: Tensor) -> _Rows:
+    """Each row with its prompt before its first token, behind the padding on its left.
+
+    Were the padding between prompt and row, sliding windows and biases by distance would count it.
+    """
+    embeddings_BTE = base.get_input_embeddings()(ids_BT)
+    places = prompts.mask_BP.shape[1]
+    begin_B1 = _first_column(mask_BT)
+    column = torch.arange(places + ids_BT.shape[1], device=ids_BT.device)
+    # Of prompt and row, one behind the other, the column that comes to stand in each column.
+    source = torch.where(column < begin_B1 + places, column - begin_B1, column)
+    source = torch.where(column < begin_B1, column + places, source)
+    embeddings = torch.cat([prompts.embeddings_BPE.to(embeddings_BTE.dtype), embeddings_BTE], dim=1)
+    stand_ins_BP = ids_BT.gather(1, begin_B1).expand(-1, places)
+    return _Rows(
+        ids=torch.cat([stand_ins_BP, ids_BT], dim=1).gather(1, source),
+        embeddings=embeddings.gather(1, source[..., None].expand_as(embeddings)),
+        mask=torch.cat([prompts.mask_BP, mask_BT], dim=1).gather(1, source),
+    )
+
+
+def _generated(base: PreTrainedModel, ids_BT: Tensor, rows: _Rows, **options: Any) -> Tensor:
+    """The rows without their prompts, and what follows them."""
+    written = base.generate(input_ids=rows.ids, inputs_embeds=rows.embeddings, attention_mask=rows.mask, **options)
+    return torch.cat([ids_BT, written[:, rows.ids.shape[1] :]], dim=1)
 
 
 def _mask(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:

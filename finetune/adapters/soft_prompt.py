@@ -46,6 +46,11 @@ class SoftPromptMethod(AdapterMethod):
         """Put a saved prompt before a base."""
         return self._prompted(model, FixedPrompt(self._saved_prompt(model, folder))).requires_grad_(False)
 
+    def detach(self, model: nn.Module) -> PreTrainedModel:
+        """The model that the prompt stands before."""
+        assert isinstance(model, PromptedModel)
+        return model.base
+
     def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Refuse: see `check_merge`."""
         self.check_merge()

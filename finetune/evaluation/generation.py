@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+Tell = Callable[[str], None]
+"""Told an answer piece by piece while it is written."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ def generate(
     batch_size: int,
     padding: int,
     report_rows: Callable[[int], None] = lambda rows: None,
+    options_of: Callable[[Sequence[int]], dict[str, Any]] = lambda rows: {},
+    tell: Tell | None = None,
 ) -> list[str]:
     """Continue each prompt until the end-of-turn token or the longest answer.
 
@@ -48,10 +55,13 @@ def generate(
         batch_size: Prompts that are continued together.
         padding: Any token id; prompts are padded on the left and masked.
         report_rows: Told how many prompts are done.
+        options_of: What else `model.generate` is given for prompts of these numbers.
+        tell: Told the answer while it is written; for one prompt.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
     """
+    assert tell is None or len(prompts) == 1
     was_training = model.training
     model.eval()
     torch.manual_seed(sampling.seed)
@@ -71,7 +81,9 @@ def generate(
             do_sample=bool(sampling.temperature),
             pad_token_id=padding,
             eos_token_id=end_tokens(model, tokenizer),
+            streamer=None if tell is None else _Stream(tokenizer, tell),
             **draw,
+            **options_of(chosen),
         )[:, longest:]
         for index, tokens in zip(chosen, written_BT, strict=True):
             answers[index] = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -85,3 +97,37 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     named = getattr(model.generation_config, "eos_token_id", None)
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return sorted({*own, *(named if isinstance(named, list) else [named] if named is not None else [])})
+
+
+class _Stream(BaseStreamer):
+    """Tells the text of one row token by token; all pieces together are the answer as `generate` returns it.
+
+    What is written is decoded as a whole each time: many tokens say what they say only behind the ones before.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> None:
+        self.tokenizer, self.tell = tokenizer, tell
+        self.ids: list[int] | None = None
+        self.told = ""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, which comes first and is not told, or the next token."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a letter is still to come
+            self._tell_up_to(text)
+
+    def end(self) -> None:
+        """Tell what was held back."""
+        self._tell_up_to(self._text())
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids or [], skip_special_tokens=True)
+
+    def _tell_up_to(self, text: str) -> None:
+        if piece := text[len(self.told) :]:
+            self.tell(piece)
+            self.told = text

@@ -31,12 +31,14 @@ class CombineResult:
     Attributes:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
+        in_conversation: Whether every run was trained through the chat template.
         combination: The rule.
         agreements: Of each run, by its name: combined logits against the run's own, on the run's own rows.
     """
 
     folder: Path
     dtype: str
+    in_conversation: bool
     combination: Combination
     agreements: dict[str, Agreement]
 
@@ -44,6 +46,7 @@ class CombineResult:
         """What stands in `merge.json`."""
         return {
             "dtype": self.dtype,
+            "in_conversation": self.in_conversation,
             "combination": asdict(self.combination),
             "runs": {name: asdict(found) for name, found in self.agreements.items()},
         }
@@ -102,7 +105,8 @@ def combine(
             del own
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
-        result = CombineResult(target, dtype, combination, agreements)
+        in_conversation = all(trained.record.in_conversation for trained in opened)
+        result = CombineResult(target, dtype, in_conversation, combination, agreements)
         write_json(folder / "merge.json", result.to_json())
     return result
 

@@ -32,7 +32,7 @@ class ExportResult:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
         prompt: What the model's input has to begin with, as a text that is tokenized without adding special tokens.
-        in_template: Whether the run was trained through the chat template, which begins with it in the folder.
+        in_conversation: Whether the run was trained through the chat template, which then begins with the prompt.
         bound: What `agreement.relative_difference` had to stay below.
         agreement: Logits read back from disk, behind the new tokens, against those of the base with its prompt, both in
             float32 and over the tokens that the base's tokenizer knows.
@@ -41,7 +41,7 @@ class ExportResult:
     folder: Path
     dtype: str
     prompt: str
-    in_template: bool
+    in_conversation: bool
     bound: float
     agreement: Agreement
 
@@ -51,7 +51,7 @@ class ExportResult:
         return {
             "dtype": self.dtype,
             "prompt": self.prompt,
-            "in_template": self.in_template,
+            "in_conversation": self.in_conversation,
             "bound": self.bound,
             **numbers,
         }
@@ -101,7 +101,7 @@ def export(
             prompt=baked.text
             if trained.record.in_conversation
             else baked.text + _begin_of_text(trained.bench.tokenizer),
-            in_template=trained.record.in_conversation,
+            in_conversation=trained.record.in_conversation,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
         )

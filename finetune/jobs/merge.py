@@ -43,19 +43,21 @@ class MergeResult:
     Attributes:
         folder: A model folder: one that plain transformers loads, or of quantized weights.
         dtype: Of its weights, or QUANTIZED.
+        in_conversation: Whether the run was trained through the chat template.
         bound: What `agreement.relative_difference` had to stay below.
         agreement: Merged logits, read back from disk, against base-plus-adapter logits, both in float32.
     """
 
     folder: Path
     dtype: str
+    in_conversation: bool
     bound: float
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
         """The certificate that stands in `merge.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        return {"dtype": self.dtype, "bound": self.bound, **numbers}
+        return {"dtype": self.dtype, "in_conversation": self.in_conversation, "bound": self.bound, **numbers}
 
 
 def merge(
@@ -102,7 +104,8 @@ def merge(
         gc.collect()
         report(Phase("comparing merged and trained logits"))
         reloaded = _reload(trained, folder, dtype)
-        result = MergeResult(target, dtype, BOUNDS[dtype], agreement(reference, logits_of(reloaded, examples)))
+        agrees = agreement(reference, logits_of(reloaded, examples))
+        result = MergeResult(target, dtype, trained.record.in_conversation, BOUNDS[dtype], agrees)
         if not result.agreement.relative_difference <= result.bound:
             raise RefusedError(
                 f"merged and trained logits differ by {result.agreement.relative_difference:.2g} of the largest logit, "

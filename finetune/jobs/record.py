@@ -9,16 +9,18 @@ from typing import Literal
 from pydantic import ValidationError
 from torch import nn
 
+from finetune.adapters.base import AdapterMethod
 from finetune.errors import RefusedError, UsageError
-from finetune.jobs.setup import Workbench
+from finetune.jobs.setup import ModelSetup, Workbench
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.folder import ModelFolder
 from finetune.recipe.adapter import Adapter
+from finetune.recipe.model import Model
 from finetune.recipe.modules import ModuleRule
 from finetune.recipe.quantization import Quantization
 from finetune.recipe.section import Section
-from finetune.run.directory import write_json
-
-NAME = "ft_adapter.json"
+from finetune.recipe.training import Precision
+from finetune.run.directory import TRAINED_RECORD, write_json
 
 
 class BaseRecord(Section):
@@ -44,6 +46,8 @@ class TrainedRecord(Section):
         convention: The formula that the tensors belong to.
         quantization: How the base was stored.
         modules: What differed for single layers.
+        model: What named the base, and the type of the weights that were not quantized.
+        precision: What the forward pass was computed in.
         base: What it was trained on.
         quantized_base: The same as stored; None where no layer was quantized.
         in_conversation: Whether rows went through the chat template, so that prompts will too.
@@ -54,6 +58,8 @@ class TrainedRecord(Section):
     convention: str
     quantization: Quantization
     modules: list[ModuleRule]
+    model: Model
+    precision: Precision
     base: BaseRecord
     quantized_base: QuantizedRecord | None
     in_conversation: bool
@@ -67,6 +73,8 @@ class TrainedRecord(Section):
             convention=bench.method.convention,
             quantization=recipe.quantization,
             modules=recipe.modules,
+            model=recipe.model,
+            precision=recipe.training.precision,
             base=base_record(bench),
             quantized_base=_quantized_record(bench, model),
             in_conversation=in_conversation,
@@ -74,17 +82,17 @@ class TrainedRecord(Section):
 
     def write(self, folder: Path) -> None:
         """Put the record beside the weights in `folder`."""
-        write_json(folder / NAME, self.model_dump(mode="json"))
+        write_json(folder / TRAINED_RECORD, self.model_dump(mode="json"))
 
     @classmethod
-    def read(cls, folder: Path, bench: Workbench) -> TrainedRecord:
-        """The record in `folder`, checked against the base's files and the method.
+    def read(cls, folder: Path) -> TrainedRecord:
+        """The record in `folder`.
 
         Raises:
             UsageError: There is none.
-            RefusedError: It is not one of ours, or the base's weights or the method's formula are others now.
+            RefusedError: It is not one of ours.
         """
-        file = folder / NAME
+        file = folder / TRAINED_RECORD
         if not file.is_file():
             raise UsageError(
                 "the run has no trained weights: it did not finish",
@@ -92,43 +100,34 @@ class TrainedRecord(Section):
                 hint="go on with it: ft train --resume RUN",
             )
         try:
-            record = cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, ValidationError) as error:
             raise RefusedError(
-                f"{NAME} is damaged or not of this version", where=str(file), hint="train the run again"
+                f"{TRAINED_RECORD} is damaged or not of this version", where=str(file), hint="train the run again"
             ) from error
-        found = fingerprint(bench.folder.path)
-        if found != record.base.fingerprint:
-            raise RefusedError(
-                f"the base's weights are not those that the run was trained on "
-                f"(fingerprint {found[:12]}, trained on {record.base.fingerprint[:12]})",
-                where=str(bench.folder.path),
-                hint="bring back the base that the run was trained on, or train again on this one",
-            )
-        if record.convention != bench.method.convention:
-            raise RefusedError(
-                f"the weights belong to {record.convention}, this version computes {bench.method.convention}",
-                where=str(file),
-                hint="train the run again",
-            )
-        return record
 
-    def refuse_other_quantization(self, bench: Workbench, base: nn.Module) -> None:
-        """The loaded base must be quantized to the very tensors that the adapter was trained on.
+    def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod) -> None:
+        """The base's files and the method's formula must be those of the training.
 
-        Another kind of device may round a tie the other way, so only the same kind is held to it.
+        Args:
+            weights: The folder that the record stands in.
+            base: What the weights are to go on.
+            method: What computes with them.
 
         Raises:
-            RefusedError: It is not.
+            RefusedError: One of them is another now.
         """
-        found, known = _quantized_record(bench, base), self.quantized_base
-        if found == known or (found and known and found.device != known.device):
-            return
-        raise RefusedError(
-            "the base is quantized to other weights than those that the run was trained on",
-            where=str(bench.folder.path),
-            hint="use the versions of ft and of the libraries that provenance.json names, or train again",
-        )
+        refuse_other_base(self.base.fingerprint, base)
+        if self.convention != method.convention:
+            raise RefusedError(
+                f"the weights belong to {self.convention}, this version computes {method.convention}",
+                where=str(weights / TRAINED_RECORD),
+                hint="train the run again",
+            )
+
+    def refuse_other_quantization(self, setup: ModelSetup, base: nn.Module) -> None:
+        """See `refuse_other_codes`."""
+        refuse_other_codes(self.quantized_base, setup, base)
 
 
 def base_record(bench: Workbench) -> BaseRecord:
@@ -137,6 +136,40 @@ def base_record(bench: Workbench) -> BaseRecord:
     return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
 
 
-def _quantized_record(bench: Workbench, model: nn.Module) -> QuantizedRecord | None:
+def refuse_other_base(known: str, base: ModelFolder) -> None:
+    """The base's files must have the fingerprint of those that were trained on.
+
+    Raises:
+        RefusedError: They have another.
+    """
+    found = fingerprint(base.path)
+    if found != known:
+        raise RefusedError(
+            f"the base's weights are not those that the run was trained on "
+            f"(fingerprint {found[:12]}, trained on {known[:12]})",
+            where=str(base.path),
+            hint="bring back the base that the run was trained on, or train again on this one",
+        )
+
+
+def refuse_other_codes(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:
+    """The loaded base must be quantized to the very tensors that were trained on.
+
+    Another kind of device may round a tie the other way, so only the same kind is held to it.
+
+    Raises:
+        RefusedError: It is not.
+    """
+    found = _quantized_record(setup, base)
+    if found == known or (found and known and found.device != known.device):
+        return
+    raise RefusedError(
+        "the base is quantized to other weights than those that the run was trained on",
+        where=str(setup.folder.path),
+        hint="use the versions of ft and of the libraries that provenance.json names, or train again",
+    )
+
+
+def _quantized_record(setup: ModelSetup, model: nn.Module) -> QuantizedRecord | None:
     found = fingerprint_quantized(model)
-    return None if found is None else QuantizedRecord(device=bench.accelerator.device.type, fingerprint=found)
+    return None if found is None else QuantizedRecord(device=setup.accelerator.device.type, fingerprint=found)

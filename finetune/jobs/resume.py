@@ -45,7 +45,8 @@ def permitted_changes(before: Path, recipe: Recipe) -> list[Change]:
         recipe: To go on with.
 
     Raises:
-        RefusedError: A frozen key differs, which would make it another run.
+        RefusedError: A frozen key differs, which would make it another run, or the run is made longer and its method
+            has laid out its course over all steps.
     """
     found = changes(load_recipe(before).recipe, recipe)
     if frozen := [str(change) for change in found if change.on_resume is OnResume.FROZEN]:
@@ -53,6 +54,15 @@ def permitted_changes(before: Path, recipe: Recipe) -> list[Change]:
             f"the run was started with another recipe: {'; '.join(frozen)}",
             where=str(before.parent),
             hint="take the change back, or train another run with another --run-dir",
+        )
+    if extends(found) and not recipe.adapter.can_be_extended:
+        longer = "; ".join(str(change) for change in found if change.on_resume is OnResume.EXTENDS)
+        raise RefusedError(
+            f"the run cannot get another length ({longer}): {recipe.adapter.method} chooses ranks by a course over all "
+            "steps, and would have chosen others so far",
+            where=str(before.parent),
+            hint="take the change back, or train on from its weights in a run of its own: --set "
+            "adapter.continue_from=RUN",
         )
     return found
 

@@ -17,7 +17,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
 from finetune.data.layout import Layout
-from finetune.errors import DataError, UnsupportedError
+from finetune.errors import DataError, UnsupportedError, UsageError
 from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
@@ -26,8 +26,11 @@ from finetune.models.precision import compute_dtype, weight_dtype
 from finetune.models.quantized import stored_quantization
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
+from finetune.recipe.model import Model
 from finetune.recipe.modules import ModuleRule
+from finetune.recipe.quantization import NoQuantization
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.training import Precision
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
 
@@ -35,26 +38,123 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Workbench:
-    """The parts that a recipe names, before any weight is loaded.
+class ModelSetup:
+    """A model and how its weights are stored, before any of them is loaded.
 
     Attributes:
-        recipe: Where they come from.
+        section: What names it.
         accelerator: Processes and device.
-        folder: The base model's files.
-        tokenizer: Of the base model.
+        folder: Its files.
+        tokenizer: Its tokenizer.
         quantizers: How each of its linear layers is stored.
-        method: What is trained on it.
+        weight_dtype: Type of all other weights.
         compute_dtype: Type of the forward pass.
     """
 
-    recipe: Recipe
+    section: Model
     accelerator: Accelerator
     folder: ModelFolder
     tokenizer: PreTrainedTokenizerBase
     quantizers: Quantizers
-    method: AdapterMethod
+    weight_dtype: torch.dtype
     compute_dtype: torch.dtype
+
+    @classmethod
+    def find(
+        cls,
+        section: Model,
+        report: Report,
+        quantizers: Quantizers | None = None,
+        precision: Precision = "auto",
+        trains_base: bool = False,
+    ) -> ModelSetup:
+        """Find a model, fetched or converted first where needed.
+
+        Args:
+            section: What names it.
+            report: Told what takes long.
+            quantizers: Of its layers; by default they are as in its files.
+            precision: As in `training.precision`.
+            trains_base: Whether its own weights train.
+
+        Raises:
+            ModelError: The model or its tokenizer cannot be used.
+            EnvironmentFault: The machine lacks what is asked for.
+        """
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        with accelerator.main_process_first():  # one process fetches or converts, the others find it done
+            folder = find_model(section, _phases(report))
+        computes_in = compute_dtype(precision, accelerator.device)
+        return ModelSetup(
+            section=section,
+            accelerator=accelerator,
+            folder=folder,
+            tokenizer=load_tokenizer(folder),
+            quantizers=quantizers or Quantizers(NoQuantization()),
+            weight_dtype=weight_dtype(section.dtype, computes_in, trains_base),
+            compute_dtype=computes_in,
+        )
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up."""
+        return padding_id(self.tokenizer)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model can read and write in one row; None where its config does not say."""
+        config = self.folder.config()
+        text = config.get("text_config", config)
+        positions: int | None = text.get("max_position_embeddings") or text.get("n_positions")
+        return positions
+
+    def base_folder(self, report: Report) -> ModelFolder:
+        """The files that the model is loaded from.
+
+        Raises:
+            UsageError: Its codes come of calibration on rows that nothing names here.
+        """
+        if self.quantizers.calibrated and not stored_quantization(self.folder):
+            raise UsageError(
+                "the base is quantized by what its layers see on the training rows, which only the recipe names",
+                where=self.section.name,
+                hint="name the run's directory instead of the folder of its weights",
+            )
+        return self.folder
+
+    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The frozen model on the device, its layers stored as they should be.
+
+        Args:
+            report: Told that it is loading.
+            dtype: Store and compute in this type instead of the chosen ones.
+        """
+        folder = self.base_folder(report)
+        kind = self.quantizers.section.kind
+        report(Phase(f"loading {self.section.name}" + (f" in {kind}" if kind != "none" else "")))
+        base = load_model(
+            folder,
+            self.section,
+            self.quantizers,
+            weight_dtype=dtype or self.weight_dtype,
+            compute_dtype=dtype or self.compute_dtype,
+            device=self.accelerator.device,
+        )
+        _refuse_idle_rules(self.quantizers.modules, base)
+        return base
+
+
+@dataclass(frozen=True)
+class Workbench(ModelSetup):
+    """The parts that a recipe names, before any weight is loaded.
+
+    Attributes:
+        recipe: Where they come from.
+        method: What is trained on the base model.
+    """
+
+    recipe: Recipe
+    method: AdapterMethod
     _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -65,19 +165,10 @@ class Workbench:
             ModelError: The base model or its tokenizer cannot be used.
             EnvironmentFault: The machine lacks what the recipe needs.
         """
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        with accelerator.main_process_first():  # one process fetches or converts, the others find it done
-            folder = find_model(recipe.model, _phases(report))
-        tokenizer = load_tokenizer(folder)
-        return cls(
-            recipe=recipe,
-            accelerator=accelerator,
-            folder=folder,
-            tokenizer=tokenizer,
-            quantizers=Quantizers(recipe.quantization, recipe.modules),
-            method=build(recipe.adapter, recipe.modules, tokenizer),
-            compute_dtype=compute_dtype(recipe.training.precision, accelerator.device),
-        )
+        quantizers = Quantizers(recipe.quantization, recipe.modules)
+        trains_base = recipe.adapter.trains_base
+        setup = ModelSetup.find(recipe.model, report, quantizers, recipe.training.precision, trains_base)
+        return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
     def read_data(self, report: Report) -> Rows:
         """The recipe's rows, tokenized; read once.
@@ -97,11 +188,6 @@ class Workbench:
         """Turns the recipe's documents into tokens."""
         return Encoder(self.tokenizer, self.recipe.data.train_on)
 
-    @property
-    def padding(self) -> int:
-        """The token that fills rows up."""
-        return padding_id(self.tokenizer)
-
     def seed(self) -> None:
         """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
         set_seed(self.recipe.training.seed)
@@ -118,32 +204,8 @@ class Workbench:
         seed = self.recipe.training.seed
         return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, report)
 
-    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The frozen base model on the device, quantized as the recipe says.
-
-        Args:
-            report: Told that it is loading.
-            dtype: Store and compute in this type instead of the recipe's.
-        """
-        folder = self.base_folder(report)
-        kind = self.recipe.quantization.kind
-        report(Phase(f"loading {self.recipe.model.name}" + (f" in {kind}" if kind != "none" else "")))
-        base = load_model(
-            folder,
-            self.recipe.model,
-            self.quantizers,
-            weight_dtype=dtype or self._weight_dtype(),
-            compute_dtype=dtype or self.compute_dtype,
-            device=self.accelerator.device,
-        )
-        _refuse_idle_rules(self.recipe.modules, base)
-        return base
-
     def _refuse_crowded_context(self, longest: int) -> None:
-        config = self.folder.config()
-        text = config.get("text_config", config)
-        positions = text.get("max_position_embeddings") or text.get("n_positions")
-        places = self.recipe.adapter.prompt_tokens
+        positions, places = self.positions, self.recipe.adapter.prompt_tokens
         if places and positions and longest + places > positions:
             raise DataError(
                 f"the longest row has {longest} tokens and the prompt before it {places}, "
@@ -151,9 +213,6 @@ class Workbench:
                 where="data.max_length",
                 hint=f"set data.max_length to {positions - places} or less, or lower adapter.tokens",
             )
-
-    def _weight_dtype(self) -> torch.dtype:
-        return weight_dtype(self.recipe.model.dtype, self.compute_dtype, self.recipe.adapter.trains_base)
 
 
 def layout_of(recipe: Recipe, lengths: npt.NDArray[np.int64], padding: int) -> Layout:

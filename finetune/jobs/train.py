@@ -118,8 +118,7 @@ def train(
         report(Phase("saving"))
         trained = run.trained(recipe.adapter.trains_base)
         if is_main:
-            first = next(rows.train.documents())
-            _save(bench, state.bare_model, trained, in_conversation=isinstance(first.document, Conversation))
+            _save(bench, state.bare_model, trained, facts["in_conversation"])
             ranks.draw(order.total_steps)
     assert state.loss is not None
     return TrainingFinished(
@@ -170,8 +169,10 @@ def _stopping(report: Report, interruption: Interruption) -> Report:
 
 
 def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+    """What a run is: much of it must be the same for a run to go on from a checkpoint."""
+    first = next(rows.train.documents())
     return {
+        "in_conversation": isinstance(first.document, Conversation),
         "base": fingerprint(bench.folder.path),
         "data": rows.fingerprint,
         "units_per_step": order.units_per_step,
@@ -227,7 +228,9 @@ def _take_over(bench: Workbench, model: nn.Module) -> None:
     if earlier is None:
         return
     folder = RunDirectory.open(Path(earlier)).trained(is_whole_model=False)
-    TrainedRecord.read(folder, bench).refuse_other_quantization(bench, model)
+    record = TrainedRecord.read(folder)
+    record.refuse_others(folder, bench.folder, bench.method)
+    record.refuse_other_quantization(bench, model)
     bench.method.take_over(model, folder)
 
 

@@ -52,7 +52,9 @@ class TrainedRun:
                 hint="go on with it: ft train --resume RUN",
             )
         bench = Workbench.of(recipe, report)
-        return cls(run, bench, weights, TrainedRecord.read(weights, bench))
+        record = TrainedRecord.read(weights)
+        record.refuse_others(weights, bench.folder, bench.method)
+        return cls(run, bench, weights, record)
 
     def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The base, quantized to the very weights that the run was trained on.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from functools import reduce
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
 
 from finetune.errors import EnvironmentFault
 from finetune.recipe.model import Dtype
+from finetune.recipe.training import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def compute_dtype(precision: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device) -> torch.dtype:
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The compute type for `training.precision` on `device`.
 
     Raises:

@@ -22,6 +22,8 @@ class AdapterSection(Section):
     """Whether the method computes with the weight's own numbers, which a quantized layer does not hold."""
     standalone_by: ClassVar[str | None] = "merge"
     """The command that writes the trained model so that it needs no adapter; None where there is no such form."""
+    can_be_extended: ClassVar[bool] = True
+    """Whether a run can be made longer: not where its first steps would have been others then."""
     costs: ClassVar[str]
     """What trains, in numbers."""
     merges: ClassVar[str] = "merges into plain weights"
@@ -122,6 +124,7 @@ class AdaLora(LowRank):
     """
 
     implementation: ClassVar[str] = "finetune.adapters.adalora:AdaLoraMethod"
+    can_be_extended: ClassVar[bool] = False
     costs: ClassVar[str] = "r (in + out + 1) a layer, and two averages of each"
     loads_in: ClassVar[str] = "PEFT, vLLM, as the LoRA that it ends as"
     method: Literal["adalora"]

@@ -20,6 +20,7 @@ class QuantizationSection(Section):
     merges: ClassVar[str] = "merges after dequantizing"
     loads_in: ClassVar[str] = "ft; merged: every engine"
     """What reads weights that are stored so."""
+    kind: str
 
 
 class NoQuantization(QuantizationSection):

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from finetune.recipe.section import OnResume, Section
 
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class Training(Section):
     """The loop."""
@@ -40,7 +42,7 @@ class Training(Section):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients with a larger norm are scaled down to it; null for no limit."
     )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    precision: Precision = Field(
         "auto",
         description=(
             "Compute type. `auto`: bfloat16 where the device has instructions for it, float32 elsewhere. "

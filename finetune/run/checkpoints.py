@@ -86,7 +86,7 @@ class Checkpoints:
         Raises:
             EnvironmentFault: The disk is full or the folder cannot be written.
         """
-        number = 1 + int(max((_commit_number(folder, unreadable=0) for folder in self._folders()), default=0))
+        number = 1 + int(max((_commit_number(folder, unreadable=0) for folder in self.folders()), default=0))
         target = self.folder / f"step-{step:08}"
         if os.path.lexists(target):
             target = target.with_name(f"{target.name}-{number}")
@@ -137,7 +137,13 @@ class Checkpoints:
     @property
     def any_committed(self) -> bool:
         """Whether a checkpoint is there, whole or damaged."""
-        return bool(self._folders())
+        return bool(self.folders())
+
+    def folders(self) -> list[Path]:
+        """What has the name of a checkpoint, whole or damaged, by name."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name))
 
     def retain(self, kept: int) -> None:
         """Remove what is older than the newest `kept` checkpoints that have all their bytes."""
@@ -159,17 +165,25 @@ class Checkpoints:
             for folder in self.folder.glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _folders(self) -> list[Path]:
-        """What has the name of a checkpoint."""
-        if not self.folder.is_dir():
-            return []
-        return [entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name)]
-
     def _newest_first(self, unreadable: float) -> list[Path]:
         """Folders by commit number; `unreadable` stands for the number of those that have lost theirs."""
         return sorted(
-            self._folders(), key=lambda folder: (_commit_number(folder, unreadable), folder.name), reverse=True
+            self.folders(), key=lambda folder: (_commit_number(folder, unreadable), folder.name), reverse=True
         )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """One checkpoint, every file of which has its size and hash.
+
+    Raises:
+        RefusedError: It is damaged.
+    """
+    try:
+        return _verified(folder)
+    except _DamagedError as damage:
+        raise RefusedError(
+            f"the checkpoint is damaged: {damage}", where=str(folder), hint="name another checkpoint of the run"
+        ) from damage
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:

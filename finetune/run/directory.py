@@ -39,6 +39,9 @@ FORMAT = 1
 _ASIDE = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 """Names of what `written_aside` and `write_text` have not yet put in its place."""
 
+TRAINED_RECORD = "ft_adapter.json"
+"""Beside trained weights: what they are, and what they belong to."""
+
 INTERRUPTED = 130
 """Exit code of a run that Ctrl-C ended."""
 

@@ -41,6 +41,16 @@ def test_it_starts_where_the_earlier_one_ended(tiny_recipe: dict[str, Any], tmp_
     assert second.validation_loss < first.validation_loss < first.validation_loss_before
 
 
+def test_adalora_starts_there_too_with_a_course_of_its_own(tiny_recipe: dict[str, Any], tmp_path: Path):
+    adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1}
+    sections = sections_of(tiny_recipe, adapter)
+    first = run_of(sections, tmp_path, "first")
+    second = run_of(sections, tmp_path, "second", continue_from=str(tmp_path / "first"))
+    assert first.validation_loss != first.validation_loss_before
+    assert second.validation_loss_before == pytest.approx(first.validation_loss, rel=1e-6)
+    assert sum(second.ranks.values()) == sum(first.ranks.values()) == 2 * len(first.ranks)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import DataError, RefusedError, UnsupportedError
-from finetune.evaluation.generation import Sampling
 from finetune.jobs import export as export_module
 from finetune.jobs.export import export
-from finetune.jobs.generate import answer
 from finetune.jobs.merge import merge
 from finetune.jobs.train import train
 from finetune.run.directory import RunDirectory
+from tests.fixtures.generating import answers
 from tests.fixtures.recipes import as_recipe
 
 PROMPT = {"method": "prompt_tuning", "tokens": 4}
@@ -41,7 +40,7 @@ def test_an_exported_run_answers_as_the_run_does(tiny_recipe: dict[str, Any], tm
     ids = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     assert words.decode(ids[0]).startswith(result.prompt)
     written = plain.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
-    (expected,) = answer(run, ["Say 3"], Sampling(max_new_tokens=8))
+    (expected,) = answers(run.path, prompts=["Say 3"], tokens=8)
     assert words.decode(written, skip_special_tokens=True) == expected
 
 

@@ -310,6 +310,20 @@ def test_a_longer_run_goes_on_with_its_own_schedule_and_says_so(
         train(as_recipe(tiny_recipe, tmp_path, ["training.max_steps=4"]), run)
 
 
+def test_a_course_over_all_steps_is_not_made_longer_and_the_refusal_says_what_to_do(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1}
+    sections = {**tiny_recipe, "adapter": adapter, "training": {**tiny_recipe["training"], "max_steps": 4}}
+    run = stopped_run(sections, tmp_path)
+    result = ft("--resume", run.path, "--set", "training.max_steps=6")
+    assert result.exit_code == RefusedError.exit_code
+    assert "training.max_steps: 4 -> 6): adalora chooses ranks by a course over all steps" in result.stderr
+    assert "--set adapter.continue_from=RUN" in result.stderr
+    assert ft("--resume", run.path).exit_code == 0
+    assert ft("--resume", run.path, "--set", "training.max_steps=6").exit_code == RefusedError.exit_code
+
+
 def test_a_horizon_that_changed_unasked_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
     (folder,) = run.checkpoints.iterdir()

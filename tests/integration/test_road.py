@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.encode import Encoder
 from finetune.errors import DivergedError, RefusedError, UnsupportedError, UsageError
-from finetune.evaluation.generation import Sampling
 from finetune.jobs.evaluate import evaluate
-from finetune.jobs.generate import answer
 from finetune.jobs.merge import merge
 from finetune.jobs.preview import preview
 from finetune.jobs.setup import Workbench
@@ -24,6 +22,7 @@ from finetune.models.fingerprint import fingerprint
 from finetune.models.quantized import save_quantized
 from finetune.run.directory import RunDirectory
 from finetune.run.events import RanksChosen, StepMetrics, Validated, ignore
+from tests.fixtures.generating import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -260,8 +259,8 @@ def test_evaluation_writes_both_models_scores_and_every_answer(tiny_recipe: dict
 def test_generation_in_a_batch_is_generation_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     prompts = ["Say 1 twice", "Say a much longer thing than that, please", "Hi"]
-    together = answer(run, prompts, Sampling(max_new_tokens=12))
-    apart = [answer(run, [prompt], Sampling(max_new_tokens=12))[0] for prompt in prompts]
+    together = answers(run.path, prompts=prompts)
+    apart = [answers(run.path, prompts=[prompt])[0] for prompt in prompts]
     assert together == apart
 
 
@@ -278,7 +277,7 @@ def test_a_prompt_takes_the_form_of_the_training_rows(tiny_recipe: dict[str, Any
     run = run_of(tiny_recipe, tmp_path)
     record = json.loads((run.trained(False) / "ft_adapter.json").read_text())
     assert record["in_conversation"] is (format == "instruction")
-    assert len(answer(run, ["2+2="], Sampling(max_new_tokens=4))) == 1
+    assert len(answers(run.path, prompts=["2+2="], tokens=4)) == 1
 
 
 def test_the_prompt_of_generation_is_the_prompt_of_training(tiny_recipe: dict[str, Any], tiny_model: Path):

@@ -16,7 +16,7 @@ from finetune.models.linears import dequantize_model
 from finetune.recipe.adapter import Lora
 from finetune.recipe.modules import ModuleRule
 from tests.unit.adapters.test_low_rank import is_close, trained
-from tests.unit.quantizers.loading import PACKED, gradients, load, logits
+from tests.unit.quantizers.loading import PACKED, PLAIN, gradients, load, logits
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True},
@@ -45,6 +45,16 @@ def attached(name: str, folder: Path, kind: str | None, **more: Any) -> torch.nn
 def test_it_starts_as_the_base(tiny_model: Path, name: str, kind: str | None):
     plain = logits(load(tiny_model, PACKED[kind]) if kind else load(tiny_model))
     assert is_close(logits(attached(name, tiny_model, kind)), plain, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_dora_starts_as_a_base_in_bfloat16_to_the_bit(tiny_model: Path, kind: str | None):
+    def base() -> torch.nn.Module:
+        return load(tiny_model, PACKED[kind] if kind else PLAIN, torch.bfloat16)
+
+    attached = method("dora").attach(base(), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(attached), logits(base()))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine-3", "icq-4"])

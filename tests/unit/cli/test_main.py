@@ -154,7 +154,7 @@ def test_help_lists_the_commands_in_the_order_of_use():
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train", "r.yaml", "--nope"], ["generate", "r"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "r.yaml", "--nope"], ["generate"]])
 def test_a_call_that_is_no_call_is_exit_code_2_and_says_how(arguments: list[str]):
     result = ft(*arguments)
     assert result.exit_code == 2

@@ -1,0 +1,177 @@
+"""`ft chat`: turns, commands, and keys, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.data.documents import Conversation, Message
+from finetune.errors import DataError
+from finetune.evaluation.generation import Sampling
+from finetune.jobs.chat import Chat
+from finetune.jobs.generate import Question, answer
+from finetune.jobs.named import named
+from finetune.run.events import ignore
+from tests.fixtures.tiny import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that looks further back than its last token. Do not change it."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    write_tiny_model(folder, tie_word_embeddings=False, initializer_range=0.3)
+    return folder
+
+
+@pytest.fixture
+def chat(model: Path) -> Chat:
+    (found,) = named([str(model)])
+    return Chat.open(found, None, Sampling(TOKENS), ignore)
+
+
+def said(chat: Chat, text: str) -> str:
+    pieces: list[str] = []
+    chat.say(text, pieces.append)
+    return "".join(pieces)
+
+
+def alone(chat: Chat, *messages: tuple[str, str]) -> str:
+    conversation = Conversation(tuple(Message(role, content) for role, content in messages))
+    return answer(chat.base, [Question(conversation, 0)], Sampling(TOKENS))[0]
+
+
+def test_every_turn_is_answered_behind_all_that_was_said(chat: Chat):
+    first = said(chat, "Hi")
+    assert first == alone(chat, ("user", "Hi"))
+    second = said(chat, "Again")
+    turns = (("user", "Hi"), ("assistant", first), ("user", "Again"))
+    assert second == alone(chat, *turns) != alone(chat, ("user", "Again"))
+    chat.system = "Be brief."
+    third = said(chat, "And now?")
+    turns += (("assistant", second), ("user", "And now?"))
+    assert third == alone(chat, ("system", "Be brief."), *turns) != alone(chat, *turns)
+    chat.clear()
+    assert said(chat, "Hi") == alone(chat, ("system", "Be brief."), ("user", "Hi"))
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_was_told(chat: Chat):
+    whole = alone(chat, ("user", "Hi"))
+    pieces: list[str] = []
+
+    def stop(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("Hi", stop)
+    told = "".join(pieces)
+    assert whole.startswith(told)
+    assert chat.turns == [Message("user", "Hi"), Message("assistant", told)]
+    assert said(chat, "Again") == alone(chat, ("user", "Hi"), ("assistant", told), ("user", "Again"))
+
+
+def test_a_turn_that_cannot_be_answered_is_forgotten(chat: Chat):
+    with pytest.raises(DataError, match="room for"):
+        said(chat, "x" * 600)
+    assert chat.turns == []
+    assert said(chat, "Hi") == alone(chat, ("user", "Hi"))
+
+
+def in_pipe(model: Path, lines: str, *arguments: str) -> Any:
+    call = ["chat", str(model), "--max-new-tokens", str(TOKENS), "-q", *arguments]
+    return CliRunner().invoke(app, call, input=lines)
+
+
+def test_in_a_pipe_answers_go_out_and_nothing_else(chat: Chat, model: Path):
+    first = alone(chat, ("system", "S"), ("user", "Hi"))
+    second = alone(chat, ("user", "Hi"))
+    result = in_pipe(model, "Hi\n/clear\n\n/system\nHi\n", "--system", "S")
+    assert result.exit_code == 0
+    assert result.stdout == f"{first}\n{second}\n"
+    assert result.stderr.replace("note: training.precision: auto is bfloat16 on this cpu\n", "") == ""
+
+
+def test_exit_leaves_and_an_unknown_command_tells_those_that_there_are(model: Path):
+    result = in_pipe(model, "/help\n/exit\nHi\n")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "/system TEXT" in result.stderr
+
+
+def test_what_goes_wrong_in_a_turn_is_told_and_the_next_one_is_answered(chat: Chat, model: Path):
+    result = in_pipe(model, "x" * 600 + "\nHi\n")
+    assert result.exit_code == 0
+    assert "ask something shorter" in result.stderr
+    assert result.stdout.endswith(alone(chat, ("user", "Hi")) + "\n")
+
+
+class Terminal:
+    """A process of `ft` on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process, self.keys = pty.fork()
+        if not self.process:
+            os.environ.update(PYTHONPATH=str(ROOT), TERM="dumb")
+            os.execv(sys.executable, [sys.executable, "-m", "cli", *arguments])
+        self.shown, self.deadline = "", time.monotonic() + 120
+
+    def wait_until(self, is_shown: Callable[[str], bool]) -> None:
+        """Read until what is shown is so."""
+        while not is_shown(self.shown):
+            assert time.monotonic() < self.deadline, self.shown
+            if select.select([self.keys], [], [], 1)[0]:
+                self.shown += os.read(self.keys, 4096).decode("utf-8", "replace")
+
+    def type(self, keys: str) -> None:
+        """Press keys; what was shown before is forgotten."""
+        self.shown = ""
+        os.write(self.keys, keys.encode())
+
+    def exit_code(self) -> int:
+        """Wait for the end of the process."""
+        while time.monotonic() < self.deadline:
+            ended, status = os.waitpid(self.process, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        return -1
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        os.close(self.keys)  # hangs up
+        with suppress(ChildProcessError, ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+
+
+def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path):
+    write_tiny_model(tmp_path, max_position_embeddings=100_000)  # ends no line that it begins
+    terminal = Terminal("chat", str(tmp_path), "--max-new-tokens", "90000")
+    with closing(terminal):
+        terminal.wait_until(lambda shown: "Ctrl-C stops an answer" in shown and shown.endswith("> "))
+        terminal.type("Hi\n")
+        terminal.wait_until(lambda shown: len(shown) > 40)  # some of the answer is there
+        terminal.type("\x03")
+        terminal.wait_until(lambda shown: "stopped" in shown and shown.endswith("> "))
+        terminal.type("half a line")
+        terminal.wait_until(lambda shown: "half a line" in shown)
+        terminal.type("\x03")
+        terminal.wait_until(lambda shown: shown.endswith("\n> "))
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
