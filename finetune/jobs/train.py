@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from finetune.run.events import (
 )
 from finetune.run.interruption import Interruption, StopRequested
 from finetune.run.provenance import provenance
+from finetune.run.tracking import refuse_missing_packages, tracked
 from finetune.train.checkpoint import read_state
 from finetune.train.loop import batch_order, fit
 from finetune.train.memory import peak_memory_bytes
@@ -68,7 +70,8 @@ def train(
         FinetuneError: What the user can mend.
     """
     interruption = interruption or Interruption()
-    with run.attempt() as attempt:
+    with run.attempt() as attempt, ExitStack() as stack:
+        refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
         prepare = _stopping(report, interruption)
         bench = Workbench.of(recipe, prepare)
@@ -89,6 +92,7 @@ def train(
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
             _record_inputs(run, bench, rows, read)
+            report = stack.enter_context(tracked(recipe, run, report))
         report(_describe(run, bench, state.bare_model, order, read))
         if checkpoint is not None:
             report(Resumed(checkpoint.path.name, state.step, order.total_steps))

@@ -79,6 +79,7 @@ class RunDirectory:
         self.merged = path / "merged"
         self.exported = path / "exported"
         self.evaluation = path / "eval"
+        self.trackers = path / "trackers"
         self._unwritten: list[str] = []
 
     @classmethod
