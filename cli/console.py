@@ -14,7 +14,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -138,9 +138,7 @@ def _logging_to(follower: Follower, log: Path | None) -> Iterator[Report]:
     logger.propagate = False
     handlers: list[logging.Handler] = [_NoteHandler(follower)]
     if log is not None:
-        file = logging.FileHandler(log, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
+        handlers.append(_LogFile(log, follower))
     logger.handlers[:] = handlers
     try:
         yield lambda event: _log_event(handlers[1:], event)
@@ -165,6 +163,28 @@ class _NoteHandler(logging.Handler):
         if text not in self.shown:
             self.shown.add(text)
             self.follower.note(text)
+
+
+class _LogFile(logging.FileHandler):
+    """The log on disk. A disk that is full is told once: what was logged waits, and a log is not worth a run."""
+
+    def __init__(self, path: Path, follower: Follower) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.follower = follower
+        self.is_full = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called where a record could not be written."""
+        del record
+        if not self.is_full:
+            self.follower.note(f"warning: {self.baseFilename} cannot be written: {sys.exc_info()[1]}")
+        self.is_full = True
+
+    def close(self) -> None:
+        """Close the file, be it with what there is room for."""
+        with suppress(OSError):
+            super().close()
 
 
 def _log_event(handlers: list[logging.Handler], event: Event) -> None:

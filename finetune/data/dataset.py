@@ -219,8 +219,9 @@ def refuse_losses(split: Split, section: Data) -> None:
     too_long = [place for source in split.sources for place in source.store.too_long]
     untrainable = [place for source in split.sources for place in source.store.untrainable]
     if counts.untrainable and (section.on_untrainable == "stop" or counts.untrainable == rows):
+        have = "row has" if counts.untrainable == 1 else "rows have"
         raise DataError(
-            f"{counts.untrainable} rows have no token to train on: {_listed(untrainable, counts.untrainable)}",
+            f"{counts.untrainable} {have} no token to train on: {_listed(untrainable, counts.untrainable)}",
             where=untrainable[0],
             hint="give them an answer, remove them, or set data.on_untrainable to skip",
         )

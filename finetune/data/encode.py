@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.errors import DataError, ModelError
+from finetune.models.template import TemplateLimit, render
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
@@ -207,25 +207,29 @@ class Encoder:
 
     def _render(self, conversation: Conversation, count: int, where: str, generation_prompt: bool = False) -> str:
         """The first `count` messages as text."""
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                [_as_dict(message) for message in conversation.messages[:count]],
-                tools=list(conversation.tools) or None,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
-        except TemplateError as error:
-            raise DataError(
-                f"the model's chat template refuses the row: {error}", where=where, hint="correct its order of roles"
-            ) from error
-        except ValueError as error:
+        if not self.tokenizer.chat_template:
             raise ModelError(
                 "the tokenizer has no chat template, and the data is a conversation",
                 where=where,
                 hint="use the instruction-tuned version of the model, or data of format completion or text",
+            )
+        try:
+            return render(
+                self.tokenizer,
+                [_as_dict(message) for message in conversation.messages[:count]],
+                tools=list(conversation.tools) or None,
+                add_generation_prompt=generation_prompt,
+            )
+        except TemplateLimit as limit:
+            raise ModelError(
+                f"the model's chat template {limit} for this row",
+                where=where,
+                hint="use another tokenizer: this one's template is broken or hostile",
+            ) from limit
+        except Exception as error:  # a template can divide by zero, call a number, and so on
+            raise DataError(
+                f"the model's chat template refuses the row: {error}", where=where, hint="correct its order of roles"
             ) from error
-        assert isinstance(rendered, str)
-        return rendered
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from finetune.data.dataset import Rows, Split
 from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
-from finetune.errors import UnsupportedError
+from finetune.errors import OutOfMemoryError, UnsupportedError, as_out_of_memory
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
 from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
 from finetune.jobs.saving import Saver
 from finetune.jobs.setup import Workbench, layout_of
+from finetune.jobs.shortage import step_is_too_large
 from finetune.models.attention import keep_apart
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.linears import count_parameters
@@ -42,6 +44,7 @@ from finetune.run.events import (
 )
 from finetune.run.interruption import Interruption, StopRequested
 from finetune.run.provenance import provenance
+from finetune.run.tracking import refuse_missing_packages, tracked
 from finetune.train.checkpoint import read_state
 from finetune.train.loop import batch_order, fit
 from finetune.train.memory import peak_memory_bytes
@@ -68,7 +71,8 @@ def train(
         FinetuneError: What the user can mend.
     """
     interruption = interruption or Interruption()
-    with run.attempt() as attempt:
+    with run.attempt() as attempt, ExitStack() as stack:
+        refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
         prepare = _stopping(report, interruption)
         bench = Workbench.of(recipe, prepare)
@@ -91,6 +95,7 @@ def train(
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
             _record_inputs(run, bench, rows, read)
+            report = stack.enter_context(tracked(recipe, run, report))
         report(_describe(run, bench, state.bare_model, order, read))
         if checkpoint is not None:
             report(Resumed(checkpoint.path.name, state.step, order.total_steps))
@@ -115,6 +120,11 @@ def train(
                 saver.save(state)
             bench.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
             raise
+        except (MemoryError, RuntimeError) as error:
+            if as_out_of_memory(error) is None:
+                raise
+            resume = None if attempt.checkpoint is None else run.how_to_resume
+            raise step_is_too_large(recipe, state.step + 1, resume) from error
         report(Phase("saving"))
         trained = run.trained(recipe.adapter.trains_base)
         if is_main:
@@ -237,22 +247,29 @@ def _take_over(bench: Workbench, model: nn.Module) -> None:
 def _validate_if_due(
     bench: Workbench, state: TrainState, held_out: Split, order: BatchOrder, run: RunDirectory, report: Report
 ) -> Validated | None:
-    """Measure, record and report the held-out loss; None where no rows are held out or it is not time for it."""
+    """Measure, record and report the held-out loss.
+
+    None where no rows are held out, it is not time for it, or memory does not suffice: training is worth more.
+    """
     settings = bench.recipe.evaluation
     examples = held_out[: settings.max_rows]
     is_due = state.step in (0, order.total_steps) or (settings.every_steps and state.step % settings.every_steps == 0)
     if not examples or not is_due or state.held_out_step == state.step:
         return None
     report(Phase("measuring the held-out loss"))
-    measured = held_out_loss(
-        state.model,
-        examples,
-        accelerator=bench.accelerator,
-        compute_dtype=bench.compute_dtype,
-        batch_size=settings.batch_size,
-        padding=bench.padding,
-        report_rows=partial(_stop_if_alone, bench, state),
-    )
+    try:
+        measured = held_out_loss(
+            state.bare_model,
+            examples,
+            accelerator=bench.accelerator,
+            compute_dtype=bench.compute_dtype,
+            batch_size=settings.batch_size,
+            padding=bench.padding,
+            report_rows=partial(_stop_if_alone, bench, state),
+        )
+    except OutOfMemoryError as shortage:
+        logger.warning("the held-out loss of step %d is left out: %s (%s)", state.step, shortage.what, shortage.hint)
+        return None
     state.held_out_step = state.step
     if not state.step:
         state.held_out_before = measured.loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from finetune.recipe.optimizer import AdamW, Optimizer
 from finetune.recipe.quantization import NoQuantization, Quantization
 from finetune.recipe.run import Run
 from finetune.recipe.section import OnResume, Section
+from finetune.recipe.tracking import Tracker
 from finetune.recipe.training import Training
 
 
@@ -30,4 +31,7 @@ class Recipe(Section):
     optimizer: Optimizer = AdamW(name="adamw")
     training: Training = Training()
     evaluation: Evaluation = Field(Evaluation())
+    trackers: Annotated[list[Tracker], OnResume.MAY_CHANGE] = Field(
+        [], description="Programs that follow the run beside its own metrics.jsonl."
+    )
     run: Run = Run()

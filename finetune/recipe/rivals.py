@@ -131,6 +131,12 @@ KEYS: Mapping[str, str] = {
     "out_dir": "run.directory",
     "run_name": "run.name",
     "experiment_name": "run.name",
+    # trackers
+    "wandb_project": "trackers.project",
+    "wandb_mode": "trackers.offline",
+    "mlflow_experiment_name": "trackers.experiment",
+    "trackio_space_id": "trackers.space",
+    "space_id": "trackers.space",
 }
 """A rival's key and the key that takes its place here."""
 
@@ -148,6 +154,11 @@ SNIPPETS: Mapping[str, str] = {
     "completion_only_loss": "data.train_on: completion",
     "train_on_responses_only": "data.train_on: assistant",
     "mask_history": "data.train_on: last_turn",
+    "report_to": "trackers: [{name: wandb}]",
+    "use_wandb": "trackers: [{name: wandb}]",
+    "use_tensorboard": "trackers: [{name: tensorboard}]",
+    "use_mlflow": "trackers: [{name: mlflow}]",
+    "loggers": "trackers: [{name: wandb}]",
 }
 """A rival's switch and what to write for it here."""
 
@@ -230,6 +241,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "optimizer.schedule": {"constant_with_warmup": "constant"},
     "training.precision": _DTYPES,
+    "trackers.name": {"tb": "tensorboard", "weights_and_biases": "wandb"},
 }
 """For a key of ours (list indices left out), a rival's value and ours; rivals' are in lower case."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -11,8 +12,18 @@ _SECRET = re.compile(
     r"|[A-Za-z][A-Za-z0-9+.-]{0,15}://[^\s/@]+@"
 )
 
+_HOLDS_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
 WHAT = "text that looks like an access token or a password"
 HINT = "take it out and revoke it; a hub token is read from HF_TOKEN or from `hf auth login`"
+
+
+def redacted(text: str) -> str:
+    """`text` with dots in the place of what looks like a secret, and of what the environment holds as one."""
+    held = [value for name, value in os.environ.items() if _HOLDS_SECRET.search(name) and len(value) >= 8]
+    for value in sorted(held, key=len, reverse=True):
+        text = text.replace(value, "...")
+    return _SECRET.sub("...", text)
 
 
 def has_secret(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +82,8 @@ class RunDirectory:
         self.merged = path / "merged"
         self.exported = path / "exported"
         self.evaluation = path / "eval"
+        self.trackers = path / "trackers"
+        self._unwritten: list[str] = []
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> RunDirectory:
@@ -95,6 +98,7 @@ class RunDirectory:
             EnvironmentFault: The directory cannot be made.
         """
         run = cls(path.absolute())
+        was_there = path.exists()
         try:
             if overwrite and run.marker.is_file() and not path.is_symlink():
                 with run._locked():
@@ -108,6 +112,10 @@ class RunDirectory:
                 "another process has just taken the run directory", where=str(path), hint="choose another --run-dir"
             ) from error
         except OSError as error:
+            with suppress(OSError):  # leave nothing that looks like a run
+                run.marker.unlink(missing_ok=True)
+                if not was_there:
+                    path.rmdir()
             raise EnvironmentFault(
                 f"the run directory cannot be written: {error.strerror}",
                 where=str(path),
@@ -183,15 +191,37 @@ class RunDirectory:
         write_text(self.recipe, recipe)
 
     def append_metrics(self, record: StepMetrics | Validated | RanksChosen) -> None:
-        """Add a line to `metrics.jsonl` and hand it to the operating system."""
-        with disk_faults(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.to_json()) + "\n")
+        """Add a line to `metrics.jsonl` and hand it to the operating system.
+
+        On a disk that is full the line waits for the next one: it is not worth a run.
+        """
+        self._unwritten.append(json.dumps(record.to_json()) + "\n")
+        try:
+            self._write_metrics()
+        except EnvironmentFault as fault:
+            if len(self._unwritten) == 1:
+                logger.warning("%s: %s; what belongs there is kept in memory for now", self.metrics.name, fault.what)
 
     def sync_metrics(self) -> int:
-        """Put `metrics.jsonl` on the disk for good; returns its length in bytes."""
+        """Put `metrics.jsonl` on the disk for good; returns its length in bytes.
+
+        Raises:
+            EnvironmentFault: There is no room for it.
+        """
+        self._write_metrics()
         with disk_faults(self.metrics), self.metrics.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
+
+    def _write_metrics(self) -> None:
+        """Write the lines that are waiting: all of them, or none."""
+        lines = "".join(self._unwritten).encode()
+        with disk_faults(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(lines) < len(lines):  # as much as there was room for
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._unwritten.clear()
 
     def _rewind_metrics(self, size_bytes: int) -> None:
         """Cut `metrics.jsonl` to its length at a checkpoint; the lines past it move to `metrics.attempt-N.jsonl`."""
@@ -271,8 +301,18 @@ class RunDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _write_outcome(self, attempt: Attempt, code: int, message: str) -> None:
+        """Write how the attempt ended; where it failed and this cannot be written either, the failure is what counts.
+
+        Raises:
+            EnvironmentFault: The run came to its end, and nobody could see that.
+        """
         ending = {"code": code, "step": attempt.steps, "resumable": bool(code) and attempt.checkpoint is not None}
-        write_json(self.outcome, {**ending, "checkpoint": attempt.checkpoint, "message": message, "ended": now()})
+        try:
+            write_json(self.outcome, {**ending, "checkpoint": attempt.checkpoint, "message": message, "ended": now()})
+        except EnvironmentFault as fault:
+            if not code:
+                raise
+            logger.warning("%s %s", self.outcome.name, fault.what)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -289,11 +329,12 @@ class RunDirectory:
                 raise self._is_held() from None
             except OSError as error:  # a network file system without locks
                 logger.warning("%s cannot be locked (%s): let only one process train it", self.path, error.strerror)
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
             if not self.lock.exists() or not os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
                 raise RefusedError("the run has just been removed", where=str(self.path), hint="train it again")
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}) + "\n")
-            file.flush()
+            with suppress(OSError):  # on a full disk others do not learn who it is, but are kept out
+                file.truncate(0)
+                os.write(file.fileno(), json.dumps(holder).encode() + b"\n")
             yield
 
     def _is_held(self) -> RefusedError:

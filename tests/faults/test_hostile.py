@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from tests.fixtures.recipes import write_recipe
+from tests.fixtures.tiny import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
@@ -84,6 +85,11 @@ def template(text: str) -> Callable[[Path, Path], None]:
     return plant
 
 
+def template_for_one_row(text: str) -> Callable[[Path, Path], None]:
+    """A template that is that of the model but for rows that say 17."""
+    return template("{% if '17' in messages[0].content %}" + text + "{% endif %}" + CHAT_TEMPLATE)
+
+
 REACHING_OUT = (
     "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__name__ == 'Popen' %}"
     "{{ c(['touch', 'CANARY']) }}{% endif %}{% endfor %}"
@@ -100,7 +106,12 @@ MODELS: dict[str, Callable[[Path, Path], None]] = {
     "template that never ends": template(
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
     ),
+    "template that never ends for one row": template_for_one_row(
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    ),
     "template that fills the memory": template("{{ 'a' * 9000000000 }}"),
+    "template that fills the memory for one row": template_for_one_row("{{ 'a' * 9000000000 }}"),
+    "template that divides by zero for one row": template_for_one_row("{{ 1 / 0 }}"),
     "template that grows": template(
         "{% set n = namespace(s='a') %}{% for i in range(34) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}"
     ),

@@ -66,6 +66,17 @@ def test_its_links_lead_somewhere():
     assert all((ROOT / link).exists() for link in links)
 
 
+def test_each_promise_is_linked_to_tests():
+    table = README.partition("| promise, shown on CPUs | test |\n|---|---|\n")[2].partition("\n\n")[0]
+    promises = table.splitlines()
+    assert len(promises) >= 15
+    for promise in promises:
+        files = re.findall(r"\]\((tests/[^)]+\.py)\)", promise)
+        assert files, promise
+        for file in files:
+            assert re.search(r"^def test_", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE), file
+
+
 def test_its_exit_codes_are_the_errors_own():
     import finetune.errors as errors
 

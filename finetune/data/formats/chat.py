@@ -39,7 +39,7 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
     """
     messages = row.values.get(column)
     if not isinstance(messages, list) or not messages:
-        columns = f"no such column among: {excerpt(', '.join(row.values))}"
+        columns = f"no such column among: {excerpt(', '.join(row.values)) or 'none'}"
         row_has = describe(messages) if column in row.values else columns
         raise DataError(
             f"column {column!r} must be a list of messages, found {row_has}",
@@ -51,7 +51,11 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
 
 def _message(value: Any, key: str, where: str) -> Message:
     if not isinstance(value, dict):
-        raise DataError(f"{key} must be an object with role and content, found {describe(value)}", where=where)
+        raise DataError(
+            f"{key} must be an object with role and content, found {describe(value)}",
+            where=where,
+            hint="correct the row",
+        )
     role, calls = value.get("role"), value.get("tool_calls")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(
@@ -80,5 +84,7 @@ def _content(value: dict[str, Any], key: str, where: str, may_be_null: bool) -> 
 def _train(value: dict[str, Any], key: str, where: str) -> bool:
     train = value.get("train", True)
     if not isinstance(train, bool):
-        raise DataError(f"{key}.train must be true or false, found {describe(train)}", where=where)
+        raise DataError(
+            f"{key}.train must be true or false, found {describe(train)}", where=where, hint="correct the row"
+        )
     return train

@@ -19,7 +19,9 @@ class TokenizedFormat(Format[TokenizedSource]):
         section = self.section
         ids = _integers(row, section.input_ids)
         if any(token < 0 for token in ids):
-            raise DataError(f"column {section.input_ids!r} has a token below 0", where=row.where)
+            raise DataError(
+                f"column {section.input_ids!r} has a token below 0", where=row.where, hint="correct the row"
+            )
         if section.labels in row.values and section.mask in row.values:
             raise DataError(
                 f"the row has both {section.labels!r} and {section.mask!r}", where=row.where, hint="remove one of them"
@@ -44,7 +46,9 @@ class TokenizedFormat(Format[TokenizedSource]):
     def _masked(self, row: Row, ids: tuple[int, ...]) -> tuple[bool, ...]:
         mask = _integers(row, self.section.mask, len(ids))
         if not set(mask) <= {0, 1}:
-            raise DataError(f"column {self.section.mask!r} must hold only 0 and 1", where=row.where)
+            raise DataError(
+                f"column {self.section.mask!r} must hold only 0 and 1", where=row.where, hint="correct the row"
+            )
         return tuple(bool(value) for value in mask)
 
 
@@ -57,5 +61,7 @@ def _integers(row: Row, column: str, length: int | None = None) -> tuple[int, ..
             hint="correct the row, or name its column in the source's section of the recipe",
         )
     if length is not None and len(values) != length:
-        raise DataError(f"column {column!r} has {len(values)} values for {length} tokens", where=row.where)
+        raise DataError(
+            f"column {column!r} has {len(values)} values for {length} tokens", where=row.where, hint="correct the row"
+        )
     return tuple(values)

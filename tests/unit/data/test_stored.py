@@ -18,7 +18,7 @@ from finetune.data.formats.chat import ChatFormat
 from finetune.data.rows import Row
 from finetune.data.store import Store
 from finetune.data.stored import StoredSource
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 from finetune.recipe.data import Data
 from finetune.run.events import Event, Progress
 from tests.fixtures.tiny import chat_rows, tiny_tokenizer
@@ -91,6 +91,23 @@ def test_the_first_bad_row_is_named_wherever_it_is_found_and_nothing_is_kept(tmp
     assert str(caught.value.where).endswith("chat.jsonl:14")
     assert caught.value.hint
     assert list((tmp_path / "cache" / "tokens").glob("[!.]*")) == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_template_that_is_hostile_to_one_row_is_stopped_there_and_the_row_is_named(tmp_path: Path, workers: int):
+    def mark(number: int, row: dict[str, Any]) -> None:
+        if number == 13:
+            row["messages"][0]["content"] = "now"
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'now' %}{{ 'a' * 9000000000 }}{% endif %}" + tokenizer.chat_template
+    )
+    with pytest.raises(ModelError, match="template needs more than") as caught:
+        tokenized(chats(tmp_path, 21, mark), tokenizer=tokenizer, workers=workers)
+    assert str(caught.value.where).endswith("chat.jsonl:14")
+    assert caught.value.hint
 
 
 def another_tokenizer() -> PreTrainedTokenizerBase:

@@ -1,31 +1,29 @@
-"""A chat template that does not end, or fills memory or text, is refused; others are not."""
+"""A chat template that does not end, or fills memory or text, is refused, be it for one row; others are not."""
 
 from __future__ import annotations
 
+import itertools
+import resource
+import signal
 import time
 
 import pytest
 
 import finetune.models.template as template
 from finetune.errors import ModelError
-from finetune.models.template import refuse_endless_template
+from finetune.models.template import TemplateLimit, refuse_endless_template, render
 from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer
 
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+FILLS = "{{ 'a' * 9000000000 }}"
+FLOODS = "{{ 'a' * 5000000 }}"
+GROWS = "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}"
+HOSTILE = [(LOOPS, "is not done after"), (FILLS, "needs more than"), (FLOODS, "makes"), (GROWS, "needs more than")]
 
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "is not done after"),
-        ("{{ 'a' * 9000000000 }}", "needs more than"),
-        ("{{ 'a' * 5000000 }}", "makes more than"),
-        (
-            "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
-            "needs more than",
-        ),
-    ],
-)
+
+@pytest.mark.parametrize(("text", "what"), HOSTILE)
 def test_a_hostile_template_is_refused_in_time(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(template, "SECONDS", 1)
+    monkeypatch.setattr(template, "SECONDS", 1 if text == LOOPS else 10)
     began = time.monotonic()
     with pytest.raises(ModelError, match=what):
         refuse_endless_template(byte_tokenizer(SPECIAL, text), "model")
@@ -35,3 +33,43 @@ def test_a_hostile_template_is_refused_in_time(text: str, what: str, monkeypatch
 @pytest.mark.parametrize("text", [CHAT_TEMPLATE, "{{ raise_exception('no assistant first') }}", "{{ 1 / 0 }}", None])
 def test_what_ends_is_let_through(text: str | None):
     refuse_endless_template(byte_tokenizer(SPECIAL, text), "model")
+
+
+def for_one_row(text: str) -> str:
+    return "{% if messages[0].content == 'now' %}" + text + "{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(("text", "what"), HOSTILE)
+def test_what_is_hostile_for_one_row_is_stopped_there(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(template, "SECONDS", 1 if text == LOOPS else 10)
+    tokenizer = byte_tokenizer(SPECIAL, for_one_row(text))
+    refuse_endless_template(tokenizer, "model")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    good, bad = ([{"role": "user", "content": content}] for content in ("later", "now"))
+    expected = render(tokenizer, good)
+    assert expected.endswith("later<|end|>\n")
+    began = time.process_time()
+    with pytest.raises(TemplateLimit, match=what):
+        render(tokenizer, bad)
+    assert time.process_time() - began < 10
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    assert render(tokenizer, good) == expected
+
+
+def test_a_long_row_may_become_a_long_text():
+    tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE)
+    content = "word " * 100_000
+    assert content.strip() in render(tokenizer, [{"role": "user", "content": content}])
+
+
+def test_memory_that_the_process_held_before_does_not_count(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(template, "BYTES", 1 << 24)
+    monkeypatch.setattr(template.time, "monotonic", itertools.count(time.monotonic() + 2, 2).__next__)
+    tokenizer = byte_tokenizer(SPECIAL, "{{ ('a' * 4000000) | length }}")
+    held, messages = [], [{"role": "user", "content": ""}]
+    for _ in range(3):
+        assert render(tokenizer, messages) == "4000000"
+        held.append(b"1" * (1 << 25))
+    with pytest.raises(TemplateLimit):
+        render(byte_tokenizer(SPECIAL, "{{ ('a' * 40000000) | length }}"), messages)

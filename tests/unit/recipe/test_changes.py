@@ -72,6 +72,7 @@ def test_what_makes_a_run_longer_is_epochs_and_steps_and_nothing_else():
         (["training.max_steps=9"], "training.max_steps: null -> 9", OnResume.EXTENDS),
         (["training.gradient_checkpointing=true"], "gradient_checkpointing: false -> true", OnResume.MAY_CHANGE),
         (["evaluation.every_steps=7"], "evaluation.every_steps: 50 -> 7", OnResume.MAY_CHANGE),
+        (["trackers=[{name: wandb}]"], 'trackers.0: null -> {"name": "wandb"}', OnResume.MAY_CHANGE),
         (["model.name=org/moved"], "model.name: HuggingFaceTB/SmolLM2-135M-Instruct -> org/moved", OnResume.MAY_CHANGE),
         (["data.train.0.path=/elsewhere.jsonl"], "tickets.jsonl -> /elsewhere.jsonl", OnResume.MAY_CHANGE),
     ],

@@ -273,6 +273,27 @@ def test_nothing_is_set_aside_where_nothing_follows(tmp_path: Path):
     assert names_in(run.path) == sorted({*before} - {"exit.json"})
 
 
+def test_metrics_wait_for_room_on_the_disk_and_are_written_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = RunDirectory.create(tmp_path / "run")
+    steps = [StepMetrics(step, 9, 0.5, 3.0, 1.0, 1e-4, 100, 50.0, 10**9, 2.0) for step in range(1, 6)]
+    run.append_metrics(steps[0])
+    line_bytes = run.metrics.stat().st_size
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (line_bytes + line_bytes // 2, unlimited[1]))
+    try:
+        for step in steps[1:3]:
+            run.append_metrics(step)
+            assert run.metrics.stat().st_size == line_bytes  # and not a half line more
+        with pytest.raises(EnvironmentFault):
+            run.sync_metrics()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    for step in steps[3:]:
+        run.append_metrics(step)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert len([record for record in caplog.records if "kept in memory" in record.getMessage()]) == 1
+
+
 def test_metrics_that_were_lost_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = started_run(tmp_path / "run")
     run.metrics.write_text("1\n")

@@ -1,0 +1,42 @@
+"""What to do about a training step that does not fit into memory."""
+
+from __future__ import annotations
+
+from finetune.errors import OutOfMemoryError
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules import RULES
+
+
+def step_is_too_large(recipe: Recipe, step: int, how_to_resume: str | None) -> OutOfMemoryError:
+    """The error that names settings for which `step` takes less memory.
+
+    Args:
+        recipe: Of the run.
+        step: From 1.
+        how_to_resume: The command that goes on with the run; None where nothing is saved yet.
+    """
+    smaller = less_memory(recipe)
+    if smaller is None:
+        hint = "lower data.max_length, or quantize the base to fewer bits"
+    elif how_to_resume is None:
+        hint = "set " + " and ".join(f"{key}: {value}" for key, value in smaller.items())
+    else:
+        hint = " ".join([how_to_resume, *(f"--set {key}={value}" for key, value in smaller.items())])
+    return OutOfMemoryError(f"out of memory in step {step}", hint=hint)
+
+
+def less_memory(recipe: Recipe) -> dict[str, str] | None:
+    """Keys and values that make a step's passes smaller but leave its rows as they are; None where there are none."""
+    training = recipe.training
+    size = training.micro_batch_size
+    if size > 1:
+        factor = next(number for number in range(2, size + 1) if size % number == 0)
+        return {
+            "training.micro_batch_size": str(size // factor),
+            "training.gradient_accumulation_steps": str(training.gradient_accumulation_steps * factor),
+        }
+    recomputing = training.model_copy(update={"gradient_checkpointing": True})
+    is_possible = not any(rule(recipe.model_copy(update={"training": recomputing})) for rule in RULES)
+    if training.gradient_checkpointing or not is_possible:
+        return None
+    return {"training.gradient_checkpointing": "true"}

@@ -1,0 +1,161 @@
+"""Memory that runs out, by injection: an evaluation shrinks or is left out, a step that does not fit says what would.
+
+The model is made to refuse batches of too many rows, as a device does whose memory they do not fit into.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.data.batches import Batch
+from finetune.data.encode import Example
+from finetune.errors import OutOfMemoryError
+from finetune.evaluation.loss import HeldOutLoss, held_out_loss
+from finetune.jobs.shortage import less_memory
+from finetune.train.loss import summed_cross_entropy
+from tests.fixtures.recipes import as_recipe, write_recipe
+from tests.fixtures.tiny import tiny_llama
+
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError(),
+]
+
+
+def refusing(most: int, shortage: Exception, module: str, patch: pytest.MonkeyPatch, first: int = 0) -> list[int]:
+    """Let passes of more than `most` rows fail in `finetune.<module>`, but not the `first` ones.
+
+    Returns:
+        The rows of every pass, as they come.
+    """
+    passes: list[int] = []
+
+    def limited(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        passes.append(len(batch.ids_BT))
+        if len(passes) > first and passes[-1] > most:
+            raise shortage
+        return summed_cross_entropy(model, batch)
+
+    patch.setattr(f"finetune.{module}.summed_cross_entropy", limited)
+    return passes
+
+
+def held_out(batch_size: int) -> HeldOutLoss:
+    rows = [Example(list(range(1, 5 + length)), [True] * (4 + length)) for length in range(11)]
+    settings: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "compute_dtype": torch.float32, "padding": 0}
+    return held_out_loss(tiny_llama(), rows, batch_size=batch_size, **settings)
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: type(shortage).__name__)
+def test_passes_are_halved_until_they_fit_and_the_loss_is_the_same(
+    shortage: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    in_full = held_out(batch_size=8)
+    passes = refusing(2, shortage, "evaluation.loss", monkeypatch)
+    measured = held_out(batch_size=8)
+    assert passes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert measured.loss == pytest.approx(in_full.loss, rel=1e-6)
+    assert (measured.rows, measured.tokens) == (in_full.rows, in_full.tokens)
+
+
+def test_what_is_no_shortage_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    passes = refusing(0, RuntimeError("shapes cannot be multiplied"), "evaluation.loss", monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes"):
+        held_out(batch_size=8)
+    assert passes == [8]
+
+
+def test_a_single_row_that_does_not_fit_is_told_as_a_shortage(monkeypatch: pytest.MonkeyPatch):
+    passes = refusing(0, SHORTAGES[0], "evaluation.loss", monkeypatch)
+    with pytest.raises(OutOfMemoryError) as caught:
+        held_out(batch_size=8)
+    assert passes == [8, 4, 2, 1]
+    assert "data.max_length" in str(caught.value.hint)
+
+
+def ft(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    return result.exit_code, result.stderr
+
+
+def trained(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_training_outlives_an_evaluation_that_does_not_fit(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = write_recipe({**tiny_recipe, "evaluation": {"every_steps": 1}}, tmp_path)
+    assert ft("train", recipe, "--run-dir", tmp_path / "whole", "--quiet")[0] == 0
+    refusing(0, SHORTAGES[0], "evaluation.loss", monkeypatch)
+    code, said = ft("train", recipe, "--run-dir", tmp_path / "short", "--quiet")
+    assert code == 0
+    assert said.count("the held-out loss of step") == 4  # before the first step too
+    assert trained(tmp_path / "short") == trained(tmp_path / "whole")
+    events = [json.loads(line)["event"] for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
+    assert events == ["step"] * 3
+
+
+def test_eval_says_that_it_is_out_of_memory(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert ft("train", write_recipe(tiny_recipe, tmp_path), "--run-dir", tmp_path / "run", "--quiet")[0] == 0
+    refusing(0, SHORTAGES[0], "evaluation.loss", monkeypatch)
+    code, said = ft("eval", tmp_path / "run", "--quiet")
+    assert code == 4
+    assert "held-out row" in said
+
+
+def test_the_command_proposed_after_a_shortage_fits_and_ends_as_if_there_had_been_none(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny_recipe["training"] |= {"checkpoint_every_steps": 1, "precision": "float32"}
+    tiny_recipe["optimizer"] = {"name": "sgd", "learning_rate": 1.0}  # AdamW makes large steps of rounding errors
+    recipe = write_recipe(tiny_recipe, tmp_path)
+    smaller = ["--set", "training.micro_batch_size=1", "--set", "training.gradient_accumulation_steps=4"]
+    assert ft("train", recipe, *smaller, "--run-dir", tmp_path / "small", "--quiet")[0] == 0
+    small = load_file(tmp_path / "small" / "adapter" / "adapter_model.safetensors")
+
+    tried = tmp_path / "tried"
+    refusing(1, SHORTAGES[0], "train.step", monkeypatch, first=2)  # of two passes a step
+    code, said = ft("train", recipe, "--run-dir", tried, "--quiet")
+    assert code == 4
+    assert "out of memory in step 2" in said
+    outcome = json.loads((tried / "exit.json").read_text())
+    assert (outcome["code"], outcome["checkpoint"], outcome["resumable"]) == (4, 1, True)
+
+    command = said.partition("-> go on with it: ft ")[2].splitlines()[0]
+    assert ft(*shlex.split(command), "--quiet")[0] == 0
+    for name, weight in load_file(tried / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weight, small[name], rtol=0, atol=1e-5)  # the first step was taken in other passes
+
+
+@pytest.mark.parametrize(
+    ("changes", "proposed"),
+    [
+        (["training.micro_batch_size=9"], {"micro_batch_size": "3", "gradient_accumulation_steps": "6"}),
+        (["training.micro_batch_size=1"], {"gradient_checkpointing": "true"}),
+        (["training.micro_batch_size=1", "training.gradient_checkpointing=true"], None),
+        (["training.micro_batch_size=1", "adapter={method: prefix_tuning}"], None),
+    ],
+)
+def test_what_is_proposed_is_possible(
+    tiny_recipe: dict[str, Any], tmp_path: Path, changes: list[str], proposed: dict[str, str] | None
+):
+    recipe = as_recipe(tiny_recipe, tmp_path, changes)
+    expected = proposed and {f"training.{key}": value for key, value in proposed.items()}
+    assert less_memory(recipe) == expected
+    if expected:
+        as_recipe(tiny_recipe, tmp_path, [*changes, *(f"{key}={value}" for key, value in expected.items())])
