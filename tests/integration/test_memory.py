@@ -41,11 +41,11 @@ def refusing(most: int, shortage: Exception, module: str, patch: pytest.MonkeyPa
     """
     passes: list[int] = []
 
-    def limited(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def limited(model: torch.nn.Module, batch: Batch, noise: float | None = None) -> torch.Tensor:
         passes.append(len(batch.ids_BT))
         if len(passes) > first and passes[-1] > most:
             raise shortage
-        return summed_cross_entropy(model, batch)
+        return summed_cross_entropy(model, batch, noise)
 
     patch.setattr(f"finetune.{module}.summed_cross_entropy", limited)
     return passes
@@ -121,7 +121,7 @@ def test_eval_says_that_it_is_out_of_memory(
 def test_the_command_proposed_after_a_shortage_fits_and_ends_as_if_there_had_been_none(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tiny_recipe["training"] |= {"checkpoint_every_steps": 1, "precision": "float32"}
+    tiny_recipe["training"] |= {"checkpoint_every_steps": 1, "batching": "padded"}
     tiny_recipe["optimizer"] = {"name": "sgd", "learning_rate": 1.0}  # AdamW makes large steps of rounding errors
     recipe = write_recipe(tiny_recipe, tmp_path)
     smaller = ["--set", "training.micro_batch_size=1", "--set", "training.gradient_accumulation_steps=4"]

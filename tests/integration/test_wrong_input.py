@@ -170,7 +170,7 @@ def test_running_out_of_memory_names_what_to_change(
 
     import finetune.train.step as step
 
-    def out_of_memory(model: object, batch: object) -> torch.Tensor:
+    def out_of_memory(*arguments: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(step, "summed_cross_entropy", out_of_memory)
