@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetune.adapters.low_rank_sum import add_low_rank
+from finetune.adapters.adapted_product import Branch, Siblings, is_one_step, plain_update
 from finetune.errors import UnsupportedError
 from finetune.quantizers.base import Capabilities, is_quantized
 
@@ -53,6 +53,7 @@ class LowRankLinear(lora.Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
         self.pooled_inputs = _group_size(base_layer, settings.get("target_name", "")) if self.pooled else 1
         self.base_lengths: dict[str, Tensor] = {}
+        self.siblings = Siblings([self])
         super().__init__(base_layer, adapter_name, config, **settings)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
@@ -102,35 +103,32 @@ class LowRankLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The product with W and every active update, in the type of the base's product; (..., I) -> (..., O)."""
+        adapters = self._adapters_in_use()
+        if len(adapters) == 1 and torch.is_grad_enabled() and self._is_one_step(adapters[0]):
+            return self._to_length(adapters[0], self.siblings.product(self, x))
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter in self.lora_A:
-                result = self._adapted(adapter, x, result)
+        for adapter in adapters:
+            result = self._to_length(adapter, result + self.update(adapter, x).to(result.dtype))
         return result
 
-    def _adapted(self, adapter: str, x: Tensor, product: Tensor) -> Tensor:
-        """The base's product with one adapter's part in it.
+    def _adapters_in_use(self) -> list[str]:
+        if self.disable_adapters or self.merged:
+            return []
+        return [adapter for adapter in self.active_adapters if adapter in self.lora_A]
 
-        With a magnitude m: m (W + s B A) x / |W + s B A| by rows, the lengths taken as constants.
+    def _to_length(self, adapter: str, product: Tensor) -> Tensor:
+        """What DoRA makes of (W + s B A) x: m (W + s B A) x / |W + s B A| by rows, the lengths taken as constants.
 
         Source: Liu et al. 2024, arXiv 2402.09353, equations 5 and 11.
         """
         if adapter not in self.lora_magnitude_vector:
-            return self._updated(adapter, x, product)
+            return product
         scale_O = (self.lora_magnitude_vector[adapter].weight / self._row_lengths(adapter)).to(product.dtype)
         bias = self.get_base_layer().bias
-        if bias is None:
-            return self._updated(adapter, x, product) * scale_O
-        return self._updated(adapter, x, product - bias) * scale_O + bias
+        return product * scale_O if bias is None else (product - bias) * scale_O + bias
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        """The product s B A x of one adapter, (..., I) -> (..., O), in the type of x."""
-        return self._updated(adapter, x, x.new_zeros(*x.shape[:-1], self.get_base_layer().out_features))
-
-    def _updated(self, adapter: str, x: Tensor, product: Tensor) -> Tensor:
-        """The sum of a product and s B A x.
+        """The product s B A x of one adapter, (..., I) -> (..., O), in the type of x.
 
         Pooled: A sees the sum over each group of K inputs. Elastic: u = A x + beta1 up(mean(x)) and
         s (B u + beta2 up(mean(u))), where mean and up go over as many equal parts as both widths have: A and B with the
@@ -139,14 +137,40 @@ class LowRankLinear(lora.Linear):
         Source: Xu et al. 2024, arXiv 2309.14717, algorithm 1; Qin et al. 2024, arXiv 2402.05445, equations 13-16,
         means repeated element by element as in equation 16.
         """
-        dropped, scale = self.lora_dropout[adapter](x), self.scaling[adapter]
-        if dropped is x:
-            return add_low_rank(product, self._pool(x), *self.pooled_factors(adapter), scale)
-        learned, *fixed = self._parts(adapter)
-        product = add_low_rank(product, self._pool(dropped), *learned, scale)
+        if not self._drops(adapter):
+            return plain_update(self._pool(x), self._branch(adapter))
+        base, scale = self.base_layer, self.scaling[adapter]
+        learned, *fixed = (Branch(base, *part, scale) for part in self._parts(adapter))
+        result = plain_update(self._pool(self.lora_dropout[adapter](x)), learned)
         for part in fixed:
-            product = add_low_rank(product, self._pool(x), *part, scale)
-        return product
+            result = result + plain_update(self._pool(x), part)
+        return result
+
+    def _is_one_step(self, adapter: str) -> bool:
+        """Whether there is one A with one input, beside a base that is one product."""
+        return is_one_step(self.base_layer) and not (self._drops(adapter) and (self.elastic or self.anchored))
+
+    def _drops(self, adapter: str) -> bool:
+        dropout = self.lora_dropout[adapter]
+        return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+    def branch(self) -> Branch:
+        """The base with the only update in use."""
+        return self._branch(*self._adapters_in_use())
+
+    def _branch(self, adapter: str) -> Branch:
+        return Branch(self.base_layer, *self.pooled_factors(adapter), self.scaling[adapter])
+
+    def input_of_update(self, x: Tensor) -> Tensor | None:
+        """What A sees in the only update in use; None if that is x itself."""
+        (adapter,) = self._adapters_in_use()
+        seen = self._pool(self.lora_dropout[adapter](x))
+        return None if seen is x else seen
+
+    def shares_input_of_update(self, other: LowRankLinear) -> bool:
+        """Whether A of both sees the same, if their inputs are the same."""
+        dropped = any(layer._drops(adapter) for layer in (self, other) for adapter in layer._adapters_in_use())
+        return self.pooled_inputs == other.pooled_inputs and not dropped
 
     def factors(self, adapter: str) -> Factors:
         """The plain LoRA that this adapter is: elastic paths folded in, a pooled A repeated over its groups."""
@@ -188,7 +212,7 @@ class LowRankLinear(lora.Linear):
         """W as the base computes with it, shape (O, I), float32."""
         base = self.get_base_layer()
         if is_quantized(base):
-            return base.quantizer.dequantize(base)
+            return base.quantizer.dequantize(base, torch.float32)
         return (base.weight.T if isinstance(base, Conv1D) else base.weight).float()
 
     @torch.no_grad()

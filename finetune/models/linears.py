@@ -55,7 +55,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _plain_layer(layer: Quantized, dtype: torch.dtype) -> nn.Module:
-    weight_OI = layer.quantizer.dequantize(layer).to(dtype)
+    weight_OI = layer.quantizer.dequantize(layer, dtype)
     out_features, in_features = weight_OI.shape
     with torch.device("meta"):
         plain: nn.Module

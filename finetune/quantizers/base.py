@@ -61,8 +61,8 @@ class Quantizer(ABC):
         """The tensors to put into `layer`, by name, on the device of `weight_OI`."""
 
     @abstractmethod
-    def dequantize(self, layer: nn.Module) -> Tensor:
-        """The weight that `layer` computes with, shape (O, I), float32."""
+    def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that `layer` computes with, shape (O, I)."""
 
     def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
         """Add a constant to each group's weights, changing nothing but the minimums, which are float32 from then on.

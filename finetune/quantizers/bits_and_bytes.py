@@ -45,9 +45,9 @@ class CudaFourBitQuantizer(Quantizer):
         parameter.quant_state.dtype = layer.compute_dtype  # into which the kernels dequantize
         return {"weight": parameter}
 
-    def dequantize(self, layer: nn.Module) -> Tensor:
+    def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """Look the codes up and scale them."""
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
 
     def repacked(self, layer: Any) -> QuantizedLinear:
         """The same codes in our own layer, which can be saved."""
@@ -83,7 +83,7 @@ class EightBitQuantizer(Quantizer):
         parameter = bnb.nn.Int8Params(weight_OI.cpu(), requires_grad=False, has_fp16_weights=False)
         return {"weight": parameter.to(weight_OI.device)}
 
-    def dequantize(self, layer: nn.Module) -> Tensor:
+    def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times row maxima over 127."""
         row_maxima = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        return int8_vectorwise_dequant(layer.weight.data, row_maxima).float()
+        return int8_vectorwise_dequant(layer.weight.data, row_maxima).to(dtype)

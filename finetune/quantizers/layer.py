@@ -60,10 +60,10 @@ class PackedQuantizer(Quantizer):
         tensors = self.pack(weight_OI.detach().float())
         return {"weight": nn.Parameter(tensors.pop("weight"), requires_grad=False), **tensors}
 
-    def dequantize(self, layer: nn.Module) -> Tensor:
+    def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, unpacked."""
         assert isinstance(layer, QuantizedLinear)
-        return layer.dequantized(torch.float32)
+        return layer.dequantized(dtype)
 
 
 class QuantizedLinear(nn.Linear):
