@@ -25,6 +25,7 @@ from finetune.jobs.saving import Saver
 from finetune.jobs.setup import Workbench, layout_of
 from finetune.jobs.shortage import step_is_too_large
 from finetune.models.attention import keep_apart
+from finetune.models.fused import fuse
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
@@ -86,6 +87,8 @@ def train(
         read = DataRead(ledger(rows, layout))
         prepare(read)
         base = bench.load_base(prepare)
+        if recipe.model.kernels == "auto":
+            fuse(base)
         layout = _settle(layout, bench, base, prepare)
         state = _start(bench, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)

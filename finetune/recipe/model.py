@@ -37,6 +37,13 @@ class Model(Section):
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], OnResume.MAY_CHANGE] = Field(
         "auto", description="Attention kernel; `auto` is the best one that the model and device support."
     )
+    kernels: Annotated[Literal["auto", "plain"], OnResume.MAY_CHANGE] = Field(
+        "auto",
+        description=(
+            "Norms and gated units in training. `auto`: passes that keep less for backward, ft's own on CPU and Liger's "
+            "on CUDA where liger-kernel is installed. `plain`: the model's own."
+        ),
+    )
 
     @field_validator("name")
     @classmethod

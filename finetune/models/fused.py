@@ -1,0 +1,184 @@
+"""Norms and gated units of a model that keep little for backward and go over their numbers once.
+
+Left to itself, autograd keeps every step between the input of a norm and its output, in float32, and of a gated unit
+the activated gate beside the gate. Here only inputs are kept, and rows are worked on a few at a time, so that what is
+between finds its place in the cache. Forward passes give the model's own results bit for bit, or are left alone.
+
+Shape legend: E width, N rows that are worked on together, T all rows, `...` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+
+logger = logging.getLogger(__name__)
+
+NUMBERS_AT_ONCE = 1 << 17
+"""Numbers of a tensor that are worked on together: in float32 a few such tensors fit into a core's cache."""
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Give a model the passes that a step of training wants, where they are made for its layers and its device.
+
+    On CPU they are those of this module; on CUDA those of Liger, where it is installed. The model's own are the plain
+    twins.
+
+    Args:
+        model: Before adapters come; changed in place.
+    """
+    device = next(model.parameters()).device.type
+    if device == "cuda":
+        _take_liger(model)
+    elif device == "cpu":
+        norms = [_fuse_norm(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+        units = [_fuse_unit(module) for module in model.modules() if hasattr(module, "gate_proj")]
+        logger.info("fused: %d of %d norms, %d of %d gated units", sum(norms), len(norms), sum(units), len(units))
+
+
+def _take_liger(model: PreTrainedModel) -> None:
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        logger.info("norms and gated units are the model's own: liger-kernel is not installed")
+        return
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _fuse_norm(norm: Any) -> bool:
+    """Replace the forward pass of a norm, where a formula gives the same bits."""
+    own, weight = norm.forward, getattr(norm, "weight", None)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if epsilon is None or weight is None or weight.dim() != 1 or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    probe = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    for offset in (None, 1.0):
+        fused = partial(_normed, epsilon=epsilon, offset=offset)
+        with torch.no_grad():
+            if torch.equal(fused(norm, probe), own(probe)):
+                norm.forward = MethodType(fused, norm)
+                return True
+    return False
+
+
+def _normed(norm: Any, hidden_states: Tensor, *, epsilon: float, offset: float | None) -> Tensor:
+    result: Tensor = _Norm.apply(hidden_states, norm.weight, epsilon, offset)
+    return result
+
+
+class _Norm(torch.autograd.Function):
+    """w x / sqrt(mean(x^2) + epsilon) by rows, or with 1 + w.
+
+    With an offset, as in Gemma, the product is made in float32 and then rounded; without, the other way round.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_E: Tensor, epsilon: float, offset: float | None) -> Tensor:
+        x_TE = x.reshape(-1, x.shape[-1])
+        inverse_T1 = torch.empty(len(x_TE), 1, device=x.device)
+        result_TE = torch.empty_like(x_TE, dtype=torch.result_type(x, weight_E) if offset is None else x.dtype)
+        for x_NE, inverse_N1, result_NE in _some_rows(x_TE, inverse_T1, result_TE):
+            wide_NE = x_NE.float()
+            torch.rsqrt(wide_NE.pow(2).mean(-1, keepdim=True) + epsilon, out=inverse_N1)
+            wide_NE = wide_NE * inverse_N1
+            if offset is None:
+                torch.mul(weight_E, wide_NE.to(x.dtype), out=result_NE)
+            else:
+                result_NE.copy_(wide_NE * (offset + weight_E.float()))
+        ctx.save_for_backward(x_TE, inverse_T1, weight_E)
+        ctx.offset = offset
+        return result_TE.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_TE, inverse_T1, weight_E = ctx.saved_tensors
+        factor_E = weight_E.float() + (ctx.offset or 0.0)
+        of_x_TE = torch.empty_like(x_TE)
+        of_weight_E = torch.zeros_like(factor_E) if ctx.needs_input_grad[1] else None
+        of_TE = gradient.reshape(x_TE.shape)
+        for x_NE, inverse_N1, of_NE, of_x_NE in _some_rows(x_TE, inverse_T1, of_TE, of_x_TE):
+            normed_NE, of_NE = x_NE * inverse_N1, of_NE.float()
+            if of_weight_E is not None:
+                of_weight_E += (of_NE * normed_NE).sum(0)
+            of_NE = of_NE * factor_E
+            shared_N1 = (of_NE * normed_NE).mean(-1, keepdim=True)
+            of_x_NE.copy_(of_NE.addcmul_(normed_NE, shared_N1, value=-1.0).mul_(inverse_N1))
+        of_weight = None if of_weight_E is None else of_weight_E.to(weight_E.dtype)
+        return of_x_TE.view(gradient.shape), of_weight, None, None
+
+
+def _fuse_unit(unit: Any) -> bool:
+    """Replace the forward pass of a gated unit, where it is down(act(gate(x)) * up(x)) and nothing else."""
+    if not isinstance(getattr(unit, "act_fn", None), nn.Module):
+        return False
+    probe = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    stand_in = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=unit.act_fn)
+    try:
+        found = type(unit).forward(stand_in, probe)
+    except (AttributeError, TypeError):  # it asks for more than that
+        return False
+    if not torch.equal(found, -(unit.act_fn(probe.sin()) * probe.cos())):
+        return False
+    unit.forward = MethodType(_gated, unit)
+    return True
+
+
+def _gated(unit: Any, x: Tensor) -> Tensor:
+    result: Tensor = unit.down_proj(_Gate.apply(unit.gate_proj(x), unit.up_proj(x), unit.act_fn))
+    return result
+
+
+class _Gate(torch.autograd.Function):
+    """act(gate) * up, element by element; the activated gate is made again in backward.
+
+    Source: Shazeer 2020, arXiv 2002.05202, equation 6, without the products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activate = activate
+        result = torch.empty_like(gate, dtype=torch.result_type(gate, up))
+        for gate_NE, up_NE, result_NE in _some_rows(*(tensor.flatten(0, -2) for tensor in (gate, up, result))):
+            torch.mul(activate(gate_NE), up_NE, out=result_NE)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        tensors = (tensor.flatten(0, -2) for tensor in (gate, up, gradient, of_gate, of_up))
+        for gate_NE, up_NE, of_NE, of_gate_NE, of_up_NE in _some_rows(*tensors):
+            torch.mul(of_NE, ctx.activate(gate_NE), out=of_up_NE)
+            _activate_backward(ctx.activate, of_NE * up_NE, gate_NE, of_gate_NE)
+        return of_gate, of_up, None
+
+
+def _activate_backward(activate: nn.Module, gradient: Tensor, x: Tensor, of_x: Tensor) -> None:
+    """Put the gradient of an activation's input into `of_x`."""
+    if isinstance(activate, (nn.SiLU, SiLUActivation)):
+        torch.ops.aten.silu_backward(gradient, x, grad_input=of_x)
+        return
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        activated = activate(x)
+    of_x.copy_(torch.autograd.grad(activated, x, gradient)[0])
+
+
+def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of each at a time."""
+    rows = max(1, NUMBERS_AT_ONCE // max(tensor.shape[-1] for tensor in tensors))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
