@@ -25,8 +25,8 @@ from finetune.jobs.saving import Saver
 from finetune.jobs.setup import Workbench, layout_of
 from finetune.jobs.shortage import step_is_too_large
 from finetune.models.attention import keep_apart
-from finetune.models.fused import fuse
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.fused import fuse
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe

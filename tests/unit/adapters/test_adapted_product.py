@@ -1,0 +1,163 @@
+"""Adapted layers as one step of autograd and their plain twin, the formula: the same loss, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from finetune.adapters import adapted_product
+from finetune.adapters.adapted_product import Branch, adapted_products, is_one_step, plain_product
+from finetune.adapters.base import trainable
+from finetune.adapters.low_rank import LowRankLinear
+from finetune.recipe.adapter import Adapter
+from finetune.resolve import build
+from tests.fixtures.tiny import tiny_llama
+from tests.unit.quantizers.loading import PACKED, load
+
+METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "lora": ({"method": "lora"}, None),
+    "rslora": ({"method": "lora", "rslora": True}, None),
+    "dora": ({"method": "lora", "dora": True}, None),
+    "pissa": ({"method": "lora", "initialization": "pissa"}, None),
+    "attention only": ({"method": "lora", "target_modules": ["q_proj", "v_proj"]}, None),
+    "qlora": ({"method": "lora"}, "nf4"),
+    "ir-qlora": ({"method": "lora", "iec": True}, "icq-4"),
+    "modulora": ({"method": "lora"}, "optq-3"),
+    "qa-lora": ({"method": "qa_lora"}, "affine-4"),
+    "qa-lora and iec": ({"method": "qa_lora", "iec": True}, "affine-4"),
+    "adalora": ({"method": "adalora", "r": 6, "target_r": 4, "initial_steps": 1, "final_steps": 1}, None),
+}
+
+
+def attached(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with an adapter whose numbers are all other than zero."""
+    section, quantization = METHODS[kind]
+    recipe = TypeAdapter(Adapter).validate_python({"r": 4, **section})
+    method = build(recipe, [], None)
+    base = tiny_llama() if quantization is None else load(folder, PACKED[quantization])
+    model = method.attach(base.to(dtype) if quantization is None else base, 10)
+    method.initialize(model, lambda name: None)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def results(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    ids = torch.randint(320, (2, 21), generator=torch.Generator().manual_seed(2))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers were computed together, call by call."""
+    found: list[int] = []
+
+    def noted(x: Tensor, z: Tensor | None, branches: Sequence[Branch]) -> list[Tensor]:
+        found.append(len(branches))
+        return adapted_products(x, z, branches)
+
+    monkeypatch.setattr(adapted_product, "adapted_products", noted)
+    return found
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_it_is_its_twin_in_loss_and_gradients(
+    kind: str, tiny_model: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    model = attached(kind, tiny_model)
+    loss, gradients = results(model)
+    assert calls == ([2, 2] if kind == "attention only" else [3, 1, 2, 1] * 2)
+    monkeypatch.setattr(LowRankLinear, "_is_one_step", lambda self, adapter: False)
+    expected, others = results(model)
+    assert len(calls) in (2, 8)  # no more
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0, name
+        assert (gradient - others[name]).norm() <= 2e-4 * others[name].norm(), name
+
+
+def test_an_update_that_is_a_little_off_is_seen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """The control of the comparison."""
+    model = attached("lora", tiny_model)
+    _, gradients = results(model)
+    branch = LowRankLinear.branch
+    monkeypatch.setattr(LowRankLinear, "branch", lambda self: branch(self)._replace(scale=1.01 * branch(self).scale))
+    _, others = results(model)
+    name = next(name for name in gradients if "lora_B" in name)
+    assert (gradients[name] - others[name]).norm() > 2e-3 * gradients[name].norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_is_before_a_and_nowhere_else(dropout: float):
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(7, 6)
+    branch = Branch(base, torch.randn(2, 6), torch.randn(5, 2), 0.5)
+    z = nn.functional.dropout(x, dropout) if dropout else None
+    (found,) = adapted_products(x, z, [branch])
+    assert torch.allclose(found, plain_product(x, z, branch), atol=1e-5)
+
+
+def test_in_16_bits_factors_have_gradients_of_their_own_type(tiny_model: Path, calls: list[int]):
+    model = attached("lora", tiny_model, torch.bfloat16)
+    wide, _ = results(attached("lora", tiny_model))
+    loss, gradients = results(model)
+    assert calls
+    assert loss == pytest.approx(float(wide), rel=0.02)
+    assert all(gradient.dtype is torch.float32 for gradient in gradients.values())
+
+
+def test_a_sibling_that_is_given_another_input_is_computed_by_itself(tiny_model: Path, calls: list[int]):
+    model = attached("lora", tiny_model)
+    layers = {
+        name.rpartition(".")[2]: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)
+    }
+    x, other = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    layers["gate_proj"](x)
+    found = layers["up_proj"](other)
+    assert calls == [2, 1]
+    assert torch.allclose(found, plain_product(other, None, layers["up_proj"].branch()), atol=1e-5)
+
+
+def test_nothing_of_a_pass_stays_with_siblings(tiny_model: Path):
+    model = attached("lora", tiny_model)
+    results(model)
+    assert not any(layer.siblings._ready for layer in model.modules() if isinstance(layer, LowRankLinear))
+
+
+def test_layers_stored_transposed_are_as_they_were(calls: list[int], monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
+    )
+    method = build(TypeAdapter(Adapter).validate_python({"method": "lora", "r": 4}), [], None)
+    model = method.attach(base, 10).train()
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.05)
+    loss, gradients = results(model)
+    assert calls
+    monkeypatch.setattr(LowRankLinear, "_is_one_step", lambda self, adapter: False)
+    expected, others = results(model)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert all(torch.allclose(gradients[name], others[name], rtol=1e-3, atol=1e-6) for name in gradients)
+
+
+def test_a_base_that_trains_or_is_watched_keeps_its_own_pass():
+    assert is_one_step(nn.Linear(3, 4).requires_grad_(False))
+    assert not is_one_step(nn.Linear(3, 4))
+    watched = nn.Linear(3, 4).requires_grad_(False)
+    watched.register_forward_hook(lambda layer, inputs, output: output)
+    assert not is_one_step(watched)
+    assert not is_one_step(nn.Bilinear(3, 3, 4).requires_grad_(False))

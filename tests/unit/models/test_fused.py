@@ -1,0 +1,122 @@
+"""Fused norms and gated units and their plain twins, the model's own: the same bits forward, the same gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from finetune.models import fused
+from finetune.models.fused import fuse
+from tests.fixtures.kept import bytes_kept
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "gelu": LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh"),
+    "mistral": MistralConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES),
+}
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Random weights, norms not all ones; everything trains."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def is_fused(module: nn.Module) -> bool:
+    return "forward" in vars(module)
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    ids = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["at once", "a few rows at a time"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
+    family: str, dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if few:
+        monkeypatch.setattr(fused, "NUMBERS_AT_ONCE", 5 * 144)
+    own, ours = model_of(family, dtype), model_of(family, dtype)
+    fuse(ours)
+    losses = [loss_of(model) for model in (own, ours)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    for (name, one), other in zip(own.named_parameters(), ours.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= tolerance * one.grad.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_norm_and_every_unit_is_fused(family: str):
+    model = model_of(family)
+    fuse(model)
+    modules = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "MLP"))]
+    assert len(modules) >= 7
+    assert all(is_fused(module) for module in modules)
+
+
+def test_less_is_kept_for_backward():
+    own, ours = model_of("llama"), model_of("llama")
+    fuse(ours)
+    kept = [bytes_kept(model, lambda model=model: loss_of(model)) for model in (own, ours)]
+    assert kept[1] < 0.8 * kept[0]
+
+
+class Doubled(nn.Module):
+    """Called a norm, and no norm."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(weight), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class DoubledRMSNorm(Doubled):
+    pass
+
+
+def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    model = model_of("llama")
+    layer = model.model.layers[0]
+    layer.input_layernorm = DoubledRMSNorm(layer.input_layernorm.weight.detach())
+    unit = type(layer.mlp)
+    monkeypatch.setattr(
+        unit, "forward", lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+    )
+    fuse(model)
+    assert not is_fused(layer.input_layernorm)
+    assert not is_fused(layer.mlp)
+    assert is_fused(layer.post_attention_layernorm)

@@ -1,0 +1,95 @@
+"""Attention without masks and its plain twin, `sdpa` with a mask: the same result and the same gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.models import packed_attention
+from finetune.models.packed_attention import BLOCK, ends_of
+
+LENGTHS = {
+    "short": [5, 1, 9],
+    "one block and a half": [int(BLOCK * 1.5), 3],
+    "several blocks": [3, 2 * BLOCK + 17, BLOCK],
+}
+
+
+def heads(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries of 4 heads, keys and values of 2; (1, H, T, D)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, count, tokens, 16) for count in (4, 2, 2)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def positions(lengths: list[int]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def twin(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
+    """Every example's tokens see its earlier ones, by a mask of T x T."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(len(number))
+    seen = (number[:, None] == number) & (place[:, None] >= place)
+    if window is not None:
+        seen &= place > place[:, None] - window
+    result = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True)
+    return result.transpose(1, 2)
+
+
+def packed(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None = None, **more: Any
+) -> Tensor:
+    settings = {"scaling": 0.3, "sliding_window": window, **more}
+    mask = ends_of(positions(lengths))
+    return packed_attention.packed_attention(SimpleNamespace(), query, key, value, mask, **settings)[0]
+
+
+@pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_it_is_its_twin_in_result_and_gradients(lengths: list[int], window: int | None):
+    found, expected = heads(sum(lengths)), heads(sum(lengths))
+    one, other = packed(*found, lengths, window), twin(*expected, lengths, window)
+    assert torch.allclose(one, other, atol=1e-5)
+    weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
+    (one * weights).sum().backward()
+    (other * weights).sum().backward()
+    for mine, own in zip(found, expected, strict=True):
+        assert torch.allclose(mine.grad, own.grad, atol=1e-4)
+
+
+def test_the_comparison_sees_a_window_that_is_one_too_long():
+    """The control."""
+    lengths = LENGTHS["several blocks"]
+    tensors = heads(sum(lengths))
+    assert not torch.allclose(packed(*tensors, lengths, 4), twin(*tensors, lengths, 5), atol=1e-3)
+
+
+def test_in_16_bits_it_is_as_near_to_float32_as_its_twin():
+    lengths = LENGTHS["several blocks"]
+    exact = twin(*heads(sum(lengths)), lengths, None)
+    narrow = heads(sum(lengths), torch.bfloat16)
+    errors = [(result.float() - exact).norm() for result in (packed(*narrow, lengths), twin(*narrow, lengths, None))]
+    assert packed(*narrow, lengths).dtype is torch.bfloat16
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_keys_and_queries_that_a_rotation_made_wider_are_narrowed_to_the_values():
+    lengths = LENGTHS["short"]
+    query, key, value = heads(sum(lengths), torch.bfloat16)
+    assert packed(query.float(), key.float(), value, lengths).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("more", [{"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}], ids=str)
+def test_what_it_cannot_do_is_refused_and_not_left_out(more: dict[str, Any]):
+    with pytest.raises(NotImplementedError):
+        packed(*heads(15), [5, 1, 9], **more)
+
+
+def test_examples_end_where_the_next_one_begins():
+    assert ends_of(positions([5, 1, 9])).flatten().tolist() == [5, 6, 15]

@@ -1,0 +1,116 @@
+"""The head's loss in chunks and its plain twin, from the model's own logits: the same loss, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+from finetune.data.batches import Batch, joined, padded
+from finetune.data.encode import Example
+from finetune.train import loss as loss_module
+from finetune.train.loss import summed_cross_entropy, whole_cross_entropy
+from tests.fixtures.tiny import tiny_llama
+
+ROWS = [
+    Example(list(range(start, start + length)), [place % 3 > 0 for place in range(length)])
+    for start, length in ((3, 9), (40, 5), (90, 14))
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+
+
+def random_model(config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "tied": tiny_llama,
+    "untied": lambda: tiny_llama(tie_word_embeddings=False),
+    "capped logits": lambda: random_model(Gemma2Config(**SIZES, final_logit_softcapping=2.0)),
+    "multiplied logits": lambda: random_model(CohereConfig(**SIZES, logit_scale=0.25)),
+    "divided logits": lambda: random_model(GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
+
+
+def results(
+    model: nn.Module, loss_of: Callable[..., torch.Tensor], batch: Batch
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    model.zero_grad()
+    loss = loss_of(model, batch)
+    (loss / 7).backward()
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("head_trains", [True, False])
+@pytest.mark.parametrize("batch", [padded(ROWS, padding=0), joined(ROWS)], ids=["padded", "joined"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_is_its_twin_in_loss_and_gradients(
+    kind: str, batch: Batch, head_trains: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 3 * 320)  # three tokens
+    monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 2)
+    model = MODELS[kind]()
+    model.get_output_embeddings().requires_grad_(head_trains)
+    expected, gradients = results(model, whole_cross_entropy, batch)
+    found, others = results(model, summed_cross_entropy, batch)
+    assert loss_module._in_chunks[model.get_output_embeddings()]  # it is not the twin that was compared
+    assert torch.allclose(found, expected, rtol=1e-5)
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_a_head_that_does_more_is_run_whole():
+    """The control: logits that are changed after the head in a way that nobody knows of."""
+    model = tiny_llama()
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 * output.logits))
+    batch = joined(ROWS)
+    assert torch.equal(summed_cross_entropy(model, batch), whole_cross_entropy(model, batch))
+    assert not loss_module._in_chunks[model.get_output_embeddings()]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that any tensor had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("vocabulary", [4_000, 40_000])
+def test_no_tensor_of_tokens_times_vocabulary_is_made(vocabulary: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 1 << 16)
+    row = Example(list(range(600)), [True] * 600)
+    model = tiny_llama(vocab_size=vocabulary)
+    model.get_input_embeddings().requires_grad_(False)
+    found = {}
+    for loss_of in (whole_cross_entropy, summed_cross_entropy):
+        summed_cross_entropy(model, joined([row]))  # the probe, once
+        with Largest() as largest:
+            loss_of(model, joined([row])).backward()
+        found[loss_of] = largest.numbers
+    assert found[whole_cross_entropy] >= 599 * vocabulary  # the control
+    assert found[summed_cross_entropy] <= max(1 << 16, vocabulary * 64)  # a chunk, or the embeddings themselves
