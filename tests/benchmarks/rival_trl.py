@@ -1,0 +1,101 @@
+"""One fine-tune by TRL's SFTTrainer with PEFT, run by the interpreter of an environment that has them.
+
+Reads the rows, tokenized and in order, and the settings as JSON from a file, and prints what it measured as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    """The time of each step, from the start of training."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.ended: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ended.append(time.perf_counter() - self.began)
+
+
+class InOrder(SFTTrainer):
+    """Rows come as they are given."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def main() -> None:
+    """Train and print."""
+    task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    quantization = None
+    if task["kind"] == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        task["model"],
+        dtype=torch.float32 if task["kind"] == "full" else torch.bfloat16,
+        quantization_config=quantization,
+        device_map="cpu",
+    )
+    lora = None
+    if task["kind"] != "full":
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = Clock()
+    trainer = InOrder(
+        model=model,
+        args=SFTConfig(
+            output_dir=task["folder"],
+            max_length=None,
+            max_steps=task["steps"],
+            per_device_train_batch_size=task["micro"],
+            gradient_accumulation_steps=task["rows_per_step"] // task["micro"],
+            learning_rate=task["learning_rate"],
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            gradient_checkpointing=False,
+            bf16=True,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(task["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(task["model"]),
+        peft_config=lora,
+        callbacks=[clock],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": clock.ended, "losses": losses, "peak": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
