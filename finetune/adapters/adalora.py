@@ -131,10 +131,10 @@ class AdaLoraMethod(LowRankMethod):
         rank = max(1, *(len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers.values()))
         peft_bridge.save_as_lora(model, self._one_rank(layers, rank), folder, rank)
 
-    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Add the plain LoRA that `save` wrote to W."""
         config = self._one_rank(linear_layers(model), peft_bridge.stock_rank(folder))
-        return peft_bridge.merge(model, config, folder)
+        return peft_bridge.load_stock(model, config, folder)
 
     def _one_rank(self, layers: Iterable[str], rank: int) -> LoraConfig:
         """The configuration of a plain LoRA of this rank and the scale 1 everywhere."""

@@ -98,15 +98,15 @@ class AdapterMethod(ABC):
         return None
 
     @abstractmethod
-    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-        """Fold what `save` wrote into the weights of a dequantized base; the result has no adapter.
+    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+        """Put what `save` wrote on a dequantized base, as layers that `peft_bridge.fold` turns into ordinary ones.
 
         Raises:
             UnsupportedError: The method has no form without an adapter.
         """
 
-    def merge_quantized(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-        """Fold what `save` wrote into the quantized base's own tensors, without rounding; the result has no adapter.
+    def fold_quantized(self, layer: nn.Module) -> nn.Module:
+        """The quantized layer below one that `load` has put there, with the update in its own tensors, unrounded.
 
         Raises:
             UnsupportedError: The method's update is not one that stored weights can take up.

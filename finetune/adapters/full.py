@@ -90,11 +90,9 @@ class FullMethod(AdapterMethod):
             hint="use the run by itself",
         )
 
-    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Nothing to fold in: the trained weights are the model's own."""
-        merged = self.load(model, folder)
-        assert isinstance(merged, PreTrainedModel)
-        return merged
+        return self.load(model, folder)
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:

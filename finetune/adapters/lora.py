@@ -56,9 +56,9 @@ class LowRankMethod(AdapterMethod):
         """Drop the adapter."""
         return peft_bridge.unload(model)
 
-    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """W + (alpha / r) B A: exact but for the rounding of W's dtype."""
-        return peft_bridge.merge(model, self._stock_config(linear_layers(model)), folder)
+        return peft_bridge.load_stock(model, self._stock_config(linear_layers(model)), folder)
 
     def _config(self, layers: Iterable[str]) -> LoraConfig:
         """The configuration of the layers that train."""

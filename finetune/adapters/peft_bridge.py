@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -158,15 +158,27 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     return _load(model, config, _native(folder))
 
 
-def merge(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PreTrainedModel:
-    """Add each update of an adapter's stock form to its layer's weight.
+def load_stock(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
+    """Attach an adapter's stock form, each layer of which `fold` turns into an ordinary one.
 
     Raises:
         ModelError: There is none.
-        RefusedError: The adapter's tensors are not those of this base and recipe, or are not finite.
+        RefusedError: The adapter's tensors are not those of this base and recipe.
+    """
+    return _load(model, config, folder / STOCK_WEIGHTS)
+
+
+def fold(layer: nn.Module) -> nn.Module:
+    """The layer of the base that PEFT has put something around, with what that does in its weights.
+
+    Raises:
+        RefusedError: What was trained is not finite.
     """
     try:
-        return _load(model, config, folder / STOCK_WEIGHTS).merge_and_unload(safe_merge=True)
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            return layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        layer.merge(safe_merge=True)
+        return layer.get_base_layer()
     except ValueError as error:
         raise RefusedError(
             f"the adapter cannot be merged: {error}", hint="its weights are damaged: train it"
@@ -177,7 +189,13 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
+    for module in wrapped.modules():
+        if isinstance(module, ModulesToSaveWrapper):  # over a base whose weights are not there, a copy has no memory
+            for parameter in module.modules_to_save.parameters():
+                parameter.data = parameter.data.contiguous()
     _put(wrapped, file)
+    for layer in low_rank_layers(wrapped).values():
+        layer.base_lengths.clear()  # taken when the weights may not have been there
     wrapped.requires_grad_(False)
     return wrapped
 

@@ -39,9 +39,9 @@ class PeftMethod(AdapterMethod):
         """Drop the adapter."""
         return peft_bridge.unload(model)
 
-    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Into the weights: exact but for the rounding of their dtype."""
-        return peft_bridge.merge(model, self.config(), folder)
+        return peft_bridge.load_stock(model, self.config(), folder)
 
     @abstractmethod
     def config(self) -> PeftConfig:

@@ -9,14 +9,12 @@ and divides when it merges: the same up to the scale of A.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
-from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
 from finetune.adapters.low_rank import LowRankLinear, PooledElasticLinear, PooledLinear
+from finetune.quantizers.base import Quantized
 from finetune.recipe.adapter import QaLora
 
 
@@ -35,12 +33,11 @@ class QaLoraMethod(LowRankMethod):
         return PooledElasticLinear if self.section.iec else PooledLinear
 
     @torch.no_grad()
-    def merge_quantized(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def fold_quantized(self, layer: nn.Module) -> nn.Module:
         """Add (alpha / r) B A to the minimums, which are float32 from then on; codes and scales stay bit for bit."""
-        attached = self.load(model, folder)
-        for layer in peft_bridge.low_rank_layers(attached).values():
-            base = layer.get_base_layer()
-            for adapter in layer.active_adapters:
-                a_RL, b_OR = layer.pooled_factors(adapter)
-                base.quantizer.shift_minimums(base, b_OR @ a_RL * layer.scaling[adapter])
-        return peft_bridge.unload(attached)
+        assert isinstance(layer, LowRankLinear)
+        base: Quantized = layer.get_base_layer()
+        for adapter in layer.active_adapters:
+            a_RL, b_OR = layer.pooled_factors(adapter)
+            base.quantizer.shift_minimums(base, b_OR @ a_RL * layer.scaling[adapter])
+        return base

@@ -51,7 +51,7 @@ class SoftPromptMethod(AdapterMethod):
         assert isinstance(model, PromptedModel)
         return model.base
 
-    def merge(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Refuse: see `check_merge`."""
         self.check_merge()
         raise NotImplementedError

@@ -5,22 +5,16 @@ Tensors are read and written one at a time, so that memory holds a few tensors a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.errors import RefusedError
-
-SHARD_BYTES = 2 << 30
-INDEX = "model.safetensors.index.json"
+from finetune.models.tensor_files import Planned, stored_tensors, tensor_writer
 
 Rule = Literal["linear", "ties", "dare", "svd"]
 
@@ -81,71 +75,23 @@ def combine_folders(
         RefusedError: A version's weights are not those of the base, or the result is not finite.
     """
     generator = torch.Generator().manual_seed(combination.seed)
-    with ExitStack() as stack:
-        start = stack.enter_context(_tensors(base))
-        others = [stack.enter_context(_tensors(version)) for version in versions]
-        for other, version in zip(others, versions, strict=True):
-            if other.keys() != start.keys():
-                stray = sorted(other.keys() ^ start.keys())[0]
-                raise RefusedError(
-                    f"only one of base and version has the weight {stray}",
-                    where=str(version),
-                    hint="combine runs over one base",
-                )
-        shards = _Shards(target)
+    start, others = stored_tensors(base), [stored_tensors(version) for version in versions]
+    for other, version in zip(others, versions, strict=True):
+        if other.keys() != start.keys():
+            stray = sorted(other.keys() ^ start.keys())[0]
+            raise RefusedError(
+                f"only one of base and version has the weight {stray}",
+                where=str(version),
+                hint="combine runs over one base",
+            )
+    with tensor_writer(target, {name: Planned(dtype, start[name].shape) for name in sorted(start)}) as writer:
         for name in sorted(start):
-            origin = start[name].get_tensor(name)
-            differences = [other[name].get_tensor(name) - origin for other in others]
+            origin = start[name].read()
+            differences = [other[name].read() - origin for other in others]
             combined = origin + combination.of(differences, generator)
             if not combined.isfinite().all():
                 raise RefusedError(f"the weight {name} is not finite", hint="a run is damaged: train it again")
-            shards.add(name, combined.to(dtype))
-        shards.finish()
-
-
-class _Shards:
-    """Tensors on their way into files of at most SHARD_BYTES."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.waiting: dict[str, Tensor] = {}
-        self.files: list[tuple[Path, list[str]]] = []
-        self.bytes = self.total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one more."""
-        if self.waiting and self.bytes + tensor.nbytes > SHARD_BYTES:
-            self._write()
-        self.waiting[name] = tensor.contiguous()
-        self.bytes += tensor.nbytes
-        self.total += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write what is left, and name the files as transformers looks for them."""
-        self._write()
-        if len(self.files) == 1:
-            self.files[0][0].rename(self.folder / "model.safetensors")
-            return
-        index: dict[str, str] = {}
-        for number, (file, names) in enumerate(self.files, start=1):
-            final = file.rename(self.folder / f"model-{number:05}-of-{len(self.files):05}.safetensors")
-            index.update(dict.fromkeys(names, final.name))
-        text = json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2)
-        (self.folder / INDEX).write_text(text, encoding="utf-8")
-
-    def _write(self) -> None:
-        file = self.folder / f"part-{len(self.files)}.safetensors"
-        save_file(self.waiting, file, metadata={"format": "pt"})
-        self.files.append((file, list(self.waiting)))
-        self.waiting, self.bytes = {}, 0
-
-
-@contextmanager
-def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """From a tensor's name to the open file that has it."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
-        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118
+            writer.put(name, combined)
 
 
 def _weighted_sum(weights: Sequence[float], differences: Sequence[Tensor]) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from finetune.models.tensor_files import stored_tensors
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.layer import QuantizedLinear
 
@@ -27,18 +28,13 @@ def fingerprint(folder: Path) -> str:
         folder: A folder with safetensors files.
     """
     tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_bytes))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-                digest = hashlib.sha256(f"{name} {entry['dtype']} {entry['shape']}".encode())
-                for offset in _sample(start, end):
-                    stream.seek(offset)
-                    digest.update(stream.read(min(BLOCK_BYTES, end - offset)))
-                tensors[name] = digest.hexdigest()
+    for name, stored in stored_tensors(folder).items():
+        digest = hashlib.sha256(f"{name} {stored.dtype} {list(stored.shape)}".encode())
+        with stored.file.open("rb") as stream:
+            for offset in _sample(stored.start, stored.end):
+                stream.seek(offset)
+                digest.update(stream.read(min(BLOCK_BYTES, stored.end - offset)))
+        tensors[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 
 
@@ -47,16 +43,21 @@ def fingerprint_quantized(model: nn.Module) -> str | None:
 
     An adapter around a layer does not change it, nor does the type that layers compute in.
     """
-    layers = [layer for layer in model.modules() if is_quantized(layer)]
-    digest = hashlib.sha256()
+    return fingerprint_layers(layer for layer in model.modules() if is_quantized(layer))
+
+
+def fingerprint_layers(layers: Iterable[nn.Module]) -> str | None:
+    """The same over layers that are there one after another, in the order of their model."""
+    digest, found = hashlib.sha256(), False
     for layer in layers:
+        found = True
         tensors = layer.packed() if isinstance(layer, QuantizedLinear) else {"weight": layer.weight}
         for name, tensor in tensors.items():
             content = tensor.detach().contiguous().flatten().view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for offset in _sample(0, content.numel()):
                 digest.update(content[offset : offset + BLOCK_BYTES].cpu().numpy().tobytes())
-    return digest.hexdigest() if layers else None
+    return digest.hexdigest() if found else None
 
 
 def _sample(start: int, end: int) -> list[int]:

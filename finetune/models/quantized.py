@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         UnsupportedError: No layer is quantized, or one in a way that has no form on disk (int8).
     """
-    sections: list[QuantizationSection] = []
-    layers: dict[str, int] = {}
+    quantizers: dict[str, Quantizer] = {}
     for name, layer in list(model.named_modules()):
         if not is_quantized(layer):
             continue
@@ -41,16 +40,23 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
             model.set_submodule(name, repacked)
         else:
             refuse_without_form_on_disk([quantizer])
+        quantizers[name] = quantizer
+    if not quantizers:
+        refuse_without_form_on_disk([])
+    model.config.quantization_config = config_of(quantizers)
+    model.hf_quantizer = OnLoadQuantizer(model.config.quantization_config)
+    model.save_pretrained(folder)
+
+
+def config_of(quantizers: Mapping[str, Quantizer]) -> OnLoadConfig:
+    """What config.json says of weights that are stored by these quantizers, given by the layers' names."""
+    sections: list[QuantizationSection] = []
+    for quantizer in quantizers.values():
         if quantizer.section not in sections:
             sections.append(quantizer.section)
-        layers[name] = sections.index(quantizer.section)
-    if not layers:
-        refuse_without_form_on_disk([])
+    layers = {name: sections.index(quantizer.section) for name, quantizer in quantizers.items()}
     stored = StoredQuantization(quantizers=sections, layers=layers)  # type: ignore[arg-type]
-    config = OnLoadConfig(lambda name: None, torch.float32, stored)  # it is written, and loads nothing
-    model.hf_quantizer = OnLoadQuantizer(config)
-    model.config.quantization_config = config
-    model.save_pretrained(folder)
+    return OnLoadConfig(lambda name: None, torch.float32, stored)  # it is written, and loads nothing
 
 
 def refuse_without_form_on_disk(quantizers: Sequence[Quantizer]) -> None:

@@ -76,11 +76,16 @@ class AffineQuantizer(PackedQuantizer):
         scale_OG1, minimum_OG1 = (tensors[name].float().unsqueeze(2) for name in ("scale", "minimum"))
         return codes_OGK.mul_(scale_OG1).add_(minimum_OG1).flatten(1)
 
+    @property
+    def shifted(self) -> AffineQuantizer:
+        """The same with minimums in float32."""
+        return type(self)(self.section.model_copy(update={"minimum_dtype": "float32"}))
+
     def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
         """W + constant = scale * code + (minimum + constant)."""
         assert isinstance(layer, QuantizedLinear)
         layer.minimum = layer.minimum.float() + constant_OG
-        layer.quantizer = type(self)(self.section.model_copy(update={"minimum_dtype": "float32"}))
+        layer.quantizer = self.shifted
 
     def codes(self, groups_OGK: Tensor, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
         """The nearest codes, uint8; all zero where the scale is."""

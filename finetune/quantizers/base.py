@@ -64,6 +64,11 @@ class Quantizer(ABC):
     def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that `layer` computes with, shape (O, I)."""
 
+    @property
+    def shifted(self) -> Quantizer:
+        """What stores a layer whose minimums have been shifted; only where `capabilities.float_zero_points`."""
+        raise NotImplementedError
+
     def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
         """Add a constant to each group's weights, changing nothing but the minimums, which are float32 from then on.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import finetune.models.combining as combining
+import finetune.models.tensor_files as tensor_files
 from finetune.errors import RefusedError
 from finetune.models.combining import Combination, combine_folders
 
@@ -60,7 +60,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40])
 def test_folders_are_combined_in_one_file_or_many(tmp_path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(combining, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", shard_bytes)
     base = write(tmp_path / "base", {"a": A, "b": B, "c": A[0].clone()})
     one = write(tmp_path / "one", {"a": A + 1, "b": B, "c": A[0] - 1})
     two = write(tmp_path / "two", {"a": A, "b": B + 2, "c": A[0].clone()})
