@@ -99,7 +99,7 @@ def combine(
         combined = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         agreements = {}
         for trained, part in zip(opened, parts, strict=True):
-            examples = proof_rows(trained, report)
+            examples = proof_rows(trained, report).rows
             own = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, local_files_only=True)
             agreements[trained.run.path.name] = agreement(logits_of(own, examples), logits_of(combined, examples))
             del own

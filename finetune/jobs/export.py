@@ -16,9 +16,9 @@ from finetune.adapters.base import BakedPrompt
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.merge import BOUNDS, proof_rows, refuse_taken, trained_logits
+from finetune.jobs.merge import BOUNDS, proof_rows, refuse_taken
 from finetune.jobs.trained import TrainedRun
-from finetune.models.linears import dequantize_model
+from finetune.models.linears import dequantize_model, rounds_activations
 from finetune.models.precision import DTYPES
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
@@ -83,9 +83,9 @@ def export(
     trained = TrainedRun.open(run, report)
     trained.bench.method.check_bake()
     known = len(trained.bench.tokenizer)
-    examples = proof_rows(trained, report)
+    examples = proof_rows(trained, report).rows
     report(Phase("computing the trained model's logits"))
-    reference = [logits_KV[:, :known] for logits_KV in trained_logits(trained, examples, report)]
+    reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, report)]
     gc.collect()
     with written_aside(target) as folder:
         report(Phase(f"writing the prompt as tokens in {dtype}"))
@@ -114,6 +114,14 @@ def export(
             )
         write_json(folder / "export.json", result.to_json())
     return result
+
+
+def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+    """Logits of the base behind its prompt in float32; a quantizer that rounds inputs too is left out of it."""
+    base = trained.load_base(report, torch.float32)
+    if rounds_activations(base):
+        base = dequantize_model(base, torch.float32)
+    return logits_of(trained.attach(base, report), examples)
 
 
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,26 +1,27 @@
-"""`ft merge`: trained weights folded into the base's, proved on real rows."""
+"""`ft merge`: trained weights folded into the base's, proved on real rows.
+
+Base, adapter and merged model are read and written a layer at a time, so that memory holds no model.
+"""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from finetune.adapters import peft_bridge
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.trained import TrainedRun
+from finetune.models.fingerprint import fingerprint
 from finetune.models.folder import ModelFolder
-from finetune.models.linears import dequantize_model, rounds_activations
-from finetune.models.load import load_model
 from finetune.models.precision import DTYPES
-from finetune.models.quantized import save_quantized
+from finetune.models.rewriting import write_folded, write_folded_quantized
+from finetune.models.streaming import StreamedModel
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.quantization import NoQuantization
 from finetune.run.directory import RunDirectory, write_json, written_aside
@@ -33,7 +34,23 @@ BOUNDS = {QUANTIZED: 2e-5, "float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding weights to a dtype explains."""
 
 PROOF_TOKENS = 512
-"""Tokens of real rows on which merged and unmerged logits are compared."""
+"""Positions at which merged and unmerged logits are compared, padding included."""
+
+ROW_TOKENS = 256
+"""Most of one row that is compared."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Rows on which two models are compared.
+
+    Attributes:
+        held_out: Whether they were kept out of training.
+        rows: The rows.
+    """
+
+    held_out: bool
+    rows: list[Example]
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,9 @@ class MergeResult:
         folder: A model folder: one that plain transformers loads, or of quantized weights.
         dtype: Of its weights, or QUANTIZED.
         in_conversation: Whether the run was trained through the chat template.
+        base: Name, commit and fingerprint of the base.
+        adapter: Method and fingerprint of what was trained.
+        held_out: Whether the compared rows were kept out of training.
         bound: What `agreement.relative_difference` had to stay below.
         agreement: Merged logits, read back from disk, against base-plus-adapter logits, both in float32.
     """
@@ -51,13 +71,16 @@ class MergeResult:
     folder: Path
     dtype: str
     in_conversation: bool
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    held_out: bool
     bound: float
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
         """The certificate that stands in `merge.json`."""
-        numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        return {"dtype": self.dtype, "in_conversation": self.in_conversation, "bound": self.bound, **numbers}
+        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "agreement")}
+        return {**facts, **asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
 
 
 def merge(
@@ -88,24 +111,24 @@ def merge(
     target = (output or run.merged).absolute()
     refuse_taken(target, overwrite)
     trained = TrainedRun.open(run, report)
-    trained.bench.method.check_merge()
-    dtype = dtype or (QUANTIZED if trained.bench.method.fits_quantized else "float32")
-    examples = proof_rows(trained, report)
-    report(Phase("computing the trained model's logits"))
-    reference = trained_logits(trained, examples, report)
-    gc.collect()
+    bench = trained.bench
+    bench.method.check_merge()
+    dtype = dtype or (QUANTIZED if bench.method.fits_quantized else "float32")
+    proof = proof_rows(trained, report)
+    reference = _trained_logits(trained, proof.rows, report)
     with written_aside(target) as folder:
-        if dtype == QUANTIZED:
-            report(Phase("merging into the quantized weights"))
-            _write_quantized(trained, folder, report)
-        else:
-            report(Phase(f"merging in {dtype}"))
-            _write_merged(trained, folder, DTYPES[dtype], report)
-        gc.collect()
+        _write(trained, folder, dtype, report)
         report(Phase("comparing merged and trained logits"))
-        reloaded = _reload(trained, folder, dtype)
-        agrees = agreement(reference, logits_of(reloaded, examples))
-        result = MergeResult(target, dtype, trained.record.in_conversation, BOUNDS[dtype], agrees)
+        result = MergeResult(
+            folder=target,
+            dtype=dtype,
+            in_conversation=trained.record.in_conversation,
+            base=trained.record.base.model_dump(),
+            adapter={"method": bench.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
+            held_out=proof.held_out,
+            bound=BOUNDS[dtype],
+            agreement=agreement(reference, _written_logits(trained, folder, proof.rows)),
+        )
         if not result.agreement.relative_difference <= result.bound:
             raise RefusedError(
                 f"merged and trained logits differ by {result.agreement.relative_difference:.2g} of the largest logit, "
@@ -127,59 +150,71 @@ def refuse_taken(target: Path, overwrite: bool) -> None:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
-def proof_rows(trained: TrainedRun, report: Report) -> list[Example]:
-    """Real rows, held-out ones if there are any, up to PROOF_TOKENS tokens together."""
+def proof_rows(trained: TrainedRun, report: Report) -> Proof:
+    """Real rows, held-out ones if there are any, as many as fill a batch of PROOF_TOKENS."""
     split = trained.bench.read_data(report)
+    held_out = len(split.validation) > 0
     rows: list[Example] = []
-    room = PROOF_TOKENS
-    for example in split.validation or split.train:
-        cut = example.ids[:room]
-        rows.append(Example(cut, example.is_target[:room]))
-        room -= len(cut)
-        if not room:
+    longest = 0
+    for example in split.validation if held_out else split.train:
+        cut = Example(example.ids[:ROW_TOKENS], example.is_target[:ROW_TOKENS])
+        longest = max(longest, len(cut.ids))
+        if (len(rows) + 1) * longest > PROOF_TOKENS:
             break
-    return rows
+        rows.append(cut)
+    return Proof(held_out, rows)
 
 
-def trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def streamed_logits(streamed: StreamedModel, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+    """`logits_of` a model over a streamed base.
+
+    Architectures whose layers reach into each other's weights need all of them at once: there logits are no numbers
+    otherwise.
+    """
+    with streamed.streaming():
+        logits = logits_of(model, examples)
+    if all(logits_KV.isfinite().all() for logits_KV in logits):
+        return logits
+    with streamed.filled():
+        return logits_of(model, examples)
+
+
+def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
     """Logits of base plus trained weights in float32, as they were trained.
 
     A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.
     """
-    base = trained.load_base(report, torch.float32)
-    if rounds_activations(base):
-        base = dequantize_model(base, torch.float32)
-    return logits_of(trained.attach(base, report), examples)
+    base = trained.stream_base(report, dequantized=False)
+    model: nn.Module = base.model
+    if not trained.bench.recipe.adapter.trains_base:
+        model = trained.attach(base.model, report)
+    report(Phase("computing the trained model's logits"))
+    return streamed_logits(base, model, examples)
 
 
-def _write_merged(trained: TrainedRun, folder: Path, dtype: torch.dtype, report: Report) -> None:
+def _write(trained: TrainedRun, folder: Path, dtype: str, report: Report) -> None:
     bench = trained.bench
-    base = dequantize_model(trained.load_base(report, torch.float32), torch.float32)
-    merged = bench.method.merge(base, trained.weights).to(dtype)
-    merged.config.dtype = dtype
-    merged.save_pretrained(folder)
+    if dtype == QUANTIZED:
+        base = trained.stream_base(report, dequantized=False)
+        report(Phase("merging into the quantized weights"))
+        bench.method.load(base.model, trained.weights)
+        write_folded_quantized(base, bench.method.fold_quantized, folder)
+    else:
+        base = trained.stream_base(report, dequantized=True)
+        report(Phase(f"merging in {dtype}"))
+        if not bench.recipe.adapter.trains_base:
+            bench.method.foldable(base.model, trained.weights)
+        write_folded(base, peft_bridge.fold, DTYPES[dtype], folder)
     bench.tokenizer.save_pretrained(folder)
 
 
-def _write_quantized(trained: TrainedRun, folder: Path, report: Report) -> None:
+def _written_logits(trained: TrainedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
     bench = trained.bench
-    base = trained.load_base(report, torch.float32)
-    save_quantized(bench.method.merge_quantized(base, trained.weights), folder)
-    bench.tokenizer.save_pretrained(folder)
-
-
-def _reload(trained: TrainedRun, folder: Path, dtype: str) -> nn.Module:
-    """The written model in float32: by plain transformers if its weights are plain."""
-    if dtype != QUANTIZED:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        return model
-    bench = trained.bench
-    reloaded: nn.Module = load_model(
+    written = StreamedModel(
         ModelFolder(folder, str(folder)),
-        bench.recipe.model,
+        bench.section,
         Quantizers(NoQuantization()),
-        weight_dtype=torch.float32,
-        compute_dtype=torch.float32,
-        device=bench.accelerator.device,
+        bench.accelerator.device,
+        dequantized=False,
     )
-    return reloaded
+    return streamed_logits(written, written.model, examples)

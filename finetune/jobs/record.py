@@ -160,7 +160,11 @@ def refuse_other_codes(known: QuantizedRecord | None, setup: ModelSetup, base: n
     Raises:
         RefusedError: It is not.
     """
-    found = _quantized_record(setup, base)
+    refuse_other_record(known, _quantized_record(setup, base), setup)
+
+
+def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | None, setup: ModelSetup) -> None:
+    """The same where the record of the base is taken already."""
     if found == known or (found and known and found.device != known.device):
         return
     raise RefusedError(

@@ -10,8 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.errors import UsageError
-from finetune.jobs.record import TrainedRecord
+from finetune.jobs.record import QuantizedRecord, TrainedRecord, refuse_other_record
 from finetune.jobs.setup import Workbench
+from finetune.models.fingerprint import fingerprint_layers
+from finetune.models.folder import ModelFolder
+from finetune.models.streaming import StreamedModel
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report
@@ -68,6 +71,29 @@ class TrainedRun:
         """
         base = self.bench.load_base(report, dtype)
         self.record.refuse_other_quantization(self.bench, base)
+        return base
+
+    def stream_base(self, report: Report, dequantized: bool) -> StreamedModel:
+        """The base in float32 without its weights, which are read when they are needed.
+
+        Args:
+            report: Told what is checked.
+            dequantized: Whether the adapter is to be folded into weights, and not put on the codes that it trained on.
+
+        Raises:
+            RefusedError: It is quantized to others than those that were trained on.
+        """
+        bench = self.bench
+        if bench.recipe.adapter.trains_base:  # the trained weights are a whole model
+            folder = ModelFolder(self.weights, bench.folder.name)
+        else:
+            folder = bench.base_folder(report)
+        base = StreamedModel(folder, bench.section, bench.quantizers, bench.accelerator.device, dequantized)
+        if base.quantizers:
+            report(Phase("comparing the quantized base with the one that was trained on"))
+            found = fingerprint_layers(base.quantized_layers())
+            record = found and QuantizedRecord(device=bench.accelerator.device.type, fingerprint=found)
+            refuse_other_record(self.record.quantized_base, record or None, bench)
         return base
 
     def attach(self, base: PreTrainedModel, report: Report) -> nn.Module:

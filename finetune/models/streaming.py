@@ -211,8 +211,7 @@ class StreamedModel:
         else:
             codes = {}
         for each in own:
-            full_name = f"{name}.{each}" if name else each
-            getattr(module, each).data = codes[each].data if each in codes else self.weight(full_name)
+            getattr(module, each).data = codes[each].data if each in codes else self.weight(f"{name}.{each}")
 
     def _forget(self, name: str) -> None:
         module, own = self._parts[name]
@@ -233,6 +232,25 @@ class StreamedModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def tensors(self, within: str = "") -> dict[str, Tensor]:
+        """The tensors that are read from files, as they are now, of all the base or of one of its modules, by name."""
+        return {
+            f"{name}.{each}": getattr(module, each)
+            for name, (module, own) in self._parts.items()
+            for each in own
+            if not within or name == within or name.startswith(f"{within}.")
+        }
+
+    def original(self, name: str) -> nn.Module:
+        """A module of the base, whatever has been put in its place."""
+        return self._originals[name]
+
+    def same_weight(self) -> dict[str, str]:
+        """From the name of a weight that stands in a second place of the model to its name in the first."""
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors().items()}
+        return {name: other for name, other in names.items() if name != other}
 
     def replaced(self) -> dict[str, nn.Module]:
         """What was put in the place of the base's own modules, the outermost of each, by the name of the place."""
