@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from finetune.adapters import peft_bridge
 from finetune.errors import RefusedError
-from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.merge import merge, proof_rows, refuse_taken
+from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.merge import merge, proof_rows, refuse_taken, written_logits
 from finetune.jobs.trained import TrainedRun
 from finetune.models.combining import Combination, combine_folders
-from finetune.models.linears import dequantize_model
 from finetune.models.precision import DTYPES
+from finetune.models.rewriting import write_folded
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 
@@ -84,10 +83,9 @@ def combine(
         parts = [folder / f"part-{index}" for index in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
             merge(run, part, "float32", report=report)
-            gc.collect()
         start = folder / "base"
-        dequantize_model(opened[0].load_base(report, torch.float32), torch.float32).save_pretrained(start)
-        gc.collect()
+        start.mkdir()
+        write_folded(opened[0].stream_base(report, dequantized=True), peft_bridge.fold, torch.float32, start)
         report(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         combine_folders(start, parts, combination, DTYPES[dtype], folder)
         for file in parts[0].iterdir():
@@ -96,13 +94,11 @@ def combine(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})
         report(Phase("comparing the combined model with each run"))
-        combined = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         agreements = {}
         for trained, part in zip(opened, parts, strict=True):
             examples = proof_rows(trained, report).rows
-            own = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, local_files_only=True)
-            agreements[trained.run.path.name] = agreement(logits_of(own, examples), logits_of(combined, examples))
-            del own
+            own, combined = (written_logits(trained, each, examples) for each in (part, folder))
+            agreements[trained.run.path.name] = agreement(own, combined)
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
         in_conversation = all(trained.record.in_conversation for trained in opened)

@@ -127,7 +127,7 @@ def merge(
             adapter={"method": bench.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
             held_out=proof.held_out,
             bound=BOUNDS[dtype],
-            agreement=agreement(reference, _written_logits(trained, folder, proof.rows)),
+            agreement=agreement(reference, written_logits(trained, folder, proof.rows)),
         )
         if not result.agreement.relative_difference <= result.bound:
             raise RefusedError(
@@ -208,7 +208,8 @@ def _write(trained: TrainedRun, folder: Path, dtype: str, report: Report) -> Non
     bench.tokenizer.save_pretrained(folder)
 
 
-def _written_logits(trained: TrainedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
+def written_logits(trained: TrainedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
+    """Logits in float32 of a model that was written from a run, read back from the disk."""
     bench = trained.bench
     written = StreamedModel(
         ModelFolder(folder, str(folder)),

@@ -27,6 +27,7 @@ from finetune.recipe.modules import ModuleRule
 from finetune.train.optimizers import parameter_groups
 from finetune.train.state import TrainState
 from finetune.train.step import train_step
+from tests.fixtures.merging import merged
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.quantizers.loading import PACKED, load, logits, section
 
@@ -253,7 +254,7 @@ def test_a_saved_adapter_is_the_trained_one_for_us_for_stock_peft_and_merged(
             product = stock[f"{name}.lora_B.weight"] @ stock[f"{name}.lora_A.weight"]
             assert is_close(product, layer.get_delta_weight("default"))
     assert is_close(logits(peft.PeftModel.from_pretrained(dequantized(), tmp_path).eval()), expected, 1e-5)
-    assert is_close(logits(adalora(rules).merge(dequantized(), tmp_path)), expected, 1e-5)
+    assert is_close(logits(merged(adalora(rules), dequantized(), tmp_path)), expected, 1e-5)
 
 
 def test_it_works_on_layers_that_are_stored_transposed(tmp_path: Path):
@@ -267,7 +268,7 @@ def test_it_works_on_layers_that_are_stored_transposed(tmp_path: Path):
     live = take_steps(state_of(method, base()), STEPS).model
     method.save(live, tmp_path)
     assert is_close(logits(peft.PeftModel.from_pretrained(base(), tmp_path).eval()), logits(live), 1e-5)
-    assert is_close(logits(adalora().merge(base(), tmp_path)), logits(live), 1e-5)
+    assert is_close(logits(merged(adalora(), base(), tmp_path)), logits(live), 1e-5)
 
 
 # Going on

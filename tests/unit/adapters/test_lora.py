@@ -19,6 +19,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import EightBit, FourBit, NoQuantization
+from tests.fixtures.merging import merged
 
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])
 SECTIONS = [NoQuantization(), FourBit(kind="nf4"), FourBit(kind="fp4"), EightBit(kind="int8")]
@@ -98,8 +99,8 @@ def test_merged_is_unmerged(tiny_model: Path, tmp_path: Path, section: object):
     lora().save(attached, tmp_path)
     dequantized = dequantize_model(base(tiny_model, section), torch.float32)
     plain = logits(dequantized)
-    merged = lora().merge(dequantized, tmp_path)
-    assert (logits(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    found = logits(merged(lora(), dequantized, tmp_path))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (expected - plain).abs().max() > 1e-2 * expected.abs().max()  # the update matters
     assert not any("lora_" in name for name, _ in merged.named_parameters())
 
@@ -143,7 +144,7 @@ def test_an_adapter_with_a_number_that_is_none_is_not_merged(tiny_model: Path, t
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
     with pytest.raises(RefusedError, match="cannot be merged"):
-        lora().merge(base(tiny_model), tmp_path)
+        merged(lora(), base(tiny_model), tmp_path)
 
 
 def test_unknown_target_modules_name_the_layers_that_are_there(tiny_model: Path):

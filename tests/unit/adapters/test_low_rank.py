@@ -21,6 +21,7 @@ from finetune.models.quantized import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.adapter import Lora, QaLora
 from finetune.recipe.modules import ModuleRule
+from tests.fixtures.merging import merged, merged_quantized
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits, section
 
 GROUPED = ["affine-2", "affine-3", "affine-4", "hqq-2", "hqq-3", "hqq-4"]
@@ -75,9 +76,9 @@ def test_merging_moves_nothing_but_minimums_and_loses_nothing(tiny_model: Path, 
     attached = trained(method.attach(model, 1))
     expected = logits(attached)
     method.save(attached, tmp_path / "adapter")
-    merged = method.merge_quantized(load(tiny_model, PACKED[kind]), tmp_path / "adapter")
-    after = {name: layer.packed() for name, layer in quantized(merged).items()}
-    assert is_close(logits(merged), expected)
+    model = merged_quantized(method, load(tiny_model, PACKED[kind]), tmp_path / "adapter")
+    after = {name: layer.packed() for name, layer in quantized(model).items()}
+    assert is_close(logits(model), expected)
     assert not is_close(plain, expected, 1e-2)  # the update matters
     assert before.keys() == after.keys()
     for name, tensors in before.items():
@@ -147,7 +148,7 @@ def test_a_base_without_groups_is_refused_by_the_layers_name(tiny_model: Path, k
 def test_plain_lora_is_not_merged_into_codes(tiny_model: Path):
     method = lora()
     with pytest.raises(UnsupportedError, match="without rounding"):
-        method.merge_quantized(load(tiny_model, PACKED["affine-4"]), tiny_model)
+        merged_quantized(method, load(tiny_model, PACKED["affine-4"]), tiny_model)
 
 
 # IEC
@@ -242,7 +243,7 @@ def test_an_adapter_merges_into_the_dequantized_base(
     attached = trained(method.attach(load(tiny_model, PACKED[kind]), 1))
     method.save(attached, tmp_path)
     base = dequantize_model(load(tiny_model, PACKED[kind]), torch.float32)
-    assert is_close(logits(method.merge(base, tmp_path)), logits(attached), 1e-5)
+    assert is_close(logits(merged(method, base, tmp_path)), logits(attached), 1e-5)
 
 
 # Single layers

@@ -14,6 +14,7 @@ from finetune.errors import RefusedError, UnsupportedError
 from finetune.models.linears import dequantize_model
 from finetune.recipe.adapter import Adapter
 from finetune.resolve import build
+from tests.fixtures.merging import merged
 from tests.fixtures.tiny import write_tiny_model
 from tests.unit.adapters.test_low_rank import is_close
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits
@@ -70,7 +71,7 @@ def test_it_starts_as_the_base_trains_saves_reloads_and_merges(
         return dequantize_model(base(tiny_model, kind), torch.float32)
 
     assert is_close(logits(peft.PeftModel.from_pretrained(dense(), tmp_path).eval()), expected)
-    assert is_close(logits(chosen.merge(dense(), tmp_path)), expected)
+    assert is_close(logits(merged(chosen, dense(), tmp_path)), expected)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -373,7 +373,7 @@ def test_a_prompt_of_another_length_or_width_is_refused(folder: Path, tmp_path: 
 @kinds
 def test_a_merge_is_refused_with_what_to_do_instead(folder: Path, tmp_path: Path, kind: str):
     with pytest.raises(UnsupportedError, match=r"ft export|PEFT"):
-        method(kind).merge(load(folder), tmp_path)
+        method(kind).foldable(load(folder), tmp_path)
 
 
 def test_a_prefix_does_not_become_tokens(folder: Path, tmp_path: Path):

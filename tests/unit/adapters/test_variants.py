@@ -15,6 +15,7 @@ from finetune.models.folder import ModelFolder
 from finetune.models.linears import dequantize_model
 from finetune.recipe.adapter import Lora
 from finetune.recipe.modules import ModuleRule
+from tests.fixtures.merging import merged
 from tests.unit.adapters.test_low_rank import is_close, trained
 from tests.unit.quantizers.loading import PACKED, PLAIN, gradients, load, logits
 
@@ -126,7 +127,7 @@ def test_what_is_saved_is_the_same_for_us_for_stock_peft_and_merged(
     plain = dequantize_model(base(), torch.float32)
     assert not is_close(logits(plain), expected, 1e-2)
     assert is_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path).eval()), expected)
-    assert is_close(logits(chosen.merge(dequantize_model(base(), torch.float32), tmp_path)), expected)
+    assert is_close(logits(merged(chosen, dequantize_model(base(), torch.float32), tmp_path)), expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -149,4 +150,4 @@ def test_rules_for_single_layers_hold_for_variants_too(tiny_model: Path, tmp_pat
     chosen.save(model, tmp_path)
     assert torch.equal(logits(chosen.load(load(tiny_model), tmp_path)), logits(model))
     assert is_close(logits(peft.PeftModel.from_pretrained(load(tiny_model), tmp_path).eval()), logits(model))
-    assert is_close(logits(chosen.merge(load(tiny_model), tmp_path)), logits(model))
+    assert is_close(logits(merged(chosen, load(tiny_model), tmp_path)), logits(model))
