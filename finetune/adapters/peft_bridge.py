@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -177,6 +178,8 @@ def fold(layer: nn.Module) -> nn.Module:
     try:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             return layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        if isinstance(layer.base_layer, BaseTunerLayer):  # one layer around the other: experts have several weights
+            fold(layer.base_layer)
         layer.merge(safe_merge=True)
         return layer.get_base_layer()
     except ValueError as error:

@@ -1,7 +1,6 @@
 """A model's weights written anew, some of its layers changed: one layer in memory at a time.
 
-Tensors keep the names that they have in the base's files, so that what reads the base reads the result. Only one that
-changes and was put together from several, or is tied no longer, gets the model's own name for it.
+Tensors keep the names and the form that they have in the base's files, so that what reads the base reads the result.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.models.quantized import config_of
 from finetune.models.streaming import StreamedModel
-from finetune.models.tensor_files import DTYPES, Planned, tensor_writer
+from finetune.models.tensor_files import DTYPES, Planned, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import QuantizedLinear
 
@@ -34,24 +33,29 @@ def write_folded(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder
         dtype: Of every floating-point weight.
         folder: Where to.
     """
-    tensors = streamed.tensors()
     changed = {name for place in streamed.replaced() for name in streamed.tensors(place)}
     folded = _Folded(streamed, fold)
     untied = folded.untied(changed)
-    made_of = _files(streamed, changed, untied)
     planned = {}
-    for file, name in made_of.items():
-        found = streamed.files[file] if name is None else tensors[name]
-        kind = DTYPES[found.dtype] if isinstance(found.dtype, str) else found.dtype
-        planned[file] = Planned(dtype if kind.is_floating_point else kind, tuple(found.shape))
+    for name, tensor in streamed.tensors().items():
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        if name in untied:
+            planned[name] = Planned(kind, tuple(tensor.shape))
+        elif name not in streamed.tied:
+            files = streamed.sources[name].files
+            is_whole = streamed.sources[name].converter is None  # its layer may be stored quantized
+            shapes = {file: tuple(tensor.shape) if is_whole else streamed.files[file].shape for file in files}
+            planned |= {file: Planned(kind, shape) for file, shape in shapes.items()}
     with tensor_writer(folder, planned) as writer:
-        files = {name: file for file, name in made_of.items() if name is not None}
         for name, tensor in folded.tensors():
-            if name in files:
-                writer.put(files[name], tensor)
-        for file in sorted(writer.missing):
-            name = made_of[file]
-            writer.put(file, streamed.files[file].read() if name is None else streamed.weight(name))
+            if name in untied:
+                writer.put(name, tensor)
+            elif name not in streamed.tied:
+                for file, piece in streamed.stored_as(name, tensor).items():
+                    writer.put(file, piece)
+        for name in streamed.tensors():
+            if name not in streamed.tied:
+                _write_unchanged(streamed, name, writer)
     config = streamed.model.config
     config.dtype = dtype
     if hasattr(config, "quantization_config"):
@@ -128,26 +132,11 @@ class _Folded:
             return {f"{place}.{name}": tensor for name, tensor in self.fold(layer).state_dict().items()}
 
 
-def _files(streamed: StreamedModel, changed: set[str], untied: set[str]) -> dict[str, str | None]:
-    """From the name of each tensor to write to that of the model's tensor; None where the stored one stays."""
-    from_converters: dict[int, list[str]] = {}
-    for name, source in streamed.sources.items():
-        if source.converter is not None:
-            from_converters.setdefault(id(source), []).append(name)
-    files: dict[str, str | None] = {}
-    for name in streamed.tensors():
-        if name in streamed.tied:
-            if name in untied:
-                files[name] = name
-            continue
-        source = streamed.sources[name]
-        if source.converter is None:
-            files[source.files[0]] = name
-        elif changed & set(from_converters[id(source)]):
-            files[name] = name
-        else:
-            files.update(dict.fromkeys(source.files))
-    return files
+def _write_unchanged(streamed: StreamedModel, name: str, writer: TensorWriter) -> None:
+    """Write a tensor of the model as it is, or the stored ones that it is made of, where they are not written yet."""
+    source = streamed.sources[name]
+    for file in set(source.files) & writer.missing:
+        writer.put(file, streamed.weight(name) if source.converter is None else streamed.files[file].read())
 
 
 def _write_settings(streamed: StreamedModel, folder: Path) -> None:

@@ -15,7 +15,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
@@ -157,6 +162,15 @@ class StreamedModel:
             made = converter.convert(source.first, model=self.model, config=self.model.config)[name]
             tensor = made[0] if isinstance(made, list) else made
         return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None)
+
+    def stored_as(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What the files would hold of a tensor of the model that has this value, by their names."""
+        source = self.sources[name]
+        if source.converter is None:
+            return {source.files[0]: tensor}
+        pieces: dict[str, Tensor] = revert_weight_conversion(self.model, {name: tensor})
+        assert pieces.keys() == set(source.files), f"{name} would be stored as {sorted(pieces)}"
+        return pieces
 
     def quantized_layer(self, name: str) -> Quantized:
         """A quantized layer as loading the model would make it, without its bias."""

@@ -85,8 +85,8 @@ def test_merging_moves_nothing_but_minimums_and_loses_nothing(tiny_model: Path, 
         assert torch.equal(after[name]["weight"], tensors["weight"])
         assert torch.equal(after[name]["scale"], tensors["scale"])
         assert after[name]["minimum"].dtype is torch.float32
-    save_quantized(merged, tmp_path / "merged")
-    assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+    save_quantized(model, tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(model))
 
 
 def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -146,9 +146,9 @@ def test_a_base_without_groups_is_refused_by_the_layers_name(tiny_model: Path, k
 
 
 def test_plain_lora_is_not_merged_into_codes(tiny_model: Path):
-    method = lora()
+    model = lora().attach(load(tiny_model, PACKED["affine-4"]), 1)
     with pytest.raises(UnsupportedError, match="without rounding"):
-        merged_quantized(method, load(tiny_model, PACKED["affine-4"]), tiny_model)
+        lora().fold_quantized(low_rank_layers(model)[0])
 
 
 # IEC

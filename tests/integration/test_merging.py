@@ -1,0 +1,171 @@
+"""Merging: what it takes of memory, ties, biases, fused and converted weights, and what its certificate says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from finetune.errors import RefusedError
+from finetune.jobs.merge import merge
+from finetune.jobs.train import train
+from finetune.models.fingerprint import fingerprint
+from finetune.run.directory import RunDirectory
+from tests.fixtures.generating import answers
+from tests.fixtures.recipes import as_recipe
+from tests.fixtures.tiny import tiny_config, tiny_tokenizer, write_tiny_model
+
+SIZES = {
+    key: getattr(tiny_config(), key)
+    for key in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    )
+}  # fmt: skip
+ARCHITECTURES: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),  # biases
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
+    "mistral": MistralConfig(**SIZES),
+    "phi3": Phi3Config(**SIZES),  # fused projections
+    "qwen3_moe": Qwen3MoeConfig(  # experts that files hold one by one
+        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+}
+
+
+def write_model(config: PreTrainedConfig, folder: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def run_of(sections: dict[str, Any], folder: Path, name: str = "run", *overrides: str) -> RunDirectory:
+    run = RunDirectory.create(folder / name)
+    train(as_recipe(sections, folder, overrides), run)
+    return run
+
+
+def plain_answer(folder: Path, prompt: str, tokens: int = 8) -> str:
+    model, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": prompt}]
+    ids = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    written = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
+    return words.decode(written, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_round_and_says_the_same_in_plain_transformers(
+    tiny_recipe: dict[str, Any], tmp_path: Path, architecture: str, quantization: str
+):
+    write_model(ARCHITECTURES[architecture], tmp_path / "base")
+    run = run_of(
+        {**tiny_recipe, "model": {"name": str(tmp_path / "base")}, "quantization": {"kind": quantization}}, tmp_path
+    )
+    result = merge(run)
+    assert result.agreement.relative_difference <= 2e-5
+    names = [load_file(folder / "model.safetensors").keys() for folder in (result.folder, tmp_path / "base")]
+    assert names[0] == names[1]  # experts one by one again
+    (expected,) = answers(run.path, prompts=["Say 3"], tokens=8)
+    assert plain_answer(result.folder, "Say 3") == expected
+
+
+@pytest.mark.parametrize(
+    ("tied", "adapter"),
+    [
+        (False, {"target_modules": ["lm_head", "q_proj"]}),
+        (False, {"modules_to_save": ["lm_head"]}),
+        (True, {"modules_to_save": ["lm_head"]}),
+        (True, {"trainable_tokens": ["a", "b"]}),
+    ],
+)
+def test_weights_that_are_tied_stay_so_and_others_do_not_become_so(
+    tiny_recipe: dict[str, Any], tmp_path: Path, tied: bool, adapter: dict[str, Any]
+):
+    write_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    sections = {**tiny_recipe, "model": {"name": str(tmp_path / "base")}, "adapter": {"method": "lora", **adapter}}
+    run = run_of(sections, tmp_path)
+    result = merge(run)
+    weights = load_file(result.folder / "model.safetensors")
+    assert ("lm_head.weight" in weights) is not tied
+    assert AutoConfig.from_pretrained(result.folder).tie_word_embeddings is tied
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    kept = torch.equal(weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert kept is not tied
+    (expected,) = answers(run.path, prompts=["Say 3"], tokens=8)
+    assert plain_answer(result.folder, "Say 3") == expected
+
+
+def test_a_vocabulary_that_is_larger_than_the_tokenizers_stays_so(tiny_recipe: dict[str, Any], tmp_path: Path):
+    write_tiny_model(tmp_path / "base", vocab_size=384)
+    result = merge(run_of({**tiny_recipe, "model": {"name": str(tmp_path / "base")}}, tmp_path))
+    assert load_file(result.folder / "model.safetensors")["model.embed_tokens.weight"].shape == (384, 64)
+    assert AutoConfig.from_pretrained(result.folder).vocab_size == 384
+
+
+def test_the_certificate_names_base_adapter_and_rows(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
+    run = run_of(tiny_recipe, tmp_path)
+    written = merge(run).to_json()
+    assert json.loads((run.merged / "merge.json").read_text()) == written
+    assert written["base"] == {"name": str(tiny_model), "commit": None, "fingerprint": fingerprint(tiny_model)}
+    assert written["adapter"] == {"method": "lora", "fingerprint": fingerprint(run.trained(False))}
+    assert written["held_out"] is True
+    assert written["rows"] >= 2
+    assert written["relative_difference"] <= written["bound"]
+    without = run_of(tiny_recipe, tmp_path, "without", "data.validation_fraction=0")
+    assert merge(without).held_out is False
+
+
+def test_weights_that_are_no_numbers_are_not_merged(tiny_recipe: dict[str, Any], tmp_path: Path):
+    from safetensors.torch import save_file
+
+    run = run_of(tiny_recipe, tmp_path)
+    file = run.trained(False) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(RefusedError, match="cannot be merged"):
+        merge(run)
+    assert not run.merged.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_a_model_is_merged_in_a_fraction_of_the_memory_that_it_takes(
+    tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
+):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24}
+    write_tiny_model(tmp_path / "base", **sizes)
+    megabytes = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) >> 20
+    free = 64
+    assert megabytes > 5 * free
+    sections = {**tiny_recipe, "quantization": {"kind": kind}}
+    small = run_of(sections, tmp_path, "small")
+    large = run_of({**sections, "model": {"name": str(tmp_path / "base")}}, tmp_path, "large", "training.max_steps=1")
+
+    def limited(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.fixtures.limited", str(small.path), str(large.path), str(free), *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    whole = limited("whole")
+    assert whole.returncode == 4, whole.stderr  # so the limit is one
+    streamed = limited()
+    assert streamed.returncode == 0, streamed.stderr
+    assert json.loads((large.merged / "merge.json").read_text())["relative_difference"] <= 2e-5
