@@ -19,11 +19,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.models.gguf import converted
+from finetune.models.tensor_files import stored_tensors, tensors_in
 from finetune.recipe.model import Model
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,9 @@ class ModelFolder:
             ModelError: The files hold it under another name, or quantized.
         """
         name = f"{layer}.weight"
-        for file in sorted(self.path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                if name in tensors.keys() and tensors.get_slice(name).get_dtype()[0] in "FB":  # noqa: SIM118
-                    return tensors.get_tensor(name)
+        stored = stored_tensors(self.path).get(name)
+        if stored is not None and stored.dtype[0] in "FB":
+            return stored.read()
         raise ModelError(
             f"the files hold no unquantized weight {name}",
             where=str(self.path),
@@ -206,11 +205,10 @@ def _check_all_weights(folder: Path) -> None:
 def _check_weights(file: Path) -> None:
     """Read the header, which says how long the file must be."""
     try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
+        tensors_in(file)
+    except (ValueError, OSError) as error:
         raise ModelError(
-            f"the file is damaged or not whole ({error})",
+            f"the file is damaged or not whole: {error}",
             where=str(file),
             hint="fetch it again; if it is a Git LFS pointer: git lfs pull",
         ) from error

@@ -7,9 +7,9 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from finetune.errors import EnvironmentFault
+from finetune.models.tensor_files import stored_tensors
 from finetune.recipe.model import Dtype
 from finetune.recipe.training import Precision
 
@@ -46,10 +46,7 @@ def weight_dtype(dtype: Dtype, compute: torch.dtype, trains_base: bool) -> torch
 
 def file_dtype(folder: Path) -> torch.dtype:
     """The narrowest type that holds every floating-point weight in a folder as it is; float32 at most."""
-    found = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    found = {stored.dtype for stored in stored_tensors(folder).values()}
     known = [SAFETENSORS_DTYPES[name] for name in found & SAFETENSORS_DTYPES.keys()]
     return reduce(torch.promote_types, known) if known else torch.float32
 

@@ -26,10 +26,11 @@ from transformers.pytorch_utils import Conv1D
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
 from finetune.models.quantized import stored_quantization
-from finetune.models.tensor_files import stored_tensors
+from finetune.models.tensor_files import own_memory, stored_tensors
 from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer, QuantizedLinear
+from finetune.quantizers.memory import FreedMemory
 from finetune.quantizers.on_load import OnLoadConfig, quantizable_layers, replacement
 from finetune.recipe.model import Model
 
@@ -74,7 +75,7 @@ class StreamedModel:
     def __init__(
         self, folder: ModelFolder, section: Model, quantizers: Quantizers, device: torch.device, dequantized: bool
     ) -> None:
-        self.folder, self.device = folder, device
+        self.folder, self.device, self._freed = folder, device, FreedMemory()
         self.files = stored_tensors(folder.path)
         self.model = _skeleton(folder, section)
         self._stored = stored_quantization(folder)
@@ -161,7 +162,12 @@ class StreamedModel:
                 converter.add_tensor(source.first, file, pattern, piece)
             made = converter.convert(source.first, model=self.model, config=self.model.config)[name]
             tensor = made[0] if isinstance(made, list) else made
-        return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None)
+        return self._in_float32(tensor) if tensor.is_floating_point() else tensor.to(self.device)
+
+    def _in_float32(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cpu" or tensor.dtype is torch.float32:
+            return tensor.to(self.device, torch.float32)
+        return own_memory(4 * tensor.numel()).view(torch.float32).view(tensor.shape).copy_(tensor)
 
     def stored_as(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What the files would hold of a tensor of the model that has this value, by their names."""
@@ -231,7 +237,8 @@ class StreamedModel:
         module, own = self._parts[name]
         for each in own:
             tensor = getattr(module, each)
-            tensor.data = self._empty(tensor)
+            dropped, tensor.data = tensor.data, self._empty(tensor)
+            self._freed.count(dropped)
 
     @contextmanager
     def streaming(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,10 +33,19 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+LARGEST_HEADER = 100 << 20
+
 SHARD_BYTES = 2 << 30
 """Most that one file holds, but for a single tensor that is larger."""
 
 INDEX = "model.safetensors.index.json"
+
+
+def own_memory(count: int) -> Tensor:
+    """So many bytes that the system has back as soon as they are forgotten: the C library would keep them for later."""
+    if not count:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap(-1, count), dtype=torch.uint8)
 
 
 class StoredTensor(NamedTuple):
@@ -57,7 +67,7 @@ class StoredTensor(NamedTuple):
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        content = torch.empty(self.end - self.start, dtype=torch.uint8)
+        content = own_memory(self.end - self.start)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
             view, done = memoryview(content.numpy()), 0
@@ -73,14 +83,44 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in the safetensors files of a folder, by name."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-            found[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, end)
+        found |= tensors_in(file)
     return found
+
+
+def tensors_in(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor in a safetensors file, by name.
+
+    Raises:
+        ValueError: Its header is none, or does not fit the file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start_of_file = stream.read(8)
+        header_bytes = int.from_bytes(start_of_file, "little")
+        if len(start_of_file) < 8 or header_bytes > min(size - 8, LARGEST_HEADER):
+            raise ValueError("its header is cut off, or it is no safetensors file")
+        try:
+            header = json.loads(stream.read(header_bytes))
+            header.pop("__metadata__", None)
+            found = {name: _stored(file, 8 + header_bytes, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"its header cannot be read: {error}") from error
+    end = 8 + header_bytes
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        if stored.start != end or stored.end < end:
+            raise ValueError(f"the tensor {name} does not begin where the one before it ends")
+        end = stored.end
+    if end != size:
+        raise ValueError(f"it has {size} bytes, and its header announces {end}")
+    return found
+
+
+def _stored(file: Path, offset: int, entry: Any) -> StoredTensor:
+    start, end = (offset + int(each) for each in entry["data_offsets"])
+    shape = tuple(int(size) for size in entry["shape"])
+    if entry["dtype"] in DTYPES and DTYPES[entry["dtype"]].itemsize * prod(shape) != end - start:
+        raise ValueError(f"{end - start} bytes are not {entry['dtype']} of the shape {shape}")
+    return StoredTensor(file, str(entry["dtype"]), shape, start, end)
 
 
 class Planned(NamedTuple):
