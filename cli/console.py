@@ -256,20 +256,39 @@ def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None
     show_result(f"merged model: {folder} ({certificate['dtype']})\n{_agreement(certificate)}")
 
 
-def show_export(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """Print where the exported model is, how it compares with the trained one, and what its prompts begin with."""
+def show_export(
+    format: str,
+    certificate: dict[str, Any] | None,
+    folder: Path,
+    repository: str | None,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Print where what was exported is, how it compares with the trained model, and how to use it."""
     if as_json:
-        show_result(json.dumps({"event": "exported", "folder": str(folder), **certificate}))
+        pushed = {} if repository is None else {"repository": repository, "address": address}
+        show_result(json.dumps({"event": "exported", "folder": str(folder), **(certificate or {}), **pushed}))
         return
-    begins = (
-        "the folder's chat template begins with them"
-        if certificate["in_conversation"]
-        else "begin every text with `prompt` of export.json, and add no special tokens to it"
-    )
-    show_result(
-        f"exported model: {folder} ({certificate['dtype']})\n{_agreement(certificate)}\n"
-        f"the trained prompt is new tokens of the vocabulary: {begins}"
-    )
+    lines = [f"exported {format}: {folder}" + (f" ({_type_of(certificate)})" if certificate else "")]
+    if certificate:
+        lines.append(_agreement(certificate))
+    if format == "prompt" and certificate:
+        begins = (
+            "the folder's chat template begins with them"
+            if certificate["in_conversation"]
+            else "begin every text with `prompt` of export.json, and add no special tokens to it"
+        )
+        lines.append(f"the trained prompt is new tokens of the vocabulary: {begins}")
+    else:
+        lines.append(f"how to use it: {folder / 'README.md'}")
+    if address:
+        lines.append(f"on the hub: {address}")
+    show_result("\n".join(lines))
+
+
+def _type_of(certificate: dict[str, Any]) -> str:
+    found: str = certificate.get("dtype") or certificate["type"]
+    return found
 
 
 def _agreement(certificate: dict[str, Any]) -> str:

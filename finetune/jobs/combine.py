@@ -14,6 +14,7 @@ import torch
 from finetune.adapters import peft_bridge
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.card import CARD
 from finetune.jobs.merge import merge, proof_rows, refuse_taken, written_logits
 from finetune.jobs.trained import TrainedRun
 from finetune.models.combining import Combination, combine_folders
@@ -89,7 +90,7 @@ def combine(
         report(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         combine_folders(start, parts, combination, DTYPES[dtype], folder)
         for file in parts[0].iterdir():
-            if file.suffix != ".safetensors" and file.name not in ("merge.json", "model.safetensors.index.json"):
+            if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})

@@ -18,6 +18,7 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.card import public_name, write_card
 from finetune.jobs.merge import QUANTIZED, merge, proof_rows, refuse_taken, written_logits
 from finetune.jobs.ollama import modelfile
 from finetune.jobs.trained import TrainedRun
@@ -110,6 +111,10 @@ def export_gguf(
         shutil.rmtree(part)
         (folder / "Modelfile").write_text(modelfile(bench.tokenizer, MODEL), encoding="utf-8")
         write_json(folder / "export.json", result.to_json())
+        name = run.path.name
+        use = [f"llama-server -m ./{name}/{MODEL}", f"ollama create {name} -f ./{name}/Modelfile"]
+        what = f"{result.merge['base']['name']}, fine-tuned and written for llama.cpp, in {kind}."
+        write_card(trained, folder, what, use, result.to_json(), relation="quantized")
     return result
 
 
@@ -143,6 +148,8 @@ def export_gguf_adapter(
         factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
     with written_aside(target) as folder:
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
+        what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.bench.section)}."
+        write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")
     return target
 
 

@@ -16,6 +16,7 @@ from finetune.adapters import peft_bridge
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.card import public_name, write_card
 from finetune.jobs.trained import TrainedRun
 from finetune.models.fingerprint import fingerprint
 from finetune.models.folder import ModelFolder
@@ -123,7 +124,7 @@ def merge(
             folder=target,
             dtype=dtype,
             in_conversation=trained.record.in_conversation,
-            base=trained.record.base.model_dump(),
+            base={**trained.record.base.model_dump(), "name": public_name(bench.section)},
             adapter={"method": bench.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
             held_out=proof.held_out,
             bound=BOUNDS[dtype],
@@ -137,6 +138,9 @@ def merge(
                 hint="choose a wider --dtype",
             )
         write_json(folder / "merge.json", result.to_json())
+        use = "ft generate" if dtype == QUANTIZED else "vllm serve"
+        what = f"{result.base['name']} with what {bench.recipe.adapter.method} has trained in its weights, in {dtype}."
+        write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
 
 

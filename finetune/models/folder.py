@@ -28,8 +28,8 @@ from finetune.recipe.model import Model
 
 logger = logging.getLogger(__name__)
 
-# Weights as safetensors and the files beside them; never code, never pickles.
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+# Weights as safetensors, the files beside them, and the card for its licence; never code, never pickles.
+SMALL_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 
@@ -90,7 +90,7 @@ def find_model(section: Model, report_work: Callable[[str], None], weights: bool
         EnvironmentFault: The hub cannot be reached.
     """
     if section.name.startswith("package://"):
-        return _from_gguf(section.name, _file_in_package(section.name), report_work)
+        return _from_gguf(section.name, file_in_package(section.name), report_work)
     if section.name.endswith(".gguf"):
         return _from_gguf(section.name, Path(section.name), report_work)
     if section.is_hub_id:
@@ -109,8 +109,12 @@ def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> Mod
     return ModelFolder(converted(file, report_work), name)
 
 
-def _file_in_package(reference: str) -> Path:
-    """`package://name/file` -> the file's path; the package is found, never imported or run."""
+def file_in_package(reference: str) -> Path:
+    """`package://name/file` -> the file's path; the package is found, never imported or run.
+
+    Raises:
+        ModelError: There is no such package or file.
+    """
     package, _, file = reference.removeprefix("package://").partition("/")
     spec = _find_package(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

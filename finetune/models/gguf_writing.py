@@ -57,7 +57,6 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "llama": Architecture(gguf.MODEL_ARCH.LLAMA, True),
-    "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, True),
     "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, False),
     "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3, False),
 }

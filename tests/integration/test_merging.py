@@ -124,7 +124,7 @@ def test_the_certificate_names_base_adapter_and_rows(tiny_recipe: dict[str, Any]
     run = run_of(tiny_recipe, tmp_path)
     written = merge(run).to_json()
     assert json.loads((run.merged / "merge.json").read_text()) == written
-    assert written["base"] == {"name": str(tiny_model), "commit": None, "fingerprint": fingerprint(tiny_model)}
+    assert written["base"] == {"name": tiny_model.name, "commit": None, "fingerprint": fingerprint(tiny_model)}
     assert written["adapter"] == {"method": "lora", "fingerprint": fingerprint(run.trained(False))}
     assert written["held_out"] is True
     assert written["rows"] >= 2
