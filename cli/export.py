@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,8 +47,8 @@ def export(
         ExportFormat,
         typer.Option(
             "--format",
-            help="prompt: the base with a trained prompt as tokens of its vocabulary. adapter: a LoRA for PEFT and vLLM. "
-            "gguf: the merged model for llama.cpp and Ollama. gguf-adapter: a LoRA for them.",
+            help="prompt: the base with a trained prompt as tokens of its vocabulary. adapter: a LoRA for PEFT and "
+            "vLLM. gguf: the merged model for llama.cpp and Ollama. gguf-adapter: a LoRA for them.",
         ),
     ] = ExportFormat.prompt,
     output: Annotated[
@@ -59,16 +59,14 @@ def export(
         typer.Option(
             "--dtype",
             show_default=False,
-            help="Type of the weights. prompt: float32 (default), bfloat16, float16; gguf: f16 (default), q8_0, or q4_1, "
-            "which takes the codes of a qa_lora run over 4 bits in groups of 32.",
+            help="Type of the weights. prompt: float32 (default), bfloat16, float16; gguf: f16 (default), q8_0, or "
+            "q4_1, which takes the codes of a qa_lora run over 4 bits in groups of 32.",
         ),
     ] = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Send the folder to this repository of the hub.")
     ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Let everybody see the repository; else it is private.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; else it is private.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -108,7 +106,7 @@ def export(
     console.show_export(format.value, certificate, folder, push, address, as_json)
 
 
-def _type(format: ExportFormat, dtype: ExportedType | None) -> str:
+def _type(format: ExportFormat, dtype: ExportedType | None) -> Any:
     """The type to write in; formats without a choice have none."""
     choices = TYPES.get(format, ())
     if dtype is None:

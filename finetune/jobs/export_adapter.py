@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from finetune.adapters.lora import LowRankMethod
 from finetune.errors import UnsupportedError
 from finetune.jobs.card import public_name, write_card
 from finetune.jobs.merge import refuse_taken
 from finetune.jobs.trained import TrainedRun
-from finetune.recipe.adapter import QaLora
+from finetune.recipe.adapter import LowRank, QaLora
 from finetune.run.directory import TRAINED_RECORD, RunDirectory, written_aside
 from finetune.run.events import Report, ignore
 
@@ -49,9 +48,10 @@ def served_rank(trained: TrainedRun) -> int:
     Raises:
         UnsupportedError: It would refuse it, or ignore a part of it.
     """
-    section, recipe = trained.bench.recipe.adapter, trained.bench.recipe
+    recipe = trained.bench.recipe
+    section = recipe.adapter
     merged = "merge it and serve the model: ft merge"
-    if not isinstance(trained.bench.method, LowRankMethod):
+    if not isinstance(section, LowRank):
         raise UnsupportedError(
             f"vLLM serves LoRA adapters, and none that {section.method} trains", where="adapter.method", hint=merged
         )

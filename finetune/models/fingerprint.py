@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def fingerprint_quantized(model: nn.Module) -> str | None:
     return fingerprint_layers(layer for layer in model.modules() if is_quantized(layer))
 
 
-def fingerprint_layers(layers: Iterable[nn.Module]) -> str | None:
+def fingerprint_layers(layers: Iterable[Any]) -> str | None:
     """The same over layers that are there one after another, in the order of their model."""
     digest, found = hashlib.sha256(), False
     for layer in layers:

@@ -153,13 +153,13 @@ def write_gguf(
         blocks: dict[str, Callable[[], npt.NDArray[Any]]] = {}
         for tensor_name, tensor in streamed.tensors().items():
             layer, _, own_name = tensor_name.rpartition(".")
-            module = streamed.original(layer)
+            module: Any = streamed.original(layer)
             if tensor_name in streamed.tied:
                 continue
             is_coded = isinstance(module, QuantizedLinear) and own_name != "bias"
             if is_coded and own_name != "weight":
                 continue  # of the same blocks
-            shape = (module.out_features, module.in_features) if is_coded else tuple(tensor.shape)
+            shape: tuple[int, ...] = (module.out_features, module.in_features) if is_coded else tuple(tensor.shape)
             stored = _kind(kind, shape, is_coded)
             target = layout.name(tensor_name)
             byte_shape = gguf.quant_shape_to_byte_shape(shape, stored) if stored in QUANTIZED_KINDS else shape
@@ -205,7 +205,7 @@ def write_gguf_adapter(factors: Mapping[str, tuple[Tensor, Tensor]], config: Any
 
 
 QUANTIZED_KINDS = {Kind.Q8_0, Kind.Q4_1}
-NUMPY = {
+NUMPY: dict[Any, np.dtype[Any]] = {
     Kind.F32: np.dtype(np.float32),
     Kind.F16: np.dtype(np.float16),
     Kind.Q8_0: np.dtype(np.uint8),

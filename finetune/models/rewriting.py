@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def write_folded_quantized(streamed: StreamedModel, fold: Fold, folder: Path) ->
         layer, _, own_name = name.rpartition(".")
         module = streamed.original(layer)
         if isinstance(module, QuantizedLinear) and own_name != "bias":
-            quantizer = module.quantizer.shifted if layer in changed else module.quantizer
+            quantizer: Any = module.quantizer.shifted if layer in changed else module.quantizer
             spec = quantizer.tensor_specs(module.out_features, module.in_features)[own_name]
             quantizers[layer], planned[name] = quantizer, Planned(spec.dtype, spec.shape)
         elif name not in streamed.tied:

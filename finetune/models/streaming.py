@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -224,12 +224,10 @@ class StreamedModel:
 
     def _fill(self, name: str) -> None:
         module, own = self._parts[name]
+        codes: dict[str, Tensor] = {}
         if isinstance(module, QuantizedLinear):
-            quantized = self.quantized_layer(name)
-            assert isinstance(quantized, QuantizedLinear)
+            quantized: Any = self.quantized_layer(name)
             codes = quantized.packed()
-        else:
-            codes = {}
         for each in own:
             getattr(module, each).data = codes[each].data if each in codes else self.weight(f"{name}.{each}")
 
@@ -341,7 +339,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _shape(layer: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
     out_features, in_features = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
     return out_features, in_features

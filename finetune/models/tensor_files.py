@@ -48,6 +48,10 @@ def own_memory(count: int) -> Tensor:
     return torch.frombuffer(mmap(-1, count), dtype=torch.uint8)
 
 
+def _buffer(content: Tensor) -> Any:
+    return content.numpy()
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file.
 
@@ -70,7 +74,7 @@ class StoredTensor(NamedTuple):
         content = own_memory(self.end - self.start)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
-            view, done = memoryview(content.numpy()), 0
+            view, done = memoryview(_buffer(content)), 0
             while done < len(view):
                 count = stream.readinto(view[done:])
                 if not count:
@@ -81,7 +85,7 @@ class StoredTensor(NamedTuple):
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in the safetensors files of a folder, by name."""
-    found = {}
+    found: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= tensors_in(file)
     return found
@@ -148,7 +152,7 @@ class TensorWriter:
         assert tuple(tensor.shape) == planned.shape, f"{name}: {tuple(tensor.shape)} is not {planned.shape}"
         content = tensor.detach().to("cpu", planned.dtype).contiguous()
         stream.seek(offset)
-        stream.write(memoryview(content.flatten().view(torch.uint8).numpy()))
+        stream.write(_buffer(content.flatten().view(torch.uint8)))
         self.missing.discard(name)
 
 
