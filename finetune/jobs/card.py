@@ -17,6 +17,7 @@ import yaml
 from finetune.jobs.trained import TrainedRun
 from finetune.models.folder import ModelFolder, file_in_package
 from finetune.recipe.model import Model
+from finetune.run.events import Validated
 
 CARD = "README.md"
 SECTIONS = ("quantization", "adapter", "optimizer", "training")
@@ -124,7 +125,7 @@ def _metrics(trained: TrainedRun) -> str:
     losses = [
         record
         for line in (run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else [])
-        if (record := json.loads(line)).get("event") == "validated"
+        if (record := json.loads(line)).get("event") == Validated.kind
     ]
     if losses:
         first, last = losses[0], losses[-1]
