@@ -90,7 +90,7 @@ class Lora(FixedRank):
 
     implementation: ClassVar[str] = "finetune.adapters.lora:LoraMethod"
     costs: ClassVar[str] = "r (in + out) a layer"
-    loads_in: ClassVar[str] = "PEFT, vLLM (not with dora or modules_to_save)"
+    loads_in: ClassVar[str] = "PEFT, vLLM, llama.cpp (not with dora or modules_to_save)"
     method: Literal["lora"]
     rslora: bool = Field(False, description="Scale the update by alpha / sqrt(r), for large ranks (arXiv 2312.03732).")
     loraplus_ratio: float = Field(
