@@ -84,6 +84,7 @@ class StreamedModel:
         self.quantizers: dict[str, Quantizer] = {name: each for name in layers if (each := choose(name)) is not None}
         self._plain = {name: layers[name] for name in self.quantizers}
         self.sources = _find_sources(self.model, list(self.files), self._names_of_codes())
+        self.tied: dict[str, str] = {}
         self._untie_what_differs()
         self._refuse_missing()
         if not dequantized:

@@ -33,6 +33,7 @@ def test_its_ft_commands_run_in_their_order(
         "eval",
         "generate",
         "merge",
+        "export",
         "quantize",
     ]
     for command in commands:
