@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+RIVAL := .venv-trl
 
-.PHONY: help quickstart test test-slow test-faults bench-data bench-quantizers bench-methods lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench bench-data bench-quantizers bench-methods lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +25,9 @@ test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
 
 test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
 	$(BIN)/python -m pytest tests/faults
+
+bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
+	$(BIN)/python -m tests.benchmarks.rival $(DATA) --rival $(RIVAL)/bin/python
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data
@@ -55,7 +59,7 @@ wheel: $(VENV)/dev  ## dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean:  ## Remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(RIVAL) build dist *.egg-info
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,4 +73,11 @@ $(VENV)/quickstart: $(VENV)/base
 
 $(VENV)/dev: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	touch $@
+
+# The rival's environment holds nothing of ft's; pinned, so that a table can be made again.
+$(RIVAL)/ready: constraints.txt
+	$(PYTHON) -m venv $(RIVAL)
+	$(RIVAL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RIVAL)/bin/pip install --quiet --disable-pip-version-check trl==1.16.0 peft==0.21.2 bitsandbytes==0.50.2
 	touch $@

@@ -40,8 +40,8 @@ class Model(Section):
     kernels: Annotated[Literal["auto", "plain"], OnResume.MAY_CHANGE] = Field(
         "auto",
         description=(
-            "Norms and gated units in training. `auto`: passes that keep less for backward, ft's own on CPU and Liger's "
-            "on CUDA where liger-kernel is installed. `plain`: the model's own."
+            "Norms and gated units in training. `auto`: passes that keep less for backward, ft's own on CPU and "
+            "Liger's on CUDA where liger-kernel is installed. `plain`: the model's own."
         ),
     )
 

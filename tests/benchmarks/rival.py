@@ -230,10 +230,12 @@ def main() -> None:
         ours(arguments)
         return
     rate = product_rate()
-    code = "from importlib.metadata import version; print(*(f'{name} {version(name)}' for name in ('trl', 'peft', 'torch')))"
+    code = "from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in ('trl', 'peft', 'torch')))"
     rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    print(f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
-          f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in bfloat16 -->")  # fmt: skip
+    print(
+        f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
+        f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in bfloat16 -->"
+    )
     columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)
     for kind in arguments.kinds:
