@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetune.adapters.adapted_product import Branch, Siblings, is_one_step, plain_update
+from finetune.adapters.adapted_product import Branch, adapted_product, is_one_step, plain_update
 from finetune.errors import UnsupportedError
 from finetune.quantizers.base import Capabilities, is_quantized
 
@@ -53,7 +53,6 @@ class LowRankLinear(lora.Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
         self.pooled_inputs = _group_size(base_layer, settings.get("target_name", "")) if self.pooled else 1
         self.base_lengths: dict[str, Tensor] = {}
-        self.siblings = Siblings([self])
         super().__init__(base_layer, adapter_name, config, **settings)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
@@ -105,7 +104,8 @@ class LowRankLinear(lora.Linear):
         """The product with W and every active update, in the type of the base's product; (..., I) -> (..., O)."""
         adapters = self._adapters_in_use()
         if len(adapters) == 1 and torch.is_grad_enabled() and self._is_one_step(adapters[0]):
-            return self._to_length(adapters[0], self.siblings.product(self, x))
+            product = adapted_product(x, self._input_of_update(adapters[0], x), self.branch(adapters[0]))
+            return self._to_length(adapters[0], product)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             result = self._to_length(adapter, result + self.update(adapter, x).to(result.dtype))
@@ -138,7 +138,7 @@ class LowRankLinear(lora.Linear):
         means repeated element by element as in equation 16.
         """
         if not self._drops(adapter):
-            return plain_update(self._pool(x), self._branch(adapter))
+            return plain_update(self._pool(x), self.branch(adapter))
         base, scale = self.base_layer, self.scaling[adapter]
         learned, *fixed = (Branch(base, *part, scale) for part in self._parts(adapter))
         result = plain_update(self._pool(self.lora_dropout[adapter](x)), learned)
@@ -154,23 +154,14 @@ class LowRankLinear(lora.Linear):
         dropout = self.lora_dropout[adapter]
         return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
 
-    def branch(self) -> Branch:
-        """The base with the only update in use."""
-        return self._branch(*self._adapters_in_use())
-
-    def _branch(self, adapter: str) -> Branch:
+    def branch(self, adapter: str) -> Branch:
+        """The base with one update."""
         return Branch(self.base_layer, *self.pooled_factors(adapter), self.scaling[adapter])
 
-    def input_of_update(self, x: Tensor) -> Tensor | None:
-        """What A sees in the only update in use; None if that is x itself."""
-        (adapter,) = self._adapters_in_use()
+    def _input_of_update(self, adapter: str, x: Tensor) -> Tensor | None:
+        """What A sees; None if that is x itself."""
         seen = self._pool(self.lora_dropout[adapter](x))
         return None if seen is x else seen
-
-    def shares_input_of_update(self, other: LowRankLinear) -> bool:
-        """Whether A of both sees the same, if their inputs are the same."""
-        dropped = any(layer._drops(adapter) for layer in (self, other) for adapter in layer._adapters_in_use())
-        return self.pooled_inputs == other.pooled_inputs and not dropped
 
     def factors(self, adapter: str) -> Factors:
         """The plain LoRA that this adapter is: elastic paths folded in, a pooled A repeated over its groups."""

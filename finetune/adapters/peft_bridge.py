@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapters.adapted_product import introduce_siblings
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.linears import linear_layers
@@ -69,7 +68,6 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     for parameter in wrapped.parameters():  # of modules that train whole: updates are lost in 16 bits
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    introduce_siblings(wrapped, list(low_rank_layers(wrapped).values()))
     return wrapped
 
 

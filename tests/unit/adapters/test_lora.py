@@ -102,7 +102,7 @@ def test_merged_is_unmerged(tiny_model: Path, tmp_path: Path, section: object):
     found = logits(merged(lora(), dequantized, tmp_path))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (expected - plain).abs().max() > 1e-2 * expected.abs().max()  # the update matters
-    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    assert not any("lora_" in name for name, _ in dequantized.named_parameters())
 
 
 def test_a_file_tells_neither_paths_nor_a_floating_alpha(tiny_model: Path, tmp_path: Path):
