@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.errors import FinetuneError
+from finetune.run.interruption import Interruption, StopRequested
 
 from . import console
 from .options import ANSWERS, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
@@ -58,11 +59,20 @@ def chat(
 
 
 def _say(talk: Chat, text: str) -> None:
-    """One turn; what went wrong is told, and the conversation goes on without it."""
+    """One turn; what went wrong is told, and the conversation goes on without it.
+
+    Ctrl-C is looked for between two pieces: raised anywhere, it could be lost in code that forgives every exception.
+    """
+    interruption = Interruption()
     try:
-        with console.words() as tell:
-            talk.say(text, tell)
+        with interruption.listening(console.leave_at_once), console.words() as tell:
+
+            def tell_or_stop(piece: str) -> None:
+                tell(piece)
+                interruption.poll()
+
+            talk.say(text, tell_or_stop)
     except FinetuneError as error:
         console.show_error(error)
-    except KeyboardInterrupt:
+    except StopRequested:
         console.show_note("stopped")
