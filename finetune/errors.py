@@ -144,6 +144,33 @@ class EnvironmentFault(FinetuneError):
     exit_code = 7
 
 
+class ProcessLost(FinetuneError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+def as_lost_process(error: BaseException) -> ProcessLost | None:
+    """The user's error for gloo's or NCCL's word that another process is gone; else None."""
+    is_loss = type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error)
+    if not is_loss:
+        return None
+    return ProcessLost("another process of the run has ended", hint="see what ended it")
+
+
+class ProcessFailed(FinetuneError):
+    """What ended one of several processes, and with it the run; the exit code is that of its own error."""
+
+    def __init__(
+        self, what: str, *, code: int = 1, traceback: str = "", where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.exit_code = code
+        self.traceback = traceback
+
+    def lines(self) -> list[str]:
+        """The message, and below it the traceback if it is a bug."""
+        return [*super().lines(), *self.traceback.splitlines()]
+
+
 class Stopped(FinetuneError):
     """A signal ended the run in good order: it goes on from a checkpoint when it is started again."""
 

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +27,12 @@ from finetune.errors import (
     RefusedError,
     Stopped,
     UsageError,
+    as_lost_process,
     as_out_of_memory,
 )
 from finetune.run.events import RanksChosen, StepMetrics, Validated
 from finetune.run.interruption import StopRequested
+from finetune.run.processes import Rank
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +66,15 @@ class RunDirectory:
     """`runs/<name>/`: recipe, provenance, metrics, log, outcome, checkpoints, trained weights, what was made of them.
 
     Made by `create` for a new run and by `open` for one that is there.
+
+    Args:
+        path: Of the directory.
+        is_writer: Whether this process writes it; of several processes of a run only the main one does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_writer: bool = True) -> None:
         self.path = path
+        self.is_writer = is_writer
         self.marker = path / "run.json"
         self.recipe_as_written = path / "recipe.yaml"
         self.recipe = path / "recipe.resolved.yaml"
@@ -124,13 +131,17 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path, is_writer: bool = True) -> RunDirectory:
         """The run in `path`.
+
+        Args:
+            path: Of the directory.
+            is_writer: Whether this process writes it.
 
         Raises:
             UsageError: There is none.
         """
-        run = cls(path.absolute())
+        run = cls(path.absolute(), is_writer)
         if not run.marker.is_file():
             runs = sorted(file.parent.name for file in path.parent.glob("*/run.json"))
             hint = f"runs in {path.parent}: {', '.join(runs)}" if runs else "train one first: ft train recipe.yaml"
@@ -247,14 +258,15 @@ class RunDirectory:
         """The time in which a run trains, and no other process may: `exit.json` tells afterwards how it ended.
 
         A new run that fails before its first step leaves nothing behind, so that its name is free for the next try;
-        a run that is refused to go on keeps its record as it was.
+        a run that is refused to go on keeps its record as it was. A process that is not the run's writer takes part
+        without the lock and tells nothing.
 
         Raises:
             RefusedError: Another process trains the run.
             Stopped: A signal ended the run, and it can go on from a checkpoint.
             Interrupted: A signal ended the run before there was one.
         """
-        with self._locked():
+        with self._locked() if self.is_writer else nullcontext():
             attempt = Attempt()
             is_new = not self.recipe.is_file()
             try:
@@ -269,12 +281,12 @@ class RunDirectory:
                 self._end(attempt, INTERRUPTED, "interrupted", is_new)
                 raise
             except Exception as error:
-                shortage = as_out_of_memory(error)
-                if shortage is None:  # a bug: keep all that could explain it
+                known = as_out_of_memory(error) or as_lost_process(error)
+                if known is None:  # a bug: keep all that could explain it
                     self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
                     raise
-                self._end(attempt, shortage.exit_code, shortage.what, is_new)
-                raise shortage from error
+                self._end(attempt, known.exit_code, known.what, is_new)
+                raise known from error
             self._write_outcome(attempt, 0, "done")
 
     def _stop(self, attempt: Attempt, request: StopRequested, is_new: bool) -> Stopped | Interrupted:
@@ -287,14 +299,28 @@ class RunDirectory:
         self._end(attempt, interrupted.exit_code, interrupted.what, is_new)
         return interrupted
 
+    def conclude(self, error: FinetuneError, attempt: Attempt) -> None:
+        """Write down what ended a run of several processes, whose main one was killed or did not know.
+
+        Args:
+            error: What ended it.
+            attempt: How far it had come; if it had not taken a step, the run is removed.
+        """
+        if self.marker.is_file():
+            with self._locked():
+                self._end(attempt, error.exit_code, error.what, is_new=True)
+
     @property
     def how_to_resume(self) -> str:
-        """The command that goes on with the run."""
+        """The command that goes on with the run, on as many processes."""
         here = Path.cwd()
         path = self.path.relative_to(here) if here in self.path.parents else self.path
-        return f"go on with it: ft train --resume {path}"
+        count = Rank.here().count
+        return f"go on with it: ft train --resume {path}" + (f" --processes {count}" if count > 1 else "")
 
     def _end(self, attempt: Attempt, code: int, message: str, is_new: bool) -> None:
+        if not self.is_writer:
+            return
         if attempt.steps or attempt.checkpoint is not None:
             self._write_outcome(attempt, code, message)
         elif is_new:
@@ -306,6 +332,8 @@ class RunDirectory:
         Raises:
             EnvironmentFault: The run came to its end, and nobody could see that.
         """
+        if not self.is_writer:
+            return
         ending = {"code": code, "step": attempt.steps, "resumable": bool(code) and attempt.checkpoint is not None}
         try:
             write_json(self.outcome, {**ending, "checkpoint": attempt.checkpoint, "message": message, "ended": now()})

@@ -1,0 +1,135 @@
+"""Several processes of one run: which of them this one is, and how it tells what ended it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.errors import FinetuneError, Interrupted, ProcessFailed, ProcessLost, Stopped
+
+SUPERVISOR = "FT_SUPERVISOR"
+"""Environment variable: process id of the `ft train` that started this process as a rank of its run."""
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable: where PyTorch's launchers look for what ended a rank."""
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which process of its run this one is.
+
+    Attributes:
+        number: From 0; 0 is the main process, the only one that writes and speaks.
+        count: Processes of the run.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Rank:
+        """As a launcher says in the environment: ours, torchrun, or any that sets RANK and WORLD_SIZE."""
+        count = int(os.environ.get("WORLD_SIZE", 1))
+        return cls(int(os.environ.get("RANK", 0)), count) if count > 1 else cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.number == 0
+
+
+def is_supervised() -> bool:
+    """Whether an `ft train` started this process, and tells its errors."""
+    return SUPERVISOR in os.environ
+
+
+def end_with_supervisor() -> None:
+    """Let the system kill this process when its supervisor ends, however that ends; on Linux alone."""
+    kill_with_parent()
+    if is_supervised() and os.getppid() != int(os.environ[SUPERVISOR]):  # it had ended already
+        os._exit(Interrupted.exit_code)
+
+
+def kill_with_parent() -> None:
+    """Let the system kill this process when its parent ends; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ended a rank, as it stands in the file that launchers read.
+
+    Attributes:
+        code: Exit code.
+        what: As in FinetuneError.
+        where: As in FinetuneError.
+        hint: As in FinetuneError.
+        is_stop: Whether a signal ended it in good order.
+        is_consequence: Whether it ended because another process had.
+        traceback: Of a bug; empty otherwise.
+        timestamp: When, in seconds since 1970.
+    """
+
+    code: int
+    what: str
+    where: str | None = None
+    hint: str | None = None
+    is_stop: bool = False
+    is_consequence: bool = False
+    traceback: str = ""
+    timestamp: float = 0.0
+
+    @classmethod
+    def of(cls, error: BaseException) -> Ending:
+        """What an error that leaves the command comes to."""
+        if not isinstance(error, FinetuneError):
+            told = "".join(traceback.format_exception(error))
+            return cls(1, f"{type(error).__name__}: {error}", traceback=told, timestamp=time.time())
+        return cls(
+            code=error.exit_code,
+            what="\n".join(error.lines()) if type(error).lines is not FinetuneError.lines else error.what,
+            where=error.where,
+            hint=error.hint,
+            is_stop=isinstance(error, Stopped | Interrupted),
+            is_consequence=isinstance(error, ProcessLost),
+            timestamp=time.time(),
+        )
+
+    @classmethod
+    def read(cls, file: Path) -> Ending | None:
+        """What `write` wrote; None where nothing is."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8"))["ending"])
+        except (OSError, ValueError, KeyError, TypeError):  # killed before it could, or while it did
+            return None
+
+    def write(self) -> None:
+        """Leave it where the launcher looks, if one does; `message` and `timestamp` are what torchrun shows."""
+        if file := os.environ.get(ERROR_FILE):
+            told = {"message": self.traceback or self.what, "timestamp": int(self.timestamp), "ending": asdict(self)}
+            Path(file).write_text(json.dumps(told), encoding="utf-8")
+
+    def error(self, place: str | None) -> FinetuneError:
+        """The error that the supervisor raises in its stead.
+
+        Args:
+            place: Names the rank; None where it does not matter which it was.
+        """
+        if self.code == Stopped.exit_code:
+            return Stopped(self.what, where=self.where, hint=self.hint)
+        if self.is_stop:
+            return Interrupted(self.what, number=self.code - 128, where=self.where, hint=self.hint)
+        where = ": ".join(part for part in (place, self.where) if part)
+        return ProcessFailed(
+            self.what, code=self.code, traceback=self.traceback, where=where or None, hint=self.hint
+        )
