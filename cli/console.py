@@ -6,6 +6,7 @@ carries one object a line and nothing else.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -96,18 +97,21 @@ def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
 
 
 @contextmanager
-def reporting(quiet: bool, as_json: bool, log: Path | None = None) -> Iterator[Report]:
+def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool = True) -> Iterator[Report]:
     """Follow a job: yields the function that it reports to.
 
     Args:
         quiet: Show remarks only.
         as_json: Write events to standard output as JSON.
         log: A file that gets every event and remark in words, whatever the terminal shows.
+        speaks: Show and log nothing at all if not: another process of the run does.
     """
     from .progress import JsonLines, Lines, Live, Silent
 
     follower: Follower
-    if as_json:
+    if not speaks:
+        follower, log = Silent(io.StringIO()), None
+    elif as_json:
         follower = JsonLines(sys.stdout, sys.stderr)
     elif quiet:
         follower = Silent(sys.stderr)

@@ -8,7 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from finetune import __version__
-from finetune.errors import FinetuneError, as_out_of_memory
+from finetune.errors import FinetuneError, Interrupted, ProcessLost, Stopped, as_lost_process, as_out_of_memory
+from finetune.run import processes
 
 from . import console
 from .chat import chat
@@ -26,8 +27,6 @@ from .schema import schema
 from .train import train
 from .validate import validate
 
-INTERRUPTED = 130
-
 
 class Commands(TyperGroup):
     """All commands: what the user can mend is one message and an exit code; a bug keeps its traceback."""
@@ -38,16 +37,35 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except FinetuneError as error:
-            console.show_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            console.show_note("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
-        except (MemoryError, RuntimeError) as error:
-            if (shortage := as_out_of_memory(error)) is None:
+            raise typer.Exit(_tell(error)) from None
+        except KeyboardInterrupt as interrupt:
+            if not processes.is_supervised():
+                console.show_note("interrupted")
+            raise typer.Exit(_leave_word(interrupt, Interrupted.exit_code)) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            known = as_out_of_memory(error) or as_lost_process(error)
+            if known is not None:
+                raise typer.Exit(_tell(known)) from None
+            if not processes.is_supervised():
                 raise
-            console.show_error(shortage)
-            raise typer.Exit(shortage.exit_code) from None
+            raise typer.Exit(_leave_word(error, 1)) from None
+
+
+def _tell(error: FinetuneError) -> int:
+    """Show an error, unless the run's supervisor or its main process does; returns the exit code."""
+    speaks = processes.Rank.here().is_main or not isinstance(error, Stopped | Interrupted | ProcessLost)
+    if speaks and not processes.is_supervised():
+        console.show_error(error)
+    return _leave_word(error, error.exit_code)
+
+
+def _leave_word(error: BaseException, code: int) -> int:
+    """Tell a launcher what ended this process; to its supervisor a stop is no failure after which to start again."""
+    ending = processes.Ending.of(error)
+    ending.write()
+    return 0 if ending.is_stop and processes.is_supervised() else code
 
 
 app = typer.Typer(

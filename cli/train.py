@@ -13,9 +13,12 @@ from . import console
 from .options import AsJson, Overrides, Overwrite, Quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from finetune.recipe.load import LoadedRecipe
     from finetune.recipe.recipe import Recipe
     from finetune.run.directory import RunDirectory
+    from finetune.run.processes import Rank
 
 AUTO = "auto"
 
@@ -37,6 +40,15 @@ def train(
             help="Go on with the run in this directory; `auto`: start the recipe's run, or go on with it.",
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            min=1,
+            help="Processes that share each step on this machine, one for each GPU; by default distributed.processes.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -44,27 +56,38 @@ def train(
     """Train what a recipe describes; the result is a run directory."""
     _refuse_contradictions(recipe, run_dir, resume, overwrite)
     from finetune.recipe.load import load_recipe
-    from finetune.run.directory import RunDirectory
+    from finetune.run.processes import Rank, end_with_supervisor
 
-    if recipe is None:
-        path = Path(str(resume))
-        run, trains = _run_to_resume(path, overrides)
-    else:
-        loaded = load_recipe(recipe, overrides or ())
-        wanted = run_dir or Path(loaded.recipe.run.directory) / str(loaded.recipe.run.name)
-        path = wanted if run_dir or overwrite or resume else RunDirectory.free_path(wanted)
-        run, trains = _run_of(loaded, path, overwrite, may_resume=resume == AUTO)
+    end_with_supervisor()
+    loaded = None if recipe is None else load_recipe(recipe, overrides or ())
+    rank = Rank.here()
+    if rank.count == 1:
+        settings = (loaded.recipe if loaded else _recipe_to_resume(Path(str(resume)), overrides)).distributed
+        if (count := processes or settings.processes) > 1:
+            from finetune.jobs.launch import rank_command, supervise
+
+            supervise(rank_command(str(__package__)), count, settings.restarts, console.leave_at_once)
+            return
+
+    def claim() -> tuple[RunDirectory, Recipe | None]:
+        if loaded is None:
+            return _run_to_resume(Path(str(resume)), overrides)
+        return _run_of(loaded, run_dir, overwrite, resume)
+
+    run, trains = claim() if rank.count == 1 else _claimed_together(rank, claim, loaded, overrides)
     if trains is None:
-        console.show_nothing_left(path, as_json)
+        if rank.is_main:
+            console.show_nothing_left(run.path, as_json)
         return
-    with console.reporting(quiet, as_json, log=run.log) as report:
+    with console.reporting(quiet, as_json, log=run.log, speaks=rank.is_main) as report:
         from finetune.jobs.train import train as train_job
         from finetune.run.interruption import Interruption
 
         interruption = Interruption()
         with interruption.listening(console.leave_at_once):
             finished = train_job(trains, run, report, interruption)
-    console.show_training(finished, path, as_json)
+    if rank.is_main:
+        console.show_training(finished, run.path, as_json)
 
 
 def _refuse_contradictions(recipe: Path | None, run_dir: Path | None, resume: str | None, overwrite: bool) -> None:
@@ -80,26 +103,40 @@ def _refuse_contradictions(recipe: Path | None, run_dir: Path | None, resume: st
         raise UsageError("--resume names the run's directory already", hint="leave --run-dir out")
 
 
-def _run_to_resume(path: Path, overrides: list[str] | None) -> tuple[RunDirectory, Recipe | None]:
-    """A run that is there and what to go on with; None if it is finished and made no longer."""
+def _recipe_to_resume(path: Path, overrides: list[str] | None) -> Recipe:
     from finetune.jobs.resume import recipe_of_run
     from finetune.run.directory import RunDirectory
 
-    run = RunDirectory.open(path)
-    recipe = recipe_of_run(run, overrides or ())
-    return run, _left_to_train(run, recipe)
+    return recipe_of_run(RunDirectory.open(path), overrides or ())
 
 
-def _run_of(loaded: LoadedRecipe, path: Path, overwrite: bool, may_resume: bool) -> tuple[RunDirectory, Recipe | None]:
-    """The run of a recipe, made if it is not there, and what to train in it, if anything."""
+def _run_to_resume(path: Path, overrides: list[str] | None) -> tuple[RunDirectory, Recipe | None]:
+    """A run that is there and what to go on with; None if it is finished and made no longer."""
     from finetune.run.directory import RunDirectory
 
-    if may_resume and RunDirectory(path.absolute()).marker.is_file():
+    run = RunDirectory.open(path)
+    return run, _left_to_train(run, _recipe_to_resume(path, overrides))
+
+
+def _run_of(
+    loaded: LoadedRecipe, run_dir: Path | None, overwrite: bool, resume: str | None
+) -> tuple[RunDirectory, Recipe | None]:
+    """The run of a recipe, made if it is not there, and what to train in it, if anything."""
+    from finetune.run.directory import RunDirectory
+    from finetune.run.processes import choose_run, chosen_run
+
+    if (chosen := chosen_run()) is not None and RunDirectory(chosen).marker.is_file():  # a process died since
+        return RunDirectory(chosen), loaded.recipe
+    wanted = run_dir or Path(loaded.recipe.run.directory) / str(loaded.recipe.run.name)
+    path = wanted if run_dir or overwrite or resume else RunDirectory.free_path(wanted)
+    if resume == AUTO and RunDirectory(path.absolute()).marker.is_file():
         run = RunDirectory.open(path)
-        return run, _left_to_train(run, loaded.recipe)
-    run = RunDirectory.create(path, overwrite)
-    run.recipe_as_written.write_text(loaded.text, encoding="utf-8")
-    return run, loaded.recipe
+        trains = _left_to_train(run, loaded.recipe)
+    else:
+        run, trains = RunDirectory.create(path, overwrite), loaded.recipe
+        run.recipe_as_written.write_text(loaded.text, encoding="utf-8")
+    choose_run(run.path)
+    return run, trains
 
 
 def _left_to_train(run: RunDirectory, recipe: Recipe) -> Recipe | None:
@@ -107,3 +144,33 @@ def _left_to_train(run: RunDirectory, recipe: Recipe) -> Recipe | None:
 
     found = permitted_changes(run.recipe, recipe) if run.recipe.is_file() else []
     return None if run.is_finished and not extends(found) else recipe
+
+
+def _claimed_together(
+    rank: Rank,
+    claim: Callable[[], tuple[RunDirectory, Recipe | None]],
+    loaded: LoadedRecipe | None,
+    overrides: list[str] | None,
+) -> tuple[RunDirectory, Recipe | None]:
+    """The same in every process of a run: the main one claims the directory and the others are told.
+
+    Raises:
+        ProcessLost: The main one was refused, and says why.
+    """
+    from finetune.errors import ProcessLost
+    from finetune.jobs.together import told_by_main
+    from finetune.run.directory import RunDirectory
+
+    if rank.is_main:
+        try:
+            run, trains = claim()
+        except BaseException:
+            told_by_main(None)
+            raise
+        told_by_main({"run": str(run.path), "trains": trains is not None})
+        return run, trains
+    if (told := told_by_main(None)) is None:
+        raise ProcessLost("the main process could not begin", hint="see what it says")
+    path = Path(told["run"])
+    recipe = loaded.recipe if loaded else _recipe_to_resume(path, overrides)
+    return RunDirectory.open(path, is_writer=False), recipe if told["trains"] else None

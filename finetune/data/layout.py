@@ -77,16 +77,19 @@ class Layout:
         """The rows of a unit."""
         return [unit] if self.packs is None else self.packs[unit]
 
-    def groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
-        """The units of each micro-batch: those of similar length together."""
+    def groups(self, units: Sequence[Unit], world_size: int = 1) -> list[list[Unit]]:
+        """The units of each micro-batch: those of similar length together, in as few rounds as may be.
+
+        In a round each process runs one micro-batch; all are as large as they can be alike.
+        """
+        rounds = -(-len(units) // (self.micro_batch_size * world_size))
+        size = -(-len(units) // (rounds * world_size))
         by_length = sorted(units, key=lambda unit: sum(len(example.ids) for example in unit))
-        return [
-            by_length[first : first + self.micro_batch_size] for first in range(0, len(units), self.micro_batch_size)
-        ]
+        return [by_length[first : first + size] for first in range(0, len(units), size)]
 
     def micro_batches(self, units: Sequence[Unit], rank: int, world_size: int) -> list[Batch]:
         """The batches that process `rank` of `world_size` runs for a step over `units`."""
-        return [self.tensors(group) for group in share_of(self.groups(units), rank, world_size)]
+        return [self.tensors(group) for group in share_of(self.groups(units, world_size), rank, world_size)]
 
     def tensors(self, group: Sequence[Unit]) -> Batch:
         """The batch of a micro-batch's units."""

@@ -105,7 +105,7 @@ def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
     data = read_data(recipe.data, tokenizer, recipe.training.seed, report)
     train = data.train
     layout = layout_of(recipe, train.lengths, padding_id(tokenizer))
-    order = batch_order(layout.units, recipe.training, processes=1)
+    order = batch_order(layout.units, recipe.training)
     in_order = (
         row for step in range(order.total_steps) for unit in order.step_units(step) for row in layout.rows_of(unit)
     )

@@ -16,7 +16,7 @@ from finetune.data.dataset import Rows, Split
 from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
-from finetune.errors import OutOfMemoryError, UnsupportedError, as_out_of_memory
+from finetune.errors import OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
@@ -80,7 +80,8 @@ def train(
         is_main = bench.accelerator.is_main_process
         rows = bench.read_data(prepare)
         layout = layout_of(recipe, rows.train.lengths, bench.padding)
-        order = batch_order(layout.units, recipe.training, bench.accelerator.num_processes)
+        order = batch_order(layout.units, recipe.training)
+        _refuse_idle_processes(bench, order)
         facts = _facts(bench, rows, order)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
@@ -156,10 +157,12 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
         RefusedError: Every checkpoint is damaged, or the recipe would make it another run.
     """
     checkpoints = Checkpoints(run.checkpoints)
-    checkpoints.remove_leftovers()
+    if run.is_writer:
+        checkpoints.remove_leftovers()
     checkpoint = checkpoints.find_resumable()
     if checkpoint is None and not run.recipe.is_file():
-        write_text(run.recipe, dump_recipe(recipe))
+        if run.is_writer:
+            write_text(run.recipe, dump_recipe(recipe))
         return None, False
     found = permitted_changes(checkpoint.path / run.recipe.name if checkpoint else run.recipe, recipe)
     for change in found:
@@ -179,6 +182,14 @@ def _stopping(report: Report, interruption: Interruption) -> Report:
         interruption.poll()
 
     return report_or_stop
+
+
+def _refuse_idle_processes(bench: Workbench, order: BatchOrder) -> None:
+    if order.units_per_step < (processes := bench.accelerator.num_processes):
+        raise UsageError(
+            f"a step has {order.units_per_step} rows or packs for {processes} processes: some would have nothing to do",
+            hint="raise training.gradient_accumulation_steps, or take fewer processes",
+        )
 
 
 def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:

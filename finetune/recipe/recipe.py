@@ -8,6 +8,7 @@ from pydantic import Field
 
 from finetune.recipe.adapter import Adapter
 from finetune.recipe.data import Data
+from finetune.recipe.distributed import Distributed
 from finetune.recipe.evaluation import Evaluation
 from finetune.recipe.model import Model
 from finetune.recipe.modules import ModuleRule
@@ -30,6 +31,7 @@ class Recipe(Section):
     data: Data
     optimizer: Optimizer = AdamW(name="adamw")
     training: Training = Training()
+    distributed: Distributed = Distributed()
     evaluation: Evaluation = Field(Evaluation())
     trackers: Annotated[list[Tracker], OnResume.MAY_CHANGE] = Field(
         [], description="Programs that follow the run beside its own metrics.jsonl."

@@ -22,10 +22,15 @@ class Training(Section):
         None, ge=1, description="Optimizer steps; replaces epochs."
     )
     micro_batch_size: Annotated[int, OnResume.MAY_CHANGE] = Field(
-        4, ge=1, description="Rows, or packs, in one forward pass of one process."
+        4, ge=1, description="Most rows, or packs, in one forward pass of one process."
     )
     gradient_accumulation_steps: Annotated[int, OnResume.MAY_CHANGE] = Field(
-        4, ge=1, description="Forward passes of each process before one optimizer step."
+        4,
+        ge=1,
+        description=(
+            "Micro-batches of an optimizer step. Several processes share them out, so that a step sees the same rows "
+            "whatever their number."
+        ),
     )
     batching: Literal["auto", "padded", "padding_free", "packed"] = Field(
         "auto",

@@ -299,16 +299,12 @@ class RunDirectory:
         self._end(attempt, interrupted.exit_code, interrupted.what, is_new)
         return interrupted
 
-    def conclude(self, error: FinetuneError, attempt: Attempt) -> None:
-        """Write down what ended a run of several processes, whose main one was killed or did not know.
-
-        Args:
-            error: What ended it.
-            attempt: How far it had come; if it had not taken a step, the run is removed.
-        """
-        if self.marker.is_file():
-            with self._locked():
-                self._end(attempt, error.exit_code, error.what, is_new=True)
+    def correct_outcome(self, error: FinetuneError) -> None:
+        """Put what ended a run of several processes in the place of what its main process knew of it."""
+        if self.outcome.is_file():
+            known = json.loads(self.outcome.read_text(encoding="utf-8"))
+            with suppress(EnvironmentFault):
+                write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})
 
     @property
     def how_to_resume(self) -> str:

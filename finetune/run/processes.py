@@ -17,6 +17,9 @@ from finetune.errors import FinetuneError, Interrupted, ProcessFailed, ProcessLo
 SUPERVISOR = "FT_SUPERVISOR"
 """Environment variable: process id of the `ft train` that started this process as a rank of its run."""
 
+LAUNCH = "FT_LAUNCH"
+"""Environment variable: a folder of that `ft train`, for as long as it lives."""
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable: where PyTorch's launchers look for what ended a rank."""
 
@@ -54,15 +57,29 @@ def is_supervised() -> bool:
 
 def end_with_supervisor() -> None:
     """Let the system kill this process when its supervisor ends, however that ends; on Linux alone."""
-    kill_with_parent()
-    if is_supervised() and os.getppid() != int(os.environ[SUPERVISOR]):  # it had ended already
+    if not is_supervised() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[SUPERVISOR]):  # it had ended already
         os._exit(Interrupted.exit_code)
 
 
-def kill_with_parent() -> None:
-    """Let the system kill this process when its parent ends; on Linux alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def chosen_run() -> Path | None:
+    """The directory that an earlier start of the same launch chose; None in the first, or without a supervisor."""
+    try:
+        return Path(_choice().read_text(encoding="utf-8"))
+    except (KeyError, OSError):
+        return None
+
+
+def choose_run(directory: Path) -> None:
+    """Let later starts of the same launch go on in this directory, and the supervisor know it."""
+    if is_supervised():
+        _choice().write_text(str(directory), encoding="utf-8")
+
+
+def _choice() -> Path:
+    return Path(os.environ[LAUNCH]) / "run"
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,7 @@ class Ending:
     """What ended a rank, as it stands in the file that launchers read.
 
     Attributes:
+        rank: Its number.
         code: Exit code.
         what: As in FinetuneError.
         where: As in FinetuneError.
@@ -80,6 +98,7 @@ class Ending:
         timestamp: When, in seconds since 1970.
     """
 
+    rank: int
     code: int
     what: str
     where: str | None = None
@@ -92,17 +111,22 @@ class Ending:
     @classmethod
     def of(cls, error: BaseException) -> Ending:
         """What an error that leaves the command comes to."""
+        rank, now = Rank.here().number, time.time()
+        if isinstance(error, KeyboardInterrupt):
+            return cls(rank, Interrupted.exit_code, "interrupted", is_stop=True, timestamp=now)
         if not isinstance(error, FinetuneError):
             told = "".join(traceback.format_exception(error))
-            return cls(1, f"{type(error).__name__}: {error}", traceback=told, timestamp=time.time())
+            return cls(rank, 1, f"{type(error).__name__}: {error}", traceback=told, timestamp=now)
+        has_lines_of_its_own = type(error).lines is not FinetuneError.lines  # as a recipe with several problems
         return cls(
+            rank,
             code=error.exit_code,
-            what="\n".join(error.lines()) if type(error).lines is not FinetuneError.lines else error.what,
+            what="\n".join(error.lines()) if has_lines_of_its_own else error.what,
             where=error.where,
             hint=error.hint,
             is_stop=isinstance(error, Stopped | Interrupted),
             is_consequence=isinstance(error, ProcessLost),
-            timestamp=time.time(),
+            timestamp=now,
         )
 
     @classmethod
@@ -119,17 +143,11 @@ class Ending:
             told = {"message": self.traceback or self.what, "timestamp": int(self.timestamp), "ending": asdict(self)}
             Path(file).write_text(json.dumps(told), encoding="utf-8")
 
-    def error(self, place: str | None) -> FinetuneError:
-        """The error that the supervisor raises in its stead.
-
-        Args:
-            place: Names the rank; None where it does not matter which it was.
-        """
+    def error(self) -> FinetuneError:
+        """The error that the supervisor raises in its stead."""
         if self.code == Stopped.exit_code:
             return Stopped(self.what, where=self.where, hint=self.hint)
         if self.is_stop:
             return Interrupted(self.what, number=self.code - 128, where=self.where, hint=self.hint)
-        where = ": ".join(part for part in (place, self.where) if part)
-        return ProcessFailed(
-            self.what, code=self.code, traceback=self.traceback, where=where or None, hint=self.hint
-        )
+        where = f"process {self.rank}" + (f": {self.where}" if self.where else "")
+        return ProcessFailed(self.what, code=self.code, traceback=self.traceback, where=where, hint=self.hint)

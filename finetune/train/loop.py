@@ -20,9 +20,9 @@ from finetune.train.state import TrainState
 from finetune.train.step import train_step
 
 
-def batch_order(units: int, training: Training, processes: int) -> BatchOrder:
-    """Which rows or packs each step sees, by the recipe's batch sizes and length."""
-    units_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes
+def batch_order(units: int, training: Training) -> BatchOrder:
+    """Which rows or packs each step sees, by the batch sizes and length of the recipe and not the number of processes."""
+    units_per_step = training.micro_batch_size * training.gradient_accumulation_steps
     if training.max_steps is not None:
         total_units = training.max_steps * units_per_step
     else:

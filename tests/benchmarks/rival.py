@@ -105,7 +105,7 @@ def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str,
     recipe = recipe_of(arguments, kind, folder)
     bench = Workbench.of(recipe, ignore)
     rows = bench.read_data(ignore).train
-    order = batch_order(layout_of(recipe, rows.lengths, bench.padding).units, recipe.training, 1)
+    order = batch_order(layout_of(recipe, rows.lengths, bench.padding).units, recipe.training)
     numbers = [number for step in range(order.total_steps) for number in order.step_units(step)]
     examples = [rows[number] for number in numbers]
     return {
