@@ -123,9 +123,11 @@ def _run_of(
 ) -> tuple[RunDirectory, Recipe | None]:
     """The run of a recipe, made if it is not there, and what to train in it, if anything."""
     from finetune.run.directory import RunDirectory
-    from finetune.run.processes import choose_run, chosen_run
+    from finetune.run.processes import choose_run, chosen_run, launch_folder
 
-    if (chosen := chosen_run()) is not None and RunDirectory(chosen).marker.is_file():  # a process died since
+    launch = launch_folder()
+    chosen = chosen_run(launch) if launch else None
+    if chosen is not None and RunDirectory(chosen).marker.is_file():  # a process has died since
         return RunDirectory(chosen), loaded.recipe
     wanted = run_dir or Path(loaded.recipe.run.directory) / str(loaded.recipe.run.name)
     path = wanted if run_dir or overwrite or resume else RunDirectory.free_path(wanted)
@@ -135,7 +137,8 @@ def _run_of(
     else:
         run, trains = RunDirectory.create(path, overwrite), loaded.recipe
         run.recipe_as_written.write_text(loaded.text, encoding="utf-8")
-    choose_run(run.path)
+    if launch is not None:
+        choose_run(launch, run.path)
     return run, trains
 
 

@@ -55,7 +55,6 @@ def supervise(command: Sequence[str], processes: int, restarts: int, leave: Call
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     with tempfile.TemporaryDirectory(prefix="ft-launch-") as folder:
-        os.environ |= {SUPERVISOR: str(os.getpid()), LAUNCH: folder}
         launch = _Launch(_agent(command, processes, restarts, folder), Path(folder))
         interruption = Interruption()
 
@@ -63,11 +62,18 @@ def supervise(command: Sequence[str], processes: int, restarts: int, leave: Call
             launch.send(signal.SIGKILL)
             leave()
 
-        with interruption.listening(leave_all):
-            launch.watch(interruption)
+        # In a store that outlives them, processes that start again find the addresses of those that died.
+        environment = {SUPERVISOR: str(os.getpid()), LAUNCH: folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        os.environ |= environment
+        try:
+            with interruption.listening(leave_all):
+                launch.watch(interruption)
+        finally:
+            for name in environment:
+                del os.environ[name]
         if (error := launch.error(interruption)) is None:
             return
-        if (run := chosen_run()) is not None:
+        if (run := chosen_run(launch.folder)) is not None:
             RunDirectory(run).correct_outcome(error)
         raise error
 

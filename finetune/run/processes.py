@@ -64,22 +64,22 @@ def end_with_supervisor() -> None:
         os._exit(Interrupted.exit_code)
 
 
-def chosen_run() -> Path | None:
-    """The directory that an earlier start of the same launch chose; None in the first, or without a supervisor."""
+def launch_folder() -> Path | None:
+    """A folder of this process's supervisor, for as long as that lives."""
+    return Path(os.environ[LAUNCH]) if is_supervised() else None
+
+
+def chosen_run(launch: Path) -> Path | None:
+    """The run directory that the main process of a launch chose; None before it did."""
     try:
-        return Path(_choice().read_text(encoding="utf-8"))
-    except (KeyError, OSError):
+        return Path((launch / "run").read_text(encoding="utf-8"))
+    except OSError:
         return None
 
 
-def choose_run(directory: Path) -> None:
+def choose_run(launch: Path, directory: Path) -> None:
     """Let later starts of the same launch go on in this directory, and the supervisor know it."""
-    if is_supervised():
-        _choice().write_text(str(directory), encoding="utf-8")
-
-
-def _choice() -> Path:
-    return Path(os.environ[LAUNCH]) / "run"
+    (launch / "run").write_text(str(directory), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from finetune.train.step import train_step
 
 
 def batch_order(units: int, training: Training) -> BatchOrder:
-    """Which rows or packs each step sees, by the batch sizes and length of the recipe and not the number of processes."""
+    """Which rows or packs each step sees, by the recipe; any number of processes share them."""
     units_per_step = training.micro_batch_size * training.gradient_accumulation_steps
     if training.max_steps is not None:
         total_units = training.max_steps * units_per_step
