@@ -144,7 +144,7 @@ class EnvironmentFault(FinetuneError):
     exit_code = 7
 
 
-class ProcessLost(FinetuneError):
+class ProcessLost(EnvironmentFault):
     """Another process of the run has ended, or cannot be reached."""
 
 

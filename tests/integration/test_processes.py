@@ -8,8 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.errors import DataError
+from tests.fixtures.recipes import write_recipe
 
 SCRIPT = """
 import json, sys
@@ -107,3 +113,62 @@ def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path
     assert sum(one["ranks"][0]) == 14 * 2
     # A signal to one process alone stops all after the same step.
     assert (one["stopped_after"], two["stopped_after"]) == ([2], [2, 2])
+
+
+def launched(recipe: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`ft train` with two processes."""
+    command = [sys.executable, "-m", "cli", "train", *map(str, arguments), "--processes", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *([recipe] if recipe else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+def test_a_run_of_two_processes_is_that_of_one_and_goes_on_in_one(tiny_model: Path, chat_file: Path, tmp_path: Path):
+    sections: dict[str, Any] = {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": "lora", "r": 4},
+        "data": {"train": [{"path": str(chat_file)}], "max_length": 128},
+        "optimizer": {"name": "sgd", "learning_rate": 0.5, "schedule": "constant"},
+        "training": {"max_steps": 6, "micro_batch_size": 3, "gradient_accumulation_steps": 3, "precision": "float32"},
+    }
+    recipe = write_recipe(sections, tmp_path)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert CliRunner().invoke(app, ["train", str(recipe), "--run-dir", str(alone), "-q"]).exit_code == 0
+    done = launched(recipe, "--run-dir", together, "--set", "training.max_steps=4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained 4 steps") == 1
+    assert done.stderr.count("step 4/4") == 1
+    again = CliRunner().invoke(
+        app,
+        ["train", "--resume", str(together), "--set", "training.max_steps=6", "-q", "--set", "distributed.processes=1"],
+    )
+    assert again.exit_code == 0, again.output
+    assert "2 processes and has 1" in again.output
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(alone)[0] != losses(alone)[5]
+
+
+def test_what_every_process_runs_into_is_told_once_with_the_code_of_one(tiny_model: Path, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n', encoding="utf-8")
+    sections = {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": "lora"},
+        "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}]},
+    }
+    done = launched(write_recipe(sections, tmp_path), "--run-dir", tmp_path / "run")
+    assert done.returncode == DataError.exit_code
+    assert done.stderr.count("error:") == 1
+    assert "rows.jsonl:2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

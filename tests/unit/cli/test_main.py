@@ -30,6 +30,8 @@ EXIT_CODES = {
     "CheckFailedError": 5,
     "RefusedError": 6,
     "EnvironmentFault": 7,
+    "ProcessLost": 7,
+    "ProcessFailed": 1,
     "Stopped": 75,
     "Interrupted": 130,
 }
