@@ -79,8 +79,10 @@ class LowRankLinear(lora.Linear):
         if self.elastic:
             self.lora_beta[adapter_name] = nn.Parameter(torch.zeros(2, device=device))
         if self.anchored:
+            # In float32 from the first: PEFT widens what has 16 bits into new parameters, and those would train.
             for start, factor in ((self.lora_start_A, self.lora_A), (self.lora_start_B, self.lora_B)):
-                start[adapter_name] = nn.Parameter(torch.zeros_like(factor[adapter_name].weight), requires_grad=False)
+                values = torch.zeros_like(factor[adapter_name].weight, dtype=torch.float32)
+                start[adapter_name] = nn.Parameter(values, requires_grad=False)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(self._row_lengths(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

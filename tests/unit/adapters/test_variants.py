@@ -58,6 +58,13 @@ def test_dora_starts_as_a_base_in_bfloat16_to_the_bit(tiny_model: Path, kind: st
         assert torch.equal(logits(attached), logits(base()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_anchored_layer_takes_off_again_does_not_train(tiny_model: Path, dtype: torch.dtype):
+    model = method("pissa").attach(load(tiny_model, PLAIN, dtype), 1)
+    trains = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {"lora_A", "lora_B"}
+
+
 @pytest.mark.parametrize("kind", ["nf4", "affine-3", "icq-4"])
 def test_loftq_starts_closer_to_the_unquantized_weights(tiny_model: Path, kind: str):
     model = attached("loftq", tiny_model, kind)
