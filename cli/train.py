@@ -49,6 +49,13 @@ def train(
             help="Processes that share each step on this machine, one for each GPU; by default distributed.processes.",
         ),
     ] = None,
+    nodes: Annotated[
+        int, typer.Option("--nodes", metavar="N", min=1, help="Machines of the run; this command is given on each.")
+    ] = 1,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option("--rendezvous", metavar="HOST:PORT", help="Where they meet: one of them, the same for all."),
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -63,10 +70,11 @@ def train(
     rank = Rank.here()
     if rank.count == 1:
         settings = (loaded.recipe if loaded else _recipe_to_resume(Path(str(resume)), overrides)).distributed
-        if (count := processes or settings.processes) > 1:
-            from finetune.jobs.launch import rank_command, supervise
+        if (count := processes or settings.processes) > 1 or nodes > 1 or rendezvous is not None:
+            from finetune.jobs.launch import Meeting, rank_command, supervise
 
-            supervise(rank_command(str(__package__)), count, settings.restarts, console.leave_at_once)
+            meeting = Meeting.at(nodes, rendezvous)
+            supervise(rank_command(str(__package__)), count, settings.restarts, console.leave_at_once, meeting)
             return
 
     def claim() -> tuple[RunDirectory, Recipe | None]:
@@ -163,6 +171,7 @@ def _claimed_together(
     from finetune.errors import ProcessLost
     from finetune.jobs.together import told_by_main
     from finetune.run.directory import RunDirectory
+    from finetune.run.processes import choose_run, launch_folder
 
     if rank.is_main:
         try:
@@ -175,5 +184,7 @@ def _claimed_together(
     if (told := told_by_main(None)) is None:
         raise ProcessLost("the main process could not begin", hint="see what it says")
     path = Path(told["run"])
+    if (launch := launch_folder()) is not None:  # of this machine: after a death the main process may be here
+        choose_run(launch, path)
     recipe = loaded.recipe if loaded else _recipe_to_resume(path, overrides)
     return RunDirectory.open(path, is_writer=False), recipe if told["trains"] else None

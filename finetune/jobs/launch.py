@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from uuid import uuid4
@@ -33,14 +35,86 @@ from finetune.run.processes import LAUNCH, SUPERVISOR, Ending, chosen_run
 LOOK_EVERY_SECONDS = 0.1
 
 
-def supervise(command: Sequence[str], processes: int, restarts: int, leave: Callable[[], None]) -> None:
-    """Run a command as the processes of one run, and come back when all have ended well.
+@dataclass(frozen=True)
+class Meeting:
+    """Where the machines of a run find each other.
+
+    Attributes:
+        nodes: How many there are; each has a supervisor of its own.
+        host: Name or address of one of them, which keeps the books.
+        port: There.
+    """
+
+    nodes: int = 1
+    host: str = "localhost"
+    port: int = 0
+
+    @classmethod
+    def at(cls, nodes: int, rendezvous: str | None) -> Meeting:
+        """As `--nodes` and `--rendezvous HOST:PORT` say.
+
+        Raises:
+            UsageError: One needs the other, or the place is none.
+        """
+        if nodes == 1:
+            if rendezvous is not None:
+                raise UsageError("--rendezvous is for several machines", hint="say how many: --nodes N")
+            return cls()
+        host, _, port = (rendezvous or "").rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            found = "is missing" if rendezvous is None else f"is {rendezvous!r}"
+            raise UsageError(
+                f"--nodes {nodes} needs --rendezvous HOST:PORT, which {found}",
+                hint=f"name the first machine on each of them: --nodes {nodes} --rendezvous first-machine:29500",
+            )
+        return cls(nodes, host, int(port))
+
+    def parameters(self) -> RendezvousParameters:
+        """For PyTorch's agent: this machine's own address is the one that it reaches the host from."""
+        if self.nodes == 1:
+            address, more = "localhost", {}
+        else:
+            address, more = self._own_address(), {"is_host": self._is_here(), "join_timeout": 600}
+        return RendezvousParameters(
+            backend="c10d",
+            endpoint=f"{self.host}:{self.port}",
+            run_id=uuid4().hex if self.nodes == 1 else f"ft-{self.host}-{self.port}",
+            min_nodes=self.nodes,
+            max_nodes=self.nodes,
+            local_addr=address,
+            **more,
+        )
+
+    def _own_address(self) -> str:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((self.host, self.port))  # of a datagram socket: nothing is sent
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            raise EnvironmentFault(
+                f"no way leads to {self.host}: {error.strerror or error}", hint="see --rendezvous HOST:PORT"
+            ) from error
+
+    def _is_here(self) -> bool:
+        """Whether the books are kept in this process: an address can be bound only where it belongs, and once."""
+        try:
+            with socket.create_server((self.host, self.port)):
+                return True
+        except OSError:
+            return False
+
+
+def supervise(
+    command: Sequence[str], processes: int, restarts: int, leave: Callable[[], None], meeting: Meeting | None = None
+) -> None:
+    """Run a command as this machine's processes of one run, and come back when all have ended well.
 
     Args:
         command: Program and arguments, the same for every process.
-        processes: How many.
+        processes: How many there are on this machine.
         restarts: How many times all start again after one has died.
         leave: Ends this process at once; called when a second SIGINT comes.
+        meeting: With other machines; by default there are none.
 
     Raises:
         UsageError: There are fewer GPUs.
@@ -55,7 +129,7 @@ def supervise(command: Sequence[str], processes: int, restarts: int, leave: Call
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     with tempfile.TemporaryDirectory(prefix="ft-launch-") as folder:
-        launch = _Launch(_agent(command, processes, restarts, folder), Path(folder))
+        launch = _Launch(_agent(command, processes, restarts, folder, meeting or Meeting()), Path(folder))
         interruption = Interruption()
 
         def leave_all() -> None:
@@ -73,24 +147,23 @@ def supervise(command: Sequence[str], processes: int, restarts: int, leave: Call
                 del os.environ[name]
         if (error := launch.error(interruption)) is None:
             return
-        if (run := chosen_run(launch.folder)) is not None:
+        run = chosen_run(launch.folder)
+        if run is not None and not isinstance(error, ProcessLost):
             RunDirectory(run).correct_outcome(error)
         raise error
 
 
-def _agent(command: Sequence[str], processes: int, restarts: int, folder: str) -> LocalElasticAgent:
-    meeting = RendezvousParameters(
-        backend="c10d", endpoint="localhost:0", run_id=uuid4().hex, min_nodes=1, max_nodes=1, local_addr="localhost"
-    )
+def _agent(command: Sequence[str], processes: int, restarts: int, folder: str, meeting: Meeting) -> LocalElasticAgent:
+    parameters = meeting.parameters()
     spec = WorkerSpec(
         role="ft",
         local_world_size=processes,
         entrypoint=command[0],
         args=tuple(command[1:]),
-        rdzv_handler=get_rendezvous_handler(meeting),
+        rdzv_handler=get_rendezvous_handler(parameters),
         max_restarts=restarts,
         monitor_interval=LOOK_EVERY_SECONDS,
-        local_addr="localhost",
+        local_addr=parameters.local_addr,
     )
     return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
 

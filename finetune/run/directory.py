@@ -308,11 +308,14 @@ class RunDirectory:
 
     @property
     def how_to_resume(self) -> str:
-        """The command that goes on with the run, on as many processes."""
+        """The command that goes on with the run, in as many processes."""
         here = Path.cwd()
         path = self.path.relative_to(here) if here in self.path.parents else self.path
-        count = Rank.here().count
-        return f"go on with it: ft train --resume {path}" + (f" --processes {count}" if count > 1 else "")
+        rank = Rank.here()
+        more = f" --processes {rank.count_here}" if rank.count_here > 1 else ""
+        if rank.count > rank.count_here:
+            more += f" --nodes {rank.count // rank.count_here} --rendezvous HOST:PORT"
+        return f"go on with it: ft train --resume {path}{more}"
 
     def _end(self, attempt: Attempt, code: int, message: str, is_new: bool) -> None:
         if not self.is_writer:

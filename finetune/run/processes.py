@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -33,21 +34,44 @@ class Rank:
     Attributes:
         number: From 0; 0 is the main process, the only one that writes and speaks.
         count: Processes of the run.
+        count_here: Of these, the ones on this machine.
     """
 
     number: int = 0
     count: int = 1
+    count_here: int = 1
 
     @classmethod
     def here(cls) -> Rank:
-        """As a launcher says in the environment: ours, torchrun, or any that sets RANK and WORLD_SIZE."""
+        """As a launcher says in the environment: ours, torchrun, Slurm, or any that sets RANK and WORLD_SIZE."""
+        _translate_slurm()
         count = int(os.environ.get("WORLD_SIZE", 1))
-        return cls(int(os.environ.get("RANK", 0)), count) if count > 1 else cls()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        return cls(int(os.environ.get("RANK", 0)), count, here) if count > 1 else cls()
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return self.number == 0
+
+
+def _translate_slurm() -> None:
+    """Say in PyTorch's words what Slurm says to the tasks of a step; a batch script itself is no task of one."""
+    found = os.environ
+    if "RANK" in found or int(found.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    found["RANK"], found["WORLD_SIZE"] = found["SLURM_PROCID"], found["SLURM_STEP_NUM_TASKS"]
+    found["LOCAL_RANK"] = found["SLURM_LOCALID"]
+    found["LOCAL_WORLD_SIZE"] = re.split(r"[(,]", found["SLURM_STEP_TASKS_PER_NODE"])[0]
+    found.setdefault("MASTER_ADDR", first_host(found["SLURM_STEP_NODELIST"]))
+    found.setdefault("MASTER_PORT", str(20_000 + int(found["SLURM_JOB_ID"]) % 20_000))
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of machines: `gpu[07-09,12],login` begins with gpu07."""
+    first = re.match(r"[^,\[]+(\[[^\]]*\][^,\[]*)*|\[", nodes)
+    name = first.group() if first else nodes
+    return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges.group(1))[0], name)
 
 
 def is_supervised() -> bool:
