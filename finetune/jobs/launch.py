@@ -148,7 +148,7 @@ def supervise(
         if (error := launch.error(interruption)) is None:
             return
         run = chosen_run(launch.folder)
-        if run is not None and not isinstance(error, ProcessLost):
+        if run is not None and isinstance(error, ProcessFailed):
             RunDirectory(run).correct_outcome(error)
         raise error
 

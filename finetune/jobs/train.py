@@ -123,6 +123,7 @@ def train(
                 report(Phase(f"stopping: step {state.step} is kept"))
                 saver.save(state)
             bench.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
+            attempt.checkpoint = state.step  # in the other processes too
             raise
         except (MemoryError, RuntimeError) as error:
             if as_out_of_memory(error) is None:

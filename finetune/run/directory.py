@@ -24,6 +24,7 @@ from finetune.errors import (
     EnvironmentFault,
     FinetuneError,
     Interrupted,
+    ProcessLost,
     RefusedError,
     Stopped,
     UsageError,
@@ -300,9 +301,11 @@ class RunDirectory:
         return interrupted
 
     def correct_outcome(self, error: FinetuneError) -> None:
-        """Put what ended a run of several processes in the place of what its main process knew of it."""
-        if self.outcome.is_file():
-            known = json.loads(self.outcome.read_text(encoding="utf-8"))
+        """Put what ended a run of several processes in the place of its main process's word that another was lost."""
+        if not self.outcome.is_file():
+            return
+        known = json.loads(self.outcome.read_text(encoding="utf-8"))
+        if known["code"] == ProcessLost.exit_code:
             with suppress(EnvironmentFault):
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})
 
