@@ -451,28 +451,28 @@ def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from . import wording
+    from finetune.run.numbers import size
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("run", "state", "step", "loss", "held out", "size"):
         table.add_column(title, justify="left" if title in ("run", "state") else "right", overflow="fold")
     for summary in summaries:
         losses = ["" if loss is None else f"{loss:.4f}" for loss in (summary.loss, summary.validation_loss)]
-        row = (summary.path.name, summary.state, str(summary.step), *losses, wording.size(summary.size_bytes))
+        row = (summary.path.name, summary.state, str(summary.step), *losses, size(summary.size_bytes))
         table.add_row(*row)
     Console().print(table)
 
 
 def show_removable(found: list[Removable], folder: Path) -> None:
     """Print what would be removed, and what that wins."""
-    from . import wording
+    from finetune.run.numbers import size
 
     if not found:
         show_result(f"nothing to remove in {folder}")
         return
     for each in found:
-        show_result(f"{each.path}  {wording.size(each.size_bytes)}: {each.why}")
-    show_result(f"together {wording.size(sum(each.size_bytes for each in found))}")
+        show_result(f"{each.path}  {size(each.size_bytes)}: {each.why}")
+    show_result(f"together {size(sum(each.size_bytes for each in found))}")
 
 
 def show_differences(found: list[Difference], as_json: bool) -> None:

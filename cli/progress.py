@@ -14,6 +14,8 @@ from rich.text import Text
 
 from finetune.run.events import DataRead, Event, Phase, Progress, Resumed, StepMetrics, TrainingStarted, Validated
 
+from finetune.run.numbers import duration
+
 from . import wording
 
 
@@ -111,7 +113,7 @@ class Live(Follower):
             case DataRead() | TrainingStarted() | Resumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
-                figures = f"{wording.duration(wording.seconds_left(event))} left  {wording.numbers(event)}"
+                figures = f"{duration(wording.seconds_left(event))} left  {wording.numbers(event)}"
                 self._show("training", event.total_steps, event.step, figures)
             case Progress():
                 unknown = f"{event.done} {event.unit}" if event.total is None else ""

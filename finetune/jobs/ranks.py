@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
+from finetune.report.ranks import picture
 from finetune.run.directory import RunDirectory, write_text
 from finetune.run.events import RanksChosen, Report
-from finetune.run.ranks import picture
+from finetune.run.history import History
 from finetune.train.state import TrainState
 
 
@@ -36,11 +35,7 @@ class RankRecorder:
         """Leave a picture of all choices in the run directory."""
         if self.ranks is None:
             return
-        lines = [json.loads(line) for line in self.run.metrics.read_text(encoding="utf-8").splitlines()]
-        history = [
-            RanksChosen(step=line["step"], ranks=line["ranks"]) for line in lines if line["event"] == RanksChosen.kind
-        ]
-        write_text(self.run.ranks_picture, picture(history, total_steps))
+        write_text(self.run.ranks_picture, picture(History.of(self.run).ranks, total_steps))
 
     def _write(self) -> None:
         if self.ranks is None:

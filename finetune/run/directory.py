@@ -31,7 +31,7 @@ from finetune.errors import (
     as_lost_process,
     as_out_of_memory,
 )
-from finetune.run.events import RanksChosen, StepMetrics, Validated
+from finetune.run.events import Recorded
 from finetune.run.interruption import StopRequested
 from finetune.run.processes import Rank
 
@@ -83,6 +83,7 @@ class RunDirectory:
         self.data_report = path / "data_report.json"
         self.metrics = path / "metrics.jsonl"
         self.ranks_picture = path / "ranks.svg"
+        self.report = path / "report.html"
         self.log = path / "log.txt"
         self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
@@ -165,11 +166,7 @@ class RunDirectory:
     @property
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
-        try:
-            written = json.loads(self.outcome.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(written, dict) and written.get("code") == 0
+        return read_json(self.outcome).get("code") == 0
 
     @property
     def is_locked(self) -> bool:
@@ -202,7 +199,7 @@ class RunDirectory:
             self.outcome.unlink(missing_ok=True)
         write_text(self.recipe, recipe)
 
-    def append_metrics(self, record: StepMetrics | Validated | RanksChosen) -> None:
+    def append_metrics(self, record: Recorded) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system.
 
         On a disk that is full the line waits for the next one: it is not worth a run.
@@ -394,6 +391,15 @@ class RunDirectory:
 def now() -> str:
     """The time as RFC 3339 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record of ours; empty where it was not written, or is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -136,6 +136,33 @@ class RanksChosen(Event):
 
 
 @dataclass(frozen=True)
+class Sampled(Event):
+    """What the model answers to a held-out prompt after `step` steps, and what it should have answered."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    answer: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something that is worth acting on while the run goes on.
+
+    Attributes:
+        step: After which it was seen.
+        what: It, with the numbers that show it.
+        hint: What to do.
+    """
+
+    kind: ClassVar[str] = "warning"
+    step: int
+    what: str
+    hint: str
+
+
+@dataclass(frozen=True)
 class Progress(Event):
     """Part of something countable is done; `total` is None where it shows only at the end."""
 
@@ -174,6 +201,9 @@ class TrainingFinished(Event):
     peak_memory_bytes: int
     ranks: dict[str, int] | None = None
 
+
+Recorded = StepMetrics | Validated | RanksChosen | Sampled | Warned
+"""What `metrics.jsonl` keeps: all that the course of a run is told by."""
 
 Report = Callable[[Event], None]
 

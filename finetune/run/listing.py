@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
+from finetune.run.events import StepMetrics, Validated
+from finetune.run.history import records
 
 State = Literal["training", "finished", "can go on", "failed", "never started"]
 
@@ -111,23 +111,8 @@ def _state(run: RunDirectory) -> State:
 
 def _last_lines(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last step and the last validation of `metrics.jsonl`; empty where there is none."""
-    last: dict[str, dict[str, Any]] = {}
-    for line in _lines(run.metrics):
-        last[str(line.get("event"))] = line
-    return last.get("step", {}), last.get("validation", {})
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-    with file.open(encoding="utf-8") as stream:
-        for line in stream:
-            try:
-                value = json.loads(line)
-            except ValueError:  # a line that a killed process did not finish
-                continue
-            if isinstance(value, dict):
-                yield value
+    last = {str(line.get("event")): line for line in records(run.metrics)}
+    return last.get(StepMetrics.kind, {}), last.get(Validated.kind, {})
 
 
 def _size(path: Path) -> int:

@@ -1,0 +1,216 @@
+"""Line charts as inline SVG that keep their lettering's size at any width.
+
+Lines are drawn in a box of 1000 by 1000 that is stretched over the plot, with strokes that are not; lettering, dots
+and grid stand around it in percent. Values show up under a mouse or a finger by CSS alone.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+BOX = 1000
+MOST_POINTS = 400
+"""Of a line: of more, neighbours are put together, their mean drawn as the line and their spread as a band."""
+
+MOST_READINGS = 120
+"""Places at which a chart tells its values."""
+
+LOGARITHMIC_FROM = 30.0
+"""Ratio of the largest to the smallest value from which a chart that may be logarithmic is."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart.
+
+    Attributes:
+        name: In the legend and the readings.
+        points: (x, y), x ascending; points whose y is not finite are left out.
+        color: Number of its colour, from 1.
+        dotted: Draw every point too: a line of few measurements.
+        faint: What lies behind, such as the raw values of a smoothed line; in no legend and no reading.
+    """
+
+    name: str
+    points: Sequence[Point]
+    color: int = 1
+    dotted: bool = False
+    faint: bool = False
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Exponential mean over about a fortieth of the points, corrected for its start (Kingma and Ba 2015, section 3)."""
+    decay = 1 - 1 / max(1.0, len(points) / 40)
+    mean, weight, line = 0.0, 0.0, []
+    for x, y in points:
+        if math.isfinite(y):
+            mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
+            line.append((x, mean / weight))
+    return line
+
+
+def chart(
+    title: str,
+    series: Sequence[Series],
+    words: Callable[[float], str],
+    *,
+    x_name: str = "step",
+    may_be_logarithmic: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """A figure with title, legend and plot; "" where no line has a point.
+
+    Args:
+        title: What is drawn.
+        series: At most six that are not faint look different.
+        words: A value as text.
+        x_name: What x counts.
+        may_be_logarithmic: Use a logarithmic axis where the values' range is wide.
+        from_zero: Let the axis begin at 0.
+    """
+    finite = [
+        Series(s.name, [p for p in s.points if math.isfinite(p[1])], s.color, s.dotted, s.faint) for s in series
+    ]
+    drawn = [s for s in finite if s.points]
+    if not drawn:
+        return ""
+    values = [y for s in drawn for _, y in s.points]
+    is_logarithmic = may_be_logarithmic and min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values)
+    x_axis = _Axis.over([x for s in drawn for x, _ in s.points], whole=True)
+    y_axis = _Axis.over(values, logarithmic=is_logarithmic, from_zero=from_zero)
+    named = [s for s in drawn if not s.faint]
+    legend = "".join(f'<span class="key c{s.color}">{escape(s.name)}</span>' for s in named) if len(named) > 1 else ""
+    scale = "<small>logarithmic</small>" if is_logarithmic else ""
+    parts = [
+        *(
+            f'<line class="grid" x2="100%" y1="{100 - at:.2f}%" y2="{100 - at:.2f}%"/>'
+            f'<text x="0" dx="-6" y="{100 - at:.2f}%" dy=".32em" text-anchor="end">{escape(words(tick))}</text>'
+            for tick, at in y_axis.ticks()
+        ),
+        *(
+            f'<text x="{at:.2f}%" y="100%" dy="1.35em" text-anchor="middle">{tick:.0f}</text>'
+            for tick, at in x_axis.ticks()
+        ),
+        f'<svg class="lines" viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none">',
+        *(_line(s, x_axis, y_axis) for s in drawn),
+        "</svg>",
+        *(_dots(s, x_axis, y_axis) for s in drawn if s.dotted),
+        _readings(named, x_axis, words, x_name),
+    ]
+    last = ", ".join(f"{s.name} {words(s.points[-1][1])}" for s in named)
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)} {scale}{legend}</figcaption>\n'
+        f'<div class="plot"><svg role="img" aria-label="{escape(f"{title} by {x_name}; last: {last}")}">\n'
+        + "\n".join(parts)
+        + "\n</svg></div></figure>"
+    )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """From values to percent of the plot; of a logarithmic one `low` and `high` are logarithms."""
+
+    low: float
+    high: float
+    logarithmic: bool
+    whole: bool
+
+    @classmethod
+    def over(
+        cls, values: Sequence[float], logarithmic: bool = False, from_zero: bool = False, whole: bool = False
+    ) -> _Axis:
+        low, high = min(values), max(values)
+        if logarithmic:
+            return cls(math.log10(low), math.log10(high), True, False)
+        low = min(0.0, low) if from_zero else low
+        room = 0 if whole else 0.05 * (high - low)
+        return cls(low if from_zero else low - room, high + room, False, whole)
+
+    def at(self, value: float) -> float:
+        """Percent of the way along the axis."""
+        place = math.log10(value) if self.logarithmic else value
+        return 100 * (place - self.low) / (self.high - self.low) if self.high > self.low else 50.0
+
+    def ticks(self) -> list[tuple[float, float]]:
+        """Round values and their places."""
+        return [(tick, self.at(tick)) for tick in (self._decades() if self.logarithmic else self._round())]
+
+    def _round(self) -> list[float]:
+        if self.high <= self.low:
+            return [self.low]
+        rough = (self.high - self.low) / 5
+        power = 10.0 ** math.floor(math.log10(rough))
+        stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+        stride = max(1.0, stride) if self.whole else stride
+        first = math.ceil(self.low / stride - 1e-9)
+        return [stride * n for n in range(first, first + 12) if stride * n <= self.high + 1e-9 * stride]
+
+    def _decades(self) -> list[float]:
+        factors = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        return [tick for tick in ticks if self.low - 1e-9 <= math.log10(tick) <= self.high + 1e-9]
+
+
+def _line(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+    """The path of a line; of one with very many points the means of neighbours, over the band that they fill."""
+    stride = -(-len(series.points) // MOST_POINTS)
+    groups = [series.points[first : first + stride] for first in range(0, len(series.points), stride)]
+    means = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    kind = f"c{series.color}" + (" faint" if series.faint else "")
+    path = f'<path class="{kind}" d="M{_places(means, x_axis, y_axis)}"/>'
+    if stride == 1:
+        return path
+    upper = [(x, max(y for _, y in group)) for (x, _), group in zip(means, groups, strict=True)]
+    lower = [(x, min(y for _, y in group)) for (x, _), group in zip(means, groups, strict=True)]
+    outline = _places([*upper, *reversed(lower)], x_axis, y_axis)
+    return f'<path class="c{series.color} band" d="M{outline}Z"/>{path}'
+
+
+def _places(points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> str:
+    return "L".join(f"{BOX / 100 * x_axis.at(x):.1f} {BOX - BOX / 100 * y_axis.at(y):.1f}" for x, y in points)
+
+
+def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+    stride = -(-len(series.points) // MOST_READINGS)
+    return "".join(
+        f'<circle class="c{series.color}" cx="{x_axis.at(x):.2f}%" cy="{100 - y_axis.at(y):.2f}%" r="3"/>'
+        for x, y in series.points[::stride]
+    )
+
+
+def _readings(series: Sequence[Series], x_axis: _Axis, words: Callable[[float], str], x_name: str) -> str:
+    """Strips side by side; the one that is pointed at shows a line and, above the plot, the values there."""
+    every_x = sorted({x for s in series for x, _ in s.points})
+    stride = -(-len(every_x) // MOST_READINGS)
+    told = every_x[::stride]
+    ats = [x_axis.at(x) for x in told]
+    edges = [0.0, *((left + right) / 2 for left, right in zip(ats, ats[1:], strict=False)), 100.0]
+    strips = []
+    for index, (x, at) in enumerate(zip(told, ats, strict=True)):
+        values = [
+            f"{s.name} {words(y)}" if len(series) > 1 else words(y)
+            for s in series
+            if (y := _value_at(s, x, stride)) is not None
+        ]
+        text = escape(f"{x_name} {x:.0f}: {', '.join(values)}")
+        strips.append(
+            f'<g class="at"><rect x="{edges[index]:.2f}%" width="{edges[index + 1] - edges[index]:.2f}%" '
+            f'height="100%"/><line x1="{at:.2f}%" x2="{at:.2f}%" y2="100%"/>'
+            f'<text x="100%" dy="-.5em" text-anchor="end">{text}</text></g>'
+        )
+    return "".join(strips)
+
+
+def _value_at(series: Series, x: float, stride: int) -> float | None:
+    """The value of a line at x, or the one next to it where readings are sparse."""
+    place = bisect_left(series.points, x, key=lambda point: point[0])
+    if place < len(series.points) and series.points[place][0] < x + stride:
+        return series.points[place][1]
+    return None
