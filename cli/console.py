@@ -90,6 +90,12 @@ def _error_fields(error: FinetuneError) -> dict[str, Any]:
     return {"what": error.what, "where": error.where, "hint": error.hint}
 
 
+def _short(path: Path) -> Path:
+    """A path from where we are, if it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if here in path.parents else path
+
+
 def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
     """ANSI colours for a terminal, plain text elsewhere; by default standard error is looked at."""
     plain = not (stream or sys.stderr).isatty() or "NO_COLOR" in os.environ
@@ -516,6 +522,11 @@ def show_catalogue(choices: list[Choice], as_json: bool) -> None:
 
     width = shutil.get_terminal_size().columns
     show_result("\n".join(line for choice in choices for line in wording.choice(choice, width)))
+
+
+def show_page(file: Path, as_json: bool) -> None:
+    """Print where a page is."""
+    show_result(json.dumps({"event": "page", "file": str(file)}) if as_json else f"page: {_short(file)}")
 
 
 def show_preview(preview: Preview) -> None:

@@ -21,6 +21,7 @@ from .merge import merge
 from .methods import methods
 from .preview import preview
 from .quantize import quantize
+from .report import report
 from .reproduce import reproduce
 from .runs import app as runs
 from .schema import schema
@@ -98,6 +99,7 @@ app.command()(validate)
 app.command()(preview)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge)

@@ -13,7 +13,6 @@ from rich.table import Column
 from rich.text import Text
 
 from finetune.run.events import DataRead, Event, Phase, Progress, Resumed, StepMetrics, TrainingStarted, Validated
-
 from finetune.run.numbers import duration
 
 from . import wording

@@ -30,6 +30,7 @@ from finetune.models.fused import fuse
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
+from finetune.report.run_page import reported
 from finetune.run.checkpoints import Checkpoint, Checkpoints
 from finetune.run.directory import Attempt, RunDirectory, write_json, write_text, written_aside
 from finetune.run.events import (
@@ -72,7 +73,7 @@ def train(
         FinetuneError: What the user can mend.
     """
     interruption = interruption or Interruption()
-    with run.attempt() as attempt, ExitStack() as stack:
+    with reported(run), run.attempt() as attempt, ExitStack() as stack:
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
         prepare = _stopping(report, interruption)
@@ -98,7 +99,7 @@ def train(
             read_state(state, checkpoint.path)
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
-            _record_inputs(run, bench, rows, read)
+            _record_inputs(run, bench, rows, read, state.bare_model)
             report = stack.enter_context(tracked(recipe, run, report))
         report(_describe(run, bench, state.bare_model, order, read))
         if checkpoint is not None:
@@ -302,13 +303,15 @@ def _stop_if_alone(bench: Workbench, state: TrainState, rows: int) -> None:
         state.interruption.poll()
 
 
-def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead) -> None:
+def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead, model: nn.Module) -> None:
     """Write what the run starts from: provenance, and what became of the rows."""
-    recipe = bench.recipe
+    recipe, count = bench.recipe, count_parameters(model)
     facts = {
         "base": base_record(bench).model_dump(),
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
+        "parameters": {"trainable": count.trainable, "total": count.total},
+        "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
     }
     content = [
         record for split in (rows.train, rows.validation) for source in split.sources for record in source.content

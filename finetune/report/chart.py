@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 BOX = 1000
 MOST_POINTS = 400
@@ -44,9 +45,24 @@ class Series:
     faint: bool = False
 
 
+@dataclass(frozen=True)
+class Axis:
+    """How values are shown.
+
+    Attributes:
+        words: A value as text.
+        may_be_logarithmic: Use a logarithmic axis where the values' range is wide.
+        from_zero: Let the axis begin at 0.
+    """
+
+    words: Callable[[float], str]
+    may_be_logarithmic: bool = False
+    from_zero: bool = False
+
+
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential mean over about a fortieth of the points, corrected for its start (Kingma and Ba 2015, section 3)."""
-    decay = 1 - 1 / max(1.0, len(points) / 40)
+    """Exponential mean over about a fifteenth of the points, corrected for its start as Adam is (arXiv 1412.6980)."""
+    decay = 1 - 1 / max(1.0, len(points) / 15)
     mean, weight, line = 0.0, 0.0, []
     for x, y in points:
         if math.isfinite(y):
@@ -55,42 +71,30 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return line
 
 
-def chart(
-    title: str,
-    series: Sequence[Series],
-    words: Callable[[float], str],
-    *,
-    x_name: str = "step",
-    may_be_logarithmic: bool = False,
-    from_zero: bool = False,
-) -> str:
+def chart(title: str, series: Sequence[Series], axis: Axis, x_name: str = "step") -> str:
     """A figure with title, legend and plot; "" where no line has a point.
 
     Args:
         title: What is drawn.
         series: At most six that are not faint look different.
-        words: A value as text.
+        axis: Of the values.
         x_name: What x counts.
-        may_be_logarithmic: Use a logarithmic axis where the values' range is wide.
-        from_zero: Let the axis begin at 0.
     """
-    finite = [
-        Series(s.name, [p for p in s.points if math.isfinite(p[1])], s.color, s.dotted, s.faint) for s in series
-    ]
+    finite = [Series(s.name, [p for p in s.points if math.isfinite(p[1])], s.color, s.dotted, s.faint) for s in series]
     drawn = [s for s in finite if s.points]
     if not drawn:
         return ""
     values = [y for s in drawn for _, y in s.points]
-    is_logarithmic = may_be_logarithmic and min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values)
-    x_axis = _Axis.over([x for s in drawn for x, _ in s.points], whole=True)
-    y_axis = _Axis.over(values, logarithmic=is_logarithmic, from_zero=from_zero)
+    is_logarithmic = axis.may_be_logarithmic and min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values)
+    x_axis = _Scale.over([x for s in drawn for x, _ in s.points], whole=True)
+    y_axis = _Scale.over(values, logarithmic=is_logarithmic, from_zero=axis.from_zero)
     named = [s for s in drawn if not s.faint]
     legend = "".join(f'<span class="key c{s.color}">{escape(s.name)}</span>' for s in named) if len(named) > 1 else ""
     scale = "<small>logarithmic</small>" if is_logarithmic else ""
     parts = [
         *(
             f'<line class="grid" x2="100%" y1="{100 - at:.2f}%" y2="{100 - at:.2f}%"/>'
-            f'<text x="0" dx="-6" y="{100 - at:.2f}%" dy=".32em" text-anchor="end">{escape(words(tick))}</text>'
+            f'<text x="0" dx="-6" y="{100 - at:.2f}%" dy=".32em" text-anchor="end">{escape(axis.words(tick))}</text>'
             for tick, at in y_axis.ticks()
         ),
         *(
@@ -101,9 +105,9 @@ def chart(
         *(_line(s, x_axis, y_axis) for s in drawn),
         "</svg>",
         *(_dots(s, x_axis, y_axis) for s in drawn if s.dotted),
-        _readings(named, x_axis, words, x_name),
+        _readings(named, x_axis, axis.words, x_name),
     ]
-    last = ", ".join(f"{s.name} {words(s.points[-1][1])}" for s in named)
+    last = ", ".join(f"{s.name} {axis.words(s.points[-1][1])}" for s in named)
     return (
         f'<figure class="chart"><figcaption>{escape(title)} {scale}{legend}</figcaption>\n'
         f'<div class="plot"><svg role="img" aria-label="{escape(f"{title} by {x_name}; last: {last}")}">\n'
@@ -113,7 +117,7 @@ def chart(
 
 
 @dataclass(frozen=True)
-class _Axis:
+class _Scale:
     """From values to percent of the plot; of a logarithmic one `low` and `high` are logarithms."""
 
     low: float
@@ -124,13 +128,13 @@ class _Axis:
     @classmethod
     def over(
         cls, values: Sequence[float], logarithmic: bool = False, from_zero: bool = False, whole: bool = False
-    ) -> _Axis:
+    ) -> _Scale:
         low, high = min(values), max(values)
         if logarithmic:
-            return cls(math.log10(low), math.log10(high), True, False)
+            low, high = math.log10(low), math.log10(high)
         low = min(0.0, low) if from_zero else low
         room = 0 if whole else 0.05 * (high - low)
-        return cls(low if from_zero else low - room, high + room, False, whole)
+        return cls(low if from_zero else low - room, high + room, logarithmic, whole)
 
     def at(self, value: float) -> float:
         """Percent of the way along the axis."""
@@ -152,13 +156,14 @@ class _Axis:
         return [stride * n for n in range(first, first + 12) if stride * n <= self.high + 1e-9 * stride]
 
     def _decades(self) -> list[float]:
-        factors = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
+        decades = self.high - self.low
+        factors = (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3.5 else (1,)
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
         ticks = [factor * 10.0**power for power in powers for factor in factors]
         return [tick for tick in ticks if self.low - 1e-9 <= math.log10(tick) <= self.high + 1e-9]
 
 
-def _line(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+def _line(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
     """The path of a line; of one with very many points the means of neighbours, over the band that they fill."""
     stride = -(-len(series.points) // MOST_POINTS)
     groups = [series.points[first : first + stride] for first in range(0, len(series.points), stride)]
@@ -173,11 +178,11 @@ def _line(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
     return f'<path class="c{series.color} band" d="M{outline}Z"/>{path}'
 
 
-def _places(points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> str:
+def _places(points: Sequence[Point], x_axis: _Scale, y_axis: _Scale) -> str:
     return "L".join(f"{BOX / 100 * x_axis.at(x):.1f} {BOX - BOX / 100 * y_axis.at(y):.1f}" for x, y in points)
 
 
-def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+def _dots(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
     stride = -(-len(series.points) // MOST_READINGS)
     return "".join(
         f'<circle class="c{series.color}" cx="{x_axis.at(x):.2f}%" cy="{100 - y_axis.at(y):.2f}%" r="3"/>'
@@ -185,13 +190,13 @@ def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
     )
 
 
-def _readings(series: Sequence[Series], x_axis: _Axis, words: Callable[[float], str], x_name: str) -> str:
+def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float], str], x_name: str) -> str:
     """Strips side by side; the one that is pointed at shows a line and, above the plot, the values there."""
     every_x = sorted({x for s in series for x, _ in s.points})
     stride = -(-len(every_x) // MOST_READINGS)
     told = every_x[::stride]
     ats = [x_axis.at(x) for x in told]
-    edges = [0.0, *((left + right) / 2 for left, right in zip(ats, ats[1:], strict=False)), 100.0]
+    edges = [0.0, *((left + right) / 2 for left, right in pairwise(ats)), 100.0]
     strips = []
     for index, (x, at) in enumerate(zip(told, ats, strict=True)):
         values = [

@@ -22,7 +22,7 @@ a { color: var(--one); } .dim { font-size: .9rem; }
 pre { font: .8125rem/1.55 ui-monospace, monospace; padding: .75rem; margin: 0; border: 1px solid var(--line);
   border-radius: 6px; background: var(--soft); overflow-x: auto; }
 .row { white-space: pre-wrap; }
-.scroll { overflow-x: auto; } .scroll table { overflow-wrap: normal; }
+.scroll { overflow-x: auto; } .numbers { overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } thead th { color: var(--dim); font-weight: 400; } tbody th { font-weight: 400; }

@@ -82,7 +82,7 @@ def events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
         values = {each.name: line.get(each.name) for each in fields(kind)}
         filled = {name: math.nan if value is None else value for name, value in values.items()}
         try:
-            yield _reader(kind).validate_python(filled)
+            yield _readers()[kind].validate_python(filled)
         except ValidationError:
             continue
 
@@ -93,5 +93,5 @@ def _kinds() -> Mapping[str, type[Any]]:
 
 
 @cache
-def _reader(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _readers() -> Mapping[type[Any], TypeAdapter[Any]]:
+    return {kind: TypeAdapter(kind) for kind in _kinds().values()}

@@ -62,7 +62,7 @@ def summarize(run: RunDirectory) -> RunSummary:
     steps, validations = _last_lines(run)
     return RunSummary(
         path=run.path,
-        state=_state(run),
+        state=state_of(run),
         step=steps.get("step", 0),
         loss=steps.get("loss"),
         validation_loss=validations.get("loss"),
@@ -75,7 +75,7 @@ def removable(run: RunDirectory) -> list[Removable]:
 
     Results, records and the checkpoints of a run that can go on are never among it.
     """
-    state = _state(run)
+    state = state_of(run)
     if state == "training":
         return []
     found = [
@@ -99,7 +99,8 @@ def remove(found: Removable) -> None:
         found.path.unlink()
 
 
-def _state(run: RunDirectory) -> State:
+def state_of(run: RunDirectory) -> State:
+    """How far a run has come, by its files and its lock."""
     if run.is_locked:
         return "training"
     if run.is_finished:
