@@ -158,9 +158,10 @@ class _Scale:
     def _decades(self) -> list[float]:
         decades = self.high - self.low
         factors = (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3.5 else (1,)
-        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        ticks = [factor * 10.0**power for power in powers for factor in factors]
-        return [tick for tick in ticks if self.low - 1e-9 <= math.log10(tick) <= self.high + 1e-9]
+        stride = max(1, round(decades / 8))
+        powers = range(math.floor(self.low), math.floor(self.high) + 1, stride)
+        exponents = [(factor, power) for power in powers for factor in factors]
+        return [f * 10.0**p for f, p in exponents if self.low - 1e-9 <= math.log10(f) + p <= self.high + 1e-9]
 
 
 def _line(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.report import course
 from finetune.report.facts import RunFacts
 from finetune.report.page import document, section, table
-from finetune.report.run_page import SHOWN_ANSWERS, asked, device, score
+from finetune.report.run_page import SCORES, SHOWN_ANSWERS, asked, device, score
 from finetune.report.run_page import STYLE as RUN_STYLE
 from finetune.run.comparison import Difference
 from finetune.run.numbers import count, duration, memory
@@ -49,7 +49,7 @@ def _results(runs: Sequence[RunFacts]) -> str:
         ("trained", lambda run: run.method),
         ("held-out loss before", lambda run: _loss(run, 0)),
         ("held-out loss", lambda run: _loss(run, -1)),
-        *((name.replace("_", " "), _scored(name)) for name in ("exact_match", "f1")),
+        *((title, _scored(name)) for name, title in SCORES.items()),
         ("steps", lambda run: _of_last(run, "step", str)),
         ("time", lambda run: _of_last(run, "seconds", duration)),
         ("tokens", lambda run: _of_last(run, "tokens", count)),

@@ -13,8 +13,8 @@ from finetune.run.numbers import count, memory
 
 STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2rem; }
-.charts > :first-child { grid-column: 1 / -1; } .charts > :first-child .plot { height: 18rem; }
-.chart { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: .95rem; }
+.wide .plot { height: 18rem; }
+.chart { margin: 0; padding-bottom: .6rem; break-inside: avoid; } figcaption { font-weight: 600; font-size: .95rem; }
 figcaption small { color: var(--dim); font-weight: 400; }
 .key { font-weight: 400; font-size: .85rem; margin-left: 1rem; white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: 1.1em; height: .2em; margin-right: .4em;
@@ -29,17 +29,18 @@ figcaption small { color: var(--dim); font-weight: 400; }
 .at line { stroke: var(--dim); stroke-dasharray: 3 3; } .plot .at text { fill: var(--text); }
 .c1 { --color: var(--one); } .c2 { --color: var(--two); } .c3 { --color: var(--three); }
 .c4 { --color: var(--four); } .c5 { --color: var(--five); } .c6 { --color: var(--six); }
-@media print { .at { display: none; } }
+@media print { .at { display: none; } .charts { grid-template-columns: 1fr 1fr; gap: .5rem 1rem; }
+  .charts .plot { height: 8rem; } .wide .plot { height: 13rem; } }
 """
 
 COLORS = 6
 """Lines that can be told from each other."""
 
 
-def charts(figures: Sequence[str]) -> str:
-    """Figures side by side where there is room, the first one wide."""
-    drawn = list(filter(None, figures))
-    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+def charts(wide: Sequence[str], rest: Sequence[str]) -> str:
+    """Wide figures below each other, and the rest side by side where there is room."""
+    groups = (("wide", "".join(wide)), ("charts", "".join(rest)))
+    return "".join(f'<div class="{kind}">{figures}</div>' for kind, figures in groups if figures)
 
 
 def course(history: History) -> str:
@@ -51,7 +52,7 @@ def course(history: History) -> str:
         Series("held out", _held_out(history), color=2, dotted=True),
     ]
     figures = [chart(each.title, [Series(each.title, _points(history, each.of))], each.axis) for each in _FIGURES]
-    return charts([chart("Loss, nats per trained token", lines, LOSS), *figures])
+    return charts([chart("Loss, nats per trained token", lines, LOSS)], figures)
 
 
 def compared(histories: Sequence[tuple[str, History]]) -> str:
@@ -64,13 +65,11 @@ def compared(histories: Sequence[tuple[str, History]]) -> str:
         ]
         return chart(title, lines, axis)
 
-    return charts(
-        [
-            figure("Held-out loss, nats per trained token", _held_out, LOSS, dotted=True),
-            figure("Training loss, smoothed", lambda each: smoothed(_points(each, lambda step: step.loss)), LOSS),
-            *(figure(each.title, partial(_points, of=each.of), each.axis) for each in _FIGURES),
-        ]
-    )
+    losses = [
+        figure("Held-out loss, nats per trained token", _held_out, LOSS, dotted=True),
+        figure("Training loss, smoothed", lambda each: smoothed(_points(each, lambda step: step.loss)), LOSS),
+    ]
+    return charts(losses, [figure(each.title, partial(_points, of=each.of), each.axis) for each in _FIGURES])
 
 
 def _points(history: History, of: Callable[[StepMetrics], float]) -> list[Point]:

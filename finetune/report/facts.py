@@ -74,8 +74,9 @@ class RunFacts:
 
     @property
     def base(self) -> str:
-        """The base model's name, without the path that it has on this machine."""
-        return public(self.recipe.model.name)
+        """The base model's name: of a file or folder its own, without where that is."""
+        name = self.recipe.model.name
+        return name.rpartition("/")[2] if os.path.isabs(name) or name.startswith("package://") else name
 
     @property
     def method(self) -> str:

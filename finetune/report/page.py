@@ -25,10 +25,11 @@ pre { font: .8125rem/1.55 ui-monospace, monospace; padding: .75rem; margin: 0; b
 .scroll { overflow-x: auto; } .numbers { overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } thead th { color: var(--dim); font-weight: 400; } tbody th { font-weight: 400; }
+th { font-weight: 600; } thead th { color: var(--dim); font-weight: 400; } tbody th { font-weight: 400;
+  min-width: 7.5rem; }
 table.numbers td, table.numbers thead th + th { text-align: right; }
 table.numbers :is(td, th):last-child { padding-right: 0; }
-.best { font-weight: 700; }
+@media print { * { print-color-adjust: exact; } body { max-width: none; padding: 0; font-size: 10pt; } }
 """
 
 
@@ -79,6 +80,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
     return f'<div class="scroll"><table{kind}>{top}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def folded(summary: str, content: str) -> str:
-    """Content that opens on demand."""
-    return f"<details><summary>{escape(summary)}</summary>\n{content}</details>"
+def folded(summary: str, content: str, printed: bool = False) -> str:
+    """Content that opens on demand, and if so wished in print."""
+    kind = ' class="printed"' if printed else ""
+    return f"<details{kind}><summary>{escape(summary)}</summary>\n{content}</details>"

@@ -27,7 +27,8 @@ header p { color: var(--dim); } .state { display: inline-block; font-size: .85re
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--dim); font-size: .85rem; display: block; }
 .odd { border-left: 4px solid var(--odd); background: var(--odd-back); padding: .5rem .8rem; margin: .5rem 0; }
-.said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .5rem; }
+.said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .5rem;
+  align-items: start; }
 .said > div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; white-space: pre-wrap;
   font: .8125rem/1.5 ui-monospace, monospace; }
 .said b { display: block; font: 600 .8rem/1.6 system-ui, sans-serif; color: var(--dim); }
@@ -36,9 +37,11 @@ header p { color: var(--dim); } .state { display: inline-block; font-size: .85re
   border-radius: 0; margin-bottom: .5rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--one); }
 footer { margin: 3rem 0 1rem; color: var(--dim); font-size: .85rem; }
-@media print { body { max-width: none; padding: 0; } details::details-content { content-visibility: visible;
-  block-size: auto; } summary { display: none; } }
+@media print { .printed::details-content { content-visibility: visible; block-size: auto; } }
 """
+
+SCORES = {"exact_match": "exact match", "f1": "F1"}
+"""Metrics of `ft eval` that are shares."""
 
 SHOWN_ANSWERS = 5
 MOST_ANSWERS = 60
@@ -109,7 +112,7 @@ def _tiles(facts: RunFacts) -> str:
         before = f"before: {first.loss:.4f}" if first.step == 0 and last.step else f"after step {last.step}"
         tiles.append(("held-out loss", f"{last.loss:.4f}", before))
     scores = facts.evaluation
-    for name, title in (("exact_match", "exact match"), ("f1", "F1")):
+    for name, title in SCORES.items():
         if {"base", "tuned"} <= scores.keys() and name in scores["tuned"]:
             base, tuned = (100 * scores[model][name] for model in ("base", "tuned"))
             tiles.append((title, f"{tuned:.1f} %", f"base: {base:.1f} %"))
@@ -152,14 +155,14 @@ def _evaluation(scores: Mapping[str, Any]) -> str:
     for name, tuned in scores["tuned"].items():
         base = scores["base"].get(name)
         if base is not None:
-            rows.append([name.replace("_", " "), score(name, base), score(name, tuned), score(name, tuned - base, "+")])
+            rows.append([SCORES.get(name, name), score(name, base), score(name, tuned), score(name, tuned - base, "+")])
     caption = f"{scores['rows']} held-out rows, {scores['answered']} of them answered by generation."
     return f'<p class="dim">{escape(caption)}</p>' + table(["", "base", "tuned", "difference"], rows)
 
 
 def score(name: str, value: float, sign: str = "") -> str:
     """A metric of `ft eval` in words."""
-    return f"{100 * value:{sign}.1f} %" if name in ("exact_match", "f1") else f"{value:{sign}.4f}"
+    return f"{100 * value:{sign}.1f} %" if name in SCORES else f"{value:{sign}.4f}"
 
 
 def _answers(facts: RunFacts) -> str:
@@ -301,4 +304,4 @@ def _provenance(facts: RunFacts) -> str:
 
 
 def _recipe(facts: RunFacts) -> str:
-    return folded("The recipe: what it sets beside defaults", f"<pre>{escape(facts.recipe_text())}</pre>")
+    return folded("The recipe: what it sets beside defaults", f"<pre>{escape(facts.recipe_text())}</pre>", printed=True)
