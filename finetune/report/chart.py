@@ -159,7 +159,7 @@ class _Scale:
         decades = self.high - self.low
         factors = (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3.5 else (1,)
         stride = max(1, round(decades / 8))
-        powers = range(math.floor(self.low), math.floor(self.high) + 1, stride)
+        powers = range(max(-300, math.floor(self.low)), min(300, math.floor(self.high)) + 1, stride)
         exponents = [(factor, power) for power in powers for factor in factors]
         return [f * 10.0**p for f, p in exponents if self.low - 1e-9 <= math.log10(f) + p <= self.high + 1e-9]
 
