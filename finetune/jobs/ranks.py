@@ -14,12 +14,11 @@ class RankRecorder:
 
     Args:
         state: Of the run, before its next step.
-        run: Where they are written.
-        report: Told of every choice.
+        record: Told of every choice.
     """
 
-    def __init__(self, state: TrainState, run: RunDirectory, report: Report) -> None:
-        self.state, self.run, self.report = state, run, report
+    def __init__(self, state: TrainState, record: Report) -> None:
+        self.state, self.record = state, record
         self.ranks = state.method.ranks(state.bare_model)
         if state.step == 0:
             self._write()
@@ -31,16 +30,12 @@ class RankRecorder:
             self.ranks = ranks
             self._write()
 
-    def draw(self, total_steps: int) -> None:
+    def draw(self, run: RunDirectory, total_steps: int) -> None:
         """Leave a picture of all choices in the run directory."""
         if self.ranks is None:
             return
-        write_text(self.run.ranks_picture, picture(History.of(self.run).ranks, total_steps))
+        write_text(run.ranks_picture, picture(History.of(run).ranks, total_steps))
 
     def _write(self) -> None:
-        if self.ranks is None:
-            return
-        event = RanksChosen(step=self.state.step, ranks=self.ranks)
-        if self.state.accelerator.is_main_process:
-            self.run.append_metrics(event)
-        self.report(event)
+        if self.ranks is not None:
+            self.record(RanksChosen(step=self.state.step, ranks=self.ranks))

@@ -48,6 +48,7 @@ class Saver:
         self._report = report
         self._checkpoints = Checkpoints(run.checkpoints)
         self._due = time.monotonic() + SECONDS_BETWEEN
+        self._best: int | None = None
 
     def save_if_due(self, state: TrainState) -> None:
         """Commit a checkpoint if it is time for one; a disk that is full costs a warning and no more.
@@ -67,13 +68,18 @@ class Saver:
             rest = "nothing is saved yet" if saved is None else f"step {saved} is still there"
             logger.warning("step %d could not be saved: %s (%s; training goes on)", state.step, fault.what, rest)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, best: int | None = None) -> None:
         """Commit a checkpoint of the last finished step, unless that is the one that is there.
+
+        Args:
+            state: To save.
+            best: From now on, the step whose checkpoint is never removed.
 
         Raises:
             DivergedError: A number in it is not finite.
             EnvironmentFault: It cannot be written.
         """
+        self._best = best or self._best
         if state.step in (0, self._attempt.checkpoint):
             return
         began = time.monotonic()
@@ -85,7 +91,7 @@ class Saver:
         facts = {**self._facts, "metrics_bytes": self._run.sync_metrics()}
         committed = self._checkpoints.commit(state.step, facts, write)
         self._attempt.checkpoint = state.step
-        self._checkpoints.retain(self._training.checkpoints_kept)
+        self._checkpoints.retain(self._training.checkpoints_kept, self._best)
         seconds = time.monotonic() - began
         self._due = time.monotonic() + max(SECONDS_BETWEEN, seconds / LARGEST_SHARE)
         self._report(Saved(committed.path.name, state.step, committed.size_bytes, seconds))

@@ -274,12 +274,36 @@ def one_kind_of_validation(recipe: Recipe) -> Violation | None:
 
 
 def evaluation_needs_rows(recipe: Recipe) -> Violation | None:
-    """Measuring a held-out loss needs held-out rows."""
-    if recipe.evaluation.every_steps and not (recipe.data.validation or recipe.data.validation_fraction):
+    """Measuring a held-out loss, and answering, needs held-out rows."""
+    held_out = recipe.data.validation or recipe.data.validation_fraction
+    for key in ("every_steps", "sample_rows"):
+        if getattr(recipe.evaluation, key) and not held_out:
+            return Violation(
+                f"evaluation.{key}",
+                "there are no held-out rows to evaluate on",
+                "name files in data.validation, or set data.validation_fraction to 0.05",
+            )
+    return None
+
+
+def patience_needs_measurements(recipe: Recipe) -> Violation | None:
+    """Which step was best shows where the held-out loss is measured on the way."""
+    if recipe.evaluation.patience and not recipe.evaluation.every_steps:
         return Violation(
-            "evaluation.every_steps",
-            "there are no held-out rows to evaluate on",
-            "name files in data.validation, or set data.validation_fraction to 0.05",
+            "evaluation.patience",
+            "the held-out loss is measured at the end only, and nothing tells when to stop",
+            "set evaluation.every_steps too, such as to 50",
+        )
+    return None
+
+
+def patience_needs_a_result_at_every_step(recipe: Recipe) -> Violation | None:
+    """A method that lays out its course over all steps has its result at the end of it and not before."""
+    if recipe.evaluation.patience and not recipe.adapter.can_be_extended:
+        return Violation(
+            "evaluation.patience",
+            f"{recipe.adapter.method} chooses ranks by a course over all steps, and has its result at the end of it",
+            "leave evaluation.patience out",
         )
     return None
 
@@ -374,6 +398,8 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     revision_is_for_the_hub,
     one_kind_of_validation,
     evaluation_needs_rows,
+    patience_needs_measurements,
+    patience_needs_a_result_at_every_step,
     pack_length_is_for_packs,
     split_turns_trains_answers,
     a_source_has_one_place,

@@ -54,7 +54,7 @@ def _results(runs: Sequence[RunFacts]) -> str:
         ("time", lambda run: _of_last(run, "seconds", duration)),
         ("tokens", lambda run: _of_last(run, "tokens", count)),
         ("peak memory", lambda run: _of_last(run, "peak_memory_bytes", memory)),
-        ("trained numbers", lambda run: count(run.provenance.get("parameters", {}).get("trainable", math.nan))),
+        ("trained numbers", lambda run: count(run.provenance.get("started", {}).get("trainable_parameters", math.nan))),
         ("device", device),
     ]
     cells = [[title, *("–" if (text := of(run)) == "nan" else text for run in runs)] for title, of in rows]
@@ -63,6 +63,8 @@ def _results(runs: Sequence[RunFacts]) -> str:
 
 def _loss(run: RunFacts, index: int) -> str:
     found = run.history.validations
+    if index == -1 and run.history.best:
+        return f"{run.history.best[-1].loss:.4f}"
     return f"{found[index].loss:.4f}" if found and (index or found[0].step == 0) else ""
 
 

@@ -26,7 +26,8 @@ header p { color: var(--dim); } .state { display: inline-block; font-size: .85re
 .tiles > div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--dim); font-size: .85rem; display: block; }
-.odd { border-left: 4px solid var(--odd); background: var(--odd-back); padding: .5rem .8rem; margin: .5rem 0; }
+.odd, .kept { border-left: 4px solid var(--odd); background: var(--odd-back); padding: .5rem .8rem; margin: .5rem 0; }
+.kept { border-color: var(--good); background: var(--good-back); }
 .said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .5rem;
   align-items: start; }
 .said > div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; white-space: pre-wrap;
@@ -80,7 +81,7 @@ def run_page(facts: RunFacts) -> str:
         [
             _head(facts),
             _tiles(facts),
-            _warnings(facts),
+            _remarks(facts),
             section("How it went", course.course(facts.history)),
             section("Before and after", _evaluation(facts.evaluation), _answers(facts)),
             section("Answers on the way", _samples(facts)),
@@ -109,8 +110,9 @@ def _tiles(facts: RunFacts) -> str:
     history, tiles = facts.history, []
     if history.validations:
         first, last = history.validations[0], history.validations[-1]
+        result = history.best[-1].loss if history.best else last.loss
         before = f"before: {first.loss:.4f}" if first.step == 0 and last.step else f"after step {last.step}"
-        tiles.append(("held-out loss", f"{last.loss:.4f}", before))
+        tiles.append(("held-out loss", f"{result:.4f}", before))
     scores = facts.evaluation
     for name, title in SCORES.items():
         if {"base", "tuned"} <= scores.keys() and name in scores["tuned"]:
@@ -123,11 +125,9 @@ def _tiles(facts: RunFacts) -> str:
             ("tokens", count(step.tokens), f"{count(step.tokens / step.seconds)} a second" if step.seconds else ""),
             ("peak memory", memory(max(each.peak_memory_bytes for each in history.steps)), device(facts)),
         ]
-    if parameters := facts.provenance.get("parameters"):
-        share = 100 * parameters["trainable"] / parameters["total"]
-        tiles.append(
-            ("trained numbers", count(parameters["trainable"]), f"{share:.2f} % of {count(parameters['total'])}")
-        )
+    if started := facts.provenance.get("started"):
+        trainable, total = started["trainable_parameters"], started["total_parameters"]
+        tiles.append(("trained numbers", count(trainable), f"{100 * trainable / total:.2f} % of {count(total)}"))
     cells = [
         f"<div><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>"
         for title, value, note in tiles
@@ -141,11 +141,19 @@ def device(facts: RunFacts) -> str:
     return str(facts.provenance.get("device", "")) + (f", {processes} processes" if processes != 1 else "")
 
 
-def _warnings(facts: RunFacts) -> str:
-    return "".join(
-        f'<p class="odd"><b>Step {each.step}:</b> {escape(each.what)}. {escape(each.hint)}</p>'
+def _remarks(facts: RunFacts) -> str:
+    """Which weights are the result where they are not the last, and what was worth acting on."""
+    kept = [
+        f'<p class="kept">The result is the weights of <b>step {best.best_step}</b>, whose held-out loss of '
+        f"{best.loss:.4f} was the lowest"
+        + (f"; training stopped early, after step {best.step}.</p>" if best.stopped_early else ".</p>")
+        for best in facts.history.best
+    ]
+    odd = [
+        f'<p class="odd"><b>Step {each.step}: {escape(each.what)}.</b> To do: {escape(each.hint)}.</p>'
         for each in facts.history.warnings
-    )
+    ]
+    return "".join([*kept, *odd])
 
 
 def _evaluation(scores: Mapping[str, Any]) -> str:

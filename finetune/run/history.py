@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.run.directory import RunDirectory
-from finetune.run.events import RanksChosen, Recorded, Sampled, StepMetrics, Validated, Warned
+from finetune.run.events import BestKept, RanksChosen, Recorded, Sampled, StepMetrics, Validated, Warned
 
 
 @dataclass
@@ -26,6 +26,7 @@ class History:
         ranks: Every choice of ranks; the first is what training started with.
         samples: Answers to held-out prompts.
         warnings: What was worth acting on.
+        best: That an earlier step's weights are the result; at most one.
     """
 
     steps: list[StepMetrics] = field(default_factory=list)
@@ -33,6 +34,7 @@ class History:
     ranks: list[RanksChosen] = field(default_factory=list)
     samples: list[Sampled] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
+    best: list[BestKept] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: RunDirectory) -> History:
@@ -50,6 +52,7 @@ class History:
             RanksChosen: self.ranks,
             Sampled: self.samples,
             Warned: self.warnings,
+            BestKept: self.best,
         }
         kinds[type(event)].append(event)
 
