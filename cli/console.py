@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
+
+from .harmless import harmless
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -74,6 +75,21 @@ def leave_at_once() -> NoReturn:
     os._exit(Interrupted.exit_code)
 
 
+def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_json: bool) -> None:
+    """Print what has become of a run that was watched."""
+    if as_json:
+        show_result(json.dumps({"event": "watched", "state": summary.state, "step": summary.step, "exit": outcome}))
+        return
+    why = f": {outcome['message']}" if summary.state not in ("finished", "training") and "message" in outcome else ""
+    lines = [f"{summary.state} after step {summary.step}{why}"]
+    match summary.state:
+        case "finished":
+            lines.append(f"next: ft eval {run}   ft report {run}")
+        case "can go on":
+            lines.append(f"go on with it: ft train --resume {run}")
+    show_result("\n".join(lines))
+
+
 def show_nothing_left(run: Path, as_json: bool) -> None:
     """Print that a run is finished already."""
     if as_json:
@@ -112,6 +128,18 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
         log: A file that gets every event and remark in words, whatever the terminal shows.
         speaks: Show and log nothing at all if not: another process of the run does.
     """
+    with following(quiet, as_json) as follower, _logging_to(follower, log) as log_event:
+
+        def report(event: Any) -> None:
+            follower.event(event)
+            log_event(event)
+
+        yield report
+
+
+@contextmanager
+def following(quiet: bool, as_json: bool) -> Iterator[Follower]:
+    """What shows events as `reporting` does: live on a terminal, as lines in a pipe, as JSON to programs."""
     from .progress import JsonLines, Lines, Live, Silent
 
     follower: Follower
@@ -127,16 +155,10 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
         follower = Live(Console(stderr=True))
     else:
         follower = Lines(sys.stderr)
-    with _logging_to(follower, log) as log_event:
-
-        def report(event: Any) -> None:
-            follower.event(event)
-            log_event(event)
-
-        try:
-            yield report
-        finally:
-            follower.close()
+    try:
+        yield follower
+    finally:
+        follower.close()
 
 
 @contextmanager
@@ -422,10 +444,8 @@ def _titled(text: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """What a model writes, for a terminal: without the characters that would move its cursor or change its colours."""
-    if not is_watched():
-        return text
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
+    """What a model writes: to a pipe as it is."""
+    return harmless(text) if is_watched() else text
 
 
 def show_written(file: Path, answers: int, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from .runs import app as runs
 from .schema import schema
 from .train import train
 from .validate import validate
+from .watch import watch
 
 
 class Commands(TyperGroup):
@@ -98,6 +99,7 @@ def _options(
 app.command()(validate)
 app.command()(preview)
 app.command()(train)
+app.command()(watch)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(generate)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.run.events import (
+    BestKept,
     DataRead,
     Event,
     Phase,
     Progress,
     Resumed,
+    Sampled,
     Saved,
     StepMetrics,
     TrainingFinished,
     TrainingStarted,
     Validated,
+    Warned,
 )
 from finetune.run.numbers import count, duration, memory, size
 from finetune.run.ranks import table
+
+from .harmless import harmless
 
 if TYPE_CHECKING:
     from finetune.recipe.catalogue import Choice
@@ -33,12 +39,17 @@ def seconds_left(event: StepMetrics) -> float:
     return event.seconds / event.step * (event.total_steps - event.step)
 
 
-def numbers(event: StepMetrics) -> str:
+def numbers(event: StepMetrics, held_out: str = "") -> str:
     """The figures of a step that one watches."""
     return (
-        f"loss {event.loss:.4f}  grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  "
+        f"loss {event.loss:.4f}  {held_out}grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  "
         f"{event.tokens_per_second:.0f} tok/s  {memory(event.peak_memory_bytes)}"
     )
+
+
+def figures(event: StepMetrics, validations: Sequence[Validated]) -> str:
+    """The same with the last held-out loss."""
+    return numbers(event, f"held out {validations[-1].loss:.4f}  " if validations else "")
 
 
 def line(event: Event) -> str | None:
@@ -60,6 +71,14 @@ def line(event: Event) -> str | None:
         case Validated():
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
+        case Sampled():
+            said, reference = harmless(event.answer), harmless(event.reference)
+            return f"answer after step {event.step}: {said}\nit should have been: {reference}"
+        case Warned():
+            return f"warning: step {event.step}: {event.what}\n  -> {event.hint}"
+        case BestKept():
+            early = ", and training stopped early" if event.stopped_early else ""
+            return f"the weights of step {event.best_step} are kept: held-out loss {event.loss:.4f}, the lowest{early}"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
             return f"{event.doing}: {done} {event.unit} so far"
         case Progress(done=done, total=total) if done == total:
