@@ -31,6 +31,11 @@ class Patience:
             self._take(validated)
 
     @property
+    def best_step(self) -> int | None:
+        """The step whose weights may become the result; None where only the last ones can."""
+        return self._best.step if self._limit is not None and self._best is not None else None
+
+    @property
     def is_over(self) -> bool:
         """Whether the run has waited long enough."""
         return self._limit is not None and self._without >= self._limit
@@ -44,7 +49,7 @@ class Patience:
             saver: Of the main process; the others have none.
         """
         if self._limit is not None and validated is not None and self._take(validated) and saver is not None:
-            saver.save(state, best=validated.step)
+            saver.save_best(state)
 
     def restore(self, state: TrainState, run: RunDirectory, total_steps: int) -> BestKept | None:
         """Put the best weights into the state, unless it has them; None where they are those of the last step."""

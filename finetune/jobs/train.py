@@ -113,10 +113,10 @@ def train(
         if checkpoint is not None:
             report(Resumed(checkpoint.path.name, state.step, order.total_steps))
 
-        saver = Saver(run, attempt, recipe.training, facts, report)
+        patience = Patience(recipe.evaluation.patience, history)
+        saver = Saver(run, attempt, recipe.training, facts, report, patience.best_step)
         record = Recorder(run, report, Symptoms(history)) if is_main else report
         ranks = RankRecorder(state, record)
-        patience = Patience(recipe.evaluation.patience, history)
         examiner = Examiner(bench, state, rows.validation, order.total_steps, report, record)
         try:
             after = examiner.measure_if_due()

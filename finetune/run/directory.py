@@ -11,12 +11,13 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -45,6 +46,9 @@ _ASIDE = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 
 TRAINED_RECORD = "ft_adapter.json"
 """Beside trained weights: what they are, and what they belong to."""
+
+LOOKS = 3
+SECONDS_OF_A_LOOK = 0.05
 
 INTERRUPTED = 130
 """Exit code of a run that Ctrl-C ended."""
@@ -351,7 +355,7 @@ class RunDirectory:
             file = self.lock.open("a+", encoding="utf-8")
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._take(file)
             except BlockingIOError:
                 raise self._is_held() from None
             except OSError as error:  # a network file system without locks
@@ -363,6 +367,16 @@ class RunDirectory:
                 file.truncate(0)
                 os.write(file.fileno(), json.dumps(holder).encode() + b"\n")
             yield
+
+    @staticmethod
+    def _take(file: TextIO) -> None:
+        """Lock a file. Who looks whether it is locked holds it for a moment, and is waited for."""
+        for _ in range(LOOKS):
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(SECONDS_OF_A_LOOK)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _is_held(self) -> RefusedError:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.events import Event, RanksChosen, Sampled, Validated, Warned
+from finetune.run.events import BestKept, Event, RanksChosen, Sampled, Validated, Warned
 from finetune.run.history import History, events, records
 from tests.fixtures.runs import steps, written_run
 
@@ -18,12 +18,13 @@ COURSE = [
     *steps([2.0, 1.5]),
     Sampled(step=2, prompt="Hi", answer="Hello", reference="Hello"),
     Warned(step=2, what="odd", hint="look"),
+    BestKept(step=2, best_step=1, loss=1.5, stopped_early=True),
 ]
 
 
 def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path):
     history = History.of(written_run(tmp_path / "run", course=COURSE))
-    found = [*history.validations, *history.ranks, *history.steps, *history.samples, *history.warnings]
+    found = [*history.validations, *history.ranks, *history.steps, *history.samples, *history.warnings, *history.best]
     assert found == COURSE
 
 
