@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
+from finetune.errors import CheckFailedError, FinetuneError, Interrupted, RecipeError, Stopped
 
 from .harmless import harmless
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
     from finetune.run.listing import Removable, RunSummary
+    from finetune.run.trials import SweepDirectory, Trial
 
     from .progress import Follower
 
@@ -542,6 +543,53 @@ def show_catalogue(choices: list[Choice], as_json: bool) -> None:
 
     width = shutil.get_terminal_size().columns
     show_result("\n".join(line for choice in choices for line in wording.choice(choice, width)))
+
+
+def show_trial(trial: Trial, total: int, as_json: bool) -> None:
+    """Print which trial comes next, and what it tries."""
+    if as_json:
+        show_result(
+            json.dumps({"event": "trial", "trial": trial.number, "values": trial.values, "run": str(trial.path)})
+        )
+        return
+    from finetune.run.numbers import value as in_words
+    from finetune.run.trials import short_names
+
+    names = short_names(list(trial.values))
+    values = "  ".join(f"{names[key]} {in_words(value)}" for key, value in trial.values.items())
+    show_note(_styled(f"trial {trial.number} of {total}: {values}", "1"))
+
+
+def show_sweep(directory: SweepDirectory, recipe: Path, as_json: bool) -> None:
+    """Print all trials, the best first, and how to train with its values.
+
+    Raises:
+        CheckFailedError: None has a result.
+    """
+    from finetune.run.trials import arguments_of, best_of, trial_table
+
+    trials = directory.trials()
+    best = best_of(trials)
+    if as_json:
+        for trial in trials:
+            show_result(json.dumps({"event": "trial_done", **asdict(trial), "path": str(trial.path)}))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        head, rows = trial_table(trials)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for title in head:
+            table.add_column(title, overflow="fold", justify="left" if title == "trial" else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    if best is None:
+        raise CheckFailedError(
+            "no trial has a result", where=str(_short(directory.path)), hint="see the causes in the table above"
+        )
+    if not as_json:
+        show_result(f"page: {_short(directory.page)}\nbest: ft train {recipe} {arguments_of(best)}")
 
 
 def show_page(file: Path, as_json: bool) -> None:

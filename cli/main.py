@@ -25,6 +25,7 @@ from .report import report
 from .reproduce import reproduce
 from .runs import app as runs
 from .schema import schema
+from .sweep import sweep
 from .train import train
 from .validate import validate
 from .watch import watch
@@ -100,6 +101,7 @@ app.command()(validate)
 app.command()(preview)
 app.command()(train)
 app.command()(watch)
+app.command()(sweep)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(generate)

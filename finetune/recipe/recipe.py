@@ -38,4 +38,6 @@ class Recipe(Section):
         [], description="Programs that follow the run beside its own metrics.jsonl."
     )
     run: Run = Run()
-    sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(None, description="What `ft sweep` tries other values of; null for nothing.")
+    sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(
+        None, description="What `ft sweep` tries other values of; null for nothing."
+    )

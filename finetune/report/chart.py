@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
@@ -36,6 +36,7 @@ class Series:
         color: Number of its colour, from 1.
         dotted: Draw every point too: a line of few measurements.
         faint: What lies behind, such as the raw values of a smoothed line; in no legend and no reading.
+        joined: Draw the line between the points.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Series:
     color: int = 1
     dotted: bool = False
     faint: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,18 @@ class Axis:
         words: A value as text.
         may_be_logarithmic: Use a logarithmic axis where the values' range is wide.
         from_zero: Let the axis begin at 0.
+        name: What is counted, in readings along this axis.
+        whole: Whether only whole numbers make sense, and the first and last of them are the ends of the axis.
     """
 
     words: Callable[[float], str]
     may_be_logarithmic: bool = False
     from_zero: bool = False
+    name: str = ""
+    whole: bool = False
+
+
+STEPS = Axis(lambda step: f"{step:.0f}", name="step", whole=True)
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -71,26 +80,24 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return line
 
 
-def chart(title: str, series: Sequence[Series], axis: Axis, x_name: str = "step") -> str:
+def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS) -> str:
     """A figure with title, legend and plot; "" where no line has a point.
 
     Args:
         title: What is drawn.
         series: At most six that are not faint look different.
         axis: Of the values.
-        x_name: What x counts.
+        along: Of x.
     """
-    finite = [Series(s.name, [p for p in s.points if math.isfinite(p[1])], s.color, s.dotted, s.faint) for s in series]
+    finite = [replace(s, points=[point for point in s.points if math.isfinite(point[1])]) for s in series]
     drawn = [s for s in finite if s.points]
     if not drawn:
         return ""
-    values = [y for s in drawn for _, y in s.points]
-    is_logarithmic = axis.may_be_logarithmic and min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values)
-    x_axis = _Scale.over([x for s in drawn for x, _ in s.points], whole=True)
-    y_axis = _Scale.over(values, logarithmic=is_logarithmic, from_zero=axis.from_zero)
+    x_axis = _Scale.over([x for s in drawn for x, _ in s.points], along)
+    y_axis = _Scale.over([y for s in drawn for _, y in s.points], axis)
     named = [s for s in drawn if not s.faint]
     legend = "".join(f'<span class="key c{s.color}">{escape(s.name)}</span>' for s in named) if len(named) > 1 else ""
-    scale = "<small>logarithmic</small>" if is_logarithmic else ""
+    scale = "<small>logarithmic</small>" if y_axis.logarithmic else ""
     parts = [
         *(
             f'<line class="grid" x2="100%" y1="{100 - at:.2f}%" y2="{100 - at:.2f}%"/>'
@@ -98,19 +105,19 @@ def chart(title: str, series: Sequence[Series], axis: Axis, x_name: str = "step"
             for tick, at in y_axis.ticks()
         ),
         *(
-            f'<text x="{at:.2f}%" y="100%" dy="1.35em" text-anchor="middle">{tick:.0f}</text>'
+            f'<text x="{at:.2f}%" y="100%" dy="1.35em" text-anchor="middle">{escape(along.words(tick))}</text>'
             for tick, at in x_axis.ticks()
         ),
         f'<svg class="lines" viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none">',
-        *(_line(s, x_axis, y_axis) for s in drawn),
+        *(_line(s, x_axis, y_axis) for s in drawn if s.joined),
         "</svg>",
         *(_dots(s, x_axis, y_axis) for s in drawn if s.dotted),
-        _readings(named, x_axis, axis.words, x_name),
+        _readings(named, x_axis, axis.words, along),
     ]
     last = ", ".join(f"{s.name} {axis.words(s.points[-1][1])}" for s in named)
     return (
         f'<figure class="chart"><figcaption>{escape(title)} {scale}{legend}</figcaption>\n'
-        f'<div class="plot"><svg role="img" aria-label="{escape(f"{title} by {x_name}; last: {last}")}">\n'
+        f'<div class="plot"><svg role="img" aria-label="{escape(f"{title} by {along.name}; last: {last}")}">\n'
         + "\n".join(parts)
         + "\n</svg></div></figure>"
     )
@@ -126,15 +133,14 @@ class _Scale:
     whole: bool
 
     @classmethod
-    def over(
-        cls, values: Sequence[float], logarithmic: bool = False, from_zero: bool = False, whole: bool = False
-    ) -> _Scale:
+    def over(cls, values: Sequence[float], axis: Axis) -> _Scale:
         low, high = min(values), max(values)
-        if logarithmic:
+        is_logarithmic = axis.may_be_logarithmic and low > 0 and high > LOGARITHMIC_FROM * low
+        if is_logarithmic:
             low, high = math.log10(low), math.log10(high)
-        low = min(0.0, low) if from_zero else low
-        room = 0 if whole else 0.05 * (high - low)
-        return cls(low if from_zero else low - room, high + room, logarithmic, whole)
+        low = min(0.0, low) if axis.from_zero else low
+        room = 0 if axis.whole else 0.05 * (high - low)
+        return cls(low if axis.from_zero else low - room, high + room, is_logarithmic, axis.whole)
 
     def at(self, value: float) -> float:
         """Percent of the way along the axis."""
@@ -191,7 +197,7 @@ def _dots(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
     )
 
 
-def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float], str], x_name: str) -> str:
+def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float], str], along: Axis) -> str:
     """Strips side by side; the one that is pointed at shows a line and, above the plot, the values there."""
     every_x = sorted({x for s in series for x, _ in s.points})
     stride = -(-len(every_x) // MOST_READINGS)
@@ -205,7 +211,7 @@ def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float],
             for s in series
             if (y := _value_at(s, x, stride)) is not None
         ]
-        text = escape(f"{x_name} {x:.0f}: {', '.join(values)}")
+        text = escape(f"{along.name} {along.words(x)}: {', '.join(values)}")
         strips.append(
             f'<g class="at"><rect x="{edges[index]:.2f}%" width="{edges[index + 1] - edges[index]:.2f}%" '
             f'height="100%"/><line x1="{at:.2f}%" x2="{at:.2f}%" y2="100%"/>'

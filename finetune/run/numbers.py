@@ -26,3 +26,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def value(tried: object) -> str:
+    """A value of a recipe, a number with as many digits as tell it from others."""
+    return f"{tried:.4g}" if isinstance(tried, float) else str(tried)
