@@ -191,8 +191,9 @@ def _places(points: Sequence[Point], x_axis: _Scale, y_axis: _Scale) -> str:
 
 def _dots(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
     stride = -(-len(series.points) // MOST_READINGS)
+    radius = 3 if series.joined else 4.5
     return "".join(
-        f'<circle class="c{series.color}" cx="{x_axis.at(x):.2f}%" cy="{100 - y_axis.at(y):.2f}%" r="3"/>'
+        f'<circle class="c{series.color}" cx="{x_axis.at(x):.2f}%" cy="{100 - y_axis.at(y):.2f}%" r="{radius}"/>'
         for x, y in series.points[::stride]
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import accumulate
 
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sweep import Choice, LogUniform, Swept
@@ -55,17 +56,13 @@ def _best(trials: Sequence[Trial]) -> str:
 
 
 def _effects(keys: Sequence[Swept], done: Sequence[Trial]) -> str:
-    by_number = sorted(done, key=lambda trial: trial.number)
-    lowest: list[tuple[float, float]] = []
-    for trial in by_number:
-        assert trial.loss is not None
-        lowest.append((trial.number, min(trial.loss, *(loss for _, loss in lowest))))
-    losses = [(trial.number, trial.loss or 0.0) for trial in by_number]
+    losses = sorted((float(trial.number), trial.loss or 0.0) for trial in done)
+    lowest = zip((number for number, _ in losses), accumulate((loss for _, loss in losses), min), strict=True)
     in_time = chart(
         "Held-out loss by trial",
         [
             Series("trial", losses, dotted=True, joined=False),
-            Series("lowest so far", lowest, color=2),
+            Series("lowest so far", list(lowest), color=2),
         ],
         course.LOSS,
         Axis(lambda number: f"{number:.0f}", name="trial", whole=True),

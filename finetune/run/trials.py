@@ -93,8 +93,6 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the lowest loss, the first of several; None where none has one."""
     finished = [(trial.loss, trial.number, trial) for trial in trials if trial.loss is not None]
     return min(finished)[2] if finished else None
-        2
-    ]
 
 
 def arguments_of(trial: Trial) -> str:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from finetune.recipe.sweep import Choice, Sweep, Uniform
 from finetune.report.comparison_page import comparison_page
 from finetune.report.facts import RunFacts
 from finetune.report.run_page import reported, run_page
+from finetune.report.sweep_page import sweep_page
 from finetune.run.comparison import differences
 from finetune.run.directory import RunDirectory
+from finetune.run.trials import SweepDirectory
 from tests.fixtures.runs import steps, written_run
 
 HOSTILE = """</title></style></pre><script>alert('x')</script><img src=x onerror="alert(1)">"><!--"""
@@ -58,6 +61,21 @@ def test_a_hostile_name_of_a_run_is_text_too(tmp_path: Path):
     run = written_run(tmp_path / "<script>alert(1)")
     assert "script" not in Markup(page_of(run)).tags
     assert "script" not in Markup(comparison_of(run, run)).tags
+
+
+def test_what_a_sweep_tries_is_text_too(tmp_path: Path):
+    pages = []
+    for index, text in enumerate(("words", HOSTILE)):
+        directory = SweepDirectory(tmp_path / str(index) / "sweep")
+        directory.path.mkdir(parents=True)
+        written_run(directory.begin({"adapter.target_modules": text, text: 2.0}).path, text)
+        directory.fail(directory.begin({"adapter.target_modules": text, text: 3.0}), text)
+        swept = [Choice(key="adapter.target_modules", draw="choice", choices=[text]),
+                 Uniform(key=text, draw="uniform", low=0, high=1)]  # fmt: skip
+        recipe = RunFacts.of(RunDirectory.open(directory.path / "trial-001")).recipe
+        pages.append(Markup(sweep_page(directory, recipe.model_copy(update={"sweep": Sweep(keys=swept)}))))
+    assert (pages[0].tags, pages[0].attributes) == (pages[1].tags, pages[1].attributes)
+    assert HOSTILE in pages[1].text
 
 
 @pytest.mark.parametrize("several", [False, True])
