@@ -129,7 +129,10 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
         log: A file that gets every event and remark in words, whatever the terminal shows.
         speaks: Show and log nothing at all if not: another process of the run does.
     """
-    with following(quiet, as_json) as follower, _logging_to(follower, log) as log_event:
+    with (
+        following(quiet, as_json, speaks) as follower,
+        _logging_to(follower, log if speaks else None) as log_event,
+    ):
 
         def report(event: Any) -> None:
             follower.event(event)
@@ -139,13 +142,13 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
 
 
 @contextmanager
-def following(quiet: bool, as_json: bool) -> Iterator[Follower]:
+def following(quiet: bool, as_json: bool, speaks: bool = True) -> Iterator[Follower]:
     """What shows events as `reporting` does: live on a terminal, as lines in a pipe, as JSON to programs."""
     from .progress import JsonLines, Lines, Live, Silent
 
     follower: Follower
     if not speaks:
-        follower, log = Silent(io.StringIO()), None
+        follower = Silent(io.StringIO())
     elif as_json:
         follower = JsonLines(sys.stdout, sys.stderr)
     elif quiet:

@@ -45,7 +45,7 @@ class Sweep:
 
     Raises:
         UsageError: The recipe has no such section.
-        UnsupportedError: Optuna is not installed.
+        UnsupportedError: Optuna is not installed, or the recipe wants several processes.
         RefusedError: The folder is in use for something else, or for a sweep of another recipe.
     """
 
@@ -56,6 +56,12 @@ class Sweep:
                 where=str(loaded.path),
                 hint="add a section: sweep: {keys: [{key: optimizer.learning_rate, draw: log_uniform, "
                 "low: 1e-5, high: 1e-3}]}",
+            )
+        if loaded.recipe.distributed.processes > 1:
+            raise UnsupportedError(
+                "the trials of a sweep train in one process each",
+                where=str(loaded.path),
+                hint="set distributed.processes to 1; the best values can be trained with more",
             )
         refuse_missing_package()
         self.section = loaded.recipe.sweep

@@ -66,7 +66,7 @@ def reported(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     finally:
-        if run.metrics.is_file():
+        if run.is_writer and run.metrics.is_file():
             try:
                 write_report(run)
             except (EnvironmentFault, RecipeError) as fault:
