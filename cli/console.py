@@ -120,7 +120,9 @@ def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
 
 
 @contextmanager
-def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool = True) -> Iterator[Report]:
+def reporting(
+    quiet: bool, as_json: bool, log: Path | None = None, speaks: bool = True, brief: bool = False
+) -> Iterator[Report]:
     """Follow a job: yields the function that it reports to.
 
     Args:
@@ -128,14 +130,18 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
         as_json: Write events to standard output as JSON.
         log: A file that gets every event and remark in words, whatever the terminal shows.
         speaks: Show and log nothing at all if not: another process of the run does.
+        brief: Do not show people what a run starts with, for it is that of the run before.
     """
+    from finetune.run.events import DataRead, TrainingStarted
+
     with (
         following(quiet, as_json, speaks) as follower,
         _logging_to(follower, log if speaks else None) as log_event,
     ):
 
         def report(event: Any) -> None:
-            follower.event(event)
+            if as_json or not (brief and isinstance(event, DataRead | TrainingStarted)):
+                follower.event(event)
             log_event(event)
 
         yield report
@@ -256,6 +262,7 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         *wording.outcome(finished),
         *wording.ranks(finished.ranks, run),
         f"weights: {run / trained}",
+        f"report: {run / 'report.html'}",
         f"next: {'   '.join(commands)}",
     ]
     show_result("\n".join(lines))

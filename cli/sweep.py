@@ -35,6 +35,6 @@ def sweep(
         while (trial := trials.next_trial()) is not None:
             console.show_trial(trial, trials.section.trials, as_json)
             run = trials.run_of(trial)
-            with console.reporting(quiet, as_json, log=run.log) as report:
+            with console.reporting(quiet, as_json, log=run.log, brief=trial.number > 1) as report:
                 trials.train(trial, run, report, interruption)
     console.show_sweep(trials.directory, recipe, as_json)

@@ -13,7 +13,7 @@ from finetune.run.numbers import count, memory
 
 STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2rem; }
-.wide .plot { height: 18rem; }
+.wide { margin-bottom: 1rem; } .wide .plot { height: 18rem; }
 .chart { margin: 0; padding-bottom: .6rem; break-inside: avoid; } figcaption { font-weight: 600; font-size: .95rem; }
 figcaption small { color: var(--dim); font-weight: 400; }
 .key { font-weight: 400; font-size: .85rem; margin-left: 1rem; white-space: nowrap; }

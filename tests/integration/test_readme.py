@@ -31,6 +31,7 @@ def test_its_ft_commands_run_in_their_order(
         "preview",
         "train",
         "eval",
+        "report",
         "generate",
         "merge",
         "export",
