@@ -22,7 +22,7 @@ header p { color: var(--dim); } .state { display: inline-block; font-size: .85re
   border-radius: 1em; color: var(--odd); background: var(--odd-back); }
 .finished { color: var(--good); background: var(--good-back); } .failed { color: var(--bad);
   background: var(--bad-back); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
 .tiles > div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--dim); font-size: .85rem; display: block; }
