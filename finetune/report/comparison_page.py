@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
@@ -54,10 +53,10 @@ def _results(runs: Sequence[RunFacts]) -> str:
         ("time", lambda run: _of_last(run, "seconds", duration)),
         ("tokens", lambda run: _of_last(run, "tokens", count)),
         ("peak memory", lambda run: _of_last(run, "peak_memory_bytes", memory)),
-        ("trained numbers", lambda run: count(run.provenance.get("started", {}).get("trainable_parameters", math.nan))),
+        ("trained numbers", _trained_numbers),
         ("device", device),
     ]
-    cells = [[title, *("–" if (text := of(run)) == "nan" else text for run in runs)] for title, of in rows]
+    cells = [[title, *(of(run) for run in runs)] for title, of in rows]
     return table(["", *(run.name for run in runs)], [row for row in cells if any(row[1:])])
 
 
@@ -74,6 +73,11 @@ def _scored(name: str) -> Callable[[RunFacts], str]:
         return "" if value is None else score(name, value)
 
     return of
+
+
+def _trained_numbers(run: RunFacts) -> str:
+    started = run.provenance.get("started")
+    return count(started["trainable_parameters"]) if started else ""
 
 
 def _of_last(run: RunFacts, name: str, words: Callable[[Any], str]) -> str:

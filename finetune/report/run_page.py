@@ -175,9 +175,10 @@ def score(name: str, value: float, sign: str = "") -> str:
 
 def _answers(facts: RunFacts) -> str:
     cards = [_card(answer) for answer in facts.answers[:MOST_ANSWERS]]
-    more = cards[SHOWN_ANSWERS:]
+    more, left_out = cards[SHOWN_ANSWERS:], len(facts.answers) - len(cards)
     rest = folded(f"{len(more)} more answers", "".join(more)) if more else ""
-    return "".join(cards[:SHOWN_ANSWERS]) + rest
+    note = f'<p class="dim">{left_out} further answers stand in eval/generations.jsonl.</p>' if left_out else ""
+    return "".join(cards[:SHOWN_ANSWERS]) + rest + note
 
 
 def _card(answer: Mapping[str, Any]) -> str:
@@ -191,13 +192,15 @@ def _card(answer: Mapping[str, Any]) -> str:
 
 def asked(prompt: str, said: Sequence[tuple[str, str, bool]]) -> str:
     """A prompt and below it what was said to it: who, what, and whether that is a reference's text."""
-    shown = prompt if len(prompt) <= LONGEST_PROMPT else f"…{prompt[-LONGEST_PROMPT:]}"
+    asked_for = prompt if len(prompt) <= LONGEST_PROMPT else f"…{prompt[-LONGEST_PROMPT:]}"
     cells = [
         f"<div{' class=right' if is_right else ''}><b>{escape(who)}{' ✓' if is_right else ''}</b>"
-        f"{escape(text[:LONGEST_ANSWER])}</div>"
+        f"{escape(text if len(text) <= LONGEST_ANSWER else f'{text[:LONGEST_ANSWER]}…')}</div>"
         for who, text, is_right in said
     ]
-    return f'<div class="asked"><pre class="row">{escape(shown)}</pre><div class="said">{"".join(cells)}</div></div>'
+    return (
+        f'<div class="asked"><pre class="row">{escape(asked_for)}</pre><div class="said">{"".join(cells)}</div></div>'
+    )
 
 
 def _samples(facts: RunFacts) -> str:
@@ -207,7 +210,9 @@ def _samples(facts: RunFacts) -> str:
         is_right = sample.answer.strip() == sample.reference.strip()
         first = [("reference", sample.reference, False)]
         by_prompt.setdefault(sample.prompt, first).append((f"step {sample.step}", sample.answer, is_right))
-    return "".join(asked(prompt, said) for prompt, said in list(by_prompt.items())[:SHOWN_ANSWERS])
+    left_out = len(by_prompt) - SHOWN_ANSWERS
+    note = f'<p class="dim">{left_out} further prompts stand in metrics.jsonl.</p>' if left_out > 0 else ""
+    return "".join(asked(prompt, said) for prompt, said in list(by_prompt.items())[:SHOWN_ANSWERS]) + note
 
 
 _LEDGER: list[tuple[str, str]] = [

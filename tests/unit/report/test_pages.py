@@ -105,6 +105,17 @@ def test_the_page_has_what_the_files_say(tmp_path: Path):
         assert found in text, found
 
 
+def test_what_does_not_fit_on_the_page_is_said_to_be_elsewhere(tmp_path: Path):
+    run = written_run(tmp_path / "run")
+    answers = run.evaluation / "generations.jsonl"
+    answers.write_text(
+        answers.read_text().splitlines()[0] + "\n" + '{"prompt": "%s", "references": []}\n' % ("x" * 999) * 99
+    )
+    page = page_of(run)
+    assert "40 further answers stand in eval/generations.jsonl" in page
+    assert page.count(">…xxx") == 59
+
+
 def test_an_answer_that_is_the_reference_is_marked_and_no_other(tmp_path: Path):
     page = page_of(written_run(tmp_path / "run", "yes"))
     assert page.count("<b>tuned ✓</b>") == 7
