@@ -122,11 +122,11 @@ def _recipe(trained: TrainedRun) -> str:
 def _metrics(trained: TrainedRun) -> str:
     run = trained.run
     lines = []
-    losses = History.of(run).validations
-    if losses:
-        first, last = losses[0], losses[-1]
+    history = History.of(run)
+    if history.result:
+        step, loss = history.result
         lines.append(
-            f"Held-out loss: {first.loss:.4f} before training, {last.loss:.4f} after step {last.step}, "
+            f"Held-out loss: {history.validations[0].loss:.4f} before training, {loss:.4f} after step {step}, "
             "in nats per trained token."
         )
     results = read_json(run.evaluation / "results.json")

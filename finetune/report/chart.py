@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 BOX = 1000
 MOST_POINTS = 400
@@ -70,13 +70,13 @@ STEPS = Axis(lambda step: f"{step:.0f}", name="step", whole=True)
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential mean over about a fifteenth of the points, corrected for its start as Adam is (arXiv 1412.6980)."""
-    decay = 1 - 1 / max(1.0, len(points) / 15)
-    mean, weight, line = 0.0, 0.0, []
-    for x, y in points:
-        if math.isfinite(y):
-            mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
-            line.append((x, mean / weight))
+    """The mean of each point and as many neighbours on either side: a thirtieth of all, and less towards the ends."""
+    finite = [point for point in points if math.isfinite(point[1])]
+    sums = [0.0, *accumulate(y for _, y in finite)]
+    line = []
+    for index, (x, _) in enumerate(finite):
+        reach = min(max(1, len(finite) // 30), index, len(finite) - 1 - index)
+        line.append((x, (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)))
     return line
 
 

@@ -46,8 +46,8 @@ def _results(runs: Sequence[RunFacts]) -> str:
         ("state", lambda run: run.state),
         ("base", lambda run: run.base),
         ("trained", lambda run: run.method),
-        ("held-out loss before", lambda run: _loss(run, 0)),
-        ("held-out loss", lambda run: _loss(run, -1)),
+        ("held-out loss before", _before),
+        ("held-out loss", _after),
         *((title, _scored(name)) for name, title in SCORES.items()),
         ("steps", lambda run: _of_last(run, "step", str)),
         ("time", lambda run: _of_last(run, "seconds", duration)),
@@ -60,11 +60,13 @@ def _results(runs: Sequence[RunFacts]) -> str:
     return table(["", *(run.name for run in runs)], [row for row in cells if any(row[1:])])
 
 
-def _loss(run: RunFacts, index: int) -> str:
+def _before(run: RunFacts) -> str:
     found = run.history.validations
-    if index == -1 and run.history.best:
-        return f"{run.history.best[-1].loss:.4f}"
-    return f"{found[index].loss:.4f}" if found and (index or found[0].step == 0) else ""
+    return f"{found[0].loss:.4f}" if found and found[0].step == 0 else ""
+
+
+def _after(run: RunFacts) -> str:
+    return f"{run.history.result[1]:.4f}" if run.history.result else ""
 
 
 def _scored(name: str) -> Callable[[RunFacts], str]:

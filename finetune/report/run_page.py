@@ -108,11 +108,11 @@ def _head(facts: RunFacts) -> str:
 def _tiles(facts: RunFacts) -> str:
     """The figures that one asks for first."""
     history, tiles = facts.history, []
-    if history.validations:
-        first, last = history.validations[0], history.validations[-1]
-        result = history.best[-1].loss if history.best else last.loss
-        before = f"before: {first.loss:.4f}" if first.step == 0 and last.step else f"after step {last.step}"
-        tiles.append(("held-out loss", f"{result:.4f}", before))
+    if history.result:
+        after, loss = history.result
+        first = history.validations[0]
+        before = f"before: {first.loss:.4f}" if first.step == 0 and after else f"after step {after}"
+        tiles.append(("held-out loss", f"{loss:.4f}", before))
     scores = facts.evaluation
     for name, title in SCORES.items():
         if {"base", "tuned"} <= scores.keys() and name in scores["tuned"]:

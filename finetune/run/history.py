@@ -44,6 +44,13 @@ class History:
             history.add(event)
         return history
 
+    @property
+    def result(self) -> tuple[int, float] | None:
+        """Step and held-out loss of the weights that are the run's result so far; None where none was measured."""
+        if self.best:
+            return self.best[-1].best_step, self.best[-1].loss
+        return (self.validations[-1].step, self.validations[-1].loss) if self.validations else None
+
     def add(self, event: Recorded) -> None:
         """Append an event to its kind."""
         kinds: dict[type, list[Any]] = {

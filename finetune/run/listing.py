@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
-from finetune.run.events import StepMetrics, Validated
+from finetune.run.events import BestKept, StepMetrics, Validated
 from finetune.run.history import records
 
 State = Literal["training", "finished", "can go on", "failed", "never started"]
@@ -24,7 +24,7 @@ class RunSummary:
         state: `training` while a process holds its lock; `can go on` after a signal or a crash that left a checkpoint.
         step: Optimizer steps that are done.
         loss: Of the last step.
-        validation_loss: The last that was measured.
+        validation_loss: Of the result, or the last that was measured.
         size_bytes: Of all its files.
     """
 
@@ -111,9 +111,9 @@ def state_of(run: RunDirectory) -> State:
 
 
 def _last_lines(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last step and the last validation of `metrics.jsonl`; empty where there is none."""
+    """The last step of `metrics.jsonl`, and where the held-out loss of the result stands; empty where there is none."""
     last = {str(line.get("event")): line for line in records(run.metrics)}
-    return last.get(StepMetrics.kind, {}), last.get(Validated.kind, {})
+    return last.get(StepMetrics.kind, {}), last.get(BestKept.kind) or last.get(Validated.kind, {})
 
 
 def _size(path: Path) -> int:

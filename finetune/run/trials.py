@@ -82,7 +82,8 @@ class SweepDirectory:
 
     def _trial(self, number: int, values: Values, failure: str | None) -> Trial:
         run = RunDirectory(self.path / f"trial-{number:03}")
-        return Trial(number, values, run.path, state_of(run), _loss(run) if run.is_finished else None, failure)
+        result = History.of(run).result if run.is_finished else None
+        return Trial(number, values, run.path, state_of(run), result[1] if result else None, failure)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with disk_faults(self.record), self.record.open("a", encoding="utf-8") as file:
@@ -117,10 +118,3 @@ def trial_table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
         mark = " (best)" if trial == best else ""
         rows.append([f"{trial.number}{mark}", *(in_words(trial.values.get(key)) for key in names), loss])
     return ["trial", *names.values(), "held-out loss"], rows
-
-
-def _loss(run: RunDirectory) -> float | None:
-    history = History.of(run)
-    if history.best:
-        return history.best[-1].loss
-    return history.validations[-1].loss if history.validations else None

@@ -106,4 +106,6 @@ def test_smoothing_keeps_a_constant_and_follows_a_fall():
     falling = smoothed([(step, 100.0 - step) for step in range(100)])
     values = [y for _, y in falling]
     assert values == sorted(values, reverse=True)
-    assert values[-1] < 15
+    assert (values[0], values[-1]) == (100.0, 1.0)
+    (_, low), (_, mean), (_, high) = smoothed([(0, 1.0), (1, 5.0), (2, 3.0)])
+    assert (low, mean, high) == (1.0, 3.0, 3.0)

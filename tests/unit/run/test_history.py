@@ -28,6 +28,16 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path):
     assert found == COURSE
 
 
+def test_the_result_is_the_last_that_was_measured_or_the_best_that_was_kept():
+    history = History()
+    assert history.result is None
+    history.add(Validated(step=4, loss=1.5, perplexity=4.5, rows=5))
+    history.add(Validated(step=8, loss=2.0, perplexity=7.4, rows=5))
+    assert history.result == (8, 2.0)
+    history.add(BestKept(step=8, best_step=4, loss=1.5, stopped_early=False))
+    assert history.result == (4, 1.5)
+
+
 def test_a_run_without_metrics_has_an_empty_history(tmp_path: Path):
     run = written_run(tmp_path / "run")
     run.metrics.unlink()
