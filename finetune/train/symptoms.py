@@ -120,5 +120,5 @@ def _rising(validations: Sequence[Validated]) -> Symptom | None:
     return (
         "the held-out loss rises",
         ", ".join(f"{each.loss:.4f}" for each in recent) + f"; it was lowest, {best.loss:.4f}, after step {best.step}",
-        "train shorter, or set evaluation.patience, which stops there and keeps the best weights",
+        "train shorter, or at a lower learning rate; evaluation.patience stops there and keeps the best weights",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import BestKept, Event, Sampled, StepMetrics, TrainingFinished, Validated
 from finetune.run.history import History
 from finetune.run.interruption import Interruption
+from tests.fixtures.recipes import write_recipe
 
 BEST_AT_TWO = {0: 9.0, 1: 5.0, 2: 4.0, 3: 4.5, 4: 4.0}
 
@@ -136,6 +139,26 @@ def test_best_weights_that_are_damaged_are_not_loaded(
     finished, _ = trained(made(tiny_recipe, patience=2), run)
     assert (finished.steps, finished.best_step) == (4, None)
     assert "the weights of step 2, whose held-out loss was lowest, are lost" in caplog.text
+
+
+def test_two_processes_stop_where_one_does(tiny_recipe: dict[str, Any], tmp_path: Path):
+    measured = {"evaluation": {"every_steps": 1, "patience": 2, "sample_rows": 1, "max_new_tokens": 4}}
+    rising = {**tiny_recipe["optimizer"], "learning_rate": 0.2}
+    training = {**tiny_recipe["training"], "max_steps": 20, "gradient_accumulation_steps": 4}
+    file = write_recipe({**tiny_recipe, **measured, "optimizer": rising, "training": training}, tmp_path)
+    results = []
+    for processes in ("1", "2"):
+        run = RunDirectory(tmp_path / processes)
+        command = [sys.executable, "-m", "cli", "train", file, "--processes", processes, "--run-dir", run.path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        history = History.of(run)
+        (best,) = history.best
+        results.append((best, [each.step for each in history.validations], len(history.samples)))
+    (alone, *course), (together, *same_course) = results
+    assert course == same_course
+    assert (alone.step, alone.best_step, alone.stopped_early) == (together.step, together.best_step, True)
+    assert alone.loss == pytest.approx(together.loss, rel=1e-2)  # sums of other orders, at a rate that makes much of it
 
 
 def test_provenance_says_what_training_started_with(tiny_recipe: dict[str, Any], tmp_path: Path):
