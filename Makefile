@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+BROWSER ?= chromium
 RIVAL := .venv-trl
 
-.PHONY: help quickstart test test-slow test-faults bench bench-data bench-quantizers bench-methods lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench bench-data bench-quantizers bench-methods pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +38,13 @@ bench-quantizers: $(VENV)/dev  ## Size, error, loss, time and memory of every qu
 
 bench-methods: $(VENV)/dev $(VENV)/quickstart  ## What each method reaches with as many numbers, on TRAIN=file TEST=file: hours
 	$(BIN)/python -m tests.benchmarks.methods $(TRAIN) $(TEST)
+
+pictures: $(VENV)/dev $(VENV)/quickstart  ## README's pictures, of a real run in a Chromium: BROWSER="chromium --no-sandbox" for root
+	$(BIN)/ft train recipes/quickstart.yaml --run-dir runs/bookings --overwrite \
+		--set evaluation.every_steps=4 --set evaluation.sample_rows=1
+	$(BIN)/ft eval runs/bookings
+	$(BIN)/ft merge runs/bookings
+	$(BIN)/python -m tests.pictures runs/bookings recipes/pictures --step 19 --browser "$(BROWSER)"
 
 gpu: $(VENV)/dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
+from finetune.errors import CheckFailedError, FinetuneError, Interrupted, RecipeError, Stopped
+
+from .harmless import harmless
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
     from finetune.run.listing import Removable, RunSummary
+    from finetune.run.trials import SweepDirectory, Trial
 
     from .progress import Follower
 
@@ -74,6 +76,21 @@ def leave_at_once() -> NoReturn:
     os._exit(Interrupted.exit_code)
 
 
+def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_json: bool) -> None:
+    """Print what has become of a run that was watched."""
+    if as_json:
+        show_result(json.dumps({"event": "watched", "state": summary.state, "step": summary.step, "exit": outcome}))
+        return
+    why = f": {outcome['message']}" if summary.state not in ("finished", "training") and "message" in outcome else ""
+    lines = [f"{summary.state} after step {summary.step}{why}"]
+    match summary.state:
+        case "finished":
+            lines.append(f"next: ft eval {run}   ft report {run}")
+        case "can go on":
+            lines.append(f"go on with it: ft train --resume {run}")
+    show_result("\n".join(lines))
+
+
 def show_nothing_left(run: Path, as_json: bool) -> None:
     """Print that a run is finished already."""
     if as_json:
@@ -90,6 +107,12 @@ def _error_fields(error: FinetuneError) -> dict[str, Any]:
     return {"what": error.what, "where": error.where, "hint": error.hint}
 
 
+def _short(path: Path) -> Path:
+    """A path from where we are, if it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if here in path.parents else path
+
+
 def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
     """ANSI colours for a terminal, plain text elsewhere; by default standard error is looked at."""
     plain = not (stream or sys.stderr).isatty() or "NO_COLOR" in os.environ
@@ -97,7 +120,9 @@ def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
 
 
 @contextmanager
-def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool = True) -> Iterator[Report]:
+def reporting(
+    quiet: bool, as_json: bool, log: Path | None = None, speaks: bool = True, brief: bool = False
+) -> Iterator[Report]:
     """Follow a job: yields the function that it reports to.
 
     Args:
@@ -105,12 +130,31 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
         as_json: Write events to standard output as JSON.
         log: A file that gets every event and remark in words, whatever the terminal shows.
         speaks: Show and log nothing at all if not: another process of the run does.
+        brief: Do not show people what a run starts with, for it is that of the run before.
     """
+    from finetune.run.events import DataRead, TrainingStarted
+
+    with (
+        following(quiet, as_json, speaks) as follower,
+        _logging_to(follower, log if speaks else None) as log_event,
+    ):
+
+        def report(event: Any) -> None:
+            if as_json or not (brief and isinstance(event, DataRead | TrainingStarted)):
+                follower.event(event)
+            log_event(event)
+
+        yield report
+
+
+@contextmanager
+def following(quiet: bool, as_json: bool, speaks: bool = True) -> Iterator[Follower]:
+    """What shows events as `reporting` does: live on a terminal, as lines in a pipe, as JSON to programs."""
     from .progress import JsonLines, Lines, Live, Silent
 
     follower: Follower
     if not speaks:
-        follower, log = Silent(io.StringIO()), None
+        follower = Silent(io.StringIO())
     elif as_json:
         follower = JsonLines(sys.stdout, sys.stderr)
     elif quiet:
@@ -121,16 +165,10 @@ def reporting(quiet: bool, as_json: bool, log: Path | None = None, speaks: bool 
         follower = Live(Console(stderr=True))
     else:
         follower = Lines(sys.stderr)
-    with _logging_to(follower, log) as log_event:
-
-        def report(event: Any) -> None:
-            follower.event(event)
-            log_event(event)
-
-        try:
-            yield report
-        finally:
-            follower.close()
+    try:
+        yield follower
+    finally:
+        follower.close()
 
 
 @contextmanager
@@ -224,6 +262,7 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         *wording.outcome(finished),
         *wording.ranks(finished.ranks, run),
         f"weights: {run / trained}",
+        f"report: {run / 'report.html'}",
         f"next: {'   '.join(commands)}",
     ]
     show_result("\n".join(lines))
@@ -416,10 +455,8 @@ def _titled(text: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """What a model writes, for a terminal: without the characters that would move its cursor or change its colours."""
-    if not is_watched():
-        return text
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
+    """What a model writes: to a pipe as it is."""
+    return harmless(text) if is_watched() else text
 
 
 def show_written(file: Path, answers: int, as_json: bool) -> None:
@@ -451,28 +488,28 @@ def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from . import wording
+    from finetune.run.numbers import size
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("run", "state", "step", "loss", "held out", "size"):
         table.add_column(title, justify="left" if title in ("run", "state") else "right", overflow="fold")
     for summary in summaries:
         losses = ["" if loss is None else f"{loss:.4f}" for loss in (summary.loss, summary.validation_loss)]
-        row = (summary.path.name, summary.state, str(summary.step), *losses, wording.size(summary.size_bytes))
+        row = (summary.path.name, summary.state, str(summary.step), *losses, size(summary.size_bytes))
         table.add_row(*row)
     Console().print(table)
 
 
 def show_removable(found: list[Removable], folder: Path) -> None:
     """Print what would be removed, and what that wins."""
-    from . import wording
+    from finetune.run.numbers import size
 
     if not found:
         show_result(f"nothing to remove in {folder}")
         return
     for each in found:
-        show_result(f"{each.path}  {wording.size(each.size_bytes)}: {each.why}")
-    show_result(f"together {wording.size(sum(each.size_bytes for each in found))}")
+        show_result(f"{each.path}  {size(each.size_bytes)}: {each.why}")
+    show_result(f"together {size(sum(each.size_bytes for each in found))}")
 
 
 def show_differences(found: list[Difference], as_json: bool) -> None:
@@ -516,6 +553,58 @@ def show_catalogue(choices: list[Choice], as_json: bool) -> None:
 
     width = shutil.get_terminal_size().columns
     show_result("\n".join(line for choice in choices for line in wording.choice(choice, width)))
+
+
+def show_trial(trial: Trial, total: int, as_json: bool) -> None:
+    """Print which trial comes next, and what it tries."""
+    if as_json:
+        show_result(
+            json.dumps({"event": "trial", "trial": trial.number, "values": trial.values, "run": str(trial.path)})
+        )
+        return
+    from finetune.run.numbers import value as in_words
+    from finetune.run.trials import short_names
+
+    names = short_names(list(trial.values))
+    values = "  ".join(f"{names[key]} {in_words(value)}" for key, value in trial.values.items())
+    show_note(_styled(f"trial {trial.number} of {total}: {values}", "1"))
+
+
+def show_sweep(directory: SweepDirectory, recipe: Path, as_json: bool) -> None:
+    """Print all trials, the best first, and how to train with its values.
+
+    Raises:
+        CheckFailedError: None has a result.
+    """
+    from finetune.run.trials import arguments_of, best_of, trial_table
+
+    trials = directory.trials()
+    best = best_of(trials)
+    if as_json:
+        for trial in trials:
+            show_result(json.dumps({"event": "trial_done", **asdict(trial), "path": str(trial.path)}))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        head, rows = trial_table(trials)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for title in head:
+            table.add_column(title, overflow="fold", justify="left" if title == "trial" else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    if best is None:
+        raise CheckFailedError(
+            "no trial has a result", where=str(_short(directory.path)), hint="see the causes in the table above"
+        )
+    if not as_json:
+        show_result(f"page: {_short(directory.page)}\nbest: ft train {recipe} {arguments_of(best)}")
+
+
+def show_page(file: Path, as_json: bool) -> None:
+    """Print where a page is."""
+    show_result(json.dumps({"event": "page", "file": str(file)}) if as_json else f"page: {_short(file)}")
 
 
 def show_preview(preview: Preview) -> None:

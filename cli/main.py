@@ -21,11 +21,14 @@ from .merge import merge
 from .methods import methods
 from .preview import preview
 from .quantize import quantize
+from .report import report
 from .reproduce import reproduce
 from .runs import app as runs
 from .schema import schema
+from .sweep import sweep
 from .train import train
 from .validate import validate
+from .watch import watch
 
 
 class Commands(TyperGroup):
@@ -97,7 +100,10 @@ def _options(
 app.command()(validate)
 app.command()(preview)
 app.command()(train)
+app.command()(watch)
+app.command()(sweep)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge)

@@ -6,28 +6,21 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
+from finetune.report.page import document
+
 from . import wording
 
 if TYPE_CHECKING:
     from finetune.jobs.preview import MicroBatch, Preview, PreviewRow, Stretch
 
 _STYLE = """
-:root { color-scheme: light dark; --text: #1c1f23; --back: #fff; --dim: #59636e; --line: #d0d7de; --soft: #f6f8fa;
-  --trained: #0b5d2a; --trained-back: #d3f5de; --one: #2f6fb5; --two: #74a9dd; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e9ec; --back: #14171a; --dim: #9aa4ae; --line: #3a424a;
-  --soft: #1e2327; --trained: #8ee6ab; --trained-back: #123d22; --one: #4a8fd6; --two: #2b5a8c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--text); background: var(--back);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-h3 { font-size: .9rem; margin: 1.25rem 0 .25rem; overflow-wrap: anywhere; } h3 small, .dim { color: var(--dim); }
-pre { font: .875rem/1.6 ui-monospace, monospace; padding: .75rem; margin: 0; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--soft); }
-.row { white-space: pre-wrap; overflow-wrap: anywhere; } .table { overflow-x: auto; }
+:root { --trained: #0b5d2a; --trained-back: #d3f5de; --bar: #2f6fb5; --other-bar: #74a9dd; }
+@media (prefers-color-scheme: dark) { :root { --trained: #8ee6ab; --trained-back: #123d22; --bar: #4a8fd6;
+  --other-bar: #2b5a8c; } }
 .trained { color: var(--trained); background: var(--trained-back); }
 .special { border: 1px solid currentColor; border-radius: 4px; padding: 0 .25em; font-size: .8em; }
 .bar { display: flex; height: 1.25rem; margin-top: .5rem; border: 1px solid var(--line); }
-.bar i { min-width: 1px; background: var(--one); } .bar i:nth-child(even) { background: var(--two); }
+.bar i { min-width: 1px; background: var(--bar); } .bar i:nth-child(even) { background: var(--other-bar); }
 .bar i.padding { background: repeating-linear-gradient(45deg, var(--line) 0 2px, transparent 2px 6px); }
 """
 
@@ -37,13 +30,10 @@ def preview_page(preview: Preview) -> str:
     passes = len(preview.first_step)
     table = "\n".join(wording.ledger(preview.ledger))
     longest = max(batch.computed for batch in preview.first_step)
-    return "\n".join(
+    return document(
+        "Preview of the training data",
+        _STYLE,
         [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # A browser would refuse a script even if one got through.
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>Preview of the training data</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
             "<h1>The data as the model will see it</h1>",
             '<p><span class="trained">trained</span>, not trained, <span class="special">special token</span>, '
             "↵ end of line</p>",
@@ -53,9 +43,8 @@ def preview_page(preview: Preview) -> str:
             '<p class="dim">A bar for each pass, a segment for each row, padding hatched.</p>',
             *(_bar(batch, longest) for batch in preview.first_step),
             "<h2>What became of the rows</h2>",
-            f'<pre class="table">{escape(table)}</pre>',
-            "</body>\n</html>\n",
-        ]
+            f"<pre>{escape(table)}</pre>",
+        ],
     )
 
 

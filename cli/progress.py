@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as LiveProgress
 from rich.table import Column
 from rich.text import Text
 
-from finetune.run.events import DataRead, Event, Phase, Progress, Resumed, StepMetrics, TrainingStarted, Validated
+from finetune.run.events import (
+    BestKept,
+    DataRead,
+    Event,
+    Phase,
+    Progress,
+    Resumed,
+    StepMetrics,
+    TrainingStarted,
+    Validated,
+    Warned,
+)
+from finetune.run.numbers import duration
 
 from . import wording
+from .board import Board
 
 
 class Follower(ABC):
@@ -40,7 +54,9 @@ class Silent(Follower):
         self.stream = stream
 
     def event(self, event: Event) -> None:
-        """Show nothing."""
+        """Show what is worth acting on."""
+        if isinstance(event, Warned):
+            self.note(str(wording.line(event)))
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -86,12 +102,12 @@ class CountColumn(MofNCompleteColumn):
         return super().render(task) if task.total is not None else Text()
 
 
-class Live(Follower):
-    """One moving line on a terminal; what should stay is printed above it."""
+class Display(LiveProgress):
+    """A moving line with a board below it."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.display = LiveProgress(
+    def __init__(self, board: Board, console: Console) -> None:
+        self.board = board
+        super().__init__(
             TextColumn("{task.description}", style="cyan", markup=False),
             BarColumn(bar_width=24),
             CountColumn(table_column=Column(no_wrap=True, min_width=7)),  # the first to be read on a narrow terminal
@@ -99,33 +115,51 @@ class Live(Follower):
             console=console,
             transient=True,
         )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws several times a second."""
+        yield self.make_tasks_table(self.tasks)
+        yield self.board
+
+
+class Live(Follower):
+    """A moving line and a board on a terminal; what should stay is printed above them."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.board = Board()
+        self.display = Display(self.board, console)
         self.display.start()
         self.task: TaskID | None = None
         self.description = ""
 
     def event(self, event: Event) -> None:
         """Move the line, or print above it."""
+        self.board.see(event)
         match event:
             case Phase():
                 self._show(event.doing, total=None)
             case DataRead() | TrainingStarted() | Resumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
-                figures = f"{wording.duration(wording.seconds_left(event))} left  {wording.numbers(event)}"
-                self._show("training", event.total_steps, event.step, figures)
+                left = f"{duration(wording.seconds_left(event))} left"
+                self._show("training", event.total_steps, event.step, left)
             case Progress():
                 unknown = f"{event.done} {event.unit}" if event.total is None else ""
                 self._show(event.doing, event.total, event.done, unknown)
-            case Validated():
+            case Validated() | BestKept():
                 self._print(wording.line(event))
+            case Warned():
+                self.note(str(wording.line(event)))
 
     def note(self, text: str) -> None:
         """Print above the moving line."""
         self._print(text, style="yellow")
 
     def close(self) -> None:
-        """Take the moving line away."""
+        """Take the moving line away, and leave the board."""
         self.display.stop()
+        self.console.print(self.board)
 
     def _print(self, text: str | None, style: str | None = None) -> None:
         # Without markup: a path with brackets is a path.

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.run.events import (
+    BestKept,
     DataRead,
     Event,
     Phase,
     Progress,
     Resumed,
+    Sampled,
     Saved,
     StepMetrics,
     TrainingFinished,
     TrainingStarted,
     Validated,
+    Warned,
 )
+from finetune.run.numbers import count, duration, memory, size
 from finetune.run.ranks import table
+
+from .harmless import harmless
 
 if TYPE_CHECKING:
     from finetune.recipe.catalogue import Choice
@@ -27,42 +34,22 @@ ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
 
 
-def count(number: float) -> str:
-    """4884480 -> `4.88M`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:  # from here on three digits round up to it
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
-
-
-def memory(size_bytes: int) -> str:
-    """Bytes in GB, as memory is sold: 10^9."""
-    return f"{size_bytes / 1e9:.1f} GB"
-
-
-def size(size_bytes: int) -> str:
-    """Bytes of a file in MB."""
-    return f"{size_bytes / 1e6:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """95 -> `1:35`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def seconds_left(event: StepMetrics) -> float:
     """By the mean time of the steps so far."""
     return event.seconds / event.step * (event.total_steps - event.step)
 
 
-def numbers(event: StepMetrics) -> str:
+def numbers(event: StepMetrics, held_out: str = "") -> str:
     """The figures of a step that one watches."""
     return (
-        f"loss {event.loss:.4f}  grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  "
+        f"loss {event.loss:.4f}  {held_out}grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  "
         f"{event.tokens_per_second:.0f} tok/s  {memory(event.peak_memory_bytes)}"
     )
+
+
+def figures(event: StepMetrics, validations: Sequence[Validated]) -> str:
+    """The same with the last held-out loss."""
+    return numbers(event, f"held out {validations[-1].loss:.4f}  " if validations else "")
 
 
 def line(event: Event) -> str | None:
@@ -84,6 +71,14 @@ def line(event: Event) -> str | None:
         case Validated():
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
+        case Sampled():
+            said, reference = harmless(event.answer), harmless(event.reference)
+            return f"answer after step {event.step}: {said}\nit should have been: {reference}"
+        case Warned():
+            return f"warning: step {event.step}: {event.what}\n  -> {event.hint}"
+        case BestKept():
+            early = ", and training stopped early" if event.stopped_early else ""
+            return f"the weights of step {event.best_step} are kept: held-out loss {event.loss:.4f}, the lowest{early}"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
             return f"{event.doing}: {done} {event.unit} so far"
         case Progress(done=done, total=total) if done == total:

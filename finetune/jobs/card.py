@@ -5,7 +5,6 @@ It may be published, so it names no path of this machine.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,8 @@ import yaml
 from finetune.jobs.trained import TrainedRun
 from finetune.models.folder import ModelFolder, file_in_package
 from finetune.recipe.model import Model
-from finetune.run.events import Validated
+from finetune.run.directory import read_json
+from finetune.run.history import History
 
 CARD = "README.md"
 SECTIONS = ("quantization", "adapter", "optimizer", "training")
@@ -60,7 +60,7 @@ def write_card(
         "## Data",
         _data(trained),
         "## Training",
-        f"By ft {_json(trained.run.provenance).get('ft', '')}, with\n\n```yaml\n{_recipe(trained)}```",
+        f"By ft {read_json(trained.run.provenance).get('ft', '')}, with\n\n```yaml\n{_recipe(trained)}```",
         "## Metrics",
         _metrics(trained),
     ]
@@ -95,7 +95,7 @@ def licence_of(folder: ModelFolder, section: Model) -> str | None:
 
 
 def _data(trained: TrainedRun) -> str:
-    report = _json(trained.run.data_report)
+    report = read_json(trained.run.data_report)
     lines = []
     for split, title in (("train", "Training"), ("validation", "Held out")):
         counted = report.get(split) or {}
@@ -103,7 +103,7 @@ def _data(trained: TrainedRun) -> str:
             lines.append(f"{title}: {counted['used']} rows.")
     files = {
         f"`{each['file']}` (sha256 `{each['sha256'][:16]}`)"
-        for each in _json(trained.run.provenance).get("data", [])
+        for each in read_json(trained.run.provenance).get("data", [])
         if "file" in each and "sha256" in each
     }
     return "\n".join([*lines, *sorted(files)]) or "Not recorded."
@@ -122,18 +122,14 @@ def _recipe(trained: TrainedRun) -> str:
 def _metrics(trained: TrainedRun) -> str:
     run = trained.run
     lines = []
-    losses = [
-        record
-        for line in (run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else [])
-        if (record := json.loads(line)).get("event") == Validated.kind
-    ]
-    if losses:
-        first, last = losses[0], losses[-1]
+    history = History.of(run)
+    if history.result:
+        step, loss = history.result
         lines.append(
-            f"Held-out loss: {first['loss']:.4f} before training, {last['loss']:.4f} after step {last['step']}, "
+            f"Held-out loss: {history.validations[0].loss:.4f} before training, {loss:.4f} after step {step}, "
             "in nats per trained token."
         )
-    results = _json(run.evaluation / "results.json")
+    results = read_json(run.evaluation / "results.json")
     if {"base", "tuned"} <= results.keys():
         lines += ["", "| | base | tuned |", "|---|---|---|"]
         lines += [f"| {name} | {value:.4f} | {results['tuned'][name]:.4f} |" for name, value in results["base"].items()]
@@ -151,12 +147,3 @@ def _proof(certificate: Mapping[str, Any]) -> str:
         f"| largest logit difference | {certificate['largest_difference']:.2e}, "
         f"{certificate['relative_difference']:.2e} of the largest logit (bound {certificate['bound']:.0e}) |"
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """What stands in a record of the run; nothing where it is not there."""
-    with suppress(OSError, ValueError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}

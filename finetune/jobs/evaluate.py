@@ -16,6 +16,7 @@ from finetune.evaluation.loss import held_out_loss
 from finetune.evaluation.metrics import best_of, exact_match, token_f1
 from finetune.jobs.setup import Workbench
 from finetune.jobs.trained import TrainedRun
+from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Progress, Report, ignore
 
@@ -127,7 +128,7 @@ def _score(
 
 def _write(run: RunDirectory, comparison: Comparison, prompts: Sequence[Prompt], bench: Workbench) -> None:
     """Write `results.json` and every generated answer beside its reference."""
-    with written_aside(run.evaluation) as folder:
+    with reported(run), written_aside(run.evaluation) as folder:
         write_json(folder / "results.json", comparison.to_json())
         with (folder / "generations.jsonl").open("w", encoding="utf-8") as file:
             answers = zip(prompts, comparison.base.answers, comparison.tuned.answers, strict=True)

@@ -20,6 +20,7 @@ from finetune.jobs.merge import BOUNDS, proof_rows, refuse_taken
 from finetune.jobs.trained import TrainedRun
 from finetune.models.linears import dequantize_model, rounds_activations
 from finetune.models.precision import DTYPES
+from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 
@@ -87,7 +88,7 @@ def export(
     report(Phase("computing the trained model's logits"))
     reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, report)]
     gc.collect()
-    with written_aside(target) as folder:
+    with reported(run), written_aside(target) as folder:
         report(Phase(f"writing the prompt as tokens in {dtype}"))
         baked = _write_baked(trained, folder, DTYPES[dtype], _least_likely(reference), report)
         gc.collect()

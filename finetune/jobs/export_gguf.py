@@ -27,6 +27,7 @@ from finetune.models.gguf_writing import GgufType, write_gguf, write_gguf_adapte
 from finetune.models.streaming import StreamedModel
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.quantization import NoQuantization
+from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 
@@ -85,7 +86,7 @@ def export_gguf(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    with written_aside(target) as folder:
+    with reported(run), written_aside(target) as folder:
         part = folder / "merged"
         merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", report=report)
         report(Phase(f"writing {MODEL} in {kind}"))
@@ -146,7 +147,7 @@ def export_gguf_adapter(
     for name, layer in layers.items():
         a_RI, b_OR = layer.factors(peft_bridge.ADAPTER_NAME)
         factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
-    with written_aside(target) as folder:
+    with reported(run), written_aside(target) as folder:
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
         what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.bench.section)}."
         write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")

@@ -25,6 +25,7 @@ from finetune.models.rewriting import write_folded, write_folded_quantized
 from finetune.models.streaming import StreamedModel
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.quantization import NoQuantization
+from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 
@@ -117,7 +118,7 @@ def merge(
     dtype = dtype or (QUANTIZED if bench.method.fits_quantized else "float32")
     proof = proof_rows(trained, report)
     reference = _trained_logits(trained, proof.rows, report)
-    with written_aside(target) as folder:
+    with reported(run), written_aside(target) as folder:
         _write(trained, folder, dtype, report)
         report(Phase("comparing merged and trained logits"))
         result = MergeResult(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
+from finetune.report.ranks import picture
 from finetune.run.directory import RunDirectory, write_text
 from finetune.run.events import RanksChosen, Report
-from finetune.run.ranks import picture
+from finetune.run.history import History
 from finetune.train.state import TrainState
 
 
@@ -15,12 +14,11 @@ class RankRecorder:
 
     Args:
         state: Of the run, before its next step.
-        run: Where they are written.
-        report: Told of every choice.
+        record: Told of every choice.
     """
 
-    def __init__(self, state: TrainState, run: RunDirectory, report: Report) -> None:
-        self.state, self.run, self.report = state, run, report
+    def __init__(self, state: TrainState, record: Report) -> None:
+        self.state, self.record = state, record
         self.ranks = state.method.ranks(state.bare_model)
         if state.step == 0:
             self._write()
@@ -32,20 +30,12 @@ class RankRecorder:
             self.ranks = ranks
             self._write()
 
-    def draw(self, total_steps: int) -> None:
+    def draw(self, run: RunDirectory, total_steps: int) -> None:
         """Leave a picture of all choices in the run directory."""
         if self.ranks is None:
             return
-        lines = [json.loads(line) for line in self.run.metrics.read_text(encoding="utf-8").splitlines()]
-        history = [
-            RanksChosen(step=line["step"], ranks=line["ranks"]) for line in lines if line["event"] == RanksChosen.kind
-        ]
-        write_text(self.run.ranks_picture, picture(history, total_steps))
+        write_text(run.ranks_picture, picture(History.of(run).ranks, total_steps))
 
     def _write(self) -> None:
-        if self.ranks is None:
-            return
-        event = RanksChosen(step=self.state.step, ranks=self.ranks)
-        if self.state.accelerator.is_main_process:
-            self.run.append_metrics(event)
-        self.report(event)
+        if self.ranks is not None:
+            self.record(RanksChosen(step=self.state.step, ranks=self.ranks))

@@ -36,10 +36,17 @@ class Saver:
         training: How often, and how many are kept.
         facts: What must be the same when the run goes on.
         report: Told of each.
+        best: The step whose weights may become the result: its checkpoint is never removed.
     """
 
     def __init__(
-        self, run: RunDirectory, attempt: Attempt, training: Training, facts: Mapping[str, Any], report: Report
+        self,
+        run: RunDirectory,
+        attempt: Attempt,
+        training: Training,
+        facts: Mapping[str, Any],
+        report: Report,
+        best: int | None = None,
     ) -> None:
         self._run = run
         self._attempt = attempt
@@ -48,6 +55,7 @@ class Saver:
         self._report = report
         self._checkpoints = Checkpoints(run.checkpoints)
         self._due = time.monotonic() + SECONDS_BETWEEN
+        self._best = best
 
     def save_if_due(self, state: TrainState) -> None:
         """Commit a checkpoint if it is time for one; a disk that is full costs a warning and no more.
@@ -57,8 +65,19 @@ class Saver:
         """
         every = self._training.checkpoint_every_steps
         is_due = state.step % every == 0 if every else time.monotonic() >= self._due
-        if not is_due and state.step != self._facts["total_steps"]:
-            return
+        if is_due or state.step == self._facts["total_steps"]:
+            self._save_if_there_is_room(state)
+
+    def save_best(self, state: TrainState) -> None:
+        """The same for a state whose weights may become the result, in the place of what was the best before.
+
+        Raises:
+            DivergedError: A number in it is not finite.
+        """
+        self._best = state.step
+        self._save_if_there_is_room(state)
+
+    def _save_if_there_is_room(self, state: TrainState) -> None:
         try:
             self.save(state)
         except EnvironmentFault as fault:
@@ -85,7 +104,7 @@ class Saver:
         facts = {**self._facts, "metrics_bytes": self._run.sync_metrics()}
         committed = self._checkpoints.commit(state.step, facts, write)
         self._attempt.checkpoint = state.step
-        self._checkpoints.retain(self._training.checkpoints_kept)
+        self._checkpoints.retain(self._training.checkpoints_kept, self._best)
         seconds = time.monotonic() - began
         self._due = time.monotonic() + max(SECONDS_BETWEEN, seconds / LARGEST_SHARE)
         self._report(Saved(committed.path.name, state.step, committed.size_bytes, seconds))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from functools import partial
+from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.data.batches import BatchOrder
-from finetune.data.dataset import Rows, Split
+from finetune.data.dataset import Rows
 from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
-from finetune.errors import OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
-from finetune.evaluation.loss import held_out_loss
+from finetune.errors import UnsupportedError, UsageError, as_out_of_memory
+from finetune.jobs.examiner import Examiner
+from finetune.jobs.patience import Patience
 from finetune.jobs.ranks import RankRecorder
 from finetune.jobs.record import TrainedRecord, base_record
+from finetune.jobs.recorder import Recorder
 from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
 from finetune.jobs.saving import Saver
 from finetune.jobs.setup import Workbench, layout_of
@@ -30,6 +33,7 @@ from finetune.models.fused import fuse
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
+from finetune.report.run_page import reported
 from finetune.run.checkpoints import Checkpoint, Checkpoints
 from finetune.run.directory import Attempt, RunDirectory, write_json, write_text, written_aside
 from finetune.run.events import (
@@ -40,9 +44,9 @@ from finetune.run.events import (
     Resumed,
     TrainingFinished,
     TrainingStarted,
-    Validated,
     ignore,
 )
+from finetune.run.history import History
 from finetune.run.interruption import Interruption, StopRequested
 from finetune.run.provenance import provenance
 from finetune.run.tracking import refuse_missing_packages, tracked
@@ -51,6 +55,7 @@ from finetune.train.loop import batch_order, fit
 from finetune.train.memory import peak_memory_bytes
 from finetune.train.optimizers import make_optimizer
 from finetune.train.state import TrainState
+from finetune.train.symptoms import Symptoms
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +77,7 @@ def train(
         FinetuneError: What the user can mend.
     """
     interruption = interruption or Interruption()
-    with run.attempt() as attempt, ExitStack() as stack:
+    with reported(run), run.attempt() as attempt, ExitStack() as stack:
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
         prepare = _stopping(report, interruption)
@@ -98,26 +103,34 @@ def train(
             read_state(state, checkpoint.path)
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
-            _record_inputs(run, bench, rows, read)
             report = stack.enter_context(tracked(recipe, run, report))
-        report(_describe(run, bench, state.bare_model, order, read))
+        started = _describe(run, bench, state.bare_model, order, read)
+        if is_main:
+            _record_inputs(run, bench, rows, read, started)
+        report(started)
+        bench.accelerator.wait_for_everyone()  # the record of an earlier attempt is cut to where this one begins
+        history = History.of(run)
         if checkpoint is not None:
             report(Resumed(checkpoint.path.name, state.step, order.total_steps))
 
-        saver = Saver(run, attempt, recipe.training, facts, report)
-        ranks = RankRecorder(state, run, report)
-        validate = partial(_validate_if_due, bench, state, rows.validation, order, run, report)
+        patience = Patience(recipe.evaluation.patience, history)
+        saver = Saver(run, attempt, recipe.training, facts, report, patience.best_step)
+        record = Recorder(run, report, Symptoms(history)) if is_main else report
+        ranks = RankRecorder(state, record)
+        examiner = Examiner(bench, state, rows.validation, order.total_steps, report, record)
         try:
-            after = validate()
+            after = examiner.measure_if_due()
+            patience.see(after, state, saver if is_main else None)
             for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, layout):
                 attempt.steps = metrics.step
-                if is_main:
-                    run.append_metrics(metrics)
-                report(metrics)
+                record(metrics)
                 ranks.follow()
                 if is_main:
                     saver.save_if_due(state)
-                after = validate()
+                after = examiner.measure_if_due()
+                patience.see(after, state, saver if is_main else None)
+                if patience.is_over:
+                    break
         except StopRequested:
             if is_main:
                 report(Phase(f"stopping: step {state.step} is kept"))
@@ -131,23 +144,29 @@ def train(
             resume = None if attempt.checkpoint is None else run.how_to_resume
             raise step_is_too_large(recipe, state.step + 1, resume) from error
         report(Phase("saving"))
+        done = copy(state)
+        bench.accelerator.wait_for_everyone()  # the best checkpoint is there for all
+        best = patience.restore(state, run, order.total_steps)
+        if best is not None:
+            record(best)
         trained = run.trained(recipe.adapter.trains_base)
         if is_main:
             _save(bench, state.bare_model, trained, facts["in_conversation"])
-            ranks.draw(order.total_steps)
-    assert state.loss is not None
+            ranks.draw(run, order.total_steps)
+    assert done.loss is not None
     return TrainingFinished(
         run_directory=str(run.path),
         trained=str(trained),
         standalone_by=recipe.adapter.standalone_by,
-        steps=state.step,
-        loss=state.loss,
-        validation_loss_before=state.held_out_before,
-        validation_loss=after.loss if after else None,
-        tokens=state.tokens,
-        seconds=state.seconds,
+        steps=done.step,
+        loss=done.loss,
+        validation_loss_before=done.held_out_before,
+        validation_loss=best.loss if best else after.loss if after else None,
+        tokens=done.tokens,
+        seconds=done.seconds,
         peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
         ranks=ranks.ranks,
+        best_step=best.best_step if best else None,
     )
 
 
@@ -259,56 +278,14 @@ def _take_over(bench: Workbench, model: nn.Module) -> None:
     bench.method.take_over(model, folder)
 
 
-def _validate_if_due(
-    bench: Workbench, state: TrainState, held_out: Split, order: BatchOrder, run: RunDirectory, report: Report
-) -> Validated | None:
-    """Measure, record and report the held-out loss.
-
-    None where no rows are held out, it is not time for it, or memory does not suffice: training is worth more.
-    """
-    settings = bench.recipe.evaluation
-    examples = held_out[: settings.max_rows]
-    is_due = state.step in (0, order.total_steps) or (settings.every_steps and state.step % settings.every_steps == 0)
-    if not examples or not is_due or state.held_out_step == state.step:
-        return None
-    report(Phase("measuring the held-out loss"))
-    try:
-        measured = held_out_loss(
-            state.bare_model,
-            examples,
-            accelerator=bench.accelerator,
-            compute_dtype=bench.compute_dtype,
-            batch_size=settings.batch_size,
-            padding=bench.padding,
-            report_rows=partial(_stop_if_alone, bench, state),
-        )
-    except OutOfMemoryError as shortage:
-        logger.warning("the held-out loss of step %d is left out: %s (%s)", state.step, shortage.what, shortage.hint)
-        return None
-    state.held_out_step = state.step
-    if not state.step:
-        state.held_out_before = measured.loss
-    event = Validated(step=state.step, loss=measured.loss, perplexity=measured.perplexity, rows=measured.rows)
-    if bench.accelerator.is_main_process:
-        run.append_metrics(event)
-    report(event)
-    return event
-
-
-def _stop_if_alone(bench: Workbench, state: TrainState, rows: int) -> None:
-    """Stop between two batches where that was asked for; of several processes none may leave by itself."""
-    del rows
-    if bench.accelerator.num_processes == 1:
-        state.interruption.poll()
-
-
-def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead) -> None:
+def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead, started: TrainingStarted) -> None:
     """Write what the run starts from: provenance, and what became of the rows."""
     recipe = bench.recipe
     facts = {
         "base": base_record(bench).model_dump(),
         "device": str(bench.accelerator.device),
         "processes": bench.accelerator.num_processes,
+        "started": {name: value for name, value in asdict(started).items() if name != "run_directory"},
     }
     content = [
         record for split in (rows.train, rows.validation) for source in split.sources for record in source.content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -20,5 +20,16 @@ class Evaluation(Section):
     batch_size: int = Field(16, ge=1, description="Rows in one forward pass.")
     generation_rows: int = Field(
         64, ge=0, description="Held-out rows to answer by generation in `ft eval`; 0 for none."
+    )
+    sample_rows: int = Field(
+        0, ge=0, description="Held-out rows to answer whenever the held-out loss is measured in training; 0 for none."
+    )
+    patience: Annotated[int | None, OnResume.FROZEN] = Field(
+        None,
+        ge=1,
+        description=(
+            "Stop when so many measurements in a row have not lowered the held-out loss, and keep the weights of the "
+            "lowest; null to train to the end and keep the last."
+        ),
     )
     max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")

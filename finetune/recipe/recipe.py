@@ -16,6 +16,7 @@ from finetune.recipe.optimizer import AdamW, Optimizer
 from finetune.recipe.quantization import NoQuantization, Quantization
 from finetune.recipe.run import Run
 from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sweep import Sweep
 from finetune.recipe.tracking import Tracker
 from finetune.recipe.training import Training
 
@@ -37,3 +38,6 @@ class Recipe(Section):
         [], description="Programs that follow the run beside its own metrics.jsonl."
     )
     run: Run = Run()
+    sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(
+        None, description="What `ft sweep` tries other values of; null for nothing."
+    )

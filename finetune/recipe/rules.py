@@ -6,12 +6,17 @@ wrong and what to do, or None.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, LowRank, PrefixTuning, PromptTuning, QaLora, SoftPrompt
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.schema import every_key
+from finetune.recipe.sweep import Numbers
+from finetune.recipe.yaml_source import dotted
 
 
 class Violation(NamedTuple):
@@ -274,12 +279,36 @@ def one_kind_of_validation(recipe: Recipe) -> Violation | None:
 
 
 def evaluation_needs_rows(recipe: Recipe) -> Violation | None:
-    """Measuring a held-out loss needs held-out rows."""
-    if recipe.evaluation.every_steps and not (recipe.data.validation or recipe.data.validation_fraction):
+    """Measuring a held-out loss, and answering, needs held-out rows."""
+    held_out = recipe.data.validation or recipe.data.validation_fraction
+    for key in ("every_steps", "sample_rows"):
+        if getattr(recipe.evaluation, key) and not held_out:
+            return Violation(
+                f"evaluation.{key}",
+                "there are no held-out rows to evaluate on",
+                "name files in data.validation, or set data.validation_fraction to 0.05",
+            )
+    return None
+
+
+def patience_needs_measurements(recipe: Recipe) -> Violation | None:
+    """Which step was best shows where the held-out loss is measured on the way."""
+    if recipe.evaluation.patience and not recipe.evaluation.every_steps:
         return Violation(
-            "evaluation.every_steps",
-            "there are no held-out rows to evaluate on",
-            "name files in data.validation, or set data.validation_fraction to 0.05",
+            "evaluation.patience",
+            "the held-out loss is measured at the end only, and nothing tells when to stop",
+            "set evaluation.every_steps too, such as to 50",
+        )
+    return None
+
+
+def patience_needs_a_result_at_every_step(recipe: Recipe) -> Violation | None:
+    """A method that lays out its course over all steps has its result at the end of it and not before."""
+    if recipe.evaluation.patience and not recipe.adapter.can_be_extended:
+        return Violation(
+            "evaluation.patience",
+            f"{recipe.adapter.method} chooses ranks by a course over all steps, and has its result at the end of it",
+            "leave evaluation.patience out",
         )
     return None
 
@@ -355,6 +384,47 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
     return None
 
 
+def a_sweep_needs_held_out_rows(recipe: Recipe) -> Violation | None:
+    """Trials are compared by their held-out loss."""
+    if recipe.sweep and not (recipe.data.validation or recipe.data.validation_fraction):
+        return Violation(
+            "sweep",
+            "trials are compared by their held-out loss, and there are no held-out rows",
+            "name files in data.validation, or set data.validation_fraction to 0.05",
+        )
+    return None
+
+
+def swept_keys_are_keys_of_a_run(recipe: Recipe) -> Violation | None:
+    """A key that no recipe has would be found out by the first trial only, and one that no run reads by none."""
+    known = [dotted(path) for path in every_key()]
+    for index, swept in enumerate(recipe.sweep.keys if recipe.sweep else ()):
+        asked = re.sub(r"\.\d+(?=\.|$)", ".0", swept.key)
+        if asked not in known or asked.partition(".")[0] in ("sweep", "run", "trackers"):
+            near = difflib.get_close_matches(asked, known, n=1)
+            hint = f"did you mean {near[0]}?" if near and near[0] != asked else "name a key that a run depends on"
+            return Violation(f"sweep.keys.{index}.key", f"{swept.key} is no key whose value a trial can try", hint)
+    return None
+
+
+def a_swept_range_is_not_empty(recipe: Recipe) -> Violation | None:
+    """Between two numbers of which the larger comes first there is nothing to draw."""
+    for index, swept in enumerate(recipe.sweep.keys if recipe.sweep else ()):
+        if isinstance(swept, Numbers) and swept.low >= swept.high:
+            what = f"high is {swept.high:g}, and low is {swept.low:g}"
+            return Violation(f"sweep.keys.{index}.high", what, "set high above low")
+    return None
+
+
+def a_key_is_swept_once(recipe: Recipe) -> Violation | None:
+    """A trial has one value for a key."""
+    keys = [swept.key for swept in (recipe.sweep.keys if recipe.sweep else ())]
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            return Violation(f"sweep.keys.{index}.key", f"{key} is swept twice", "leave one of them out")
+    return None
+
+
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     full_needs_unquantized_modules,
@@ -374,9 +444,15 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     revision_is_for_the_hub,
     one_kind_of_validation,
     evaluation_needs_rows,
+    patience_needs_measurements,
+    patience_needs_a_result_at_every_step,
     pack_length_is_for_packs,
     split_turns_trains_answers,
     a_source_has_one_place,
     file_options_are_for_files,
     all_sources_have_weights_or_none,
+    a_sweep_needs_held_out_rows,
+    swept_keys_are_keys_of_a_run,
+    a_swept_range_is_not_empty,
+    a_key_is_swept_once,
 )

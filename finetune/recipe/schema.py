@@ -214,4 +214,4 @@ def _list_in_words(schema: Mapping[str, Any]) -> str:
         return f"a list of {len(schema['prefixItems'])} items, each {_in_words(schema['prefixItems'][0])}"
     least = f"at least {schema['minItems']} items" if schema.get("minItems", 0) > 1 else "items"
     empty = " that is not empty" if schema.get("minItems") == 1 else ""
-    return f"a list{empty} of {least}, each {_in_words(schema['items'])}"
+    return f"a list{empty} of {least}, each {Shape(schema['items']).expected()}"

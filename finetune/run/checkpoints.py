@@ -145,12 +145,29 @@ class Checkpoints:
             return []
         return sorted(entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name))
 
-    def retain(self, kept: int) -> None:
-        """Remove what is older than the newest `kept` checkpoints that have all their bytes."""
+    def at_step(self, step: int) -> Checkpoint | None:
+        """The newest checkpoint of a step whose every file has its size and hash; None where there is none."""
+        for folder in self._newest_first(unreadable=0):
+            try:
+                if _manifest(folder).step == step:
+                    return _verified(folder)
+            except _DamagedError as damage:
+                logger.warning("%s: %s; this checkpoint is passed over", folder.name, damage)
+        return None
+
+    def retain(self, kept: int, best: int | None = None) -> None:
+        """Remove what is older than the newest `kept` checkpoints that have all their bytes, but for those of `best`.
+
+        Args:
+            kept: How many.
+            best: A step whose weights may become the result.
+        """
         whole = 0
         for folder in self._newest_first(unreadable=0):
             if whole < kept:
                 whole += _has_its_bytes(folder)
+                continue
+            if best is not None and _is_of_step(folder, best):
                 continue
             trash = self.folder / f".trash-{folder.name}"
             try:
@@ -231,6 +248,13 @@ def _commit_number(folder: Path, unreadable: float) -> float:
         return _manifest(folder).commit
     except _DamagedError:
         return unreadable
+
+
+def _is_of_step(folder: Path, step: int) -> bool:
+    try:
+        return _manifest(folder).step == step
+    except _DamagedError:
+        return False
 
 
 def _manifest(folder: Path) -> Checkpoint:

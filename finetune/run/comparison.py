@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune.recipe.changes import changes
 from finetune.recipe.load import load_recipe
-from finetune.run.directory import RunDirectory
+from finetune.run.directory import RunDirectory, read_json
 from finetune.run.listing import summarize
 
 
@@ -50,12 +49,12 @@ def _data(run: RunDirectory) -> dict[str, Any]:
     """The hash of every file, or all that is known of a hub data set, by its number among the sources."""
     return {
         f"{number}. {record.get('file', 'hub data set')}": record.get("sha256") or json.dumps(record, sort_keys=True)
-        for number, record in enumerate(_json(run.provenance).get("data", []), start=1)
+        for number, record in enumerate(read_json(run.provenance).get("data", []), start=1)
     }
 
 
 def _versions(run: RunDirectory) -> dict[str, Any]:
-    provenance = _json(run.provenance)
+    provenance = read_json(run.provenance)
     facts = {key: provenance.get(key) for key in ("ft", "python", "platform", "processors", "device", "processes")}
     base = provenance.get("base", {})
     return {**facts, **provenance.get("packages", {}), "base fingerprint": base.get("fingerprint")}
@@ -69,18 +68,9 @@ def _results(run: RunDirectory) -> dict[str, Any]:
         "loss": summary.loss,
         "held-out loss": summary.validation_loss,
     }
-    for name, score in _json(run.evaluation / "results.json").get("tuned", {}).items():
+    for name, score in read_json(run.evaluation / "results.json").get("tuned", {}).items():
         results[f"eval {name}"] = score
     return results
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """A record of ours; empty where it was not written."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _in_words(value: Any) -> str:

@@ -11,12 +11,13 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -31,7 +32,7 @@ from finetune.errors import (
     as_lost_process,
     as_out_of_memory,
 )
-from finetune.run.events import RanksChosen, StepMetrics, Validated
+from finetune.run.events import Recorded
 from finetune.run.interruption import StopRequested
 from finetune.run.processes import Rank
 
@@ -45,6 +46,9 @@ _ASIDE = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 
 TRAINED_RECORD = "ft_adapter.json"
 """Beside trained weights: what they are, and what they belong to."""
+
+LOOKS = 3
+SECONDS_OF_A_LOOK = 0.05
 
 INTERRUPTED = 130
 """Exit code of a run that Ctrl-C ended."""
@@ -83,6 +87,7 @@ class RunDirectory:
         self.data_report = path / "data_report.json"
         self.metrics = path / "metrics.jsonl"
         self.ranks_picture = path / "ranks.svg"
+        self.report = path / "report.html"
         self.log = path / "log.txt"
         self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
@@ -165,11 +170,7 @@ class RunDirectory:
     @property
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
-        try:
-            written = json.loads(self.outcome.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(written, dict) and written.get("code") == 0
+        return read_json(self.outcome).get("code") == 0
 
     @property
     def is_locked(self) -> bool:
@@ -202,7 +203,7 @@ class RunDirectory:
             self.outcome.unlink(missing_ok=True)
         write_text(self.recipe, recipe)
 
-    def append_metrics(self, record: StepMetrics | Validated | RanksChosen) -> None:
+    def append_metrics(self, record: Recorded) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system.
 
         On a disk that is full the line waits for the next one: it is not worth a run.
@@ -354,7 +355,7 @@ class RunDirectory:
             file = self.lock.open("a+", encoding="utf-8")
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._take(file)
             except BlockingIOError:
                 raise self._is_held() from None
             except OSError as error:  # a network file system without locks
@@ -366,6 +367,16 @@ class RunDirectory:
                 file.truncate(0)
                 os.write(file.fileno(), json.dumps(holder).encode() + b"\n")
             yield
+
+    @staticmethod
+    def _take(file: TextIO) -> None:
+        """Lock a file. Who looks whether it is locked holds it for a moment, and is waited for."""
+        for _ in range(LOOKS):
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(SECONDS_OF_A_LOOK)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _is_held(self) -> RefusedError:
         try:
@@ -394,6 +405,15 @@ class RunDirectory:
 def now() -> str:
     """The time as RFC 3339 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record of ours; empty where it was not written, or is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:

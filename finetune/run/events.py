@@ -136,6 +136,51 @@ class RanksChosen(Event):
 
 
 @dataclass(frozen=True)
+class Sampled(Event):
+    """What the model answers to a held-out prompt after `step` steps, and what it should have answered."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    answer: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something that is worth acting on while the run goes on.
+
+    Attributes:
+        step: After which it was seen.
+        what: It, with the numbers that show it.
+        hint: What to do.
+    """
+
+    kind: ClassVar[str] = "warning"
+    step: int
+    what: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class BestKept(Event):
+    """The result is the weights after an earlier step, whose held-out loss was the lowest.
+
+    Attributes:
+        step: Steps that were trained.
+        best_step: Steps that the result has.
+        loss: Its held-out loss.
+        stopped_early: Whether training was to go on.
+    """
+
+    kind: ClassVar[str] = "best"
+    step: int
+    best_step: int
+    loss: float
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
 class Progress(Event):
     """Part of something countable is done; `total` is None where it shows only at the end."""
 
@@ -158,7 +203,8 @@ class DataRead(Event):
 class TrainingFinished(Event):
     """The run is complete and its weights are saved in `trained`.
 
-    `ranks` as in the last `RanksChosen`; `standalone_by` is the command that writes a model by itself, if one can.
+    `ranks` as in the last `RanksChosen`; `standalone_by` is the command that writes a model by itself, if one can;
+    `best_step` is the step whose weights they are, where these are not the last.
     """
 
     kind: ClassVar[str] = "finished"
@@ -173,7 +219,11 @@ class TrainingFinished(Event):
     seconds: float
     peak_memory_bytes: int
     ranks: dict[str, int] | None = None
+    best_step: int | None = None
 
+
+Recorded = StepMetrics | Validated | RanksChosen | Sampled | Warned | BestKept
+"""What `metrics.jsonl` keeps: all that the course of a run is told by."""
 
 Report = Callable[[Event], None]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
+from finetune.run.events import BestKept, StepMetrics, Validated
+from finetune.run.history import records
 
 State = Literal["training", "finished", "can go on", "failed", "never started"]
 
@@ -24,7 +24,7 @@ class RunSummary:
         state: `training` while a process holds its lock; `can go on` after a signal or a crash that left a checkpoint.
         step: Optimizer steps that are done.
         loss: Of the last step.
-        validation_loss: The last that was measured.
+        validation_loss: Of the result, or the last that was measured.
         size_bytes: Of all its files.
     """
 
@@ -62,7 +62,7 @@ def summarize(run: RunDirectory) -> RunSummary:
     steps, validations = _last_lines(run)
     return RunSummary(
         path=run.path,
-        state=_state(run),
+        state=state_of(run),
         step=steps.get("step", 0),
         loss=steps.get("loss"),
         validation_loss=validations.get("loss"),
@@ -75,7 +75,7 @@ def removable(run: RunDirectory) -> list[Removable]:
 
     Results, records and the checkpoints of a run that can go on are never among it.
     """
-    state = _state(run)
+    state = state_of(run)
     if state == "training":
         return []
     found = [
@@ -99,7 +99,8 @@ def remove(found: Removable) -> None:
         found.path.unlink()
 
 
-def _state(run: RunDirectory) -> State:
+def state_of(run: RunDirectory) -> State:
+    """How far a run has come, by its files and its lock."""
     if run.is_locked:
         return "training"
     if run.is_finished:
@@ -110,24 +111,9 @@ def _state(run: RunDirectory) -> State:
 
 
 def _last_lines(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last step and the last validation of `metrics.jsonl`; empty where there is none."""
-    last: dict[str, dict[str, Any]] = {}
-    for line in _lines(run.metrics):
-        last[str(line.get("event"))] = line
-    return last.get("step", {}), last.get("validation", {})
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-    with file.open(encoding="utf-8") as stream:
-        for line in stream:
-            try:
-                value = json.loads(line)
-            except ValueError:  # a line that a killed process did not finish
-                continue
-            if isinstance(value, dict):
-                yield value
+    """The last step of `metrics.jsonl`, and where the held-out loss of the result stands; empty where there is none."""
+    last = {str(line.get("event")): line for line in records(run.metrics)}
+    return last.get(StepMetrics.kind, {}), last.get(BestKept.kind) or last.get(Validated.kind, {})
 
 
 def _size(path: Path) -> int:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.runs import written_run
+
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
 
@@ -46,6 +48,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "good.yaml").write_text(RECIPE)
     (folder / "bad.yaml").write_text(RECIPE.replace("nf4", "nf5"))
+    written_run(folder / "a-run")
     return folder
 
 
@@ -59,6 +62,9 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["validate", "bad.yaml"], 2),
         (["train", "bad.yaml"], 2),
         (["eval", "no-run"], 2),
+        (["report", "no-run"], 2),
+        (["report", "a-run"], 0),
+        (["watch", "a-run"], 0),
         (["schema"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

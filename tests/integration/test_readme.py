@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.recipe.load import load_recipe
+from tests.fixtures.runs import steps, written_run
+from tests.pictures.__main__ import terminal
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +33,7 @@ def test_its_ft_commands_run_in_their_order(
         "preview",
         "train",
         "eval",
+        "report",
         "generate",
         "merge",
         "export",
@@ -52,6 +55,13 @@ def test_its_recipe_is_valid(tmp_path: Path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe, encoding="utf-8")
     assert load_recipe(file).recipe.run.name == "mine"
+
+
+def test_the_picture_of_a_run_is_drawn_up_to_a_step_and_fetches_nothing(tmp_path: Path):
+    picture = terminal(written_run(tmp_path / "run", course=steps([3.0, 2.0, 1.0])), "ft train r.yaml", until=2)
+    assert "2/3" in picture
+    assert "3/3" not in picture
+    assert "url(http" not in picture
 
 
 def test_its_make_targets_exist():

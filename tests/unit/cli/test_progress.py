@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cli.progress import Follower, JsonLines, Lines, Live, Silent
-from finetune.run.events import Event, Phase, Progress, Validated
+from finetune.run.events import BestKept, Event, Phase, Progress, Validated, Warned
 
 from .test_wording import FINISHED, STARTED, STEP
 
@@ -58,6 +58,26 @@ def test_silence_is_broken_by_remarks_only():
         follower.event(event)
     follower.note("warning: left out 2 rows")
     assert stream.getvalue() == "warning: left out 2 rows\n"
+
+
+WARNED = Warned(step=7, what="the loss does not fall: 2.0 before, 2.0 since", hint="raise the rate")
+
+
+@pytest.mark.parametrize("kind", [Silent, Lines])
+def test_what_is_worth_acting_on_is_told_even_where_all_else_is_silent(kind: type[Silent]):
+    stream = StringIO()
+    kind(stream).event(WARNED)
+    assert stream.getvalue() == "warning: step 7: the loss does not fall: 2.0 before, 2.0 since\n  -> raise the rate\n"
+
+
+def test_a_terminal_keeps_warnings_and_which_weights_are_the_result_and_leaves_the_board():
+    best = BestKept(step=9, best_step=6, loss=1.5, stopped_early=True)
+    follower, stream = terminal()
+    shown(follower, stream, STEP, WARNED, best)
+    assert "warning: step 7: the loss does not fall" in stream.getvalue()
+    kept = "the weights of step 6 are kept: held-out loss 1.5000, the lowest, and training stopped early"
+    assert kept in stream.getvalue()
+    assert stream.getvalue().rstrip().endswith("2.5 GB")  # the board's figures, below all
 
 
 def test_json_has_every_event_whole_and_no_remark():

@@ -285,6 +285,7 @@ def _sample(shape: Shape) -> Any:
         "a list of 2": [0.5, 0.25],
         "a list of items, each text": ["other"],
         "a list that is not empty of items, each text": ["other"],
+        "a list that is not empty of items, each true or false": ["other"],
         "true or false": True,
         "a mapping": {"key": 1},
         "text that matches ^[\\w.-]+/": "org/other",
@@ -332,6 +333,11 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         before = [f"adapter={{method: prompt_tuning, start: {begun}}}}}"]
     if value == "trainable_tokens" or "trainable_tokens" in "".join(before):
         before = ["adapter={method: trainable_tokens, tokens: [a]}"]
+    if path[0] == "sweep":  # a key has all that its kind of draw needs
+        kind = before[0].partition("draw: ")[2].rstrip("}") if before else "uniform"
+        drawn = {"choice": "choices: [1]", "integer": "low: 1, high: 16"}.get(kind, "low: 0.01, high: 16")
+        before = [f"sweep={{keys: [{{key: adapter.r, draw: {kind}, {drawn}}}]}}"]
+        value = "adapter.alpha" if path[-1] == "key" else value
     if path[0] == "modules":  # a rule must say something, and what it says of a layer that is skipped is that
         adapter = "" if path[2] == "quantization" else ", adapter: {}" if path[-1] == "skip" else ", adapter: {r: 4}"
         kind = before[0].partition("=")[2] if before else "{kind: none}"
@@ -427,7 +433,7 @@ def test_the_json_schema_is_closed_and_describes_every_key() -> None:
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["additionalProperties"] is False
-    tags = {"kind", "method", "format", "name"}
+    tags = {"kind", "method", "format", "name", "draw"}
     keys = {dotted(path): shape for path, shape in every_key().items() if len(path) > 1 and path[-1] not in tags}
     assert len(keys) > 30
     assert [key for key, shape in keys.items() if not shape.description] == []

@@ -6,6 +6,8 @@ from finetune.recipe.rules import RULES
 
 from .conftest import Load, Problems
 
+SWEEP = "sweep={keys: [{key: adapter.r, draw: integer, low: 4, high: 8}]}"
+
 BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "full_needs_full_precision": (("adapter={method: full}",), "quantization.kind"),
     "full_needs_unquantized_modules": (
@@ -53,6 +55,11 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "revision_is_for_the_hub": (("model={name: ./base, revision: main}",), "model.revision"),
     "one_kind_of_validation": (("data.validation_fraction=0.1",), "data.validation_fraction"),
     "evaluation_needs_rows": (("data.validation=[]",), "evaluation.every_steps"),
+    "patience_needs_measurements": (("evaluation.patience=2", "evaluation.every_steps=null"), "evaluation.patience"),
+    "patience_needs_a_result_at_every_step": (
+        ("adapter={method: adalora}", "quantization={kind: none}", "training.max_steps=100", "evaluation.patience=2"),
+        "evaluation.patience",
+    ),
     "pack_length_is_for_packs": (("training.pack_length=4096",), "training.pack_length"),
     "split_turns_trains_answers": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
     "a_source_has_one_place": (("data.train.0.hub={name: org/name}",), "data.train.0"),
@@ -61,6 +68,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "data.train.0.split",
     ),
     "all_sources_have_weights_or_none": (("data.train.1.weight=2",), "data.train.0"),
+    "a_sweep_needs_held_out_rows": (("data.validation=[]", "evaluation.every_steps=null", SWEEP), "sweep"),
+    "swept_keys_are_keys_of_a_run": ((SWEEP, "sweep.keys.0.key=adapter.rr"), "sweep.keys.0.key"),
+    "a_swept_range_is_not_empty": ((SWEEP, "sweep.keys.0.high=4"), "sweep.keys.0.high"),
+    "a_key_is_swept_once": ((SWEEP, "sweep.keys.1={key: adapter.r, draw: choice, choices: [1]}"), "sweep.keys.1.key"),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
 
@@ -96,11 +107,17 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "revision_is_for_the_hub": ("model.revision=main",),
     "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),
     "evaluation_needs_rows": ("data.validation=[]", "evaluation.every_steps=null"),
+    "patience_needs_measurements": ("evaluation.patience=2",),
+    "patience_needs_a_result_at_every_step": ("evaluation.patience=2",),
     "pack_length_is_for_packs": ("training.pack_length=4096", "training.batching=packed"),
     "split_turns_trains_answers": ("data.split_turns=true", "data.train_on=completion"),
     "a_source_has_one_place": ("data.train.0={format: chat, hub: {name: org/name}}",),
     "file_options_are_for_files": ("data.train.0={format: text, path: a.txt, split: line, delimiter: tab}",),
     "all_sources_have_weights_or_none": ("data.train.0.weight=1", "data.train.1.weight=2.5"),
+    "a_sweep_needs_held_out_rows": (SWEEP,),
+    "swept_keys_are_keys_of_a_run": (SWEEP, "sweep.keys.0.key=data.train.1.weight"),
+    "a_swept_range_is_not_empty": (SWEEP, "sweep.keys.0.high=5"),
+    "a_key_is_swept_once": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
 }
 """For each rule, overrides that come close to breaking it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -328,6 +330,16 @@ def test_a_run_that_is_being_trained_is_not_replaced(tmp_path: Path):
     with run.attempt(), pytest.raises(RefusedError, match="is being trained"):
         RunDirectory.create(run.path, overwrite=True)
     assert run.recipe.is_file()
+
+
+def test_who_only_looks_whether_a_run_is_trained_keeps_nobody_from_training_it(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    run.lock.touch()
+    with run.lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        Timer(0.02, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with run.attempt():
+            assert run.is_locked
 
 
 def test_what_stands_in_the_lock_decides_nothing(tmp_path: Path):

@@ -1,0 +1,102 @@
+"""What the next trial of a sweep tries, by Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from finetune.errors import UnsupportedError
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.sweep import Choice, Integer, LogUniform, Sweep, Swept
+from finetune.run.trials import Trial, Values
+
+DRAWS = 20
+"""Draws of values that were all tried before, after which a sweep is over."""
+
+MOST_AT_RANDOM = 10
+"""Trials that TPE draws at random first; a third of all where that is less."""
+
+
+def refuse_missing_package() -> None:
+    """Optuna must be installed.
+
+    Raises:
+        UnsupportedError: It is not.
+    """
+    if find_spec("optuna") is None:
+        raise UnsupportedError(
+            "the package optuna is not installed", where="sweep", hint="pip install optuna, or ft with its extra sweep"
+        )
+
+
+def draw(recipe: Recipe, sweep: Sweep, trials: Sequence[Trial]) -> Values | None:
+    """Values for the next trial: first the recipe's own, where they could be drawn, then what the sampler says.
+
+    A function of its arguments alone: a sweep that goes on draws what it would have drawn.
+
+    Args:
+        recipe: Of the sweep.
+        sweep: Its section.
+        trials: All so far, none of them open.
+
+    Returns:
+        None where only values come that were tried before.
+    """
+    own = {swept.key: _value_at(recipe, swept.key) for swept in sweep.keys}
+    if not trials and all(swept.holds(own[swept.key]) for swept in sweep.keys):
+        return own
+    tried = [dict(trial.values) for trial in trials]
+    for attempt in range(DRAWS):
+        values = _ask(sweep, trials, sweep.seed + len(trials) + attempt * sweep.trials)
+        if values not in tried:
+            return values
+    return None
+
+
+def _ask(sweep: Sweep, trials: Sequence[Trial], seed: int) -> Values:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {swept.key: _distribution(swept) for swept in sweep.keys}
+    at_random = min(MOST_AT_RANDOM, -(-sweep.trials // 3))
+    sampler = (
+        optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random)
+        if sweep.sampler == "tpe"
+        else optuna.samplers.RandomSampler(seed=seed)
+    )
+    study = optuna.create_study(sampler=sampler)
+    study.add_trials(
+        [
+            optuna.trial.create_trial(params=dict(trial.values), distributions=distributions, value=trial.loss)
+            for trial in trials
+            if trial.loss is not None
+        ]
+    )
+    values: Values = study.ask(distributions).params
+    return values
+
+
+def _distribution(swept: Swept) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    match swept:
+        case Choice():
+            return CategoricalDistribution(swept.choices)
+        case Integer():
+            return IntDistribution(swept.low, swept.high, step=swept.step)
+        case _:
+            return FloatDistribution(swept.low, swept.high, log=isinstance(swept, LogUniform))
+
+
+def _value_at(recipe: Recipe, key: str) -> Any:
+    """A recipe's value at a dotted key; None where its kind of section has no such key."""
+    found: Any = recipe.model_dump(mode="json")
+    for segment in key.split("."):
+        if isinstance(found, dict):
+            found = found.get(segment)
+        elif isinstance(found, list) and segment.isdigit() and int(segment) < len(found):
+            found = found[int(segment)]
+        else:
+            return None
+    return found

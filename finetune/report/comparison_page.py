@@ -1,0 +1,110 @@
+"""Several runs on one page: results side by side, curves over each other, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from finetune.report import course
+from finetune.report.facts import RunFacts
+from finetune.report.page import document, section, table
+from finetune.report.run_page import SCORES, SHOWN_ANSWERS, asked, device, score
+from finetune.report.run_page import STYLE as RUN_STYLE
+from finetune.run.comparison import Difference
+from finetune.run.numbers import count, duration, memory
+
+
+def comparison_page(runs: Sequence[RunFacts], differences: Sequence[Sequence[Difference]]) -> str:
+    """The page.
+
+    Args:
+        runs: At least two.
+        differences: Of each run but the first, what differs from the first.
+    """
+    names = [run.name for run in runs]
+    first, *others = names
+    return document(
+        " and ".join(names),
+        course.STYLE + RUN_STYLE,
+        [
+            f"<header><h1>{escape(' and '.join(names))}</h1><p>{len(runs)} training runs side by side</p></header>",
+            section("Results", _results(runs)),
+            section("How they went", course.compared([(run.name, run.history) for run in runs])),
+            section("Answers", _answers(runs)),
+            section(
+                "What differs",
+                *(_differences(first, name, found) for name, found in zip(others, differences, strict=True)),
+            ),
+        ],
+    )
+
+
+def _results(runs: Sequence[RunFacts]) -> str:
+    """A line a figure, a column a run."""
+    rows: list[tuple[str, Callable[[RunFacts], str]]] = [
+        ("state", lambda run: run.state),
+        ("base", lambda run: run.base),
+        ("trained", lambda run: run.method),
+        ("held-out loss before", _before),
+        ("held-out loss", _after),
+        *((title, _scored(name)) for name, title in SCORES.items()),
+        ("steps", lambda run: _of_last(run, "step", str)),
+        ("time", lambda run: _of_last(run, "seconds", duration)),
+        ("tokens", lambda run: _of_last(run, "tokens", count)),
+        ("peak memory", lambda run: _of_last(run, "peak_memory_bytes", memory)),
+        ("trained numbers", _trained_numbers),
+        ("device", device),
+    ]
+    cells = [[title, *(of(run) for run in runs)] for title, of in rows]
+    return table(["", *(run.name for run in runs)], [row for row in cells if any(row[1:])])
+
+
+def _before(run: RunFacts) -> str:
+    found = run.history.validations
+    return f"{found[0].loss:.4f}" if found and found[0].step == 0 else ""
+
+
+def _after(run: RunFacts) -> str:
+    return f"{run.history.result[1]:.4f}" if run.history.result else ""
+
+
+def _scored(name: str) -> Callable[[RunFacts], str]:
+    def of(run: RunFacts) -> str:
+        value = run.evaluation.get("tuned", {}).get(name)
+        return "" if value is None else score(name, value)
+
+    return of
+
+
+def _trained_numbers(run: RunFacts) -> str:
+    started = run.provenance.get("started")
+    return count(started["trainable_parameters"]) if started else ""
+
+
+def _of_last(run: RunFacts, name: str, words: Callable[[Any], str]) -> str:
+    return words(getattr(run.history.steps[-1], name)) if run.history.steps else ""
+
+
+def _answers(runs: Sequence[RunFacts]) -> str:
+    """What the runs that were evaluated say to prompts that all of them were asked."""
+    said = [(run.name, {str(each.get("prompt")): each for each in run.answers}) for run in runs if run.answers]
+    if len(said) < 2:
+        return ""
+    common = [prompt for prompt in said[0][1] if all(prompt in answers for _, answers in said)]
+    cards = []
+    for prompt in common[:SHOWN_ANSWERS]:
+        references = [str(each) for each in said[0][1][prompt].get("references", [])]
+        cells = [("reference", " | ".join(references), False)]
+        for name, answers in said:
+            text = str(answers[prompt].get("tuned"))
+            cells.append((name, text, text.strip() in [each.strip() for each in references]))
+        cards.append(asked(prompt, cells))
+    return "".join(cards)
+
+
+def _differences(first: str, other: str, found: Sequence[Difference]) -> str:
+    rows = [[f"{each.part}: {each.key}", each.first, each.second] for each in found if each.part != "results"]
+    title = f"<h3>{escape(first)} and {escape(other)}</h3>"
+    nothing = "<p>Neither recipe nor data nor versions.</p>"
+    return title + (table(["", first, other], rows, numbers=False) or nothing)

@@ -1,0 +1,103 @@
+"""All that a page tells of a run, read from its directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.secrets import redacted
+from finetune.run.directory import RunDirectory, read_json
+from finetune.run.history import History, records
+from finetune.run.listing import State, state_of
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run's files, read.
+
+    Attributes:
+        name: Of its directory.
+        state: How far it has come.
+        recipe: As resolved.
+        history: Its course.
+        provenance: Versions, machine, inputs; as the next ones, empty where it was not written.
+        ledger: What became of the rows.
+        outcome: How the last attempt ended.
+        evaluation: What `ft eval` measured.
+        answers: Held-out prompts with references and the answers of base and run, from `ft eval`.
+        certificates: Of what `ft merge` and `ft export` wrote, by folder.
+        attempts: How many times it was begun or gone on with.
+    """
+
+    name: str
+    state: State
+    recipe: Recipe
+    history: History
+    provenance: Mapping[str, Any]
+    ledger: Mapping[str, Any]
+    outcome: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    answers: list[dict[str, Any]]
+    certificates: Mapping[str, Mapping[str, Any]]
+    attempts: int
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> RunFacts:
+        """Read a run, whatever it has come to.
+
+        Raises:
+            RecipeError: Its resolved recipe is missing, damaged or of another version.
+        """
+        written = {
+            folder.name: read_json(folder / name)
+            for folder, name in ((run.merged, "merge.json"), (run.exported, "export.json"))
+        }
+        return cls(
+            name=run.path.name,
+            state=state_of(run),
+            recipe=load_recipe(run.recipe).recipe,
+            history=History.of(run),
+            provenance=read_json(run.provenance),
+            ledger=read_json(run.data_report),
+            outcome=read_json(run.outcome),
+            evaluation=read_json(run.evaluation / "results.json"),
+            answers=list(records(run.evaluation / "generations.jsonl")),
+            certificates={folder: found for folder, found in written.items() if "kl_divergence" in found},
+            attempts=1 + len(list(run.path.glob("provenance.attempt-*.json"))),
+        )
+
+    @property
+    def base(self) -> str:
+        """The base model's name: of a file or folder its own, without where that is."""
+        name = self.recipe.model.name
+        return name.rpartition("/")[2] if os.path.isabs(name) or name.startswith("package://") else name
+
+    @property
+    def method(self) -> str:
+        """`LoRA over nf4`, in the recipe's words."""
+        kind = self.recipe.quantization.kind
+        return self.recipe.adapter.method + (f" over {kind}" if kind != "none" else "")
+
+    def recipe_text(self) -> str:
+        """What the recipe sets beside defaults, as YAML; paths are without their folders, secrets without letters."""
+        shown = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run"})
+        return redacted(yaml.safe_dump(_without_folders(shown), sort_keys=False, allow_unicode=True, width=100))
+
+
+def public(text: str) -> str:
+    """A path without its folders, which say where somebody works; any other text as it is."""
+    return f"…/{os.path.basename(text)}" if os.path.isabs(text) else text
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return public(value) if isinstance(value, str) else value

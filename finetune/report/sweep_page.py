@@ -1,0 +1,83 @@
+"""`sweep.html`: the trials of a sweep, the best first, and what each value did to the held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import accumulate
+
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.sweep import Choice, LogUniform, Swept
+from finetune.report import course
+from finetune.report.chart import Axis, Series, chart
+from finetune.report.page import document, section, table
+from finetune.report.run_page import STYLE
+from finetune.run.directory import RunDirectory
+from finetune.run.history import History
+from finetune.run.numbers import value as in_words
+from finetune.run.trials import SweepDirectory, Trial, best_of, trial_table
+
+DRAWN = 6
+"""Trials whose curves are drawn: the best, as many as have colours of their own."""
+
+
+def sweep_page(directory: SweepDirectory, recipe: Recipe) -> str:
+    """The page of a sweep, whatever it has come to.
+
+    Args:
+        directory: Of the sweep.
+        recipe: With its section `sweep`.
+    """
+    assert recipe.sweep is not None
+    trials = directory.trials()
+    done = sorted((trial for trial in trials if trial.loss is not None), key=lambda trial: (trial.loss, trial.number))
+    histories = [(trial.name, History.of(RunDirectory(trial.path))) for trial in done[:DRAWN]]
+    name = directory.path.name
+    return document(
+        f"{name}: sweep",
+        course.STYLE + STYLE,
+        [
+            f"<header><h1>{escape(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a run; "
+            f"sampler {recipe.sweep.sampler}, seed {recipe.sweep.seed}</p></header>",
+            _best(trials),
+            section("What each value did", _effects(recipe.sweep.keys, done)),
+            section("Trials, the best first", table(*trial_table(trials))),
+            section("Curves of the best", course.compared(histories) if histories else ""),
+        ],
+    )
+
+
+def _best(trials: Sequence[Trial]) -> str:
+    best = best_of(trials)
+    if best is None:
+        return ""
+    values = ", ".join(f"{escape(key)} = {escape(in_words(value))}" for key, value in best.values.items())
+    return f'<p class="kept">Best: trial <b>{best.number}</b>, held-out loss <b>{best.loss:.4f}</b>, with {values}.</p>'
+
+
+def _effects(keys: Sequence[Swept], done: Sequence[Trial]) -> str:
+    losses = sorted((float(trial.number), trial.loss or 0.0) for trial in done)
+    lowest = zip((number for number, _ in losses), accumulate((loss for _, loss in losses), min), strict=True)
+    in_time = chart(
+        "Held-out loss by trial",
+        [
+            Series("trial", losses, dotted=True, joined=False),
+            Series("lowest so far", list(lowest), color=2),
+        ],
+        course.LOSS,
+        Axis(lambda number: f"{number:.0f}", name="trial", whole=True),
+    )
+    return course.charts([in_time], [_effect(swept, done) for swept in keys])
+
+
+def _effect(swept: Swept, done: Sequence[Trial]) -> str:
+    """A dot for each trial, by the value that it tried."""
+    if isinstance(swept, Choice):
+        choices = [in_words(choice) for choice in swept.choices]
+        places = {trial.number: choices.index(in_words(trial.values[swept.key])) for trial in done}
+        along = Axis(lambda place: choices[round(place)], name=swept.key, whole=True)
+        points = [(float(places[trial.number]), trial.loss or 0.0) for trial in done]
+    else:
+        along = Axis(in_words, may_be_logarithmic=isinstance(swept, LogUniform), name=swept.key)
+        points = [(float(trial.values[swept.key]), trial.loss or 0.0) for trial in done]
+    return chart(swept.key, [Series(swept.key, sorted(points), dotted=True, joined=False)], course.LOSS, along)

@@ -1,0 +1,107 @@
+"""The course of a run, read back from `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from finetune.run.directory import RunDirectory
+from finetune.run.events import BestKept, RanksChosen, Recorded, Sampled, StepMetrics, Validated, Warned
+
+
+@dataclass
+class History:
+    """What was recorded, each kind in order of steps.
+
+    Attributes:
+        steps: Every optimizer step.
+        validations: Every held-out loss.
+        ranks: Every choice of ranks; the first is what training started with.
+        samples: Answers to held-out prompts.
+        warnings: What was worth acting on.
+        best: That an earlier step's weights are the result; at most one.
+    """
+
+    steps: list[StepMetrics] = field(default_factory=list)
+    validations: list[Validated] = field(default_factory=list)
+    ranks: list[RanksChosen] = field(default_factory=list)
+    samples: list[Sampled] = field(default_factory=list)
+    warnings: list[Warned] = field(default_factory=list)
+    best: list[BestKept] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> History:
+        """All that a run has recorded so far; empty before its first step."""
+        history = cls()
+        for event in events(records(run.metrics)):
+            history.add(event)
+        return history
+
+    @property
+    def result(self) -> tuple[int, float] | None:
+        """Step and held-out loss of the weights that are the run's result so far; None where none was measured."""
+        if self.best:
+            return self.best[-1].best_step, self.best[-1].loss
+        return (self.validations[-1].step, self.validations[-1].loss) if self.validations else None
+
+    def add(self, event: Recorded) -> None:
+        """Append an event to its kind."""
+        kinds: dict[type, list[Any]] = {
+            StepMetrics: self.steps,
+            Validated: self.validations,
+            RanksChosen: self.ranks,
+            Sampled: self.samples,
+            Warned: self.warnings,
+            BestKept: self.best,
+        }
+        kinds[type(event)].append(event)
+
+
+def records(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line; none where there is no file."""
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            yield from parsed(stream)
+
+
+def parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The objects that lines hold; one that a killed process did not finish is passed over."""
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
+    """Records as events; those of another version, which these fields do not fit, are passed over."""
+    for line in lines:
+        kind = _kinds().get(str(line.get("event")))
+        if kind is None:
+            continue
+        # JSON has no word for a number that is not finite, such as the perplexity of a huge loss.
+        values = {each.name: line.get(each.name) for each in fields(kind)}
+        filled = {name: math.nan if value is None else value for name, value in values.items()}
+        try:
+            yield _readers()[kind].validate_python(filled)
+        except ValidationError:
+            continue
+
+
+@cache
+def _kinds() -> Mapping[str, type[Any]]:
+    return {kind.kind: kind for kind in get_args(Recorded)}
+
+
+@cache
+def _readers() -> Mapping[type[Any], TypeAdapter[Any]]:
+    return {kind: TypeAdapter(kind) for kind in _kinds().values()}

@@ -1,0 +1,120 @@
+"""The trials of a sweep: a folder with a run for each, and a record of what each was to try."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.run.directory import RunDirectory, disk_faults
+from finetune.run.history import History, records
+from finetune.run.listing import State, state_of
+from finetune.run.numbers import value as in_words
+
+Values = Mapping[str, Any]
+"""A value for each swept key."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial.
+
+    Attributes:
+        number: From 1.
+        values: What it tries.
+        path: Its run directory.
+        state: Of its run.
+        loss: Held-out loss of its result, in nats; None before it is finished.
+        failure: Why it has no result and will not get one.
+    """
+
+    number: int
+    values: Values
+    path: Path
+    state: State
+    loss: float | None
+    failure: str | None
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        return self.path.name
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be trained, or to be gone on with."""
+        return self.loss is None and self.failure is None
+
+
+class SweepDirectory:
+    """`sweep.yaml`, `trials.jsonl`, `sweep.html`, and a run directory for each trial."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.recipe = self.path / "sweep.yaml"
+        self.record = self.path / "trials.jsonl"
+        self.page = self.path / "sweep.html"
+
+    def trials(self) -> list[Trial]:
+        """All trials so far, by number."""
+        values: dict[int, Values] = {}
+        failures: dict[int, str] = {}
+        for line in records(self.record):
+            match line:
+                case {"trial": int(number), "values": dict(found)}:
+                    values[number] = found
+                case {"trial": int(number), "failure": str(why)}:
+                    failures[number] = why
+        return [self._trial(number, found, failures.get(number)) for number, found in sorted(values.items())]
+
+    def begin(self, values: Values) -> Trial:
+        """Write down what the next trial tries, before anything of it is done."""
+        number = 1 + max((trial.number for trial in self.trials()), default=0)
+        self._append({"trial": number, "values": values})
+        return self._trial(number, values, None)
+
+    def fail(self, trial: Trial, why: str) -> None:
+        """Write down that a trial has no result."""
+        self._append({"trial": trial.number, "failure": why})
+
+    def _trial(self, number: int, values: Values, failure: str | None) -> Trial:
+        run = RunDirectory(self.path / f"trial-{number:03}")
+        result = History.of(run).result if run.is_finished else None
+        return Trial(number, values, run.path, state_of(run), result[1] if result else None, failure)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with disk_faults(self.record), self.record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the lowest loss, the first of several; None where none has one."""
+    finished = [(trial.loss, trial.number, trial) for trial in trials if trial.loss is not None]
+    return min(finished)[2] if finished else None
+
+
+def arguments_of(trial: Trial) -> str:
+    """The arguments of `ft train` that stand for a trial's values: `--set a=b` for each."""
+    return " ".join(shlex.join(["--set", f"{key}={json.dumps(value)}"]) for key, value in trial.values.items())
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last word, or all of it where several end alike."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)}
+
+
+def trial_table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of all trials, the best first, those without a result last."""
+    names = short_names(list(trials[0].values)) if trials else {}
+    best = best_of(trials)
+    in_order = sorted(trials, key=lambda trial: (trial.loss is None, trial.loss or 0.0, trial.number))
+    rows = []
+    for trial in in_order:
+        loss = trial.failure or trial.state if trial.loss is None else f"{trial.loss:.4f}"
+        mark = " (best)" if trial == best else ""
+        rows.append([f"{trial.number}{mark}", *(in_words(trial.values.get(key)) for key in names), loss])
+    return ["trial", *names.values(), "held-out loss"], rows

@@ -1,0 +1,170 @@
+"""A sweep is a folder of ordinary runs; stopped anywhere, it goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from finetune.errors import RefusedError, Stopped
+from finetune.jobs import drawing
+from finetune.jobs.sweep import Sweep
+from finetune.recipe.load import load_recipe
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Event, StepMetrics
+from finetune.run.interruption import Interruption
+from finetune.run.trials import Trial
+from tests.fixtures.recipes import write_recipe
+
+needs_optuna = pytest.mark.skipif(drawing.find_spec("optuna") is None, reason="needs the extra sweep")
+
+KEYS = [
+    {"key": "optimizer.learning_rate", "draw": "log_uniform", "low": 1e-4, "high": 0.1},
+    {"key": "adapter.r", "draw": "choice", "choices": [2, 4]},
+]
+
+
+def swept(recipe: dict[str, Any], folder: Path, keys: list[dict[str, Any]] = KEYS, trials: int = 4) -> Path:
+    return write_recipe({**recipe, "sweep": {"trials": trials, "keys": keys}}, folder)
+
+
+def ignore(event: Event) -> None:
+    del event
+
+
+def run_all(file: Path, folder: Path, stop_in: int | None = None) -> list[Trial]:
+    """Every trial, or until a signal comes in the first step of one."""
+    sweep = Sweep(load_recipe(file), folder)
+    while (trial := sweep.next_trial()) is not None:
+        interruption = Interruption()
+
+        def report(event: Event, number: int = trial.number, asked: Interruption = interruption) -> None:
+            if isinstance(event, StepMetrics) and number == stop_in:
+                asked.number = signal.SIGTERM
+
+        sweep.train(trial, sweep.run_of(trial), report, interruption)
+    return sweep.directory.trials()
+
+
+def facts(trials: list[Trial]) -> list[tuple[Any, ...]]:
+    return [(trial.number, trial.values, trial.loss, trial.failure) for trial in trials]
+
+
+def ft(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@needs_optuna
+def test_each_trial_is_a_run_of_its_values_and_the_first_is_the_recipe_as_it_is(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    trials = run_all(swept(tiny_recipe, tmp_path), tmp_path / "sweep")
+    assert trials[0].values == {"optimizer.learning_rate": 1e-2, "adapter.r": 4}
+    assert len({json.dumps(trial.values) for trial in trials}) == 4
+    for trial in trials:
+        run = RunDirectory.open(trial.path)
+        recipe = load_recipe(run.recipe).recipe
+        found = {"optimizer.learning_rate": recipe.optimizer.learning_rate, "adapter.r": recipe.adapter.r}
+        assert found == trial.values
+        assert (recipe.sweep, recipe.run.name) == (None, trial.name)
+        assert run.is_finished
+        assert trial.loss is not None
+    page = (tmp_path / "sweep" / "sweep.html").read_text(encoding="utf-8")
+    assert "4 of 4 trials" in page
+    assert f"{min(trial.loss for trial in trials):.4f}" in page
+
+
+@needs_optuna
+@pytest.mark.parametrize("stop_in", [1, 3])
+def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: dict[str, Any], tmp_path: Path, stop_in: int):
+    file = swept(tiny_recipe, tmp_path)
+    with pytest.raises(Stopped) as stopped:
+        run_all(file, tmp_path / "stopped", stop_in=stop_in)
+    assert stopped.value.hint == "go on with the same command"
+    assert facts(run_all(file, tmp_path / "stopped")) == facts(run_all(file, tmp_path / "whole"))
+
+
+@needs_optuna
+def test_a_trial_whose_values_cannot_be_trained_fails_and_the_sweep_goes_on(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    diverging = [{"key": "optimizer.learning_rate", "draw": "choice", "choices": [1e-2, 1e30]}]
+    invalid = [{"key": "adapter.r", "draw": "choice", "choices": [4, -3]}]
+    for keys, cause in ((diverging, "not finite"), (invalid, "adapter.r")):
+        folder = tmp_path / cause
+        good, bad = run_all(swept(tiny_recipe, tmp_path, keys), folder)
+        assert good.loss is not None
+        assert bad.loss is None
+        assert cause in str(bad.failure)
+        assert not bad.is_open
+
+
+@needs_optuna
+def test_when_everything_was_tried_the_sweep_is_over(
+    tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    keys = [{"key": "adapter.r", "draw": "integer", "low": 2, "high": 4, "step": 2}]
+    trials = run_all(swept(tiny_recipe, tmp_path, keys, trials=9), tmp_path / "sweep")
+    assert sorted(trial.values["adapter.r"] for trial in trials) == [2, 4]
+    assert "every combination of values was tried" in caplog.text
+
+
+@needs_optuna
+def test_more_trials_go_on_with_a_sweep_and_another_recipe_does_not(tiny_recipe: dict[str, Any], tmp_path: Path):
+    folder = tmp_path / "sweep"
+    first = run_all(swept(tiny_recipe, tmp_path, trials=1), folder)
+    both = run_all(swept(tiny_recipe, tmp_path, trials=2), folder)
+    assert facts(both)[:1] == facts(first)
+    assert len(both) == 2
+    other = {**tiny_recipe, "training": {**tiny_recipe["training"], "seed": 7}}
+    with pytest.raises(RefusedError, match=r"training\.seed: 42 -> 7"):
+        Sweep(load_recipe(swept(other, tmp_path)), folder)
+
+
+@needs_optuna
+def test_the_command_tells_trials_the_table_and_how_to_train_the_best(tiny_recipe: dict[str, Any], tmp_path: Path):
+    file = swept(tiny_recipe, tmp_path, trials=2)
+    result = ft("sweep", str(file), "--sweep-dir", str(tmp_path / "sweep"), "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert "trial 1 of 2: learning_rate 0.01  r 4" in result.stderr
+    assert "(best)" in result.stdout
+    assert f"best: ft train {file} --set optimizer.learning_rate=" in result.stdout
+    again = ft("sweep", str(file), "--sweep-dir", str(tmp_path / "sweep"), "--json")
+    events = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["trial_done", "trial_done"]
+
+
+@needs_optuna
+def test_where_no_trial_has_a_result_the_command_fails(tiny_recipe: dict[str, Any], tmp_path: Path):
+    keys = [{"key": "adapter.r", "draw": "choice", "choices": [-3]}]
+    result = ft("sweep", str(swept(tiny_recipe, tmp_path, keys, trials=1)), "--sweep-dir", str(tmp_path / "sweep"))
+    assert result.exit_code == 5
+    assert "no trial has a result" in result.stderr
+
+
+def test_without_optuna_the_remedy_is_told(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    result = ft("sweep", str(swept(tiny_recipe, tmp_path)), "--sweep-dir", str(tmp_path / "sweep"))
+    assert result.exit_code == 2
+    assert "pip install optuna" in result.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_recipe_without_a_sweep_is_told_what_to_add(tiny_recipe: dict[str, Any], tmp_path: Path):
+    result = ft("sweep", str(write_recipe(tiny_recipe, tmp_path)))
+    assert result.exit_code == 2
+    assert "add a section: sweep:" in result.stderr
+
+
+@needs_optuna
+def test_a_folder_that_holds_something_else_is_left_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
+    result = ft("sweep", str(swept(tiny_recipe, tmp_path)), "--sweep-dir", str(tmp_path))
+    assert result.exit_code == 6
+    assert "holds no sweep" in result.stderr

@@ -1,0 +1,69 @@
+"""README's pictures of a run: what a terminal shows while it trains, and its report in a browser; `make pictures`.
+
+Every number is the run's: its records go through the display that `ft train` and `ft watch` show, up to a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console, Group
+from rich.terminal_theme import MONOKAI
+from rich.text import Text
+
+from cli.progress import Live
+from finetune.report.run_page import write_report
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Event, StepMetrics, TrainingStarted
+from finetune.run.watching import watched
+
+WIDTH = 78
+# rich's own frame would have a browser fetch a font.
+FRAME = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+
+
+def terminal(run: RunDirectory, command: str, until: int) -> str:
+    """The terminal as SVG, just after a step."""
+    console = Console(record=True, file=io.StringIO(), width=WIDTH, height=40, force_terminal=True)
+    console.print(Text(f"$ {command}", style="bold"))
+    follower = Live(console)
+    follower.display.stop()  # drawn once, below
+
+    def is_before(event: Event) -> bool:
+        return not isinstance(event, StepMetrics) or event.step <= until
+
+    for event in takewhile(is_before, watched(run)):
+        is_start = isinstance(event, TrainingStarted)
+        follower.event(replace(event, run_directory=f"runs/{run.path.name}") if is_start else event)
+    console.print(Group(*follower.display.get_renderables()))
+    return console.export_svg(title="ft", theme=MONOKAI, code_format=FRAME)
+
+
+def main() -> None:
+    """Write both pictures into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the directory of a run with measurements and answers on the way")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--command", default="ft train recipes/quickstart.yaml", help="what started the run")
+    parser.add_argument("--step", type=int, required=True, help="the step at which the terminal is shown")
+    parser.add_argument("--browser", default="chromium", help="a Chromium, with options of its own")
+    arguments = parser.parse_args()
+    run = RunDirectory.open(arguments.run)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    (arguments.folder / "run.svg").write_text(terminal(run, arguments.command, arguments.step), encoding="utf-8")
+    write_report(run)
+    picture = (arguments.folder / "report.png").absolute()
+    look = ["--headless", "--hide-scrollbars", "--window-size=1000,1800", f"--screenshot={picture}"]
+    subprocess.run([*shlex.split(arguments.browser), *look, run.report.as_uri()], check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main()

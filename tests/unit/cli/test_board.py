@@ -1,0 +1,95 @@
+"""The board below the moving line: as much of it as fits, and the curve where the losses are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from cli.board import EMPTY, HEIGHT, MOST_MEANS, Board, Losses, curve
+from finetune.run.events import Event, Sampled, Validated
+from tests.fixtures.runs import steps
+
+
+def shown(*events: Event, width: int = 80, height: int = 40) -> list[str]:
+    board = Board()
+    for event in events:
+        board.see(event)
+    stream = StringIO()
+    Console(file=stream, width=width, height=height, color_system=None).print(board)
+    return stream.getvalue().splitlines()
+
+
+def dots(lines: list[str]) -> list[int]:
+    """In which line of dots from the top the curve is, by column of letters; -1 where there is none."""
+    found = []
+    for column in range(8, max(map(len, lines))):
+        rows = [row for row, line in enumerate(lines) if ord(line.ljust(80)[column]) > EMPTY]
+        found.append(rows[0] if rows else -1)
+    return found
+
+
+def test_before_the_first_step_there_is_nothing():
+    assert shown(Validated(0, 2.0, 7.4, 5)) == []
+
+
+def test_a_falling_loss_goes_down_from_left_to_right():
+    figures, *drawn = shown(*steps([4.0, 3.0, 2.0, 1.0]))
+    assert figures.startswith("loss 1.0000  grad 0.25")
+    assert len(drawn) == HEIGHT
+    places = dots(drawn)
+    assert places[0] == 0
+    assert places[-1] == HEIGHT - 1
+    assert places == sorted(places)
+    assert drawn[0].split()[0] == "4"
+    assert drawn[-1].split()[0] == "1"
+
+
+def test_held_out_losses_are_circles_in_their_places():
+    course = steps([4.0, 3.0, 2.0, 1.0])
+    figures, *drawn = shown(*course[:2], Validated(2, 4.0, 1.0, 5), *course[2:], Validated(4, 1.0, 1.0, 5))
+    assert "held out 1.0000" in figures
+    assert "".join(drawn).count("●") == 2
+    assert drawn[-1].rstrip()[-1] == "●"
+    assert drawn[0].index("●") == 8 + round((72 - 8 - 1) / 3)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+@pytest.mark.parametrize("height", [5, 16, 50])
+def test_no_line_is_wider_than_the_terminal_and_a_low_one_has_no_curve(width: int, height: int):
+    sample = Sampled(3, "prompt", "an answer\nin two lines " * 9, "another")
+    lines = shown(*steps([4.0, 3.0, 2.0]), sample, width=width, height=height)
+    assert all(len(line) <= width for line in lines)
+    assert len(lines) == (3 if height < 16 else 3 + HEIGHT)
+
+
+def test_what_a_model_writes_cannot_move_the_cursor():
+    lines = shown(*steps([1.0]), Sampled(1, "", "\x1b[2J\x1b[31mred", "\x07"))
+    assert "\x1b" not in "".join(lines)
+    assert "\x07" not in "".join(lines)
+
+
+def test_of_several_answers_the_first_of_the_last_step_is_shown():
+    samples = [Sampled(step, prompt, f"{prompt}{step}", "") for step in (1, 2) for prompt in "ab"]
+    assert "a2" in "\n".join(shown(*steps([1.0, 1.0]), *samples))
+
+
+@pytest.mark.parametrize("losses", [[0.0, 0.0], [1.0, 1.0], [1e-30, 1e30], [-1.0, 5.0]], ids=str)
+def test_every_range_is_drawn(losses: list[float]):
+    assert len(shown(*steps(losses))) == 1 + HEIGHT
+
+
+def test_a_long_run_is_drawn_from_few_numbers_that_cover_all_of_it():
+    losses = Losses()
+    (first,) = steps([0.0])
+    count = 3 * MOST_MEANS + 7
+    for step in range(1, count + 1):
+        losses.add(replace(first, step=step, loss=float(step)))
+    assert len(losses.means) < MOST_MEANS
+    assert losses.means[0] == pytest.approx(losses.stride / 2 + 0.5)
+    assert losses.means == sorted(losses.means)
+    assert losses.place(1) == 0
+    assert losses.place(count) == pytest.approx(1, abs=0.01)
+    assert len(curve(losses, [], 72)) == HEIGHT

@@ -1,0 +1,62 @@
+"""The course of a run is read back as it was recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from finetune.run.events import BestKept, Event, RanksChosen, Sampled, Validated, Warned
+from finetune.run.history import History, events, records
+from tests.fixtures.runs import steps, written_run
+
+COURSE = [
+    Validated(step=0, loss=2.0, perplexity=7.4, rows=5),
+    RanksChosen(step=0, ranks={"layers.0.q": 4}),
+    *steps([2.0, 1.5]),
+    Sampled(step=2, prompt="Hi", answer="Hello", reference="Hello"),
+    Warned(step=2, what="odd", hint="look"),
+    BestKept(step=2, best_step=1, loss=1.5, stopped_early=True),
+]
+
+
+def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path):
+    history = History.of(written_run(tmp_path / "run", course=COURSE))
+    found = [*history.validations, *history.ranks, *history.steps, *history.samples, *history.warnings, *history.best]
+    assert found == COURSE
+
+
+def test_the_result_is_the_last_that_was_measured_or_the_best_that_was_kept():
+    history = History()
+    assert history.result is None
+    history.add(Validated(step=4, loss=1.5, perplexity=4.5, rows=5))
+    history.add(Validated(step=8, loss=2.0, perplexity=7.4, rows=5))
+    assert history.result == (8, 2.0)
+    history.add(BestKept(step=8, best_step=4, loss=1.5, stopped_early=False))
+    assert history.result == (4, 1.5)
+
+
+def test_a_run_without_metrics_has_an_empty_history(tmp_path: Path):
+    run = written_run(tmp_path / "run")
+    run.metrics.unlink()
+    assert History.of(run) == History()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"event": "step", "st', "[1]", '"text"', "{}", '{"event": "step"}', '{"event": "other"}', "[" * 100_000, "\xff"],
+    ids=lambda line: line[:12],
+)
+def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path: Path, line: str):
+    run = written_run(tmp_path / "run", course=COURSE)
+    run.metrics.write_text(f"{line}\n{run.metrics.read_text()}{line}", encoding="latin-1")
+    assert len(list(events(records(run.metrics)))) == len(COURSE)
+
+
+def test_a_number_that_is_not_finite_is_not_a_lost_record():
+    event: Event = Validated(step=1, loss=800.0, perplexity=math.inf, rows=2)
+    (back,) = events([json.loads(json.dumps(event.to_json()))])
+    assert isinstance(back, Validated)
+    assert (back.loss, math.isnan(back.perplexity)) == (800.0, True)
