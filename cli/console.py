@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from finetune.jobs.preview import Preview
     from finetune.jobs.reproduce import Reproduction
     from finetune.recipe.catalogue import Choice
+    from finetune.recipe.explanation import Explanation
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
     from finetune.run.listing import Removable, RunSummary
@@ -516,6 +517,29 @@ def show_catalogue(choices: list[Choice], as_json: bool) -> None:
 
     width = shutil.get_terminal_size().columns
     show_result("\n".join(line for choice in choices for line in wording.choice(choice, width)))
+
+
+def show_sections(sections: dict[str, str], as_json: bool) -> None:
+    """Print the sections of a recipe and what each is for."""
+    if as_json:
+        show_result(json.dumps(sections, ensure_ascii=False))
+        return
+    from . import wording
+
+    width = shutil.get_terminal_size().columns
+    show_result(
+        "\n".join(["sections of a recipe; `ft explain SECTION` tells more", *wording.described(sections, width)])
+    )
+
+
+def show_explanation(explanation: Explanation, values: dict[str, list[str]], as_json: bool) -> None:
+    """Print what there is to know of a key, and the values that recipes give to it."""
+    if as_json:
+        show_result(json.dumps({**asdict(explanation), "recipes": values}, ensure_ascii=False))
+        return
+    from . import wording
+
+    show_result("\n".join(wording.explanation(explanation, values, shutil.get_terminal_size().columns)))
 
 
 def show_preview(preview: Preview) -> None:

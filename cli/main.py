@@ -15,6 +15,7 @@ from . import console
 from .chat import chat
 from .diff import diff
 from .evaluate import evaluate
+from .explain import explain
 from .export import export
 from .generate import generate
 from .merge import merge
@@ -107,6 +108,7 @@ app.add_typer(runs, name="runs")
 app.command()(diff)
 app.command()(reproduce)
 app.command()(methods)
+app.command()(explain)
 app.command()(schema)
 
 
