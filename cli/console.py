@@ -431,6 +431,15 @@ def show_written(file: Path, answers: int, as_json: bool) -> None:
     show_result(f"{answers} answer{'s' if answers != 1 else ''}: {file}")
 
 
+def answer(question: str, default: str | None = None) -> str | None:
+    """Ask a person, who may take the default by an empty line; where there is none, the default."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return default
+    sys.stderr.write(f"{question}{f' [{default}]' if default else ''}: ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip() or default
+
+
 def is_confirmed(question: str) -> bool:
     """Ask a person; where there is none, the answer is no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

@@ -18,6 +18,7 @@ from .evaluate import evaluate
 from .explain import explain
 from .export import export
 from .generate import generate
+from .init import init
 from .merge import merge
 from .methods import methods
 from .preview import preview
@@ -95,6 +96,7 @@ def _options(
     """Options of `ft` itself."""
 
 
+app.command()(init)
 app.command()(validate)
 app.command()(preview)
 app.command()(train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import Shape, whole
 from finetune.recipe.section import Section
 from finetune.recipe.yaml_source import decode, read_yaml
+from finetune.recipe.yaml_writing import flow
 
 
 @dataclass(frozen=True)
@@ -263,12 +263,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _in_yaml(value: Any) -> str:
-    """A value on one line, as a recipe may have it; a section with what is set in it only."""
-    if isinstance(value, Section):
-        value = value.model_dump(mode="json", exclude_unset=True)
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_in_yaml(item)}' for key, item in value.items())}}}"
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    """A value on one line, as a recipe may have it; of a section what is set in it."""
+    return flow(value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Section) else value)
 
 
 def _meant(wanted: str) -> str:
