@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from finetune.jobs.reproduce import Reproduction
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation
+    from finetune.recipe.importing.imported import Imported
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
     from finetune.run.listing import Removable, RunSummary
@@ -549,6 +550,18 @@ def show_explanation(explanation: Explanation, values: dict[str, list[str]], as_
     from . import wording
 
     show_result("\n".join(wording.explanation(explanation, values, shutil.get_terminal_size().columns)))
+
+
+def show_import(made: Imported, file: Path, as_json: bool) -> None:
+    """Print where a translated recipe is, and what it does not have."""
+    if as_json:
+        show_result(json.dumps({"event": "imported", "file": str(file), "carried": made.carried}))
+        for each in made.left:
+            show_result(json.dumps({"event": "not_carried", **asdict(each)}, ensure_ascii=False))
+        return
+    from . import wording
+
+    show_result("\n".join(wording.imported(made, file, shutil.get_terminal_size().columns)))
 
 
 def show_preview(preview: Preview) -> None:

@@ -18,6 +18,7 @@ from .evaluate import evaluate
 from .explain import explain
 from .export import export
 from .generate import generate
+from .importing import import_recipe
 from .init import init
 from .merge import merge
 from .methods import methods
@@ -97,6 +98,7 @@ def _options(
 
 
 app.command()(init)
+app.command("import")(import_recipe)
 app.command()(validate)
 app.command()(preview)
 app.command()(train)

@@ -24,6 +24,7 @@ from finetune.run.ranks import table
 if TYPE_CHECKING:
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation, Meaning
+    from finetune.recipe.importing.imported import Imported
 
 ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
@@ -197,6 +198,17 @@ def explanation(explanation: Explanation, values: dict[str, list[str]], width: i
         "in recipes": "; ".join(f"{value}: {', '.join(files)}" for value, files in values.items()),
     }
     return lines + _titled(facts, width)
+
+
+def imported(made: Imported, file: Path, width: int) -> list[str]:
+    """Where a translated recipe is, and every key that it does not have."""
+    lines = [f"recipe: {file} ({made.carried} keys of {made.tool}'s file carried over)"]
+    if made.left:
+        lines.append("not carried over:")
+    for each in made.left:
+        lines.append(f"{each.where}: {each.key}")
+        lines += _indented(each.reason, width)
+    return [*lines, f"next: ft validate {file}   ft preview {file}"]
 
 
 def _facts(meaning: Meaning, explanation: Explanation) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from finetune.data.survey import SAMPLED_ROWS, Survey
 from finetune.jobs.memory_rule import RANK, BaseSize, Settings
-from finetune.recipe.section import anchored
+from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.yaml_writing import commented
 
 BATCH_SIZE = 16
@@ -112,7 +111,7 @@ def _sections(facts: Facts, folder: Path) -> dict[str, Any]:
         "hqq": {"quantization": {"kind": "hqq", "bits": 2, "group_size": 64}},
     }[settings.storage]
     return {
-        "model": {"name": _model_name(folder, facts.model)},
+        "model": {"name": model_from(folder, facts.model)},
         **quantization,
         "adapter": {"method": "lora", "r": RANK, "alpha": 2 * RANK, "target_modules": "all-linear"},
         "data": _data(facts, folder),
@@ -131,7 +130,7 @@ def _data(facts: Facts, folder: Path) -> dict[str, Any]:
     seen = facts.seen
     source = {"format": seen.format, **seen.source.model_dump(exclude_defaults=True, exclude={"path", "hub"})}
     place = (
-        {"path": _reached_from(folder, seen.source.path)}
+        {"path": reached_from(folder, seen.source.path)}
         if seen.source.path
         else {"hub": {"name": seen.source.hub.name if seen.source.hub else ""}}
     )
@@ -173,21 +172,6 @@ def _evaluation(facts: Facts) -> dict[str, Any]:
     if _held_out(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
         evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
     return {**evaluation, "max_new_tokens": AIMS[facts.aim].max_new_tokens}
-
-
-def _model_name(folder: Path, name: str) -> str:
-    """A model's name; a relative path, which starts at the working directory, is made one of `folder`."""
-    is_local = "://" not in name and (name.endswith(".gguf") or os.path.isdir(anchored(name, Path.cwd())))
-    if not is_local:
-        return name
-    path = _reached_from(folder, anchored(name, Path.cwd()))
-    return path if path.startswith((".", "/")) else f"./{path}"
-
-
-def _reached_from(folder: Path, path: str) -> str:
-    """A path as a recipe in `folder` has it: relative where it is near, so that both can be moved together."""
-    relative = os.path.relpath(path, folder)
-    return path if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
 
 
 def _remarks(facts: Facts) -> dict[str, str]:

@@ -27,7 +27,7 @@ from finetune.recipe.model import Model
 from finetune.recipe.problems import nearest
 from finetune.recipe.schema import every_key
 from finetune.recipe.section import anchored
-from finetune.run.directory import write_text
+from finetune.run.directory import write_file
 from finetune.run.events import Phase, Report, ignore
 
 logger = logging.getLogger(__name__)
@@ -120,13 +120,7 @@ def write_recipe(seen: Survey, model: str, aim: str, memory: int, output: Path, 
     facts = _facts(seen, model, aim, memory, report)
     text = first_recipe(facts, output)
     recipe_of(text, output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, text)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"the recipe cannot be written: {error.strerror}", where=str(output), hint="name another file"
-        ) from error
+    write_file(output, text)
     return facts
 
 
