@@ -206,8 +206,8 @@ def imported(made: Imported, file: Path, width: int) -> list[str]:
     if made.left:
         lines.append("not carried over:")
     for each in made.left:
-        lines.append(f"{each.where}: {each.key}")
-        lines += _indented(each.reason, width)
+        place = f"line {each.line}: " if each.line else ""
+        lines += _wrapped(f"{place}{each.key}: {each.reason}", width, " " * 4, " " * 8)
     return [*lines, f"next: ft validate {file}   ft preview {file}"]
 
 

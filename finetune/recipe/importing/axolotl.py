@@ -30,17 +30,27 @@ _TURN_KEYS = ("message_field_role", "message_field_content")
 
 def _data_sets(split: str) -> Any:
     def rule(context: Context, value: Any) -> Settings:
-        entries = value if isinstance(value, list) else [value]
+        entries = values.listed(value)
         key = {"train": "datasets", "validation": "test_datasets"}[split]
         return {f"data.{split}": [_source(context, f"{key}.{i}", entry) for i, entry in enumerate(entries)]}
 
     return rule
 
 
+def _streamed(context: Context, value: Any) -> Settings:
+    """Data for pre-training, which are read over the network while training."""
+    settings = _data_sets("train")(context, value)
+    for source in settings["data.train"]:
+        if "hub" in source:
+            source["hub"]["stream"] = True
+    return settings  # type: ignore[no-any-return]
+
+
 def _source(context: Context, key: str, entry: Any) -> dict[str, Any]:
     """A source; what it cannot say is left behind."""
     if isinstance(entry, str):
         entry = {"path": entry, "type": "pretrain"}
+    entry = values.mapping(entry)
     name = str(entry.get("path"))
     files = entry.get("data_files")
     source = values.place(name, entry.get("name"), entry.get("split"), entry.get("revision"), files)
@@ -74,7 +84,7 @@ def _turns(entry: Mapping[str, Any]) -> dict[str, Any]:
     names = {
         "role": entry.get("message_field_role"),
         "content": entry.get("message_field_content"),
-        **(entry.get("message_property_mappings") or {}),
+        **values.mapping(entry.get("message_property_mappings") or {}),
     }
     role, content = names["role"] or "role", names["content"] or "content"
     columns = values.only(entry, {"field_tools": "tools"})
@@ -98,9 +108,9 @@ def _custom(context: Context, key: str, kind: Mapping[str, Any]) -> dict[str, An
 
 def _adapter(context: Context, value: Any) -> Settings:
     methods = {"lora": "lora", "qlora": "lora", "ia3": "ia3", "none": "full"}
-    if value not in methods:
+    if str(value) not in methods:
         raise NotCarried("write adapter: {method: lora}; ft methods lists all")
-    return {"adapter.method": methods[value], **({"quantization.kind": "nf4"} if value == "qlora" else {})}
+    return {"adapter.method": methods[str(value)], **({"quantization.kind": "nf4"} if value == "qlora" else {})}
 
 
 def _lora(key: str) -> Any:
@@ -133,7 +143,7 @@ def _each_epoch(context: Context, value: Any) -> Settings:
 
 
 def _plugins(context: Context, value: Any) -> Settings:
-    for plugin in value if isinstance(value, list) else [value]:
+    for plugin in values.listed(value):
         context.leave("plugins", f"{str(plugin).rpartition('.')[2]}: a recipe names no code")
     return {}
 
@@ -164,6 +174,7 @@ RULES: Mapping[str, Rule] = {
     "strict": Without("unknown keys are errors here in any case", harmless=(False,)),
     "plugins": _plugins,
     "load_in_4bit": values.four_bit,
+    "bnb_4bit_use_double_quant": values.read_elsewhere,
     "load_in_8bit": Switch(on={"quantization.kind": "int8"}),
     "gptq": Without("name a base in plain weights, and quantization: {kind: optq}", harmless=(False,)),
     "bnb_config_kwargs": Without("write quantization: {kind: nf4, double_quant: true}"),
@@ -189,7 +200,7 @@ RULES: Mapping[str, Rule] = {
     "unfrozen_parameters": Without("write adapter: {method: full, train: [patterns]}"),
     "relora_steps": Without("the update stays one of rank r"),
     "datasets": _data_sets("train"),
-    "pretraining_dataset": _data_sets("train"),
+    "pretraining_dataset": _streamed,
     "test_datasets": _data_sets("validation"),
     "dataset_prepared_path": Without("the cache is where FT_CACHE says"),
     "dataset_processes": Without(values.LOADING),
@@ -257,6 +268,7 @@ RULES: Mapping[str, Rule] = {
 
 DEFAULTS: Mapping[str, Any] = {
     "adapter": "none",
+    "bnb_4bit_use_double_quant": True,
     "micro_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "sequence_len": 512,

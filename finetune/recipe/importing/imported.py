@@ -13,6 +13,7 @@ from finetune.recipe.importing.translation import Context, Left, Tool, translate
 from finetune.recipe.load import recipe_of
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.schema import whole
 from finetune.recipe.yaml_source import Document, decode, read_yaml
 from finetune.recipe.yaml_writing import commented
 
@@ -24,6 +25,7 @@ TOOLS: Mapping[str, Tool] = {
 }
 
 PLACEHOLDER = "rows.jsonl"
+NO_ROWS = [{"path": PLACEHOLDER}]
 _DEFAULT_KINDS = {"optimizer": ("name", "adamw"), "adapter": ("method", "lora")}
 
 
@@ -32,12 +34,12 @@ class NotCarriedOver:
     """A key of the configuration that has no place in the recipe.
 
     Attributes:
-        where: `file:line`, or the file where the key is not written.
+        line: Where it is written; None for what the file does not say and ft needs.
         key: The key, dotted.
         reason: Why, and what is nearest here.
     """
 
-    where: str
+    line: int | None
     key: str
     reason: str
 
@@ -84,13 +86,13 @@ def imported(tool_name: str, file: Path, output: Path) -> Imported:
     if "model.name" not in context.settings:
         raise UsageError("the file names no model", where=str(file), hint=f"is it a configuration of {tool.name}?")
     if "data.train" not in context.settings:
-        context.settings["data.train"] = [{"path": PLACEHOLDER}]
+        context.settings["data.train"] = NO_ROWS
         context.leave("data.train", f"no rows that ft can find are named: put their path in the place of {PLACEHOLDER}")
     text = _valid(tool, file, context, output)
-    left = tuple(_placed(each, document, file) for each in _each_once(context.left))
+    left = sorted((_placed(each, document) for each in _each_once(context.left)), key=lambda each: each.line or 0)
     written = {key for key, value in config.items() if value is not None}
     carried = len(written - {each.key.partition(".")[0] for each in left})
-    return Imported(tool.name, text, carried, left)
+    return Imported(tool.name, text, carried, tuple(left))
 
 
 def _read(file: Path) -> Document:
@@ -108,6 +110,9 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
     while True:
         sections = _sections(context, output.parent)
         remarks = {key: origin for key, origin in context.origins.items() if key in context.settings}
+        if "data.overlength" not in context.settings:
+            origin = remarks.get("data.max_length", tool.name)
+            remarks["data.max_length"] = f"{origin}; {tool.name} cuts or drops longer rows, ft stops: data.overlength"
         text = commented(_head(tool, file, context, output), sections, remarks)
         try:
             recipe_of(text, output)
@@ -123,13 +128,17 @@ def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
     segments = problem.key.split(".")
     prefixes = [".".join(segments[:length]) for length in range(len(segments), 0, -1)]
     found = next((prefix for prefix in prefixes if prefix in context.settings), None)
-    if found is None or found in ("model.name", "data.train"):
+    if found is None or found == "model.name" or context.settings[found] == NO_ROWS:
         raise error
     section = found.partition(".")[0]
     kind = found in ("quantization.kind", "adapter.method", "optimizer.name")
     gone = [key for key in context.settings if key == found or (kind and key.startswith(f"{section}."))]
     if kind and section == "optimizer":
         gone = [found]
+    if found == "data.train":
+        context.settings[found] = NO_ROWS
+        context.leave(context.origins.pop(found, found), f"{problem.key}: {problem.what}")
+        return
     for key in gone:
         del context.settings[key]
         context.leave(context.origins.pop(key, key), f"{found}: {problem.what}")
@@ -138,20 +147,28 @@ def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
 def _sections(context: Context, folder: Path) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     for section in Recipe.model_fields:
-        inside = {
-            key.partition(".")[2]: value for key, value in context.settings.items() if key.partition(".")[0] == section
-        }
+        prefix, order = f"{section}.", list(whole().fields()[section].fields())
+        inside = {key.removeprefix(prefix): v for key, v in context.settings.items() if key.startswith(prefix)}
+        whole_section = context.settings.get(section)
         tag, kind = _DEFAULT_KINDS.get(section, ("", ""))
         if tag and tag not in inside and (inside or section == "adapter"):
             inside[tag] = kind
         if inside:
-            first = {key: inside.pop(key) for key in ("kind", "method", "name") if key in inside}
-            sections[section] = first | inside if "" not in inside else inside[""]
+            sections[section] = dict(sorted(inside.items(), key=lambda entry: _place_in(order, entry[0])))
+        elif whole_section is not None:
+            sections[section] = whole_section
     sections["model"]["name"] = model_from(folder, str(sections["model"]["name"]))
     for split in ("train", "validation"):
         if split in sections["data"]:
             sections["data"][split] = [_near(source, folder) for source in sections["data"][split]]
     return sections
+
+
+def _place_in(order: list[str], key: str) -> int:
+    """Where a key comes in its section: what chooses the kind first, then as in the schema."""
+    if key in ("kind", "method", "name"):
+        return -1
+    return order.index(key) if key in order else len(order)
 
 
 def _near(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -171,9 +188,9 @@ def _each_once(left: list[Left]) -> list[Left]:
     return list(dict.fromkeys(left))
 
 
-def _placed(left: Left, document: Document, file: Path) -> NotCarriedOver:
+def _placed(left: Left, document: Document) -> NotCarriedOver:
     segments: list[str | int] = [int(part) if part.isdigit() else part for part in left.key.split(".")]
     while segments and tuple(segments) not in document.places:
         segments.pop()
-    line = f":{document.places[tuple(segments)].key.line}" if segments else ""
-    return NotCarriedOver(f"{file}{line}", left.key, left.reason)
+    line = document.places[tuple(segments)].key.line if segments else None
+    return NotCarriedOver(line, left.key, left.reason)

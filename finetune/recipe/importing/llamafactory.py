@@ -41,7 +41,7 @@ def _data_sets(split: str) -> Any:
 
 
 def _quantization(context: Context, value: Any) -> Settings:
-    method, bits = context.at("quantization_method") or "bnb", int(value)
+    method, bits = context.at("quantization_method") or "bnb", int(values.number(value))
     if method in ("bnb", "bitsandbytes"):
         if bits == 8:
             return {"quantization.kind": "int8"}
@@ -58,7 +58,7 @@ def _rank(context: Context, value: Any) -> Settings:
     """Without a scale of its own it is twice the rank."""
     if context.at("finetuning_type") != "lora":
         raise NotCarried("finetuning_type is not lora")
-    return {"adapter.r": value, "adapter.alpha": context.at("lora_alpha") or 2 * int(value)}
+    return {"adapter.r": value, "adapter.alpha": context.at("lora_alpha") or 2 * values.number(value)}
 
 
 def _schedule_steps(context: Context, value: Any) -> Settings:
@@ -68,10 +68,10 @@ def _schedule_steps(context: Context, value: Any) -> Settings:
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:
-    stage = config.get("stage")
+    stage = str(config.get("stage"))
     if stage in STAGES:
         return f"stage: {stage} learns from {STAGES[stage]}"
-    if config.get("do_train") is False or "stage" not in config and "finetuning_type" not in config:
+    if config.get("do_train") is False or ("stage" not in config and "finetuning_type" not in config):
         return "it trains nothing: a configuration for inference or export"
     return None
 

@@ -79,12 +79,12 @@ def _found(config: Mapping[str, Any], key: str) -> Any:
 def _model(context: Context, value: Any) -> Settings:
     builder = str(value).rpartition(".")[2]
     if builder.startswith("qlora_"):
-        return {"adapter.method": "lora", "quantization.kind": "nf4"}
+        return {"adapter.method": "lora", "quantization.kind": "nf4", "quantization.double_quant": True}
     return {"adapter.method": "lora" if builder.startswith("lora_") else "full"}
 
 
 def _targets(context: Context, value: Any) -> Settings:
-    names = [LAYERS.get(str(name), str(name)) for name in value]
+    names = [LAYERS.get(str(name), str(name)) for name in values.listed(value)]
     if context.at("model.apply_lora_to_mlp") is True:
         names += MLP
     return {"adapter.target_modules": list(dict.fromkeys(names))}
@@ -104,7 +104,7 @@ def _held_out(context: Context, value: Any) -> Settings:
 
 
 def _sources(context: Context, key: str, value: Any, split: str) -> Settings:
-    entries = value if isinstance(value, list) else [value]
+    entries = [values.mapping(entry) for entry in values.listed(value)]
     settings: dict[str, Any] = {f"data.{split}": [_source(context, key, entry) for entry in entries]}
     if split == "train":
         settings |= _options(entries[0])
@@ -136,7 +136,9 @@ def _columns(chosen: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     if chosen == "text":
         return values.only(entry, {"column": "text"})
     if chosen == "instruction":
-        columns = values.only(entry.get("column_map") or {}, {"input": "instruction", "output": "output"})
+        columns = values.only(
+            values.mapping(entry.get("column_map") or {}), {"input": "instruction", "output": "output"}
+        )
         return {**columns, **values.only(entry, {"new_system_prompt": "system"})}
     style = entry.get("conversation_style")
     if style == "openai":
@@ -179,7 +181,7 @@ def _schedule(context: Context, value: Any) -> Settings:
 
 
 def _steps_each_epoch(context: Context, value: Any) -> Settings:
-    return {"training.max_steps": int(value) * int(context.at("epochs") or 1)}
+    return {"training.max_steps": int(values.number(value) * values.number(context.at("epochs") or 1))}
 
 
 def _tracker(context: Context, value: Any) -> Settings:
@@ -193,9 +195,9 @@ def _tracker(context: Context, value: Any) -> Settings:
 def _precision(context: Context, value: Any) -> Settings:
     """Weights are kept in this type too, those that train included."""
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    if value not in names:
+    if str(value) not in names:
         raise NotCarried("types: bfloat16, float16, float32")
-    return {"model.dtype": names[value], "training.precision": names[value]}
+    return {"model.dtype": names[str(value)], "training.precision": names[str(value)]}
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:

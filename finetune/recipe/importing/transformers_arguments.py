@@ -48,7 +48,7 @@ ARGUMENTS: Mapping[str, Rule] = {
     # memory and speed
     "bf16": values.precision("bfloat16"),
     "fp16": values.precision("float16"),
-    "tf32": Without("products in float32 are PyTorch's default here", harmless=(False,)),
+    "tf32": Without("products of float32 numbers are left as PyTorch has them", harmless=(False,)),
     "gradient_checkpointing": To("training.gradient_checkpointing"),
     "gradient_checkpointing_kwargs": Without("ft checkpoints without reentrance", harmless=({"use_reentrant": False},)),
     "torch_compile": Without("models are not compiled", harmless=(False,)),
@@ -99,6 +99,6 @@ DEFAULTS: Mapping[str, object] = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
+    "warmup_ratio": 0.0,
 }
 """What transformers takes where nothing is said, as far as it is not ft's."""

@@ -140,11 +140,12 @@ def translated(tool: Tool, config: Mapping[str, Any]) -> Context:
         try:
             settings = _applied(rule, key, value, context)
         except NotCarried as reason:
-            context.leave(key, str(reason))
+            if key.partition(".")[0] in config:  # a default that has no place here says nothing
+                context.leave(key, str(reason))
             continue
         for ours, setting in settings.items():
             context.settings[ours] = setting
-            context.origins[ours] = key if key in config or "." in key else f"default of {tool.name}"
+            context.origins[ours] = key if key.partition(".")[0] in config else f"default of {tool.name}"
     return context
 
 

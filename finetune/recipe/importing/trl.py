@@ -33,10 +33,9 @@ def _data_set(context: Context, value: Any) -> Settings:
 
 def _mixture(context: Context, value: Any) -> Settings:
     """Several data sets: `weight` is a share of each one's rows, which ft has as a number of rows only."""
-    if not isinstance(value, Mapping):
-        raise NotCarried("expected a mapping with datasets")
+    mixture = values.mapping(value)
     sources = []
-    for index, entry in enumerate(value.get("datasets", [])):
+    for index, entry in enumerate(map(values.mapping, values.listed(mixture.get("datasets")))):
         key = f"dataset_mixture.datasets.{index}"
         name = entry.get("id", entry.get("path"))
         sources.append(values.place(str(name), entry.get("config", entry.get("name")), entry.get("split")))
@@ -44,9 +43,9 @@ def _mixture(context: Context, value: Any) -> Settings:
             context.leave(f"{key}.weight", f"{entry['weight']} of its rows: write rows, their number")
         known = ("id", "path", "config", "name", "split", "weight", "columns")
         context.leave_others(key, entry, known, "ft has no such key")
-    if "test_split_size" in value:
+    if "test_split_size" in mixture:
         context.leave("dataset_mixture.test_split_size", "ft holds out a share: data.validation_fraction")
-    context.leave_others("dataset_mixture", value, ("datasets", "test_split_size", "seed"), "ft has no such key")
+    context.leave_others("dataset_mixture", mixture, ("datasets", "test_split_size", "seed"), "ft has no such key")
     return {"data.train": sources}
 
 

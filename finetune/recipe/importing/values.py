@@ -71,12 +71,12 @@ def output_dir(context: Context, value: Any) -> Settings:
 def share_or_rows(context: Context, value: Any) -> Settings:
     """A held-out set, given as a share of the rows or as a number of them."""
     del context
-    number = _number(value)
-    if number == 0:
+    found = number(value)
+    if found == 0:
         return {}
-    if number >= 1:
+    if found >= 1:
         raise NotCarried("a number of rows: ft holds out a share, data.validation_fraction")
-    return {"data.validation_fraction": number}
+    return {"data.validation_fraction": found}
 
 
 def steps(key: str) -> Any:
@@ -84,10 +84,10 @@ def steps(key: str) -> Any:
 
     def rule(context: Context, value: Any) -> Settings:
         del context
-        number = _number(value)
-        if number < 1:
+        found = number(value)
+        if found < 1:
             raise NotCarried(f"a share of the steps: ft takes their number, {key}")
-        return {key: int(number)}
+        return {key: int(found)}
 
     return rule
 
@@ -95,21 +95,22 @@ def steps(key: str) -> Any:
 def positive_steps(context: Context, value: Any) -> Settings:
     """Optimizer steps, where a number below 1 means none."""
     del context
-    return {"training.max_steps": int(value)} if _number(value) >= 1 else {}
+    return {"training.max_steps": int(value)} if number(value) >= 1 else {}
 
 
 def warmup_steps(context: Context, value: Any) -> Settings:
-    """Steps of warm-up, of which a number below 1 is a share."""
-    del context
-    number = _number(value)
-    return {"optimizer.warmup_ratio": number} if 0 < number < 1 else {"optimizer.warmup_steps": int(number)}
+    """Steps of warm-up, of which a number below 1 is a share; none leave it to the ratio."""
+    found = number(value)
+    if found == 0 and context.at("warmup_ratio") is not None:
+        return {}
+    return {"optimizer.warmup_ratio": found} if 0 < found < 1 else {"optimizer.warmup_steps": int(found)}
 
 
 def warmup_ratio(context: Context, value: Any) -> Settings:
     """Share of warm-up, which steps replace."""
     if context.at("warmup_steps"):
         raise NotCarried("warmup_steps replaces it")
-    return {"optimizer.warmup_ratio": _number(value)}
+    return {"optimizer.warmup_ratio": number(value)}
 
 
 def beta(index: int) -> Any:
@@ -117,7 +118,7 @@ def beta(index: int) -> Any:
 
     def rule(context: Context, value: Any) -> Settings:
         betas = list(context.settings.get("optimizer.betas", [0.9, 0.999]))
-        betas[index] = _number(value)
+        betas[index] = number(value)
         return {"optimizer.betas": betas}
 
     return rule
@@ -125,7 +126,7 @@ def beta(index: int) -> Any:
 
 def trackers(context: Context, value: Any) -> Settings:
     """Programs that follow a run, by name or as a list of names."""
-    names = [str(name) for name in (value if isinstance(value, list) else [value])]
+    names = [str(name) for name in listed(value)]
     known = ("tensorboard", "wandb", "mlflow", "trackio")
     for name in names:
         if name not in (*known, "none", "all"):
@@ -180,7 +181,21 @@ def only(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
     return {ours: mapping[name] for name, ours in names.items() if mapping.get(name) is not None}
 
 
-def _number(value: Any) -> float:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A value that must be a mapping."""
+    if not isinstance(value, Mapping):
+        raise NotCarried("expected a mapping")
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, of which one item may stand for itself."""
+    if value == []:
+        raise NotCarried("the list is empty")
+    return value if isinstance(value, list) else [value]
+
+
+def number(value: Any) -> float:
     """A number, also where YAML 1.1 made text of `1e-4`."""
     try:
         return float(value)
