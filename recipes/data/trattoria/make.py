@@ -225,10 +225,10 @@ LETTERS_A_DAY = 100
 
 
 def conversations(count: int, held_out: bool, draw: random.Random) -> Iterator[Row]:
-    """Chats of one to three questions, sometimes with thanks at the end."""
+    """Chats of one or two questions, sometimes with thanks at the end."""
     for _ in range(count):
         messages = [{"role": "system", "content": HOUSE}]
-        for turn, (answer, questions) in enumerate(draw.sample(ANSWERS, draw.choice([1, 2, 2, 3]))):
+        for turn, (answer, questions) in enumerate(draw.sample(ANSWERS, draw.choice([1, 2, 2]))):
             question = questions[-1] if held_out else draw.choice(questions[:-1])
             opening = draw.choice(OPENINGS) if not turn else ""
             messages.append({"role": "user", "content": opening + question})
@@ -313,20 +313,23 @@ def _wish(draw: random.Random) -> dict[str, Any]:
 
 
 def files() -> dict[str, str]:
-    """What each file holds."""
-    draw = random.Random(SEED)
+    """What each file holds, each from a draw of its own."""
     rows = {
-        "chat-train.jsonl": conversations(160, False, draw),
-        "chat-validation.jsonl": conversations(32, True, draw),
-        "kinds-train.csv": labelled(200, False, draw),
-        "kinds-validation.csv": labelled(40, True, draw),
-        "tools-train.jsonl": bookings(120, False, draw),
-        "tools-validation.jsonl": bookings(24, True, draw),
-        "mailbox-train.jsonl": mailboxes(16, draw),
-        "mailbox-validation.jsonl": mailboxes(4, draw),
+        "chat-train.jsonl": conversations(160, False, _draw("chat-train")),
+        "chat-validation.jsonl": conversations(32, True, _draw("chat-validation")),
+        "kinds-train.csv": labelled(200, False, _draw("kinds-train")),
+        "kinds-validation.csv": labelled(40, True, _draw("kinds-validation")),
+        "tools-train.jsonl": bookings(120, False, _draw("tools-train")),
+        "tools-validation.jsonl": bookings(24, True, _draw("tools-validation")),
+        "mailbox-train.jsonl": mailboxes(16, _draw("mailbox-train")),
+        "mailbox-validation.jsonl": mailboxes(4, _draw("mailbox-validation")),
     }
     made = {name: _as_csv(found) if name.endswith(".csv") else _as_jsonl(found) for name, found in rows.items()}
-    return {**made, "handbook.txt": handbook(draw)}
+    return {**made, "handbook.txt": handbook(_draw("handbook"))}
+
+
+def _draw(name: str) -> random.Random:
+    return random.Random(f"{SEED} {name}")
 
 
 def _as_jsonl(rows: Iterator[Row]) -> str:
