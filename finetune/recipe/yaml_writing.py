@@ -19,8 +19,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, value: str) -> yaml.ScalarNode:
-        """Text, quoted where it would be read as something else."""
-        style = None if is_plain_text(value) else '"'
+        """Text, quoted where it would be read as something else or takes several lines."""
+        style = None if is_plain_text(value) and "\n" not in value else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

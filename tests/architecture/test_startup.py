@@ -60,6 +60,9 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "bad.yaml"], 2),
         (["eval", "no-run"], 2),
         (["schema"], 0),
+        (["explain", "adapter.r"], 0),
+        (["import", "axolotl", "bad.yaml"], 2),
+        (["init", "--memory", "much"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
