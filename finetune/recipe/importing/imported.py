@@ -109,10 +109,7 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
     """The recipe's text; what validation refuses is left behind with its reason."""
     while True:
         sections = _sections(context, output.parent)
-        remarks = {key: origin for key, origin in context.origins.items() if key in context.settings}
-        if "data.overlength" not in context.settings:
-            origin = remarks.get("data.max_length", tool.name)
-            remarks["data.max_length"] = f"{origin}; {tool.name} cuts or drops longer rows, ft stops: data.overlength"
+        remarks = _remarks(tool, context)
         text = commented(_head(tool, file, context, output), sections, remarks)
         try:
             recipe_of(text, output)
@@ -121,6 +118,15 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
                 _leave(problem, context, error)
         else:
             return text
+
+
+def _remarks(tool: Tool, context: Context) -> dict[str, str]:
+    """Behind a key the rival's, and what it does not say there but means."""
+    remarks = {key: origin for key, origin in context.origins.items() if key in context.settings}
+    meant = {"training.gradient_accumulation_steps": f"{tool.name} counts those of one process, ft those of all"}
+    if "data.overlength" not in context.settings:
+        meant["data.max_length"] = f"{tool.name} cuts or drops longer rows, ft stops: data.overlength"
+    return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in remarks.items()}
 
 
 def _leave(problem: Problem, context: Context, error: RecipeError) -> None:

@@ -58,7 +58,7 @@ ARGUMENTS: Mapping[str, Rule] = {
     "fsdp_config": Without(values.DISTRIBUTED),
     "ddp_timeout": Without("rows are tokenized before processes wait for each other"),
     "ddp_find_unused_parameters": Without("gradients are summed by ft itself", harmless=(False,)),
-    "local_rank": Without("torchrun says it"),
+    "local_rank": Without("ft train --processes says it"),
     # saving, evaluation, logs
     "save_steps": values.steps("training.checkpoint_every_steps"),
     "save_strategy": Without("by steps, or by time: training.checkpoint_every_steps", harmless=("steps",)),
