@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.importing import transformers_arguments, values
+from finetune.recipe.importing.dataset_info import REGISTER, registered
 from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
 
 STAGES = {"rm": "a reward model", "ppo": "rewards", "dpo": "preferences", "kto": "preferences"}
@@ -23,21 +24,25 @@ def _method(context: Context, value: Any) -> Settings:
 
 
 def _data_sets(split: str) -> Any:
-    """Names that LLaMA-Factory looks up in `dataset_info.json`; its own data lie beside it under these names."""
+    """Names of data sets, which a register in the data's folder tells; its own data lie beside it under their names."""
 
     def rule(context: Context, value: Any) -> Settings:
         names = value if isinstance(value, list) else str(value).split(",")
-        folder = str(context.at("dataset_dir") or "data")
-        rows = context.at("max_samples")
-        sources = []
-        for name in (str(each).strip() for each in names):
-            source = {"path": name if values.is_local(name) else f"{folder}/{name}.json"}
-            sources.append({**source, **({"rows": rows} if isinstance(rows, int) else {})})
-        if not any(values.is_local(str(name)) for name in names):
-            context.leave("dataset_info.json", "names of data are looked up there; ft takes paths: check those in data")
-        return {f"data.{split}": sources}
+        return {f"data.{split}": [_source(context, str(name).strip()) for name in names]}
 
     return rule
+
+
+def _source(context: Context, name: str) -> dict[str, Any]:
+    folder = str(context.at("dataset_dir") or "data")
+    source: dict[str, Any] | None = {"path": name}
+    if not values.is_local(name):
+        source = registered(context, name, folder, is_text=context.at("stage") == "pt")
+    if source is None:
+        context.leave(REGISTER, f"{name} is not registered in {folder} here: check the path in data.train")
+        source = {"path": f"{folder}/{name}.json"}
+    rows = context.at("max_samples")
+    return {**source, **({"rows": rows} if isinstance(rows, int) else {})}
 
 
 def _quantization(context: Context, value: Any) -> Settings:

@@ -106,8 +106,40 @@ def test_a_llamafactory_file_means_the_same_here(tmp_path: Path, monkeypatch: py
     }  # fmt: skip
     assert {key: value(recipe, key) for key in expected} == expected
     assert [each.key for each in made.left] == [
-        "dataset_info.json", "template", "preprocessing_num_workers", "logging_steps", "plot_loss",
+        "dataset_info.json", "dataset_info.json", "template", "preprocessing_num_workers", "logging_steps", "plot_loss",
     ]  # fmt: skip
+
+
+def test_a_register_of_llamafactory_tells_where_its_names_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    register = {
+        "mine": {"file_name": "mine.json", "columns": {"prompt": "ask", "response": "say"}, "folder": "x"},
+        "turns": {
+            "hf_hub_url": "org/turns",
+            "subset": "en",
+            "formatting": "sharegpt",
+            "columns": {"messages": "dialogue"},
+            "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "guest", "assistant_tag": "house"},
+        },
+        "ranked": {"file_name": "ranked.json", "ranking": True},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(register))
+    made, recipe = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "mine, turns"}, tmp_path)
+    mine, turns = (source.model_dump(exclude_defaults=True) for source in recipe.data.train)
+    assert mine == {
+        "path": str(tmp_path / "data/mine.json"), "format": "instruction", "instruction": "ask", "output": "say",
+    }  # fmt: skip
+    assert turns == {
+        "hub": {"name": "org/turns", "subset": "en"}, "format": "sharegpt", "conversations": "dialogue",
+        "role_key": "who", "content_key": "what", "user_roles": ["guest"], "assistant_roles": ["house"],
+    }  # fmt: skip
+    assert [each.key for each in made.left] == ["dataset_info.json: mine.folder"]
+    made, _ = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "ranked"}, tmp_path)
+    assert {each.key: each.reason for each in made.left}["dataset"] == "ranked has answers that are ranked"
+    (tmp_path / "data" / "dataset_info.json").write_text("{")
+    made, _ = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "mine"}, tmp_path)
+    assert "cannot be read" in {each.key: each.reason for each in made.left}["dataset"]
 
 
 def test_a_trl_file_means_the_same_here(tmp_path: Path):
