@@ -82,7 +82,9 @@ def likely_aim(seen: Survey) -> str:
         return "pretraining"
     if seen.has_tools:
         return "tools"
-    if seen.format in ("classification", "qa"):
+    if seen.format in ("qa", "multiple_choice"):
+        return "qa"
+    if seen.format == "classification":
         return seen.format
     if seen.answers_json:
         return "extraction"
@@ -148,7 +150,7 @@ def _facts(seen: Survey, model: str, aim: str, memory: int, report: Report) -> F
     context = _context_length(folder) if folder else None
     report(Phase("looking at the data"))
     longest, apart = _longest(seen, folder)
-    wanted = TEXT_ROW_TOKENS if aim == "pretraining" else _next_length(longest)
+    wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
     row_tokens = min(wanted, context or wanted)
     bytes_a_number = 2 if compute_dtype("auto", _device()).itemsize == 2 else 4
     settings = largest_that_fits(base, row_tokens, memory, bytes_a_number, BATCH_SIZE)

@@ -35,6 +35,11 @@ DATA = {
     "alpaca.jsonl": jsonl([{"instruction": f"Say {i}", "output": str(i)} for i in range(24)]),
     "book.txt": "\n\n".join(f"Paragraph {i}. " + "It goes on. " * i for i in range(40)),
     "text.jsonl": jsonl([{"text": f"Story {i}"} for i in range(24)]),
+    "ids.jsonl": jsonl([{"input_ids": [5, 6, 7, i]} for i in range(24)]),
+    "arc.jsonl": jsonl([{"question": f"{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(24)]),
+    "gpt.jsonl": jsonl(
+        [{"conversations": [{"from": "human", "value": f"{i}"}, {"from": "gpt", "value": "yes"}]} for i in range(24)]
+    ),
     "one.jsonl": jsonl([{"prompt": "a", "completion": "b"}]),
 }
 LIKELY_AIM = {
@@ -46,6 +51,9 @@ LIKELY_AIM = {
     "alpaca.jsonl": "chat",
     "book.txt": "pretraining",
     "text.jsonl": "pretraining",
+    "ids.jsonl": "pretraining",
+    "arc.jsonl": "qa",
+    "gpt.jsonl": "chat",
     "one.jsonl": "chat",
 }
 
@@ -92,7 +100,7 @@ def test_the_data_tells_what_it_is_for(data: str, folder: Path, tiny_model: Path
     assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_AIM[data]
 
 
-@pytest.mark.parametrize("data", ["labels.csv", "book.txt", "chat.jsonl"])
+@pytest.mark.parametrize("data", ["labels.csv", "book.txt", "chat.jsonl", "ids.jsonl"])
 def test_what_it_wrote_trains(data: str, folder: Path, tiny_model: Path):
     assert init(data, tiny_model).exit_code == 0
     result = ft("train", "recipe.yaml", "--set", "training.max_steps=2", "--run-dir", "run")
