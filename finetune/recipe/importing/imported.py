@@ -26,6 +26,9 @@ TOOLS: Mapping[str, Tool] = {
 
 PLACEHOLDER = "rows.jsonl"
 NO_ROWS = [{"path": PLACEHOLDER}]
+KINDS = ("quantization.kind", "adapter.method")
+"""Keys without which the rest of their section means nothing."""
+
 _DEFAULT_KINDS = {"optimizer": ("name", "adamw"), "adapter": ("method", "lora")}
 
 
@@ -130,24 +133,19 @@ def _remarks(tool: Tool, context: Context) -> dict[str, str]:
 
 
 def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
-    """Take a value out that the recipe refuses, and the whole section where it chose its kind."""
+    """Take a value out that the recipe refuses; rows have a place to fill instead."""
     segments = problem.key.split(".")
-    prefixes = [".".join(segments[:length]) for length in range(len(segments), 0, -1)]
+    prefixes = (".".join(segments[:length]) for length in range(len(segments), 0, -1))
     found = next((prefix for prefix in prefixes if prefix in context.settings), None)
     if found is None or found == "model.name" or context.settings[found] == NO_ROWS:
         raise error
     section = found.partition(".")[0]
-    kind = found in ("quantization.kind", "adapter.method", "optimizer.name")
-    gone = [key for key in context.settings if key == found or (kind and key.startswith(f"{section}."))]
-    if kind and section == "optimizer":
-        gone = [found]
-    if found == "data.train":
-        context.settings[found] = NO_ROWS
-        context.leave(context.origins.pop(found, found), f"{problem.key}: {problem.what}")
-        return
+    gone = [key for key in context.settings if key == found or (found in KINDS and key.startswith(f"{section}."))]
     for key in gone:
         del context.settings[key]
-        context.leave(context.origins.pop(key, key), f"{found}: {problem.what}")
+        context.leave(context.origins.pop(key, key), f"{problem.key}: {problem.what}")
+    if found == "data.train":
+        context.settings[found] = NO_ROWS
 
 
 def _sections(context: Context, folder: Path) -> dict[str, Any]:

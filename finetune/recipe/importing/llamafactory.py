@@ -86,7 +86,7 @@ RULES: Mapping[str, Rule] = {
     "stage": values.read_elsewhere,
     "adapter_name_or_path": Without("write adapter.continue_from: a run of ft's"),
     "cache_dir": Without("the hub's cache is where HF_HOME says"),
-    "flash_attn": To("model.attention", {"fa2": "flash_attention_2", "disabled": "eager", "sdpa": "sdpa"}),
+    "flash_attn": To("model.attention", {"disabled": "eager"}),
     "enable_liger_kernel": Without(values.OWN_KERNELS),
     "use_unsloth": Without(values.OWN_KERNELS, harmless=(False,)),
     "use_unsloth_gc": Without("training.gradient_checkpointing: true", harmless=(False,)),
