@@ -13,6 +13,10 @@ from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.yaml_writing import commented
 
 BATCH_SIZE = 16
+SMALL_BATCH_SIZE = 8
+FEW_ROWS = 500
+"""Rows below which a step takes fewer of them, so that there are enough steps."""
+
 MANY_ROWS = 5000
 """Rows from which one epoch is enough to begin with."""
 
@@ -79,6 +83,11 @@ class Facts:
         """The base's numbers, as people say them: `135M`, `7B`."""
         billions = self.base.parameters / 1e9
         return f"{billions:.1f}B" if billions >= 1 else f"{1000 * billions:.3g}M"
+
+
+def batch_size(rows: int) -> int:
+    """Rows of an optimizer step."""
+    return BATCH_SIZE if rows >= FEW_ROWS else SMALL_BATCH_SIZE
 
 
 def first_recipe(facts: Facts, file: Path) -> str:
@@ -157,7 +166,7 @@ def _training(facts: Facts) -> dict[str, Any]:
     training: dict[str, Any] = {
         "epochs": 3 if facts.seen.rows < MANY_ROWS and not facts.seen.is_text else 1,
         "micro_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": BATCH_SIZE // settings.micro_batch_size,
+        "gradient_accumulation_steps": batch_size(facts.seen.rows) // settings.micro_batch_size,
     }
     if facts.seen.format == "text":
         training["batching"] = "packed"
@@ -168,7 +177,7 @@ def _training(facts: Facts) -> dict[str, Any]:
 
 def _evaluation(facts: Facts) -> dict[str, Any]:
     evaluation: dict[str, Any] = {}
-    steps_an_epoch = facts.seen.rows // BATCH_SIZE
+    steps_an_epoch = facts.seen.rows // batch_size(facts.seen.rows)
     if _held_out(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
         evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
     return {**evaluation, "max_new_tokens": AIMS[facts.aim].max_new_tokens}
@@ -182,7 +191,7 @@ def _remarks(facts: Facts) -> dict[str, str]:
         "data.validation_fraction": "held out, for the loss while training and for ft eval",
         "data.max_length": "tokens; a longer row stops the run, unless overlength says otherwise",
         "optimizer.learning_rate": "the first thing to vary: half and double of it",
-        "training.gradient_accumulation_steps": f"with micro_batch_size: {BATCH_SIZE} rows an optimizer step",
+        "training.gradient_accumulation_steps": f"makes {batch_size(facts.seen.rows)} rows an optimizer step",
         "training.batching": "rows are put together into packs of max_length, which do not read each other",
         "training.gradient_checkpointing": "recomputes activations: less memory, more time",
         "evaluation.max_new_tokens": "longest answer in ft eval",

@@ -16,7 +16,7 @@ from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
 from finetune.data.survey import Survey, estimated_longest_row, longest_row, survey
 from finetune.errors import DataError, EnvironmentFault, UsageError
-from finetune.jobs.first_recipe import AIMS, BATCH_SIZE, Facts, first_recipe
+from finetune.jobs.first_recipe import AIMS, Facts, batch_size, first_recipe
 from finetune.jobs.memory_rule import BaseSize, largest_that_fits, least, memory_bytes
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.load import load_tokenizer
@@ -32,7 +32,7 @@ from finetune.run.events import Phase, Report, ignore
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 20
+FEW_TEXTS = 20
 """Text of fewer files is taken apart into paragraphs, so that some of it can be held out."""
 
 LONG_ROW_TOKENS = 4096
@@ -54,9 +54,9 @@ def look_at(data: str, data_format: str = "auto") -> Survey:
     """
     source = _source(data, data_format)
     found = survey(source)
-    if found.rows < FEW_ROWS and isinstance(found.source, TextSource) and all(map(is_plain_text, files_of(source))):
+    if found.rows < FEW_TEXTS and isinstance(found.source, TextSource) and all(map(is_plain_text, files_of(source))):
         apart = survey(found.source.model_copy(update={"split": "paragraph"}))
-        return apart if apart.rows >= FEW_ROWS else found
+        return apart if apart.rows >= FEW_TEXTS else found
     return found
 
 
@@ -153,9 +153,10 @@ def _facts(seen: Survey, model: str, aim: str, memory: int, report: Report) -> F
     wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
     row_tokens = min(wanted, context or wanted)
     bytes_a_number = 2 if compute_dtype("auto", _device()).itemsize == 2 else 4
-    settings = largest_that_fits(base, row_tokens, memory, bytes_a_number, BATCH_SIZE)
+    batch = batch_size(seen.rows)
+    settings = largest_that_fits(base, row_tokens, memory, bytes_a_number, batch)
     if settings is None:
-        needed = memory_bytes(least(BATCH_SIZE), base, row_tokens, bytes_a_number)
+        needed = memory_bytes(least(batch), base, row_tokens, bytes_a_number)
         raise UsageError(
             f"{model} with rows of {row_tokens} tokens takes about {needed / 1e9:.0f} GB at least, and there are "
             f"{memory / 1e9:.0f} GB",

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from finetune.jobs.first_recipe import AIMS
+from finetune.jobs.first_recipe import AIMS, batch_size
 from finetune.recipe.load import load_recipe
 from tests.fixtures.tiny import chat_rows
 
@@ -131,7 +131,7 @@ def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path):
     for memory in ("80GB", "24GB"):
         assert init("long.jsonl", "org/base-7B", "--memory", memory, "--overwrite").exit_code == 0
         training = load_recipe(folder / "recipe.yaml").recipe.training
-        assert training.micro_batch_size * training.gradient_accumulation_steps == 16
+        assert training.micro_batch_size * training.gradient_accumulation_steps == batch_size(8)
         sizes.append(training.micro_batch_size)
     assert sizes[0] > sizes[1]
 
