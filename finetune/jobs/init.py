@@ -22,6 +22,7 @@ from finetune.models.folder import ModelFolder, find_model
 from finetune.models.load import load_tokenizer
 from finetune.models.precision import compute_dtype
 from finetune.recipe.data import Source, SourceSection, TextSource
+from finetune.recipe.importing.values import is_local
 from finetune.recipe.load import recipe_of
 from finetune.recipe.model import Model
 from finetune.recipe.problems import nearest
@@ -54,7 +55,8 @@ def look_at(data: str, data_format: str = "auto") -> Survey:
     """
     source = _source(data, data_format)
     found = survey(source)
-    if found.rows < FEW_TEXTS and isinstance(found.source, TextSource) and all(map(is_plain_text, files_of(source))):
+    is_text = source.path is not None and all(map(is_plain_text, files_of(source)))
+    if is_text and isinstance(found.source, TextSource) and found.rows < FEW_TEXTS:
         apart = survey(found.source.model_copy(update={"split": "paragraph"}))
         return apart if apart.rows >= FEW_TEXTS else found
     return found
@@ -62,7 +64,7 @@ def look_at(data: str, data_format: str = "auto") -> Survey:
 
 def _source(data: str, data_format: str) -> SourceSection:
     path = anchored(data, Path.cwd())
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not os.path.exists(path) and not Path(data).suffix
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not is_local(data)
     if not (is_hub_id or glob.has_magic(path) or os.path.exists(path)):
         raise DataError("there is no such file", where=data, hint="name a file, a folder, or org/name of the hub")
     place = {"hub": {"name": data}} if is_hub_id else {"path": path}

@@ -125,6 +125,18 @@ def test_the_base_is_stored_in_as_many_bits_as_fit(memory: str, kind: str, folde
     assert load_recipe(folder / "recipe.yaml").recipe.quantization.kind == kind
 
 
+def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    rows = [{"text": f"Story {i}"} for i in range(5)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: rows)
+    assert init("org/stories.v2", tiny_model).exit_code == 0
+    source = load_recipe(folder / "recipe.yaml").recipe.data.train[0]
+    assert (source.path, source.format) == (None, "text")
+    assert source.hub is not None
+    assert source.hub.name == "org/stories.v2"
+
+
 def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path):
     (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 2000, "completion": "b"}] * 8))
     sizes = []
