@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from finetune.jobs.preview import Preview
     from finetune.jobs.reproduce import Reproduction
     from finetune.recipe.catalogue import Choice
+    from finetune.recipe.explanation import Explanation
+    from finetune.recipe.importing.imported import Imported
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
     from finetune.run.listing import Removable, RunSummary
@@ -467,6 +469,15 @@ def show_written(file: Path, answers: int, as_json: bool) -> None:
     show_result(f"{answers} answer{'s' if answers != 1 else ''}: {file}")
 
 
+def answer(question: str, default: str | None = None) -> str | None:
+    """Ask a person, who may take the default by an empty line; where there is none, the default."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return default
+    sys.stderr.write(f"{question}{f' [{default}]' if default else ''}: ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip() or default
+
+
 def is_confirmed(question: str) -> bool:
     """Ask a person; where there is none, the answer is no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -605,6 +616,41 @@ def show_sweep(directory: SweepDirectory, recipe: Path, as_json: bool) -> None:
 def show_page(file: Path, as_json: bool) -> None:
     """Print where a page is."""
     show_result(json.dumps({"event": "page", "file": str(file)}) if as_json else f"page: {_short(file)}")
+
+
+def show_sections(sections: dict[str, str], as_json: bool) -> None:
+    """Print the sections of a recipe and what each is for."""
+    if as_json:
+        show_result(json.dumps(sections, ensure_ascii=False))
+        return
+    from . import wording
+
+    width = shutil.get_terminal_size().columns
+    show_result(
+        "\n".join(["sections of a recipe; `ft explain SECTION` tells more", *wording.described(sections, width)])
+    )
+
+
+def show_explanation(explanation: Explanation, values: dict[str, list[str]], as_json: bool) -> None:
+    """Print what there is to know of a key, and the values that recipes give to it."""
+    if as_json:
+        show_result(json.dumps({**asdict(explanation), "recipes": values}, ensure_ascii=False))
+        return
+    from . import wording
+
+    show_result("\n".join(wording.explanation(explanation, values, shutil.get_terminal_size().columns)))
+
+
+def show_import(made: Imported, file: Path, as_json: bool) -> None:
+    """Print where a translated recipe is, and what it does not have."""
+    if as_json:
+        show_result(json.dumps({"event": "imported", "file": str(file), "carried": made.carried}))
+        for each in made.left:
+            show_result(json.dumps({"event": "not_carried", **asdict(each)}, ensure_ascii=False))
+        return
+    from . import wording
+
+    show_result("\n".join(wording.imported(made, file, shutil.get_terminal_size().columns)))
 
 
 def show_preview(preview: Preview) -> None:

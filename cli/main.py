@@ -15,8 +15,11 @@ from . import console
 from .chat import chat
 from .diff import diff
 from .evaluate import evaluate
+from .explain import explain
 from .export import export
 from .generate import generate
+from .importing import import_recipe
+from .init import init
 from .merge import merge
 from .methods import methods
 from .preview import preview
@@ -97,6 +100,8 @@ def _options(
     """Options of `ft` itself."""
 
 
+app.command()(init)
+app.command("import")(import_recipe)
 app.command()(validate)
 app.command()(preview)
 app.command()(train)
@@ -113,6 +118,7 @@ app.add_typer(runs, name="runs")
 app.command()(diff)
 app.command()(reproduce)
 app.command()(methods)
+app.command()(explain)
 app.command()(schema)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ from .harmless import harmless
 
 if TYPE_CHECKING:
     from finetune.recipe.catalogue import Choice
+    from finetune.recipe.explanation import Explanation, Meaning
+    from finetune.recipe.importing.imported import Imported
 
 ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""
@@ -171,5 +173,63 @@ def choice(choice: Choice, width: int) -> list[str]:
     return [f"{choice.key}: {choice.name}", *lines[0], *lines[1]]
 
 
+def explanation(explanation: Explanation, values: dict[str, list[str]], width: int) -> list[str]:
+    """A key of a recipe and below it what there is to know of it.
+
+    Args:
+        explanation: What the schema says.
+        values: Values that recipes give to the key, and the recipes' names.
+        width: Longest line in characters.
+    """
+    lines = [explanation.key if explanation.word is None else f"{explanation.key}: {explanation.word}"]
+    for meaning in explanation.meanings:
+        lines += [*_indented(meaning.what, width), *_titled(_facts(meaning, explanation), width)]
+    lines += described(explanation.choices, width) + described(explanation.keys, width)
+    resume = " or ".join(dict.fromkeys(meaning.on_resume for meaning in explanation.meanings))
+    facts = {
+        "on resume": resume if not explanation.keys else "",
+        "elsewhere": ", ".join(explanation.spellings),
+        "in recipes": "; ".join(f"{value}: {', '.join(files)}" for value, files in values.items()),
+    }
+    return lines + _titled(facts, width)
+
+
+def imported(made: Imported, file: Path, width: int) -> list[str]:
+    """Where a translated recipe is, and every key that it does not have."""
+    lines = [f"recipe: {file} ({made.carried} keys of {made.tool}'s file carried over)"]
+    if made.left:
+        lines.append("not carried over:")
+    for each in made.left:
+        place = f"line {each.line}: " if each.line else ""
+        lines += _wrapped(f"{place}{each.key}: {each.reason}", width, " " * 4, " " * 8)
+    return [*lines, f"next: ft validate {file}   ft preview {file}"]
+
+
+def _facts(meaning: Meaning, explanation: Explanation) -> dict[str, str]:
+    if explanation.word is not None:
+        return {}
+    default = "none: it must be given" if meaning.default is None else meaning.default
+    return {"values": meaning.values, "default": default, "only with": ", ".join(meaning.kinds)}
+
+
+def described(entries: Mapping[str, str], width: int) -> list[str]:
+    """Words in a column, and what each is beside it."""
+    return _in_two_columns(entries, width, max(map(len, entries), default=0))
+
+
+def _titled(facts: Mapping[str, str], width: int) -> list[str]:
+    return _in_two_columns({title: fact for title, fact in facts.items() if fact}, width, len("in recipes"))
+
+
+def _in_two_columns(entries: Mapping[str, str], width: int, first: int) -> list[str]:
+    indents = {name: f"{'':4}{name.ljust(first)}  " for name in entries}
+    wrapped = (_wrapped(text, width, indents[name], " " * (first + 6)) for name, text in entries.items())
+    return [line for lines in wrapped for line in lines]
+
+
 def _indented(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    return _wrapped(text, width, " " * 4, " " * 4)
+
+
+def _wrapped(text: str, width: int, first: str, further: str) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

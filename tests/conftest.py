@@ -42,6 +42,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_tool_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a longer context and a chat template that knows tools. Do not change it."""
+    from tests.fixtures.templates import family_tokenizer
+    from tests.fixtures.tiny import tiny_llama
+
+    folder = tmp_path_factory.mktemp("models") / "tools"
+    tiny_llama(max_position_embeddings=4096).save_pretrained(folder)
+    family_tokenizer("qwen2_5").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 chat rows as JSONL. Do not change it."""
     from tests.fixtures.tiny import chat_rows

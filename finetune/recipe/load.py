@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import yaml
 from pydantic import ValidationError
 
 from finetune.errors import Problem, RecipeError
@@ -21,7 +20,8 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import RULES
 from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
 from finetune.recipe.written import Origin, Placed, Written
-from finetune.recipe.yaml_source import MAX_BYTES, decode, is_plain_text, position_at, read_yaml
+from finetune.recipe.yaml_source import MAX_BYTES, decode, position_at, read_yaml
+from finetune.recipe.yaml_writing import block
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     Raises:
         RecipeError: With every problem of the file and of the overrides.
     """
-    text = decode(_read(path), str(path))
+    return recipe_of(decode(_read(path), str(path)), path, overrides)
+
+
+def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Validate the text of a recipe as if it stood in the file `path`, which need not be there.
+
+    Raises:
+        RecipeError: With every problem of the text and of the overrides.
+    """
     _refuse_secrets(text, str(path), overrides)
     written = Written(read_yaml(text, str(path)), str(path))
     problems = apply_overrides(written, overrides)
@@ -68,8 +76,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; loading it gives an equal recipe."""
-    data = recipe.model_dump(mode="json")
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return block(recipe.model_dump(mode="json"))
 
 
 def _read(path: Path) -> bytes:
@@ -135,19 +142,3 @@ def _named(recipe: Recipe, path: Path) -> Recipe:
         return recipe
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "run"
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": name})})
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes YAML that our reader, with its own rules for plain text, reads back the same."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write everything out: the reader refuses aliases."""
-        return True
-
-    def text(self, value: str) -> yaml.ScalarNode:
-        """Text, quoted where it would be read as something else."""
-        style = None if is_plain_text(value) else '"'
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.text)

@@ -87,7 +87,7 @@ def _unknown_key_hint(path: KeyPath, section: Shape, written: Written) -> str:
         translated_key(key)
         or _other_kind_hint(path, section, written)
         or _elsewhere_hint(key)
-        or (f"did you mean `{nearest}`?" if (nearest := _nearest(key, valid)) else f"valid keys: {', '.join(valid)}")
+        or (f"did you mean `{near}`?" if (near := nearest(key, valid)) else f"valid keys: {', '.join(valid)}")
     )
 
 
@@ -128,7 +128,7 @@ def _misspelling(key: str, parent: KeyPath, written: Written) -> str | None:
     section = written.value(parent) or {}
     valid = _known_shape(parent, written.data).fields(section)
     unknown = [other for other in list(section)[:MAX_PROBLEMS] if other not in valid]
-    return next((other for other in unknown if _nearest(other, valid) == key), None)
+    return next((other for other in unknown if nearest(other, valid) == key), None)
 
 
 def _unfit(path: KeyPath, written: Written) -> Placed:
@@ -172,7 +172,7 @@ def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
     names = [str(segment) for segment in path if not isinstance(segment, int)]
     key = ".".join([*names, shape.tag] if shape.tag else names)
     choices = list(shape.arms) or shape.choices
-    choice = translated_value(key, text) or _nearest(text, map(str, choices))
+    choice = translated_value(key, text) or nearest(text, map(str, choices))
     further = further_advice(key, text)
     if choice and shape.tag:
         return f"write {_entry(path, f'{{{shape.tag}: {choice}}}')}" + (f" and {further}" if further else "")
@@ -190,7 +190,7 @@ def _entry(path: KeyPath, value: str) -> str:
     return f"{path[-1]}: {value}" if path and isinstance(path[-1], str) else value
 
 
-def _nearest(word: str, candidates: Iterable[str]) -> str | None:
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `word` is probably a slip for."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word[:LONGEST_EXCERPT].lower(), by_lower, n=1)

@@ -433,6 +433,13 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """The same for a file whose folder may not be there yet."""
+    with disk_faults(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` when the block ends well, and vanishes when it does not.

@@ -66,6 +66,9 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["report", "a-run"], 0),
         (["watch", "a-run"], 0),
         (["schema"], 0),
+        (["explain", "adapter.r"], 0),
+        (["import", "axolotl", "bad.yaml"], 2),
+        (["init", "--memory", "much"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

@@ -29,6 +29,7 @@ def test_its_ft_commands_run_in_their_order(
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("ft ")]
     assert [command.split()[1] for command in commands] == [
+        "init",
         "validate",
         "preview",
         "train",
@@ -41,6 +42,9 @@ def test_its_ft_commands_run_in_their_order(
     ]
     for command in commands:
         arguments = shlex.split(command)[1:]
+        if arguments[0] == "init":
+            arguments = [str(chat_file) if argument == "my.jsonl" else argument for argument in arguments]
+            arguments[-1] = str(tiny_model)
         if arguments[0] in ("preview", "train", "quantize"):  # the same run on the tiny model and two steps
             smaller = [f"model.name={tiny_model}", "training.max_steps=2", "evaluation.generation_rows=2"]
             arguments = [argument.replace("my.jsonl", str(chat_file)) for argument in arguments]

@@ -47,7 +47,7 @@ class AutoFormat(Format[AutoSource]):
     def document(self, row: Row) -> Document:
         """The document of the row in the format that was detected on the first row."""
         if self._detected is None:
-            self._detected = build(self._detect(row))
+            self._detected = build(detect(row))
             self._told = f"{self.name}, which the columns of {row.where} told"
         try:
             return self._detected.document(row)
@@ -60,22 +60,28 @@ class AutoFormat(Format[AutoSource]):
                 hint="correct the row, or set the source's format and name its columns",
             ) from error
 
-    def _detect(self, row: Row) -> SourceSection:
-        found = list(_candidates(row))
-        formats = [section.model_dump()["format"] for section in found]
-        if not found:
-            raise DataError(
-                f"no format is known by the columns {excerpt(', '.join(row.values)) or '(none)'}",
-                where=row.where,
-                hint="set the source's format, and name its columns",
-            )
-        if len(found) > 1:
-            raise DataError(
-                f"the columns fit more than one format: {', '.join(formats)}",
-                where=row.where,
-                hint=f"set the source's format: {' or '.join(formats)}",
-            )
-        return found[0]
+
+def detect(row: Row) -> SourceSection:
+    """The format that the columns of a row tell.
+
+    Raises:
+        DataError: They tell none, or more than one.
+    """
+    found = list(_candidates(row))
+    formats = [section.model_dump()["format"] for section in found]
+    if not found:
+        raise DataError(
+            f"no format is known by the columns {excerpt(', '.join(row.values)) or '(none)'}",
+            where=row.where,
+            hint="set the source's format, and name its columns",
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"the columns fit more than one format: {', '.join(formats)}",
+            where=row.where,
+            hint=f"set the source's format: {' or '.join(formats)}",
+        )
+    return found[0]
 
 
 def _candidates(row: Row) -> Iterator[SourceSection]:

@@ -150,7 +150,7 @@ def test_the_version_is_the_packages():
 
 def test_help_lists_the_commands_in_the_order_of_use():
     result = ft("--help")
-    names = ["validate", "train", "eval", "generate", "merge", "schema"]
+    names = ["init", "import", "validate", "train", "eval", "generate", "merge", "explain", "schema"]
     places = [result.stdout.index(f"\n  {name} ") for name in names]
     assert places == sorted(places)
     assert result.exit_code == 0

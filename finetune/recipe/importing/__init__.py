@@ -1,0 +1,1 @@
+"""Configurations of other fine-tuning tools as recipes: one table of translation for each."""

@@ -1,0 +1,277 @@
+"""Axolotl: the file that `axolotl train` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.recipe.importing import transformers_arguments, values
+from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
+
+FORMATS = {
+    "alpaca": "instruction",
+    "gpteacher": "instruction",
+    "chat_template": "chat",
+    "sharegpt": "sharegpt",
+    "completion": "text",
+    "pretrain": "text",
+    "context_qa": "qa",
+}
+"""Prompt strategies that read the same columns as a format here; what follows a dot or a colon is a template."""
+
+CHAT_ROLES = {"role": ("from", "role"), "content": ("value", "content")}
+WANDB = "wandb reads WANDB_PROJECT, WANDB_ENTITY and its own settings; ft names the run"
+SAMPLES = "samples of answers: ft eval RUN"
+
+_ROW_KEYS = ("path", "type", "name", "split", "revision", "data_files", "ds_type", "field", "conversation")
+_COLUMN_KEYS = ("field_messages", "field_system", "field_tools", "message_property_mappings")
+_TURN_KEYS = ("message_field_role", "message_field_content")
+
+
+def _data_sets(split: str) -> Any:
+    def rule(context: Context, value: Any) -> Settings:
+        entries = values.listed(value)
+        key = {"train": "datasets", "validation": "test_datasets"}[split]
+        return {f"data.{split}": [_source(context, f"{key}.{i}", entry) for i, entry in enumerate(entries)]}
+
+    return rule
+
+
+def _streamed(context: Context, value: Any) -> Settings:
+    """Data for pre-training, which are read over the network while training."""
+    settings = _data_sets("train")(context, value)
+    for source in settings["data.train"]:
+        if "hub" in source:
+            source["hub"]["stream"] = True
+    return settings  # type: ignore[no-any-return]
+
+
+def _source(context: Context, key: str, entry: Any) -> dict[str, Any]:
+    """A source; what it cannot say is left behind."""
+    if isinstance(entry, str):
+        entry = {"path": entry, "type": "pretrain"}
+    entry = values.mapping(entry)
+    name = str(entry.get("path"))
+    files = entry.get("data_files")
+    source = values.place(name, entry.get("name"), entry.get("split"), entry.get("revision"), files)
+    if entry.get("ds_type") and "hub" in source and name == entry["ds_type"]:
+        raise NotCarried("name the files in data.train")
+    source |= _format(context, key, entry)
+    known = (*_ROW_KEYS, *_COLUMN_KEYS, *_TURN_KEYS)
+    context.leave_others(key, entry, known, "ft has no such key; which turns train is data.train_on")
+    return source
+
+
+def _format(context: Context, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    kind = entry.get("type")
+    if isinstance(kind, Mapping):
+        return _custom(context, f"{key}.type", kind)
+    strategy = str(kind).partition(":")[0]
+    chosen = FORMATS.get(strategy) or FORMATS.get(strategy.partition(".")[0])
+    if chosen is None:
+        if kind is not None:
+            context.leave(f"{key}.type", f"{kind}: the rows' columns tell their format, or write it")
+        return {}
+    if chosen == "text":
+        return {"format": "text", **({"text": entry["field"]} if entry.get("field") else {})}
+    if chosen != "chat":
+        return {"format": chosen}
+    return _turns(entry)
+
+
+def _turns(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Conversations, whose turns have role and content under these names or those of ShareGPT."""
+    names = {
+        "role": entry.get("message_field_role"),
+        "content": entry.get("message_field_content"),
+        **values.mapping(entry.get("message_property_mappings") or {}),
+    }
+    role, content = names["role"] or "role", names["content"] or "content"
+    columns = values.only(entry, {"field_tools": "tools"})
+    if (role, content) == ("role", "content"):
+        return {"format": "chat", **values.only(entry, {"field_messages": "messages"}), **columns}
+    columns |= values.only(entry, {"field_messages": "conversations", "field_system": "system"})
+    return {"format": "sharegpt", "role_key": role, "content_key": content, **columns}
+
+
+def _custom(context: Context, key: str, kind: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy that names its columns; its own wording of prompts is the chat template's matter here."""
+    columns = {
+        "field_instruction": "instruction",
+        "field_input": "input",
+        "field_output": "output",
+        "system_prompt": "system",
+    }
+    context.leave_others(key, kind, tuple(columns), values.NO_TEMPLATE)
+    return {"format": "instruction", **{k: v for k, v in values.only(kind, columns).items() if v != ""}}
+
+
+def _adapter(context: Context, value: Any) -> Settings:
+    methods = {"lora": "lora", "qlora": "lora", "ia3": "ia3", "none": "full"}
+    if str(value) not in methods:
+        raise NotCarried("write adapter: {method: lora}; ft methods lists all")
+    return {"adapter.method": methods[str(value)], **({"quantization.kind": "nf4"} if value == "qlora" else {})}
+
+
+def _lora(key: str) -> Any:
+    def rule(context: Context, value: Any) -> Settings:
+        if context.at("adapter") not in ("lora", "qlora"):
+            raise NotCarried("adapter is not lora")
+        return values.targets(context, value) if key == "adapter.target_modules" else {key: value}
+
+    return rule
+
+
+def _all_linear(context: Context, value: Any) -> Settings:
+    """Every linear layer; a list of names beside it is added to them, and so says nothing more."""
+    if value is not True or context.at("adapter") not in ("lora", "qlora"):
+        return {}
+    return {"adapter.target_modules": "all-linear"}
+
+
+def _target_modules(context: Context, value: Any) -> Settings:
+    if context.at("lora_target_linear") is True:
+        raise NotCarried("lora_target_linear takes all linear layers in")
+    return _lora("adapter.target_modules")(context, value)  # type: ignore[no-any-return]
+
+
+def _each_epoch(context: Context, value: Any) -> Settings:
+    del context
+    if value == 0:
+        return {}
+    raise NotCarried("a number of steps: evaluation.every_steps, training.checkpoint_every_steps")
+
+
+def _plugins(context: Context, value: Any) -> Settings:
+    for plugin in values.listed(value):
+        context.leave("plugins", f"{str(plugin).rpartition('.')[2]}: a recipe names no code")
+    return {}
+
+
+def _refuse(config: Mapping[str, Any]) -> str | None:
+    if config.get("rl"):
+        return f"rl: {config['rl']} learns from preferences or rewards"
+    for key in ("reward_model", "process_reward_model"):
+        if config.get(key):
+            return f"{key} trains a judge of answers"
+    return "base_model is missing: it is no configuration of a training" if "base_model" not in config else None
+
+
+RULES: Mapping[str, Rule] = {
+    **transformers_arguments.ARGUMENTS,
+    "base_model": To("model.name"),
+    "base_model_config": Without("the model's own config.json"),
+    "base_model_ignore_patterns": Without("weights are read from safetensors alone"),
+    "revision_of_model": To("model.revision"),
+    "model_type": Without("config.json says it"),
+    "tokenizer_type": Without("tokenizer_config.json says it"),
+    "tokenizer_config": Without("the model's own tokenizer"),
+    "tokenizer_use_fast": Without("tokenizers have character offsets, or are refused", harmless=(True,)),
+    "tokenizer_use_mistral_common": Without("the tokenizer in the model's folder", harmless=(False,)),
+    "is_llama_derived_model": Without("config.json says it"),
+    "is_falcon_derived_model": Without("config.json says it"),
+    "is_mistral_derived_model": Without("config.json says it"),
+    "strict": Without("unknown keys are errors here in any case", harmless=(False,)),
+    "plugins": _plugins,
+    "load_in_4bit": values.four_bit,
+    "bnb_4bit_use_double_quant": values.read_elsewhere,
+    "load_in_8bit": Switch(on={"quantization.kind": "int8"}),
+    "gptq": Without("name a base in plain weights, and quantization: {kind: optq}", harmless=(False,)),
+    "bnb_config_kwargs": Without("write quantization: {kind: nf4, double_quant: true}"),
+    "adapter": _adapter,
+    "lora_r": _lora("adapter.r"),
+    "lora_alpha": _lora("adapter.alpha"),
+    "lora_dropout": _lora("adapter.dropout"),
+    "lora_target_linear": _all_linear,
+    "lora_target_modules": _target_modules,
+    "lora_modules_to_save": _lora("adapter.modules_to_save"),
+    "lora_fan_in_fan_out": Without("layers know how they store weights", harmless=(False,)),
+    "lora_model_dir": Without("write adapter.continue_from: a run of ft's"),
+    "lora_mlp_kernel": Without(values.OWN_KERNELS),
+    "lora_qkv_kernel": Without(values.OWN_KERNELS),
+    "lora_o_kernel": Without(values.OWN_KERNELS),
+    "loraplus_lr_ratio": _lora("adapter.loraplus_ratio"),
+    "peft_use_rslora": _lora("adapter.rslora"),
+    "peft_use_dora": _lora("adapter.dora"),
+    "peft_target_modules": values.targets,
+    "peft_feedforward_modules": To("adapter.feedforward_modules"),
+    "peft_fan_in_fan_out": Without("layers know how they store weights", harmless=(False,)),
+    "peft_layers_to_transform": Without("write modules: [{match: ..., adapter: {skip: true}}]"),
+    "unfrozen_parameters": Without("write adapter: {method: full, train: [patterns]}"),
+    "relora_steps": Without("the update stays one of rank r"),
+    "datasets": _data_sets("train"),
+    "pretraining_dataset": _streamed,
+    "test_datasets": _data_sets("validation"),
+    "dataset_prepared_path": Without("the cache is where FT_CACHE says"),
+    "dataset_processes": Without(values.LOADING),
+    "dataset_exact_deduplication": Without("duplicates are counted in data_report.json", harmless=(False,)),
+    "shuffle_merged_datasets": Without("rows are shuffled in every epoch", harmless=(True,)),
+    "val_set_size": values.share_or_rows,
+    "sequence_len": To("data.max_length"),
+    "excess_length_strategy": To("data.overlength"),
+    "sample_packing": Switch(on={"training.batching": "packed"}),
+    "eval_sample_packing": Without("held-out rows are measured one by one", harmless=(False,)),
+    "sample_packing_eff_est": Without("packs are made by best fit"),
+    "pad_to_sequence_len": Without("rows are not filled up to the longest length", harmless=(False,)),
+    "train_on_inputs": Switch(on={"data.train_on": "all"}),
+    "chat_template": Without(values.NO_TEMPLATE, harmless=("tokenizer_default",)),
+    "chat_template_jinja": Without(values.NO_TEMPLATE),
+    "default_system_message": Without("write system in the source, where its format has one"),
+    "eot_tokens": Without("the end of a trained turn trains with it, as the template writes it"),
+    "special_tokens": Without("the tokenizer's own; adapter.trainable_tokens trains single ones", harmless=({},)),
+    "tokens": Without("the vocabulary stays; adapter.trainable_tokens trains single tokens"),
+    "resize_token_embeddings_to_32x": Without("the vocabulary stays", harmless=(False,)),
+    "micro_batch_size": To("training.micro_batch_size"),
+    "eval_batch_size": To("evaluation.batch_size"),
+    "num_epochs": To("training.epochs"),
+    "optimizer": To("optimizer.name"),
+    "lr_scheduler": To("optimizer.schedule"),
+    "cosine_min_lr_ratio": Without("schedules end at 0"),
+    "flash_attention": Switch(on={"model.attention": "flash_attention_2"}),
+    "sdp_attention": Switch(on={"model.attention": "sdpa"}),
+    "eager_attention": Switch(on={"model.attention": "eager"}),
+    "flex_attention": Without("write model.attention: sdpa", harmless=(False,)),
+    "xformers_attention": Without("write model.attention: sdpa", harmless=(False,)),
+    "s2_attention": Without("attention is the model's own", harmless=(False,)),
+    "scaling_softmax": Without("attention is the model's own", harmless=(False,)),
+    "flash_attn_cross_entropy": Without(values.OWN_KERNELS, harmless=(False,)),
+    "flash_attn_rms_norm": Without(values.OWN_KERNELS, harmless=(False,)),
+    "flash_attn_fuse_qkv": Without(values.OWN_KERNELS, harmless=(False,)),
+    "flash_attn_fuse_mlp": Without(values.OWN_KERNELS, harmless=(False,)),
+    "unsloth_lora_mlp": Without(values.OWN_KERNELS),
+    "early_stopping_patience": Without("a run ends with its schedule"),
+    "loss_watchdog_threshold": Without("a loss that is not finite stops the run before it touches the weights"),
+    "loss_watchdog_patience": Without("a loss that is not finite stops the run before it touches the weights"),
+    "evals_per_epoch": _each_epoch,
+    "saves_per_epoch": _each_epoch,
+    "save_first_step": Without("ft saves by time from the start", harmless=(False,)),
+    "eval_table_size": Without(SAMPLES),
+    "eval_table_max_new_tokens": Without(SAMPLES),
+    "eval_max_new_tokens": To("evaluation.max_new_tokens"),
+    "eval_causal_lm_metrics": Without("ft eval tells exact match and F1"),
+    "wandb_project": lambda context, value: {"trackers": [{"name": "wandb", "project": value}]},
+    "wandb_entity": Without(WANDB),
+    "wandb_watch": Without(WANDB, harmless=("", "false")),
+    "wandb_name": Without(WANDB),
+    "wandb_run_id": Without(WANDB),
+    "wandb_log_model": Without(WANDB, harmless=("", "false")),
+    "mlflow_experiment_name": lambda context, value: {"trackers": [{"name": "mlflow", "experiment": value}]},
+    "mlflow_tracking_uri": Without("mlflow reads MLFLOW_TRACKING_URI"),
+    "fsdp_version": Without(values.DISTRIBUTED),
+    "context_parallel_size": Without(values.DISTRIBUTED, harmless=(1,)),
+    "tensor_parallel_size": Without(values.DISTRIBUTED, harmless=(1,)),
+    "dp_shard_size": Without(values.DISTRIBUTED, harmless=(1,)),
+    "dp_replicate_size": Without(values.DISTRIBUTED, harmless=(1,)),
+    "debug": Without("ft preview shows what the model will see", harmless=(False,)),
+    "fp8": Without("training.precision: bfloat16", harmless=(False,)),
+}
+
+DEFAULTS: Mapping[str, Any] = {
+    "adapter": "none",
+    "bnb_4bit_use_double_quant": True,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "sequence_len": 512,
+}
+
+TOOL = Tool("Axolotl", RULES, DEFAULTS, _refuse)

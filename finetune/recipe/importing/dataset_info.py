@@ -1,0 +1,82 @@
+"""LLaMA-Factory's register of data sets: `dataset_info.json` in the folder of the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.recipe.importing import values
+from finetune.recipe.importing.translation import Context, NotCarried
+
+REGISTER = "dataset_info.json"
+
+ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "tools": "tools"}
+SHAREGPT_TAGS = {"role_tag": "role_key", "content_tag": "content_key"}
+SHAREGPT_ROLES = {
+    "user_tag": "user_roles",
+    "assistant_tag": "assistant_roles",
+    "system_tag": "system_roles",
+    "function_tag": "call_roles",
+    "observation_tag": "tool_roles",
+}
+
+_PLACE_KEYS = ("file_name", "hf_hub_url", "subset", "split", "formatting", "columns", "tags", "num_samples")
+
+
+def registered(context: Context, name: str, folder: str, is_text: bool) -> dict[str, Any] | None:
+    """The source that a name stands for; None where there is no register, or it does not know the name.
+
+    Args:
+        context: Told what of the entry is not carried over.
+        name: As the configuration has it.
+        folder: Where the register and the files are.
+        is_text: Whether rows are for pre-training, as plain text.
+
+    Raises:
+        NotCarried: The entry is of rows that ft cannot read.
+    """
+    entry = _register(Path(folder) / REGISTER).get(name)
+    if not isinstance(entry, Mapping):
+        return None
+    if entry.get("ranking"):
+        raise NotCarried(f"{name} has answers that are ranked")
+    key = f"{REGISTER}: {name}"
+    context.leave_others(key, entry, _PLACE_KEYS, "ft has no such key")
+    rows = {"rows": entry["num_samples"]} if isinstance(entry.get("num_samples"), int) else {}
+    return {**_place(entry, folder), **_format(context, key, entry, is_text), **rows}
+
+
+def _register(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotCarried(f"{file} cannot be read: {error}") from error
+    return found if isinstance(found, Mapping) else {}
+
+
+def _place(entry: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    if isinstance(entry.get("file_name"), str):
+        return {"path": f"{folder}/{entry['file_name']}"}
+    return values.place(str(entry.get("hf_hub_url")), entry.get("subset"), entry.get("split"))
+
+
+def _format(context: Context, key: str, entry: Mapping[str, Any], is_text: bool) -> dict[str, Any]:
+    columns, tags = (values.mapping(entry.get(part) or {}) for part in ("columns", "tags"))
+    if is_text:
+        return {"format": "text", **values.only(columns, {"prompt": "text"})}
+    if entry.get("formatting", "alpaca") == "alpaca":
+        context.leave_others(f"{key}: columns", columns, tuple(ALPACA_COLUMNS), "ft has no such column")
+        return {"format": "instruction", **values.only(columns, ALPACA_COLUMNS)}
+    context.leave_others(f"{key}: columns", columns, tuple(SHAREGPT_COLUMNS), "ft has no such column")
+    roles = {ours: [role] for ours, role in values.only(tags, SHAREGPT_ROLES).items()}
+    return {
+        "format": "sharegpt",
+        **values.only(columns, SHAREGPT_COLUMNS),
+        **values.only(tags, SHAREGPT_TAGS),
+        **roles,
+    }

@@ -1,0 +1,200 @@
+"""A configuration of another tool as the text of a recipe that is valid, and all that was not carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Problem, RecipeError, UnsupportedError, UsageError
+from finetune.recipe.importing import axolotl, llamafactory, torchtune, trl
+from finetune.recipe.importing.translation import Context, Left, Tool, translated
+from finetune.recipe.load import recipe_of
+from finetune.recipe.paths import model_from, reached_from
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.schema import whole
+from finetune.recipe.yaml_source import Document, decode, read_yaml
+from finetune.recipe.yaml_writing import commented
+
+TOOLS: Mapping[str, Tool] = {
+    "axolotl": axolotl.TOOL,
+    "llamafactory": llamafactory.TOOL,
+    "trl": trl.TOOL,
+    "torchtune": torchtune.TOOL,
+}
+
+PLACEHOLDER = "rows.jsonl"
+NO_ROWS = [{"path": PLACEHOLDER}]
+KINDS = ("quantization.kind", "adapter.method")
+"""Keys without which the rest of their section means nothing."""
+
+_DEFAULT_KINDS = {"optimizer": ("name", "adamw"), "adapter": ("method", "lora")}
+
+
+@dataclass(frozen=True)
+class NotCarriedOver:
+    """A key of the configuration that has no place in the recipe.
+
+    Attributes:
+        line: Where it is written; None for what the file does not say and ft needs.
+        key: The key, dotted.
+        reason: Why, and what is nearest here.
+    """
+
+    line: int | None
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A recipe that was made of a configuration.
+
+    Attributes:
+        tool: The other tool's name.
+        text: The recipe.
+        carried: Keys of the configuration that are in the recipe, or say what ft does anyway.
+        left: The others.
+    """
+
+    tool: str
+    text: str
+    carried: int
+    left: tuple[NotCarriedOver, ...]
+
+
+def imported(tool_name: str, file: Path, output: Path) -> Imported:
+    """Translate a configuration.
+
+    Args:
+        tool_name: One of `TOOLS`.
+        file: The configuration, in YAML; relative paths in it start at the working directory, as its tool has them.
+        output: Where the recipe will be; it is not written.
+
+    Raises:
+        UsageError: There is no such tool, the file cannot be read, or it names no model.
+        RecipeError: It is not YAML.
+        UnsupportedError: It trains in another way than by the next token of given answers.
+    """
+    if tool_name not in TOOLS:
+        raise UsageError(f"{tool_name} is not translated", hint=f"tools: {', '.join(TOOLS)}")
+    tool, document = TOOLS[tool_name], _read(file)
+    config = torchtune.resolved(document.data) if tool is torchtune.TOOL else document.data
+    if reason := tool.refuse(config):
+        raise UnsupportedError(
+            reason, where=str(file), hint="ft trains on given answers and text: translate the configuration of that"
+        )
+    context = translated(tool, config)
+    if "model.name" not in context.settings:
+        raise UsageError("the file names no model", where=str(file), hint=f"is it a configuration of {tool.name}?")
+    if "data.train" not in context.settings:
+        context.settings["data.train"] = NO_ROWS
+        context.leave("data.train", f"no rows that ft can find are named: put their path in the place of {PLACEHOLDER}")
+    text = _valid(tool, file, context, output)
+    left = sorted((_placed(each, document) for each in _each_once(context.left)), key=lambda each: each.line or 0)
+    written = {key for key, value in config.items() if value is not None}
+    carried = len(written - {each.key.partition(".")[0] for each in left})
+    return Imported(tool.name, text, carried, tuple(left))
+
+
+def _read(file: Path) -> Document:
+    try:
+        document = read_yaml(decode(file.read_bytes(), str(file)), str(file))
+    except OSError as error:
+        raise UsageError(f"the file cannot be read: {error.strerror}", where=str(file), hint="check its path") from None
+    if not isinstance(document.data, Mapping):
+        raise UsageError("the file holds no keys", where=str(file), hint="name a YAML file with `key: value` lines")
+    return document
+
+
+def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
+    """The recipe's text; what validation refuses is left behind with its reason."""
+    while True:
+        sections = _sections(context, output.parent)
+        remarks = _remarks(tool, context)
+        text = commented(_head(tool, file, context, output), sections, remarks)
+        try:
+            recipe_of(text, output)
+        except RecipeError as error:
+            for problem in error.problems:
+                _leave(problem, context, error)
+        else:
+            return text
+
+
+def _remarks(tool: Tool, context: Context) -> dict[str, str]:
+    """Behind a key the rival's, and what it does not say there but means."""
+    remarks = {key: origin for key, origin in context.origins.items() if key in context.settings}
+    meant = {"training.gradient_accumulation_steps": f"{tool.name} counts those of one process, ft those of all"}
+    if "data.overlength" not in context.settings:
+        meant["data.max_length"] = f"{tool.name} cuts or drops longer rows, ft stops: data.overlength"
+    return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in remarks.items()}
+
+
+def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
+    """Take a value out that the recipe refuses; rows have a place to fill instead."""
+    segments = problem.key.split(".")
+    prefixes = (".".join(segments[:length]) for length in range(len(segments), 0, -1))
+    found = next((prefix for prefix in prefixes if prefix in context.settings), None)
+    if found is None or found == "model.name" or context.settings[found] == NO_ROWS:
+        raise error
+    section = found.partition(".")[0]
+    gone = [key for key in context.settings if key == found or (found in KINDS and key.startswith(f"{section}."))]
+    for key in gone:
+        del context.settings[key]
+        context.leave(context.origins.pop(key, key), f"{problem.key}: {problem.what}")
+    if found == "data.train":
+        context.settings[found] = NO_ROWS
+
+
+def _sections(context: Context, folder: Path) -> dict[str, Any]:
+    sections: dict[str, Any] = {}
+    for section in Recipe.model_fields:
+        prefix, order = f"{section}.", list(whole().fields()[section].fields())
+        inside = {key.removeprefix(prefix): v for key, v in context.settings.items() if key.startswith(prefix)}
+        whole_section = context.settings.get(section)
+        tag, kind = _DEFAULT_KINDS.get(section, ("", ""))
+        if tag and tag not in inside and (inside or section == "adapter"):
+            inside[tag] = kind
+        if inside:
+            sections[section] = dict(sorted(inside.items(), key=lambda entry: _place_in(order, entry[0])))
+        elif whole_section is not None:
+            sections[section] = whole_section
+    sections["model"]["name"] = model_from(folder, str(sections["model"]["name"]))
+    for split in ("train", "validation"):
+        if split in sections["data"]:
+            sections["data"][split] = [_near(source, folder) for source in sections["data"][split]]
+    return sections
+
+
+def _place_in(order: list[str], key: str) -> int:
+    """Where a key comes in its section: what chooses the kind first, then as in the schema."""
+    if key in ("kind", "method", "name"):
+        return -1
+    return order.index(key) if key in order else len(order)
+
+
+def _near(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return {**source, **({"path": reached_from(folder, source["path"])} if "path" in source else {})}
+
+
+def _head(tool: Tool, file: Path, context: Context, output: Path) -> list[str]:
+    left = [f"  {each.key}: {each.reason}" for each in _each_once(context.left)]
+    return [
+        f"Translated from {tool.name}'s {file.name} by ft import; behind a key stands the one that it comes from.",
+        f"Command: ft train {output}",
+        *(["Not carried over:", *left] if left else []),
+    ]
+
+
+def _each_once(left: list[Left]) -> list[Left]:
+    return list(dict.fromkeys(left))
+
+
+def _placed(left: Left, document: Document) -> NotCarriedOver:
+    segments: list[str | int] = [int(part) if part.isdigit() else part for part in left.key.split(".")]
+    while segments and tuple(segments) not in document.places:
+        segments.pop()
+    line = document.places[tuple(segments)].key.line if segments else None
+    return NotCarriedOver(line, left.key, left.reason)

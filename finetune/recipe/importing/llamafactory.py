@@ -1,0 +1,163 @@
+"""LLaMA-Factory: the file that `llamafactory-cli train` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.recipe.importing import transformers_arguments, values
+from finetune.recipe.importing.dataset_info import REGISTER, registered
+from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
+
+STAGES = {"rm": "a reward model", "ppo": "rewards", "dpo": "preferences", "kto": "preferences"}
+METHODS = {"lora": "lora", "full": "full", "freeze": "full", "oft": "oft"}
+GALORE = "gradients are not projected: an adapter, or optimizer.name: adafactor, takes less memory"
+
+
+def _method(context: Context, value: Any) -> Settings:
+    method = METHODS.get(str(value))
+    if method is None:
+        raise NotCarried("write adapter: {method: lora}")
+    if value == "freeze":
+        context.leave("finetuning_type", "freeze: all weights train now; write adapter.train, patterns of names")
+    return {"adapter.method": method}
+
+
+def _data_sets(split: str) -> Any:
+    """Names of data sets, which a register in the data's folder tells; its own data lie beside it under their names."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        names = value if isinstance(value, list) else str(value).split(",")
+        return {f"data.{split}": [_source(context, str(name).strip()) for name in names]}
+
+    return rule
+
+
+def _source(context: Context, name: str) -> dict[str, Any]:
+    folder = str(context.at("dataset_dir") or "data")
+    source: dict[str, Any] | None = {"path": name}
+    if not values.is_local(name):
+        source = registered(context, name, folder, is_text=context.at("stage") == "pt")
+    if source is None:
+        context.leave(REGISTER, f"{name} is not registered in {folder} here: check the path in data.train")
+        source = {"path": f"{folder}/{name}.json"}
+    rows = context.at("max_samples")
+    return {**source, **({"rows": rows} if isinstance(rows, int) else {})}
+
+
+def _quantization(context: Context, value: Any) -> Settings:
+    method, bits = context.at("quantization_method") or "bnb", int(values.number(value))
+    if method in ("bnb", "bitsandbytes"):
+        if bits == 8:
+            return {"quantization.kind": "int8"}
+        if bits == 4:
+            kind = context.at("quantization_type") or "nf4"
+            double = context.at("double_quantization")
+            return {"quantization.kind": kind, "quantization.double_quant": double is not False}
+    if method == "hqq" and bits in (2, 3, 4, 8):
+        return {"quantization.kind": "hqq", "quantization.bits": bits}
+    raise NotCarried(f"{bits} bits by {method}: write quantization: {{kind: hqq, bits: 4}}")
+
+
+def _rank(context: Context, value: Any) -> Settings:
+    """Without a scale of its own it is twice the rank."""
+    if context.at("finetuning_type") != "lora":
+        raise NotCarried("finetuning_type is not lora")
+    return {"adapter.r": value, "adapter.alpha": context.at("lora_alpha") or 2 * values.number(value)}
+
+
+def _schedule_steps(context: Context, value: Any) -> Settings:
+    if context.at("val_size") or context.at("eval_dataset"):
+        return values.steps("evaluation.every_steps")(context, value)  # type: ignore[no-any-return]
+    raise NotCarried("no rows are held out")
+
+
+def _refuse(config: Mapping[str, Any]) -> str | None:
+    stage = str(config.get("stage"))
+    if stage in STAGES:
+        return f"stage: {stage} learns from {STAGES[stage]}"
+    if config.get("do_train") is False or ("stage" not in config and "finetuning_type" not in config):
+        return "it trains nothing: a configuration for inference or export"
+    return None
+
+
+RULES: Mapping[str, Rule] = {
+    **transformers_arguments.ARGUMENTS,
+    "stage": values.read_elsewhere,
+    "adapter_name_or_path": Without("write adapter.continue_from: a run of ft's"),
+    "cache_dir": Without("the hub's cache is where HF_HOME says"),
+    "flash_attn": To("model.attention", {"disabled": "eager"}),
+    "enable_liger_kernel": Without(values.OWN_KERNELS),
+    "use_unsloth": Without(values.OWN_KERNELS, harmless=(False,)),
+    "use_unsloth_gc": Without("training.gradient_checkpointing: true", harmless=(False,)),
+    "use_kt": Without(values.OWN_KERNELS, harmless=(False,)),
+    "rope_scaling": Without("the model's own config.json says it"),
+    "resize_vocab": Without("the vocabulary stays; adapter.trainable_tokens trains single tokens", harmless=(False,)),
+    "finetuning_type": _method,
+    "lora_rank": _rank,
+    "lora_alpha": values.read_elsewhere,
+    "lora_dropout": To("adapter.dropout"),
+    "lora_target": values.targets,
+    "additional_target": lambda context, value: {"adapter.modules_to_save": [v.strip() for v in str(value).split(",")]},
+    "use_rslora": To("adapter.rslora"),
+    "use_dora": To("adapter.dora"),
+    "pissa_init": Switch(on={"adapter.initialization": "pissa"}),
+    "pissa_iter": Without("singular vectors are computed exactly"),
+    "pissa_convert": Without("an adapter is saved as a plain LoRA in any case"),
+    "loraplus_lr_ratio": To("adapter.loraplus_ratio"),
+    "create_new_adapter": Without("a run makes a new adapter in any case"),
+    "oft_block_size": To("adapter.block_size"),
+    "oft_target": values.targets,
+    "freeze_trainable_layers": Without("write adapter.train, patterns of names"),
+    "freeze_trainable_modules": Without("write adapter.train, patterns of names"),
+    "use_galore": Without(GALORE, harmless=(False,)),
+    "galore_layerwise": Without(GALORE),
+    "galore_target": Without(GALORE),
+    "galore_rank": Without(GALORE),
+    "galore_scale": Without(GALORE),
+    "use_apollo": Without(GALORE, harmless=(False,)),
+    "use_badam": Without(GALORE, harmless=(False,)),
+    "use_adam_mini": Without("optimizer.name: adamw_8bit keeps less too", harmless=(False,)),
+    "use_muon": Without("optimizers: ft explain optimizer.name", harmless=(False,)),
+    "use_dft_loss": Without("the loss is the next token's", harmless=(False,)),
+    "pure_bf16": Switch(on={"model.dtype": "bfloat16", "training.precision": "bfloat16"}),
+    "quantization_bit": _quantization,
+    "quantization_method": values.read_elsewhere,
+    "quantization_type": values.read_elsewhere,
+    "double_quantization": values.read_elsewhere,
+    "dataset": _data_sets("train"),
+    "eval_dataset": _data_sets("validation"),
+    "dataset_dir": values.read_elsewhere,
+    "max_samples": values.read_elsewhere,
+    "template": Without(values.NO_TEMPLATE),
+    "enable_thinking": Without(values.NO_TEMPLATE),
+    "cutoff_len": To("data.max_length"),
+    "train_on_prompt": Switch(on={"data.train_on": "all"}),
+    "mask_history": Switch(on={"data.train_on": "last_turn"}),
+    "packing": Switch(on={"training.batching": "packed"}),
+    "neat_packing": Switch(on={"training.batching": "packed"}),
+    "streaming": Without("write data.train.0.hub.stream: true", harmless=(False,)),
+    "buffer_size": Without("rows are shuffled as a whole"),
+    "mix_strategy": Without("sources have a weight each, or are joined", harmless=("concat",)),
+    "interleave_probs": Without("give each source of data.train a weight"),
+    "overwrite_cache": Without("the cache knows data, tokenizer and options"),
+    "preprocessing_num_workers": Without(values.LOADING),
+    "tokenized_path": Without("the cache knows data, tokenizer and options"),
+    "ignore_pad_token_for_loss": Without("padding is never trained", harmless=(True,)),
+    "val_size": values.share_or_rows,
+    "eval_steps": _schedule_steps,
+    "plot_loss": Without("metrics.jsonl, or a tracker: trackers: [{name: tensorboard}]"),
+    "predict_with_generate": Without("ft eval RUN, when it is done", harmless=(False,)),
+    "upcast_layernorm": Without("ft explain model.dtype", harmless=(False,)),
+    "print_param_status": Without("how many numbers train is told at the start", harmless=(False,)),
+    "ray_run_name": Without(values.DISTRIBUTED),
+}
+
+DEFAULTS: Mapping[str, Any] = {
+    **transformers_arguments.DEFAULTS,
+    "cutoff_len": 2048,
+    "finetuning_type": "lora",
+    "lora_rank": 8,
+}
+
+TOOL = Tool("LLaMA-Factory", RULES, DEFAULTS, _refuse)

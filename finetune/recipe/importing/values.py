@@ -1,0 +1,203 @@
+"""Values that several tools write alike, brought to ours."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.recipe.importing.translation import Context, NotCarried, Settings
+
+_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+
+NO_TEMPLATE = "chats are rendered by the tokenizer's own template; change tokenizer_config.json for another"
+ALWAYS = "ft does so in any case"
+DISTRIBUTED = "one process for each device, ft train --processes; nothing is sharded"
+NO_CODE = "ft runs no code that a model brings"
+OWN_KERNELS = "ft chooses its own kernels: model.kernels"
+HUB_PUSH = "push when it is done: ft export --push ORG/NAME"
+SECONDS = "the progress line and metrics.jsonl have every step"
+LOADING = "ft tokenizes on all cores into its cache (data.workers)"
+
+
+def is_local(path: str) -> bool:
+    """Whether a data set's or model's name is a path."""
+    return path.startswith((".", "/", "~")) or bool(_FILE.search(path)) or os.path.exists(path)
+
+
+def place(name: str, subset: Any = None, split: Any = None, revision: Any = None, files: Any = None) -> dict[str, Any]:
+    """Where rows come from, as the keys of a source.
+
+    Args:
+        name: A path, a data set on the hub, or the kind of the files, such as `json`.
+        subset: Of a data set on the hub.
+        split: Of the same.
+        revision: Of the same.
+        files: Path of a file, where `name` is a kind or a folder.
+
+    Raises:
+        NotCarried: It is none of these.
+    """
+    if isinstance(files, list) and len(files) == 1:
+        files = files[0]
+    if isinstance(files, str):
+        return {"path": files}
+    if files is not None:
+        raise NotCarried("name the files in data.train, a source each, or a pattern")
+    if is_local(name):
+        return {"path": name}
+    if not _HUB_ID.fullmatch(name):
+        raise NotCarried("neither a file nor org/name: write data.train: [{path: rows.jsonl}]")
+    options = {"subset": subset, "split": split, "revision": revision}
+    return {"hub": {"name": name, **{key: value for key, value in options.items() if isinstance(value, str)}}}
+
+
+def run_of(path: str) -> Settings:
+    """An output folder as folder and name of a run."""
+    folder, _, last = path.rstrip("/").rpartition("/")
+    name = _NOT_IN_NAMES.sub("-", last).strip("._-")[:64]
+    return {**({"run.directory": folder} if folder not in ("", ".") else {}), **({"run.name": name} if name else {})}
+
+
+def output_dir(context: Context, value: Any) -> Settings:
+    """The rule for an output folder."""
+    del context
+    return run_of(str(value))
+
+
+def share_or_rows(context: Context, value: Any) -> Settings:
+    """A held-out set, given as a share of the rows or as a number of them."""
+    del context
+    found = number(value)
+    if found == 0:
+        return {}
+    if found >= 1:
+        raise NotCarried("a number of rows: ft holds out a share, data.validation_fraction")
+    return {"data.validation_fraction": found}
+
+
+def steps(key: str) -> Any:
+    """A rule for a number of steps, which some tools also take as a share of all."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        del context
+        found = number(value)
+        if found < 1:
+            raise NotCarried(f"a share of the steps: ft takes their number, {key}")
+        return {key: int(found)}
+
+    return rule
+
+
+def positive_steps(context: Context, value: Any) -> Settings:
+    """Optimizer steps, where a number below 1 means none."""
+    del context
+    return {"training.max_steps": int(value)} if number(value) >= 1 else {}
+
+
+def warmup_steps(context: Context, value: Any) -> Settings:
+    """Steps of warm-up, of which a number below 1 is a share; none leave it to the ratio."""
+    found = number(value)
+    if found == 0 and context.at("warmup_ratio") is not None:
+        return {}
+    return {"optimizer.warmup_ratio": found} if 0 < found < 1 else {"optimizer.warmup_steps": int(found)}
+
+
+def warmup_ratio(context: Context, value: Any) -> Settings:
+    """Share of warm-up, which steps replace."""
+    if context.at("warmup_steps"):
+        raise NotCarried("warmup_steps replaces it")
+    return {"optimizer.warmup_ratio": number(value)}
+
+
+def beta(index: int) -> Any:
+    """The rule for one of Adam's two decays, which is written as a pair here."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        betas = list(context.settings.get("optimizer.betas", [0.9, 0.999]))
+        betas[index] = number(value)
+        return {"optimizer.betas": betas}
+
+    return rule
+
+
+def trackers(context: Context, value: Any) -> Settings:
+    """Programs that follow a run, by name or as a list of names."""
+    names = [str(name) for name in listed(value)]
+    known = ("tensorboard", "wandb", "mlflow", "trackio")
+    for name in names:
+        if name not in (*known, "none", "all"):
+            context.leave("report_to", f"no {name}; trackers: {', '.join(known)}")
+    return {"trackers": [{"name": name} for name in names if name in known]} if set(names) & set(known) else {}
+
+
+def targets(context: Context, value: Any) -> Settings:
+    """Layers that an adapter changes: names, a comma-separated text of them, or all."""
+    del context
+    if value in ("all", "all-linear", ["all-linear"]):
+        return {"adapter.target_modules": "all-linear"}
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list):
+        raise NotCarried("write adapter.target_modules: a list of name endings")
+    # A pattern is more than an ending of names.
+    if any(re.search(r"[\\^$*+?()\[\]|]", str(name)) for name in names):
+        raise NotCarried("a pattern: write adapter.target_modules as a list of name endings")
+    return {"adapter.target_modules": list(dict.fromkeys(str(name).strip() for name in names))}
+
+
+def four_bit(context: Context, value: Any) -> Settings:
+    """A base in 4 bits, of the kind and with the double quantization that other keys say."""
+    if str(value).lower() != "true":
+        return {}
+    kind = context.at("bnb_4bit_quant_type") or "nf4"
+    double = next((v for v in map(context.at, _DOUBLE) if v is not None), False)
+    return {"quantization.kind": kind, "quantization.double_quant": bool(double)}
+
+
+_DOUBLE = ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization")
+
+
+def read_elsewhere(context: Context, value: Any) -> Settings:
+    """A key that another key's rule reads."""
+    del context, value
+    return {}
+
+
+def precision(name: str) -> Any:
+    """The rule for a switch of a compute type, which may also be `auto`, the default here."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        del context
+        return {"training.precision": name} if str(value).lower() in ("true", "full") else {}
+
+    return rule
+
+
+def only(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The entries of a mapping that have a name here, under it."""
+    return {ours: mapping[name] for name, ours in names.items() if mapping.get(name) is not None}
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A value that must be a mapping."""
+    if not isinstance(value, Mapping):
+        raise NotCarried("expected a mapping")
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, of which one item may stand for itself."""
+    if value == []:
+        raise NotCarried("the list is empty")
+    return value if isinstance(value, list) else [value]
+
+
+def number(value: Any) -> float:
+    """A number, also where YAML 1.1 made text of `1e-4`."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise NotCarried("expected a number") from None

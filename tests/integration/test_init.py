@@ -1,0 +1,213 @@
+"""`ft init` writes recipes that are valid, say what they are, and train."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from finetune.jobs.first_recipe import AIMS, batch_size
+from finetune.recipe.load import load_recipe
+from tests.fixtures.tiny import chat_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+DATA = {
+    "chat.jsonl": jsonl(chat_rows(24)),
+    "labels.csv": "text,label\n" + "".join(f"text {i},{'good' if i % 2 else 'bad'}\n" for i in range(24)),
+    "numbers.jsonl": jsonl([{"text": f"text {i}", "label": i % 3} for i in range(24)]),
+    "json.jsonl": jsonl([{"prompt": f"Ann has {i}", "completion": f'{{"n": {i}}}'} for i in range(24)]),
+    "qa.jsonl": jsonl([{"question": f"{i}+1?", "answers": [str(i + 1)]} for i in range(24)]),
+    "alpaca.jsonl": jsonl([{"instruction": f"Say {i}", "output": str(i)} for i in range(24)]),
+    "book.txt": "\n\n".join(f"Paragraph {i}. " + "It goes on. " * i for i in range(40)),
+    "text.jsonl": jsonl([{"text": f"Story {i}"} for i in range(24)]),
+    "ids.jsonl": jsonl([{"input_ids": [5, 6, 7, i]} for i in range(24)]),
+    "arc.jsonl": jsonl([{"question": f"{i}?", "choices": ["a", "b"], "answer": i % 2} for i in range(24)]),
+    "gpt.jsonl": jsonl(
+        [{"conversations": [{"from": "human", "value": f"{i}"}, {"from": "gpt", "value": "yes"}]} for i in range(24)]
+    ),
+    "one.jsonl": jsonl([{"prompt": "a", "completion": "b"}]),
+}
+LIKELY_AIM = {
+    "chat.jsonl": "chat",
+    "labels.csv": "classification",
+    "numbers.jsonl": "classification",
+    "json.jsonl": "extraction",
+    "qa.jsonl": "qa",
+    "alpaca.jsonl": "chat",
+    "book.txt": "pretraining",
+    "text.jsonl": "pretraining",
+    "ids.jsonl": "pretraining",
+    "arc.jsonl": "qa",
+    "gpt.jsonl": "chat",
+    "one.jsonl": "chat",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with all data sets."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in DATA.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+def ft(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def init(data: str, model: object, *options: object) -> Result:
+    return ft("init", "--data", data, "--model", model, *options)
+
+
+PAIRS = {
+    *LIKELY_AIM.items(),
+    *(("chat.jsonl", aim) for aim in AIMS if aim != "pretraining"),
+    *(("book.txt", aim) for aim in ("pretraining", "long-context")),
+}
+"""Every data set with its own aim, and every aim with data that it fits."""
+
+
+@pytest.mark.parametrize(("data", "aim"), sorted(PAIRS))
+def test_every_data_set_and_every_aim_gives_a_valid_recipe(data: str, aim: str, folder: Path, tiny_model: Path):
+    result = init(data, tiny_model, "--aim", aim, "--memory", "8GB", "new/recipe.yaml")
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe(folder / "new/recipe.yaml").recipe
+    assert recipe.data.train[0].path == str(folder / data)
+    assert recipe.evaluation.max_new_tokens == AIMS[aim].max_new_tokens
+    assert AIMS[aim].what[1:] in (folder / "new/recipe.yaml").read_text(encoding="utf-8").splitlines()[0]
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_the_data_tells_what_it_is_for(data: str, folder: Path, tiny_model: Path):
+    result = init(data, tiny_model, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_AIM[data]
+
+
+@pytest.mark.parametrize("data", ["labels.csv", "book.txt", "chat.jsonl", "ids.jsonl"])
+def test_what_it_wrote_trains(data: str, folder: Path, tiny_model: Path):
+    assert init(data, tiny_model).exit_code == 0
+    result = ft("train", "recipe.yaml", "--set", "training.max_steps=2", "--run-dir", "run")
+    assert result.exit_code == 0, result.output
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_model: Path):
+    init("labels.csv", tiny_model, "words.yaml")
+    init("numbers.jsonl", tiny_model, "numbers.yaml")
+    words, numbers = (load_recipe(folder / f"{name}.yaml").recipe.data.train[0] for name in ("words", "numbers"))
+    assert words.labels == ["bad", "good"]  # type: ignore[union-attr]
+    assert numbers.labels == ["0", "1", "2"]  # type: ignore[union-attr]
+    assert "name them" in (folder / "numbers.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("memory", "kind"), [("24GB", "none"), ("12GB", "nf4"), ("7GB", "hqq")])
+def test_the_base_is_stored_in_as_many_bits_as_fit(memory: str, kind: str, folder: Path):
+    """Offline, so that the size is read from the name."""
+    result = init("qa.jsonl", "org/base-7B", "--memory", memory)
+    assert result.exit_code == 0, result.output
+    assert load_recipe(folder / "recipe.yaml").recipe.quantization.kind == kind
+
+
+def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    rows = [{"text": f"Story {i}"} for i in range(5)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: rows)
+    assert init("org/stories.v2", tiny_model).exit_code == 0
+    source = load_recipe(folder / "recipe.yaml").recipe.data.train[0]
+    assert (source.path, source.format) == (None, "text")
+    assert source.hub is not None
+    assert source.hub.name == "org/stories.v2"
+
+
+def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path):
+    (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 2000, "completion": "b"}] * 8))
+    sizes = []
+    for memory in ("80GB", "24GB"):
+        assert init("long.jsonl", "org/base-7B", "--memory", memory, "--overwrite").exit_code == 0
+        training = load_recipe(folder / "recipe.yaml").recipe.training
+        assert training.micro_batch_size * training.gradient_accumulation_steps == batch_size(8)
+        sizes.append(training.micro_batch_size)
+    assert sizes[0] > sizes[1]
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(folder: Path, tmp_path: Path):
+    from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer, tiny_llama
+
+    rewriting = CHAT_TEMPLATE.replace(
+        "message['content'] }}", "message['content'] if loop.last or message['role'] == 'user' else 'x' }}"
+    )
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer(SPECIAL, rewriting).save_pretrained(tmp_path / "model")
+    rows = [{"messages": [{"role": role, "content": str(i)} for i in (1, 2) for role in ("user", "assistant")]}]
+    (folder / "turns.jsonl").write_text(jsonl(rows * 4))
+    assert init("turns.jsonl", "model").exit_code == 0
+    recipe = load_recipe(folder / "recipe.yaml").recipe
+    assert recipe.data.split_turns
+    assert recipe.model.name == str(tmp_path / "model")
+    assert ft("preview", "recipe.yaml").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--data", "none.jsonl", "--model", "org/base-7B"], 3, "there is no such file"),
+        (["--data", "book.txt", "--model", "org/base-7B", "--aim", "chat"], 2, "add --aim pretraining"),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "pretraining"], 2, "pretraining is for plain text"),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "aims: chat, "),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--format", "qaa"], 2, "did you mean `qa`?"),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--memory", "much"], 2, "write it like 24GB"),
+        (["--data", "qa.jsonl", "--model", "org/base-70B", "--memory", "8GB"], 2, "choose a smaller base"),
+        (["--data", "qa.jsonl", "--model", "org/base"], 2, "its name does not say"),
+        (["--data", "qa.jsonl"], 2, "--model is missing"),
+        ([], 2, "--data is missing"),
+    ],
+)
+def test_what_cannot_be_done_is_told_with_the_remedy_and_nothing_is_written(
+    options: list[str], code: int, words: str, folder: Path
+):
+    result = ft("init", *options)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert not (folder / "recipe.yaml").exists()
+
+
+def test_a_file_that_is_there_is_not_overwritten_unless_told(folder: Path, tiny_model: Path):
+    (folder / "recipe.yaml").write_text("mine")
+    result = init("qa.jsonl", tiny_model)
+    assert result.exit_code == 6
+    assert (folder / "recipe.yaml").read_text() == "mine"
+    assert init("qa.jsonl", tiny_model, "--overwrite").exit_code == 0
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["adapter"]["method"] == "lora"
+
+
+def test_on_a_terminal_it_asks_and_takes_what_the_data_tells_for_an_empty_line(folder: Path, tiny_model: Path):
+    ours, theirs = pty.openpty()
+    os.write(ours, f"qa.jsonl\n\n{tiny_model}\n\n".encode())
+    process = subprocess.run(
+        [sys.executable, "-m", "cli", "init"],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    os.close(theirs)
+    asked = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert process.returncode == 0, asked
+    assert "Aim: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
+    assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == AIMS["qa"].max_new_tokens

@@ -1,0 +1,117 @@
+"""What `ft explain` says of a key is what the schema says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli import wording
+from cli.main import app
+from finetune.errors import UsageError
+from finetune.recipe.explanation import explain_key, sections, values_in
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.schema import every_key
+from finetune.recipe.section import OnResume
+
+from .conftest import Load
+
+KEYS = sorted({".".join(segment for segment in path if isinstance(segment, str)) for path in every_key()})
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_the_schema_is_explained_within_the_terminals_width(key: str):
+    (explanation,) = explain_key(key)
+    assert explanation.key == key
+    assert all(meaning.what and meaning.values for meaning in explanation.meanings)
+    lines = wording.explanation(explanation, {"a value": ["recipe.yaml"] * 9}, 80)
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_key_that_differs_from_kind_to_kind_is_told_for_each():
+    (rank,) = explain_key("adapter.r")
+    defaults = {kind: meaning.default for meaning in rank.meanings for kind in meaning.kinds}
+    assert defaults == {
+        "lora": "16", "qa_lora": "16", "adalora": "12", "vera": "256", "loha": "8", "lokr": "8",
+    }  # fmt: skip
+    assert "lora_rank" in rank.spellings
+
+
+def test_defaults_are_those_that_a_recipe_gets(good: str, load: Load):
+    resolved = dump_recipe(load(good).recipe)
+    for key in ("training.pack_length", "data.overlength", "evaluation.batch_size", "optimizer.schedule"):
+        (explanation,) = explain_key(key)
+        name = key.rpartition(".")[2]
+        assert f"{name}: {explanation.meanings[0].default}\n" in resolved
+
+
+def test_what_becomes_of_a_key_on_resume_is_its_own_word_or_its_sections():
+    def told(key: str) -> str:
+        return explain_key(key)[0].meanings[0].on_resume
+
+    assert told("training.epochs") == OnResume.EXTENDS.value
+    assert told("training.seed") == OnResume.FROZEN.value
+    assert told("training.micro_batch_size") == OnResume.MAY_CHANGE.value
+    assert told("evaluation.every_steps") == OnResume.MAY_CHANGE.value
+
+
+def test_the_end_of_a_path_explains_all_keys_that_it_fits():
+    assert [each.key for each in explain_key("r")] == ["adapter.r", "modules.adapter.r"]
+    assert [each.key for each in explain_key("data.train.0.path")] == ["data.train.path"]
+
+
+def test_a_kind_of_section_has_its_keys_with_their_defaults():
+    (lora,) = explain_key("lora")
+    assert (lora.key, lora.word) == ("adapter.method", "lora")
+    assert lora.keys["r"] == "Rank of the update. Default: 16."
+    assert "target_r" not in lora.keys
+    assert [each.key for each in explain_key("nf4")] == ["quantization.kind", "modules.quantization.kind"]
+
+
+def test_a_section_lists_its_kinds_or_its_keys():
+    (adapter,), (training,) = explain_key("adapter"), explain_key("training")
+    assert "qa_lora" in adapter.choices
+    assert not adapter.keys
+    assert training.keys["seed"].endswith("Default: 42.")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lora_rank", "here it is `adapter.r`"),
+        ("optimizer.learning_rat", "did you mean `optimizer.learning_rate`?"),
+        ("sead", "did you mean `seed`?"),
+        ("qalora", "did you mean `qa_lora`?"),
+        ("\x00", "sections: model, quantization"),
+    ],
+)
+def test_a_key_that_is_none_is_refused_with_the_one_that_was_meant(key: str, hint: str):
+    with pytest.raises(UsageError) as caught:
+        explain_key(key)
+    assert str(caught.value.hint).startswith(hint)
+
+
+def test_recipes_that_set_a_key_are_named_with_its_value(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("adapter: {method: lora, r: 8}\ndata: {train: [{path: x}, {path: y}]}")
+    (tmp_path / "b.yaml").write_text("adapter: {method: vera, r: 8}")
+    (tmp_path / "broken.yaml").write_text("adapter: {")
+
+    def values(key: str) -> dict[str, list[str]]:
+        return values_in(explain_key(key)[0], tmp_path)
+
+    assert values("adapter.r") == {"8": ["a.yaml", "b.yaml"]}
+    assert values("data.train.path") == {"x": ["a.yaml"], "y": ["a.yaml"]}
+    assert values("lora") == {"lora": ["a.yaml"]}
+    assert values("training.seed") == {}
+
+
+def test_the_command_lists_sections_and_answers_programs():
+    told = CliRunner().invoke(app, ["explain"])
+    assert [line.split()[0] for line in told.stdout.splitlines()[1:] if line[4] != " "] == list(Recipe.model_fields)
+    assert set(sections()) == set(Recipe.model_fields)
+    answer = CliRunner().invoke(app, ["explain", "training.seed", "--json"]).stdout
+    assert json.loads(answer)["meanings"][0]["default"] == "42"
+    assert CliRunner().invoke(app, ["explain", "adapter.rank_of_all"]).exit_code == 2
