@@ -21,7 +21,6 @@ FORMATS = {
 
 CHAT_ROLES = {"role": ("from", "role"), "content": ("value", "content")}
 WANDB = "wandb reads WANDB_PROJECT, WANDB_ENTITY and its own settings; ft names the run"
-SAMPLES = "samples of answers: ft eval RUN"
 
 _ROW_KEYS = ("path", "type", "name", "split", "revision", "data_files", "ds_type", "field", "conversation")
 _COLUMN_KEYS = ("field_messages", "field_system", "field_tools", "message_property_mappings")
@@ -239,14 +238,14 @@ RULES: Mapping[str, Rule] = {
     "flash_attn_fuse_qkv": Without(values.OWN_KERNELS, harmless=(False,)),
     "flash_attn_fuse_mlp": Without(values.OWN_KERNELS, harmless=(False,)),
     "unsloth_lora_mlp": Without(values.OWN_KERNELS),
-    "early_stopping_patience": Without("a run ends with its schedule"),
+    "early_stopping_patience": To("evaluation.patience"),
     "loss_watchdog_threshold": Without("a loss that is not finite stops the run before it touches the weights"),
     "loss_watchdog_patience": Without("a loss that is not finite stops the run before it touches the weights"),
     "evals_per_epoch": _each_epoch,
     "saves_per_epoch": _each_epoch,
     "save_first_step": Without("ft saves by time from the start", harmless=(False,)),
-    "eval_table_size": Without(SAMPLES),
-    "eval_table_max_new_tokens": Without(SAMPLES),
+    "eval_table_size": To("evaluation.sample_rows"),
+    "eval_table_max_new_tokens": To("evaluation.max_new_tokens"),
     "eval_max_new_tokens": To("evaluation.max_new_tokens"),
     "eval_causal_lm_metrics": Without("ft eval tells exact match and F1"),
     "wandb_project": lambda context, value: {"trackers": [{"name": "wandb", "project": value}]},

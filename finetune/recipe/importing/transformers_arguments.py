@@ -71,10 +71,8 @@ ARGUMENTS: Mapping[str, Rule] = {
     "eval_steps": values.steps("evaluation.every_steps"),
     "per_device_eval_batch_size": To("evaluation.batch_size"),
     "eval_accumulation_steps": Without("logits are not kept"),
-    "load_best_model_at_end": Without(
-        "the last weights are kept; the held-out loss is in metrics.jsonl", harmless=(False,)
-    ),
-    "metric_for_best_model": Without("the last weights are kept; the held-out loss is in metrics.jsonl"),
+    "load_best_model_at_end": Without("evaluation.patience keeps the weights of the lowest loss", harmless=(False,)),
+    "metric_for_best_model": Without("the held-out loss: evaluation.patience"),
     "logging_steps": Without(values.SECONDS),
     "logging_strategy": Without(values.SECONDS),
     "logging_first_step": Without(values.SECONDS),

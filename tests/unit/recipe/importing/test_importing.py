@@ -227,7 +227,7 @@ def test_full_fine_tuning_takes_nothing_of_an_adapter(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("tool", "rival_default", "key", "ours"),
+    ("tool", "said", "key", "ours"),
     [
         ("trl", {}, "adapter.method", "full"),
         ("trl", {}, "optimizer.learning_rate", 2e-5),
@@ -237,14 +237,15 @@ def test_full_fine_tuning_takes_nothing_of_an_adapter(tmp_path: Path):
         ("llamafactory", {}, "training.epochs", 3),
         ("llamafactory", {}, "adapter.alpha", 16),
         ("axolotl", {}, "data.max_length", 512),
+        ("axolotl", {"val_set_size": 0.1, "eval_steps": 5, "early_stopping_patience": 3}, "evaluation.patience", 3),
         ("torchtune", {}, "optimizer.schedule", "constant"),
         ("torchtune", {}, "data.train_on", "all"),
     ],
 )
 def test_what_a_file_leaves_out_is_the_tools_default_not_ours(
-    tool: str, rival_default: dict[str, Any], key: str, ours: Any, tmp_path: Path
+    tool: str, said: dict[str, Any], key: str, ours: Any, tmp_path: Path
 ):
-    _, recipe = translated(tool, {**LEAST[tool], **rival_default}, tmp_path)
+    _, recipe = translated(tool, {**LEAST[tool], **said}, tmp_path)
     assert value(recipe, key) == ours
 
 
