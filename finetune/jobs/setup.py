@@ -33,6 +33,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.training import Precision
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
+from finetune.train.memory import bound_kernel_caches
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class ModelSetup:
             ModelError: The model or its tokenizer cannot be used.
             EnvironmentFault: The machine lacks what is asked for.
         """
+        bound_kernel_caches()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
             folder = find_model(section, _phases(report))
