@@ -9,7 +9,7 @@ import sys
 import torch
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
-"""Products that oneDNN, and PyTorch's layer over it, keep compiled: more than one micro-batch has shapes of. Each length
+"""Products that oneDNN, and PyTorch's layer over it, keep compiled: more than a micro-batch has shapes of. Each length
 of a row is a new shape; by default a thousand are kept, which comes to more than a gigabyte in a long run."""
 
 
