@@ -148,8 +148,8 @@ class Planner:
             method=build(recipe.adapter, recipe.modules, self._bench.tokenizer),
         )
         layout = layout_of(recipe, self._rows.train.lengths, bench.padding)
-        order = batch_order(layout.units, recipe.training, processes=1)
-        batch, work = _largest(self._rows, layout, order, recipe.adapter.prompt_tokens)
+        order = batch_order(layout.units, recipe.training)
+        batch, work = _largest(self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes)
         setting = self._setting(bench, layout, order)
         self._report(Phase("counting what stays in memory"))
         key = repr((recipe.quantization, recipe.modules, recipe.adapter, recipe.optimizer, setting.weight_dtype))
@@ -225,12 +225,12 @@ class Planner:
             trainable=held.count.trainable,
             total=held.count.total,
             work=work,
-            seconds=toil / speed if speed else None,
+            seconds=toil / (speed * (recipe.distributed.processes if card else 1)) if speed else None,
             is_measured=card is None,
         )
 
 
-def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int) -> tuple[Batch, Work]:
+def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, processes: int) -> tuple[Batch, Work]:
     """The micro-batch of most tokens in the run, and how much there is to do in all."""
     lengths, targets = rows.train.lengths, rows.train.column("targets")
     most, largest = 0, [0]
@@ -238,8 +238,9 @@ def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int) -> tupl
     for step in range(order.total_steps):
         units = [layout.rows_of(unit) for unit in order.step_units(step)]
         by_length = sorted(units, key=lambda unit: int(lengths[unit].sum()))
-        for first in range(0, len(by_length), layout.micro_batch_size):
-            chosen = [row for unit in by_length[first : first + layout.micro_batch_size] for row in unit]
+        size = layout.group_size(len(units), processes)
+        for first in range(0, len(by_length), size):
+            chosen = [row for unit in by_length[first : first + size] for row in unit]
             tokens = _computed(lengths[chosen] + prompt, layout.restarts_positions)
             computed, trained = computed + tokens, trained + int(targets[chosen].sum())
             if tokens > most:

@@ -126,7 +126,8 @@ def shrunk(recipe: Recipe, folder: Path, report: Report) -> Recipe:
         "model": model,
         "training": training,
         "adapter": adapter,
-        "evaluation": {"every_steps": None, "max_rows": ROWS, "generation_rows": 2, "max_new_tokens": 8},
+        "evaluation": {"max_rows": ROWS, "generation_rows": 2, "max_new_tokens": 8, "patience": None},
+        "distributed": {"processes": 1},
         "data": {"train": _few(recipe.data.train), "validation": _few(recipe.data.validation)},
         "run": {"directory": str(folder)},
     }
