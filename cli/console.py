@@ -27,8 +27,10 @@ from .harmless import harmless
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from finetune.jobs.plan import Plan
     from finetune.jobs.preview import Preview
     from finetune.jobs.reproduce import Reproduction
+    from finetune.jobs.smoke import Smoke
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation
     from finetune.recipe.importing.imported import Imported
@@ -268,6 +270,21 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
         f"next: {'   '.join(commands)}",
     ]
     show_result("\n".join(lines))
+
+
+def show_smoke(passed: Smoke, recipe: Path, as_json: bool) -> None:
+    """Print what went well, or as the last JSON event."""
+    if as_json:
+        show_result(json.dumps({"event": "smoke", **passed.to_json()}))
+        return
+    done = [f"{passed.steps} steps"]
+    if passed.answered:
+        done.append(f"{passed.answered} rows answered")
+    if passed.written:
+        done.append(f"{passed.written}: logits within {passed.difference:.1e}")
+    if passed.adapter:
+        done.append("adapter exported")
+    show_result(f"{recipe}: the path works ({'; '.join(done)}; {passed.seconds:.0f} s)")
 
 
 def show_comparison(comparison: dict[str, Any], run: Path, as_json: bool) -> None:
@@ -651,6 +668,26 @@ def show_import(made: Imported, file: Path, as_json: bool) -> None:
     from . import wording
 
     show_result("\n".join(wording.imported(made, file, shutil.get_terminal_size().columns)))
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what a run will take, by part."""
+    from . import wording
+
+    for line in wording.plan(plan):
+        show_result(line)
+
+
+def show_changes(changes: dict[str, str], recipe: Path, output: Path | None) -> None:
+    """Print what makes a run fit, and how to have it."""
+    if not changes:
+        show_result("it fits as it is")
+        return
+    show_result("\nit fits with")
+    for key, new in changes.items():
+        show_result(f"  {key}: {new}")
+    settings = " ".join(f"--set {key}={new}" for key, new in changes.items())
+    show_result(f"written to {output}" if output else f"next: ft train {recipe} {settings}")
 
 
 def show_preview(preview: Preview) -> None:

@@ -22,6 +22,7 @@ from .importing import import_recipe
 from .init import init
 from .merge import merge
 from .methods import methods
+from .plan import plan
 from .preview import preview
 from .quantize import quantize
 from .report import report
@@ -104,6 +105,7 @@ app.command()(init)
 app.command("import")(import_recipe)
 app.command()(validate)
 app.command()(preview)
+app.command()(plan)
 app.command()(train)
 app.command()(watch)
 app.command()(sweep)

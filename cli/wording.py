@@ -28,6 +28,7 @@ from finetune.run.ranks import table
 from .harmless import harmless
 
 if TYPE_CHECKING:
+    from finetune.jobs.plan import Plan
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation, Meaning
     from finetune.recipe.importing.imported import Imported
@@ -162,6 +163,59 @@ def ranks(chosen: dict[str, int] | None, run: Path) -> list[str]:
     if chosen is None:
         return []
     return [f"ranks of the layers; how they came about: {run / 'ranks.svg'}", *(table(chosen) or ())]
+
+
+PARTS = {
+    "libraries": "the libraries and their buffers",
+    "weights": "of the base",
+    "adapter": "what the method adds",
+    "gradients": "of what trains",
+    "optimizer": "moments, and what the method keeps",
+    "activations": "of the largest pass, forward and backward",
+    "logits": "and their gradients, a chunk at a time",
+    "holes": "what the allocator holds between tensors",
+}
+"""What the parts of a plan are."""
+
+
+def plan(plan: Plan) -> list[str]:
+    """What a run will take, as a table of its memory and a few lines."""
+    share = plan.trainable / plan.total
+    work = plan.work
+    lines = [
+        f"device       {plan.device}" + (f", {memory(plan.capacity)}" if plan.capacity else ""),
+        f"parameters   {count(plan.total)}, of which {count(plan.trainable)} train ({100 * share:.2g} %)",
+        f"rows         {work.rows:,}: {count(work.tokens)} tokens an epoch, {count(work.targets)} trained in the run",
+        f"steps        {work.steps:,}, {work.steps_per_epoch:.4g} an epoch; "
+        f"the largest pass has {work.largest_pass:,} tokens",
+        "",
+    ]
+    longest = max(plan.parts.values())
+    for name, part in plan.parts.items():
+        bar = "█" * round(10 * part / longest)
+        lines.append(f"{name:<12} {memory_exactly(part):>9}  {bar:<10}  {PARTS[name]}")
+    lines.append(f"{'a step':<12} {memory_exactly(sum(plan.parts.values())):>9}")
+    lines.append(f"{'loading':<12} {memory_exactly(plan.while_loading):>9}")
+    lines.append(f"{'evaluating':<12} {memory_exactly(plan.while_evaluating):>9}")
+    return [*lines, "", *_verdict(plan)]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    peak = f"peak memory about {memory_exactly(plan.peak)}"
+    if plan.paged:
+        peak += f", {memory_exactly(plan.needed)} without the optimizer's, which is paged out where memory is short"
+    if plan.fits is not None:
+        peak += f": {'fits' if plan.fits else 'does not fit'}"
+    lines = textwrap.wrap(peak, 78)
+    if plan.seconds is not None:
+        source = "by products measured here" if plan.is_measured else "by the card's stated speed"
+        lines.append(f"time about {duration(plan.seconds)} ({source}; an estimate)")
+    return lines
+
+
+def memory_exactly(size_bytes: int) -> str:
+    """Bytes in MB below 10 GB, and in GB above."""
+    return memory(size_bytes) if size_bytes >= 10**10 else f"{size_bytes / 1e6:,.0f} MB"
 
 
 def choice(choice: Choice, width: int) -> list[str]:

@@ -82,10 +82,14 @@ class Layout:
 
         In a round each process runs one micro-batch; all are as large as they can be alike.
         """
-        rounds = -(-len(units) // (self.micro_batch_size * world_size))
-        size = -(-len(units) // (rounds * world_size))
+        size = self.group_size(len(units), world_size)
         by_length = sorted(units, key=lambda unit: sum(len(example.ids) for example in unit))
         return [by_length[first : first + size] for first in range(0, len(units), size)]
+
+    def group_size(self, units: int, world_size: int = 1) -> int:
+        """Units of a micro-batch in a step over so many."""
+        rounds = -(-units // (self.micro_batch_size * world_size))
+        return -(-units // (rounds * world_size))
 
     def micro_batches(self, units: Sequence[Unit], rank: int, world_size: int) -> list[Batch]:
         """The batches that process `rank` of `world_size` runs for a step over `units`."""

@@ -33,6 +33,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.training import Precision
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
+from finetune.train.memory import bound_kernel_caches
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class ModelSetup:
         quantizers: Quantizers | None = None,
         precision: Precision = "auto",
         trains_base: bool = False,
+        weights: bool = True,
     ) -> ModelSetup:
         """Find a model, fetched or converted first where needed.
 
@@ -76,14 +78,16 @@ class ModelSetup:
             quantizers: Of its layers; by default they are as in its files.
             precision: As in `training.precision`.
             trains_base: Whether its own weights train.
+            weights: Whether its weights are needed, or its config and tokenizer alone.
 
         Raises:
             ModelError: The model or its tokenizer cannot be used.
             EnvironmentFault: The machine lacks what is asked for.
         """
+        bound_kernel_caches()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
-            folder = find_model(section, _phases(report))
+            folder = find_model(section, _phases(report), weights)
         computes_in = compute_dtype(precision, accelerator.device)
         return ModelSetup(
             section=section,
@@ -158,8 +162,13 @@ class Workbench(ModelSetup):
     _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, recipe: Recipe, report: Report) -> Workbench:
+    def of(cls, recipe: Recipe, report: Report, weights: bool = True) -> Workbench:
         """Find and build the parts.
+
+        Args:
+            recipe: Names them.
+            report: Told what takes long.
+            weights: Whether the base's weights are needed.
 
         Raises:
             ModelError: The base model or its tokenizer cannot be used.
@@ -167,7 +176,7 @@ class Workbench(ModelSetup):
         """
         quantizers = Quantizers(recipe.quantization, recipe.modules)
         trains_base = recipe.adapter.trains_base
-        setup = ModelSetup.find(recipe.model, report, quantizers, recipe.training.precision, trains_base)
+        setup = ModelSetup.find(recipe.model, report, quantizers, recipe.training.precision, trains_base, weights)
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
     def read_data(self, report: Report) -> Rows:

@@ -94,7 +94,7 @@ def train(
         prepare(read)
         base = bench.load_base(prepare)
         if recipe.model.kernels == "auto":
-            fuse(base)
+            logger.info(fuse(base))
         layout = _settle(layout, bench, base, prepare)
         state = _start(bench, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)

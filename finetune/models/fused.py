@@ -9,7 +9,6 @@ Shape legend: E width, N rows that are worked on together, T all rows, `...` any
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from types import MethodType, SimpleNamespace
@@ -21,13 +20,11 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-logger = logging.getLogger(__name__)
-
 NUMBERS_AT_ONCE = 1 << 17
 """Numbers of a tensor that are worked on together: in float32 a few such tensors fit into a core's cache."""
 
 
-def fuse(model: PreTrainedModel) -> None:
+def fuse(model: PreTrainedModel) -> str:
     """Give a model the passes that a step of training wants, where they are made for its layers and its device.
 
     On CPU they are those of this module; on CUDA those of Liger, where it is installed. The model's own are the plain
@@ -35,23 +32,27 @@ def fuse(model: PreTrainedModel) -> None:
 
     Args:
         model: Before adapters come; changed in place.
+
+    Returns:
+        What was done, in words.
     """
     device = next(model.parameters()).device.type
     if device == "cuda":
-        _take_liger(model)
-    elif device == "cpu":
+        return _take_liger(model)
+    if device == "cpu":
         norms = [_fuse_norm(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
         units = [_fuse_unit(module) for module in model.modules() if hasattr(module, "gate_proj")]
-        logger.info("fused: %d of %d norms, %d of %d gated units", sum(norms), len(norms), sum(units), len(units))
+        return f"fused: {sum(norms)} of {len(norms)} norms, {sum(units)} of {len(units)} gated units"
+    return f"norms and gated units are the model's own on {device}"
 
 
-def _take_liger(model: PreTrainedModel) -> None:
+def _take_liger(model: PreTrainedModel) -> str:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError:
-        logger.info("norms and gated units are the model's own: liger-kernel is not installed")
-        return
+        return "norms and gated units are the model's own: liger-kernel is not installed"
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return "norms and gated units are Liger's"
 
 
 def _fuse_norm(norm: Any) -> bool:

@@ -11,9 +11,8 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
 from finetune.models.quantized import stored_quantization
+from finetune.models.skeleton import read_config, skeleton
 from finetune.models.tensor_files import own_memory, stored_tensors
 from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
@@ -77,7 +77,8 @@ class StreamedModel:
     ) -> None:
         self.folder, self.device, self._freed = folder, device, FreedMemory()
         self.files = stored_tensors(folder.path)
-        self.model = _skeleton(folder, section)
+        self.model = skeleton(read_config(folder), section, torch.float32).eval()
+        self.model.name_or_path = self.model.config._name_or_path = folder.name
         self._stored = stored_quantization(folder)
         choose = OnLoadConfig.from_dict(self._stored.model_dump()).choose if self._stored else quantizers
         layers = quantizable_layers(self.model, with_head=self._stored is not None)
@@ -286,21 +287,6 @@ class StreamedModel:
 
         look_into(self.model, "")
         return found
-
-
-def _skeleton(folder: ModelFolder, section: Model) -> PreTrainedModel:
-    """The model with its weights on the meta device; what it computes itself, such as frequencies, is there."""
-    config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=None if section.attention == "auto" else section.attention,
-            trust_remote_code=False,
-        )
-    model.tie_weights()
-    model.name_or_path = model.config._name_or_path = folder.name
-    return model.requires_grad_(False).eval()
 
 
 def _find_sources(model: PreTrainedModel, files: Iterable[str], further: Iterable[str]) -> dict[str, Source]:

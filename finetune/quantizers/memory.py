@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system while a model loads."""
+"""Giving freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ class FreedMemory:
         self.bytes += weight.nbytes
         if self.bytes >= BYTES_BETWEEN:
             self.bytes = 0
-            if trim := _malloc_trim():
-                trim(0)
+            give_back()
+
+
+def give_back() -> None:
+    """Have the C library return what it holds free, wherever in its heap that is; takes some hundredths of a second."""
+    if trim := _malloc_trim():
+        trim(0)
 
 
 @cache

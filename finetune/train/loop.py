@@ -11,6 +11,7 @@ from finetune.data.batches import BatchOrder
 from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.data.seeds import derived_seed
+from finetune.quantizers.memory import give_back
 from finetune.recipe.optimizer import OptimizerSection
 from finetune.recipe.training import Training
 from finetune.run.events import StepMetrics
@@ -57,6 +58,8 @@ def fit(
         torch.manual_seed(derived_seed(training.seed, state.step, accelerator.process_index))
         state.model.train()
         loss, norm = train_step(state, batches, rate, training.max_grad_norm)
+        if accelerator.device.type == "cpu":
+            give_back()  # the next step's tensors have other sizes and would not fit into the holes of this one's
         ended = time.perf_counter()
         state.loss, state.seconds = loss, ended - began
         yield StepMetrics(

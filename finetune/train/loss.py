@@ -50,7 +50,7 @@ def summed_cross_entropy(model: nn.Module, batch: Batch, noise: float | None = N
     if head not in _in_chunks:
         _in_chunks[head] = _agrees_in_chunks(bare, batch)
     with embedding_noise(bare, batch, noise):
-        return _chunked(model, batch) if _in_chunks[head] else whole_cross_entropy(model, batch)
+        return chunked_cross_entropy(model, batch) if _in_chunks[head] else whole_cross_entropy(model, batch)
 
 
 def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -62,7 +62,8 @@ def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-def _chunked(model: nn.Module, batch: Batch) -> Tensor:
+def chunked_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The same with the head a few positions at a time, whether or not the model's own logits agree with that."""
     labels_BK, keep_K = _kept(batch)
     with _loss_in_head(_bare(model), labels_BK) as losses:
         _run(model, batch, keep_K)
@@ -199,7 +200,7 @@ def _agrees_in_chunks(model: Any, batch: Batch) -> bool:
     was_training = model.training
     model.eval()
     try:
-        agree = torch.isclose(_chunked(model, probe), whole_cross_entropy(model, probe), rtol=1e-2)
+        agree = torch.isclose(chunked_cross_entropy(model, probe), whole_cross_entropy(model, probe), rtol=1e-2)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         logger.info("the output head runs whole: %s", error)
         return False

@@ -1,11 +1,22 @@
-"""How much memory the run has taken at most."""
+"""How much memory the run has taken at most, and what keeps it from growing with every step."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 
 import torch
+
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+"""Products that oneDNN, and PyTorch's layer over it, keep compiled: more than a micro-batch has shapes of. Each length
+of a row is a new shape; by default a thousand are kept, which comes to more than a gigabyte in a long run."""
+
+
+def bound_kernel_caches() -> None:
+    """Limit the caches of compiled products; only before the first product. What the user has set stays."""
+    for name, capacity in KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

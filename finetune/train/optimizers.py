@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from math import ceil
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.recipe.optimizer import Adafactor, AdamW, Lion, OptimizerSection, Sgd
 from finetune.resolve import resolve
@@ -78,6 +79,36 @@ def lion(section: Lion, groups: Groups) -> torch.optim.Optimizer:
 
     optimizer: torch.optim.Optimizer = bnb.optim.Lion8bit(groups, lr=section.learning_rate, betas=section.betas)
     return optimizer
+
+
+BLOCK = 256
+"""Numbers that share a scale where bitsandbytes keeps moments in 8 bits."""
+
+SMALLEST_IN_8_BITS = 4096
+"""Tensors of fewer numbers keep moments in 32 bits there."""
+
+
+def state_bytes(section: OptimizerSection, parameters: Iterable[Tensor]) -> int:
+    """Bytes that the optimizer keeps from step to step for parameters of these shapes."""
+    return sum(_state_bytes(section, parameter) for parameter in parameters)
+
+
+def _state_bytes(section: OptimizerSection, parameter: Tensor) -> int:
+    numbers = parameter.numel()
+    match section:
+        case Sgd():
+            return parameter.nbytes if section.momentum else 0
+        case Adafactor() if parameter.ndim >= 2:
+            return 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
+        case Adafactor():
+            return 4 * numbers
+        case AdamW(name="adamw"):
+            return 2 * parameter.nbytes
+        case AdamW(name="paged_adamw_32bit"):
+            return 8 * numbers
+    moments = 1 if isinstance(section, Lion) else 2
+    is_short = numbers >= SMALLEST_IN_8_BITS
+    return moments * (numbers + 4 * ceil(numbers / BLOCK) if is_short else 4 * numbers)
 
 
 def sgd(section: Sgd, groups: Groups) -> torch.optim.Optimizer:

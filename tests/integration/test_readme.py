@@ -32,6 +32,7 @@ def test_its_ft_commands_run_in_their_order(
         "init",
         "validate",
         "preview",
+        "plan",
         "train",
         "eval",
         "report",
@@ -45,7 +46,7 @@ def test_its_ft_commands_run_in_their_order(
         if arguments[0] == "init":
             arguments = [str(chat_file) if argument == "my.jsonl" else argument for argument in arguments]
             arguments[-1] = str(tiny_model)
-        if arguments[0] in ("preview", "train", "quantize"):  # the same run on the tiny model and two steps
+        if arguments[0] in ("preview", "plan", "train", "quantize"):  # the same run on the tiny model and two steps
             smaller = [f"model.name={tiny_model}", "training.max_steps=2", "evaluation.generation_rows=2"]
             arguments = [argument.replace("my.jsonl", str(chat_file)) for argument in arguments]
             arguments += [part for value in smaller for part in ("--set", value)]

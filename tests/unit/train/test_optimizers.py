@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from finetune.recipe.optimizer import Optimizer
-from finetune.train.optimizers import make_optimizer, parameter_groups
+from finetune.train.optimizers import make_optimizer, parameter_groups, state_bytes
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor"]
 
@@ -52,6 +52,23 @@ def test_8_bit_moments_are_8_bit():
     model(inputs).sum().backward()
     optimizer.step()
     assert optimizer.state[model.weight]["state1"].dtype is torch.uint8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bytes_that_are_foreseen_are_those_that_are_kept(name: str):
+    model, inputs, _ = problem()
+    section = TypeAdapter(Optimizer).validate_python({"name": name})
+    optimizer = make_optimizer(section, model)
+    model(inputs).sum().backward()
+    optimizer.step()
+    kept = [
+        tensor
+        for state in optimizer.state.values()
+        for each, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and not each.startswith("qmap")  # shared by all parameters
+    ]
+    numbers = sum(tensor.nbytes for tensor in kept if tensor.dim())
+    assert state_bytes(section, model.parameters()) == numbers > 0
 
 
 def test_paging_without_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture):

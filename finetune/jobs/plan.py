@@ -1,0 +1,285 @@
+"""`ft plan`: what a run will take of memory and time, from its rows and its model's shapes. Loads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune.data.batches import Batch, BatchOrder, padded
+from finetune.data.dataset import Rows
+from finetune.data.layout import Layout
+from finetune.jobs.setup import Workbench, layout_of
+from finetune.models.precision import file_dtype, weight_dtype
+from finetune.models.quantized import stored_quantization
+from finetune.models.skeleton import read_config
+from finetune.models.tensor_files import stored_tensors
+from finetune.plan.cards import Card
+from finetune.plan.footprint import Passes, Resident, Setting, passes, resident
+from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_bytes
+from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
+from finetune.quantizers.choice import Quantizers
+from finetune.quantizers.on_load import OnLoadConfig
+from finetune.recipe.recipe import Recipe
+from finetune.resolve import build
+from finetune.run.events import Phase, Report, ignore
+from finetune.train.loop import batch_order
+
+HOLES_ON_CPU = 0.6
+"""Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
+
+HOLES_OF_REBUILT = 200_000_000
+"""Bytes that it holds beside that where quantized weights come and go within a step: measured on them too."""
+
+HOLES_ON_GPU = 0.1
+"""The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
+
+CONTEXT_ON_GPU = 600_000_000
+"""Bytes that CUDA and its libraries take on a GPU; an estimate."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much there is to do.
+
+    Attributes:
+        rows: To train on.
+        tokens: Of one epoch, padding not counted.
+        steps_per_epoch: Optimizer steps of one pass over the rows.
+        steps: Of the whole run.
+        largest_pass: Tokens of the largest micro-batch, padding counted.
+        computed: Tokens of the whole run, padding counted.
+        targets: Trained tokens of the whole run.
+    """
+
+    rows: int
+    tokens: int
+    steps_per_epoch: float
+    steps: int
+    largest_pass: int
+    computed: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        device: In words.
+        capacity: Its memory in bytes; None where it is not known.
+        parts: Bytes of the largest training step by part.
+        paged: Whether the optimizer's part moves to the CPU's memory where the GPU's is short.
+        while_loading: The most while the base loads.
+        while_evaluating: The most while the held-out loss is measured.
+        trainable: Numbers that train.
+        total: Numbers of model and adapter, packed ones counted one by one.
+        work: How much there is to do.
+        seconds: Of training; None where the device's speed is not known.
+        is_measured: Whether the speed was measured here, or is the one stated for the card.
+    """
+
+    device: str
+    capacity: int | None
+    parts: dict[str, int]
+    paged: bool
+    while_loading: int
+    while_evaluating: int
+    trainable: int
+    total: int
+    work: Work
+    seconds: float | None
+    is_measured: bool
+
+    @property
+    def peak(self) -> int:
+        """The most memory that the run takes, in bytes."""
+        return max(sum(self.parts.values()), self.while_loading, self.while_evaluating)
+
+    @property
+    def needed(self) -> int:
+        """What must be there: the peak without what can be paged out."""
+        step = sum(self.parts.values()) - (self.parts["optimizer"] if self.paged else 0)
+        return max(step, self.while_loading, self.while_evaluating)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it does; None where the memory is not known."""
+        return None if self.capacity is None else self.needed <= self.capacity
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {**asdict(self), "peak": self.peak, "needed": self.needed, "fits": self.fits}
+
+
+class Planner:
+    """Plans recipes that differ in settings and have rows and model in common.
+
+    Args:
+        recipe: One of them.
+        card: The GPU to plan for; None for this machine.
+        report: Told what takes long.
+
+    Raises:
+        FinetuneError: What would stop the training too.
+    """
+
+    def __init__(self, recipe: Recipe, card: Card | None, report: Report = ignore) -> None:
+        self._report, self._card = report, card or cuda_card()
+        self._bench = Workbench.of(recipe, report, weights=False)
+        self._rows = self._bench.read_data(report)
+        self._held = held_bytes()
+        self._resident: dict[str, Resident] = {}
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What a run of this recipe will take.
+
+        Raises:
+            FinetuneError: The settings do not go with the model, or it cannot be traced.
+        """
+        self._report(Phase("laying out the rows"))
+        bench = replace(
+            self._bench,
+            recipe=recipe,
+            quantizers=Quantizers(recipe.quantization, recipe.modules),
+            method=build(recipe.adapter, recipe.modules, self._bench.tokenizer),
+        )
+        layout = layout_of(recipe, self._rows.train.lengths, bench.padding)
+        order = batch_order(layout.units, recipe.training)
+        batch, work = _largest(self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes)
+        setting = self._setting(bench, layout, order)
+        self._report(Phase("counting what stays in memory"))
+        key = repr((recipe.quantization, recipe.modules, recipe.adapter, recipe.optimizer, setting.weight_dtype))
+        if key not in self._resident:
+            self._resident[key] = resident(setting)
+        held = self._resident[key]
+        self._report(Phase("tracing the largest passes"))
+        traced = passes(setting, batch, _held_out(self._rows, recipe, bench.padding))
+        return self._put_together(bench, setting, held, traced, work)
+
+    def _setting(self, bench: Workbench, layout: Layout, order: BatchOrder) -> Setting:
+        recipe, stored = bench.recipe, stored_quantization(bench.folder)
+        computes_in = bench.compute_dtype
+        if self._card is not None:
+            computes_in = torch.float32 if recipe.training.precision == "float32" else torch.bfloat16
+        return Setting(
+            config=read_config(bench.folder),
+            model=recipe.model,
+            choose=OnLoadConfig.from_dict(stored.model_dump()).choose if stored else bench.quantizers,
+            quantizes_head=stored is not None,
+            weight_dtype=weight_dtype(recipe.model.dtype, computes_in, recipe.adapter.trains_base),
+            compute_dtype=computes_in,
+            method=bench.method,
+            total_steps=order.total_steps,
+            optimizer=recipe.optimizer,
+            recomputes=recipe.training.gradient_checkpointing,
+            noise=recipe.training.neftune_alpha,
+            joins_rows=layout.restarts_positions,
+            on_gpu=self._card is not None,
+        )
+
+    def _put_together(self, bench: Workbench, setting: Setting, held: Resident, traced: Passes, work: Work) -> Plan:
+        recipe, card = bench.recipe, self._card
+        libraries = self._held + kernels_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
+        holes = HOLES_ON_CPU if card is None else HOLES_ON_GPU
+        rebuilds = card is None and (setting.quantizes_head or not bench.quantizers.quantize_nothing)
+        step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
+        parts = {
+            "libraries": libraries,
+            "weights": held.weights,
+            "adapter": held.adapter,
+            "gradients": held.gradients,
+            "optimizer": held.optimizer,
+            "activations": step - traced.logits,
+            "logits": traced.logits,
+            "holes": round(holes * step) + (HOLES_OF_REBUILT if rebuilds else 0),
+        }
+        mapped = 0 if card else _mapped_bytes(bench, setting.weight_dtype)
+        speed = card.teraflops * 1e12 * SHARE_OF_STATED if card and card.teraflops else None
+        if card is None:
+            self._report(Phase("measuring products"))
+            speed = SHARE_OF_PRODUCTS * measured_speed(held.shapes, work.largest_pass, setting.compute_dtype)
+        toil = operations(
+            held.shapes,
+            held.head,
+            held.count.trainable,
+            work.computed,
+            work.targets,
+            recipe.adapter.trains_base,
+            setting.recomputes,
+        )
+        return Plan(
+            device=card.name if card else "this machine's CPU",
+            capacity=card.memory_bytes if card else memory_bytes(),
+            parts=parts,
+            paged=card is not None and recipe.optimizer.name.startswith("paged"),
+            while_loading=(self._held if card is None else CONTEXT_ON_GPU) + held.weights + mapped,
+            while_evaluating=libraries
+            + held.weights
+            + held.adapter
+            + held.optimizer
+            + round((1 + holes) * traced.evaluation),
+            trainable=held.count.trainable,
+            total=held.count.total,
+            work=work,
+            seconds=toil / (speed * (recipe.distributed.processes if card else 1)) if speed else None,
+            is_measured=card is None,
+        )
+
+
+def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, processes: int) -> tuple[Batch, Work]:
+    """The micro-batch of most tokens in the run, and how much there is to do in all."""
+    lengths, targets = rows.train.lengths, rows.train.column("targets")
+    most, largest = 0, [0]
+    computed = trained = 0
+    for step in range(order.total_steps):
+        units = [layout.rows_of(unit) for unit in order.step_units(step)]
+        by_length = sorted(units, key=lambda unit: int(lengths[unit].sum()))
+        size = layout.group_size(len(units), processes)
+        for first in range(0, len(by_length), size):
+            chosen = [row for unit in by_length[first : first + size] for row in unit]
+            tokens = _computed(lengths[chosen] + prompt, layout.restarts_positions)
+            computed, trained = computed + tokens, trained + int(targets[chosen].sum())
+            if tokens > most:
+                most, largest = tokens, chosen
+    work = Work(
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        steps_per_epoch=layout.units / order.units_per_step,
+        steps=order.total_steps,
+        largest_pass=most,
+        computed=computed,
+        targets=trained,
+    )
+    return layout.batch([rows.train[row] for row in largest]), work
+
+
+def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:
+    """Tokens that a pass over rows of these lengths computes."""
+    return int(lengths.sum() if in_one_line else len(lengths) * lengths.max())
+
+
+def _held_out(rows: Rows, recipe: Recipe, padding: int) -> Batch | None:
+    """The largest batch of held-out rows; those of like length stand together."""
+    examples = rows.validation[: recipe.evaluation.max_rows]
+    if not len(examples):
+        return None
+    longest = np.argsort(examples.lengths, kind="stable")[-recipe.evaluation.batch_size :]
+    return padded([examples[int(row)] for row in longest], padding)
+
+
+def _mapped_bytes(bench: Workbench, dtype: torch.dtype) -> int:
+    """Bytes of the base's files, which are mapped into memory while weights of another type are made of them.
+
+    Weights of the files' own type stay in their mapping, and so take nothing beside it; so do codes that come of
+    calibration, which are read from files of their own.
+    """
+    if bench.quantizers.calibrated:
+        return 0
+    stored = stored_tensors(bench.folder.path).values()
+    files = sum(tensor.end - tensor.start for tensor in stored)
+    stay = bench.quantizers.quantize_nothing and file_dtype(bench.folder.path) is dtype
+    return 0 if stay else files

@@ -1,0 +1,31 @@
+"""A model of the same architecture that is made in a moment: two blocks, random weights, the same tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.models.folder import ModelFolder
+from finetune.models.load import load_tokenizer
+from finetune.models.skeleton import read_config, with_blocks
+
+BLOCKS = 2
+
+
+def write_shallow(folder: ModelFolder, target: Path, seed: int) -> None:
+    """Write such a model; of the original only config and tokenizer are read.
+
+    Args:
+        folder: The original.
+        target: Where to.
+        seed: Of the weights.
+    """
+    config = with_blocks(read_config(folder), BLOCKS)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.save_pretrained(target)
+    load_tokenizer(folder).save_pretrained(target)

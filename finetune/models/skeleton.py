@@ -1,0 +1,49 @@
+"""A model without weights: what its config.json says of shapes, for all of its blocks or for a few."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from finetune.models.folder import ModelFolder
+from finetune.recipe.model import Model
+
+
+def read_config(folder: ModelFolder) -> Any:
+    """The configuration of the model in a folder."""
+    return AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+
+
+def with_blocks(config: Any, blocks: int) -> Any:
+    """A configuration of the same architecture with its first `blocks` blocks; what it lists by block is cut."""
+    config = deepcopy(config)
+    text = config.get_text_config()
+    before = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return config
+
+
+def skeleton(config: Any, section: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen model with its weights on the meta device; what it computes itself, such as frequencies, is there.
+
+    Args:
+        config: Of the model.
+        section: The recipe's section, for the attention kernel.
+        dtype: Of the weights.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=None if section.attention == "auto" else section.attention,
+            trust_remote_code=False,
+        )
+    model.tie_weights()
+    return model.requires_grad_(False)

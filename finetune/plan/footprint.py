@@ -1,0 +1,223 @@
+"""Bytes of a run by part. What is resident is counted, what passes take is traced on few blocks and extended to all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters.base import AdapterMethod, trainable
+from finetune.data.batches import Batch
+from finetune.errors import UnsupportedError
+from finetune.models import packed_attention
+from finetune.models.fused import fuse
+from finetune.models.linears import ParameterCount, count_parameters
+from finetune.models.skeleton import skeleton, with_blocks
+from finetune.plan.speed import layer_shapes
+from finetune.plan.stand_ins import quantize_shapes
+from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
+from finetune.quantizers.base import Quantizer
+from finetune.recipe.model import Model
+from finetune.train.loss import chunked_cross_entropy
+from finetune.train.noise import embedding_noise
+from finetune.train.optimizers import state_bytes
+
+FEW_BLOCKS = (2, 3)
+"""Blocks of the models that passes are traced on. All but the first and last of a model are alike: what one more takes,
+every further one takes."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that decides how much memory a run takes, but for its batches.
+
+    Attributes:
+        config: Of the model.
+        model: The recipe's section.
+        choose: From a linear layer's name to its quantizer.
+        quantizes_head: Whether the output head may have one.
+        weight_dtype: Of weights that are not quantized.
+        compute_dtype: Of passes.
+        method: What trains.
+        total_steps: Of the run.
+        optimizer: Its name in a recipe, and whether it has momentum.
+        recomputes: Whether blocks are computed again in backward.
+        noise: On embeddings, if any.
+        joins_rows: Whether rows stand in one line.
+        on_gpu: Whether the run is for a GPU.
+    """
+
+    config: Any
+    model: Model
+    choose: Callable[[str], Quantizer | None]
+    quantizes_head: bool
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    method: AdapterMethod
+    total_steps: int
+    optimizer: Any
+    recomputes: bool
+    noise: float | None
+    joins_rows: bool
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What is held from step to step, in bytes.
+
+    Attributes:
+        weights: Of the base.
+        adapter: What the method adds, trained or not.
+        gradients: Of what trains.
+        optimizer: Moments, and what the method keeps between steps.
+        count: Numbers of parameters.
+        largest_trained: Bytes of the largest tensor that trains.
+        shapes: How many linear layers the base has of each shape, its head left out.
+        head: The output head's shape.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    count: ParameterCount
+    largest_trained: int
+    shapes: Counter[tuple[int, int]]
+    head: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What passes take for a moment beside what is resident, in bytes.
+
+    Attributes:
+        activations: Of a forward and backward pass, logits not counted.
+        logits: And their gradients.
+        evaluation: Of a forward pass over held-out rows.
+    """
+
+    activations: int
+    logits: int
+    evaluation: int
+
+
+def resident(setting: Setting) -> Resident:
+    """Count what is held from step to step; no weights are there.
+
+    Raises:
+        UnsupportedError: The method or a quantizer cannot take the model.
+    """
+    plain = skeleton(setting.config, setting.model, setting.weight_dtype)
+    vocabulary, width = plain.get_output_embeddings().weight.shape
+    model, _, weights = _attached(setting, setting.config)
+    trained = trainable(model)
+    sizes = _sizes([*model.parameters(), *model.buffers()])
+    kept = {key: size for key, size in _sizes(setting.method.state(model).values()).items() if key not in sizes}
+    return Resident(
+        weights=weights,
+        adapter=sum(sizes.values()) - weights,
+        gradients=sum(_sizes(trained.values()).values()),
+        optimizer=state_bytes(setting.optimizer, trained.values()) + sum(kept.values()),
+        count=count_parameters(model),
+        largest_trained=max(parameter.nbytes for parameter in trained.values()),
+        shapes=layer_shapes(plain),
+        head=(vocabulary, width),
+    )
+
+
+def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
+    """Trace a training pass and a held-out one.
+
+    Args:
+        setting: Of the run.
+        train: The largest micro-batch.
+        held_out: The largest batch of held-out rows, if there are any.
+
+    Raises:
+        UnsupportedError: The model's passes cannot be traced.
+    """
+    blocks = setting.config.get_text_config().num_hidden_layers
+    few, more = FEW_BLOCKS
+    if blocks <= more:
+        return _traced(setting, setting.config, train, held_out)
+    try:
+        least, most = (_traced(setting, with_blocks(setting.config, count), train, held_out) for count in (few, more))
+    except UnsupportedError:  # such as targets that name blocks by their numbers
+        return _traced(setting, setting.config, train, held_out)
+
+    def extended(at_least: int, at_most: int) -> int:
+        return at_most + (at_most - at_least) * (blocks - more) // (more - few)
+
+    return Passes(
+        activations=extended(least.activations, most.activations),
+        logits=most.logits,
+        evaluation=extended(least.evaluation, most.evaluation),
+    )
+
+
+def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None) -> Passes:
+    model, fakes, _ = _attached(setting, config)
+    vocabulary = config.get_text_config().vocab_size
+    for parameter in trainable(model).values():
+        parameter.grad = torch.empty_like(parameter)
+
+    def trace() -> MemoryTrace:
+        before = MemoryTrace(fakes, vocabulary)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        before.ignore([*model.parameters(), *model.buffers(), *gradients])
+        return before
+
+    try:
+        with trace() as trained:
+            with _autocast(setting), embedding_noise(model, train, setting.noise):
+                loss = chunked_cross_entropy(model.train(), train)
+            penalty = setting.method.penalty(model)
+            (loss if penalty is None else loss + penalty).backward()
+        evaluated = 0
+        if held_out is not None:
+            with trace() as measured, torch.no_grad(), _autocast(setting):
+                chunked_cross_entropy(model.eval(), held_out)
+            evaluated = measured.peak
+    except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(
+            f"the passes of this model cannot be traced: {reason}",
+            where=f"model.name ({config.model_type})",
+            hint="run one step, and read its peak: ft train recipe.yaml --set training.max_steps=1",
+        ) from error
+    return Passes(trained.peak - trained.logits_at_peak, trained.logits_at_peak, evaluated)
+
+
+def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, int]:
+    """The trainable model without memory, what its tensors belong to, and the bytes of its base."""
+    model, fakes = skeleton(config, setting.model, setting.weight_dtype), FakeTensors()
+    kernels = setting.compute_dtype if setting.on_gpu else None
+    quantize_shapes(model, setting.choose, setting.quantizes_head, setting.compute_dtype, kernels)
+    fakes.hollow_out(model, vectors_too=False)
+    if setting.model.kernels == "auto":
+        fuse(model)
+    if setting.joins_rows and setting.model.attention == "auto" and config._attn_implementation in (None, "sdpa"):
+        model.set_attn_implementation(packed_attention.NAME)
+    if setting.recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    base = sum(_sizes([*model.parameters(), *model.buffers()]).values())
+    with Unfilled(fakes):
+        attached = setting.method.attach(model, setting.total_steps)
+    fakes.hollow_out(attached, vectors_too=True)
+    return attached, fakes, base
+
+
+def _autocast(setting: Setting) -> torch.autocast:
+    """As in training; on the CPU, where tensors without memory are."""
+    return torch.autocast("cpu", setting.compute_dtype, enabled=setting.compute_dtype is not torch.float32)
+
+
+def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of memory by what tensors lie in, which some share."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}

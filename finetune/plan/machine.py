@@ -1,0 +1,43 @@
+"""What this machine has, and what a process holds before any weight is there."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from finetune.plan.cards import Card
+
+KERNELS_ON_CPU = 165_000_000
+"""Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See
+`bound_kernel_caches`."""
+
+
+def cuda_card() -> Card | None:
+    """The GPU that training would take here; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return Card(found.name, found.total_memory, None)
+
+
+def memory_bytes() -> int | None:
+    """Memory of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def held_bytes() -> int:
+    """What this process holds now, with all libraries loaded that training needs; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as numbers:
+            return int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def kernels_bytes(compute_dtype: torch.dtype) -> int:
+    """What the first step adds to the libraries on a CPU."""
+    return KERNELS_ON_CPU if compute_dtype.itemsize == 2 else 0

@@ -1,0 +1,105 @@
+"""Plans of recipes: what they say, what they refuse, and the smallest change that fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.errors import OutOfMemoryError
+from finetune.jobs.fit import fit, larger_changes, write
+from finetune.jobs.plan import Planner
+from finetune.plan.cards import Card
+from finetune.recipe.load import load_recipe
+from tests.fixtures.recipes import as_recipe, write_recipe
+
+
+def ft(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    tiny_recipe["training"] |= {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    return write_recipe(tiny_recipe, tmp_path)
+
+
+def test_it_tells_rows_steps_parameters_and_memory(recipe: Path):
+    code, out, _ = ft("plan", recipe, "--json")
+    assert code == 0
+    plan = json.loads(out.splitlines()[-1])
+    assert plan["event"] == "plan"
+    assert (plan["work"]["rows"], plan["work"]["steps"], plan["work"]["steps_per_epoch"]) == (24, 3, 6)
+    assert plan["peak"] == max(sum(plan["parts"].values()), plan["while_loading"], plan["while_evaluating"])
+    assert plan["parts"]["gradients"] == 4 * plan["trainable"]
+    assert plan["fits"] is True
+    assert plan["seconds"] > 0
+
+
+def test_a_person_sees_a_table_of_80_columns(recipe: Path):
+    code, out, _ = ft("plan", recipe, "--gpu", "24GB")
+    assert code == 0
+    assert "a GPU, 24.0 GB" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(part in out for part in ("weights", "activations", "logits", "optimizer", "fits"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--gpu", "24"], 2, "give its memory, such as 24GB"),
+        (["--gpu", "24GB", "--fit", "24GB"], 2, "leave --gpu out"),
+        (["--output", "x.yaml"], 2, "add --fit"),
+        (["--fit", "24GB", "--output", "."], 6, "choose another"),
+    ],
+)
+def test_what_contradicts_is_told(recipe: Path, arguments: list[str], code: int, said: str):
+    found, _, err = ft("plan", recipe, *arguments)
+    assert found == code
+    assert said in err
+
+
+def sized(recipe: Path, share: float) -> tuple[Planner, Any]:
+    """A planner for a GPU of that share of what the run takes."""
+    loaded = load_recipe(recipe)
+    plan = Planner(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
+    return Planner(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
+
+
+def test_what_fits_is_left_as_it_is(recipe: Path):
+    planner, loaded = sized(recipe, 1.01)
+    assert fit(planner, loaded).changes == {}
+
+
+def test_smaller_micro_batches_come_first_and_keep_the_rows_of_a_step(recipe: Path, tmp_path: Path):
+    planner, loaded = sized(recipe, 0.9999)
+    fitted = fit(planner, loaded)
+    assert fitted.changes == {"training.micro_batch_size": "2", "training.gradient_accumulation_steps": "2"}
+    assert fitted.after.fits
+    assert not fitted.before.fits
+    assert fitted.after.needed < fitted.before.needed
+    write(fitted, loaded, tmp_path / "fits.yaml")
+    assert load_recipe(tmp_path / "fits.yaml").recipe.training == fitted.recipe.training
+
+
+def test_what_nothing_makes_fit_is_told_as_a_shortage(recipe: Path):
+    planner, loaded = sized(recipe, 0.1)
+    with pytest.raises(OutOfMemoryError, match="nothing that ft can change"):
+        fit(planner, loaded)
+
+
+def test_changes_come_in_order_of_what_they_cost(tiny_recipe: dict[str, Any], tmp_path: Path):
+    recipe = as_recipe({**tiny_recipe, "adapter": {"method": "lora", "r": 8}}, tmp_path)
+    changes = list(larger_changes(recipe))
+    assert changes[:4] == [
+        {},
+        {"training.gradient_checkpointing": "true"},
+        {"optimizer.name": "adamw_8bit"},
+        {"training.gradient_checkpointing": "true", "optimizer.name": "adamw_8bit"},
+    ]
+    assert {"adapter.r": "4", "adapter.alpha": "16"}.items() <= changes[-1].items()

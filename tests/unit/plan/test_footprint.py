@@ -1,0 +1,138 @@
+"""Bytes by part: those of the real model and optimizer, and those of the QLoRA paper's largest model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from transformers import LlamaConfig
+
+from finetune.adapters.base import trainable
+from finetune.data.batches import joined, padded
+from finetune.data.encode import Example
+from finetune.models.linears import count_parameters
+from finetune.plan import footprint
+from finetune.plan.cards import GB
+from finetune.plan.footprint import Setting, passes, resident
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.adapter import Adapter
+from finetune.recipe.model import Model
+from finetune.recipe.optimizer import Optimizer
+from finetune.recipe.quantization import Quantization
+from finetune.resolve import build
+from tests.fixtures.tiny import tiny_config, tiny_llama
+
+ROWS = [Example(list(range(1, 60)), [False] * 20 + [True] * 39)] * 4
+
+
+def section(union: Any, **values: Any) -> Any:
+    return TypeAdapter(union).validate_python(values)
+
+
+def setting(config: Any = None, adapter: dict[str, Any] | None = None, **changes: Any) -> Setting:
+    base = Setting(
+        config=config or tiny_config(num_hidden_layers=6),
+        model=Model(name="tiny"),
+        choose=lambda name: None,
+        quantizes_head=False,
+        weight_dtype=torch.float32,
+        compute_dtype=torch.float32,
+        method=build(section(Adapter, **(adapter or {"method": "lora", "r": 4}))),
+        total_steps=100,
+        optimizer=section(Optimizer, name="adamw"),
+        recomputes=False,
+        noise=None,
+        joins_rows=True,
+        on_gpu=False,
+    )
+    return replace(base, **changes)
+
+
+METHODS = [
+    {"method": "lora", "r": 4},
+    {"method": "lora", "r": 4, "dora": True},
+    {"method": "lora", "r": 4, "initialization": "pissa"},
+    {"method": "lora", "r": 4, "iec": True},
+    {"method": "adalora", "r": 6, "target_r": 4},
+    {"method": "vera", "r": 8},
+    {"method": "ia3"},
+    {"method": "loha", "r": 4},
+    {"method": "lokr", "r": 4},
+    {"method": "oft", "block_size": 32},
+    {"method": "prefix_tuning", "tokens": 4, "projection": 16},
+    {"method": "full"},
+]
+
+
+@pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: "-".join(map(str, adapter.values())))
+def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any]):
+    planned = resident(setting(adapter=adapter))
+    base = tiny_llama(num_hidden_layers=6).requires_grad_(False)
+    weights = sum(parameter.nbytes for parameter in base.parameters())
+    model = build(section(Adapter, **adapter)).attach(base, 100)
+    assert planned.count == count_parameters(model)
+    assert planned.gradients == sum(parameter.nbytes for parameter in trainable(model).values())
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    assert planned.weights + planned.adapter == sum(held.values())
+    assert planned.weights == pytest.approx(weights, rel=0.01)  # and tables of frequencies
+    small = setting(tiny_config(), adapter, joins_rows=False)
+    assert passes(small, padded(ROWS, 0), padded(ROWS, 0)).activations > 0
+
+
+def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.MonkeyPatch):
+    six = setting(tiny_config(num_hidden_layers=6))
+    extended = passes(six, joined(ROWS), padded(ROWS, 0))
+    monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
+    assert extended == passes(six, joined(ROWS), padded(ROWS, 0))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [({"kind": "nf4", "double_quant": True}, 4.127), ({"kind": "affine", "bits": 3}, 4), ({"kind": "int8"}, 8)],
+)
+def test_quantized_weights_take_their_bits(quantization: dict[str, Any], bits: float):
+    config = tiny_config(hidden_size=256, intermediate_size=512)
+    plain = resident(setting(config))
+    packed = resident(setting(config, choose=Quantizers(section(Quantization, **quantization))))
+    linear = sum(count * out * into for (out, into), count in plain.shapes.items())
+    assert plain.weights - packed.weights == pytest.approx(linear * (32 - bits) / 8, rel=0.01)
+
+
+def llama(width: int, inner: int, blocks: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=False,
+    )
+
+
+def on_paper(config: LlamaConfig, **changes: Any) -> Setting:
+    """The paper's setting: NF4 with double quantization, LoRA r=64 on every linear layer, blocks computed again."""
+    quantizers = Quantizers(section(Quantization, kind="nf4", double_quant=True))
+    optimizer = section(Optimizer, name="paged_adamw_32bit")
+    types = {"weight_dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
+    chosen: dict[str, Any] = {**types, "choose": quantizers, "optimizer": optimizer, "on_gpu": True, "recomputes": True}
+    return setting(config, {"method": "lora", "r": 64, "alpha": 16}, **{**chosen, **changes})
+
+
+@pytest.mark.slow
+def test_65_billion_parameters_fit_into_48_gb_as_the_paper_says_and_not_without_quantization():
+    """Source: Dettmers et al. 2023, arXiv 2305.14314: from more than 780 GB to less than 48, in rows of 512 tokens."""
+    config = llama(8192, 22016, 80, 64)
+    held = resident(on_paper(config))
+    assert held.count.total - held.count.trainable == pytest.approx(65.29e9, rel=0.001)
+    batch = joined([Example(list(range(1, 513)), [False] * 256 + [True] * 256)])
+    taken = passes(on_paper(config), batch, None)
+    needed = held.weights + held.adapter + held.gradients + taken.activations + taken.logits
+    assert 40 * GB < needed < 46 * GB  # which leaves room for the libraries and the allocator
+    assert held.weights + held.adapter + held.gradients + held.optimizer > 47 * GB  # so paging is what makes it fit
+    full = resident(on_paper(config, method=build(section(Adapter, method="full")), choose=lambda name: None))
+    in_16_bits = full.weights + full.gradients + 2 * 4 * full.count.total
+    assert in_16_bits > 780 * GB

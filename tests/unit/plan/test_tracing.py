@@ -1,0 +1,103 @@
+"""What is traced without memory is what is alive with it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.data.batches import Batch, joined, padded
+from finetune.data.encode import Example
+from finetune.models import packed_attention
+from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
+from finetune.train.loss import chunked_cross_entropy
+from tests.fixtures.tiny import tiny_config, tiny_llama
+
+ROWS = [Example(list(range(1, 60 + 20 * row)), [False] * 20 + [True] * (39 + 20 * row)) for row in range(4)]
+
+
+def peak(model: nn.Module, batch: Batch, fakes: FakeTensors) -> int:
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    gc.collect()
+    trace = MemoryTrace(fakes)
+    trace.ignore([*model.parameters(), *(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    with trace, torch.autocast("cpu", torch.bfloat16):
+        chunked_cross_entropy(model.train(), batch).backward()
+    return trace.peak
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("batch", [joined(ROWS), padded(ROWS, 0)], ids=["joined", "padded"])
+def test_a_pass_without_memory_takes_what_the_real_one_takes(batch: Batch, recomputes: bool):
+    peaks = []
+    for is_real in (True, False):
+        fakes, model = FakeTensors(), tiny_llama()
+        if batch.positions_BT is not None:
+            model.set_attn_implementation(packed_attention.NAME)
+        if recomputes:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if not is_real:
+            fakes.hollow_out(model, vectors_too=True)
+        peaks.append(peak(model, batch, fakes))
+    real, traced = peaks
+    assert traced == pytest.approx(real, rel=0.02)
+    assert real > 500_000
+
+
+def test_the_control_sees_what_recomputing_saves():
+    fakes, model = FakeTensors(), tiny_llama(num_hidden_layers=6)
+    plain = peak(model, joined(ROWS), fakes)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert peak(model, joined(ROWS), fakes) < 0.7 * plain
+
+
+def test_only_what_is_alive_counts():
+    fakes = FakeTensors()
+    with MemoryTrace(fakes) as trace:
+        x = torch.empty(1000, 100)  # large enough to be without memory
+        y = x * 2
+        view = y[:10]
+        del x, y
+        assert trace.live == trace.peak / 2 == 400_000
+        del view
+    assert trace.live == 0
+    assert trace.peak == 800_000
+
+
+def test_logits_are_told_by_their_width():
+    fakes = FakeTensors()
+    with MemoryTrace(fakes, width=320) as trace:
+        logits = torch.empty(500, 320)
+        other = torch.empty(500, 300)
+    assert trace.logits_at_peak == logits.nbytes
+    assert trace.peak == logits.nbytes + other.nbytes
+
+
+def test_chosen_rows_have_their_true_number():
+    fakes = FakeTensors()
+    hidden = fakes.like(torch.empty(6, 4))
+    with MemoryTrace(fakes):
+        assert hidden[torch.tensor([True, False, True, False, False, True])].shape == (3, 4)
+
+
+def test_a_fake_model_can_be_moved_and_its_weights_are_shared_as_before():
+    fakes, model = FakeTensors(), tiny_llama()
+    fakes.hollow_out(model, vectors_too=True)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tiny_config().tie_word_embeddings
+    with Unfilled(fakes):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(model.get_input_embeddings().weight[:3].clone())
+        layer.to("cpu")
+
+
+def test_new_tensors_are_not_written_to():
+    weight = torch.zeros(4)
+    with Unfilled(FakeTensors()):
+        nn.init.normal_(weight)
+    assert not weight.any()
+    nn.init.normal_(weight)
+    assert weight.any()
