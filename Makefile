@@ -6,14 +6,14 @@ RUN := runs/quickstart
 BROWSER ?= chromium
 RIVAL := .venv-trl
 
-.PHONY: help quickstart test test-slow test-faults bench bench-data bench-quantizers bench-methods pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench bench-data bench-generation bench-quantizers bench-methods pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a few minutes on 2 cores
 	$(BIN)/ft train recipes/quickstart.yaml --run-dir $(RUN) --overwrite
-	$(BIN)/ft eval $(RUN)
+	$(BIN)/ft eval $(RUN) --against base
 	$(BIN)/ft merge $(RUN) --overwrite
 	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
@@ -32,6 +32,9 @@ bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss 
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data
+
+bench-generation: $(VENV)/dev $(VENV)/quickstart  ## Answers in batches beside one by one, lm-evaluation-harness beside its own model: half an hour
+	$(BIN)/python -m tests.benchmarks.generation
 
 bench-quantizers: $(VENV)/dev  ## Size, error, loss, time and memory of every quantization, on TEXT=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.quantizers $(TEXT)

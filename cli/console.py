@@ -25,8 +25,10 @@ from finetune.errors import CheckFailedError, FinetuneError, Interrupted, Recipe
 from .harmless import harmless
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
+    from finetune.jobs.evaluate import Evaluated, Score
     from finetune.jobs.plan import Plan
     from finetune.jobs.preview import Preview
     from finetune.jobs.reproduce import Reproduction
@@ -287,27 +289,49 @@ def show_smoke(passed: Smoke, recipe: Path, as_json: bool) -> None:
     show_result(f"{recipe}: the path works ({'; '.join(done)}; {passed.seconds:.0f} s)")
 
 
-def show_comparison(comparison: dict[str, Any], run: Path, as_json: bool) -> None:
-    """Print base and run side by side."""
+def show_evaluation(evaluated: Evaluated, as_json: bool) -> None:
+    """Print what a model reached, beside another where there is one, and what became of the gates."""
     if as_json:
-        show_result(json.dumps(comparison))
+        show_result(json.dumps({"event": "evaluated", "folder": _text(evaluated.folder), **evaluated.to_json()}))
         return
     from rich.console import Console
+
+    from . import wording
+
+    for task, scores in evaluated.scores.items():
+        Console().print(_scores_table(wording.task_title(task, scores), evaluated, scores))
+    for gate in evaluated.gates:
+        sign = "met" if gate.is_met else "NOT met"
+        show_result(f"gate {gate.gate}: {sign}, {gate.measured} is {gate.value:.4g}")
+    if evaluated.folder:
+        show_result(f"results and answers: {evaluated.folder}")
+
+
+def _scores_table(title: str, evaluated: Evaluated, scores: dict[str, Score]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{comparison['rows']} held-out rows, {comparison['answered']} answered", title_justify="left")
+    from . import wording
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    has_flips = any(score.difference and wording.flips(score.difference) for score in scores.values())
+    compared = ["difference"] if evaluated.against else []
+    models = [evaluated.against, evaluated.label] if evaluated.against else [evaluated.label]
     table.add_column("")
-    for column in ("base", "tuned", "difference"):
-        table.add_column(column, justify="right")
-    shares = ("exact_match", "f1")
-    for name, base in comparison["base"].items():
-        tuned, difference = comparison["tuned"][name], comparison["difference"][name]
-        form, scale = ("{:.1f} %", 100) if name in shares else ("{:.4f}", 1)
-        sign = "+" if difference > 0 else ""
-        cells = [form.format(scale * value) for value in (base, tuned, difference)]
-        table.add_row(name.replace("_", " "), cells[0], f"[bold]{cells[1]}", sign + cells[2])
-    Console().print(table)
-    show_result(f"answers: {run / 'eval' / 'generations.jsonl'}")
+    for column in (*models, *compared, "95 % interval", *(["better/worse"] if has_flips else [])):
+        table.add_column(column, justify="right", overflow="fold")
+    for name, score in scores.items():
+        values = [wording.score(score.form, each.value) for each in (score.theirs, score.ours) if each]
+        change = [wording.difference(score)] if evaluated.against else []
+        spread = score.difference.change if score.difference else None if evaluated.against else score.ours
+        flipped = [wording.flips(score.difference) if score.difference else ""] if has_flips else []
+        table.add_row(
+            name.replace("_", " "), *values, *change, wording.interval(score.form, spread, bool(change)), *flipped
+        )
+    return table
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:

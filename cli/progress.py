@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TextIO
@@ -132,6 +133,7 @@ class Live(Follower):
         self.display.start()
         self.task: TaskID | None = None
         self.description = ""
+        self.begun = (0.0, 0)
 
     def event(self, event: Event) -> None:
         """Move the line, or print above it."""
@@ -145,12 +147,23 @@ class Live(Follower):
                 left = f"{duration(wording.seconds_left(event))} left"
                 self._show("training", event.total_steps, event.step, left)
             case Progress():
-                unknown = f"{event.done} {event.unit}" if event.total is None else ""
-                self._show(event.doing, event.total, event.done, unknown)
+                self._show(event.doing, event.total, event.done, self._estimate(event))
             case Validated() | BestKept():
                 self._print(wording.line(event))
             case Warned():
                 self.note(str(wording.line(event)))
+
+    def _estimate(self, event: Progress) -> str:
+        """The time that is left by the pace since the first word of it; of what has no end, how much is done."""
+        if event.total is None:
+            return f"{event.done} {event.unit}"
+        if event.doing != self.description:
+            self.begun = (time.monotonic(), event.done)
+        since, before = self.begun
+        if event.done == before:
+            return ""
+        pace = (time.monotonic() - since) / (event.done - before)
+        return f"{wording.duration(pace * (event.total - event.done))} left"
 
     def note(self, text: str) -> None:
         """Print above the moving line."""

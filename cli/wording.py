@@ -28,6 +28,9 @@ from finetune.run.ranks import table
 from .harmless import harmless
 
 if TYPE_CHECKING:
+    from finetune.evaluation.measurement import Difference, Interval
+    from finetune.evaluation.metrics import Form
+    from finetune.jobs.evaluate import Score
     from finetune.jobs.plan import Plan
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation, Meaning
@@ -287,3 +290,49 @@ def _indented(text: str, width: int) -> list[str]:
 
 def _wrapped(text: str, width: int, first: str, further: str) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=further, break_on_hyphens=False)
+
+
+def task_title(task: str, scores: Mapping[str, Score]) -> str:
+    """`held_out: 48 rows`; where metrics are measured on different rows, the most and the fewest."""
+    counts = sorted({score.rows for score in scores.values() if score.rows is not None})
+    return f"{task}: {' to '.join(map(str, counts))} rows" if counts else task
+
+
+def score(form: Form, value: float) -> str:
+    """A score in its unit: `91.7 %`, `34.12`, `0.7741`."""
+    match form:
+        case "share":
+            return f"{100 * value:.1f} %"
+        case "points":
+            return f"{value:.2f}"
+        case "nats":
+            return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def interval(form: Form, spread: Interval | None, is_change: bool) -> str:
+    """`85.4 to 97.9 %`, and of a change with signs; nothing where it is not known."""
+    if spread is None:
+        return ""
+    low, high = (score(form, number) for number in (spread.low, spread.high))
+    if is_change:
+        low, high = _signed(low, spread.low), _signed(high, spread.high)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def difference(score_of: Score) -> str:
+    """`+12.5 %`."""
+    if score_of.theirs is None:
+        return ""
+    change = score_of.ours.value - score_of.theirs.value
+    return _signed(score(score_of.form, change), change)
+
+
+def flips(difference: Difference) -> str:
+    """How many rows came right, and how many went wrong."""
+    if not (difference.better or difference.worse):
+        return ""
+    return f"+{len(difference.better)} -{len(difference.worse)}"
+
+
+def _signed(text: str, number: float) -> str:
+    return f"+{text}" if number > 0 else text

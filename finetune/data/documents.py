@@ -43,11 +43,13 @@ class Conversation:
         messages: The turns.
         tools: Definitions of the tools that may be called, in OpenAI's form.
         references: All accepted forms of the last answer, where the data set gives more than one.
+        choices: The answers that the row offers, where the last one is one of them.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[ToolObject, ...] = ()
     references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def split_turns(self) -> list[Conversation]:
         """One conversation for each answer that may be trained: it stands last, and only it is trained."""

@@ -24,7 +24,7 @@ from finetune.data.store import Store, StoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
 from finetune.recipe.data import Data, Hub, SourceSection
-from finetune.run.cache import cached
+from finetune.run.cache import cached, sources_digest
 from finetune.run.events import Progress, Report
 from finetune.run.provenance import file_record
 
@@ -127,17 +127,9 @@ def _key(
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
         "packages": {name: version(name) for name in SHAPING_PACKAGES},
-        "code": _code_digest(),
+        "code": sources_digest(finetune.data),  # a corrected mask must not be hidden by what the wrong one left
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _code_digest() -> str:
-    """Of this package's sources: a corrected mask must not be hidden by what the wrong one left in the cache."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(finetune.data.__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _hub_record(hub: Hub) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from finetune.evaluation.batching import in_batches
 
 Tell = Callable[[str], None]
 """Told an answer piece by piece while it is written."""
@@ -24,12 +26,14 @@ class Sampling:
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         top_p: Draw from the likeliest tokens that together reach this probability.
         seed: Of the draw.
+        stops: Texts of which the first that is written ends the answer, and does not belong to it.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stops: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -44,36 +48,40 @@ def generate(
     report_rows: Callable[[int], None] = lambda rows: None,
     options_of: Callable[[Sequence[int]], dict[str, Any]] = lambda rows: {},
     tell: Tell | None = None,
+    tell_batch: Callable[[dict[int, str]], None] = lambda answers: None,
 ) -> list[str]:
-    """Continue each prompt until the end-of-turn token or the longest answer.
+    """Continue each prompt until the end-of-turn token, a stop of `sampling`, or the longest answer.
 
     Args:
         model: A causal language model, with or without an adapter.
         tokenizer: Decodes; its end-of-turn token ends an answer.
         prompts: Token ids.
         sampling: How tokens are chosen.
-        batch_size: Prompts that are continued together.
+        batch_size: Most prompts that are continued together; fewer where memory is short.
         padding: Any token id; prompts are padded on the left and masked.
         report_rows: Told how many prompts are done.
         options_of: What else `model.generate` is given for prompts of these numbers.
         tell: Told the answer while it is written; for one prompt.
+        tell_batch: Told the answers of a batch by the prompts' numbers, as soon as they are whole.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
+
+    Raises:
+        OutOfMemoryError: A prompt by itself does not fit.
     """
     assert tell is None or len(prompts) == 1
     was_training = model.training
     model.eval()
     torch.manual_seed(sampling.seed)
-    answers = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for first in range(0, len(prompts), batch_size):
-        chosen = by_length[first : first + batch_size]
+    draw = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+    device = next(model.parameters()).device
+
+    def work(chosen: list[int]) -> dict[int, str]:
         longest = max(len(prompts[index]) for index in chosen)
         rows = [[padding] * (longest - len(prompts[i])) + list(prompts[i]) for i in chosen]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-        device = next(model.parameters()).device
-        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+        stops = {"stopping_criteria": [_Stop(tokenizer, sampling.stops)]} if sampling.stops else {}
         written_BT = model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -83,12 +91,23 @@ def generate(
             eos_token_id=end_tokens(model, tokenizer),
             streamer=None if tell is None else _Stream(tokenizer, tell),
             **draw,
+            **stops,
             **options_of(chosen),
         )[:, longest:]
-        for index, tokens in zip(chosen, written_BT, strict=True):
-            answers[index] = tokenizer.decode(tokens, skip_special_tokens=True)
-        report_rows(min(first + batch_size, len(prompts)))
-    model.train(was_training)
+        texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True)
+        return {index: _up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
+
+    answers = [""] * len(prompts)
+    done = 0
+    try:
+        for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work):
+            for index, text in written.items():
+                answers[index] = text
+            done += len(chosen)
+            tell_batch(written)
+            report_rows(done)
+    finally:
+        model.train(was_training)
     return answers
 
 
@@ -97,6 +116,30 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     named = getattr(model.generation_config, "eos_token_id", None)
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return sorted({*own, *(named if isinstance(named, list) else [named] if named is not None else [])})
+
+
+def _up_to(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first of the stops."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+class _Stop(StoppingCriteria):
+    """Ends each row of a batch at the first of some texts.
+
+    The end of what is written is decoded anew for each token: which tokens write a text depends on what stands around.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        # Every token writes at least a byte, or nothing and is special; a letter before may be cut in half.
+        self.window = max(len(stop.encode()) for stop in stops) + 4
+        self.written = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        """Which rows are at their end, shape (B,)."""
+        self.written += 1
+        tails = self.tokenizer.batch_decode(input_ids[:, -min(self.window, self.written) :], skip_special_tokens=True)
+        return torch.tensor([any(stop in tail for stop in self.stops) for tail in tails], device=input_ids.device)
 
 
 class _Stream(BaseStreamer):

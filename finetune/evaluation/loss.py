@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.data.batches import Batch, padded
+from finetune.data.batches import padded
 from finetune.data.encode import Example
-from finetune.errors import OutOfMemoryError, as_out_of_memory
+from finetune.errors import OutOfMemoryError
+from finetune.evaluation.batching import in_batches
 from finetune.train.loss import summed_cross_entropy
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """The mean loss per trained token over `examples`, shared out over all processes.
 
-    Where memory is short, passes are halved until they fit.
+    Where memory is short, passes are halved until they fit; see `in_batches`.
 
     Args:
         model: Put into evaluation mode, and back afterwards; without a wrapper for several processes, which need not
@@ -70,24 +69,22 @@ def held_out_loss(
     device = accelerator.device
     was_training = model.training
     model.eval()
-    by_length = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
+    by_length = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     own = by_length[accelerator.process_index :: accelerator.num_processes]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = done = 0
-    while done < len(own) and batch_size:
-        batch = padded([examples[row] for row in own[done : done + batch_size]], padding).to(device)
+
+    def work(rows: list[int]) -> tuple[Tensor, int]:
+        batch = padded([examples[own[row]] for row in rows], padding).to(device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
-            batch_loss = _loss_that_fits(model, batch)
-        if batch_loss is None:
-            torch.cuda.empty_cache()
-            batch_size = min(batch_size, len(own) - done) // 2
-            if batch_size:
-                logger.warning("out of memory while measuring the held-out loss: on with %d rows at once", batch_size)
-            continue
-        loss_sum += batch_loss
-        tokens += batch.targets
-        done = min(done + batch_size, len(own))
-        report_rows(done)
+            return summed_cross_entropy(model, batch), batch.targets
+
+    with suppress(OutOfMemoryError):  # told below, by all processes
+        for rows, (batch_loss, targets) in in_batches([len(examples[row].ids) for row in own], batch_size, work):
+            loss_sum += batch_loss
+            tokens += targets
+            done += len(rows)
+            report_rows(done)
     model.train(was_training)
     sums = torch.stack([loss_sum, loss_sum.new_tensor(tokens), loss_sum.new_tensor(done < len(own))])
     total, count, is_short = accelerator.reduce(sums, "sum").tolist()
@@ -98,13 +95,3 @@ def held_out_loss(
             hint="hold out shorter rows, or lower data.max_length",
         )
     return HeldOutLoss(loss=total / count, rows=len(examples), tokens=int(count))
-
-
-def _loss_that_fits(model: nn.Module, batch: Batch) -> Tensor | None:
-    """The summed loss of a batch; None where memory does not suffice for it, with all of it given back."""
-    try:
-        return summed_cross_entropy(model, batch)
-    except (MemoryError, RuntimeError) as error:
-        if as_out_of_memory(error) is None:
-            raise
-        return None

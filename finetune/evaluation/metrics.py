@@ -1,14 +1,80 @@
-"""Scores of a generated answer against the data set's own."""
+"""Scores of a model's answers against the data set's own.
+
+Every score is worked out of a sum over rows, so that rows can be drawn anew for a confidence interval. Of most metrics
+the sum has a row's score and 1, and the score of all rows is their mean.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from finetune.evaluation import overlap
+from finetune.evaluation.overlap import Numbers
+from finetune.recipe.evaluation import Answers
+
+Form = Literal["share", "points", "nats"]
+"""In [0, 1]; in [0, 100]; of a logarithm or its exponential."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of many rows.
+
+    Attributes:
+        name: In results and gates.
+        score: The score, of the sum of the rows' counts, shape (C,).
+        form: Its unit.
+        is_verdict: Whether a row by itself is right or wrong, so that two models can be compared row by row.
+    """
+
+    name: str
+    score: Callable[[Numbers], float]
+    form: Form = "share"
+    is_verdict: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerMetric(Metric):
+    """A score of generated answers.
+
+    Attributes:
+        count: A row's counts, of its answer and references.
+    """
+
+    count: Callable[[str, Sequence[str]], Sequence[float]] = lambda answer, references: ()
+
+
+def mean(counts_C: Numbers) -> float:
+    """The first count over the last."""
+    return float(counts_C[0] / counts_C[-1])
+
+
+def perplexity(counts_C: Numbers) -> float:
+    """exp(mean); infinite where that is beyond a double."""
+    return math.exp(loss) if (loss := mean(counts_C)) < 700 else math.inf
+
+
+LOSS = Metric("loss", mean, form="nats")
+PERPLEXITY = Metric("perplexity", perplexity, form="nats")
+
+
+def answer_metrics(section: Answers) -> list[AnswerMetric]:
+    """The metrics that a section asks for, in its order."""
+    asked = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
+    if section.pattern is not None:
+        asked.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_verdict=True))
+    return asked
 
 
 def best_of(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
@@ -19,6 +85,20 @@ def best_of(metric: Callable[[str, str], float], answer: str, references: Sequen
 def exact_match(answer: str, reference: str) -> float:
     """1 where the two texts are equal but for white space around them, else 0."""
     return float(answer.strip() == reference.strip())
+
+
+def accuracy(answer: str, reference: str) -> float:
+    """1 where the two texts have the same words in the same order, normalised as for F1, else 0."""
+    return float(_words(answer) == _words(reference))
+
+
+def json_valid(answer: str) -> float:
+    """1 where the answer is one JSON value (RFC 8259) and nothing else but white space, else 0."""
+    try:
+        json.loads(answer, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -39,3 +119,32 @@ def token_f1(answer: str, reference: str) -> float:
 
 def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, which JSON has not."""
+    raise ValueError(name)
+
+
+def _is_found(pattern: re.Pattern[str], answer: str, references: Sequence[str]) -> float:
+    return float(pattern.search(answer) is not None)
+
+
+def _mean_of(name: str, score: Callable[[str, Sequence[str]], float], *, is_verdict: bool = False) -> AnswerMetric:
+    return AnswerMetric(name, mean, is_verdict=is_verdict, count=lambda *row: (score(*row), 1.0))
+
+
+_METRICS = {
+    metric.name: metric
+    for metric in (
+        _mean_of("exact_match", partial(best_of, exact_match), is_verdict=True),
+        _mean_of("f1", partial(best_of, token_f1)),
+        _mean_of("accuracy", partial(best_of, accuracy), is_verdict=True),
+        _mean_of("rouge1", partial(best_of, partial(overlap.rouge_n, order=1))),
+        _mean_of("rouge2", partial(best_of, partial(overlap.rouge_n, order=2))),
+        _mean_of("rouge_l", partial(best_of, overlap.rouge_l)),
+        AnswerMetric("bleu", overlap.bleu, form="points", count=overlap.bleu_counts),
+        AnswerMetric("chrf", overlap.chrf, form="points", count=overlap.chrf_counts),
+        _mean_of("json_valid", lambda answer, references: json_valid(answer), is_verdict=True),
+    )
+}

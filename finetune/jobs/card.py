@@ -129,11 +129,27 @@ def _metrics(trained: TrainedRun) -> str:
             f"Held-out loss: {history.validations[0].loss:.4f} before training, {loss:.4f} after step {step}, "
             "in nats per trained token."
         )
-    results = read_json(run.evaluation / "results.json")
-    if {"base", "tuned"} <= results.keys():
-        lines += ["", "| | base | tuned |", "|---|---|---|"]
-        lines += [f"| {name} | {value:.4f} | {results['tuned'][name]:.4f} |" for name, value in results["base"].items()]
+    lines += _evaluated(read_json(run.evaluation / "results.json"))
     return "\n".join(lines) or "None were measured."
+
+
+def _evaluated(results: Mapping[str, Any]) -> list[str]:
+    """A table of what `ft eval` found, if it was called."""
+    if not results.get("tasks"):
+        return []
+    against = results["against"]
+    other = f" {against} |" if against else ""
+    lines = ["", f"| |{other} this model | 95 % interval |", "|---|---|---|" + ("---|" if against else "")]
+    for task, scores in results["tasks"].items():
+        for metric, score in scores.items():
+            cells = [_shown(score.get("against", {}).get("value"))] if against else []
+            cells += [_shown(score["value"]), f"{_shown(score['low'])} to {_shown(score['high'])}"]
+            lines.append(f"| {task}: {metric} | {' | '.join(cells)} |")
+    return lines
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4f}"
 
 
 def _proof(certificate: Mapping[str, Any]) -> str:

@@ -1,138 +1,417 @@
-"""`ft eval`: the base model and the run on the same held-out rows."""
+"""`ft eval`: what a model reaches in tasks, alone or beside another one on the same rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
-from finetune.data.encode import Example, Prompt
-from finetune.errors import DataError
-from finetune.evaluation.generation import Sampling, generate
-from finetune.evaluation.loss import held_out_loss
-from finetune.evaluation.metrics import best_of, exact_match, token_f1
+import finetune.adapters
+import finetune.evaluation
+import finetune.models
+import finetune.quantizers
+import finetune.train
+from finetune.errors import CheckFailedError, DataError, RefusedError, UsageError
+from finetune.evaluation.engine import Engine
+from finetune.evaluation.gates import Gate
+from finetune.evaluation.kept import KeptResults
+from finetune.evaluation.measurement import CONFIDENCE, Difference, Interval, Measurement, difference, interval
+from finetune.evaluation.metrics import LOSS, PERPLEXITY, Form
+from finetune.evaluation.tasks import HeldOut, Task
+from finetune.jobs.named import Kind, Named
 from finetune.jobs.setup import Workbench
-from finetune.jobs.trained import TrainedRun
+from finetune.jobs.tuned import SharedBase, Trained, Tuned
+from finetune.models.fingerprint import fingerprint
+from finetune.recipe.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSection
+from finetune.recipe.load import load_tasks
 from finetune.report.run_page import reported
+from finetune.resolve import build
+from finetune.run.cache import sources_digest
 from finetune.run.directory import RunDirectory, write_json, written_aside
-from finetune.run.events import Progress, Report, ignore
+from finetune.run.events import Report, ignore
+from finetune.run.provenance import file_digest
+
+COMPUTING = (finetune.adapters, finetune.evaluation, finetune.models, finetune.quantizers, finetune.train)
+"""Packages of ours whose code decides what a model says."""
+
+_LOSSES = (LOSS.name, PERPLEXITY.name)
+
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json")
+"""Files of a model beside its weights that decide it too."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What one model reaches on the held-out rows.
+class Asked:
+    """What is to be measured.
 
     Attributes:
-        metrics: By name: `loss` in nats per trained token, `perplexity`, `exact_match` and `f1` in [0, 1].
-        answers: The generated answers, in the order of the prompts.
+        tasks: Names of tasks of the recipe or of lm-evaluation-harness, and files of tasks; empty for all of the
+            recipe's.
+        limit: Take the first so many rows of each task; None for all.
+        gates: What the results must meet.
+        batch_size: Most rows of one forward pass; None for the recipe's.
+        output: The folder for results; None for a run's own, and for none where it is no run.
     """
 
-    metrics: dict[str, float]
-    answers: list[str]
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    gates: tuple[Gate, ...] = ()
+    batch_size: int | None = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models on the same rows.
+class Score:
+    """A metric of a task.
 
     Attributes:
-        rows: Held-out rows of the loss.
-        answered: Held-out rows that were answered by generation.
-        base: The model before training.
-        tuned: The model after it.
+        form: The metric's unit.
+        rows: Rows that it was measured on; None where only the harness knows.
+        ours: The score; where nothing is known row by row, an interval without width.
+        theirs: That of the other model.
+        difference: Row by row, where both were measured so.
     """
 
-    rows: int
-    answered: int
-    base: Scores
-    tuned: Scores
+    form: Form
+    rows: int | None
+    ours: Interval
+    theirs: Interval | None
+    difference: Difference | None
 
-    def to_json(self) -> dict[str, object]:
-        """Both models' metrics and their differences."""
+    def to_json(self) -> dict[str, Any]:
+        """The score, and beside another model the difference."""
+        facts: dict[str, Any] = {"rows": self.rows, "unit": self.form, **_numbers(self.ours)}
+        if self.theirs:
+            facts["against"] = _numbers(self.theirs)
+        if self.difference:
+            flipped = {"better": self.difference.better, "worse": self.difference.worse}
+            facts["difference"] = {**_numbers(self.difference.change), **flipped}
+        return facts
+
+
+def _numbers(spread: Interval) -> dict[str, float | None]:
+    """As JSON values; a number that is not finite, which JSON lacks, becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(spread).items()}
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Whether a result met a condition.
+
+    Attributes:
+        gate: The condition.
+        measured: task/metric.
+        value: The result.
+        is_met: Whether it is met.
+    """
+
+    gate: str
+    measured: str
+    value: float
+    is_met: bool
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found.
+
+    Attributes:
+        label: What was measured.
+        against: What it was compared with.
+        scores: By task and metric.
+        gates: What became of the conditions.
+        folder: Where results and answers are; None where they were not written.
+    """
+
+    label: str
+    against: str | None
+    scores: dict[str, dict[str, Score]]
+    gates: list[GateResult] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def answered(self) -> int:
+        """Held-out rows that were answered."""
+        scores = self.scores.get(HELD_OUT, {})
+        return max((score.rows or 0 for name, score in scores.items() if name not in _LOSSES), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in `results.json`."""
+        tasks = {
+            task: {metric: score.to_json() for metric, score in scores.items()} for task, scores in self.scores.items()
+        }
         return {
-            "rows": self.rows,
-            "answered": self.answered,
-            "base": self.base.metrics,
-            "tuned": self.tuned.metrics,
-            "difference": {name: self.tuned.metrics[name] - value for name, value in self.base.metrics.items()},
+            "model": self.label,
+            "against": self.against,
+            "confidence": CONFIDENCE,
+            "tasks": tasks,
+            "gates": [
+                {**asdict(gate), "value": gate.value if math.isfinite(gate.value) else None} for gate in self.gates
+            ],
         }
 
+    def refuse_failed_gates(self) -> None:
+        """All conditions must be met.
 
-def evaluate(run: RunDirectory, report: Report = ignore) -> Comparison:
-    """Measure loss and generated answers of the base and of the run; results go to the run's `eval/`.
+        Raises:
+            CheckFailedError: One is not.
+        """
+        failed = [f"{gate.measured} is {gate.value:.4g}, not {gate.gate}" for gate in self.gates if not gate.is_met]
+        if failed:
+            raise CheckFailedError("; ".join(failed), where=self.label, hint="train on, or lower the gate")
+
+
+def evaluate(
+    named: Named, asked: Asked = Asked(), against: Named | Literal["base"] | None = None, report: Report = ignore
+) -> Evaluated:
+    """Measure what a name means; results go to `eval/` of a run, or to the folder that is asked for.
+
+    Args:
+        named: What is measured.
+        asked: In what.
+        against: What it is compared with; "base" is what it was trained on.
+        report: Told of every phase.
 
     Raises:
-        DataError: The recipe holds no rows out.
-        FinetuneError: The run cannot be opened.
+        DataError: There are no rows, or one cannot be used.
+        UsageError: A task or a metric of a gate is not there, or there is no base.
+        UnsupportedError: Losses of models with different tokens were to be compared.
+        FinetuneError: A model cannot be opened.
     """
-    trained = TrainedRun.open(run, report)
-    bench = trained.bench
-    settings = bench.recipe.evaluation
-    held_out = bench.read_data(report).validation
-    if not len(held_out):
-        raise DataError(
-            "the recipe holds no rows out",
-            where=str(run.recipe),
-            hint="train with data.validation or data.validation_fraction",
+    tuned = Tuned.find(named, report)
+    other = _other(tuned, against, report)
+    tasks = _tasks(named, tuned, asked.tasks, report)
+    _refuse_idle_gates(asked.gates, tasks)
+    if other:
+        _refuse_other_tokens(tuned, other, tasks)
+    ours, theirs = _measured(tuned, other, tasks, asked, report)
+    evaluated = Evaluated(named.label, other.label if other else None, _scores(tasks, ours, theirs))
+    evaluated.gates.extend(_results_of(asked.gates, evaluated))
+    run = RunDirectory(named.path) if named.kind is Kind.RUN else None
+    folder = asked.output or (run.evaluation if run else None)
+    if folder is not None:
+        with reported(run) if run else nullcontext():
+            _write(folder, evaluated, tasks, ours, theirs)
+    return Evaluated(evaluated.label, evaluated.against, evaluated.scores, evaluated.gates, folder)
+
+
+def _other(tuned: Tuned, against: Named | Literal["base"] | None, report: Report) -> Tuned | None:
+    if isinstance(against, Named):
+        return Tuned.find(against, report)
+    if against == "base" and tuned.trained is None:
+        raise UsageError(
+            "this is a model as it is, which has no base",
+            where=tuned.label,
+            hint="name what it is to be compared with: --against MODEL",
         )
-    examples = held_out[: settings.max_rows]
-    asked = (bench.encoder.prompt(row.document, row.where) for row in held_out.documents())
-    prompts = list(islice((prompt for prompt in asked if prompt is not None), settings.generation_rows))
-
-    base = trained.load_base(report)
-    before = _score(bench, base, "base", examples, prompts, report)
-    tuned = _score(bench, trained.attach(base, report), "tuned", examples, prompts, report)
-    comparison = Comparison(rows=len(examples), answered=len(prompts), base=before, tuned=tuned)
-    _write(run, comparison, prompts, bench)
-    return comparison
+    return tuned.untuned if against else None
 
 
-def _score(
-    bench: Workbench,
-    model: nn.Module,
-    name: str,
-    examples: Sequence[Example],
-    prompts: Sequence[Prompt],
-    report: Report,
-) -> Scores:
-    settings = bench.recipe.evaluation
-    held_out = held_out_loss(
-        model,
-        examples,
-        accelerator=bench.accelerator,
-        compute_dtype=bench.compute_dtype,
-        batch_size=settings.batch_size,
-        padding=bench.padding,
-        report_rows=lambda done: report(Progress(f"{name}: held-out loss", done, len(examples))),
+def _tasks(named: Named, tuned: Tuned, names: Sequence[str], report: Report) -> list[Task]:
+    """The tasks of these names; without any, all of the recipe."""
+    bench = tuned.setup if isinstance(tuned.setup, Workbench) else None
+    own = {section.name: section for section in bench.recipe.evaluation.tasks} if bench else {}
+    if not names:
+        held_out = [task for task in [_held_out(bench, report)] if task]
+        if not held_out and not own:
+            raise _nothing_to_measure(named, bench)
+        return [*held_out, *map(build, own.values())]
+    tasks: list[Task] = []
+    for name in names:
+        if name == HELD_OUT:
+            held = _held_out(bench, report)
+            if held is None:
+                raise _nothing_to_measure(named, bench)
+            tasks.append(held)
+        elif name in own:
+            tasks.append(build(own[name]))
+        else:
+            tasks += map(build, _named_elsewhere(name))
+    if twice := next((task.name for task in tasks if [each.name for each in tasks].count(task.name) > 1), None):
+        raise UsageError("two tasks have this name", where=f"--tasks {twice}", hint="name one of them otherwise")
+    return tasks
+
+
+def _named_elsewhere(name: str) -> list[TaskSection]:
+    """The tasks of a file, or a task of the harness."""
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
+        return load_tasks(Path(name))
+    return [HarnessTask(name=name, kind="lm_eval")]
+
+
+def _held_out(bench: Workbench | None, report: Report) -> HeldOut | None:
+    if bench is None or not (bench.recipe.data.validation or bench.recipe.data.validation_fraction):
+        return None
+    rows = bench.read_data(report).validation
+    return HeldOut(rows, bench.recipe.evaluation, bench.recipe.data.train_on) if len(rows) else None
+
+
+def _nothing_to_measure(named: Named, bench: Workbench | None) -> DataError | UsageError:
+    if bench is None:
+        return UsageError(
+            "a recipe's held-out rows are known of its runs and their checkpoints only",
+            where=named.given,
+            hint="name what to measure: --tasks tasks.yaml, or a task of lm-evaluation-harness",
+        )
+    return DataError(
+        "the recipe holds no rows out",
+        where=str(named.path),
+        hint="train with data.validation or data.validation_fraction, or name a task: --tasks tasks.yaml",
     )
-    metrics = {"loss": held_out.loss, "perplexity": held_out.perplexity}
-    if not prompts:
-        return Scores(metrics, [])
-    answers = generate(
-        model,
-        bench.tokenizer,
-        [prompt.ids for prompt in prompts],
-        Sampling(max_new_tokens=settings.max_new_tokens),
-        batch_size=settings.batch_size,
-        padding=bench.padding,
-        report_rows=lambda done: report(Progress(f"{name}: answers", done, len(prompts))),
+
+
+def _refuse_idle_gates(gates: Sequence[Gate], tasks: Sequence[Task]) -> None:
+    """A slip in a gate is told before anything is measured, where the tasks tell what they will measure."""
+    if all(task.metrics is not None for task in tasks):
+        names = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics or ()]
+        for gate in gates:
+            gate.concerned(names)
+
+
+def _refuse_other_tokens(tuned: Tuned, other: Tuned, tasks: Sequence[Task]) -> None:
+    ours, theirs = (each.setup.tokenizer.backend_tokenizer.to_str() for each in (tuned, other))
+    losses = [task.name for task in tasks if task.has_loss]
+    if losses and ours != theirs:
+        raise UsageError(
+            f"a loss per token says nothing between models with different tokens, and {losses[0]} measures one",
+            where=other.label,
+            hint="name tasks of kind generate or choose: --tasks",
+        )
+
+
+def _measured(
+    tuned: Tuned, other: Tuned | None, tasks: Sequence[Task], asked: Asked, report: Report
+) -> tuple[list[Measurement], list[Measurement] | None]:
+    """What each model reached, one after the other; what stands on the same base is put on it in turn."""
+    bases = [] if other is None else [other]
+    shares = bool(bases) and other is not None and other.setup is tuned.setup
+    groups = [[*bases, tuned]] if shares else [[each] for each in (*bases, tuned)]
+    found = []
+    for group in groups:
+        base = _LateBase(group, report)
+        for number, each in enumerate(group):
+            engine = _engine(each, partial(base.model, number), asked, report)
+            found.append([task.measure(engine, asked.limit, report) for task in tasks])
+    return found[-1], found[0] if bases else None
+
+
+class _LateBase:
+    """A base with what goes on it, loaded once something is asked that is not kept."""
+
+    def __init__(self, tuned: Sequence[Tuned], report: Report) -> None:
+        self._tuned, self._report = tuned, report
+
+    @cached_property
+    def _loaded(self) -> SharedBase:
+        return SharedBase(self._tuned, self._report)
+
+    def model(self, number: int) -> nn.Module:
+        """See `SharedBase.model`."""
+        return self._loaded.model(number)
+
+
+def _engine(tuned: Tuned, load: Callable[[], nn.Module], asked: Asked, report: Report) -> Engine:
+    setup = tuned.setup
+    section = setup.recipe.evaluation if isinstance(setup, Workbench) else Evaluation()
+    return Engine(
+        label=tuned.label,
+        tokenizer=setup.tokenizer,
+        in_conversation=tuned.in_conversation,
+        load=load,
+        kept=KeptResults(_identity(tuned, report)),
+        compute_dtype=setup.compute_dtype,
+        batch_size=asked.batch_size or section.batch_size,
+        padding=setup.padding,
+        positions=setup.positions and setup.positions - tuned.prompt_tokens,
     )
-    pairs = [(answer, prompt.references) for answer, prompt in zip(answers, prompts, strict=True)]
-    for name, metric in (("exact_match", exact_match), ("f1", token_f1)):
-        metrics[name] = sum(best_of(metric, *pair) for pair in pairs) / len(pairs)
-    return Scores(metrics, answers)
 
 
-def _write(run: RunDirectory, comparison: Comparison, prompts: Sequence[Prompt], bench: Workbench) -> None:
-    """Write `results.json` and every generated answer beside its reference."""
-    with reported(run), written_aside(run.evaluation) as folder:
-        write_json(folder / "results.json", comparison.to_json())
-        with (folder / "generations.jsonl").open("w", encoding="utf-8") as file:
-            answers = zip(prompts, comparison.base.answers, comparison.tuned.answers, strict=True)
-            for prompt, base, tuned in answers:
-                text = bench.tokenizer.decode(prompt.ids)
-                record = {"prompt": text, "references": prompt.references, "base": base, "tuned": tuned}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def _identity(tuned: Tuned, report: Report) -> dict[str, Any]:
+    """All that decides what a model says."""
+    setup = tuned.setup
+    folder = setup.base_folder(report).path
+    quantizers = setup.quantizers
+    return {
+        "base": fingerprint(folder),
+        "settings": {name: file_digest(folder / name) for name in SETTINGS if (folder / name).is_file()},
+        "quantization": [section.model_dump(mode="json") for section in (quantizers.section, *quantizers.modules)],
+        "trained": _identity_of_trained(tuned.trained) if tuned.trained else None,
+        "types": [str(setup.weight_dtype), str(setup.compute_dtype)],
+        "attention": setup.section.attention,
+        "device": setup.accelerator.device.type,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "code": sources_digest(*COMPUTING),
+    }
+
+
+def _identity_of_trained(trained: Trained) -> list[Any]:
+    try:
+        return [fingerprint(trained.weights), trained.method.section.model_dump(mode="json")]
+    except ValueError as error:
+        raise RefusedError(
+            f"a file of the trained weights is damaged: {error}",
+            where=str(trained.weights),
+            hint="train the run again, or bring back a good copy",
+        ) from error
+
+
+def _scores(
+    tasks: Sequence[Task], ours: Sequence[Measurement], theirs: Sequence[Measurement] | None
+) -> dict[str, dict[str, Score]]:
+    return {task.name: _scores_of(mine, other) for task, mine, other in zip_longest(tasks, ours, theirs or ())}
+
+
+def _scores_of(ours: Measurement, theirs: Measurement | None) -> dict[str, Score]:
+    others = {column.metric.name: column for column in theirs.columns} if theirs else {}
+    scores = {}
+    for column in ours.columns:
+        other = others.get(column.metric.name)
+        scores[column.metric.name] = Score(
+            form=column.metric.form,
+            rows=len(column.rows),
+            ours=interval(column),
+            theirs=interval(other) if other else None,
+            difference=difference(column, other) if other else None,
+        )
+    for name, value in ours.further.items():
+        other_value = theirs.further.get(name) if theirs else None
+        point = None if other_value is None else Interval(other_value, other_value, other_value)
+        scores[name] = Score("nats", None, Interval(value, value, value), point, None)
+    return scores
+
+
+def _results_of(gates: Sequence[Gate], evaluated: Evaluated) -> Iterator[GateResult]:
+    values = {
+        f"{task}/{metric}": score.ours.value
+        for task, scores in evaluated.scores.items()
+        for metric, score in scores.items()
+    }
+    for gate in gates:
+        for name in gate.concerned(list(values)):
+            yield GateResult(gate.text, name, values[name], gate.holds(values[name]))
+
+
+def _write(
+    folder: Path,
+    evaluated: Evaluated,
+    tasks: Sequence[Task],
+    ours: Sequence[Measurement],
+    theirs: Sequence[Measurement] | None,
+) -> None:
+    """Write `results.json`, and what was said to each row."""
+    with written_aside(folder) as aside:
+        write_json(aside / "results.json", evaluated.to_json())
+        with (aside / "generations.jsonl").open("w", encoding="utf-8") as file:
+            for task, mine, other in zip_longest(tasks, ours, theirs or ()):
+                for record, beside in zip_longest(mine.records, other.records if other else ()):
+                    against = {"against": {key: beside[key] for key in ("answer", "scores")}} if beside else {}
+                    file.write(json.dumps({"task": task.name, **record, **against}, ensure_ascii=False) + "\n")

@@ -74,6 +74,13 @@ def _named(name: str) -> Named:
         return Named(Kind.RUN, name, path, label)
     if not path.exists() and any(path.parent.glob("*/run.json")):
         RunDirectory.open(path)  # a slip of the pen among runs: says which there are
+    if path.is_dir() and not (path / "config.json").is_file():
+        inside = sorted(file.parent.name for file in path.glob("*/run.json"))
+        raise UsageError(
+            "this folder holds no run, no trained weights and no model",
+            where=name,
+            hint=f"runs in it: {', '.join(inside)}" if inside else "name a run's folder, or a model's with config.json",
+        )
     return Named(Kind.MODEL, name, path, label)
 
 

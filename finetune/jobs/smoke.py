@@ -18,6 +18,7 @@ from finetune.jobs.evaluate import evaluate
 from finetune.jobs.export import export
 from finetune.jobs.export_adapter import export_adapter
 from finetune.jobs.merge import merge
+from finetune.jobs.named import named
 from finetune.jobs.train import train
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
@@ -73,7 +74,7 @@ def smoke(recipe: Recipe, report: Report = ignore) -> Smoke:
         run = RunDirectory.create(Path(folder) / "run")
         finished = train(small, run, report)
         has_rows = bool(small.data.validation or small.data.validation_fraction)
-        answered = evaluate(run, report).answered if has_rows else 0
+        answered = evaluate(named([str(run.path)])[0], report=report).answered if has_rows else 0
         written, difference = small.adapter.standalone_by, None
         if written == "merge":
             difference = merge(run, report=report).agreement.relative_difference

@@ -45,12 +45,14 @@ class Trained:
         codes: What the base was quantized to, if it was.
         put_on: Puts them on the base, frozen.
         prompt_tokens: Places that they take in front of every row.
+        weights: The folder of their files.
     """
 
     method: AdapterMethod
     codes: QuantizedRecord | None
     put_on: Callable[[PreTrainedModel], nn.Module]
     prompt_tokens: int
+    weights: Path
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _with_record(label: str, setup: ModelSetup, method: AdapterMethod, record: T
     def put_on(base: PreTrainedModel) -> nn.Module:
         return method.load(base, weights)
 
-    trained = Trained(method, record.quantized_base, put_on, record.adapter.prompt_tokens)
+    trained = Trained(method, record.quantized_base, put_on, record.adapter.prompt_tokens, weights)
     return Tuned(label, setup, trained, record.in_conversation)
 
 
@@ -145,7 +147,7 @@ def _of_checkpoint(named: Named, report: Report) -> Tuned:
         return model.requires_grad_(False)
 
     codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
-    trained = Trained(bench.method, codes, put_on, recipe.adapter.prompt_tokens)
+    trained = Trained(bench.method, codes, put_on, recipe.adapter.prompt_tokens, named.path)
     return Tuned(named.label, bench, trained, facts["in_conversation"])
 
 

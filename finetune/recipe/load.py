@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from finetune.errors import Problem, RecipeError
 from finetune.recipe import secrets
+from finetune.recipe.evaluation import TaskFile, TaskSection
 from finetune.recipe.overrides import apply_overrides
 from finetune.recipe.problems import explain
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.rules import RULES
+from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
 from finetune.recipe.written import Origin, Placed, Written
 from finetune.recipe.yaml_source import MAX_BYTES, decode, position_at, read_yaml
@@ -74,6 +75,28 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
     return LoadedRecipe(_named(recipe, path), text, path, tuple(overrides))
 
 
+def load_tasks(path: Path) -> list[TaskSection]:
+    """Read and validate a file of tasks: a recipe that has nothing but `evaluation.tasks`.
+
+    Args:
+        path: A YAML file. Relative paths in it start at its folder.
+
+    Raises:
+        RecipeError: With every problem of the file.
+    """
+    text = decode(_read(path), str(path))
+    _refuse_secrets(text, str(path), ())
+    written = Written(read_yaml(text, str(path)), str(path))
+    try:
+        found = TaskFile.model_validate(written.data, context={"folder": path.parent.resolve()})
+    except ValidationError as error:
+        _refuse(explain(error, written))
+    tasks: list[TaskSection] = list(found.evaluation.tasks)
+    if violation := broken_tasks(tasks):
+        _refuse([_placed(violation, written)])
+    return tasks
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; loading it gives an equal recipe."""
     return block(recipe.model_dump(mode="json"))
@@ -121,14 +144,13 @@ def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
 
 
 def _broken_rules(recipe: Recipe, written: Written) -> list[Placed]:
-    placed = []
-    for rule in RULES:
-        if violation := rule(recipe):
-            segments = violation.key.split(".")
-            path = tuple(int(segment) if segment.isdigit() else segment for segment in segments)
-            origin = written.value_origin(path)
-            placed.append((origin, Problem(origin.text, violation.key, violation.what, violation.hint)))
-    return placed
+    return [_placed(violation, written) for rule in RULES if (violation := rule(recipe))]
+
+
+def _placed(violation: Violation, written: Written) -> Placed:
+    path = tuple(int(segment) if segment.isdigit() else segment for segment in violation.key.split("."))
+    origin = written.value_origin(path)
+    return origin, Problem(origin.text, violation.key, violation.what, violation.hint)
 
 
 def _refuse(placed: Iterable[Placed]) -> NoReturn:

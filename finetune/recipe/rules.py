@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, LowRank, PrefixTuning, PromptTuning, QaLora, SoftPrompt
+from finetune.recipe.data import SourceSection
+from finetune.recipe.evaluation import HELD_OUT, RowsTask, TaskSection
 from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
@@ -346,28 +348,81 @@ def split_turns_trains_answers(recipe: Recipe) -> Violation | None:
 
 def a_source_has_one_place(recipe: Recipe) -> Violation | None:
     """Rows of a source come from files or from the hub, not both."""
-    for split, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
-        for index, source in enumerate(sources):
-            if bool(source.path) == bool(source.hub):
-                return Violation(
-                    f"data.{split}.{index}",
-                    "the source has both a path and a hub data set" if source.path else "the source has no path",
-                    "write either path: rows.jsonl or hub: {name: org/name}",
-                )
-    return None
+    return _first(_without_one_place(key, source) for key, source in _sources(recipe))
 
 
 def file_options_are_for_files(recipe: Recipe) -> Violation | None:
     """How cells and plain text are told apart is asked of files; a hub data set comes with columns."""
-    for part, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
-        for index, source in enumerate(sources):
-            for option in ("delimiter", "split"):
-                if source.hub and getattr(source, option, None) is not None:
-                    return Violation(
-                        f"data.{part}.{index}.{option}",
-                        f"{option} is for files, and the source is a hub data set",
-                        f"leave {option} out, or name a file in path",
-                    )
+    return _first(_with_idle_option(key, source) for key, source in _sources(recipe))
+
+
+def tasks_have_names_of_their_own(recipe: Recipe) -> Violation | None:
+    """Results and gates tell tasks apart by name."""
+    return _namesake(recipe.evaluation.tasks)
+
+
+def a_task_has_one_source(recipe: Recipe) -> Violation | None:
+    """A weight is relative to other sources, of which a task has none."""
+    return _first(_weighted(key, source) for key, source in _task_sources(recipe.evaluation.tasks))
+
+
+def broken_tasks(tasks: Sequence[TaskSection]) -> Violation | None:
+    """The first thing wrong in the tasks of a file by themselves."""
+    sources = _task_sources(tasks)
+    checks = (_without_one_place, _with_idle_option, _weighted)
+    return _namesake(tasks) or _first(check(key, source) for key, source in sources for check in checks)
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, SourceSection]]:
+    """Every source of a recipe, by its key."""
+    splits = (("train", recipe.data.train), ("validation", recipe.data.validation))
+    of_data = [(f"data.{split}.{index}", source) for split, sources in splits for index, source in enumerate(sources)]
+    return [*of_data, *_task_sources(recipe.evaluation.tasks)]
+
+
+def _task_sources(tasks: Sequence[TaskSection]) -> list[tuple[str, SourceSection]]:
+    return [
+        (f"evaluation.tasks.{index}.data", task.data) for index, task in enumerate(tasks) if isinstance(task, RowsTask)
+    ]
+
+
+def _first(violations: Iterable[Violation | None]) -> Violation | None:
+    return next(filter(None, violations), None)
+
+
+def _without_one_place(key: str, source: SourceSection) -> Violation | None:
+    if bool(source.path) != bool(source.hub):
+        return None
+    return Violation(
+        key,
+        "the source has both a path and a hub data set" if source.path else "the source has no path",
+        "write either path: rows.jsonl or hub: {name: org/name}",
+    )
+
+
+def _with_idle_option(key: str, source: SourceSection) -> Violation | None:
+    for option in ("delimiter", "split"):
+        if source.hub and getattr(source, option, None) is not None:
+            return Violation(
+                f"{key}.{option}",
+                f"{option} is for files, and the source is a hub data set",
+                f"leave {option} out, or name a file in path",
+            )
+    return None
+
+
+def _weighted(key: str, source: SourceSection) -> Violation | None:
+    if source.weight is None:
+        return None
+    return Violation(f"{key}.weight", "a task has one source, which weighs against no other", "leave weight out")
+
+
+def _namesake(tasks: Sequence[TaskSection]) -> Violation | None:
+    names = [HELD_OUT, *(task.name for task in tasks)]
+    for index, task in enumerate(tasks):
+        if task.name in names[: index + 1]:
+            what = "the held-out rows have this name" if task.name == HELD_OUT else "another task has this name"
+            return Violation(f"evaluation.tasks.{index}.name", what, "choose another")
     return None
 
 
@@ -455,4 +510,6 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     swept_keys_are_keys_of_a_run,
     a_swept_range_is_not_empty,
     a_key_is_swept_once,
+    tasks_have_names_of_their_own,
+    a_task_has_one_source,
 )

@@ -71,8 +71,8 @@ def _after(run: RunFacts) -> str:
 
 def _scored(name: str) -> Callable[[RunFacts], str]:
     def of(run: RunFacts) -> str:
-        value = run.evaluation.get("tuned", {}).get(name)
-        return "" if value is None else score(name, value)
+        found = run.held_out_scores.get(name, {})
+        return score(found.get("unit"), found.get("value"))
 
     return of
 
@@ -97,7 +97,7 @@ def _answers(runs: Sequence[RunFacts]) -> str:
         references = [str(each) for each in said[0][1][prompt].get("references", [])]
         cells = [("reference", " | ".join(references), False)]
         for name, answers in said:
-            text = str(answers[prompt].get("tuned"))
+            text = str(answers[prompt].get("answer"))
             cells.append((name, text, text.strip() in [each.strip() for each in references]))
         cards.append(asked(prompt, cells))
     return "".join(cards)

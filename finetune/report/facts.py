@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from finetune.recipe.evaluation import HELD_OUT
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
@@ -71,6 +72,12 @@ class RunFacts:
             certificates={folder: found for folder, found in written.items() if "kl_divergence" in found},
             attempts=1 + len(list(run.path.glob("provenance.attempt-*.json"))),
         )
+
+    @property
+    def held_out_scores(self) -> Mapping[str, Any]:
+        """What `ft eval` measured on the held-out rows, by metric."""
+        found: Mapping[str, Any] = self.evaluation.get("tasks", {}).get(HELD_OUT, {})
+        return found
 
     @property
     def base(self) -> str:

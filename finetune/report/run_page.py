@@ -42,7 +42,7 @@ footer { margin: 3rem 0 1rem; color: var(--dim); font-size: .85rem; }
 """
 
 SCORES = {"exact_match": "exact match", "f1": "F1"}
-"""Metrics of `ft eval` that are shares."""
+"""Metrics of `ft eval` that are asked for first."""
 
 SHOWN_ANSWERS = 5
 MOST_ANSWERS = 60
@@ -113,11 +113,11 @@ def _tiles(facts: RunFacts) -> str:
         first = history.validations[0]
         before = f"before: {first.loss:.4f}" if first.step == 0 and after else f"after step {after}"
         tiles.append(("held-out loss", f"{loss:.4f}", before))
-    scores = facts.evaluation
+    scores, against = facts.held_out_scores, facts.evaluation.get("against")
     for name, title in SCORES.items():
-        if {"base", "tuned"} <= scores.keys() and name in scores["tuned"]:
-            base, tuned = (100 * scores[model][name] for model in ("base", "tuned"))
-            tiles.append((title, f"{tuned:.1f} %", f"base: {base:.1f} %"))
+        if name in scores:
+            beside = score("share", scores[name]["against"]["value"]) if "against" in scores[name] else ""
+            tiles.append((title, score("share", scores[name]["value"]), f"{against}: {beside}" if beside else ""))
     if history.steps:
         step = history.steps[-1]
         tiles += [
@@ -156,36 +156,50 @@ def _remarks(facts: RunFacts) -> str:
     return "".join([*kept, *odd])
 
 
-def _evaluation(scores: Mapping[str, Any]) -> str:
-    if not {"base", "tuned", "rows", "answered"} <= scores.keys():
-        return ""
+def _evaluation(results: Mapping[str, Any]) -> str:
+    """A table for each task that `ft eval` measured."""
+    against = results.get("against")
+    return "".join(_task(name, scores, against) for name, scores in results.get("tasks", {}).items())
+
+
+def _task(name: str, scores: Mapping[str, Any], against: str | None) -> str:
     rows = []
-    for name, tuned in scores["tuned"].items():
-        base = scores["base"].get(name)
-        if base is not None:
-            rows.append([SCORES.get(name, name), score(name, base), score(name, tuned), score(name, tuned - base, "+")])
-    caption = f"{scores['rows']} held-out rows, {scores['answered']} of them answered by generation."
-    return f'<p class="dim">{escape(caption)}</p>' + table(["", "base", "tuned", "difference"], rows)
+    for metric, found in scores.items():
+        unit, value = found.get("unit"), found.get("value")
+        other = found.get("against", {}).get("value")
+        change = None if value is None or other is None else value - other
+        spread = " to ".join(score(unit, found.get(end)) for end in ("low", "high"))
+        compared = [score(unit, other), score(unit, value), score(unit, change, "+")]
+        rows.append([SCORES.get(metric, metric), *(compared if against else [score(unit, value), spread])])
+    counts = sorted({found["rows"] for found in scores.values() if found.get("rows")})
+    caption = f"{name}: {' to '.join(map(str, counts))} rows" if counts else name
+    columns = ["", against, "this run", "difference"] if against else ["", "this run", "95 % interval"]
+    return f'<p class="dim">{escape(caption)}</p>' + table(columns, rows)
 
 
-def score(name: str, value: float, sign: str = "") -> str:
-    """A metric of `ft eval` in words."""
-    return f"{100 * value:{sign}.1f} %" if name in SCORES else f"{value:{sign}.4f}"
+def score(unit: str | None, value: float | None, sign: str = "") -> str:
+    """A score of `ft eval` in words; nothing where it is no number."""
+    if value is None:
+        return ""
+    return f"{100 * value:{sign}.1f} %" if unit == "share" else f"{value:{sign}.4f}"
 
 
 def _answers(facts: RunFacts) -> str:
-    cards = [_card(answer) for answer in facts.answers[:MOST_ANSWERS]]
+    against = facts.evaluation.get("against")
+    cards = [_card(answer, against) for answer in facts.answers[:MOST_ANSWERS]]
     more, left_out = cards[SHOWN_ANSWERS:], len(facts.answers) - len(cards)
     rest = folded(f"{len(more)} more answers", "".join(more)) if more else ""
     note = f'<p class="dim">{left_out} further answers stand in eval/generations.jsonl.</p>' if left_out else ""
     return "".join(cards[:SHOWN_ANSWERS]) + rest + note
 
 
-def _card(answer: Mapping[str, Any]) -> str:
+def _card(answer: Mapping[str, Any], against: str | None) -> str:
     references = [str(each) for each in answer.get("references", [])]
+    texts = [("this run", str(answer.get("answer")))]
+    if against and "against" in answer:
+        texts.insert(0, (against, str(answer["against"].get("answer"))))
     said = [("reference", " | ".join(references), False)] + [
-        (title, text, text.strip() in [each.strip() for each in references])
-        for title, text in (("base", str(answer.get("base"))), ("tuned", str(answer.get("tuned"))))
+        (title, text, text.strip() in [each.strip() for each in references]) for title, text in texts
     ]
     return asked(str(answer.get("prompt", "")), said)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from finetune.run.directory import disk_faults, written_aside
 
@@ -50,6 +52,16 @@ def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
         finally:  # who waits for this very file goes on with it; at worst two make the same entry
             lock.unlink(missing_ok=True)
     return folder
+
+
+def sources_digest(*packages: ModuleType) -> str:
+    """A sha256 over the sources of packages of ours: what other code of theirs left in the cache is not found."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for folder in package.__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _make_room(folder: Path) -> None:

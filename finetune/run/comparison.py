@@ -68,8 +68,8 @@ def _results(run: RunDirectory) -> dict[str, Any]:
         "loss": summary.loss,
         "held-out loss": summary.validation_loss,
     }
-    for name, score in read_json(run.evaluation / "results.json").get("tuned", {}).items():
-        results[f"eval {name}"] = score
+    for task, scores in read_json(run.evaluation / "results.json").get("tasks", {}).items():
+        results |= {f"eval {task} {metric}": score["value"] for metric, score in scores.items()}
     return results
 
 

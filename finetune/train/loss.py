@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,9 @@ from finetune.models.attention import mask_for
 from finetune.train.noise import embedding_noise
 
 logger = logging.getLogger(__name__)
+
+Visit = Callable[[Tensor, Tensor], None]
+"""Told log-probabilities (N, V) and labels (N,) of some positions."""
 
 LOGITS_AT_ONCE = 1 << 23
 """Logits that exist together, whatever the vocabulary."""
@@ -62,10 +66,51 @@ def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     )
 
 
+@torch.no_grad()
+def visit_log_chances(model: nn.Module, batch: Batch, visit: Visit) -> None:
+    """Show the log-probabilities of the whole vocabulary before each trained token, a few positions at a time.
+
+    The model is not given the last column, which predicts nothing.
+
+    Args:
+        model: A causal language model.
+        batch: Padded rows of at least two tokens, on the model's device.
+        visit: Told the log-probabilities, shape (N, V), float32, and the labels, shape (N,), of some positions; all of
+            them come, in the order of rows and then of tokens.
+    """
+    bare = _bare(model)
+    head = bare.get_output_embeddings()
+    if head not in _in_chunks:
+        _in_chunks[head] = _agrees_in_chunks(bare, batch)
+    labels_BK, keep_K = _kept(batch)
+    given = replace(
+        batch, ids_BT=batch.ids_BT[:, :-1], mask_BT=None if batch.mask_BT is None else batch.mask_BT[:, :-1]
+    )
+
+    def show(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
+        for part_NE, label_N in zip(hidden_NE.split(at_once), labels_N.split(at_once), strict=True):
+            visit(functional.log_softmax(logits(part_NE), dim=-1, dtype=torch.float32), label_N)
+
+    if _in_chunks[head]:
+        with _in_head(bare, labels_BK, show):
+            _run(model, given, keep_K)
+        return
+    logits_BKV = _run(model, given, keep_K).logits
+    is_target_BK = labels_BK != IGNORED
+    show(logits_BKV[is_target_BK], labels_BK[is_target_BK], lambda part_NV: part_NV, _at_once(bare))
+
+
 def chunked_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The same with the head a few positions at a time, whether or not the model's own logits agree with that."""
     labels_BK, keep_K = _kept(batch)
-    with _loss_in_head(_bare(model), labels_BK) as losses:
+    bare, losses = _bare(model), []
+    weights = [parameter for parameter in bare.get_output_embeddings().parameters() if parameter.requires_grad]
+
+    def take_loss(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
+        is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
+        losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, at_once, is_needed, *weights))
+
+    with _in_head(bare, labels_BK, take_loss):
         _run(model, batch, keep_K)
     return losses[0]
 
@@ -94,33 +139,37 @@ def _bare(model: nn.Module) -> Any:
     return getattr(model, "module", model)
 
 
+def _at_once(model: Any) -> int:
+    """Positions whose logits exist together."""
+    return max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+
+
 @contextmanager
-def _loss_in_head(model: Any, labels_BK: Tensor) -> Iterator[list[Tensor]]:
-    """In the block the model's output head gives no logits but leaves the loss in the list.
+def _in_head(
+    model: Any, labels_BK: Tensor, work: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], None]
+) -> Iterator[None]:
+    """In the block the model's output head gives no logits but works on the hidden states of the trained tokens.
 
     The head does it in its own place in the model's forward pass, where wrappers for many processes have its weights
     ready.
+
+    Args:
+        model: Bare.
+        labels_BK: The trained tokens of the positions that the head is asked for.
+        work: Told hidden states (N, E), labels (N,), what makes logits of some of the states, and of how many at once.
     """
     head, after_head = model.get_output_embeddings(), _after_head(model.config)
-    forward, own, losses = head.forward, vars(head).get("forward"), []
-    vocabulary = model.config.get_text_config().vocab_size
+    forward, own = head.forward, vars(head).get("forward")
 
-    def take_loss(hidden_BKE: Tensor) -> Tensor:
+    def on_targets(hidden_BKE: Tensor) -> Tensor:
         is_target_N = (labels_BK != IGNORED).flatten()
         hidden_NE, labels_N = hidden_BKE.flatten(0, 1)[is_target_N], labels_BK.flatten()[is_target_N]
-        weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
-        at_once = max(1, LOGITS_AT_ONCE // vocabulary)
-
-        def logits(part_NE: Tensor) -> Tensor:
-            return after_head(forward(part_NE))
-
-        losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, at_once, is_needed, *weights))
+        work(hidden_NE, labels_N, lambda part_NE: after_head(forward(part_NE)), _at_once(model))
         return hidden_BKE.new_zeros(*hidden_BKE.shape[:2], 1)
 
-    head.forward = take_loss
+    head.forward = on_targets
     try:
-        yield losses
+        yield
     finally:
         del head.forward
         if own is not None:

@@ -61,7 +61,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["validate", "good.yaml"], 0),
         (["validate", "bad.yaml"], 2),
         (["train", "bad.yaml"], 2),
-        (["eval", "no-run"], 2),
+        (["eval", "no-run", "--gate", "loss"], 2),
         (["report", "no-run"], 2),
         (["report", "a-run"], 0),
         (["watch", "a-run"], 0),

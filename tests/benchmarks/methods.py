@@ -69,10 +69,10 @@ def recipe_of(arguments: argparse.Namespace, folder: Path, adapter: dict[str, An
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Train and measure one method, and print a row of the table."""
-    from finetune.jobs.evaluate import evaluate
     from finetune.jobs.train import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
+    from tests.fixtures.evaluating import evaluated, values
 
     adapter, rates = METHODS[arguments.measure]
     started: list[int] = []
@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     ended.clear()
     run = RunDirectory.create(folder / "final")
     finished = train(recipe_of(arguments, folder, adapter, rate, arguments.steps), run, note)
-    scores = evaluate(run).tuned.metrics
+    scores = values(evaluated(run))
     size = sum(file.stat().st_size for file in run.trained(False).glob("adapter_model.safetensors"))
     cells = [
         arguments.measure,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.evaluate import evaluate
 from finetune.jobs.merge import merge
 from finetune.jobs.train import train
 from finetune.run.directory import RunDirectory
+from tests.fixtures.evaluating import evaluated
 from tests.fixtures.recipes import as_recipe
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def test_a_run_trains_evaluates_and_merges(tiny_recipe: dict[str, Any], tmp_path
     run = RunDirectory.create(tmp_path / "run")
     finished = train(as_recipe(sections, tmp_path, overrides), run)
     assert finished.validation_loss < finished.validation_loss_before - 0.2
-    assert evaluate(run).answered == 4
+    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
     assert merge(run).agreement.top1_agreement > 0.99
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,8 +35,15 @@ SHORTAGES = [
 ]
 
 
-def refusing(most: int, shortage: Exception, module: str, patch: pytest.MonkeyPatch, first: int = 0) -> list[int]:
-    """Let passes of more than `most` rows fail in `finetune.<module>`, but not the `first` ones.
+def refusing(
+    most: int,
+    shortage: Exception,
+    module: str,
+    patch: pytest.MonkeyPatch,
+    first: int = 0,
+    size: Callable[[Batch], int] = lambda batch: len(batch.ids_BT),
+) -> list[int]:
+    """Let passes of more than `most` rows (or `size`) fail in `finetune.<module>`, but not the `first` ones.
 
     Returns:
         The rows of every pass, as they come.
@@ -43,7 +52,7 @@ def refusing(most: int, shortage: Exception, module: str, patch: pytest.MonkeyPa
 
     def limited(model: torch.nn.Module, batch: Batch, noise: float | None = None) -> torch.Tensor:
         passes.append(len(batch.ids_BT))
-        if len(passes) > first and passes[-1] > most:
+        if len(passes) > first and size(batch) > most:
             raise shortage
         return summed_cross_entropy(model, batch, noise)
 
@@ -62,9 +71,9 @@ def test_passes_are_halved_until_they_fit_and_the_loss_is_the_same(
     shortage: Exception, monkeypatch: pytest.MonkeyPatch
 ):
     in_full = held_out(batch_size=8)
-    passes = refusing(2, shortage, "evaluation.loss", monkeypatch)
+    passes = refusing(30, shortage, "evaluation.loss", monkeypatch, size=lambda batch: batch.ids_BT.numel())
     measured = held_out(batch_size=8)
-    assert passes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert passes == [8, 4, 2, 2, 2, 3, 2]  # rows of 14, 13, ... 4 tokens
     assert measured.loss == pytest.approx(in_full.loss, rel=1e-6)
     assert (measured.rows, measured.tokens) == (in_full.rows, in_full.tokens)
 
@@ -112,10 +121,10 @@ def test_eval_says_that_it_is_out_of_memory(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert ft("train", write_recipe(tiny_recipe, tmp_path), "--run-dir", tmp_path / "run", "--quiet")[0] == 0
-    refusing(0, SHORTAGES[0], "evaluation.loss", monkeypatch)
+    monkeypatch.setattr("finetune.evaluation.likelihood.visit_log_chances", Mock(side_effect=SHORTAGES[0]))
     code, said = ft("eval", tmp_path / "run", "--quiet")
     assert code == 4
-    assert "held-out row" in said
+    assert "does not fit by itself" in said
 
 
 def test_the_command_proposed_after_a_shortage_fits_and_ends_as_if_there_had_been_none(

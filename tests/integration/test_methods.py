@@ -8,7 +8,6 @@ from typing import Any, get_args
 import pytest
 
 from finetune.errors import Stopped, UnsupportedError
-from finetune.jobs.evaluate import evaluate
 from finetune.jobs.export import export
 from finetune.jobs.merge import merge
 from finetune.jobs.train import train
@@ -16,6 +15,7 @@ from finetune.recipe.adapter import Adapter
 from finetune.recipe.quantization import Quantization
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics
+from tests.fixtures.evaluating import evaluated, values
 from tests.fixtures.recipes import as_recipe
 from tests.integration.test_resume import after_step, results, stopped_at
 
@@ -105,7 +105,7 @@ def test_it_trains_stops_goes_on_and_stands_alone(tiny_recipe: dict[str, Any], t
     train(as_recipe(sections, tmp_path), run)
     is_whole_model = adapter["method"] == "full"
     assert results(run, is_whole_model) == results(never, is_whole_model)
-    assert evaluate(run).tuned.metrics["loss"] == pytest.approx(finished.validation_loss, rel=1e-5)
+    assert values(evaluated(run))["loss"] == pytest.approx(finished.validation_loss, rel=1e-5)
     write = {"merge": merge, "export": export, None: None}[finished.standalone_by]
     if write is None:
         with pytest.raises(UnsupportedError):

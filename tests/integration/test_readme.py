@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import load_recipe, load_tasks
 from tests.fixtures.runs import steps, written_run
 from tests.pictures.__main__ import terminal
 
@@ -55,11 +55,13 @@ def test_its_ft_commands_run_in_their_order(
     assert (tmp_path / "runs" / "mine" / "merged" / "model.safetensors").is_file()
 
 
-def test_its_recipe_is_valid(tmp_path: Path):
-    (recipe,) = blocks("yaml")
+def test_its_recipe_and_its_tasks_are_valid(tmp_path: Path):
+    recipe, tasks = blocks("yaml")
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe, encoding="utf-8")
     assert load_recipe(file).recipe.run.name == "mine"
+    file.write_text(tasks, encoding="utf-8")
+    assert len(load_tasks(file)) == 4
 
 
 def test_the_picture_of_a_run_is_drawn_up_to_a_step_and_fetches_nothing(tmp_path: Path):

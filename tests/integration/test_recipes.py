@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from finetune.errors import UnsupportedError
-from finetune.jobs.evaluate import evaluate
 from finetune.jobs.export import export
 from finetune.jobs.merge import merge
 from finetune.jobs.train import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
+from tests.fixtures.evaluating import evaluated
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 ON_TINY = ["training.max_steps=2", "evaluation.generation_rows=2", "evaluation.max_new_tokens=4", "data.max_length=512"]
@@ -32,7 +32,7 @@ def test_it_trains_evaluates_and_stands_alone(file: Path, tiny_model: Path, tiny
     assert finished.steps == 2
     assert torch.isfinite(torch.tensor(finished.loss))
     asks = any(source.format != "text" for source in recipe.data.train)
-    assert evaluate(run).answered == (2 if asks else 0)
+    assert evaluated(run).answered == (2 if asks else 0)
     write = {"merge": merge, "export": export, None: None}[recipe.adapter.standalone_by]
     if write is None:
         with pytest.raises(UnsupportedError):

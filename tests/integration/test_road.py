@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.encode import Encoder
 from finetune.errors import DivergedError, RefusedError, UnsupportedError, UsageError
-from finetune.jobs.evaluate import evaluate
 from finetune.jobs.merge import merge
 from finetune.jobs.preview import preview
 from finetune.jobs.setup import Workbench
@@ -22,6 +21,7 @@ from finetune.models.fingerprint import fingerprint
 from finetune.models.quantized import save_quantized
 from finetune.run.directory import RunDirectory
 from finetune.run.events import RanksChosen, StepMetrics, Validated, ignore
+from tests.fixtures.evaluating import evaluated, values
 from tests.fixtures.generating import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
@@ -148,7 +148,7 @@ def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
 ):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
-    assert evaluate(run).answered == 4
+    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
     result = merge(run)
     assert result.agreement.relative_difference <= 1e-5
     assert result.agreement.top1_agreement == 1.0
@@ -162,7 +162,7 @@ def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
 def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     sections = {**tiny_recipe, "quantization": QUANTIZED[kind], "adapter": {"method": "qa_lora", "iec": True}}
     run = run_of(sections, tmp_path)
-    assert evaluate(run).answered == 4
+    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
     result = merge(run)
     assert result.dtype == "quantized"
     assert 0 < result.agreement.relative_difference <= 2e-5
@@ -170,7 +170,7 @@ def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any]
     (tmp_path / "again").mkdir()
     again = RunDirectory.create(tmp_path / "again" / "run")
     assert train(as_recipe(merged, tmp_path / "again"), again).validation_loss_before == pytest.approx(
-        json.loads((run.evaluation / "results.json").read_text())["tuned"]["loss"], rel=1e-5
+        values(evaluated(run))["loss"], rel=1e-5
     )
     dense = merge(run, tmp_path / "dense", dtype="float32")
     assert dense.agreement.relative_difference <= 1e-5
@@ -240,20 +240,15 @@ def test_full_fine_tuning_goes_the_same_road(tiny_recipe: dict[str, Any], tmp_pa
     trained = logits(AutoModelForCausalLM.from_pretrained(run.trained(True)))
     merged = logits(AutoModelForCausalLM.from_pretrained(merge(run).folder))
     assert torch.equal(trained, merged)
-    comparison = evaluate(run).to_json()
-    assert comparison["base"]["loss"] != comparison["tuned"]["loss"]
+    loss = evaluated(run, "base").scores["held_out"]["loss"]
+    assert loss.theirs is not None
+    assert loss.ours.value < loss.theirs.value
 
 
-def test_evaluation_writes_both_models_scores_and_every_answer(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_the_loss_of_an_evaluation_is_what_training_measured(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
-    comparison = evaluate(run).to_json()
-    written = json.loads((run.evaluation / "results.json").read_text())
-    assert written == comparison
-    assert set(written["base"]) == {"loss", "perplexity", "exact_match", "f1"}
     last = json.loads(run.metrics.read_text().splitlines()[-1])
-    assert written["tuned"]["loss"] == pytest.approx(last["loss"], rel=1e-6)  # what training itself measured
-    answers = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
-    assert len(answers) == written["answered"] == 4
+    assert values(evaluated(run))["loss"] == pytest.approx(last["loss"], rel=1e-6)
 
 
 def test_generation_in_a_batch_is_generation_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
@@ -293,7 +288,7 @@ def test_a_base_that_changed_is_refused_everywhere(tiny_recipe: dict[str, Any], 
     write_tiny_model(tmp_path / "base")
     run = run_of({**tiny_recipe, "model": {"name": str(tmp_path / "base")}}, tmp_path)
     write_tiny_model(tmp_path / "base", seed=1)
-    for use in (merge, evaluate):
+    for use in (merge, evaluated):
         with pytest.raises(RefusedError, match="not those that the run was trained on"):
             use(run)
     assert not run.merged.exists()

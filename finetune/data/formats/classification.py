@@ -17,7 +17,7 @@ class ClassificationFormat(Format[ClassificationSource]):
         if self.section.system is not None:
             system = self.section.system.replace("{labels}", ", ".join(self.section.labels))
             messages.insert(0, Message("system", system))
-        return Conversation(tuple(messages))
+        return Conversation(tuple(messages), choices=tuple(self.section.labels))
 
     def _label(self, row: Row) -> str:
         column, labels = self.section.label, self.section.labels

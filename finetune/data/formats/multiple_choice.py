@@ -22,11 +22,12 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
         right = self._right(row, texts, labels)
         choices = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
         user = "\n\n".join(part for part in (context, question, choices) if part)
-        answer = labels[right] if section.answer_with == "letter" else texts[right]
+        answers = labels if section.answer_with == "letter" else texts
+        answer = answers[right]
         messages = [Message("user", user), Message("assistant", answer)]
         if section.system is not None:
             messages.insert(0, Message("system", section.system))
-        return Conversation(tuple(messages), references=(answer,))
+        return Conversation(tuple(messages), references=(answer,), choices=tuple(answers))
 
     def _choices(self, row: Row) -> tuple[list[str], list[str]]:
         """The texts of the choices, and the label of each."""

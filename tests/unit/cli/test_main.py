@@ -180,11 +180,14 @@ def test_a_training_that_contradicts_itself_is_exit_code_2_and_says_how(argument
     assert "\n  -> " in result.stderr
 
 
-@pytest.mark.parametrize("command", ["eval", "merge"])
-def test_a_directory_that_is_no_run_is_exit_code_2_and_json_where_asked(tmp_path: Path, command: str):
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("eval", "this folder holds no run, no trained weights and no model"), ("merge", "this is no run directory")],
+)
+def test_a_directory_that_is_no_run_is_exit_code_2_and_json_where_asked(tmp_path: Path, command: str, what: str):
     result = ft(command, str(tmp_path), "--json")
     assert result.exit_code == 2
-    assert json.loads(result.stdout)["what"] == "this is no run directory"
+    assert json.loads(result.stdout)["what"] == what
 
 
 def test_the_schema_is_json():

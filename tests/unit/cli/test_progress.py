@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from io import StringIO
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -129,6 +130,18 @@ def test_a_terminal_keeps_start_and_validation_and_takes_the_moving_line_away():
     assert "\x1b[2K" in after_close  # the line is erased
     assert "run directory: runs/tickets" in stream.getvalue()
     assert "held-out loss 1.2500" in stream.getvalue()
+
+
+def test_what_can_be_counted_has_an_estimate_by_its_own_pace(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([100.0, 130.0, 160.0])
+    monkeypatch.setattr("cli.progress.time", Mock(monotonic=lambda: next(clock)))
+    follower, _ = terminal()
+    figures = []
+    for done in (8, 16, 32):  # 8 were there already
+        follower.event(Progress("answering", done, 64))
+        figures.append(follower.display.tasks[0].fields["figures"])
+    follower.close()
+    assert figures == ["", "3:00 left", "1:20 left"]
 
 
 def test_each_phase_replaces_the_one_before():

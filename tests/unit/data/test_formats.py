@@ -223,7 +223,8 @@ def test_a_label_is_its_name_or_its_number(label: Any):
         {"text": "Great", "label": label}, format="classification", labels=["bad", "good"], system="One of: {labels}"
     )
     assert found == Conversation(
-        (Message("system", "One of: bad, good"), Message("user", "Great"), Message("assistant", "good"))
+        (Message("system", "One of: bad, good"), Message("user", "Great"), Message("assistant", "good")),
+        choices=("bad", "good"),
     )
 
 
@@ -328,7 +329,7 @@ def test_a_choice_is_named_by_number_letter_label_or_text(row: dict[str, Any], a
 def test_choices_are_lettered_below_context_and_question_and_the_text_may_be_the_answer():
     found = document({**LETTERED, "answer": 1, "context": "Sky"}, format="multiple_choice", answer_with="text")
     expected = (Message("user", "Sky\n\nWhich?\n\nA. red\nB. blue"), Message("assistant", "blue"))
-    assert found == Conversation(expected, references=("blue",))
+    assert found == Conversation(expected, references=("blue",), choices=("red", "blue"))
 
 
 @pytest.mark.parametrize("answer", [2, -1, True, None, "C", ["B"]])

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
+import numpy as np
 import pytest
 
-from finetune.evaluation.metrics import best_of, exact_match, token_f1
+from finetune.evaluation.metrics import (
+    LOSS,
+    PERPLEXITY,
+    accuracy,
+    answer_metrics,
+    best_of,
+    exact_match,
+    json_valid,
+    token_f1,
+)
+from finetune.recipe.evaluation import Answers, MetricName
 
 TEXTS = ["", "the", "Paris", "the city of Paris", "Paris, France!", "a a b", "a b b", "日本 東京", "..."]
 
@@ -69,3 +81,53 @@ def test_the_order_of_words_does_not_matter_for_f1():
 def test_an_answer_is_scored_against_the_reference_that_it_fits_best():
     assert best_of(exact_match, "Ann", ("Miss Ann", "Ann")) == 1
     assert best_of(token_f1, "Ann", ("Bob", "Miss Ann")) == token_f1("Ann", "Miss Ann")
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("the  PARIS!", 1), ("Paris", 1), ("Paris France", 0), ("", 0)])
+def test_accuracy_forgives_case_punctuation_and_articles(answer: str, expected: int):
+    assert accuracy(answer, "Paris.") == expected
+
+
+@pytest.mark.parametrize("answer", ['{"a": [1, null]}', ' "x"\n', "3e2", "true"])
+def test_json_is_valid(answer: str):
+    assert json_valid(answer) == 1
+
+
+@pytest.mark.parametrize("answer", ["", "{'a': 1}", '{"a": 1} and more', '{"a": NaN}', "Infinity", "[" * 100_000])
+def test_what_is_no_json_is_not_valid_and_breaks_nothing(answer: str):
+    assert json_valid(answer) == 0
+
+
+def scores_of(metrics: list[str], rows: list[tuple[str, list[str]]], pattern: str | None = None) -> dict[str, float]:
+    section = Answers.model_validate({"metrics": metrics, "pattern": pattern})
+    return {
+        metric.name: metric.score(np.sum([metric.count(*row) for row in rows], axis=0))
+        for metric in answer_metrics(section)
+    }
+
+
+def test_means_are_over_rows_and_of_several_references_the_best_counts():
+    rows = [("Ann", ["Bob", "Ann"]), ("Ann Lee", ["Ann"]), ("5", ["6"])]
+    assert scores_of(["f1", "exact_match"], rows) == {
+        "f1": pytest.approx((1 + 2 / 3 + 0) / 3),
+        "exact_match": pytest.approx(1 / 3),
+    }
+
+
+def test_a_pattern_passes_an_answer_in_which_it_is_found():
+    rows = [("it is 5", ["x"]), ("five", ["x"]), ("55", ["x"])]
+    assert scores_of([], rows, pattern=r"\b\d\b") == {"pattern": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("name", get_args(MetricName))
+def test_every_metric_of_the_schema_gives_a_perfect_answer_its_highest_score(name: str):
+    text = '"one two three four"'
+    (metric,) = answer_metrics(Answers.model_validate({"metrics": [name]}))
+    assert scores_of([name], [(text, ["other", text])])[name] == pytest.approx(100 if metric.form == "points" else 1)
+
+
+def test_a_loss_is_a_mean_over_tokens_and_perplexity_its_exponential():
+    counts = np.array([[2.0, 4], [1.0, 1]]).sum(0)
+    assert LOSS.score(counts) == pytest.approx(3 / 5)
+    assert PERPLEXITY.score(counts) == pytest.approx(np.exp(3 / 5))
+    assert PERPLEXITY.score(np.array([1e6, 1.0])) == float("inf")

@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 import finetune.jobs.calibrated
 from cli.main import app
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.jobs.evaluate import evaluate
 from finetune.jobs.merge import merge
 from finetune.jobs.quantize import quantize
 from finetune.jobs.setup import Workbench
@@ -24,6 +23,7 @@ from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
+from tests.fixtures.evaluating import evaluated
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -142,7 +142,7 @@ def test_a_base_is_calibrated_once_for_all_that_use_it(
     run = RunDirectory.create(tmp_path / "run")
     train(as_recipe(sections, tmp_path), run)
     first = packed(sections, tmp_path)
-    assert evaluate(run).answered == 4
+    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
     assert merge(run).agreement.relative_difference <= 1e-5
     quantized(sections, tmp_path)
     assert same(packed(sections, tmp_path), first)

@@ -124,7 +124,7 @@ def test_an_endless_file_is_refused() -> None:
             "21:13",
             "evaluation",
             "found a list [50]",
-            "write evaluation: {every_steps: ...}",
+            "write evaluation: {metrics: ...}",
         ),
         ("name: tickets-qlora", "name: 2024", "22:13", "run.name", "found the number 2024", "in quotes"),
         ("name: tickets-qlora", "name: ../x", "22:13", "run.name", "text that matches", None),
@@ -284,6 +284,7 @@ def _sample(shape: Shape) -> Any:
         "a number": 0.5,
         "a list of 2": [0.5, 0.25],
         "a list of items, each text": ["other"],
+        "a list of items, each one of": ["bleu"],
         "a list that is not empty of items, each text": ["other"],
         "a list that is not empty of items, each true or false": ["other"],
         "true or false": True,
@@ -343,6 +344,10 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         kind = before[0].partition("=")[2] if before else "{kind: none}"
         kind = "{kind: plugin, name: x}" if value == "plugin" or "plugin" in kind else kind
         before = [f"modules=[{{match: '*', quantization: {kind}{adapter}}}]"]
+    if path[:2] == ("evaluation", "tasks") and path[-1] == "weight":
+        pytest.skip("a rule refuses it")
+    if path[:2] == ("evaluation", "tasks"):
+        before = [f"evaluation.tasks={json.dumps([_task(path, before, value)])}"]
     if path[-1] in ("modules_to_save", "trainable_tokens") and "qa_lora" in "".join(before):
         pytest.skip("a rule refuses it")
     if value == "qa_lora" or "qa_lora" in "".join(before):
@@ -356,6 +361,16 @@ def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, bef
         assert reached.endswith("/other")
     else:
         assert json.loads(json.dumps(reached)) == value
+
+
+def _task(path: KeyPath, before: list[str], value: Any) -> dict[str, Any]:
+    """A task that has the key at `path`."""
+    told = before[0].partition("=")[2].strip("{}").split(", ")[0].split(": ") if before else ["", ""]
+    kind = value if path[-1] == "kind" else told[1] if told[0] == "kind" else "generate"
+    data: dict[str, Any] = {"hub": {"name": "org/name"}} if "hub" in path else {"path": "x"}
+    if told[0] == "format" and "hub" not in path:
+        data["format"] = told[1]
+    return {"name": "a", "kind": kind} | ({} if kind == "lm_eval" else {"data": data})
 
 
 # --- secrets

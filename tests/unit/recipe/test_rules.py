@@ -72,6 +72,14 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "swept_keys_are_keys_of_a_run": ((SWEEP, "sweep.keys.0.key=adapter.rr"), "sweep.keys.0.key"),
     "a_swept_range_is_not_empty": ((SWEEP, "sweep.keys.0.high=4"), "sweep.keys.0.high"),
     "a_key_is_swept_once": ((SWEEP, "sweep.keys.1={key: adapter.r, draw: choice, choices: [1]}"), "sweep.keys.1.key"),
+    "tasks_have_names_of_their_own": (
+        ("evaluation.tasks=[{name: a, kind: lm_eval}, {name: a, kind: loss, data: {path: x}}]",),
+        "evaluation.tasks.1.name",
+    ),
+    "a_task_has_one_source": (
+        ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, weight: 2}}]",),
+        "evaluation.tasks.0.data.weight",
+    ),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
 
@@ -118,6 +126,10 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "swept_keys_are_keys_of_a_run": (SWEEP, "sweep.keys.0.key=data.train.1.weight"),
     "a_swept_range_is_not_empty": (SWEEP, "sweep.keys.0.high=5"),
     "a_key_is_swept_once": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
+    "tasks_have_names_of_their_own": (
+        "evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",
+    ),
+    "a_task_has_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
 }
 """For each rule, overrides that come close to breaking it."""
 

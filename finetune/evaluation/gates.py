@@ -1,0 +1,71 @@
+"""Conditions that results must meet, such as `exact_match>=0.8`. Read without torch, so that a slip is told at once."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.errors import UsageError
+
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_GATE = re.compile(r"\s*(?P<measured>[^<>=]*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>\S+)\s*")
+_HINT = "write a metric, >=, >, <= or <, and a number: --gate 'exact_match>=0.8', or 'held_out/exact_match>=0.8'"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition.
+
+    Attributes:
+        text: As it was written.
+        measured: Metric, or task/metric.
+        sign: How it must stand to the bound.
+        bound: A number.
+    """
+
+    text: str
+    measured: str
+    sign: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Gate:
+        """Read a condition.
+
+        Raises:
+            UsageError: It is none.
+        """
+        match = _GATE.fullmatch(text)
+        if match is None or not match["measured"]:
+            raise UsageError("this is no condition", where=f"--gate {text}", hint=_HINT)
+        try:
+            bound = float(match["bound"])
+        except ValueError:
+            bound = math.nan
+        if not math.isfinite(bound):
+            found = match["bound"]
+            percent = f"; {found} is {float(found[:-1]) / 100:g}" if re.fullmatch(r"\d+(\.\d*)?%", found) else ""
+            raise UsageError(f"{found!r} is no number", where=f"--gate {text}", hint=_HINT + percent)
+        return cls(text.strip(), match["measured"], match["sign"], bound)
+
+    def concerned(self, names: Sequence[str]) -> list[str]:
+        """Those of the names, each task/metric, that the condition is about: of a metric by itself, in all tasks.
+
+        Raises:
+            UsageError: There are none.
+        """
+        found = [name for name in names if name == self.measured or name.partition("/")[2] == self.measured]
+        if not found:
+            raise UsageError(
+                f"{self.measured!r} is not measured",
+                where=f"--gate {self.text}",
+                hint=f"measured: {', '.join(names)}",
+            )
+        return found
+
+    def holds(self, value: float) -> bool:
+        """Whether a value meets the condition; what is no number meets none."""
+        return bool(_OPERATORS[self.sign](value, self.bound))

@@ -1,0 +1,160 @@
+"""A model in memory as lm-evaluation-harness asks it, through our templates, batches and kept results."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from finetune.data.encode import Example
+from finetune.errors import UnsupportedError
+from finetune.evaluation.engine import Engine, Tell
+from finetune.evaluation.generation import Sampling
+from finetune.models.template import render
+
+MAX_POSITIONS = 2048
+"""Tokens of a row where nothing says how many the model can read."""
+
+LONGEST_ANSWER = 256
+"""Tokens of an answer where the task does not say; the harness' own number."""
+
+KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+
+
+class InMemory(TemplateLM):  # type: ignore[misc]
+    """A model as the harness asks it.
+
+    Tokens, truncation and stops are as those of the harness' own class for transformers, so that scores are the same.
+
+    Args:
+        engine: The model.
+        tell: Told how many requests are done.
+    """
+
+    def __init__(self, engine: Engine, tell: Tell) -> None:
+        super().__init__()
+        self.engine = engine
+        self.tokenizer = engine.tokenizer
+        self.max_length = engine.positions or MAX_POSITIONS
+        self._tell = tell
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without a context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for requests that the harness keeps."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turns as text, through the template of training."""
+        return render(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids; without a word on special tokens those of the tokenizer, which begin a text once."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **options: Any
+    ) -> list[tuple[float, bool]]:
+        examples = []
+        for _, context, continuation in requests:
+            ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is not read
+            before = max(1, len(ids) - len(continuation))  # the first token has nothing before it
+            examples.append(Example(ids, [False] * before + [True] * (len(ids) - before)))
+        return [(each.log_chance, each.is_greedy) for each in self.engine.likelihoods(examples, self._tell)]
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """How likely each continuation is after its context, and whether it is what the model would write."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, longer ones in windows."""
+        windows = [
+            [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        found = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
+        return [math.fsum(next(found)[0] for _ in of_text) for of_text in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers, each up to the first of the texts that end it.
+
+        Raises:
+            UnsupportedError: The task draws tokens in a way that we have not.
+        """
+        prompts, groups = [], dict[Sampling, list[int]]()
+        repeats: Counter[tuple[str, Sampling]] = Counter()
+        for number, request in enumerate(requests):
+            text, settings = request.args
+            sampling = _sampling(settings)
+            drawn_before = repeats[text, sampling] if sampling.temperature else 0
+            repeats[text, sampling] += 1
+            # Asked for several draws, the model must not be given what it drew first.
+            groups.setdefault(replace(sampling, seed=drawn_before), []).append(number)
+            room = self.max_length - sampling.max_new_tokens
+            if room <= 0:
+                raise UnsupportedError(
+                    f"the task asks for {sampling.max_new_tokens} tokens of a model with {self.max_length} positions",
+                    where=self.engine.label,
+                    hint="leave the task out",
+                )
+            prompts.append(self.tok_encode(text)[-room:])
+        answers = [""] * len(requests)
+        done = 0
+        for sampling, numbers in groups.items():
+            asked = [prompts[number] for number in numbers]
+            written = self.engine.answers(
+                asked,
+                sampling,
+                lambda rows, _, before=done: self._tell(before + rows, len(requests)),  # type: ignore[misc]
+            )
+            done += len(numbers)
+            for number, text in zip(numbers, written, strict=True):
+                answers[number] = text
+        return answers
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    kwargs = normalize_gen_kwargs(settings, LONGEST_ANSWER)
+    if unknown := sorted(set(kwargs) - KNOWN_SETTINGS):
+        raise UnsupportedError(
+            f"the task sets {', '.join(unknown)} for its answers, which ft eval does not know",
+            hint="leave the task out",
+        )
+    until = kwargs.get("until") or []
+    return Sampling(
+        max_new_tokens=kwargs["max_gen_toks"],
+        temperature=float(kwargs["temperature"]),
+        top_p=float(kwargs.get("top_p", 1.0)),
+        stops=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+    )

@@ -1,0 +1,355 @@
+"""`ft eval`: tasks of a recipe and of a file, beside another model, gated, and gone on with after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from finetune.errors import DataError, RefusedError, UsageError
+from finetune.evaluation import engine
+from finetune.evaluation.gates import Gate
+from finetune.jobs import card
+from finetune.jobs import evaluate as job
+from finetune.jobs.evaluate import Asked, evaluate
+from finetune.jobs.merge import merge
+from finetune.jobs.named import named
+from finetune.jobs.train import train
+from finetune.models import precision
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Event, Progress
+from tests.fixtures.evaluating import evaluated, values
+from tests.fixtures.generating import answers
+from tests.fixtures.recipes import as_recipe
+from tests.fixtures.tiny import write_tiny_model
+
+COLOURS = ["red", "blue", "green"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that looks further back than its last token. Do not change it."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    write_tiny_model(folder, tie_word_embeddings=False, initializer_range=0.3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory, chat_file: Path) -> Path:
+    """A file of tasks, one of each kind that needs no package. Do not change it."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"Which {row}?", "choices": COLOURS, "answer": row % 3} for row in range(12)]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        {"name": "colours", "kind": "choose", "data": {"path": "colours.jsonl"}},
+        {
+            "name": "talk",
+            "kind": "generate",
+            "data": {"path": str(chat_file)},
+            "metrics": ["chrf", "exact_match"],
+            "pattern": "[a-z]",
+            "max_new_tokens": 6,
+        },
+        {"name": "nats", "kind": "loss", "data": {"path": str(chat_file), "rows": 9}},
+    ]
+    file = folder / "tasks.yaml"
+    file.write_text(yaml.safe_dump({"evaluation": {"tasks": found}}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs over one base. Do not change them; their `eval/` may be written."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, adapter in (("low-rank", {"method": "lora", "r": 4}), ("prompt", {"method": "prompt_tuning"})):
+        sections = {
+            "model": {"name": str(base)},
+            "adapter": adapter,
+            "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.25, "max_length": 128},
+            "optimizer": {"name": "adamw", "learning_rate": 3e-2},
+            "training": {"max_steps": 8, "micro_batch_size": 4, "precision": "float32"},
+            "evaluation": {"generation_rows": 4, "max_new_tokens": 8, "batch_size": 3},
+        }
+        train(as_recipe(sections, folder), RunDirectory.create(folder / name))
+    return folder
+
+
+def ft(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_a_run_is_measured_on_its_held_out_rows_and_every_answer_is_written(runs: Path):
+    found = evaluated(runs / "low-rank")
+    run = RunDirectory(runs / "low-rank")
+    assert found.folder == run.evaluation
+    assert json.loads((run.evaluation / "results.json").read_text()) == json.loads(json.dumps(found.to_json()))
+    assert list(values(found)) == ["loss", "perplexity", "exact_match", "f1"]
+    assert [score.rows for score in found.scores["held_out"].values()] == [8, 8, 4, 4]
+    records = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
+    assert [record["task"] for record in records] == ["held_out"] * 4
+    assert all(record["row"].rpartition(":")[0].endswith("chat.jsonl") for record in records)
+    mean = sum(record["scores"]["f1"] for record in records) / 4
+    assert values(found)["f1"] == pytest.approx(mean)
+
+
+def test_answers_are_those_of_ft_generate(runs: Path, tasks: Path, tmp_path: Path):
+    evaluated(runs / "low-rank", tasks=(str(tasks),), limit=5, output=tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    asked = [record for record in records if record["task"] == "talk" and "system" not in record["prompt"]]
+    single = [record for record in asked if record["prompt"].count("<|turn|>user") == 1]
+    prompts = [record["prompt"].partition("user\n")[2].partition("<|end|>")[0] for record in single]
+    assert prompts
+    assert [record["answer"] for record in single] == answers(runs / "low-rank", prompts=prompts, tokens=6)
+
+
+def test_a_choice_is_the_likeliest_answer_of_the_model_itself(base: Path, tasks: Path, tmp_path: Path):
+    found = evaluated(base, tasks=(str(tasks),), output=tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    right = 0
+    for record in [record for record in records if record["task"] == "colours"]:
+        ids = tokenizer(record["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log_chances = model(ids).logits[0, -1].log_softmax(-1)
+        letters = {letter: float(log_chances[tokenizer.convert_tokens_to_ids(letter)]) for letter in "ABC"}
+        assert record["choices"] == pytest.approx(letters, abs=1e-4)
+        assert record["answer"] == max(letters, key=letters.__getitem__)
+        right += record["answer"] in record["references"]
+    assert values(found, "colours")["accuracy"] == pytest.approx(right / 12)
+
+
+def test_beside_the_base_there_is_a_difference_row_by_row(runs: Path, tasks: Path, tmp_path: Path):
+    found = evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks)), output=tmp_path / "out")
+    alone = evaluated(runs / "low-rank", tasks=("held_out", str(tasks)))
+    assert found.against == "base"
+    for task, scores in found.scores.items():
+        assert {metric: score.ours for metric, score in scores.items()} == {
+            metric: score.ours for metric, score in alone.scores[task].items()
+        }
+        for score in scores.values():
+            assert score.theirs is not None
+            assert score.difference is not None
+            change = score.difference.change
+            assert change.value == pytest.approx(score.ours.value - score.theirs.value)
+            assert change.low <= change.value <= change.high
+    loss = found.scores["nats"]["loss"].difference
+    assert loss
+    assert loss.change.high < 0  # trained on these very rows
+    records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    flipped = found.scores["talk"]["pattern"].difference
+    assert flipped
+    for record in (record for record in records if record["task"] == "talk"):
+        ours, theirs = record["scores"]["pattern"], record["against"]["scores"]["pattern"]
+        assert (record["row"] in flipped.better, record["row"] in flipped.worse) == (ours > theirs, ours < theirs)
+
+
+def test_cards_and_differences_of_runs_tell_the_scores(runs: Path):
+    found = evaluated(runs / "low-rank", "base")
+    rows = card._evaluated(json.loads((runs / "low-rank" / "eval" / "results.json").read_text()))
+    assert rows[1:3] == ["| | base | this model | 95 % interval |", "|---|---|---|---|"]
+    loss = found.scores["held_out"]["loss"]
+    assert loss.theirs
+    assert rows[3].startswith(f"| held_out: loss | {loss.theirs.value:.4f} | {loss.ours.value:.4f} | ")
+    evaluated(runs / "prompt")
+    told = [json.loads(line) for line in ft("diff", runs / "low-rank", runs / "prompt", "--json").stdout.splitlines()]
+    assert f"{loss.ours.value:.6g}" in [each["first"] for each in told if each["key"] == "eval held_out loss"]
+
+
+def test_another_run_or_model_may_stand_beside(runs: Path, base: Path, tasks: Path, tmp_path: Path):
+    write_tiny_model(tmp_path / "other", seed=3)
+    for other in (runs / "prompt", base, tmp_path / "other"):
+        alone = values(evaluated(other, tasks=(str(tasks),)), "nats")["loss"]
+        found = evaluated(runs / "low-rank", other, tasks=(str(tasks),)).scores["nats"]["loss"]
+        assert found.theirs
+        assert found.theirs.value == alone
+
+
+def test_a_run_its_checkpoint_its_adapter_and_its_merge_reach_the_same(runs: Path, tasks: Path, tmp_path: Path):
+    run = RunDirectory(runs / "low-rank")
+    shutil.copytree(run.trained(False), tmp_path / "adapter")
+    (checkpoint,) = run.checkpoints.glob("step-*8")
+    merged = merge(run, tmp_path / "merged").folder
+    expected = evaluated(run, tasks=(str(tasks),))
+    for who in (checkpoint, tmp_path / "adapter", merged):
+        found = evaluated(who, tasks=(str(tasks),))
+        for task in expected.scores:
+            assert values(found, task) == pytest.approx(values(expected, task), rel=1e-5)
+        assert found.folder is None  # nothing is written where nobody asked
+
+
+def test_soft_prompts_choose_and_answer_too(runs: Path, tasks: Path):
+    found = evaluated(runs / "prompt", "base", tasks=(str(tasks),))
+    choices = found.scores["colours"]["accuracy"]
+    assert choices.rows == 12
+    assert found.scores["nats"]["loss"].ours != found.scores["nats"]["loss"].theirs
+
+
+# --- what was measured before
+
+
+def test_what_was_measured_is_not_measured_again(
+    runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    first = evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks)))
+
+    def unwanted(*arguments: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(job, "SharedBase", unwanted)
+    assert evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks))) == first
+    assert evaluated(runs / "low-rank", tasks=(str(tasks),), gates=(Gate.parse("loss<100"),)).gates[0].is_met
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
+    runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    asked = Asked(tasks=("held_out", str(tasks)), batch_size=2, output=tmp_path / "out")
+    (run,) = named([str(runs / "low-rank")])
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Progress) and "talk" in event.doing and event.done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, asked, report=interrupt)
+    assert not (tmp_path / "out").exists()
+    prompts: list[int] = []
+    whole = engine.generate
+    monkeypatch.setattr(
+        engine, "generate", lambda *given, **more: (prompts.append(len(given[2])), whole(*given, **more))
+    )
+    resumed = evaluate(run, asked)
+    assert prompts == [32 - 6]
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "other"))
+    assert evaluate(run, asked).scores == resumed.scores
+
+
+def test_other_weights_are_asked_anew(runs: Path, tasks: Path, tmp_path: Path):
+    run = tmp_path / "copy"
+    shutil.copytree(runs / "low-rank", run)
+    before = values(evaluated(run, tasks=(str(tasks),)), "nats")["loss"]
+    file = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert values(evaluated(run, tasks=(str(tasks),)), "nats")["loss"] != before
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(RefusedError, match="damaged"):
+        evaluated(run, tasks=(str(tasks),))
+
+
+# --- gates and the command line
+
+
+def test_gates_decide_the_exit_code_and_results_are_there_all_the_same(runs: Path):
+    run = runs / "low-rank"
+    passed = ft("eval", run, "--gate", "loss<100", "--gate", "held_out/f1>=0", "--quiet")
+    assert passed.exit_code == 0
+    assert "gate loss<100: met, held_out/loss is" in passed.stdout
+    shutil.rmtree(run / "eval")
+    failed = ft("eval", run, "--gate", "loss<0.001", "--gate", "f1>=0", "--quiet")
+    assert failed.exit_code == 5
+    assert "gate loss<0.001: NOT met" in failed.stdout
+    assert "not loss<0.001" in failed.stderr
+    gates = json.loads((run / "eval" / "results.json").read_text())["gates"]
+    assert [(gate["measured"], gate["is_met"]) for gate in gates] == [("held_out/loss", False), ("held_out/f1", True)]
+
+
+def test_a_table_fits_a_narrow_terminal(runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = ft("eval", runs / "low-rank", "--against", "base", "--tasks", f"held_out,{tasks}", "--quiet").stdout
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line.startswith(("held_out:", "colours:", "talk:", "nats:"))] == [
+        "held_out:",
+        "colours:",
+        "talk:",
+        "nats:",
+    ]
+    header = next(line for line in lines if "better/worse" in line)
+    assert header.split() == ["base", "low-rank", "difference", "95", "%", "interval", "better/worse"]
+
+
+def test_json_is_one_object_with_the_results(runs: Path, tasks: Path, tmp_path: Path):
+    told = ft("eval", runs / "low-rank", "--tasks", tasks, "--limit", 3, "--output", tmp_path / "out", "--json")
+    last = json.loads(told.stdout.splitlines()[-1])
+    assert (last["event"], last["folder"], last["model"]) == ("evaluated", str(tmp_path / "out"), "low-rank")
+    assert {task: {score["rows"] for score in scores.values()} for task, scores in last["tasks"].items()} == {
+        "colours": {3},
+        "talk": {3},
+        "nats": {3},
+    }
+
+
+def test_a_slip_in_a_gate_is_told_before_the_model_is_loaded(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(job, "SharedBase", None)
+    told = ft("eval", runs / "low-rank", "--gate", "exact_mach>=0.8")
+    assert told.exit_code == 2
+    assert "measured: held_out/loss" in told.stderr
+    assert ft("eval", runs / "low-rank", "--gate", "exact_match=0.8").exit_code == 2
+
+
+def test_what_cannot_be_measured_is_told(runs: Path, base: Path, tasks: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="known of its runs"):
+        evaluated(base)
+    with pytest.raises(UsageError, match="has no base"):
+        evaluated(base, "base", tasks=(str(tasks),))
+    with pytest.raises(UsageError, match="two tasks have this name"):
+        evaluated(base, tasks=(str(tasks), str(tasks)))
+    (tmp_path / "out").mkdir()
+    for options in ((), ("--overwrite",)):  # a folder of something else is not replaced
+        assert ft("eval", base, "--tasks", tasks, "--output", tmp_path / "out", *options).exit_code == 6
+    assert (tmp_path / "out").is_dir()
+    write_tiny_model(tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][2]["content"] = "<|other|>"
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="different tokens"):
+        evaluated(base, tmp_path / "other", tasks=(str(tasks),))
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "what"),
+    [
+        ({"text": "once"}, {"kind": "choose"}, "no question with an answer"),
+        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "no question with an answer"),
+        ({"instruction": "Add", "output": "4"}, {"kind": "choose"}, "offers no choices"),
+        ({"instruction": "Add", "output": "4"}, {"kind": "choose", "choices": ["5"]}, "is none of the choices"),
+        ({"text": "once"}, {"kind": "generate"}, "has no rows to measure"),
+        ({"instruction": "x" * 400, "output": "4"}, {"kind": "generate", "max_new_tokens": 400}, "there is room for"),
+        (None, {"kind": "loss"}, "no rows"),
+    ],
+)
+def test_a_row_that_does_not_fit_its_task_is_told(
+    base: Path, tmp_path: Path, row: dict[str, Any] | None, task: dict[str, Any], what: str
+):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" if row else "")
+    section = {"name": "mine", "data": {"path": "rows.jsonl"}, **task}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"evaluation": {"tasks": [section]}}))
+    with pytest.raises(DataError, match=what):
+        evaluated(base, tasks=(str(tmp_path / "tasks.yaml"),))
+
+
+def test_choices_may_be_those_of_the_task(base: Path, tmp_path: Path):
+    rows = [{"text": f"Good {row}", "label": "pos" if row % 2 else "neg"} for row in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": "rows.jsonl", "format": "classification"}
+    by_task = {"name": "task", "kind": "choose", "data": data, "choices": ["pos", "neg"]}
+    by_data = {"name": "data", "kind": "choose", "data": {**data, "labels": ["neg", "pos"]}}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"evaluation": {"tasks": [by_task, by_data]}}))
+    found = evaluated(base, tasks=(str(tmp_path / "tasks.yaml"),))
+    assert values(found, "task") == values(found, "data")

@@ -1,0 +1,222 @@
+"""Tasks of lm-evaluation-harness give the scores that its own class for transformers gives, without a network."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from finetune.errors import UnsupportedError, UsageError
+from finetune.evaluation.engine import Engine
+from finetune.evaluation.kept import KeptResults
+from finetune.evaluation.measurement import Measurement
+from finetune.jobs.named import named
+from finetune.jobs.train import train
+from finetune.jobs.tuned import SharedBase, Tuned
+from finetune.models import precision
+from finetune.recipe.evaluation import HarnessTask
+from finetune.run.directory import RunDirectory
+from finetune.run.events import ignore
+from tests.fixtures.evaluating import evaluated
+from tests.fixtures.recipes import as_recipe
+from tests.fixtures.tiny import write_tiny_model
+
+WORDS = [*"abcdefghijklmnop", "cat", "dog", "mat", "red", "blue", "hills", "food"]
+TASKS: dict[str, dict[str, Any]] = {
+    "ft_choices": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "num_fewshot": 1,
+        "fewshot_split": "test",
+        "metric_list": [{"metric": name, "aggregation": "mean"} for name in ("acc", "acc_norm")],
+    },
+    "ft_letters": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}\nAnswer:",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean"}],
+    },
+    "ft_answers": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e", "\n\n"], "do_sample": False, "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean"}, {"metric": "chrf", "aggregation": "chrf"}],
+    },
+    "ft_texts": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{long}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+
+
+def text(draw: random.Random, words: int) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The harness, which knows four tasks of ours and no other, on rows of this machine."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
+    draw = random.Random(0)
+    rows = [
+        {
+            "question": text(draw, draw.randint(2, 12)),
+            "choices": [text(draw, draw.randint(1, 4)) for _ in range(4)],
+            "answer": row % 4,
+            "long": text(draw, 40 * (1 + row % 4)),  # the longest in several windows
+        }
+        for row in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, section in TASKS.items():
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": name, "test_split": "test", **source, **section})
+        )
+    found = partial(tasks.TaskManager, include_path=str(tmp_path), include_defaults=False)  # thousands of files
+    monkeypatch.setattr(tasks, "TaskManager", found)
+    return found
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    write_tiny_model(tmp_path / "base", tie_word_embeddings=False, initializer_range=0.3)
+    return tmp_path / "base"
+
+
+def engine_of(who: Path, batch_size: int = 4) -> Engine:
+    tuned = Tuned.find(named([str(who)])[0], ignore)
+    shared = SharedBase([tuned], ignore)
+    return Engine(
+        label=tuned.label,
+        tokenizer=tuned.setup.tokenizer,
+        in_conversation=tuned.in_conversation,
+        load=lambda: shared.model(0),
+        kept=KeptResults({"who": str(who), "batch": batch_size}),
+        compute_dtype=torch.float32,
+        batch_size=batch_size,
+        padding=tuned.setup.padding,
+        positions=512,
+    )
+
+
+def measured(name: str, engine: Engine, chat_template: bool, limit: int | None = None) -> Measurement:
+    from finetune.evaluation.harness import Harness
+
+    section = HarnessTask(name=name, kind="lm_eval", chat_template=chat_template)
+    return Harness(section).measure(engine, limit, ignore)
+
+
+def scores(found: Measurement) -> dict[str, float]:
+    return {column.metric.name: column.value for column in found.columns} | found.further
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+@pytest.mark.parametrize("name", TASKS)
+def test_scores_are_the_harness_own(manager: Any, base: Path, name: str, chat_template: bool):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=str(base), dtype="float32", device="cpu", batch_size=4),
+        tasks=[name],
+        task_manager=manager(),
+        apply_chat_template=chat_template,
+        bootstrap_iters=0,
+    )
+    found = measured(name, engine_of(base), chat_template)
+    results = theirs["results"][name]
+    expected = {metric["metric"]: results[f"{metric['metric']},none"] for metric in TASKS[name]["metric_list"]}
+    assert scores(found) == pytest.approx(expected, rel=1e-5)
+    for ours, sample in zip(found.records, theirs["samples"][name], strict=True):
+        assert ours["prompt"] == str(sample["arguments"][0][0])
+        if name == "ft_answers":
+            assert ours["answer"] == sample["filtered_resps"]
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
+def test_adapters_and_soft_prompts_are_asked_as_they_were_trained(
+    manager: Any, tiny_recipe: dict[str, Any], tmp_path: Path, method: str
+):
+    run = RunDirectory.create(tmp_path / "run")
+    tiny_recipe["optimizer"]["learning_rate"] = 0.3
+    train(as_recipe({**tiny_recipe, "adapter": {"method": method}}, tmp_path), run)
+    found = evaluated(run, "base", tasks=("ft_choices", "ft_texts"), limit=4)
+    choices, perplexity = found.scores["ft_choices"]["acc"], found.scores["ft_texts"]["word_perplexity"]
+    assert (choices.rows, choices.form) == (4, "share")
+    assert choices.difference is not None
+    assert perplexity.theirs is not None
+    assert perplexity.ours.value != pytest.approx(perplexity.theirs.value, rel=1e-3)
+    records = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
+    assert records[0]["prompt"].startswith("<|begin|><|turn|>user\n")
+
+
+def test_a_task_that_was_asked_is_not_asked_again(manager: Any, base: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(base)
+    first = scores(measured("ft_answers", engine, False))
+    monkeypatch.setattr("finetune.evaluation.engine.generate", None)
+    assert scores(measured("ft_answers", engine, False)) == first
+
+
+def test_a_group_is_measured_row_by_row_where_rows_count_alike(manager: Any, base: Path, tmp_path: Path):
+    group = {
+        "group": "ft_group",
+        "task": ["ft_choices", "ft_letters"],
+        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}],
+    }
+    (tmp_path / "ft_group.yaml").write_text(yaml.safe_dump(group))
+    found = measured("ft_group", engine_of(base), False)
+    (whole, *parts) = found.columns
+    assert [column.metric.name for column in found.columns] == [
+        "acc",
+        "ft_choices/acc",
+        "ft_choices/acc_norm",
+        "ft_letters/acc",
+    ]
+    assert len(whole.rows) == 20
+    assert {row.partition("/")[0] for row in whole.rows} == {"ft_choices", "ft_letters"}
+    assert whole.value == pytest.approx((parts[0].value + parts[2].value) / 2)
+    assert len(found.records) == 20
+
+
+def test_settings_that_we_have_not_are_refused(manager: Any, base: Path, tmp_path: Path):
+    section = {**TASKS["ft_answers"], "generation_kwargs": {"until": ["a"], "num_beams": 4}, "task": "ft_beams"}
+    source = yaml.safe_load((tmp_path / "ft_answers.yaml").read_text())
+    (tmp_path / "ft_beams.yaml").write_text(yaml.safe_dump({**source, **section}))
+    with pytest.raises(UnsupportedError, match="num_beams"):
+        measured("ft_beams", engine_of(base), False)
+
+
+def test_a_name_that_nobody_knows_is_told_with_near_ones(manager: Any, base: Path):
+    with pytest.raises(UsageError, match="neither a task of the recipe") as caught:
+        evaluated(base, tasks=("ft_chioces",))
+    assert "ft_choices" in str(caught.value.hint)
+
+
+def test_without_the_package_the_remedy_is_told(base: Path, monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == "lm_eval":
+            raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UsageError, match="package lm_eval is missing") as caught:
+        evaluated(base, tasks=("arc_easy",))
+    assert "pip install" in str(caught.value.hint)

@@ -1,0 +1,54 @@
+"""Batches that shrink until they fit, and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from finetune.errors import OutOfMemoryError
+from finetune.evaluation.batching import in_batches
+
+LENGTHS = [3, 50, 8, 50, 1, 0, 20, 9]
+
+
+def working(most_tokens: int, batches: list[list[int]]) -> Callable[[list[int]], int]:
+    """Work that fits up to so many tokens, padding included."""
+
+    def work(rows: list[int]) -> int:
+        tokens = max(LENGTHS[row] for row in rows) * len(rows)
+        if tokens > most_tokens:
+            raise RuntimeError("CUDA out of memory")
+        batches.append(rows)
+        return tokens
+
+    return work
+
+
+def test_the_longest_rows_come_first_and_every_row_once():
+    found = list(in_batches(LENGTHS, 3, working(10**6, [])))
+    assert [rows for rows, _ in found] == [[1, 3, 6], [7, 2, 0], [4, 5]]
+    assert [tokens for _, tokens in found] == [150, 27, 2]
+
+
+def test_after_a_shortage_tokens_are_halved_and_short_rows_still_go_in_numbers():
+    batches: list[list[int]] = []
+    list(in_batches(LENGTHS, 8, working(60, batches)))
+    assert batches == [[1], [3], [6, 7], [2, 0, 4, 5]]
+
+
+def test_a_row_that_does_not_fit_by_itself_is_told():
+    with pytest.raises(OutOfMemoryError, match="a row of 50 tokens"):
+        list(in_batches(LENGTHS, 8, working(49, [])))
+
+
+def test_what_is_no_shortage_is_raised_at_once():
+    def work(rows: list[int]) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(in_batches(LENGTHS, 8, work))
+
+
+def test_no_rows_make_no_batch():
+    assert list(in_batches([], 4, working(1, []))) == []

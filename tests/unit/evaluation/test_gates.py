@@ -1,0 +1,63 @@
+"""What a gate says, and what is told of one that says nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from finetune.errors import UsageError
+from finetune.evaluation.gates import Gate
+
+MEASURED = ["held_out/loss", "held_out/exact_match", "words/exact_match", "mmlu/acc", "mmlu/mmlu_law/acc"]
+
+
+@pytest.mark.parametrize(
+    ("text", "below", "at", "above"),
+    [
+        ("loss>=0.5", False, True, True),
+        ("loss > 0.5", False, False, True),
+        ("loss<=0.5", True, True, False),
+        (" loss <5e-1", True, False, False),
+    ],
+)
+def test_it_holds_where_it_says_so(text: str, below: bool, at: bool, above: bool):
+    gate = Gate.parse(text)
+    assert [gate.holds(value) for value in (0.4, 0.5, 0.6)] == [below, at, above]
+    assert not gate.holds(math.nan)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "loss", "loss=0.5", "loss==0.5", ">=0.5", "loss>=", "loss>=x", "loss>=nan", "a>b>1"]
+)
+def test_what_is_no_gate_is_told_with_an_example(text: str):
+    with pytest.raises(UsageError) as caught:
+        Gate.parse(text)
+    assert caught.value.exit_code == 2
+    assert "--gate 'exact_match>=0.8'" in str(caught.value.hint)
+
+
+def test_a_percentage_is_told_as_a_number():
+    with pytest.raises(UsageError) as caught:
+        Gate.parse("exact_match>=80%")
+    assert str(caught.value.hint).endswith("80% is 0.8")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("loss<1", ["held_out/loss"]),
+        ("exact_match>=1", ["held_out/exact_match", "words/exact_match"]),
+        ("words/exact_match>=1", ["words/exact_match"]),
+        ("acc>0", ["mmlu/acc"]),
+        ("mmlu/mmlu_law/acc>0", ["mmlu/mmlu_law/acc"]),
+    ],
+)
+def test_a_metric_by_itself_is_that_of_every_task(text: str, names: list[str]):
+    assert Gate.parse(text).concerned(MEASURED) == names
+
+
+def test_what_is_not_measured_is_told_with_what_is():
+    with pytest.raises(UsageError, match="'f1' is not measured") as caught:
+        Gate.parse("f1>0").concerned(MEASURED)
+    assert "held_out/loss, held_out/exact_match" in str(caught.value.hint)

@@ -1,0 +1,65 @@
+"""Results outlive the process, whatever it died of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import EnvironmentFault
+from finetune.evaluation import kept
+from finetune.evaluation.kept import KeptResults
+from finetune.run.cache import cache_folder
+
+FACTS = {"base": "abc"}
+
+
+def file() -> Path:
+    (found,) = cache_folder().glob("answers/*/results.jsonl")
+    return found
+
+
+def test_what_is_added_is_there_the_next_time_and_for_nobody_else():
+    results = KeptResults(FACTS)
+    results.add({"a": "Grüße\n", "b": {"log_chance": -1.5}})
+    assert (results.get("a"), results.get("c")) == ("Grüße\n", None)
+    again = KeptResults(FACTS)
+    assert (again.get("a"), again.get("b")) == ("Grüße\n", {"log_chance": -1.5})
+    assert KeptResults({"base": "abd"}).get("a") is None
+
+
+def test_a_line_that_was_cut_off_costs_that_result_and_no_other():
+    KeptResults(FACTS).add({"a": "one", "b": "two"})
+    file().write_bytes(file().read_bytes()[:-5])
+    results = KeptResults(FACTS)
+    assert (results.get("a"), results.get("b")) == ("one", None)
+    results.add({"b": "two", "c": "three"})
+    assert [KeptResults(FACTS).get(key) for key in "abc"] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("line", [b"[]", b'"x"', b"{}", b"\xff\xfe", b'{"key": "z"}'])
+def test_what_is_no_result_is_passed_over(line: bytes):
+    KeptResults(FACTS).add({"a": "one"})
+    file().write_bytes(line + b"\n" + file().read_bytes())
+    assert KeptResults(FACTS).get("a") == "one"
+
+
+def test_two_processes_add_to_one_file():
+    first, second = KeptResults(FACTS), KeptResults(FACTS)
+    first.add({"a": "one"})
+    second.add({"b": "two"})
+    assert [KeptResults(FACTS).get(key) for key in "ab"] == ["one", "two"]
+
+
+def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    results = KeptResults(FACTS)
+
+    def full(path: Path) -> Any:
+        raise EnvironmentFault("cannot be written: no space left", where=str(path))
+
+    monkeypatch.setattr(kept, "disk_faults", full)
+    results.add({"a": "one"})
+    results.add({"b": "two"})
+    assert [results.get(key) for key in "ab"] == ["one", "two"]
+    assert [record.getMessage().startswith("results are not kept") for record in caplog.records] == [True]
