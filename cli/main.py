@@ -25,6 +25,7 @@ from .methods import methods
 from .plan import plan
 from .preview import preview
 from .quantize import quantize
+from .rehearse import rehearse
 from .report import report
 from .reproduce import reproduce
 from .runs import app as runs
@@ -106,6 +107,7 @@ app.command("import")(import_recipe)
 app.command()(validate)
 app.command()(preview)
 app.command()(plan)
+app.command()(rehearse)
 app.command()(train)
 app.command()(watch)
 app.command()(sweep)

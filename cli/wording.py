@@ -13,6 +13,7 @@ from finetune.run.events import (
     Event,
     Phase,
     Progress,
+    Rehearsed,
     Resumed,
     Sampled,
     Saved,
@@ -71,6 +72,12 @@ def line(event: Event) -> str | None:
             return f"going on after step {event.step} of {event.total_steps} ({event.checkpoint})"
         case Saved():
             return f"saved step {event.step}: {size(event.size_bytes)} in {event.seconds:.1f} s"
+        case Rehearsed():
+            merged = ", a layer merged" if event.folded else ""
+            return (
+                f"rehearsed in {duration(event.seconds)}: {event.tokens} tokens at once, peak memory "
+                f"{memory(event.peak_memory_bytes)}, checkpoint {size(event.checkpoint_bytes)}{merged}"
+            )
         case StepMetrics():
             left = duration(seconds_left(event))
             return f"step {event.step}/{event.total_steps}  {numbers(event)}  {left} left"

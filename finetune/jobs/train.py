@@ -7,29 +7,23 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from finetune.data.batches import BatchOrder
 from finetune.data.dataset import Rows
-from finetune.data.documents import Conversation
-from finetune.data.layout import Layout
-from finetune.data.ledger import ledger
-from finetune.errors import UnsupportedError, UsageError, as_out_of_memory
+from finetune.errors import as_out_of_memory
 from finetune.jobs.examiner import Examiner
 from finetune.jobs.patience import Patience
 from finetune.jobs.ranks import RankRecorder
+from finetune.jobs.ready import Ready
 from finetune.jobs.record import TrainedRecord, base_record
 from finetune.jobs.recorder import Recorder
-from finetune.jobs.resume import extends, permitted_changes, refuse_other_codes, refuse_other_inputs
+from finetune.jobs.rehearsal import is_worth_it, rehearse
+from finetune.jobs.resume import extends, permitted_changes
 from finetune.jobs.saving import Saver
-from finetune.jobs.setup import Workbench, layout_of
+from finetune.jobs.setup import Workbench
 from finetune.jobs.shortage import step_is_too_large
-from finetune.models.attention import keep_apart
-from finetune.models.fingerprint import fingerprint, fingerprint_quantized
-from finetune.models.fused import fuse
 from finetune.models.linears import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
@@ -38,7 +32,6 @@ from finetune.run.checkpoints import Checkpoint, Checkpoints
 from finetune.run.directory import Attempt, RunDirectory, write_json, write_text, written_aside
 from finetune.run.events import (
     DataRead,
-    Event,
     Phase,
     Report,
     Resumed,
@@ -50,11 +43,8 @@ from finetune.run.history import History
 from finetune.run.interruption import Interruption, StopRequested
 from finetune.run.provenance import provenance
 from finetune.run.tracking import refuse_missing_packages, tracked
-from finetune.train.checkpoint import read_state
-from finetune.train.loop import batch_order, fit
+from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes
-from finetune.train.optimizers import make_optimizer
-from finetune.train.state import TrainState
 from finetune.train.symptoms import Symptoms
 
 logger = logging.getLogger(__name__)
@@ -80,33 +70,15 @@ def train(
     with reported(run), run.attempt() as attempt, ExitStack() as stack:
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
-        prepare = _stopping(report, interruption)
-        bench = Workbench.of(recipe, prepare)
+        ready = Ready.of(recipe, report, interruption, checkpoint, is_extended)
+        bench, rows, order, state = ready.bench, ready.rows, ready.order, ready.state
         is_main = bench.accelerator.is_main_process
-        rows = bench.read_data(prepare)
-        layout = layout_of(recipe, rows.train.lengths, bench.padding)
-        order = batch_order(layout.units, recipe.training)
-        _refuse_idle_processes(bench, order)
-        facts = _facts(bench, rows, order)
-        if checkpoint is not None:
-            refuse_other_inputs(checkpoint, facts, is_extended)
-        read = DataRead(ledger(rows, layout))
-        prepare(read)
-        base = bench.load_base(prepare)
-        if recipe.model.kernels == "auto":
-            logger.info(fuse(base))
-        layout = _settle(layout, bench, base, prepare)
-        state = _start(bench, base, order, interruption)
-        facts["quantized_base"] = fingerprint_quantized(state.bare_model)
-        if checkpoint is not None:
-            refuse_other_codes(checkpoint, facts)
-            read_state(state, checkpoint.path)
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
             report = stack.enter_context(tracked(recipe, run, report))
-        started = _describe(run, bench, state.bare_model, order, read)
+        started = _describe(run, bench, state.bare_model, order, ready.read)
         if is_main:
-            _record_inputs(run, bench, rows, read, started)
+            _record_inputs(run, bench, rows, ready.read, started)
         report(started)
         bench.accelerator.wait_for_everyone()  # the record of an earlier attempt is cut to where this one begins
         history = History.of(run)
@@ -114,14 +86,16 @@ def train(
             report(Resumed(checkpoint.path.name, state.step, order.total_steps))
 
         patience = Patience(recipe.evaluation.patience, history)
-        saver = Saver(run, attempt, recipe.training, facts, report, patience.best_step)
+        saver = Saver(run, attempt, recipe.training, ready.facts, report, patience.best_step)
         record = Recorder(run, report, Symptoms(history)) if is_main else report
         ranks = RankRecorder(state, record)
         examiner = Examiner(bench, state, rows.validation, order.total_steps, report, record)
         try:
+            if checkpoint is None and is_worth_it(recipe, order.total_steps):
+                rehearse(ready, run, report)
             after = examiner.measure_if_due()
             patience.see(after, state, saver if is_main else None)
-            for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, layout):
+            for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, ready.layout):
                 attempt.steps = metrics.step
                 record(metrics)
                 ranks.follow()
@@ -151,7 +125,7 @@ def train(
             record(best)
         trained = run.trained(recipe.adapter.trains_base)
         if is_main:
-            _save(bench, state.bare_model, trained, facts["in_conversation"])
+            _save(bench, state.bare_model, trained, ready.facts["in_conversation"])
             ranks.draw(run, order.total_steps)
     assert done.loss is not None
     return TrainingFinished(
@@ -192,90 +166,6 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
     else:
         attempt.steps = attempt.checkpoint = checkpoint.step
     return checkpoint, extends(found)
-
-
-def _stopping(report: Report, interruption: Interruption) -> Report:
-    """Report, and stop there if that was asked for."""
-
-    def report_or_stop(event: Event) -> None:
-        report(event)
-        interruption.poll()
-
-    return report_or_stop
-
-
-def _refuse_idle_processes(bench: Workbench, order: BatchOrder) -> None:
-    if order.units_per_step < (processes := bench.accelerator.num_processes):
-        raise UsageError(
-            f"a step has {order.units_per_step} rows or packs for {processes} processes: some would have nothing to do",
-            hint="raise training.gradient_accumulation_steps, or take fewer processes",
-        )
-
-
-def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
-    """What a run is: much of it must be the same for a run to go on from a checkpoint."""
-    first = next(rows.train.documents())
-    return {
-        "in_conversation": isinstance(first.document, Conversation),
-        "base": fingerprint(bench.folder.path),
-        "data": rows.fingerprint,
-        "units_per_step": order.units_per_step,
-        "total_units": order.total_units,
-        "total_steps": order.total_steps,
-        "processes": bench.accelerator.num_processes,
-        "device": bench.accelerator.device.type,
-    }
-
-
-def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Report) -> Layout:
-    """Rows stay in one line where the base keeps them apart; where not, they are padded if the recipe leaves it open.
-
-    Raises:
-        UnsupportedError: The recipe wants them in one line.
-    """
-    if not layout.restarts_positions:
-        return layout
-    report(Phase("proving that examples in one row do not see each other"))
-    try:
-        keep_apart(base, may_choose=bench.recipe.model.attention == "auto")
-    except UnsupportedError as error:
-        if bench.recipe.training.batching != "auto":
-            raise
-        logger.info("training.batching: auto is padded: %s", error)
-        return layout.with_padding(bench.padding)
-    return layout
-
-
-def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:
-    """Attach the method, and make the optimizer."""
-    recipe = bench.recipe
-    if recipe.training.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
-    bench.seed()
-    model = bench.method.attach(base, order.total_steps)
-    bench.method.initialize(model, bench.folder.weight)
-    _take_over(bench, model)
-    return TrainState(
-        accelerator=bench.accelerator,
-        model=bench.accelerator.prepare_model(model),
-        method=bench.method,
-        optimizer=make_optimizer(recipe.optimizer, model, bench.method.rate_factor),
-        compute_dtype=bench.compute_dtype,
-        interruption=interruption,
-        noise=recipe.training.neftune_alpha,
-    )
-
-
-def _take_over(bench: Workbench, model: nn.Module) -> None:
-    """Start from the adapter of an earlier run over the same base, if the recipe says so."""
-    earlier = getattr(bench.recipe.adapter, "continue_from", None)
-    if earlier is None:
-        return
-    folder = RunDirectory.open(Path(earlier)).trained(is_whole_model=False)
-    record = TrainedRecord.read(folder)
-    record.refuse_others(folder, bench.folder, bench.method)
-    record.refuse_other_quantization(bench, model)
-    bench.method.take_over(model, folder)
 
 
 def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead, started: TrainingStarted) -> None:

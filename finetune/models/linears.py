@@ -48,13 +48,14 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     """Put an ordinary layer of `dtype` in the place of each quantized one; returns the same model."""
     for name, layer in list(model.named_modules()):
         if is_quantized(layer):
-            model.set_submodule(name, _plain_layer(layer, dtype))
+            model.set_submodule(name, plain_layer(layer, dtype))
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(dtype)
 
 
-def _plain_layer(layer: Quantized, dtype: torch.dtype) -> nn.Module:
+def plain_layer(layer: Quantized, dtype: torch.dtype) -> nn.Module:
+    """An ordinary layer with what a quantized one stands for."""
     weight_OI = layer.quantizer.dequantize(layer, dtype)
     out_features, in_features = weight_OI.shape
     with torch.device("meta"):

@@ -60,6 +60,14 @@ class Training(Section):
     gradient_checkpointing: Annotated[bool, OnResume.MAY_CHANGE] = Field(
         False, description="Keep only each block's input and recompute the rest in backward: less memory, more time."
     )
+    rehearsal: Annotated[Literal["auto"] | bool, OnResume.MAY_CHANGE] = Field(
+        "auto",
+        description=(
+            "Walk the whole path once before the first step, on the longest rows: forward, backward, step, held-out "
+            "loss, checkpoint, reading it back, merging a layer; then put everything back. auto: for runs of 200 steps "
+            "or more, where it takes less than a fiftieth of the time."
+        ),
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, order of rows and dropout.")
     checkpoint_every_steps: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
         None,

@@ -86,6 +86,26 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
+class Rehearsed(Event):
+    """The whole path was walked once, on the longest rows, and everything put back.
+
+    Attributes:
+        tokens: Of the longest micro-batch.
+        peak_memory_bytes: Up to then.
+        checkpoint_bytes: Of a checkpoint with all of the optimizer's state.
+        folded: Whether a layer was merged too, which not all methods do.
+        seconds: That it took.
+    """
+
+    kind: ClassVar[str] = "rehearsed"
+    tokens: int
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+    folded: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepMetrics(Event):
     """One optimizer step.
 

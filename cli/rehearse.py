@@ -1,0 +1,28 @@
+"""`ft rehearse`: whether a run would come through, on its longest rows."""
+
+from __future__ import annotations
+
+import json
+
+from finetune.errors import Interrupted
+
+from . import console
+from .options import AsJson, Overrides, Quiet, RecipePath
+
+
+def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Walk a run's whole path once, on its longest rows, and leave nothing."""
+    from finetune.recipe.load import load_recipe
+    from finetune.run.interruption import Interruption, StopRequested
+
+    loaded = load_recipe(recipe, overrides or ())
+    with console.reporting(quiet, as_json) as report:
+        from finetune.jobs.rehearsal import rehearse_alone
+
+        interruption = Interruption()
+        try:
+            with interruption.listening(console.leave_at_once):
+                rehearse_alone(loaded.recipe, report, interruption)
+        except StopRequested as request:
+            raise Interrupted(f"{request}; nothing is left of it", number=request.number) from None
+    console.show_result(json.dumps({"event": "done"}) if as_json else f"next: ft train {recipe}")

@@ -1,0 +1,121 @@
+"""A rehearsal walks the whole path, says what would stop the run, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.errors import OutOfMemoryError, RefusedError
+from finetune.jobs import rehearsal
+from finetune.jobs.train import train
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Event, Rehearsed
+from tests.fixtures.recipes import as_recipe, write_recipe
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"method": "lora", "r": 4, "dropout": 0.1}},
+    "qlora": {"adapter": {"method": "lora", "r": 4}, "quantization": {"kind": "nf4"}},
+    "adalora": {"adapter": {"method": "adalora", "r": 6, "target_r": 4}},
+    "qa-lora": {"adapter": {"method": "qa_lora", "r": 4}, "quantization": {"kind": "affine"}},
+    "ia3": {"adapter": {"method": "ia3"}},
+    "oft": {"adapter": {"method": "oft", "block_size": 8}},
+    "prompt tuning": {"adapter": {"method": "prompt_tuning", "tokens": 4}},
+    "full": {"adapter": {"method": "full"}},
+}
+FOLDED = {"lora", "qlora", "adalora", "qa-lora", "ia3", "oft"}
+
+
+def sections(tiny_model: Path, chat_file: Path, kind: str, rehearsal: bool) -> dict[str, Any]:
+    return {
+        "model": {"name": str(tiny_model)},
+        "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.25, "max_length": 128},
+        "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-2},
+        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": rehearsal},
+        "evaluation": {"every_steps": 3},
+        **METHODS[kind],
+    }
+
+
+def result(recipe: dict[str, Any], folder: Path) -> tuple[bytes, list[float], list[Event]]:
+    """Weights, losses and events of a run."""
+    folder.mkdir()
+    run, events = RunDirectory.create(folder / "run"), []
+    train(as_recipe(recipe, folder), run, events.append)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    (weights,) = run.trained(recipe["adapter"]["method"] == "full").glob("*model.safetensors")
+    return weights.read_bytes(), [line["loss"] for line in lines if "loss" in line], events
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat_file: Path, tmp_path: Path):
+    plain = result(sections(tiny_model, chat_file, kind, rehearsal=False), tmp_path / "plain")
+    rehearsed = result(sections(tiny_model, chat_file, kind, rehearsal=True), tmp_path / "rehearsed")
+    assert rehearsed[:2] == plain[:2]
+    (event,) = [event for event in rehearsed[2] if isinstance(event, Rehearsed)]
+    assert event.folded == (kind in FOLDED)
+    assert event.tokens > 0
+    assert event.checkpoint_bytes > 0
+    assert not any(isinstance(event, Rehearsed) for event in plain[2])
+    assert not list((tmp_path / "rehearsed" / "run").glob(".*"))
+
+
+def test_a_trace_would_be_seen(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The control: what is not put back changes the run."""
+    plain = result(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path / "plain")
+    monkeypatch.setattr(rehearsal, "read_state", lambda state, folder: setattr(state, "step", 0))
+    assert result(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path / "rehearsed")[0] != plain[0]
+
+
+def test_a_step_that_does_not_fit_is_told_before_the_first(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def too_large(*arguments: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rehearsal, "train_step", too_large)
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(OutOfMemoryError, match="step 1"):
+        train(as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path), run)
+    assert not run.path.exists()
+
+
+def test_a_layer_that_merges_into_something_else_is_refused(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fold = rehearsal.peft_bridge.fold
+
+    def off(layer: torch.nn.Module) -> torch.nn.Module:
+        folded = fold(layer)
+        folded.weight.data *= 1.01
+        return folded
+
+    monkeypatch.setattr(rehearsal.peft_bridge, "fold", off)
+    with pytest.raises(RefusedError, match="merged layer"):
+        train(
+            as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path),
+            RunDirectory.create(tmp_path / "run"),
+        )
+
+
+def test_long_runs_begin_with_one_unless_they_are_told_not_to(tmp_path: Path, tiny_model: Path, chat_file: Path):
+    recipe = as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
+    automatic = recipe.model_copy(update={"training": recipe.training.model_copy(update={"rehearsal": "auto"})})
+    assert [rehearsal.is_worth_it(automatic, steps) for steps in (199, 200)] == [False, True]
+    assert not rehearsal.is_worth_it(recipe, 10_000)
+
+
+def test_alone_it_leaves_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
+    done = CliRunner().invoke(app, ["rehearse", str(recipe)])
+    assert done.exit_code == 0, done.output
+    assert "rehearsed in 0:0" in done.output
+    assert "a layer merged" in done.output
+    assert "next: ft train" in done.output
+    assert not list((tmp_path / "runs").iterdir())
