@@ -163,7 +163,7 @@ class Live(Follower):
         if event.done == before:
             return ""
         pace = (time.monotonic() - since) / (event.done - before)
-        return f"{wording.duration(pace * (event.total - event.done))} left"
+        return f"{duration(pace * (event.total - event.done))} left"
 
     def note(self, text: str) -> None:
         """Print above the moving line."""
