@@ -119,7 +119,7 @@ def test_what_does_not_fit_on_the_page_is_said_to_be_elsewhere(tmp_path: Path):
 def test_an_answer_that_is_the_reference_is_marked_and_no_other(tmp_path: Path):
     page = page_of(written_run(tmp_path / "run", "yes"))
     assert page.count("<b>this run ✓</b>") == 7
-    assert page.count("<b>base</b>no") == 7
+    assert page.count("<b>yes</b>no") == 7  # what it is compared with is called so here
     assert page.count("<b>step 3 ✓</b>") == 1
 
 
