@@ -14,14 +14,17 @@ from finetune.train.memory import KERNEL_CACHES, bound_kernel_caches
 
 PRODUCTS = """
 import sys, torch
+from finetune.quantizers.memory import give_back
 from finetune.train.memory import bound_kernel_caches
 if sys.argv[1] == "bounded":
     bound_kernel_caches()
 def held():
+    give_back()
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 weight = torch.rand(256, 256).bfloat16()
-before = held()
 for length in range(16, 616):
+    if length == 316:  # the bounded caches are full
+        before = held()
     torch.rand(length, 256).bfloat16() @ weight
 print(held() - before)
 """
@@ -54,4 +57,4 @@ def test_products_of_many_shapes_are_not_all_kept():
             check=True,
         )
         grown[how] = int(result.stdout)
-    assert grown["bounded"] < 0.7 * grown["free"], grown
+    assert grown["bounded"] < 0.5 * grown["free"], grown
