@@ -32,7 +32,8 @@ HOLES_ON_CPU = 0.6
 """Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
 
 HOLES_OF_REBUILT = 200_000_000
-"""Bytes that it holds beside that where quantized weights come and go within a step: measured on them too."""
+"""Bytes that it holds beside that where quantized weights are rebuilt for blocks that are computed again: measured on
+them too. Without that second forward pass it is next to nothing."""
 
 HOLES_ON_GPU = 0.1
 """The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
@@ -185,7 +186,8 @@ class Planner:
         recipe, card = bench.recipe, self._card
         libraries = self._held + kernels_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
         holes = HOLES_ON_CPU if card is None else HOLES_ON_GPU
-        rebuilds = card is None and (setting.quantizes_head or not bench.quantizers.quantize_nothing)
+        is_quantized = setting.quantizes_head or not bench.quantizers.quantize_nothing
+        rebuilds = card is None and is_quantized and setting.recomputes
         step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
         parts = {
             "libraries": libraries,

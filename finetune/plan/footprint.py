@@ -44,7 +44,7 @@ class Setting:
         compute_dtype: Of passes.
         method: What trains.
         total_steps: Of the run.
-        optimizer: Its name in a recipe, and whether it has momentum.
+        optimizer: The recipe's section.
         recomputes: Whether blocks are computed again in backward.
         noise: On embeddings, if any.
         joins_rows: Whether rows stand in one line.

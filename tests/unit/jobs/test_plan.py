@@ -64,9 +64,9 @@ def test_what_contradicts_is_told(recipe: Path, arguments: list[str], code: int,
     assert said in err
 
 
-def sized(recipe: Path, share: float) -> tuple[Planner, Any]:
+def sized(recipe: Path, share: float, *overrides: str) -> tuple[Planner, Any]:
     """A planner for a GPU of that share of what the run takes."""
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides)
     plan = Planner(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
     return Planner(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
 
@@ -88,7 +88,7 @@ def test_smaller_micro_batches_come_first_and_keep_the_rows_of_a_step(recipe: Pa
 
 
 def test_what_nothing_makes_fit_is_told_as_a_shortage(recipe: Path):
-    planner, loaded = sized(recipe, 0.1)
+    planner, loaded = sized(recipe, 0.1, "training.gradient_checkpointing=true", "optimizer.name=adamw_8bit")
     with pytest.raises(OutOfMemoryError, match="nothing that ft can change"):
         fit(planner, loaded)
 
