@@ -97,8 +97,7 @@ def ours(arguments: argparse.Namespace) -> None:
 
 def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
     """What the rival reads: our rows, tokenized and masked, in our order."""
-    from finetune.jobs.setup import Workbench
-    from finetune.jobs.train import layout_of
+    from finetune.jobs.setup import Workbench, layout_of
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 
