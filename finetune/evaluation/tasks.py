@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from finetune.recipe.evaluation import (
 )
 from finetune.resolve import build
 from finetune.run.events import Progress, Report
+
+logger = logging.getLogger(__name__)
 
 SEED = 0
 """Of the draw of a source's `rows`: the same rows for every model."""
@@ -103,9 +106,19 @@ class HeldOut(Task):
         places = [split.place(row) for row in range(len(split))]
         columns = _losses(places, list(split), engine, self._tell(engine, "loss", report))
         encoder = Encoder(engine.tokenizer, self.train_on)
-        asked = islice(_asked(self.split.documents(), encoder), self.section.generation_rows)
-        answers = _answers(list(islice(asked, limit)), self.section, engine, self._tell(engine, "answers", report))
+        whole = islice(_asked(self.split.documents(), encoder), self.section.generation_rows)
+        asked = self._cut(list(islice(whole, limit)), engine)
+        answers = _answers(asked, self.section, engine, self._tell(engine, "answers", report))
         return Measurement((*columns, *answers.columns), answers.records, {})
+
+    def _cut(self, asked: list[_Asked], engine: Engine) -> list[_Asked]:
+        """Prompts without what leaves no room for an answer at their beginning: rows that were cut in training too."""
+        room = _room(self.section, engine)
+        if room is None or room < 1 or all(len(each.prompt.ids) <= room for each in asked):
+            return asked
+        cut = sum(len(each.prompt.ids) > room for each in asked)
+        logger.warning("the beginning of %d of %d prompts is cut: an answer must have room", cut, len(asked))
+        return [_Asked(each.row, Prompt(each.prompt.ids[-room:], each.prompt.references)) for each in asked]
 
 
 class _OnRows(Task, Generic[R]):
@@ -308,9 +321,15 @@ def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, tell: Te
     return Measurement(columns, records, {})
 
 
+def _room(section: Answers, engine: Engine) -> int | None:
+    """Tokens that a prompt may have before the longest answer; None where nothing says."""
+    return None if engine.positions is None else engine.positions - section.max_new_tokens
+
+
 def _refuse_lack_of_room(asked: _Asked, section: Answers, engine: Engine) -> None:
-    room = None if engine.positions is None else engine.positions - len(asked.prompt.ids)
-    if room is not None and room < section.max_new_tokens:
+    most = _room(section, engine)
+    if most is not None and len(asked.prompt.ids) > most:
+        room = most + section.max_new_tokens - len(asked.prompt.ids)
         raise DataError(
             f"after its {len(asked.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
             f"{engine.positions} positions of {engine.label}, not for {section.max_new_tokens}",

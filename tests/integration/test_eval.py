@@ -23,6 +23,7 @@ from finetune.jobs import evaluate as job
 from finetune.jobs.evaluate import Asked, evaluate
 from finetune.jobs.merge import merge
 from finetune.jobs.named import named
+from finetune.jobs.setup import ModelSetup
 from finetune.jobs.train import train
 from finetune.models import precision
 from finetune.run.directory import RunDirectory
@@ -198,6 +199,19 @@ def test_soft_prompts_choose_and_answer_too(runs: Path, tasks: Path):
     choices = found.scores["colours"]["accuracy"]
     assert choices.rows == 12
     assert found.scores["nats"]["loss"].ours != found.scores["nats"]["loss"].theirs
+
+
+def test_held_out_prompts_that_leave_no_room_are_cut_at_their_beginning_and_that_is_told(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(ModelSetup, "positions", 36)
+    evaluated(runs / "low-rank", output=tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(RunDirectory(runs / "low-rank").trained(False))
+    for record in records:
+        assert record["prompt"].endswith("<|turn|>assistant\n")
+        assert len(tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]) == 36 - 8
+    assert "the beginning of 4 of 4 prompts is cut" in caplog.text
 
 
 # --- what was measured before
