@@ -7,6 +7,7 @@ import os
 import torch
 
 from finetune.plan.cards import Card
+from finetune.quantizers.memory import give_back
 
 KERNELS_ON_CPU = 165_000_000
 """Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See
@@ -31,6 +32,7 @@ def memory_bytes() -> int | None:
 
 def held_bytes() -> int:
     """What this process holds now, with all libraries loaded that training needs; 0 where the system does not tell."""
+    give_back()  # what converting a model or tokenizing rows has left
     try:
         with open("/proc/self/statm", encoding="ascii") as numbers:
             return int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
