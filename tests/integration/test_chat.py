@@ -128,6 +128,7 @@ class Terminal:
         self.process, self.keys = pty.fork()
         if not self.process:
             os.environ.update(PYTHONPATH=str(ROOT), TERM="dumb")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background
             os.execv(sys.executable, [sys.executable, "-m", "cli", *arguments])
         self.shown, self.deadline = "", time.monotonic() + 120
 
