@@ -134,7 +134,7 @@ def test_over_other_bases_and_with_other_methods_too(
 def test_a_base_with_other_codes_is_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import finetune.jobs.train as module
+    import finetune.jobs.ready as module
 
     sections = {**tiny_recipe, "quantization": {"kind": "nf4"}}
     run = stopped_run(sections, tmp_path)
