@@ -18,8 +18,11 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
 
-test: $(VENV)/dev  ## The tests of every change
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/dev  ## The tests of every change, on two cores
+	export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -m "not slow" tests/integration tests/architecture > $(VENV)/tests.txt 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m "not slow" tests/unit tests/faults; failed=$$?; \
+	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
 
 test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
