@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -150,7 +151,8 @@ def test_two_processes_stop_where_one_does(tiny_recipe: dict[str, Any], tmp_path
     for processes in ("1", "2"):
         run = RunDirectory(tmp_path / processes)
         command = [sys.executable, "-m", "cli", "train", file, "--processes", processes, "--run-dir", run.path]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         history = History.of(run)
         (best,) = history.best
