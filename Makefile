@@ -6,6 +6,14 @@ RUN := runs/quickstart
 BROWSER ?= chromium
 RIVAL := .venv-trl
 
+# Two halves of a suite side by side: the first where Ctrl-C is not heard, which its tests must not need.
+define on_two_cores
+	export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest $(1) > $(VENV)/tests.txt 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest $(2); failed=$$?; \
+	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
+endef
+
 .PHONY: help quickstart test test-slow test-faults bench bench-data bench-generation bench-quantizers bench-methods pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
@@ -19,16 +27,13 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
 
 test: $(VENV)/dev  ## The tests of every change, on two cores
-	export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest -m "not slow" tests/integration tests/architecture > $(VENV)/tests.txt 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest -m "not slow" tests/unit tests/faults; failed=$$?; \
-	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
+	$(call on_two_cores,-m "not slow" tests/integration tests/architecture,-m "not slow" tests/unit tests/faults)
 
 test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
-	$(BIN)/python -m pytest tests/faults
+	$(call on_two_cores,tests/faults/test_kill.py,tests/faults --ignore=tests/faults/test_kill.py)
 
 bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.rival $(DATA) --rival $(RIVAL)/bin/python

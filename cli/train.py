@@ -97,6 +97,10 @@ def train(
     run, trains = claim() if rank.count == 1 else _claimed_together(rank, claim, loaded, overrides)
     if trains is None:
         if rank.is_main:
+            from finetune.report.run_page import reported
+
+            with reported(run):  # it may have been killed after its last step, before its page was there
+                run.remove_leftovers()
             console.show_nothing_left(run.path, as_json)
         return
     with console.reporting(quiet, as_json, log=run.log, speaks=rank.is_main) as report:

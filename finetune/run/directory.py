@@ -193,15 +193,20 @@ class RunDirectory:
             recipe: The resolved recipe.
             metrics_bytes: Length of `metrics.jsonl` at the checkpoint that the run goes on from; 0 without one.
         """
+        self.remove_leftovers()
         with disk_faults(self.path):
-            for entry in self.path.iterdir():
-                if _ASIDE.fullmatch(entry.name):  # a killed process was about to put it in its place
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._rewind_metrics(metrics_bytes)
             if self.provenance.is_file():
                 self.provenance.rename(self._set_aside(self.provenance))
             self.outcome.unlink(missing_ok=True)
         write_text(self.recipe, recipe)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process was about to put in its place."""
+        with disk_faults(self.path):
+            for entry in self.path.iterdir():
+                if _ASIDE.fullmatch(entry.name):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def append_metrics(self, record: Recorded) -> None:
         """Add a line to `metrics.jsonl` and hand it to the operating system.

@@ -17,7 +17,7 @@ PHASES = {
     "data": "finetune.jobs.setup.read_data",
     "loading": "finetune.jobs.setup.load_model",
     "step": "finetune.train.loop.train_step",
-    "evaluation": "finetune.jobs.train.held_out_loss",
+    "evaluation": "finetune.jobs.examiner.held_out_loss",
     "checkpoint": "finetune.jobs.saving.write_state",
     "saving": "finetune.jobs.train._save",
 }
