@@ -1,8 +1,9 @@
 """Norms and gated units of a model that keep little for backward and go over their numbers once.
 
 Left to itself, autograd keeps every step between the input of a norm and its output, in float32, and of a gated unit
-the activated gate beside the gate. Here only inputs are kept, and rows are worked on a few at a time, so that what is
-between finds its place in the cache. Forward passes give the model's own results bit for bit, or are left alone.
+the activated gate beside the gate. Here only inputs are kept: results are made again where they are asked for. Rows are
+worked on a few at a time, so that what is between finds its place in the cache. Forward passes give the model's own
+results bit for bit, or are left alone.
 
 Shape legend: E width, N rows that are worked on together, T all rows, `...` any leading dimensions.
 """
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+
+from finetune.models.remade import can_be_made
 
 NUMBERS_AT_ONCE = 1 << 17
 """Numbers of a tensor that are worked on together: in float32 a few such tensors fit into a core's cache."""
@@ -88,18 +91,12 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_E: Tensor, epsilon: float, offset: float | None) -> Tensor:
         x_TE = x.reshape(-1, x.shape[-1])
         inverse_T1 = torch.empty(len(x_TE), 1, device=x.device)
-        result_TE = torch.empty_like(x_TE, dtype=torch.result_type(x, weight_E) if offset is None else x.dtype)
-        for x_NE, inverse_N1, result_NE in _some_rows(x_TE, inverse_T1, result_TE):
-            wide_NE = x_NE.float()
-            torch.rsqrt(wide_NE.pow(2).mean(-1, keepdim=True) + epsilon, out=inverse_N1)
-            wide_NE = wide_NE * inverse_N1
-            if offset is None:
-                torch.mul(weight_E, wide_NE.to(x.dtype), out=result_NE)
-            else:
-                result_NE.copy_(wide_NE * (offset + weight_E.float()))
+        for x_NE, inverse_N1 in _some_rows(x_TE, inverse_T1):
+            torch.rsqrt(x_NE.float().pow(2).mean(-1, keepdim=True) + epsilon, out=inverse_N1)
+        make = partial(_scaled, x_TE, inverse_T1, weight_E, offset)
         ctx.save_for_backward(x_TE, inverse_T1, weight_E)
         ctx.offset = offset
-        return result_TE.view(x.shape)
+        return can_be_made(make(), make).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -118,6 +115,17 @@ class _Norm(torch.autograd.Function):
             of_x_NE.copy_(of_NE.addcmul_(normed_NE, shared_N1, value=-1.0).mul_(inverse_N1))
         of_weight = None if of_weight_E is None else of_weight_E.to(weight_E.dtype)
         return of_x_TE.view(gradient.shape), of_weight, None, None
+
+
+def _scaled(x_TE: Tensor, inverse_T1: Tensor, weight_E: Tensor, offset: float | None) -> Tensor:
+    result_TE = torch.empty_like(x_TE, dtype=torch.result_type(x_TE, weight_E) if offset is None else x_TE.dtype)
+    for x_NE, inverse_N1, result_NE in _some_rows(x_TE, inverse_T1, result_TE):
+        wide_NE = x_NE.float() * inverse_N1
+        if offset is None:
+            torch.mul(weight_E, wide_NE.to(x_TE.dtype), out=result_NE)
+        else:
+            result_NE.copy_(wide_NE * (offset + weight_E.float()))
+    return result_TE
 
 
 def _fuse_unit(unit: Any) -> bool:
@@ -151,10 +159,8 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activate = activate
-        result = torch.empty_like(gate, dtype=torch.result_type(gate, up))
-        for gate_NE, up_NE, result_NE in _some_rows(*(tensor.flatten(0, -2) for tensor in (gate, up, result))):
-            torch.mul(activate(gate_NE), up_NE, out=result_NE)
-        return result
+        make = partial(_opened, gate, up, activate)
+        return can_be_made(make(), make)
 
     @staticmethod
     @once_differentiable
@@ -166,6 +172,13 @@ class _Gate(torch.autograd.Function):
             torch.mul(of_NE, ctx.activate(gate_NE), out=of_up_NE)
             _activate_backward(ctx.activate, of_NE * up_NE, gate_NE, of_gate_NE)
         return of_gate, of_up, None
+
+
+def _opened(gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
+    result = torch.empty_like(gate, dtype=torch.result_type(gate, up))
+    for gate_NE, up_NE, result_NE in _some_rows(*(tensor.flatten(0, -2) for tensor in (gate, up, result))):
+        torch.mul(activate(gate_NE), up_NE, out=result_NE)
+    return result
 
 
 def _activate_backward(activate: nn.Module, gradient: Tensor, x: Tensor, of_x: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from finetune.data.batches import IGNORED, Batch
 from finetune.models.attention import mask_for
+from finetune.models.remade import keeping_little
 from finetune.train.noise import embedding_noise
 
 logger = logging.getLogger(__name__)
@@ -126,13 +127,14 @@ def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _run(model: nn.Module, batch: Batch, keep_K: Tensor) -> Any:
     mask = batch.mask_BT if batch.positions_BT is None else mask_for(_bare(model), batch.positions_BT)
-    return model(
-        input_ids=batch.ids_BT,
-        attention_mask=mask,
-        position_ids=batch.positions_BT,
-        logits_to_keep=keep_K,
-        use_cache=False,
-    )
+    with keeping_little() if torch.is_grad_enabled() else nullcontext():
+        return model(
+            input_ids=batch.ids_BT,
+            attention_mask=mask,
+            position_ids=batch.positions_BT,
+            logits_to_keep=keep_K,
+            use_cache=False,
+        )
 
 
 def _bare(model: nn.Module) -> Any:

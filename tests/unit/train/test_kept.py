@@ -29,27 +29,26 @@ ONE_COPY = 4 * (
     LAYERS
     * (
         2 * WIDTH  # what the two norms are given
-        + 2 * WIDTH  # what they put out, which queries, keys and values share, and gate and up
         + WIDTH + 2 * KEYS  # queries, keys, values
         + WIDTH  # what attention puts out
-        + 3 * INNER  # gate, up, and their product
+        + 2 * INNER  # gate and up
     )
     + WIDTH  # what the last norm is given
     + WIDTH // 2  # the gradient of the head's input, at the half that is trained
 )  # fmt: skip
-"""Bytes for one copy, in float32, of each activation that some gradient of plain LoRA needs, per token."""
+"""Bytes for one copy, in float32, of each activation that plain LoRA needs and that is not made again, per token."""
 
 KINDS: dict[str, tuple[dict[str, Any], str | None, float]] = {
-    "lora": ({"method": "lora", "r": 4}, None, 1.03),
-    "dora": ({"method": "lora", "r": 4, "dora": True}, None, 1.61),  # and every product, whose length it trains
-    "pissa": ({"method": "lora", "r": 4, "initialization": "pissa"}, None, 1.06),
-    "qlora": ({"method": "lora", "r": 4}, "nf4", 1.03),
-    "modulora": ({"method": "lora", "r": 4}, "optq-3", 1.03),
-    "ir-qlora": ({"method": "lora", "r": 4, "iec": True}, "icq-4", 1.03),
-    "qa-lora": ({"method": "qa_lora", "r": 4}, "affine-4", 0.68),  # sums over groups in the place of inputs
-    "adalora": ({"method": "adalora", "r": 6, "target_r": 4, "initial_steps": 1, "final_steps": 1}, None, 1.05),
-    "ia3": ({"method": "ia3"}, None, 0.86),
-    "full": ({"method": "full"}, None, 1.06),
+    "lora": ({"method": "lora", "r": 4}, None, 1.09),
+    "dora": ({"method": "lora", "r": 4, "dora": True}, None, 1.91),  # and every product, whose length it trains
+    "pissa": ({"method": "lora", "r": 4, "initialization": "pissa"}, None, 1.13),
+    "qlora": ({"method": "lora", "r": 4}, "nf4", 1.09),
+    "modulora": ({"method": "lora", "r": 4}, "optq-3", 1.09),
+    "ir-qlora": ({"method": "lora", "r": 4, "iec": True}, "icq-4", 1.09),
+    "qa-lora": ({"method": "qa_lora", "r": 4}, "affine-4", 0.96),  # sums over groups in the place of inputs
+    "adalora": ({"method": "adalora", "r": 6, "target_r": 4, "initial_steps": 1, "final_steps": 1}, None, 1.11),
+    "ia3": ({"method": "ia3"}, None, 0.99),
+    "full": ({"method": "full"}, None, 1.04),
 }
 
 
@@ -67,7 +66,7 @@ def kept(model: nn.Module, examples: int) -> int:
     trains = [place >= 20 for place in range(40)]
     batch = joined([Example([(7 * row + place) % 256 for place in range(40)], trains) for row in range(examples)])
     summed_cross_entropy(model, batch)  # probes, once
-    return bytes_kept(model, lambda: summed_cross_entropy(model, batch))
+    return bytes_kept(lambda: summed_cross_entropy(model, batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)

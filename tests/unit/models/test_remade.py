@@ -1,0 +1,92 @@
+"""What backward makes again: the same bits, once for all who ask, and only what can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.models.remade import can_be_made, keeping_little
+from tests.fixtures.kept import bytes_kept
+
+
+class Doubling(torch.autograd.Function):
+    """Twice its input, of which nothing has to be kept."""
+
+    made = 0
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        def make() -> Tensor:
+            Doubling.made += 1
+            return 2 * x
+
+        return can_be_made(make(), make)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+@pytest.fixture
+def x() -> Tensor:
+    Doubling.made = 0
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def two_products(x: Tensor) -> Tensor:
+    doubled = Doubling.apply(x)
+    return (doubled @ torch.eye(8, requires_grad=True)).sum() + doubled.view(32, 16).square().sum()
+
+
+def gradient(x: Tensor, loss: Tensor, **settings: bool) -> Tensor:
+    return torch.autograd.grad(loss, x, **settings)[0]
+
+
+def test_it_is_made_again_once_for_all_who_would_have_kept_it(x: Tensor):
+    with keeping_little():
+        loss = two_products(x)
+    assert Doubling.made == 1
+    found = gradient(x, loss)
+    assert Doubling.made == 2
+    assert torch.equal(found, gradient(x, two_products(x)))
+    assert Doubling.made == 3  # the control: outside of the block it is kept
+
+
+def test_a_second_backward_pass_makes_it_anew(x: Tensor):
+    with keeping_little():
+        loss = two_products(x)
+    first = gradient(x, loss, retain_graph=True)
+    assert torch.equal(first, gradient(x, loss))
+
+
+def test_less_is_held_until_backward(x: Tensor):
+    def kept() -> Tensor:
+        with keeping_little():
+            return two_products(x)
+
+    assert bytes_kept(lambda: two_products(x)) - bytes_kept(kept) == x.nbytes
+
+
+@pytest.mark.parametrize("part", [lambda y: y[:32], lambda y: y.T, lambda y: y + 0], ids=["some", "turned", "another"])
+def test_what_is_another_tensor_is_kept_as_it_is(x: Tensor, part: Callable[[Tensor], Tensor]):
+    with keeping_little():
+        loss = part(Doubling.apply(x)).square().sum()
+    found = gradient(x, loss)
+    assert Doubling.made == 1
+    assert torch.equal(found, gradient(x, part(Doubling.apply(x)).square().sum()))
+
+
+def test_an_address_that_is_used_again_is_not_taken_for_the_tensor_that_was_there(x: Tensor):
+    with keeping_little():
+        for _ in range(50):
+            gone = Doubling.apply(x)
+            address = gone.untyped_storage()._cdata
+            del gone
+            other = torch.ones(64, 8) * x.detach()
+            if other.untyped_storage()._cdata == address:
+                break
+        loss = (x * other).sum()
+    assert torch.equal(gradient(x, loss), other)
