@@ -1,7 +1,7 @@
 """How rows are laid out in steps and micro-batches.
 
 A step counts units: rows, or packs of rows. Its gradient is a sum over its tokens, so within a step units may be
-grouped at will: here by length, to pad little and to keep the micro-batches alike.
+grouped at will: by length where rows are padded, to pad little, and else so that micro-batches have as many tokens.
 """
 
 from __future__ import annotations
@@ -78,13 +78,29 @@ class Layout:
         return [unit] if self.packs is None else self.packs[unit]
 
     def groups(self, units: Sequence[Unit], world_size: int = 1) -> list[list[Unit]]:
-        """The units of each micro-batch: those of similar length together, in as few rounds as may be.
+        """The units of each micro-batch, in as few rounds as may be; in a round each process runs one."""
+        tokens = [sum(len(example.ids) for example in unit) for unit in units]
+        return [[units[place] for place in group] for group in self.grouped(tokens, world_size)]
 
-        In a round each process runs one micro-batch; all are as large as they can be alike.
+    def grouped(self, tokens: Sequence[int], world_size: int = 1) -> list[list[int]]:
+        """The same by place.
+
+        Padded rows stand with others of their length. Those that are joined are shared out, the longest first, each to
+        the group that has the fewest tokens yet, so that the largest pass, which takes the most memory, is small.
+
+        Args:
+            tokens: Of each unit.
+            world_size: Number of processes.
         """
-        size = self.group_size(len(units), world_size)
-        by_length = sorted(units, key=lambda unit: sum(len(example.ids) for example in unit))
-        return [by_length[first : first + size] for first in range(0, len(units), size)]
+        size = self.group_size(len(tokens), world_size)
+        by_length = sorted(range(len(tokens)), key=tokens.__getitem__)
+        if not self.restarts_positions:
+            return [by_length[first : first + size] for first in range(0, len(tokens), size)]
+        groups: list[list[int]] = [[] for _ in range(-(-len(tokens) // size))]
+        for place in reversed(by_length):
+            with_room = (group for group in groups if len(group) < size)
+            min(with_room, key=lambda group: sum(tokens[other] for other in group)).append(place)
+        return groups
 
     def group_size(self, units: int, world_size: int = 1) -> int:
         """Units of a micro-batch in a step over so many."""

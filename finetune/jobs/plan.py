@@ -239,10 +239,8 @@ def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, process
     computed = trained = 0
     for step in range(order.total_steps):
         units = [layout.rows_of(unit) for unit in order.step_units(step)]
-        by_length = sorted(units, key=lambda unit: int(lengths[unit].sum()))
-        size = layout.group_size(len(units), processes)
-        for first in range(0, len(by_length), size):
-            chosen = [row for unit in by_length[first : first + size] for row in unit]
+        for group in layout.grouped([int(lengths[unit].sum()) for unit in units], processes):
+            chosen = [row for place in group for row in units[place]]
             tokens = _computed(lengths[chosen] + prompt, layout.restarts_positions)
             computed, trained = computed + tokens, trained + int(targets[chosen].sum())
             if tokens > most:

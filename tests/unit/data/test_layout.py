@@ -29,6 +29,20 @@ def test_groups_hold_neighbours_in_length():
     assert [[len(e.ids) for unit in group for e in unit] for group in groups] == [[2, 3], [8, 9]]
 
 
+def test_groups_of_joined_rows_have_as_many_tokens():
+    layout = layout_of("padding_free", [9, 2, 8, 3, 5, 1], micro_batch_size=3)
+    groups = layout.groups(units_of(layout, [9, 2, 8, 3, 5, 1]))
+    assert [[len(e.ids) for unit in group for e in unit] for group in groups] == [[9, 3, 2], [8, 5, 1]]
+
+
+def test_no_group_of_joined_rows_has_more_rows_than_the_recipe_says():
+    lengths = [500, 1, 1, 1, 1, 1, 1]
+    layout = layout_of("padding_free", lengths, micro_batch_size=3)
+    groups = layout.groups(units_of(layout, lengths))
+    assert sorted(len(group) for group in groups) == [1, 3, 3]
+    assert sorted(len(e.ids) for group in groups for unit in group for e in unit) == sorted(lengths)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_all_processes_together_run_each_group_once_and_equally_many(world_size: int):
     lengths = list(range(3, 13))
