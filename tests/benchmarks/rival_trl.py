@@ -45,17 +45,18 @@ def main() -> None:
     """Train and print."""
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.manual_seed(0)
+    dtype = getattr(torch, task["precision"])
     quantization = None
     if task["kind"] == "qlora":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(
         task["model"],
-        dtype=torch.float32 if task["kind"] == "full" else torch.bfloat16,
+        dtype=torch.float32 if task["kind"] == "full" else dtype,
         quantization_config=quantization,
         device_map="cpu",
     )
@@ -78,7 +79,7 @@ def main() -> None:
             weight_decay=0.0,
             max_grad_norm=1.0,
             gradient_checkpointing=False,
-            bf16=True,
+            bf16=dtype is torch.bfloat16,
             use_cpu=True,
             logging_steps=1,
             save_strategy="no",
