@@ -137,8 +137,8 @@ def prepare(blocks: int, folder: Path) -> None:
     from tests.fixtures.recipes import as_recipe, write_recipe
 
     write_model(folder / "model", 49_152, blocks, 512)
-    write_recipe(recipe_of(folder, quantization={"kind": "affine"}), folder)
     train(as_recipe(recipe_of(folder), folder), RunDirectory.create(folder / "run"))
+    write_recipe(recipe_of(folder, quantization={"kind": "affine"}), folder)
 
 
 def measure_files(action: str, folder: Path) -> dict[str, Any]:
@@ -162,8 +162,9 @@ def measure_files(action: str, folder: Path) -> dict[str, Any]:
             device=torch.device("cpu"),
         )
 
-    def run(*arguments: object) -> object:
-        return app([str(argument) for argument in arguments], standalone_mode=False)
+    def run(*arguments: object) -> None:
+        if code := app([str(argument) for argument in arguments], standalone_mode=False):
+            sys.exit(code)
 
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
     forget_peak()

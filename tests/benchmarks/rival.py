@@ -241,12 +241,13 @@ def main() -> None:
     if arguments.ours:
         ours(arguments)
         return
-    rate = product_rate(arguments.precision)
+    precision = arguments.precision
+    rate = product_rate(precision)
     code = "from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in ('trl', 'peft', 'torch')))"
     rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     print(
         f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
-        f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in {arguments.precision} -->"
+        f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in {precision} -->"
     )
     columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)
