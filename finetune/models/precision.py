@@ -30,6 +30,12 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         raise EnvironmentFault(
             "float16 training needs a GPU", where="training.precision", hint="set it to auto, bfloat16 or float32"
         )
+    if precision == "bfloat16" and not _has_bfloat16(device):
+        logger.warning(
+            "training.precision: this %s has no instructions for bfloat16, which is emulated and many times slower than %s",
+            device.type,
+            str(_without_bfloat16(device)).removeprefix("torch."),
+        )
     if precision != "auto":
         return DTYPES[precision]
     chosen = torch.bfloat16 if _has_bfloat16(device) else _without_bfloat16(device)

@@ -63,6 +63,15 @@ def test_an_explicit_precision_is_taken(monkeypatch: pytest.MonkeyPatch):
     assert compute_dtype("float16", GPU) is torch.float16
 
 
+@pytest.mark.parametrize(("instructions", "warnings"), [([], 1), (["avx512_bf16"], 0)])
+def test_who_asks_for_a_precision_that_is_emulated_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, instructions: list[str], warnings: int
+):
+    a_cpu_with(monkeypatch, *instructions)
+    compute_dtype("bfloat16", CPU)
+    assert caplog.text.count("many times slower than float32") == warnings
+
+
 def test_float16_on_a_cpu_is_a_fault_of_the_machine():
     with pytest.raises(EnvironmentFault, match="needs a GPU") as caught:
         compute_dtype("float16", CPU)
