@@ -32,7 +32,7 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         )
     if precision == "bfloat16" and not _has_bfloat16(device):
         logger.warning(
-            "training.precision: this %s has no instructions for bfloat16, which is emulated and many times slower than %s",
+            "training.precision: this %s emulates bfloat16, which makes it many times slower than %s",
             device.type,
             str(_without_bfloat16(device)).removeprefix("torch."),
         )
