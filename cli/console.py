@@ -296,10 +296,14 @@ def show_evaluation(evaluated: Evaluated, as_json: bool) -> None:
         return
     from rich.console import Console
 
+    from finetune.report.run_page import answered_by
+
     from . import wording
 
     for task, scores in evaluated.scores.items():
         Console().print(_scores_table(wording.task_title(task, scores), evaluated, scores))
+    if note := answered_by(evaluated.to_json()):
+        show_result(note)
     for gate in evaluated.gates:
         sign = "met" if gate.is_met else "NOT met"
         show_result(f"gate {gate.gate}: {sign}, {gate.measured} is {gate.value:.4g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,13 @@ from finetune.errors import RefusedError
 
 from . import console
 from .options import ANSWERS, AsJson, Overwrite, Quiet
+
+
+class EngineName(StrEnum):
+    """What writes answers."""
+
+    ft = "ft"
+    vllm = "vllm"
 
 
 def evaluate(
@@ -37,8 +45,15 @@ def evaluate(
             help="Exit with 5 unless it holds, such as exact_match>=0.8 or held_out/loss<=0.5. Repeatable.",
         ),
     ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            help="What writes answers: ft, or vLLM where it is installed, of plain weights and LoRA adapters. "
+            "Losses and choices are always ft's."
+        ),
+    ] = EngineName.ft,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most rows of one pass; fewer where memory is short.")
+        int | None, typer.Option(min=1, help="Most rows of one pass of ft; fewer where memory is short.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -63,7 +78,7 @@ def evaluate(
         from finetune.jobs.evaluate import evaluate as evaluate_job
 
         names = tuple(part for text in tasks or () for part in text.split(",") if part)
-        asked = Asked(names, limit, wanted, batch_size, output)
+        asked = Asked(names, limit, wanted, engine.value, batch_size, output)
         evaluated = evaluate_job(found[0], asked, "base" if against == "base" else (*found, None)[1], report)
     console.show_evaluation(evaluated, as_json)
     evaluated.refuse_failed_gates()

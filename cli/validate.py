@@ -7,8 +7,12 @@ from .options import Overrides, RecipePath
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Check a recipe: every problem at once, with its line. Loads no model and no data."""
+    """Check a recipe: every problem at once, with its line. Loads no model and no data.
+
+    Says as well how vLLM will serve what is trained, or why it will not.
+    """
     from finetune.recipe.load import load_recipe
+    from finetune.recipe.serving import serving
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
@@ -16,3 +20,4 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"
     )
+    console.show_result(serving(plan))

@@ -1,10 +1,14 @@
-"""A model that is asked row by row and answers in batches, and what it said before is not asked again."""
+"""A model that is asked row by row and answers in batches, and what it said before is not asked again.
+
+Likelihoods are computed here, for every model and in one way. Answers are written by a `Writer`: by our own generation
+(`OwnWriter`), or by vLLM (`finetune.evaluation.vllm_writer`, which is imported only if it is asked for).
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,6 +23,70 @@ Tell = Callable[[int, int], None]
 """Told how many rows are done, and of how many."""
 
 
+class Writer(ABC):
+    """What writes answers.
+
+    Attributes:
+        name: What it is called where results are shown, with its version if it is another program; answers are kept
+            under it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
+    ) -> None:
+        """Continue each prompt until an end token of tokenizer or model, a stop of `sampling`, or the longest answer.
+
+        Args:
+            prompts: Token ids, at least one prompt.
+            sampling: How tokens are chosen.
+            tell: Told answers without special tokens, by the prompts' numbers, as soon as they are whole; and once
+                told none, when the model is loaded.
+
+        Raises:
+            OutOfMemoryError: A row by itself does not fit.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what it holds; it may be asked again."""
+
+
+@dataclass(frozen=True)
+class OwnWriter(Writer):
+    """Our own generation, by the model that likelihoods are computed with.
+
+    Attributes:
+        load: Loads the model, or gives the loaded one.
+        tokenizer: Its tokenizer.
+        batch_size: Most rows of one forward pass; fewer where memory is short.
+        padding: Any token id.
+    """
+
+    load: Callable[[], nn.Module]
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    padding: int
+    name = "ft"
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
+    ) -> None:
+        """See the base class."""
+        model = self.load()
+        tell({})
+        generate(
+            model,
+            self.tokenizer,
+            prompts,
+            sampling,
+            batch_size=self.batch_size,
+            padding=self.padding,
+            tell_batch=tell,
+        )
+
+
 @dataclass(frozen=True)
 class Engine:
     """What answers the questions of tasks.
@@ -27,7 +95,8 @@ class Engine:
         label: What it is called.
         tokenizer: Its tokenizer.
         in_conversation: Whether it was trained on conversations.
-        load: Loads the model; called only if something is asked that is not kept.
+        load: Loads the model, or gives the loaded one; called only if something is asked that is not kept.
+        writer: Writes its answers.
         kept: What it said before.
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass; fewer where memory is short.
@@ -39,15 +108,12 @@ class Engine:
     tokenizer: PreTrainedTokenizerBase
     in_conversation: bool
     load: Callable[[], nn.Module]
+    writer: Writer
     kept: KeptResults
     compute_dtype: torch.dtype
     batch_size: int
     padding: int
     positions: int | None
-
-    @cached_property
-    def _model(self) -> nn.Module:
-        return self.load()
 
     def likelihoods(self, examples: Sequence[Example], tell: Tell) -> list[Likelihood]:
         """How likely the trained tokens of each example are.
@@ -66,7 +132,7 @@ class Engine:
             tell(done, len(keys))
 
         if missing:
-            model = self._model
+            model = self.load()
             tell(done, len(keys))
             likelihoods(
                 model,
@@ -79,33 +145,24 @@ class Engine:
         return [Likelihood(**self.kept.get(key)) for key in keys]
 
     def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Tell) -> list[str]:
-        """What the model writes after each prompt.
+        """What is written after each prompt.
 
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
-        keys = [digest(["answer", list(prompt), asdict(sampling)]) for prompt in prompts]
+        keys = [digest(["answer", self.writer.name, list(prompt), asdict(sampling)]) for prompt in prompts]
         missing = self._missing(keys)
         done = len(keys) - len(missing)
 
         def keep(found: dict[int, str]) -> None:
             nonlocal done
-            self.kept.add({keys[missing[number]]: text for number, text in found.items()})
+            if found:
+                self.kept.add({keys[missing[number]]: text for number, text in found.items()})
             done += len(found)
             tell(done, len(keys))
 
         if missing:
-            model = self._model
-            tell(done, len(keys))
-            generate(
-                model,
-                self.tokenizer,
-                [prompts[number] for number in missing],
-                sampling,
-                batch_size=self.batch_size,
-                padding=self.padding,
-                tell_batch=keep,
-            )
+            self.writer.write([prompts[number] for number in missing], sampling, keep)
         return [self.kept.get(key) for key in keys]
 
     def _missing(self, keys: Sequence[str]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.evaluation.batching import in_batches
@@ -88,14 +88,14 @@ def generate(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=bool(sampling.temperature),
             pad_token_id=padding,
-            eos_token_id=end_tokens(model, tokenizer),
+            eos_token_id=end_tokens(model.generation_config, tokenizer),
             streamer=None if tell is None else _Stream(tokenizer, tell),
             **draw,
             **stops,
             **options_of(chosen),
         )[:, longest:]
         texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True)
-        return {index: _up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
+        return {index: up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
 
     answers = [""] * len(prompts)
     done = 0
@@ -111,14 +111,14 @@ def generate(
     return answers
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those that the model's own generation settings name."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+    named = settings.eos_token_id
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return sorted({*own, *(named if isinstance(named, list) else [named] if named is not None else [])})
 
 
-def _up_to(text: str, stops: Sequence[str]) -> str:
+def up_to(text: str, stops: Sequence[str]) -> str:
     """What stands before the first of the stops."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 

@@ -16,6 +16,7 @@ import yaml
 from finetune.jobs.trained import TrainedRun
 from finetune.models.folder import ModelFolder, file_in_package
 from finetune.recipe.model import Model
+from finetune.report.run_page import answered_by
 from finetune.run.directory import read_json
 from finetune.run.history import History
 
@@ -145,6 +146,8 @@ def _evaluated(results: Mapping[str, Any]) -> list[str]:
             cells = [_shown(score.get("against", {}).get("value"))] if against else []
             cells += [_shown(score["value"]), f"{_shown(score['low'])} to {_shown(score['high'])}"]
             lines.append(f"| {task}: {metric} | {' | '.join(cells)} |")
+    if note := answered_by(results):
+        lines += ["", note]
     return lines
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import zip_longest
@@ -21,13 +21,14 @@ import finetune.models
 import finetune.quantizers
 import finetune.train
 from finetune.errors import CheckFailedError, DataError, RefusedError, UsageError
-from finetune.evaluation.engine import Engine
+from finetune.evaluation.engine import Engine, OwnWriter, Writer
 from finetune.evaluation.gates import Gate
 from finetune.evaluation.kept import KeptResults
 from finetune.evaluation.measurement import CONFIDENCE, Difference, Interval, Measurement, difference, interval
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, Form
 from finetune.evaluation.tasks import HeldOut, Task
 from finetune.jobs.named import Kind, Named
+from finetune.jobs.served import vllm_writer
 from finetune.jobs.setup import Workbench
 from finetune.jobs.tuned import SharedBase, Trained, Tuned
 from finetune.models.fingerprint import fingerprint
@@ -58,13 +59,15 @@ class Asked:
             recipe's.
         limit: Take the first so many rows of each task; None for all.
         gates: What the results must meet.
-        batch_size: Most rows of one forward pass; None for the recipe's.
+        engine: What writes answers; losses and choices are always ft's.
+        batch_size: Most rows of one forward pass of ft; None for the recipe's.
         output: The folder for results; None for a run's own, and for none where it is no run.
     """
 
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     gates: tuple[Gate, ...] = ()
+    engine: Literal["ft", "vllm"] = "ft"
     batch_size: int | None = None
     output: Path | None = None
 
@@ -127,6 +130,7 @@ class Evaluated:
     Attributes:
         label: What was measured.
         against: What it was compared with.
+        answers_by: What wrote the answers: ft, or another engine with its version; all else is ft's.
         scores: By task and metric.
         gates: What became of the conditions.
         folder: Where results and answers are; None where they were not written.
@@ -134,6 +138,7 @@ class Evaluated:
 
     label: str
     against: str | None
+    answers_by: str
     scores: dict[str, dict[str, Score]]
     gates: list[GateResult] = field(default_factory=list)
     folder: Path | None = None
@@ -152,6 +157,7 @@ class Evaluated:
         return {
             "model": self.label,
             "against": self.against,
+            "answers_by": self.answers_by,
             "confidence": CONFIDENCE,
             "tasks": tasks,
             "gates": [
@@ -193,15 +199,19 @@ def evaluate(
     _refuse_idle_gates(asked.gates, tasks)
     if other:
         _refuse_other_tokens(tuned, other, tasks)
-    ours, theirs = _measured(tuned, other, tasks, asked, report)
-    evaluated = Evaluated(named.label, other.label if other else None, _scores(tasks, ours, theirs))
+    by_vllm = asked.engine == "vllm"
+    compared = [(each, vllm_writer(each) if by_vllm else None) for each in (other, tuned) if each]
+    measured = _measured(compared, tasks, asked, report)
+    ours, theirs = measured[-1], measured[0] if other else None
+    answers_by = (compared[-1][1] or OwnWriter).name
+    evaluated = Evaluated(named.label, other.label if other else None, answers_by, _scores(tasks, ours, theirs))
     evaluated.gates.extend(_results_of(asked.gates, evaluated))
     run = RunDirectory(named.path) if named.kind is Kind.RUN else None
     folder = asked.output or (run.evaluation if run else None)
     if folder is not None:
         with reported(run) if run else nullcontext():
             _write(folder, evaluated, tasks, ours, theirs)
-    return Evaluated(evaluated.label, evaluated.against, evaluated.scores, evaluated.gates, folder)
+    return replace(evaluated, folder=folder)
 
 
 def _other(tuned: Tuned, against: Named | Literal["base"] | None, report: Report) -> Tuned | None:
@@ -289,19 +299,18 @@ def _refuse_other_tokens(tuned: Tuned, other: Tuned, tasks: Sequence[Task]) -> N
 
 
 def _measured(
-    tuned: Tuned, other: Tuned | None, tasks: Sequence[Task], asked: Asked, report: Report
-) -> tuple[list[Measurement], list[Measurement] | None]:
+    compared: Sequence[tuple[Tuned, Writer | None]], tasks: Sequence[Task], asked: Asked, report: Report
+) -> list[list[Measurement]]:
     """What each model reached, one after the other; what stands on the same base is put on it in turn."""
-    bases = [] if other is None else [other]
-    shares = bool(bases) and other is not None and other.setup is tuned.setup
-    groups = [[*bases, tuned]] if shares else [[each] for each in (*bases, tuned)]
+    shares = len({id(tuned.setup) for tuned, _ in compared}) == 1
     found = []
-    for group in groups:
-        base = _LateBase(group, report)
-        for number, each in enumerate(group):
-            engine = _engine(each, partial(base.model, number), asked, report)
-            found.append([task.measure(engine, asked.limit, report) for task in tasks])
-    return found[-1], found[0] if bases else None
+    for group in [compared] if shares else [[each] for each in compared]:
+        base = _LateBase([tuned for tuned, _ in group], report)
+        for number, (tuned, writer) in enumerate(group):
+            engine = _engine(tuned, partial(base.model, number), writer, asked, report)
+            with closing(engine.writer):
+                found.append([task.measure(engine, asked.limit, report) for task in tasks])
+    return found
 
 
 class _LateBase:
@@ -319,17 +328,20 @@ class _LateBase:
         return self._loaded.model(number)
 
 
-def _engine(tuned: Tuned, load: Callable[[], nn.Module], asked: Asked, report: Report) -> Engine:
+def _engine(tuned: Tuned, load: Callable[[], nn.Module], writer: Writer | None, asked: Asked, report: Report) -> Engine:
+    """What is asked; without a writer of its own answers are ours."""
     setup = tuned.setup
     section = setup.recipe.evaluation if isinstance(setup, Workbench) else Evaluation()
+    batch_size = asked.batch_size or section.batch_size
     return Engine(
         label=tuned.label,
         tokenizer=setup.tokenizer,
         in_conversation=tuned.in_conversation,
         load=load,
+        writer=writer or OwnWriter(load, setup.tokenizer, batch_size, setup.padding),
         kept=KeptResults(_identity(tuned, report)),
         compute_dtype=setup.compute_dtype,
-        batch_size=asked.batch_size or section.batch_size,
+        batch_size=batch_size,
         padding=setup.padding,
         positions=setup.positions and setup.positions - tuned.prompt_tokens,
     )

@@ -107,7 +107,7 @@ def export_gguf(
                 f"logits of the file and of the merged model differ by {found.relative_difference:.2g} of the largest "
                 f"logit, more than the {result.bound:.0e} that rounding to {kind} explains",
                 where=str(target),
-                hint="choose --type f16",
+                hint="choose --dtype f16",
             )
         shutil.rmtree(part)
         (folder / "Modelfile").write_text(modelfile(bench.tokenizer, MODEL), encoding="utf-8")

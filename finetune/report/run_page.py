@@ -159,7 +159,16 @@ def _remarks(facts: RunFacts) -> str:
 def _evaluation(results: Mapping[str, Any]) -> str:
     """A table for each task that `ft eval` measured."""
     against = results.get("against")
-    return "".join(_task(name, scores, against) for name, scores in results.get("tasks", {}).items())
+    tables = [_task(name, scores, against) for name, scores in results.get("tasks", {}).items()]
+    if note := answered_by(results):
+        tables.append(f'<p class="dim">{escape(note)}</p>')
+    return "".join(tables)
+
+
+def answered_by(results: Mapping[str, Any]) -> str:
+    """A sentence where another engine has written the answers of `results.json`; empty where ft has."""
+    writer = results.get("answers_by", "ft")
+    return "" if writer == "ft" else f"Answers were written by {writer}; losses and choices are ft's."
 
 
 def _task(name: str, scores: Mapping[str, Any], against: str | None) -> str:

@@ -23,7 +23,7 @@ import yaml
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.sources import read_rows
-from finetune.evaluation.engine import Engine
+from finetune.evaluation.engine import Engine, OwnWriter
 from finetune.evaluation.generation import Sampling, end_tokens
 from finetune.evaluation.kept import KeptResults
 from finetune.jobs.setup import ModelSetup
@@ -62,6 +62,7 @@ def main() -> None:
             tokenizer=setup.tokenizer,
             in_conversation=True,
             load=lambda: model,
+            writer=OwnWriter(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
             kept=KeptResults({"benchmark": time.time()}),
             compute_dtype=torch.float32,
             batch_size=arguments.batch_size,
@@ -87,7 +88,7 @@ def answers(engine: Engine, model: Any, arguments: argparse.Namespace) -> None:
     rows = read_rows(ChatSource(format="chat", path=str(DATA)))
     asked = [encoder.prompt(to_document(row), row.where) for row in rows]
     prompts = [prompt.ids for prompt in asked if prompt][: arguments.rows]
-    ends = end_tokens(model, engine.tokenizer)
+    ends = end_tokens(model.generation_config, engine.tokenizer)
 
     @torch.no_grad()
     def row_by_row(part: list[list[int]]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from finetune.errors import UnsupportedError, UsageError
-from finetune.evaluation.engine import Engine
+from finetune.evaluation.engine import Engine, OwnWriter
 from finetune.evaluation.kept import KeptResults
 from finetune.evaluation.measurement import Measurement
 from finetune.jobs.named import named
@@ -107,6 +107,7 @@ def engine_of(who: Path, batch_size: int = 4) -> Engine:
         tokenizer=tuned.setup.tokenizer,
         in_conversation=tuned.in_conversation,
         load=lambda: shared.model(0),
+        writer=OwnWriter(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
         kept=KeptResults({"who": str(who), "batch": batch_size}),
         compute_dtype=torch.float32,
         batch_size=batch_size,

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.export_adapter import export_adapter, served_rank
+from finetune.jobs.export_adapter import export_adapter
 from finetune.jobs.merge import merge
-from finetune.jobs.trained import TrainedRun
 from finetune.models.folder import find_model
+from finetune.recipe.load import load_recipe
 from finetune.recipe.model import Model
+from finetune.recipe.serving import served_rank
 from finetune.run.events import ignore
 from tests.fixtures.engines import BASE, TOKENS, of_engine, of_transformers, same, trained
 
@@ -50,7 +51,8 @@ def test_an_adapter_that_is_served_says_what_the_merged_model_says(kind: str, ba
     run = trained(tmp_path, **SERVED[kind])
     folder = export_adapter(run, tmp_path / "adapter")
     expected = of_transformers(merge(run, tmp_path / "merged").folder)
-    rank = served_rank(TrainedRun.open(run))
+    recipe = load_recipe(run.recipe).recipe
+    rank = served_rank(recipe.adapter, recipe.modules)
     found = of_engine("FT_VLLM", base, TOKENS, folder, rank)
     print(kind, same(found, expected))  # noqa: T201
     assert len(set(expected)) > 10

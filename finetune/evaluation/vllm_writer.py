@@ -1,0 +1,210 @@
+"""Answers by vLLM, with the tokens, ends, limits and settings of our own generation. Imported only if asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
+from finetune.evaluation.engine import Writer
+from finetune.evaluation.generation import Sampling, end_tokens, up_to
+from finetune.run.cache import cache_folder
+
+MANNERS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for results
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # others may compute on this machine
+}
+"""Environment variables that vLLM reads while it is imported, where the user has not set them."""
+
+CPU_CACHE_BYTES = 4 << 30
+"""Keys and values that vLLM keeps on a CPU; memory is taken as rows need it."""
+
+GPU_SHARE = 0.9
+"""Part of what is free on a GPU that vLLM takes at once, weights included."""
+
+IDLE_SETTINGS = {
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "watermarking_config": None,
+}
+"""Generation settings of a model that transformers heeds and vLLM lacks, with the value that does nothing."""
+
+TOP_K = 50
+"""transformers draws from so many tokens where a model does not say."""
+
+
+class VllmWriter(Writer):
+    """A model that vLLM loads when it is first asked.
+
+    Args:
+        label: What it is called.
+        folder: Its files: config.json, safetensors, tokenizer.
+        tokenizer: Decodes; its end token ends an answer.
+        dtype: Of weights and computation.
+        device: "cpu" or "cuda".
+        adapter: Folder of a LoRA adapter in PEFT's form, which goes on it.
+        rank: The --max-lora-rank that the adapter needs.
+
+    Raises:
+        UsageError: vLLM is not installed.
+        UnsupportedError: The model asks to be answered in a way that vLLM has not.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        device: str,
+        adapter: Path | None = None,
+        rank: int | None = None,
+    ) -> None:
+        os.environ |= {**MANNERS, "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"), **os.environ}
+        try:
+            import vllm
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"the package {error.name} is missing",
+                where="--engine vllm",
+                hint="install vLLM into an environment of its own and ft into it (README: Answers by vLLM), or leave "
+                "--engine out",
+            ) from error
+        self.name = f"vLLM {vllm.__version__}"
+        self.label, self.folder, self.tokenizer, self.device = label, folder, tokenizer, device
+        self.dtype, self.adapter, self.rank = dtype, adapter, rank
+        self.settings = _settings(folder)
+        _refuse_what_vllm_lacks(self.settings, label)
+        self._engine: Any = None
+        self._length = 0
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
+    ) -> None:
+        """See the base class."""
+        from vllm.lora.request import LoRARequest
+
+        engine = self._loaded(max(map(len, prompts)) + sampling.max_new_tokens)
+        tell({})
+        parameters = self.parameters(sampling)
+        adapter = LoRARequest("trained", 1, str(self.adapter)) if self.adapter else None
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters, lora_request=adapter)
+        while engine.has_unfinished_requests():
+            done = [each for each in engine.step() if each.finished]
+            if done:
+                tell({int(each.request_id): self._text(each.outputs[0].token_ids, sampling) for each in done})
+
+    def close(self) -> None:
+        """End vLLM's processes, which hold the model."""
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine, self._length = None, 0
+
+    def parameters(self, sampling: Sampling) -> Any:
+        """The words of vLLM for `sampling` and the model's own settings: what transformers would do with both."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = self.settings
+        draw: dict[str, Any] = {}
+        if sampling.temperature:
+            draw = {
+                "top_p": sampling.top_p,
+                "top_k": TOP_K if settings.top_k is None else settings.top_k,
+                "min_p": settings.min_p or 0.0,
+                "seed": sampling.seed,
+            }
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop=list(sampling.stops),
+            stop_token_ids=end_tokens(settings, self.tokenizer),
+            ignore_eos=True,  # those above are all
+            repetition_penalty=settings.repetition_penalty or 1.0,
+            logit_bias=dict.fromkeys(settings.suppress_tokens or (), -100.0) or None,
+            detokenize=bool(sampling.stops),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **draw,
+        )
+
+    def _text(self, ids: Sequence[int], sampling: Sampling) -> str:
+        """Decoded here, as our own generation does: vLLM's text ends at the stop that is first in its list."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return up_to(text, sampling.stops)
+
+    def _loaded(self, length: int) -> Any:
+        """The engine with room for rows of so many tokens: for all positions of a model memory may not suffice."""
+        if length > self._length:
+            self.close()
+            self._engine, self._length = self._load(length), length
+        return self._engine
+
+    def _load(self, length: int) -> Any:
+        from vllm import EngineArgs, LLMEngine
+
+        lora = {"enable_lora": True, "max_lora_rank": self.rank, "max_loras": 1} if self.adapter else {}
+        try:
+            return LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=str(self.folder),
+                    dtype=str(self.dtype).removeprefix("torch."),
+                    max_model_len=length,
+                    load_format="safetensors",
+                    trust_remote_code=False,
+                    generation_config="vllm",  # none: ours are in the parameters
+                    disable_log_stats=True,
+                    **lora,
+                    **self._memory(),
+                )
+            )
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            raise EnvironmentFault(
+                f"vLLM does not load the model: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+                where=self.label,
+                hint="see its own words above; leave --engine out to answer with ft",
+            ) from error
+
+    def _memory(self) -> dict[str, Any]:
+        if self.device == "cpu":
+            return {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}  # compiling takes a minute
+        free, total = torch.cuda.mem_get_info()
+        return {"gpu_memory_utilization": GPU_SHARE * free / total}
+
+
+def _settings(folder: Path) -> GenerationConfig:
+    """Generation settings as transformers finds them: of their own file, or of the model's."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )
+
+
+def _refuse_what_vllm_lacks(settings: GenerationConfig, label: str) -> None:
+    for name, idle in IDLE_SETTINGS.items():
+        if getattr(settings, name, None) not in (None, idle):
+            raise UnsupportedError(
+                f"its generation settings have {name}, which vLLM lacks", where=label, hint="leave --engine out"
+            )

@@ -1,0 +1,266 @@
+"""`ft eval --engine vllm`: what vLLM is told, what is kept, and what is refused. The real one: test_vllm.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import GenerationConfig
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
+from finetune.evaluation.generation import Sampling
+from finetune.evaluation.vllm_writer import VllmWriter
+from finetune.jobs.merge import merge
+from tests.fixtures.evaluating import evaluated, values
+from tests.fixtures.stand_in_vllm import RequestOutputKind, Told, stand_in
+from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
+from tests.integration.test_merging import run_of
+
+__all__ = ["stand_in"]
+WRITER = "vLLM 0.0.1"
+
+
+@pytest.fixture
+def sections(tiny_recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A recipe over a base that looks further back than its last token."""
+    write_tiny_model(tmp_path / "base", tie_word_embeddings=False, initializer_range=0.3)
+    return {**tiny_recipe, "model": {"name": str(tmp_path / "base")}}
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, chat_file: Path) -> Path:
+    """Answers, choices and a loss."""
+    (tmp_path / "colours.jsonl").write_text(json.dumps({"question": "Which?", "choices": ["red", "blue"], "answer": 0}))
+    found = [
+        {"name": "colours", "kind": "choose", "data": {"path": "colours.jsonl"}},
+        {"name": "talk", "kind": "generate", "data": {"path": str(chat_file), "rows": 6}, "max_new_tokens": 6},
+        {"name": "nats", "kind": "loss", "data": {"path": str(chat_file), "rows": 6}},
+    ]
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"evaluation": {"tasks": found}}))
+    return tmp_path / "tasks.yaml"
+
+
+def ft(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answers(folder: Path) -> list[str]:
+    lines = (folder / "generations.jsonl").read_text().splitlines()
+    return [json.loads(line)["answer"] for line in lines if json.loads(line)["task"] in ("held_out", "talk")]
+
+
+# --- what is asked
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 12}, {"method": "full"}])
+def test_answers_are_asked_of_vllm_and_losses_and_choices_of_ft(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told, adapter: dict[str, Any]
+):
+    run = run_of({**sections, "adapter": adapter}, tmp_path)
+    names = ("held_out", str(tasks))
+    ours = evaluated(run, tasks=names, output=tmp_path / "ours")
+    assert not stand_in.asked
+    found = evaluated(run, tasks=names, output=tmp_path / "theirs", engine="vllm")
+    assert (ours.answers_by, found.answers_by) == ("ft", WRITER)
+    assert found.scores == ours.scores
+    assert answers(tmp_path / "theirs") == answers(tmp_path / "ours")
+    assert len(set(answers(tmp_path / "ours"))) > 4
+    assert len(stand_in.asked) == 4 + 6  # and no choice
+    (arguments,) = stand_in.loaded
+    served = [adapter for _, _, adapter in stand_in.asked]
+    if adapter["method"] == "full":
+        assert arguments.model == str(run.trained(True))
+        assert served == [None] * 10
+        assert not hasattr(arguments, "enable_lora")
+    else:
+        assert arguments.model == str(tmp_path / "base")
+        assert {each and each.lora_path for each in served} == {str(run.trained(False))}
+        assert arguments.max_lora_rank == 16
+    assert arguments.dtype == "float32"
+    assert arguments.trust_remote_code is False
+    assert arguments.load_format == "safetensors"
+    assert stand_in.ended == 1
+
+
+def test_the_base_beside_it_is_asked_without_the_adapter(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told
+):
+    run = run_of(sections, tmp_path)
+    found = evaluated(run, "base", tasks=(str(tasks),), engine="vllm")
+    assert found.scores == evaluated(run, "base", tasks=(str(tasks),)).scores
+    assert [bool(adapter) for _, _, adapter in stand_in.asked] == [False] * 6 + [True] * 6
+    assert stand_in.ended == len(stand_in.loaded) == 2
+
+
+def test_a_model_is_asked_as_it_is(sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told):
+    folder = merge(run_of(sections, tmp_path)).folder
+    found = evaluated(folder, tasks=(str(tasks),), engine="vllm")
+    assert found.scores == evaluated(folder, tasks=(str(tasks),)).scores
+    assert stand_in.loaded[0].model == str(folder)
+
+
+def test_what_was_answered_is_kept_by_engine(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_of(sections, tmp_path)
+    evaluated(run, tasks=(str(tasks),), engine="vllm")
+    assert len(stand_in.asked) == 6
+    evaluated(run, tasks=(str(tasks),), engine="vllm")
+    assert len(stand_in.asked) == 6
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.0.2")
+    evaluated(run, tasks=(str(tasks),), engine="vllm")
+    assert len(stand_in.asked) == 12
+
+
+def test_the_model_is_loaded_anew_for_longer_rows_only(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+    writer = VllmWriter("model", tmp_path / "base", tiny_tokenizer(), torch.float32, "cpu")
+    for length in (4, 3, 9):
+        writer.write([[1] * length], Sampling(2), lambda answers: None)
+    assert [arguments.max_model_len for arguments in stand_in.loaded] == [6, 11]
+    assert stand_in.ended == 1
+
+
+# --- how it is asked
+
+
+def written(folder: Path, **settings: Any) -> VllmWriter:
+    """A model with generation settings of its own."""
+    write_tiny_model(folder)
+    GenerationConfig(**{"eos_token_id": 257, **settings}).save_pretrained(folder)
+    return VllmWriter("model", folder, tiny_tokenizer(), torch.float32, "cpu")
+
+
+GREEDY = {
+    "temperature": 0.0,
+    "max_tokens": 7,
+    "stop": [],
+    "stop_token_ids": [257],
+    "ignore_eos": True,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "detokenize": False,
+    "output_kind": RequestOutputKind.FINAL_ONLY,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling", "changes"),
+    [
+        ({}, Sampling(7), {}),
+        ({"do_sample": True, "top_k": 20, "temperature": 0.6}, Sampling(7), {}),  # they are for drawing
+        ({"eos_token_id": [3, 257]}, Sampling(7), {"stop_token_ids": [3, 257]}),
+        ({"eos_token_id": 3}, Sampling(7), {"stop_token_ids": [3, 257]}),
+        ({"repetition_penalty": 1.1}, Sampling(7), {"repetition_penalty": 1.1}),
+        ({"suppress_tokens": [5, 6]}, Sampling(7), {"logit_bias": {5: -100.0, 6: -100.0}}),
+        ({}, Sampling(7, stops=("\n", "?")), {"stop": ["\n", "?"], "detokenize": True}),
+        (
+            {},
+            Sampling(7, 0.7, 0.9, seed=3),
+            {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.0, "seed": 3},
+        ),
+        (
+            {"do_sample": True, "top_k": 20, "min_p": 0.1},
+            Sampling(7, 0.7),
+            {"temperature": 0.7, "top_p": 1.0, "top_k": 20, "min_p": 0.1, "seed": 0},
+        ),
+    ],
+)
+def test_vllm_is_told_what_transformers_would_do(
+    tmp_path: Path, stand_in: Told, settings: dict[str, Any], sampling: Sampling, changes: dict[str, Any]
+):
+    assert vars(written(tmp_path / "model", **settings).parameters(sampling)) == {**GREEDY, **changes}
+
+
+def test_an_answer_ends_before_the_first_stop_in_the_text(tmp_path: Path, stand_in: Told):
+    writer = written(tmp_path / "model")
+    ids = tiny_tokenizer().encode("one, two; three")
+    assert writer._text([*ids, 257], Sampling(20, stops=(";", ","))) == "one"
+    assert writer._text([*ids, 257], Sampling(20)) == "one, two; three"
+
+
+def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, stand_in: Told):
+    with pytest.raises(UnsupportedError, match="no_repeat_ngram_size"):
+        written(tmp_path / "model", no_repeat_ngram_size=2)
+
+
+# --- what is not asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "remedy"),
+    [
+        ({"adapter": {"method": "lora", "dora": True}}, "DoRA", "ft merge"),
+        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "whole modules", "ft merge"),
+        ({"adapter": {"method": "prompt_tuning"}}, "prompt_tuning", "ft export"),
+        ({"adapter": {"method": "prefix_tuning"}}, "prefix_tuning", "ft eval"),
+        ({"quantization": {"kind": "nf4"}}, "quantized", "ft merge"),
+    ],
+)
+def test_what_vllm_would_not_serve_is_refused_before_anything_is_measured(
+    sections: dict[str, Any], tmp_path: Path, stand_in: Told, changes: dict[str, Any], what: str, remedy: str
+):
+    run = run_of({**sections, **changes}, tmp_path)
+    with pytest.raises(UnsupportedError, match=what) as caught:
+        evaluated(run, engine="vllm")
+    assert remedy in str(caught.value.hint)
+    assert not run.evaluation.exists()
+    assert evaluated(run).answered == 4
+
+
+def test_weights_that_ft_has_quantized_are_refused(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told
+):
+    four_bits = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora"}}
+    run = run_of({**sections, **four_bits}, tmp_path)
+    packed, plain = merge(run, tmp_path / "packed").folder, merge(run, tmp_path / "plain", "float32").folder
+    with pytest.raises(UnsupportedError, match="quantized") as caught:
+        evaluated(packed, tasks=(str(tasks),), engine="vllm")
+    assert "--dtype bfloat16" in str(caught.value.hint)
+    assert evaluated(plain, tasks=(str(tasks),), engine="vllm").answers_by == WRITER
+
+
+def test_a_checkpoint_is_refused(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+    run = run_of(sections, tmp_path)
+    (checkpoint,) = run.checkpoints.glob("step-*3")
+    with pytest.raises(UnsupportedError, match="no checkpoint"):
+        evaluated(checkpoint, engine="vllm")
+
+
+def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+    run = run_of(sections, tmp_path)
+    stand_in.fails = ValueError("no such architecture\nTraceback")
+    with pytest.raises(EnvironmentFault, match="does not load the model: no such architecture\n") as caught:
+        evaluated(run, engine="vllm")
+    assert caught.value.where == "run"
+    assert not run.evaluation.exists()
+
+
+def test_without_vllm_the_remedy_is_told(sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_of(sections, tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UsageError, match="vllm is missing") as caught:
+        evaluated(run, engine="vllm")
+    assert "README" in str(caught.value.hint)
+    assert evaluated(run).answers_by == "ft"
+
+
+def test_results_say_who_has_answered(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+    run = run_of(sections, tmp_path)
+    said = f"Answers were written by {WRITER}; losses and choices are ft's."
+    result = ft("eval", run.path, "--engine", "vllm")
+    assert result.exit_code == 0
+    assert said in result.stdout
+    assert json.loads((run.evaluation / "results.json").read_text())["answers_by"] == WRITER
+    assert said in run.report.read_text().replace("&#x27;", "'")
+    merge(run)
+    assert said in (run.merged / "README.md").read_text()
+    result = ft("eval", run.path)
+    assert "Answers were written" not in result.stdout
+    assert values(evaluated(run))["exact_match"] is not None
