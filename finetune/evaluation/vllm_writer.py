@@ -23,6 +23,9 @@ MANNERS = {
 }
 """Environment variables that vLLM reads while it is imported, where the user has not set them."""
 
+LEAST_ROOM = 2048
+"""Tokens of a row that there is room for from the beginning, if the model has so many positions."""
+
 CPU_CACHE_BYTES = 4 << 30
 """Keys and values that vLLM keeps on a CPU; memory is taken as rows need it."""
 
@@ -63,6 +66,7 @@ class VllmWriter(Writer):
         tokenizer: Decodes; its end token ends an answer.
         dtype: Of weights and computation.
         device: "cpu" or "cuda".
+        positions: Tokens that the model can read and write in one row; None where nothing says.
         adapter: Folder of a LoRA adapter in PEFT's form, which goes on it.
         rank: The --max-lora-rank that the adapter needs.
 
@@ -78,6 +82,7 @@ class VllmWriter(Writer):
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype,
         device: str,
+        positions: int | None,
         adapter: Path | None = None,
         rank: int | None = None,
     ) -> None:
@@ -88,16 +93,16 @@ class VllmWriter(Writer):
             raise UsageError(
                 f"the package {error.name} is missing",
                 where="--engine vllm",
-                hint="install vLLM into an environment of its own and ft into it (README: Answers by vLLM), or leave "
-                "--engine out",
+                hint="install vLLM into an environment of its own and ft into that, as the README says under "
+                "--engine vllm; or leave --engine out",
             ) from error
         self.name = f"vLLM {vllm.__version__}"
         self.label, self.folder, self.tokenizer, self.device = label, folder, tokenizer, device
-        self.dtype, self.adapter, self.rank = dtype, adapter, rank
+        self.dtype, self.positions, self.adapter, self.rank = dtype, positions, adapter, rank
         self.settings = _settings(folder)
         _refuse_what_vllm_lacks(self.settings, label)
         self._engine: Any = None
-        self._length = 0
+        self._room = 0
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
@@ -120,7 +125,7 @@ class VllmWriter(Writer):
         """End vLLM's processes, which hold the model."""
         if self._engine is not None:
             self._engine.engine_core.shutdown()
-            self._engine, self._length = None, 0
+            self._engine, self._room = None, 0
 
     def parameters(self, sampling: Sampling) -> Any:
         """The words of vLLM for `sampling` and the model's own settings: what transformers would do with both."""
@@ -156,12 +161,14 @@ class VllmWriter(Writer):
 
     def _loaded(self, length: int) -> Any:
         """The engine with room for rows of so many tokens: for all positions of a model memory may not suffice."""
-        if length > self._length:
+        if length > self._room:
             self.close()
-            self._engine, self._length = self._load(length), length
+            room = max(LEAST_ROOM, 1 << (length - 1).bit_length())
+            room = room if self.positions is None else max(length, min(room, self.positions))
+            self._engine, self._room = self._load(room), room
         return self._engine
 
-    def _load(self, length: int) -> Any:
+    def _load(self, room: int) -> Any:
         from vllm import EngineArgs, LLMEngine
 
         lora = {"enable_lora": True, "max_lora_rank": self.rank, "max_loras": 1} if self.adapter else {}
@@ -170,7 +177,7 @@ class VllmWriter(Writer):
                 EngineArgs(
                     model=str(self.folder),
                     dtype=str(self.dtype).removeprefix("torch."),
-                    max_model_len=length,
+                    max_model_len=room,
                     load_format="safetensors",
                     trust_remote_code=False,
                     generation_config="vllm",  # none: ours are in the parameters

@@ -39,5 +39,12 @@ def vllm_writer(tuned: Tuned) -> Writer:
     from finetune.evaluation.vllm_writer import VllmWriter
 
     return VllmWriter(
-        tuned.label, folder, setup.tokenizer, setup.compute_dtype, setup.accelerator.device.type, adapter, rank
+        tuned.label,
+        folder,
+        setup.tokenizer,
+        setup.compute_dtype,
+        setup.accelerator.device.type,
+        setup.positions,
+        adapter,
+        rank,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,12 @@ def ft(*arguments: object) -> Result:
 def answers(folder: Path) -> list[str]:
     lines = (folder / "generations.jsonl").read_text().splitlines()
     return [json.loads(line)["answer"] for line in lines if json.loads(line)["task"] in ("held_out", "talk")]
+
+
+def answered(engine: Any) -> list[SimpleNamespace]:
+    """A step in which the next row is answered without a model."""
+    number, *_ = engine.waiting.pop()
+    return [SimpleNamespace(request_id=number, finished=True, outputs=[SimpleNamespace(token_ids=[1])])]
 
 
 # --- what is asked
@@ -119,12 +126,16 @@ def test_what_was_answered_is_kept_by_engine(
     assert len(stand_in.asked) == 12
 
 
-def test_the_model_is_loaded_anew_for_longer_rows_only(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
-    writer = VllmWriter("model", tmp_path / "base", tiny_tokenizer(), torch.float32, "cpu")
-    for length in (4, 3, 9):
+def test_the_model_is_loaded_anew_for_longer_rows_only(tmp_path: Path, stand_in: Told, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["vllm"].LLMEngine, "step", answered)  # type: ignore[attr-defined]
+    writer = written(tmp_path / "model")
+    for length in (4, 2046, 2047, 3000):
         writer.write([[1] * length], Sampling(2), lambda answers: None)
-    assert [arguments.max_model_len for arguments in stand_in.loaded] == [6, 11]
+    assert [arguments.max_model_len for arguments in stand_in.loaded] == [2048, 4096]
     assert stand_in.ended == 1
+    writer.positions = 4500
+    writer.write([[1] * 4200], Sampling(2), lambda answers: None)
+    assert stand_in.loaded[-1].max_model_len == 4500
 
 
 # --- how it is asked
@@ -134,7 +145,7 @@ def written(folder: Path, **settings: Any) -> VllmWriter:
     """A model with generation settings of its own."""
     write_tiny_model(folder)
     GenerationConfig(**{"eos_token_id": 257, **settings}).save_pretrained(folder)
-    return VllmWriter("model", folder, tiny_tokenizer(), torch.float32, "cpu")
+    return VllmWriter("model", folder, tiny_tokenizer(), torch.float32, "cpu", None)
 
 
 GREEDY = {
