@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,12 @@ class VllmWriter(Writer):
         tell({})
         parameters = self.parameters(sampling)
         adapter = LoRARequest("trained", 1, str(self.adapter)) if self.adapter else None
-        for number, prompt in enumerate(prompts):
-            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters, lora_request=adapter)
+        with _faults_of_vllm("does not answer", self.label):
+            for number, prompt in enumerate(prompts):
+                engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters, lora_request=adapter)
         while engine.has_unfinished_requests():
-            done = [each for each in engine.step() if each.finished]
+            with _faults_of_vllm("stopped", self.label):
+                done = [each for each in engine.step() if each.finished]
             if done:
                 tell({int(each.request_id): self._text(each.outputs[0].token_ids, sampling) for each in done})
 
@@ -172,7 +175,7 @@ class VllmWriter(Writer):
         from vllm import EngineArgs, LLMEngine
 
         lora = {"enable_lora": True, "max_lora_rank": self.rank, "max_loras": 1} if self.adapter else {}
-        try:
+        with _faults_of_vllm("does not load the model", self.label):
             return LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(self.folder),
@@ -182,16 +185,11 @@ class VllmWriter(Writer):
                     trust_remote_code=False,
                     generation_config="vllm",  # none: ours are in the parameters
                     disable_log_stats=True,
+                    use_tqdm_on_load=False,
                     **lora,
                     **self._memory(),
                 )
             )
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            raise EnvironmentFault(
-                f"vLLM does not load the model: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
-                where=self.label,
-                hint="see its own words above; leave --engine out to answer with ft",
-            ) from error
 
     def _memory(self) -> dict[str, Any]:
         if self.device == "cpu":
@@ -215,3 +213,16 @@ def _refuse_what_vllm_lacks(settings: GenerationConfig, label: str) -> None:
             raise UnsupportedError(
                 f"its generation settings have {name}, which vLLM lacks", where=label, hint="leave --engine out"
             )
+
+
+@contextmanager
+def _faults_of_vllm(what: str, label: str) -> Iterator[None]:
+    """Whatever vLLM raises, which has no class in common, as a word about the machine."""
+    try:
+        yield
+    except Exception as error:
+        raise EnvironmentFault(
+            f"vLLM {what}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+            where=label,
+            hint="see its own words above; leave --engine out to answer with ft",
+        ) from error

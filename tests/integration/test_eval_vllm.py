@@ -253,6 +253,27 @@ def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_p
     assert not run.evaluation.exists()
 
 
+def test_an_engine_that_dies_is_told_and_what_it_answered_is_kept(
+    sections: dict[str, Any], tmp_path: Path, stand_in: Told, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_of(sections, tmp_path)
+    engine = sys.modules["vllm"].LLMEngine  # type: ignore[attr-defined]
+    whole = engine.step
+
+    def dying(self: Any) -> list[SimpleNamespace]:
+        if len(self.waiting) == 1:
+            raise RuntimeError("EngineCore encountered an issue")
+        return whole(self)
+
+    monkeypatch.setattr(engine, "step", dying)
+    with pytest.raises(EnvironmentFault, match="vLLM stopped: EngineCore"):
+        evaluated(run, engine="vllm")
+    assert stand_in.ended == 1
+    monkeypatch.setattr(engine, "step", whole)
+    evaluated(run, engine="vllm")
+    assert len(stand_in.asked) == 4 + 1
+
+
 def test_without_vllm_the_remedy_is_told(sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = run_of(sections, tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", None)
