@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.jobs.export_gguf import export_gguf, export_gguf_adapter
 from finetune.jobs.merge import merge
+from finetune.jobs.setup import ModelSetup
+from finetune.models.gguf_writing import write_gguf
+from finetune.models.streaming import StreamedModel
+from finetune.recipe.model import Model
 from finetune.run.directory import RunDirectory
-from tests.fixtures.engines import AFFINE, TOKENS, of_engine, of_transformers, same, trained
+from finetune.run.events import ignore
+from tests.fixtures.engines import AFFINE, BASE, TOKENS, of_engine, of_transformers, same, trained
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,13 +50,10 @@ def test_the_same_text_on_twenty_prompts(runs: dict[str, RunDirectory], tmp_path
 def test_an_adapter_over_the_base_says_what_the_merged_model_says(runs: dict[str, RunDirectory], tmp_path: Path):
     folder = export_gguf_adapter(runs["lora"], tmp_path / "adapter")
     expected = of_transformers(merge(runs["lora"], tmp_path / "merged").folder)
-    untrained = trained(
-        tmp_path / "untrained",
-        {"method": "lora"},
-        optimizer={"name": "sgd", "learning_rate": 1e-12},
-        training={"precision": "float32", "max_steps": 1, "micro_batch_size": 1},
-    )
-    base = export_gguf(untrained, tmp_path / "base").folder / "model.gguf"
+    base = tmp_path / "base.gguf"
+    setup = ModelSetup.find(Model(name=BASE), ignore)
+    streamed = StreamedModel(setup.folder, setup.section, setup.quantizers, torch.device("cpu"), dequantized=False)
+    write_gguf(streamed, setup.tokenizer, "f16", base, "base")
     plain, adapted = (
         of_engine("FT_LLAMA_CPP", base, TOKENS),
         of_engine("FT_LLAMA_CPP", base, TOKENS, folder / "adapter.gguf"),

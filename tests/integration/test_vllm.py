@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,33 +54,37 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
-    """Each kind on the real model. Do not change them; their `eval/` may be written."""
-    return {kind: trained(tmp_path_factory.mktemp(kind), **sections) for kind, sections in SERVED.items()}
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunDirectory]:
+    """A kind on the real model, trained once. Do not change it; its `eval/` may be written."""
+    return cache(lambda kind: trained(tmp_path_factory.mktemp(kind), **SERVED[kind]))
 
 
 @pytest.fixture(scope="module")
-def served(runs: dict[str, RunDirectory], base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def served(
+    run_of: Callable[[str], RunDirectory], base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
     """What vLLM answers with each adapter, as it was exported."""
     exported = tmp_path_factory.mktemp("exported")
-    folders = [export_adapter(run, exported / kind) for kind, run in runs.items()]
-    recipes = [load_recipe(run.recipe).recipe for run in runs.values()]
+    folders = [export_adapter(run_of(kind), exported / kind) for kind in SERVED]
+    recipes = [load_recipe(run_of(kind).recipe).recipe for kind in SERVED]
     rank = max(served_rank(recipe.adapter, recipe.modules) for recipe in recipes)
-    return dict(zip(runs, of_engine("FT_VLLM", base, TOKENS, rank, *folders), strict=True))
+    return dict(zip(SERVED, of_engine("FT_VLLM", base, TOKENS, rank, *folders), strict=True))
 
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_an_adapter_that_is_served_says_what_the_run_says(
-    kind: str, runs: dict[str, RunDirectory], served: dict[str, list[str]]
+    kind: str, run_of: Callable[[str], RunDirectory], served: dict[str, list[str]]
 ):
-    expected = of_ft(runs[kind])
+    expected = of_ft(run_of(kind))
     print(kind, same(served[kind], expected))  # noqa: T201
     assert len(set(expected)) > 10
     assert same(served[kind], expected) >= 19, list(zip(served[kind], expected, strict=True))
 
 
-def test_a_merged_model_says_the_same_and_the_base_does_not(runs: dict[str, RunDirectory], base: Path, tmp_path: Path):
-    folder = merge(runs["lora"], tmp_path / "merged").folder
+def test_a_merged_model_says_the_same_and_the_base_does_not(
+    run_of: Callable[[str], RunDirectory], base: Path, tmp_path: Path
+):
+    folder = merge(run_of("lora"), tmp_path / "merged").folder
     expected = of_transformers(folder)
     found, plain = of_engine("FT_VLLM", folder, TOKENS), of_engine("FT_VLLM", base, TOKENS)
     print("merged", same(found, expected), "base", same(plain, expected))  # noqa: T201
@@ -86,8 +92,8 @@ def test_a_merged_model_says_the_same_and_the_base_does_not(runs: dict[str, RunD
     assert same(plain, expected) < 10
 
 
-def test_ft_eval_reaches_the_same_by_vllm(runs: dict[str, RunDirectory], tmp_path: Path):
-    run = runs["lora"]
+def test_ft_eval_reaches_the_same_by_vllm(run_of: Callable[[str], RunDirectory], tmp_path: Path):
+    run = run_of("lora")
     python = os.environ["FT_VLLM"]
     lacking = subprocess.run([python, "-c", "import accelerate, datasets, gguf, peft"], check=False).returncode
     if lacking:
