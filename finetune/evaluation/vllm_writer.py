@@ -15,6 +15,7 @@ from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.engine import Writer
 from finetune.evaluation.generation import Sampling, end_tokens, up_to
 from finetune.run.cache import cache_folder
+from finetune.run.events import Phase, Report, ignore
 
 MANNERS = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -70,6 +71,7 @@ class VllmWriter(Writer):
         positions: Tokens that the model can read and write in one row; None where nothing says.
         adapter: Folder of a LoRA adapter in PEFT's form, which goes on it.
         rank: The --max-lora-rank that the adapter needs.
+        report: Told that it is loading.
 
     Raises:
         UsageError: vLLM is not installed.
@@ -86,6 +88,7 @@ class VllmWriter(Writer):
         positions: int | None,
         adapter: Path | None = None,
         rank: int | None = None,
+        report: Report = ignore,
     ) -> None:
         os.environ |= {**MANNERS, "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"), **os.environ}
         try:
@@ -102,6 +105,7 @@ class VllmWriter(Writer):
         self.dtype, self.positions, self.adapter, self.rank = dtype, positions, adapter, rank
         self.settings = _settings(folder)
         _refuse_what_vllm_lacks(self.settings, label)
+        self._report = report
         self._engine: Any = None
         self._room = 0
 
@@ -174,6 +178,7 @@ class VllmWriter(Writer):
     def _load(self, room: int) -> Any:
         from vllm import EngineArgs, LLMEngine
 
+        self._report(Phase(f"loading {self.label} into vLLM"))
         lora = {"enable_lora": True, "max_lora_rank": self.rank, "max_loras": 1} if self.adapter else {}
         with _faults_of_vllm("does not load the model", self.label):
             return LLMEngine.from_engine_args(

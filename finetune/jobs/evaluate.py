@@ -200,7 +200,7 @@ def evaluate(
     if other:
         _refuse_other_tokens(tuned, other, tasks)
     by_vllm = asked.engine == "vllm"
-    compared = [(each, vllm_writer(each) if by_vllm else None) for each in (other, tuned) if each]
+    compared = [(each, vllm_writer(each, report) if by_vllm else None) for each in (other, tuned) if each]
     measured = _measured(compared, tasks, asked, report)
     ours, theirs = measured[-1], measured[0] if other else None
     answers_by = (compared[-1][1] or OwnWriter).name

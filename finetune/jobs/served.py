@@ -7,10 +7,11 @@ from finetune.evaluation.engine import Writer
 from finetune.jobs.tuned import Tuned
 from finetune.models.quantized import stored_quantization
 from finetune.recipe.serving import served_rank
+from finetune.run.events import Report
 
 
-def vllm_writer(tuned: Tuned) -> Writer:
-    """Answers of `tuned` by vLLM, which loads it when it is first asked.
+def vllm_writer(tuned: Tuned, report: Report) -> Writer:
+    """Answers of `tuned` by vLLM, which loads it when it is first asked, and tells `report` so.
 
     Raises:
         UnsupportedError: vLLM would refuse it, or answer as something else than was trained.
@@ -47,4 +48,5 @@ def vllm_writer(tuned: Tuned) -> Writer:
         setup.positions,
         adapter,
         rank,
+        report,
     )
