@@ -9,7 +9,7 @@ from itertools import pairwise
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from finetune.run.events import Event, Sampled, StepMetrics, Validated
+from finetune.run.events import Event, Sampled, StepMetrics, TrainingStarted, Validated
 
 from . import wording
 from .harmless import harmless
@@ -67,11 +67,14 @@ class Board:
         self.losses = Losses()
         self.validations: list[Validated] = []
         self.step: StepMetrics | None = None
+        self.planned_bytes: int | None = None
         self.sample: Sampled | None = None
 
     def see(self, event: Event) -> None:
         """Take an event; most say nothing that is shown here."""
         match event:
+            case TrainingStarted():
+                self.planned_bytes = event.planned_memory_bytes
             case StepMetrics():
                 self.losses.add(event)
                 self.step = event
@@ -84,7 +87,7 @@ class Board:
         """The lines that fit on the terminal."""
         if self.step is None:
             return
-        yield _line(wording.figures(self.step, self.validations), options.max_width)
+        yield _line(wording.figures(self.step, self.validations, self.planned_bytes), options.max_width)
         if console.height >= LEAST_HEIGHT and len(self.losses.means) > 1:
             yield from curve(self.losses, self.validations, min(options.max_width, WIDEST))
         if self.sample is not None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.errors import RefusedError, UsageError
 
 from . import console
-from .options import AsJson, Overwrite, Quiet
+from .options import HERE, AsJson, Overwrite, Quiet
 
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+if TYPE_CHECKING:
+    from finetune.plan.cards import Card
 
 
 def init(
@@ -31,7 +31,10 @@ def init(
         str | None, typer.Option(help="The base: a hub id, a folder, a .gguf file, or package://<package>/<file>.gguf.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory to fit into, such as 24GB; by default this machine's.")
+        str | None,
+        typer.Option(
+            metavar="SIZE|CARD|here", help="Fit into such a GPU, as 24GB or A100, or into this machine: the default."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -40,26 +43,33 @@ def init(
     """Look at the data and write a first recipe for it. What no option says is asked for on a terminal."""
     if output.exists() and not overwrite:
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
-    size = None if memory is None else _size(memory)
+    gpu = _gpu(memory or HERE)  # a wrong one is told before anybody is asked
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
     with console.reporting(quiet, as_json) as report:
         from finetune.jobs.first_recipe import AIMS
-        from finetune.jobs.init import likely_aim, look_at, memory_here, write_recipe
+        from finetune.jobs.init import likely_aim, look_at, write_recipe
 
         seen = look_at(data, format)
     if not quiet:
         console.show_note(f"{seen.rows} rows{'' if seen.is_whole else ' and more'} of format {seen.format}")
     aim = aim or _asked("--aim", f"Aim: {', '.join(AIMS)}", likely_aim(seen))
     model = model or _asked("--model", "Base model (hub id, folder, or .gguf file)")
-    if size is None:
-        size = _size(_asked("--memory", "Memory to fit into", f"{memory_here() / 1e9:.0f}GB"))
+    if memory is None:
+        gpu = _gpu(_asked("--memory", "Fit into (a GPU, such as 24GB or A100, or this machine)", HERE))
     with console.reporting(quiet, as_json) as report:
-        facts = write_recipe(seen, model, aim, size, output, report)
+        fitted = write_recipe(seen, model, aim, gpu, output, report)
     if as_json:
-        event = {"event": "recipe", "file": str(output), "aim": aim, "expected_bytes": facts.expected_bytes}
+        event = {"event": "recipe", "file": str(output), "aim": aim, "peak": fitted.after.peak}
         console.show_result(json.dumps(event))
     else:
         console.show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
+
+
+def _gpu(text: str) -> Card | None:
+    """The GPU to fit into; None for this machine."""
+    from finetune.plan.cards import card
+
+    return None if text == HERE else card(text)
 
 
 def _asked(option: str, question: str, default: str | None = None) -> str:
@@ -68,16 +78,3 @@ def _asked(option: str, question: str, default: str | None = None) -> str:
     if not answer:
         raise UsageError(f"{option} is missing, and there is nobody to ask", hint=f"add {option}")
     return answer
-
-
-def _size(text: str) -> int:
-    """`24GB` -> 24,000,000,000.
-
-    Raises:
-        UsageError: It is no size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not found or not (found[2] or found[1].isdigit()) or not float(found[1]):
-        raise UsageError(f"{text!r} is no size of a memory", hint="write it like 24GB")
-    unit = found[2].upper()
-    return round(float(found[1]) * (1024 ** "KMGT".index(unit) * 1024 if found[3] and unit else _UNITS[unit]))

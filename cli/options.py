@@ -21,6 +21,8 @@ AsJson = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
+HERE = "here"
+"""This machine, where a GPU may be named to fit into."""
 ANSWERS = "A run, a checkpoint of one, an adapter's folder, or a model: folder, .gguf file, hub id or package://"
 System = Annotated[str | None, typer.Option(help="A system message to put first.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]

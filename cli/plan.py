@@ -11,9 +11,7 @@ import typer
 from finetune.errors import RefusedError, UsageError
 
 from . import console
-from .options import AsJson, Overrides, Overwrite, RecipePath
-
-HERE = "here"
+from .options import HERE, AsJson, Overrides, Overwrite, RecipePath
 
 
 def plan(
@@ -49,9 +47,9 @@ def plan(
         from finetune.plan.cards import card
 
         wanted = gpu or fit
-        planner = Planner(loaded.recipe, card(wanted) if wanted and wanted != HERE else None, report)
+        planner = Planner.of(loaded.recipe, card(wanted) if wanted and wanted != HERE else None, report)
         fitted = fit_job(planner, loaded) if fit else None
-        planned = fitted.after if fitted else planner.plan(loaded.recipe)
+        planned = planner.plan(fitted.recipe if fitted else loaded.recipe)
         if fitted and output:
             write(fitted, loaded, output)
     changes = fitted.changes if fitted else None

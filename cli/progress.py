@@ -144,8 +144,7 @@ class Live(Follower):
             case DataRead() | TrainingStarted() | Resumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
-                left = f"{duration(wording.seconds_left(event))} left"
-                self._show("training", event.total_steps, event.step, left)
+                self._show("training", event.total_steps, event.step, wording.pace(event))
             case Progress():
                 self._show(event.doing, event.total, event.done, self._estimate(event))
             case Validated() | BestKept():

@@ -46,17 +46,18 @@ def seconds_left(event: StepMetrics) -> float:
     return event.seconds / event.step * (event.total_steps - event.step)
 
 
-def numbers(event: StepMetrics, held_out: str = "") -> str:
-    """The figures of a step that one watches."""
-    return (
-        f"loss {event.loss:.4f}  {held_out}grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  "
-        f"{event.tokens_per_second:.0f} tok/s  {memory(event.peak_memory_bytes)}"
-    )
+def figures(event: StepMetrics, validations: Sequence[Validated] = (), planned_bytes: int | None = None) -> str:
+    """The figures of a step that one watches, with the last held-out loss and the memory that the run was to take."""
+    held_out = f"held out {validations[-1].loss:.4f}  " if validations else ""
+    taken = memory(event.peak_memory_bytes)
+    if planned_bytes:
+        taken = f"{taken.removesuffix(' GB')} of {memory(planned_bytes)} planned"
+    return f"loss {event.loss:.4f}  {held_out}grad {event.gradient_norm:.3g}  lr {event.learning_rate:.2e}  {taken}"
 
 
-def figures(event: StepMetrics, validations: Sequence[Validated]) -> str:
-    """The same with the last held-out loss."""
-    return numbers(event, f"held out {validations[-1].loss:.4f}  " if validations else "")
+def pace(event: StepMetrics) -> str:
+    """How fast it goes, and the time that is left."""
+    return f"{event.tokens_per_second:.0f} tok/s  {duration(seconds_left(event))} left"
 
 
 def line(event: Event) -> str | None:
@@ -79,8 +80,7 @@ def line(event: Event) -> str | None:
                 f"{memory(event.peak_memory_bytes)}, checkpoint {size(event.checkpoint_bytes)}{merged}"
             )
         case StepMetrics():
-            left = duration(seconds_left(event))
-            return f"step {event.step}/{event.total_steps}  {numbers(event)}  {left} left"
+            return f"step {event.step}/{event.total_steps}  {figures(event)}  {pace(event)}"
         case Validated():
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
@@ -148,11 +148,12 @@ def _start(event: TrainingStarted) -> str:
     share = 100 * event.trainable_parameters / event.total_parameters
     held_out = f", {event.validation_rows} held out" if event.validation_rows else ""
     stored = f" in {event.quantization}" if event.quantization != "none" else ""
+    planned = f", peak memory about {memory(event.planned_memory_bytes)}" if event.planned_memory_bytes else ""
     return (
         f"{event.model}{stored}, {event.method}: {count(event.trainable_parameters)} of "
         f"{count(event.total_parameters)} parameters train ({share:.2f} %), computing in {event.compute_dtype}\n"
         f"{event.train_rows} rows{held_out}, {count(event.target_tokens)} trained tokens an epoch, "
-        f"{event.total_steps} steps\n"
+        f"{event.total_steps} steps{planned}\n"
         f"run directory: {event.run_directory}"
     )
 

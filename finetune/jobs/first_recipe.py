@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.data.survey import SAMPLED_ROWS, Survey
-from finetune.jobs.memory_rule import RANK, BaseSize, Settings
+from finetune.jobs.fit import Fitted
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.yaml_writing import commented
+from finetune.run.numbers import count, memory
 
+RANK = 16
+MICRO_BATCH_SIZE = 8
 BATCH_SIZE = 16
 SMALL_BATCH_SIZE = 8
 FEW_ROWS = 500
@@ -56,33 +61,17 @@ class Facts:
         seen: The data.
         model: The base's name, as it was given.
         aim: One of `AIMS`.
-        memory: Bytes that there are.
-        base: The base's size.
-        is_measured: Whether the base's config and tokenizer were at hand; sizes are estimates otherwise.
         longest_row: Tokens of the longest row that was looked at.
         row_tokens: `data.max_length`.
         splits_turns: Whether each answer needs a row of its own.
-        settings: What decides over memory.
-        expected_bytes: What training is expected to take at most.
     """
 
     seen: Survey
     model: str
     aim: str
-    memory: int
-    base: BaseSize
-    is_measured: bool
     longest_row: int
     row_tokens: int
     splits_turns: bool
-    settings: Settings
-    expected_bytes: int
-
-    @property
-    def size(self) -> str:
-        """The base's numbers, as people say them: `135M`, `7B`."""
-        billions = self.base.parameters / 1e9
-        return f"{billions:.1f}B" if billions >= 1 else f"{1000 * billions:.3g}M"
 
 
 def batch_size(rows: int) -> int:
@@ -90,46 +79,50 @@ def batch_size(rows: int) -> int:
     return BATCH_SIZE if rows >= FEW_ROWS else SMALL_BATCH_SIZE
 
 
-def first_recipe(facts: Facts, file: Path) -> str:
-    """The recipe as text, for the place where it will be."""
-    sections, remarks = _sections(facts, file.parent), _remarks(facts)
-    return commented(_head(facts, file), sections, remarks)
+def first_recipe(facts: Facts, file: Path, fitted: Fitted | None = None) -> str:
+    """The recipe as text, for the place where it will be.
+
+    Args:
+        facts: What it is made of.
+        file: Its place.
+        fitted: What must be changed of it to fit; None for the recipe that takes what it likes.
+    """
+    changes = fitted.changes if fitted else {}
+    sections = _sections(facts, file.parent)
+    for key, new in changes.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = yaml.safe_load(new)
+    written = {name: section for name, section in sections.items() if section}
+    return commented(_head(facts, file, fitted), written, _remarks(facts, fitted))
 
 
-def _head(facts: Facts, file: Path) -> list[str]:
+def _head(facts: Facts, file: Path, fitted: Fitted | None) -> list[str]:
     seen = facts.seen
     rows = f"{seen.rows} rows" if seen.is_whole else f"{seen.rows} rows and more"
     looked_at = min(seen.rows, SAMPLED_ROWS)
-    measured = "has" if facts.is_measured else "has, estimated from its bytes,"
     what = AIMS[facts.aim].what
-    longest = f"the longest of the first {looked_at} {measured} {facts.longest_row} tokens"
     return [
         f"{what[0].upper()}{what[1:]}: a first recipe, by ft init.",
-        f"Data:    {rows} of format {seen.format}; {longest}",
-        f"Memory:  about {facts.expected_bytes / 1e9:.1f} GB of {facts.memory / 1e9:.0f} GB, by a rule of thumb",
+        f"Data:    {rows} of format {seen.format}; the longest of the first {looked_at} has {facts.longest_row} tokens",
+        *([_foreseen(fitted, facts.row_tokens)] if fitted else []),
         f"Command: ft train {file}",
-        "Every key with its default: ft explain; what the model will see: ft preview",
+        "Every key with its default: ft explain; what the model will see: ft preview; what it takes: ft plan",
     ]
 
 
-def _sections(facts: Facts, folder: Path) -> dict[str, Any]:
-    settings = facts.settings
-    quantization: dict[str, Any] = {
-        "none": {},
-        "nf4": {"quantization": {"kind": "nf4", "double_quant": True}},
-        "hqq": {"quantization": {"kind": "hqq", "bits": 2, "group_size": 64}},
-    }[settings.storage]
+def _foreseen(fitted: Fitted, row_tokens: int) -> str:
+    plan = fitted.after
+    there = f" of {memory(plan.capacity)}" if plan.capacity else ""
+    return f"Memory:  {memory(plan.peak)}{there} on {plan.device} if all rows had {row_tokens} tokens; with yours less"
+
+
+def _sections(facts: Facts, folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "model": {"name": model_from(folder, facts.model)},
-        **quantization,
+        "quantization": {},
         "adapter": {"method": "lora", "r": RANK, "alpha": 2 * RANK, "target_modules": "all-linear"},
         "data": _data(facts, folder),
-        "optimizer": {
-            "name": settings.optimizer,
-            "learning_rate": 2e-4,
-            "schedule": "cosine",
-            "warmup_ratio": 0.03,
-        },
+        "optimizer": {"name": "adamw", "learning_rate": 2e-4, "schedule": "cosine", "warmup_ratio": 0.03},
         "training": _training(facts),
         "evaluation": _evaluation(facts),
     }
@@ -162,16 +155,13 @@ def _held_out(facts: Facts) -> int:
 
 
 def _training(facts: Facts) -> dict[str, Any]:
-    settings = facts.settings
     training: dict[str, Any] = {
         "epochs": 3 if facts.seen.rows < MANY_ROWS and not facts.seen.is_text else 1,
-        "micro_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": batch_size(facts.seen.rows) // settings.micro_batch_size,
+        "micro_batch_size": MICRO_BATCH_SIZE,
+        "gradient_accumulation_steps": batch_size(facts.seen.rows) // MICRO_BATCH_SIZE,
     }
     if facts.seen.format == "text":
         training["batching"] = "packed"
-    if settings.gradient_checkpointing:
-        training["gradient_checkpointing"] = True
     return training
 
 
@@ -183,25 +173,24 @@ def _evaluation(facts: Facts) -> dict[str, Any]:
     return {**evaluation, "max_new_tokens": AIMS[facts.aim].max_new_tokens}
 
 
-def _remarks(facts: Facts) -> dict[str, str]:
-    settings = facts.settings
+def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:
     remarks = {
-        "model.name": f"{facts.size} numbers",
         "adapter.r": "rank of the update: more learns more, and takes more",
         "data.validation_fraction": "held out, for the loss while training and for ft eval",
         "data.max_length": "tokens; a longer row stops the run, unless overlength says otherwise",
         "optimizer.learning_rate": "the first thing to vary: half and double of it",
         "training.gradient_accumulation_steps": f"makes {batch_size(facts.seen.rows)} rows an optimizer step",
         "training.batching": "rows are put together into packs of max_length, which do not read each other",
-        "training.gradient_checkpointing": "recomputes activations: less memory, more time",
         "evaluation.max_new_tokens": "longest answer in ft eval",
         "evaluation.every_steps": f"about {CHECKS_AN_EPOCH} times an epoch",
-        "quantization": {
-            "none": "",
-            "nf4": f"The base in 4 bits, because {facts.size} numbers in 16 or 32 would not fit.",
-            "hqq": f"The base in 2 bits, because {facts.size} numbers in 4 do not fit. A smaller base in 4 is better.",
-        }[settings.storage],
     }
+    if fitted is not None:
+        plan = fitted.after
+        size = count(plan.total - plan.trainable)
+        remarks["model.name"] = f"{size} numbers"
+        remarks |= {key: why for key, why in _reasons(size).items() if key in fitted.changes}
+    if "quantization.kind" in remarks:
+        remarks["quantization"] = remarks.pop("quantization.kind")
     if facts.seen.format == "text":
         remarks["data.max_length"] = "tokens; longer texts become several rows, every token trained once"
     elif facts.longest_row > facts.row_tokens:
@@ -210,6 +199,15 @@ def _remarks(facts: Facts) -> dict[str, str]:
         remarks["data.split_turns"] = "the model's template renders earlier answers in another way than the last"
     if any(isinstance(label, int) for label in facts.seen.labels):
         remarks["data.train"] = "labels are numbers in the file: name them in `labels`, for the model writes the names"
-    if settings.storage != "none":
-        remarks["optimizer.name"] = "moments in 8 bits, which a GPU can page out"
     return remarks
+
+
+def _reasons(size: str) -> dict[str, str]:
+    """Why a key differs from the recipe that takes what memory it likes."""
+    return {
+        "quantization.kind": f"The base in 4 bits, because {size} numbers in 16 or 32 would not fit.",
+        "adapter.r": f"rank of the update: {RANK} would not fit",
+        "optimizer.name": "moments in 8 bits",
+        "training.gradient_checkpointing": "computes activations again in backward: less memory, more time",
+        "evaluation.batch_size": "held-out rows at once: more would not fit",
+    }

@@ -11,7 +11,7 @@ from finetune.errors import OutOfMemoryError, RecipeError, UnsupportedError
 from finetune.jobs.plan import Plan, Planner
 from finetune.recipe.adapter import LowRank
 from finetune.recipe.editing import edited
-from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
+from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe, recipe_of
 from finetune.recipe.recipe import Recipe
 
 SMALLEST_RANK = 4
@@ -53,13 +53,14 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
 
     In this order, each only where what comes before does not suffice: smaller micro-batches, as many more of which keep
     the rows of a step; blocks computed again in backward; moments in 8 bits; the base in NF4; half the rank, and a
-    quarter. The first two leave the result as it is but for rounding.
+    quarter. The first two leave the result as it is but for rounding. Held-out rows are measured as few at a time where
+    they alone would not fit.
 
     Raises:
         OutOfMemoryError: No such change suffices.
     """
-    before = planner.plan(loaded.recipe)
-    if before.fits:
+    before = planner.plan(loaded.recipe, measures_time=False)
+    if before.fits is not False:  # where the memory is not known there is nothing to fit into
         return Fitted({}, before, before, loaded.recipe)
     for larger in larger_changes(loaded.recipe):
         sizes = _micro_batch_sizes(loaded.recipe)
@@ -81,11 +82,16 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
 
 def _tried(planner: Planner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
     """The plan of a changed recipe; None where the recipe's other settings do not allow the change."""
+    overrides = [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]
     try:
-        recipe = load_recipe(loaded.path, [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]).recipe
-        return Fitted(changes, before, planner.plan(recipe), recipe)
+        recipe = recipe_of(loaded.text, loaded.path, overrides).recipe
+        after = planner.plan(recipe, measures_time=False)
     except (RecipeError, UnsupportedError):
         return None
+    few = recipe.training.micro_batch_size
+    if after.evaluation_is_too_large and recipe.evaluation.batch_size > few:
+        return _tried(planner, loaded, {**changes, "evaluation.batch_size": str(few)}, before)
+    return Fitted(changes, before, after, recipe)
 
 
 def larger_changes(recipe: Recipe) -> Iterator[Changes]:

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import glob
-import logging
+import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
 from finetune.data.survey import Survey, estimated_longest_row, longest_row, survey
-from finetune.errors import DataError, EnvironmentFault, UsageError
-from finetune.jobs.first_recipe import AIMS, Facts, batch_size, first_recipe
-from finetune.jobs.memory_rule import BaseSize, largest_that_fits, least, memory_bytes
+from finetune.errors import DataError, UsageError
+from finetune.jobs.first_recipe import AIMS, Facts, first_recipe
+from finetune.jobs.fit import Fitted, fit
+from finetune.jobs.plan import Planner
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.load import load_tokenizer
-from finetune.models.precision import compute_dtype
-from finetune.recipe.data import Source, SourceSection, TextSource
+from finetune.plan.cards import Card
+from finetune.recipe.data import Source, SourceSection, TextSource, TokenizedSource
 from finetune.recipe.importing.values import is_local
 from finetune.recipe.load import recipe_of
 from finetune.recipe.model import Model
 from finetune.recipe.problems import nearest
+from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
 from finetune.recipe.section import anchored
 from finetune.run.directory import write_file
 from finetune.run.events import Phase, Report, ignore
-
-logger = logging.getLogger(__name__)
 
 FEW_TEXTS = 20
 """Text of fewer files is taken apart into paragraphs, so that some of it can be held out."""
 
 LONG_ROW_TOKENS = 4096
 TEXT_ROW_TOKENS = 2048
-
-_SIZE_IN_NAME = re.compile(r"(?<![a-zA-Z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re.IGNORECASE)
 
 
 def look_at(data: str, data_format: str = "auto") -> Survey:
@@ -93,39 +90,50 @@ def likely_aim(seen: Survey) -> str:
     return "long-context" if estimated_longest_row(seen.sample) > LONG_ROW_TOKENS else "chat"
 
 
-def memory_here() -> int:
-    """Bytes of the first GPU's memory; without one, of the machine's."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def write_recipe(seen: Survey, model: str, aim: str, memory: int, output: Path, report: Report = ignore) -> Facts:
-    """Write a recipe that is valid, and that is expected to fit.
+def write_recipe(
+    seen: Survey, model: str, aim: str, card: Card | None, output: Path, report: Report = ignore
+) -> Fitted:
+    """Write a recipe that is valid, and that fits by the plan whatever rows come, if they are no longer than it allows.
 
     Args:
         seen: The data.
         model: Name of the base, as in `model.name`; a relative path starts at the working directory.
         aim: One of `AIMS`.
-        memory: Bytes of the card, or of the machine.
+        card: The GPU to fit into; None for this machine.
         output: The recipe's file, which is replaced.
         report: Told what is being done.
 
     Returns:
-        What the recipe was made of.
+        What had to be changed to make it fit, and what it will take.
 
     Raises:
-        UsageError: The aim does not go with the data, or nothing fits into the memory.
+        UsageError: The aim does not go with the data.
+        OutOfMemoryError: Nothing fits into the memory.
         DataError: The model's chat template cannot render a row.
         ModelError: There is no such model, or it has no chat template and rows are conversations.
-        EnvironmentFault: The file cannot be written.
+        EnvironmentFault: The hub cannot be reached, or the file cannot be written.
     """
     _refuse_mismatch(seen, aim)
-    facts = _facts(seen, model, aim, memory, report)
-    text = first_recipe(facts, output)
+    facts = _facts(seen, model, aim, report)
+    loaded = recipe_of(first_recipe(facts, output), output)
+    with tempfile.TemporaryDirectory(prefix="ft-init-") as folder:
+        planner = Planner.of(_on_longest_rows(loaded.recipe, Path(folder)), card, report)
+        fitted = fit(planner, loaded)
+    text = first_recipe(facts, output, fitted)
     recipe_of(text, output)
     write_file(output, text)
-    return facts
+    return fitted
+
+
+def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with rows that are all as long as it allows, as many as an optimizer step takes."""
+    rows = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
+    file = folder / "rows.jsonl"
+    file.write_text(f"{json.dumps({'input_ids': [0] * recipe.data.max_length})}\n" * rows, encoding="utf-8")
+    source = TokenizedSource(format="tokenized", path=str(file))
+    held_out = [source] if recipe.data.validation_fraction else []
+    data = {"train": [source], "validation": held_out, "validation_fraction": 0.0}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
 
 
 def _refuse_mismatch(seen: Survey, aim: str) -> None:
@@ -145,81 +153,26 @@ def _refuse_mismatch(seen: Survey, aim: str) -> None:
         )
 
 
-def _facts(seen: Survey, model: str, aim: str, memory: int, report: Report) -> Facts:
+def _facts(seen: Survey, model: str, aim: str, report: Report) -> Facts:
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
-    folder = _find(section, report)
-    base = _size(folder) if folder else _size_by_name(model)
-    context = _context_length(folder) if folder else None
+    folder = find_model(section, lambda doing: report(Phase(doing)), weights=False)
     report(Phase("looking at the data"))
-    longest, apart = _longest(seen, folder)
+    longest, apart = longest_row(seen.sample, load_tokenizer(folder))
     wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
-    row_tokens = min(wanted, context or wanted)
-    bytes_a_number = 2 if compute_dtype("auto", _device()).itemsize == 2 else 4
-    batch = batch_size(seen.rows)
-    settings = largest_that_fits(base, row_tokens, memory, bytes_a_number, batch)
-    if settings is None:
-        needed = memory_bytes(least(batch), base, row_tokens, bytes_a_number)
-        raise UsageError(
-            f"{model} with rows of {row_tokens} tokens takes about {needed / 1e9:.0f} GB at least, and there are "
-            f"{memory / 1e9:.0f} GB",
-            hint="choose a smaller base, shorter rows, or more memory with --memory",
-        )
     return Facts(
         seen=seen,
         model=model,
         aim=aim,
-        memory=memory,
-        base=base,
-        is_measured=folder is not None,
         longest_row=longest,
-        row_tokens=row_tokens,
+        row_tokens=min(wanted, _context_length(folder) or wanted),
         splits_turns=apart,
-        settings=settings,
-        expected_bytes=memory_bytes(settings, base, row_tokens, bytes_a_number),
     )
-
-
-def _find(section: Model, report: Report) -> ModelFolder | None:
-    """The base's config and tokenizer; None where the hub has them and cannot be reached."""
-    try:
-        return find_model(section, lambda doing: report(Phase(doing)), weights=False)
-    except EnvironmentFault as fault:
-        logger.warning("%s: sizes are estimated", fault.what)
-        return None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _size(folder: ModelFolder) -> BaseSize:
-    config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    text = config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return BaseSize(model.num_parameters(), text.hidden_size, text.num_hidden_layers)
-
-
-def _size_by_name(name: str) -> BaseSize:
-    found = _SIZE_IN_NAME.search(name.rpartition("/")[2])
-    if found is None:
-        raise UsageError(
-            f"how large {name} is cannot be told without its config.json, and its name does not say",
-            hint="connect to the hub, or name a local folder",
-        )
-    return BaseSize.of_parameters(round(float(found[1]) * (1e9 if found[2] in "bB" else 1e6)))
 
 
 def _context_length(folder: ModelFolder) -> int | None:
     config = folder.config()
     length = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
     return length if isinstance(length, int) else None
-
-
-def _longest(seen: Survey, folder: ModelFolder | None) -> tuple[int, bool]:
-    if folder is None:
-        return estimated_longest_row(seen.sample), False
-    return longest_row(seen.sample, load_tokenizer(folder))
 
 
 def _next_length(tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,6 +28,11 @@ from finetune.recipe.recipe import Recipe
 from finetune.resolve import build
 from finetune.run.events import Phase, Report, ignore
 from finetune.train.loop import batch_order
+
+logger = logging.getLogger(__name__)
+
+WATCHED_FROM = 20
+"""Steps of a run from which on its memory is foreseen before it starts: a shorter one is over before anybody looks."""
 
 HOLES_ON_CPU = 0.6
 """Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
@@ -79,7 +85,7 @@ class Plan:
         trainable: Numbers that train.
         total: Numbers of model and adapter, packed ones counted one by one.
         work: How much there is to do.
-        seconds: Of training; None where the device's speed is not known.
+        seconds: Of training; None where the device's speed is not known, or was not asked for.
         is_measured: Whether the speed was measured here, or is the one stated for the card.
     """
 
@@ -103,13 +109,22 @@ class Plan:
     @property
     def needed(self) -> int:
         """What must be there: the peak without what can be paged out."""
+        return max(self._needed_to_train, self.while_evaluating)
+
+    @property
+    def _needed_to_train(self) -> int:
         step = sum(self.parts.values()) - (self.parts["optimizer"] if self.paged else 0)
-        return max(step, self.while_loading, self.while_evaluating)
+        return max(step, self.while_loading)
 
     @property
     def fits(self) -> bool | None:
         """Whether it does; None where the memory is not known."""
         return None if self.capacity is None else self.needed <= self.capacity
+
+    @property
+    def evaluation_is_too_large(self) -> bool:
+        """Whether nothing but measuring the held-out loss does not fit."""
+        return self.fits is False and self._needed_to_train <= (self.capacity or 0)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -120,7 +135,7 @@ class Planner:
     """Plans recipes that differ in settings and have rows and model in common.
 
     Args:
-        recipe: One of them.
+        bench: Of one of them, before its base is loaded: what the process holds now counts as its libraries.
         card: The GPU to plan for; None for this machine.
         report: Told what takes long.
 
@@ -128,15 +143,28 @@ class Planner:
         FinetuneError: What would stop the training too.
     """
 
-    def __init__(self, recipe: Recipe, card: Card | None, report: Report = ignore) -> None:
+    def __init__(self, bench: Workbench, card: Card | None, report: Report = ignore) -> None:
         self._report, self._card = report, card or cuda_card()
-        self._bench = Workbench.of(recipe, report, weights=False)
-        self._rows = self._bench.read_data(report)
+        self._bench = bench
+        self._rows = bench.read_data(report)
         self._held = held_bytes()
         self._resident: dict[str, Resident] = {}
 
-    def plan(self, recipe: Recipe) -> Plan:
+    @classmethod
+    def of(cls, recipe: Recipe, card: Card | None, report: Report = ignore) -> Planner:
+        """A planner for recipes like this one; needs no weights.
+
+        Raises:
+            FinetuneError: What would stop the training too.
+        """
+        return cls(Workbench.of(recipe, report, weights=False), card, report)
+
+    def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
         """What a run of this recipe will take.
+
+        Args:
+            recipe: With the rows and the model of the planner's.
+            measures_time: Whether this machine's speed is measured, which takes about a second, where the run is on it.
 
         Raises:
             FinetuneError: The settings do not go with the model, or it cannot be traced.
@@ -159,7 +187,7 @@ class Planner:
         held = self._resident[key]
         self._report(Phase("tracing the largest passes"))
         traced = passes(setting, batch, _held_out(self._rows, recipe, bench.padding))
-        return self._put_together(bench, setting, held, traced, work)
+        return self._put_together(bench, setting, held, traced, work, measures_time)
 
     def _setting(self, bench: Workbench, layout: Layout, order: BatchOrder) -> Setting:
         recipe, stored = bench.recipe, stored_quantization(bench.folder)
@@ -182,7 +210,9 @@ class Planner:
             on_gpu=self._card is not None,
         )
 
-    def _put_together(self, bench: Workbench, setting: Setting, held: Resident, traced: Passes, work: Work) -> Plan:
+    def _put_together(
+        self, bench: Workbench, setting: Setting, held: Resident, traced: Passes, work: Work, measures_time: bool
+    ) -> Plan:
         recipe, card = bench.recipe, self._card
         libraries = self._held + kernels_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
         holes = HOLES_ON_CPU if card is None else HOLES_ON_GPU
@@ -201,7 +231,7 @@ class Planner:
         }
         mapped = 0 if card else _mapped_bytes(bench, setting.weight_dtype)
         speed = card.teraflops * 1e12 * SHARE_OF_STATED if card and card.teraflops else None
-        if card is None:
+        if card is None and measures_time:
             self._report(Phase("measuring products"))
             speed = SHARE_OF_PRODUCTS * measured_speed(held.shapes, work.largest_pass, setting.compute_dtype)
         toil = operations(
@@ -230,6 +260,25 @@ class Planner:
             seconds=toil / (speed * (recipe.distributed.processes if card else 1)) if speed else None,
             is_measured=card is None,
         )
+
+
+def foreseen_peak(bench: Workbench, total_steps: int) -> int | None:
+    """The most memory that a run should take, in bytes, for whoever watches it.
+
+    None where that cannot be told: for a run of several processes, whose memory is not foreseen yet, or a model whose
+    passes cannot be traced. It is no reason to stop a run.
+
+    Args:
+        bench: Of the run, before its base is loaded.
+        total_steps: Of the run.
+    """
+    if total_steps < WATCHED_FROM or bench.accelerator.num_processes > 1:
+        return None
+    try:
+        return Planner(bench, None).plan(bench.recipe, measures_time=False).peak
+    except Exception as error:
+        logger.debug("the memory of the run is not foreseen: %s", error)
+        return None
 
 
 def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, processes: int) -> tuple[Batch, Work]:

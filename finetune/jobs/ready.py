@@ -16,6 +16,7 @@ from finetune.data.documents import Conversation
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
 from finetune.errors import UnsupportedError, UsageError
+from finetune.jobs.plan import foreseen_peak
 from finetune.jobs.record import TrainedRecord
 from finetune.jobs.resume import refuse_other_codes, refuse_other_inputs
 from finetune.jobs.setup import Workbench, layout_of
@@ -46,6 +47,7 @@ class Ready:
         layout: From the units of a step to its micro-batches.
         order: Which units each step sees.
         state: All that changes.
+        planned_memory: The most that the run should take, in bytes; see `foreseen_peak`.
         facts: What the run is: much of it must be the same for it to go on from a checkpoint.
     """
 
@@ -55,6 +57,7 @@ class Ready:
     layout: Layout
     order: BatchOrder
     state: TrainState
+    planned_memory: int | None
     facts: dict[str, Any]
 
     @classmethod
@@ -90,6 +93,7 @@ class Ready:
             refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
         report(read)
+        planned_memory = foreseen_peak(bench, order.total_steps)
         base = bench.load_base(report)
         if recipe.model.kernels == "auto":
             fuse(base)
@@ -99,7 +103,7 @@ class Ready:
         if checkpoint is not None:
             refuse_other_codes(checkpoint, facts)
             read_state(state, checkpoint.path)
-        return cls(bench, rows, read, layout, order, state, facts)
+        return cls(bench, rows, read, layout, order, state, planned_memory, facts)
 
 
 def _stopping(report: Report, interruption: Interruption) -> Report:

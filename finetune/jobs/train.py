@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import nn
 
-from finetune.data.batches import BatchOrder
 from finetune.data.dataset import Rows
 from finetune.errors import as_out_of_memory
 from finetune.jobs.examiner import Examiner
@@ -76,7 +75,7 @@ def train(
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
             report = stack.enter_context(tracked(recipe, run, report))
-        started = _describe(run, bench, state.bare_model, order, ready.read)
+        started = _describe(run, ready)
         if is_main:
             _record_inputs(run, bench, rows, ready.read, started)
         report(started)
@@ -184,10 +183,9 @@ def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRe
     write_json(run.data_report, read.ledger)
 
 
-def _describe(
-    run: RunDirectory, bench: Workbench, model: nn.Module, order: BatchOrder, read: DataRead
-) -> TrainingStarted:
-    count = count_parameters(model)
+def _describe(run: RunDirectory, ready: Ready) -> TrainingStarted:
+    bench, read = ready.bench, ready.read
+    count = count_parameters(ready.state.bare_model)
     return TrainingStarted(
         run_directory=str(run.path),
         model=bench.recipe.model.name,
@@ -198,8 +196,9 @@ def _describe(
         train_rows=read.ledger["train"]["used"],
         validation_rows=read.ledger["validation"]["used"],
         target_tokens=read.ledger["train"]["target_tokens"],
-        total_steps=order.total_steps,
+        total_steps=ready.order.total_steps,
         compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
+        planned_memory_bytes=ready.planned_memory,
     )
 
 

@@ -123,7 +123,7 @@ def _tiles(facts: RunFacts) -> str:
         tiles += [
             ("time", duration(step.seconds), f"{step.step} of {step.total_steps} steps"),
             ("tokens", count(step.tokens), f"{count(step.tokens / step.seconds)} a second" if step.seconds else ""),
-            ("peak memory", memory(max(each.peak_memory_bytes for each in history.steps)), device(facts)),
+            ("peak memory", memory(max(each.peak_memory_bytes for each in history.steps)), _planned(facts)),
         ]
     if started := facts.provenance.get("started"):
         trainable, total = started["trainable_parameters"], started["total_parameters"]
@@ -133,6 +133,12 @@ def _tiles(facts: RunFacts) -> str:
         for title, value, note in tiles
     ]
     return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _planned(facts: RunFacts) -> str:
+    """What the memory was to be, and of what."""
+    planned = facts.provenance.get("started", {}).get("planned_memory_bytes")
+    return device(facts) + (f" · planned: {memory(planned)}" if planned else "")
 
 
 def device(facts: RunFacts) -> str:

@@ -48,6 +48,7 @@ class TrainingStarted(Event):
         target_tokens: Trained tokens of one epoch.
         total_steps: Optimizer steps of the run.
         compute_dtype: Type of the forward pass.
+        planned_memory_bytes: The most memory that the run should take, as `ft plan` counts it; None where it did not.
     """
 
     kind: ClassVar[str] = "started"
@@ -62,6 +63,7 @@ class TrainingStarted(Event):
     target_tokens: int
     total_steps: int
     compute_dtype: str
+    planned_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

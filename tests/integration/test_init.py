@@ -17,9 +17,10 @@ from typer.testing import CliRunner, Result
 from cli.main import app
 from finetune.jobs.first_recipe import AIMS, batch_size
 from finetune.recipe.load import load_recipe
-from tests.fixtures.tiny import chat_rows
+from tests.fixtures.tiny import chat_rows, tiny_config, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
+LARGE = "large"
 
 
 def jsonl(rows: list[dict[str, Any]]) -> str:
@@ -117,12 +118,29 @@ def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_mo
     assert "name them" in (folder / "numbers.yaml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("memory", "kind"), [("24GB", "none"), ("12GB", "nf4"), ("7GB", "hqq")])
-def test_the_base_is_stored_in_as_many_bits_as_fit(memory: str, kind: str, folder: Path):
-    """Offline, so that the size is read from the name."""
-    result = init("qa.jsonl", "org/base-7B", "--memory", memory)
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config and tokenizer of a model of 940 million numbers, and no weights."""
+    folder = tmp_path_factory.mktemp("models") / "large"
+    wide = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 32}
+    tiny_config(**wide, num_hidden_layers=5, max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("memory", "kind"), [("24GB", "none"), ("2GB", "nf4")])
+def test_it_writes_what_fits_by_the_plan(memory: str, kind: str, folder: Path, large_model: Path):
+    result = init("qa.jsonl", large_model, "--memory", memory, "--json")
     assert result.exit_code == 0, result.output
-    assert load_recipe(folder / "recipe.yaml").recipe.quantization.kind == kind
+    foreseen = json.loads(result.stdout.splitlines()[-1])["peak"]
+    loaded = load_recipe(folder / "recipe.yaml")
+    assert loaded.recipe.quantization.kind == kind
+    assert ("would not fit" in loaded.text) == (kind == "nf4")
+    planned = json.loads(ft("plan", "recipe.yaml", "--gpu", memory, "--json").stdout.splitlines()[-1])
+    assert planned["fits"]
+    assert planned["peak"] <= foreseen <= int(memory.removesuffix("GB")) * 10**9
+    in_full = ("--set", "quantization.kind=none", "--gpu", memory, "--json")
+    assert json.loads(ft("plan", "recipe.yaml", *in_full).stdout.splitlines()[-1])["fits"] == (kind == "none")
 
 
 def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -137,11 +155,11 @@ def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, m
     assert source.hub.name == "org/stories.v2"
 
 
-def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path):
+def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path, large_model: Path):
     (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 2000, "completion": "b"}] * 8))
     sizes = []
-    for memory in ("80GB", "24GB"):
-        assert init("long.jsonl", "org/base-7B", "--memory", memory, "--overwrite").exit_code == 0
+    for memory in ("80GB", "8GB"):
+        assert init("long.jsonl", large_model, "--memory", memory, "--overwrite").exit_code == 0
         training = load_recipe(folder / "recipe.yaml").recipe.training
         assert training.micro_batch_size * training.gradient_accumulation_steps == batch_size(8)
         sizes.append(training.micro_batch_size)
@@ -173,17 +191,17 @@ def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "pretraining"], 2, "pretraining is for plain text"),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "aims: chat, "),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--format", "qaa"], 2, "did you mean `qa`?"),
-        (["--data", "qa.jsonl", "--model", "org/base-7B", "--memory", "much"], 2, "write it like 24GB"),
-        (["--data", "qa.jsonl", "--model", "org/base-70B", "--memory", "8GB"], 2, "choose a smaller base"),
-        (["--data", "qa.jsonl", "--model", "org/base"], 2, "its name does not say"),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--memory", "much"], 2, "give its memory, such as 24GB"),
+        (["--data", "qa.jsonl", "--model", LARGE, "--memory", "0.8GB"], 4, "name a smaller model"),
+        (["--data", "qa.jsonl", "--model", "org/base-7B"], 7, "the hub cannot be reached"),
         (["--data", "qa.jsonl"], 2, "--model is missing"),
         ([], 2, "--data is missing"),
     ],
 )
 def test_what_cannot_be_done_is_told_with_the_remedy_and_nothing_is_written(
-    options: list[str], code: int, words: str, folder: Path
+    options: list[str], code: int, words: str, folder: Path, large_model: Path
 ):
-    result = ft("init", *options)
+    result = ft("init", *(large_model if option is LARGE else option for option in options))
     assert result.exit_code == code
     assert words in result.stderr
     assert not (folder / "recipe.yaml").exists()

@@ -111,7 +111,7 @@ def test_what_is_not_there_is_not_told():
 
 
 def test_a_step_tells_what_one_watches():
-    expected = "step 10/60  loss 1.2346  grad 0.5  lr 2.00e-04  412 tok/s  2.5 GB  1:40 left"
+    expected = "step 10/60  loss 1.2346  grad 0.5  lr 2.00e-04  2.5 GB  412 tok/s  1:40 left"
     assert wording.line(STEP) == expected
 
 

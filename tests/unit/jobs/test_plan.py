@@ -67,8 +67,8 @@ def test_what_contradicts_is_told(recipe: Path, arguments: list[str], code: int,
 def sized(recipe: Path, share: float, *overrides: str) -> tuple[Planner, Any]:
     """A planner for a GPU of that share of what the run takes."""
     loaded = load_recipe(recipe, overrides)
-    plan = Planner(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
-    return Planner(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
+    plan = Planner.of(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
+    return Planner.of(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
 
 
 def test_what_fits_is_left_as_it_is(recipe: Path):
