@@ -12,6 +12,8 @@ from cli.board import EMPTY, HEIGHT, MOST_MEANS, Board, Losses, curve
 from finetune.run.events import Event, Sampled, Validated
 from tests.fixtures.runs import steps
 
+from .test_wording import STARTED
+
 
 def shown(*events: Event, width: int = 80, height: int = 40) -> list[str]:
     board = Board()
@@ -54,6 +56,15 @@ def test_held_out_losses_are_circles_in_their_places():
     assert "".join(drawn).count("●") == 2
     assert drawn[-1].rstrip()[-1] == "●"
     assert drawn[0].index("●") == 8 + round((72 - 8 - 1) / 3)
+
+
+def test_memory_stands_beside_what_was_planned_if_it_was():
+    course = steps([2.0, 1.0])
+    measured = Validated(1, 4.0, 1.0, 5)
+    figures, *_ = shown(replace(STARTED, planned_memory_bytes=1_640_000_000), measured, *course)
+    assert figures.endswith("1.0 of 1.6 GB planned")
+    figures, *_ = shown(STARTED, measured, *course)
+    assert figures.endswith("1.0 GB")
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])

@@ -102,6 +102,9 @@ def test_the_start_tells_model_share_rows_steps_and_place():
     assert "org/name in nf4, lora: 4.88M of 139M parameters train (3.50 %), computing in bfloat16" in text
     assert "950 rows, 50 held out, 12.3k trained tokens an epoch, 60 steps" in text
     assert "run directory: runs/tickets" in text
+    assert "peak memory" not in text  # it was not planned
+    planned = str(wording.line(replace(STARTED, planned_memory_bytes=2_640_000_000)))
+    assert "an epoch, 60 steps, peak memory about 2.6 GB" in planned
 
 
 def test_what_is_not_there_is_not_told():

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError
+from finetune.jobs import ready
 from finetune.jobs.fit import fit, larger_changes, write
-from finetune.jobs.plan import Planner
+from finetune.jobs.plan import WATCHED_FROM, Planner
 from finetune.plan.cards import Card
 from finetune.recipe.load import load_recipe
 from tests.fixtures.recipes import as_recipe, write_recipe
@@ -62,6 +63,52 @@ def test_what_contradicts_is_told(recipe: Path, arguments: list[str], code: int,
     found, _, err = ft("plan", recipe, *arguments)
     assert found == code
     assert said in err
+
+
+def trained(recipe: Path, steps: int, folder: Path) -> dict[str, Any]:
+    """What a run started with, as its directory tells."""
+    code, _, err = ft("train", recipe, "--set", f"training.max_steps={steps}", "--run-dir", folder, "-q")
+    assert code == 0, err
+    started: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["started"]
+    return started
+
+
+def test_a_run_tells_what_the_plan_foresees_unless_it_is_over_in_a_moment(recipe: Path, tmp_path: Path):
+    steps = f"training.max_steps={WATCHED_FROM}"
+    planned = json.loads(ft("plan", recipe, "--set", steps, "--json")[1].splitlines()[-1])
+    started = trained(recipe, WATCHED_FROM, tmp_path / "watched")
+    # What the libraries hold depends on what the process did before.
+    assert started["planned_memory_bytes"] == pytest.approx(planned["peak"], rel=0.3)
+    assert trained(recipe, WATCHED_FROM - 1, tmp_path / "short")["planned_memory_bytes"] is None
+
+
+def test_a_run_that_cannot_be_planned_trains_all_the_same(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: object, **settings: object) -> None:
+        raise RuntimeError("cannot be traced")
+
+    monkeypatch.setattr(Planner, "plan", fail)
+    assert trained(recipe, WATCHED_FROM, tmp_path / "run")["planned_memory_bytes"] is None
+
+
+def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
+    monkeypatch.setattr(ready, "foreseen_peak", lambda bench, total_steps: None)
+    assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
+    planned, unplanned = (
+        (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")
+    )
+    assert planned == unplanned
+
+
+def test_held_out_rows_that_alone_do_not_fit_are_measured_fewer_at_a_time(recipe: Path):
+    one_row = ("training.micro_batch_size=1", "training.gradient_accumulation_steps=4")
+    planner, loaded = sized(recipe, 0.9999, *one_row, "evaluation.batch_size=6")
+    fitted = fit(planner, loaded)
+    assert fitted.before.evaluation_is_too_large
+    assert fitted.changes == {"evaluation.batch_size": "1"}
+    assert fitted.after.fits
 
 
 def sized(recipe: Path, share: float, *overrides: str) -> tuple[Planner, Any]:

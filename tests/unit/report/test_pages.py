@@ -57,6 +57,10 @@ def test_whatever_the_run_s_files_hold_is_shown_and_not_run(tmp_path: Path):
     assert "script" not in Markup(pages[1]).tags
 
 
+def test_the_memory_stands_beside_what_was_planned(tmp_path: Path):
+    assert "planned: 1.6 GB" in Markup(page_of(written_run(tmp_path / "run"))).text
+
+
 def test_a_hostile_name_of_a_run_is_text_too(tmp_path: Path):
     run = written_run(tmp_path / "<script>alert(1)")
     assert "script" not in Markup(page_of(run)).tags
