@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 SMALL = 1 << 16
 """Numbers below which a tensor that is made out of nothing is real: scalars, tables and the like."""
 
+_DEVICE = torch.ops.prim.device.default
+"""What the core asks of a fake tensor before each operation: half of all that is dispatched."""
+
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 _FILLING = ("aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_")
 
@@ -98,6 +101,8 @@ class MemoryTrace(_Mixed):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and count what it has made."""
+        if func is _DEVICE:
+            return args[0].fake_device
         made = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):

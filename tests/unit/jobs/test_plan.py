@@ -103,8 +103,8 @@ def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monk
 
 
 def test_held_out_rows_that_alone_do_not_fit_are_measured_fewer_at_a_time(recipe: Path):
-    one_row = ("training.micro_batch_size=1", "training.gradient_accumulation_steps=4")
-    planner, loaded = sized(recipe, 0.9999, *one_row, "evaluation.batch_size=6")
+    one_row = ("training.micro_batch_size=1", "training.gradient_accumulation_steps=4", "data.validation_fraction=0.5")
+    planner, loaded = sized(recipe, 0.9999, *one_row, "evaluation.batch_size=16")
     fitted = fit(planner, loaded)
     assert fitted.before.evaluation_is_too_large
     assert fitted.changes == {"evaluation.batch_size": "1"}
