@@ -63,15 +63,13 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
     if before.fits is not False:  # where the memory is not known there is nothing to fit into
         return Fitted({}, before, before, loaded.recipe)
     for larger in larger_changes(loaded.recipe):
-        sizes = _micro_batch_sizes(loaded.recipe)
-        fitted = None
-        for size in reversed(sizes):  # the smallest first: where it does not fit, no other does
-            found = _tried(planner, loaded, {**_micro_batches(loaded.recipe, size), **larger}, before)
-            if found is None or not found.after.fits:
-                break
-            fitted = found
-        if fitted is not None:
-            return fitted
+
+        def fitting(size: int, larger: Changes = larger) -> Fitted | None:
+            return _fitting(planner, loaded, {**_micro_batches(loaded.recipe, size), **larger}, before)
+
+        *sizes, smallest = _micro_batch_sizes(loaded.recipe)
+        if (least := fitting(smallest)) is not None:  # where it does not fit, no other does
+            return next(filter(None, map(fitting, sizes)), least)
     capacity = (before.capacity or 0) / 1e9
     raise OutOfMemoryError(
         f"nothing that ft can change by itself makes the run fit into {before.device} of {capacity:.3g} GB",
@@ -80,18 +78,20 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
     )
 
 
-def _tried(planner: Planner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
-    """The plan of a changed recipe; None where the recipe's other settings do not allow the change."""
+def _fitting(planner: Planner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
+    """The changed recipe if it fits; None too where the recipe's other settings do not allow the change."""
     overrides = [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]
     try:
         recipe = recipe_of(loaded.text, loaded.path, overrides).recipe
+        if planner.least(recipe) > (before.capacity or 0):
+            return None
         after = planner.plan(recipe, measures_time=False)
     except (RecipeError, UnsupportedError):
         return None
     few = recipe.training.micro_batch_size
     if after.evaluation_is_too_large and recipe.evaluation.batch_size > few:
-        return _tried(planner, loaded, {**changes, "evaluation.batch_size": str(few)}, before)
-    return Fitted(changes, before, after, recipe)
+        return _fitting(planner, loaded, {**changes, "evaluation.batch_size": str(few)}, before)
+    return Fitted(changes, before, after, recipe) if after.fits else None
 
 
 def larger_changes(recipe: Recipe) -> Iterator[Changes]:

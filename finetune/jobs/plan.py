@@ -31,8 +31,8 @@ from finetune.train.loop import batch_order
 
 logger = logging.getLogger(__name__)
 
-WATCHED_FROM = 20
-"""Steps of a run from which on its memory is foreseen before it starts: a shorter one is over before anybody looks."""
+WATCHED_FROM = 40
+"""Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
 
 HOLES_ON_CPU = 0.6
 """Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
@@ -170,6 +170,27 @@ class Planner:
             FinetuneError: The settings do not go with the model, or it cannot be traced.
         """
         self._report(Phase("laying out the rows"))
+        bench, layout, order = self._laid_out(recipe)
+        batch, work = _largest(self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes)
+        setting = self._setting(bench, layout, order)
+        self._report(Phase("counting what stays in memory"))
+        held = self._held_by(recipe, setting)
+        self._report(Phase("tracing the largest passes"))
+        traced = passes(setting, batch, _held_out(self._rows, recipe, bench.padding))
+        return self._put_together(bench, setting, held, traced, work, measures_time)
+
+    def least(self, recipe: Recipe) -> int:
+        """Bytes that such a run holds from step to step, and so must be there; to count them no pass is traced.
+
+        Raises:
+            FinetuneError: The settings do not go with the model.
+        """
+        held = self._held_by(recipe, self._setting(*self._laid_out(recipe)))
+        libraries = self._held if self._card is None else CONTEXT_ON_GPU
+        moments = 0 if self._pages(recipe) else held.optimizer
+        return libraries + held.weights + held.adapter + held.gradients + moments
+
+    def _laid_out(self, recipe: Recipe) -> tuple[Workbench, Layout, BatchOrder]:
         bench = replace(
             self._bench,
             recipe=recipe,
@@ -177,17 +198,18 @@ class Planner:
             method=build(recipe.adapter, recipe.modules, self._bench.tokenizer),
         )
         layout = layout_of(recipe, self._rows.train.lengths, bench.padding)
-        order = batch_order(layout.units, recipe.training)
-        batch, work = _largest(self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes)
-        setting = self._setting(bench, layout, order)
-        self._report(Phase("counting what stays in memory"))
+        return bench, layout, batch_order(layout.units, recipe.training)
+
+    def _held_by(self, recipe: Recipe, setting: Setting) -> Resident:
+        """Counted once for all recipes that hold the same."""
         key = repr((recipe.quantization, recipe.modules, recipe.adapter, recipe.optimizer, setting.weight_dtype))
         if key not in self._resident:
             self._resident[key] = resident(setting)
-        held = self._resident[key]
-        self._report(Phase("tracing the largest passes"))
-        traced = passes(setting, batch, _held_out(self._rows, recipe, bench.padding))
-        return self._put_together(bench, setting, held, traced, work, measures_time)
+        return self._resident[key]
+
+    def _pages(self, recipe: Recipe) -> bool:
+        """Whether the optimizer's part moves to the CPU's memory where the GPU's is short."""
+        return self._card is not None and recipe.optimizer.name.startswith("paged")
 
     def _setting(self, bench: Workbench, layout: Layout, order: BatchOrder) -> Setting:
         recipe, stored = bench.recipe, stored_quantization(bench.folder)
@@ -247,7 +269,7 @@ class Planner:
             device=card.name if card else "this machine's CPU",
             capacity=card.memory_bytes if card else memory_bytes(),
             parts=parts,
-            paged=card is not None and recipe.optimizer.name.startswith("paged"),
+            paged=self._pages(recipe),
             while_loading=(self._held if card is None else CONTEXT_ON_GPU) + held.weights + mapped,
             while_evaluating=libraries
             + held.weights
