@@ -16,7 +16,7 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="RUN", help="That of another.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what differs between two runs: recipe, data, versions, results."""
+    """Show what differs between two runs. Recipe, data, versions, results."""
     from finetune.run.comparison import differences
     from finetune.run.directory import RunDirectory
 

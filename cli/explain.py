@@ -21,7 +21,7 @@ def explain(
     ] = Path("recipes"),
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a key does, its default, its values, who has it and who sets it; without a key, list the sections."""
+    """Tell what a key does, its default and its values. And who sets it; without a key, list the sections."""
     from finetune.recipe.explanation import explain_key, sections, values_in
 
     if key is None:

@@ -71,7 +71,7 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model for other programs, with a model card, and prove that it says the same."""
+    """Write a run's model for other programs. With a model card, and a proof that it says the same."""
     from finetune.run.directory import RunDirectory
 
     directory = RunDirectory.open(run)

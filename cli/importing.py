@@ -20,7 +20,7 @@ def import_recipe(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Translate a configuration of another tool, and list every key that was not carried over."""
+    """Translate another tool's configuration. Lists every key that was not carried over."""
     from finetune.recipe.importing.imported import imported
     from finetune.run.directory import write_file
 

@@ -33,7 +33,8 @@ def init(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE|CARD|here", help="Fit into such a GPU, as 24GB or A100, or into this machine: the default."
+            metavar="SIZE|CARD|here",
+            help="Memory to fit into: a GPU, such as 24GB or A100, or this machine, as by default.",
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -59,7 +59,7 @@ def merge(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fold what was trained into the base and prove on real rows that the result says the same."""
+    """Fold what was trained into the base. Proves on real rows that the result says the same."""
     from finetune.run.directory import RunDirectory
 
     directories = [RunDirectory.open(run) for run in runs]

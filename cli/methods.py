@@ -7,7 +7,7 @@ from .options import AsJson
 
 
 def methods(as_json: AsJson = False) -> None:
-    """List every adapter and quantization: what it is, its paper, what it costs, how it merges, what loads it."""
+    """List every adapter and quantization. What it is, its paper, what it costs, how it merges, what loads it."""
     from finetune.recipe.catalogue import catalogue
 
     console.show_catalogue(catalogue(), as_json)

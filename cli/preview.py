@@ -20,7 +20,7 @@ def preview(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show training rows with the trained tokens in colour, and how they are batched. Loads no weights."""
+    """Show rows as the model sees them, trained tokens in colour. And how they are batched. Loads no weights."""
     from finetune.errors import RefusedError
     from finetune.recipe.load import load_recipe
 

@@ -19,7 +19,7 @@ def quantize(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a recipe's model as its section `quantization` says, into a folder that recipes can name."""
+    """Write a recipe's base in few bits, as a folder. Its `quantization` says how; any recipe can name the folder."""
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())

@@ -11,7 +11,7 @@ from .options import AsJson, Overrides, Quiet, RecipePath
 
 
 def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Walk a run's whole path once, on its longest rows, and leave nothing."""
+    """Walk a run's whole path once, on its longest rows. Leaves nothing behind."""
     from finetune.recipe.load import load_recipe
     from finetune.run.interruption import Interruption, StopRequested
 

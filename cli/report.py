@@ -24,7 +24,7 @@ def report(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's page: curves, data, answers, proofs, provenance; or several runs' with what differs."""
+    """Write the page of a run, or of several and what differs. Curves, data, answers, proofs, provenance."""
     from finetune.run.directory import RunDirectory, write_text
 
     directories = [RunDirectory.open(run) for run in runs]

@@ -21,7 +21,7 @@ def reproduce(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a finished run once more and tell whether the weights are the same, bit for bit."""
+    """Train a finished run again and compare weights bit for bit."""
     from finetune.run.directory import RunDirectory
 
     first = RunDirectory.open(run)

@@ -8,7 +8,7 @@ from . import console
 
 
 def schema() -> None:
-    """Print the JSON Schema of recipes, for completion and checks in an editor."""
+    """Print the JSON Schema of recipes. For completion and checks in an editor."""
     from finetune.recipe.load import json_schema
 
     console.show_result(json.dumps(json_schema(), indent=2))

@@ -21,7 +21,7 @@ def sweep(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try other values of the keys that the recipe's section sweep names; the same command goes on where it stopped."""
+    """Try other values of the keys that section `sweep` names. The same command goes on where it stopped."""
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())

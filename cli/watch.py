@@ -15,7 +15,7 @@ def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run, from any terminal.")],
     as_json: AsJson = False,
 ) -> None:
-    """Follow a run from its files until nobody trains it any more; Ctrl-C leaves, and the run goes on."""
+    """Follow a run from its files until nobody trains it any more. Ctrl-C leaves, and the run goes on."""
     from finetune.run.directory import RunDirectory, read_json
     from finetune.run.listing import summarize
     from finetune.run.watching import watched

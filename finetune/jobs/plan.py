@@ -31,7 +31,7 @@ from finetune.train.loop import batch_order
 
 logger = logging.getLogger(__name__)
 
-WATCHED_FROM = 40
+WATCHED_FROM = 20
 """Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
 
 HOLES_ON_CPU = 0.6
