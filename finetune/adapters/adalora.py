@@ -144,7 +144,7 @@ class AdaLoraMethod(LowRankMethod):
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The factors at their first rank, the smoothed scores, which triplets stay, and the budget."""
-        return super().state(model) | {name: tensor.cpu() for name, tensor in self.allocator.tensors().items()}
+        return super().state(model) | self.allocator.tensors()
 
     @torch.no_grad()
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

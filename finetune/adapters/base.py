@@ -77,6 +77,10 @@ class AdapterMethod(ABC):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained into `folder`, as safetensors and JSON."""
 
+    def help_save(self, model: nn.Module) -> None:
+        """The part of the other processes in `save`, where each holds a share of what was trained."""
+        return None
+
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Put what `save` wrote on a base, frozen, for evaluation, generation or merging."""
@@ -175,9 +179,9 @@ class AdapterMethod(ABC):
         A method whose `after_step` keeps something adds it here and takes it back in `restore`.
 
         Returns:
-            Tensors on the CPU; where the model is there too, its own and no copies.
+            The model's own tensors where it has them, and no copies; shares where it has shares.
         """
-        return {name: tensor.detach().cpu() for name, tensor in self.own_tensors(model).items()}
+        return {name: tensor.detach() for name, tensor in self.own_tensors(model).items()}
 
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned, on a model that was attached to in the same way.

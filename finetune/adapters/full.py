@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
+from finetune.models.rewriting import saved_tensors, write_shares
+from finetune.models.sharding import put_together, sharded_base
 
 WEIGHTS = "model.safetensors"
 
@@ -54,7 +56,15 @@ class FullMethod(AdapterMethod):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the whole model; tied weights once."""
-        model.save_pretrained(folder, max_shard_size="1TB")
+        if sharded_base(model) is None:
+            model.save_pretrained(folder, max_shard_size="1TB")
+        else:
+            write_shares(model, folder)
+
+    def help_save(self, model: nn.Module) -> None:
+        """Put the weights together."""
+        with put_together(saved_tensors(model)):
+            pass
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Replace the weights of `model` by the trained ones.

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.adapters.adapted_product import Branch, adapted_product, is_one_step, plain_update
 from finetune.errors import UnsupportedError
+from finetune.models.sharding import is_share, with_whole_weights
 from finetune.quantizers.base import Capabilities, is_quantized
 
 
@@ -202,19 +203,21 @@ class LowRankLinear(lora.Linear):
         return delta_OI.T if self.fan_in_fan_out else delta_OI
 
     def base_weight(self) -> Tensor:
-        """W as the base computes with it, shape (O, I), float32."""
+        """W as the base computes with it, shape (O, I), float32; of shares, every process must ask for it."""
         base = self.get_base_layer()
-        if is_quantized(base):
-            return base.quantizer.dequantize(base, torch.float32)
-        return (base.weight.T if isinstance(base, Conv1D) else base.weight).float()
+        with with_whole_weights(base):
+            if is_quantized(base):
+                return base.quantizer.dequantize(base, torch.float32)
+            return (base.weight.T if isinstance(base, Conv1D) else base.weight).float()
 
     @torch.no_grad()
     def _row_lengths(self, adapter: str) -> Tensor:
         """Of W + s B A, shape (O,), float32: |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A^T b for each row."""
         base, scale = self.get_base_layer(), self.scaling[adapter]
         a_RI, b_OR = (factor.float() for factor in self.factors(adapter))
-        # Products in the type that W is stored in: what is lost is a share of the small terms.
-        weight_OI = self.base_weight() if is_quantized(base) or isinstance(base, Conv1D) else base.weight
+        # Products in the type that W is stored in: what is lost is a small part of the small terms.
+        is_plain = not is_quantized(base) and not isinstance(base, Conv1D) and not is_share(base.weight)
+        weight_OI = base.weight if is_plain else self.base_weight()
         if adapter not in self.base_lengths:
             self.base_lengths[adapter] = self.base_weight().square().sum(1)
         with torch.autocast(a_RI.device.type, enabled=False):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.linears import linear_layers
+from finetune.models.sharding import with_whole_surroundings
 from finetune.models.tensors import apart
 
 ADAPTER_NAME = "default"
@@ -55,7 +56,8 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     """
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     try:
-        wrapped = get_peft_model(model, config)
+        with with_whole_surroundings(model):  # which may be copied, to train
+            wrapped = get_peft_model(model, config)
     except ValueError as error:
         if not any(words in str(error) for words in NO_LAYER_FOUND):
             raise

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from finetune.adapters.prompted import FixedPrompt, PromptedModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.errors import UnsupportedError
+from finetune.models.sharding import with_whole_surroundings
 from finetune.recipe.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
 
 
@@ -69,5 +70,6 @@ class PromptTuningMethod(EmbeddedPromptMethod):
 
 def _embedded(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The embeddings of tokens, as the first layer reads them; float32."""
-    embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
-    return embedded.float().clone()
+    with with_whole_surroundings(model):
+        embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
+        return embedded.float().clone()

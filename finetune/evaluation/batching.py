@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def in_batches(
-    lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], T]
+    lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], T], may_halve: bool = True
 ) -> Iterator[tuple[list[int], T]]:
     """Work on rows of like length together, the longest first, so that a shortage of memory shows at once.
 
@@ -27,6 +27,7 @@ def in_batches(
         lengths: Tokens of each row.
         batch_size: Most rows of a batch.
         work: Told the numbers of a batch's rows.
+        may_halve: False where other processes have to make the same passes: what does not fit is an error then.
 
     Yields:
         The numbers of the rows and what came of them.
@@ -43,7 +44,7 @@ def in_batches(
         try:
             result = work(rows)
         except (MemoryError, RuntimeError) as error:
-            if (shortage := as_out_of_memory(error)) is None:
+            if (shortage := as_out_of_memory(error)) is None or not may_halve:
                 raise
             if len(rows) == 1:
                 raise OutOfMemoryError(

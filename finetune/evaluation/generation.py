@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.evaluation.batching import in_batches
+from finetune.models.sharding import sharded_base
 
 Tell = Callable[[str], None]
 """Told an answer piece by piece while it is written."""
@@ -53,7 +54,8 @@ def generate(
     """Continue each prompt until the end-of-turn token, a stop of `sampling`, or the longest answer.
 
     Args:
-        model: A causal language model, with or without an adapter.
+        model: A causal language model, with or without an adapter. Of one of which processes hold shares, all of them
+            must ask for the same.
         tokenizer: Decodes; its end-of-turn token ends an answer.
         prompts: Token ids.
         sampling: How tokens are chosen.
@@ -100,7 +102,8 @@ def generate(
     answers = [""] * len(prompts)
     done = 0
     try:
-        for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work):
+        may_halve = sharded_base(model) is None
+        for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work, may_halve):
             for index, text in written.items():
                 answers[index] = text
             done += len(chosen)

@@ -15,6 +15,7 @@ from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.batching import in_batches
+from finetune.models.sharding import sharded_base
 from finetune.train.loss import summed_cross_entropy
 
 
@@ -51,11 +52,12 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """The mean loss per trained token over `examples`, shared out over all processes.
 
-    Where memory is short, passes are halved until they fit; see `in_batches`.
+    Where memory is short, passes are halved until they fit; see `in_batches`. Not so where processes hold shares of the
+    model, each of which is part of every pass: then one that has a row less than another passes an empty one.
 
     Args:
         model: Put into evaluation mode, and back afterwards; without a wrapper for several processes, which need not
-            make equally many passes.
+            make equally many passes unless they hold shares of it.
         examples: At least one.
         accelerator: Processes and device.
         compute_dtype: Type of the forward pass.
@@ -70,17 +72,22 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
-    own = by_length[accelerator.process_index :: accelerator.num_processes]
+    own = [examples[row] for row in by_length[accelerator.process_index :: accelerator.num_processes]]
+    is_sharded = sharded_base(model) is not None
+    if is_sharded and len(own) * accelerator.num_processes < len(examples):
+        own.append(Example(examples[0].ids[:2], [False] * len(examples[0].ids[:2])))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = done = 0
 
     def work(rows: list[int]) -> tuple[Tensor, int]:
-        batch = padded([examples[own[row]] for row in rows], padding).to(device)
+        batch = padded([own[row] for row in rows], padding).to(device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
             return summed_cross_entropy(model, batch), batch.targets
 
     with suppress(OutOfMemoryError):  # told below, by all processes
-        for rows, (batch_loss, targets) in in_batches([len(examples[row].ids) for row in own], batch_size, work):
+        for rows, (batch_loss, targets) in in_batches(
+            [len(row.ids) for row in own], batch_size, work, may_halve=not is_sharded
+        ):
             loss_sum += batch_loss
             tokens += targets
             done += len(rows)

@@ -36,7 +36,9 @@ class Examiner:
         self._report, self._record = report, record
         self._settings = bench.recipe.evaluation
         self._examples = held_out[: self._settings.max_rows]
-        self._prompts = self._first_prompts(held_out) if bench.accelerator.is_main_process else []
+        self._is_main = bench.accelerator.is_main_process
+        answers = self._is_main or bench.shares_base  # a pass puts weights together with all processes
+        self._prompts = self._first_prompts(held_out) if answers else []
 
     def measure_if_due(self) -> Validated | None:
         """Measure, record and report the held-out loss, and answers beside it.
@@ -87,11 +89,11 @@ class Examiner:
                     padding=self._bench.padding,
                 )
         except (MemoryError, RuntimeError) as error:
-            if (shortage := as_out_of_memory(error)) is None:
+            if (shortage := as_out_of_memory(error)) is None or self._bench.shares_base:
                 raise
             logger.warning("the answers of step %d are left out: %s", self._state.step, shortage.what)
             return
-        for prompt, answer in zip(self._prompts, answers, strict=True):
+        for prompt, answer in zip(self._prompts, answers, strict=True) if self._is_main else ():
             text = self._bench.tokenizer.decode(prompt.ids)
             self._record(Sampled(step=self._state.step, prompt=text, answer=answer, reference=prompt.references[0]))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from finetune.jobs.setup import Workbench, layout_of
 from finetune.models.attention import keep_apart
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fused import fuse
+from finetune.models.sharding import trained_shares, trains_through_blocks
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
@@ -32,6 +34,7 @@ from finetune.train.checkpoint import read_state
 from finetune.train.loop import batch_order
 from finetune.train.optimizers import make_optimizer
 from finetune.train.state import TrainState
+from finetune.train.together import prepared
 
 logger = logging.getLogger(__name__)
 
@@ -167,15 +170,39 @@ def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interrupt
     model = bench.method.attach(base, order.total_steps)
     bench.method.initialize(model, bench.folder.weight)
     _take_over(bench, model)
+    _refuse_untrainable_shares(bench, base)
     return TrainState(
         accelerator=bench.accelerator,
-        model=bench.accelerator.prepare_model(model),
+        model=prepared(bench.accelerator, model),
         method=bench.method,
         optimizer=make_optimizer(recipe.optimizer, model, bench.method.rate_factor),
         compute_dtype=bench.compute_dtype,
         interruption=interruption,
         noise=recipe.training.neftune_alpha,
     )
+
+
+def _refuse_untrainable_shares(bench: Workbench, base: PreTrainedModel) -> None:
+    """What trains of a base that processes hold shares of must go with how they sum and check gradients.
+
+    Raises:
+        UnsupportedError: They would each skip other steps of float16, or never be told that a backward pass has begun:
+            blocks tell them.
+    """
+    if not trained_shares(base):
+        return
+    if bench.compute_dtype is torch.float16:
+        raise UnsupportedError(
+            "weights of which processes hold shares do not train in float16",
+            where="training.precision",
+            hint="set it to bfloat16 or float32, or distributed.strategy to ddp",
+        )
+    if not trains_through_blocks(base):
+        raise UnsupportedError(
+            "nothing trains in the blocks or before them, and only blocks are worth sharing out",
+            where="distributed.strategy",
+            hint="set it to ddp",
+        )
 
 
 def _take_over(bench: Workbench, model: nn.Module) -> None:

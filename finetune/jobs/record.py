@@ -65,8 +65,8 @@ class TrainedRecord(Section):
     in_conversation: bool
 
     @classmethod
-    def of(cls, bench: Workbench, model: nn.Module, in_conversation: bool) -> TrainedRecord:
-        """The record of `model`, which was trained in this process."""
+    def of(cls, bench: Workbench, quantized_base: str | None, in_conversation: bool) -> TrainedRecord:
+        """The record of what was trained in this process, over a base of that fingerprint as it was quantized."""
         recipe = bench.recipe
         return cls(
             adapter=recipe.adapter,
@@ -76,7 +76,7 @@ class TrainedRecord(Section):
             model=recipe.model,
             precision=recipe.training.precision,
             base=base_record(bench),
-            quantized_base=_quantized_record(bench, model),
+            quantized_base=as_record(bench, quantized_base),
             in_conversation=in_conversation,
         )
 
@@ -160,7 +160,7 @@ def refuse_other_codes(known: QuantizedRecord | None, setup: ModelSetup, base: n
     Raises:
         RefusedError: It is not.
     """
-    refuse_other_record(known, _quantized_record(setup, base), setup)
+    refuse_other_record(known, as_record(setup, fingerprint_quantized(base)), setup)
 
 
 def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | None, setup: ModelSetup) -> None:
@@ -174,6 +174,8 @@ def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | 
     )
 
 
-def _quantized_record(setup: ModelSetup, model: nn.Module) -> QuantizedRecord | None:
-    found = fingerprint_quantized(model)
-    return None if found is None else QuantizedRecord(device=setup.accelerator.device.type, fingerprint=found)
+def as_record(setup: ModelSetup, fingerprint: str | None) -> QuantizedRecord | None:
+    """The record of a base of this fingerprint, quantized on the device of `setup`; None where nothing is quantized."""
+    if fingerprint is None:
+        return None
+    return QuantizedRecord(device=setup.accelerator.device.type, fingerprint=fingerprint)

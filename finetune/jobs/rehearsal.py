@@ -22,6 +22,7 @@ from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.ready import Ready
 from finetune.jobs.shortage import step_is_too_large
 from finetune.models.linears import plain_layer
+from finetune.models.sharding import with_whole_weights
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
@@ -83,6 +84,8 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
             write_state(state, before)
+        elif state.is_sharded:
+            write_state(state, None)
         accelerator.wait_for_everyone()
         try:
             tokens = _step(ready)
@@ -96,6 +99,9 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
             write_state(state, after)
             bench.method.save(state.bare_model, trained)
             size = sum(file.stat().st_size for file in after.iterdir())
+        elif state.is_sharded:
+            write_state(state, None)
+            bench.method.help_save(state.bare_model)
         folded = bench.recipe.adapter.standalone_by == "merge" and _fold(ready)
         accelerator.wait_for_everyone()
         for folder in (after, before):
@@ -157,7 +163,8 @@ def _fold(ready: Ready) -> bool:
     linear = [layer for layer in layers if hasattr(layer.get_base_layer(), "in_features")]
     if not linear:
         return False
-    copied = deepcopy(linear[0]).eval()
+    with with_whole_weights(linear[0]):
+        copied = deepcopy(linear[0]).eval()
     if is_quantized(copied.base_layer):
         copied.base_layer = plain_layer(copied.base_layer, torch.float32)
     copied.float()

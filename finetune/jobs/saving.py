@@ -28,7 +28,8 @@ LARGEST_SHARE = 0.05
 class Saver:
     """Commits checkpoints of a run when they are due.
 
-    Only the main process has one: what trains is the same in all, so the others need not wait for it.
+    Only the main process needs one: what trains is the same in all, so the others do not wait for it. Where they hold
+    shares of it, all have one, do what the main one's says, and help it to put tensors together.
 
     Args:
         run: Where to.
@@ -65,7 +66,7 @@ class Saver:
         """
         every = self._training.checkpoint_every_steps
         is_due = state.step % every == 0 if every else time.monotonic() >= self._due
-        if is_due or state.step == self._facts["total_steps"]:
+        if state.said_by_main(is_due or state.step == self._facts["total_steps"]):
             self._save_if_there_is_room(state)
 
     def save_best(self, state: TrainState) -> None:
@@ -93,7 +94,10 @@ class Saver:
             DivergedError: A number in it is not finite.
             EnvironmentFault: It cannot be written.
         """
-        if state.step in (0, self._attempt.checkpoint):
+        if not state.said_by_main(state.step not in (0, self._attempt.checkpoint)):
+            return
+        if not state.accelerator.is_main_process:
+            write_state(state, None)
             return
         began = time.monotonic()
 

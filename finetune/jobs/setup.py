@@ -21,7 +21,7 @@ from finetune.errors import DataError, UnsupportedError, UsageError
 from finetune.jobs.calibrated import calibrated_base
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
-from finetune.models.load import load_model, load_tokenizer, padding_id
+from finetune.models.load import load_model, load_sharded_model, load_tokenizer, padding_id
 from finetune.models.precision import compute_dtype, weight_dtype
 from finetune.models.quantized import stored_quantization
 from finetune.quantizers.base import is_quantized
@@ -196,6 +196,27 @@ class Workbench(ModelSetup):
     def encoder(self) -> Encoder:
         """Turns the recipe's documents into tokens."""
         return Encoder(self.tokenizer, self.recipe.data.train_on)
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether processes of the run hold shares of the base."""
+        return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
+
+    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The frozen model on the device, or this process's share of it; see `ModelSetup.load_base`."""
+        if not self.shares_base:
+            return super().load_base(report, dtype)
+        folder = self.base_folder(report)
+        report(Phase(f"loading shares of {self.section.name}"))
+        base = load_sharded_model(
+            folder,
+            self.section,
+            self.quantizers,
+            weight_dtype=dtype or self.weight_dtype,
+            device=self.accelerator.device,
+        )
+        _refuse_idle_rules(self.quantizers.modules, base)
+        return base
 
     def seed(self) -> None:
         """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""

@@ -75,6 +75,7 @@ def train(
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
             report = stack.enter_context(tracked(recipe, run, report))
+        saves = is_main or state.is_sharded  # all of them put together what one writes
         started = _describe(run, ready)
         if is_main:
             _record_inputs(run, bench, rows, ready.read, started)
@@ -93,20 +94,21 @@ def train(
             if checkpoint is None and is_worth_it(recipe, order.total_steps):
                 rehearse(ready, run, report)
             after = examiner.measure_if_due()
-            patience.see(after, state, saver if is_main else None)
+            patience.see(after, state, saver if saves else None)
             for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, ready.layout):
                 attempt.steps = metrics.step
                 record(metrics)
                 ranks.follow()
-                if is_main:
+                if saves:
                     saver.save_if_due(state)
                 after = examiner.measure_if_due()
-                patience.see(after, state, saver if is_main else None)
+                patience.see(after, state, saver if saves else None)
                 if patience.is_over:
                     break
         except StopRequested:
             if is_main:
                 report(Phase(f"stopping: step {state.step} is kept"))
+            if saves:
                 saver.save(state)
             bench.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
             attempt.checkpoint = state.step  # in the other processes too
@@ -124,8 +126,10 @@ def train(
             record(best)
         trained = run.trained(recipe.adapter.trains_base)
         if is_main:
-            _save(bench, state.bare_model, trained, ready.facts["in_conversation"])
+            _save(ready, trained)
             ranks.draw(run, order.total_steps)
+        elif saves:
+            bench.method.help_save(state.bare_model)
     assert done.loss is not None
     return TrainingFinished(
         run_directory=str(run.path),
@@ -202,16 +206,10 @@ def _describe(run: RunDirectory, ready: Ready) -> TrainingStarted:
     )
 
 
-def _save(bench: Workbench, model: nn.Module, folder: Path, in_conversation: bool) -> None:
-    """Write the trained weights, and beside them the tokenizer and what they were trained on.
-
-    Args:
-        bench: The run's parts.
-        model: What was trained.
-        folder: Where to.
-        in_conversation: Whether the rows went through the chat template, so that prompts will too.
-    """
+def _save(ready: Ready, folder: Path) -> None:
+    """Write the trained weights, and beside them the tokenizer and what they were trained on."""
+    bench, facts = ready.bench, ready.facts
     with written_aside(folder) as aside:
-        bench.method.save(model, aside)
+        bench.method.save(ready.state.bare_model, aside)
         bench.tokenizer.save_pretrained(aside)
-        TrainedRecord.of(bench, model, in_conversation).write(aside)
+        TrainedRecord.of(bench, facts["quantized_base"], facts["in_conversation"]).write(aside)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.errors import UsageError
-from finetune.jobs.record import QuantizedRecord, TrainedRecord, refuse_other_record
+from finetune.jobs.record import TrainedRecord, as_record, refuse_other_record
 from finetune.jobs.setup import Workbench
 from finetune.models.fingerprint import fingerprint_layers
 from finetune.models.folder import ModelFolder
@@ -92,8 +92,7 @@ class TrainedRun:
         if base.quantizers:
             report(Phase("comparing the quantized base with the one that was trained on"))
             found = fingerprint_layers(base.quantized_layers())
-            record = found and QuantizedRecord(device=bench.accelerator.device.type, fingerprint=found)
-            refuse_other_record(self.record.quantized_base, record or None, bench)
+            refuse_other_record(self.record.quantized_base, as_record(bench, found), bench)
         return base
 
     def attach(self, base: PreTrainedModel, report: Report) -> nn.Module:

@@ -9,7 +9,6 @@ Shape legend: T tokens of a row, D width of the model, O out_features, I in_feat
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError, UnsupportedError
+from finetune.models.linears import list_of_blocks
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.quantizers.memory import FreedMemory
@@ -141,12 +141,9 @@ class _Chain(NamedTuple):
         Raises:
             UnsupportedError: There is none.
         """
-        linears = quantizable_layers(model)
-        lists = [_outermost_list(model, name) for name in linears]
-        counts = Counter(name for name in lists if name is not None)
-        if not counts:
+        name = list_of_blocks(model, quantizable_layers(model))
+        if name is None:
             raise _unsupported(f"no list of blocks is found in this model ({model.config.model_type})")
-        ((name, _),) = counts.most_common(1)
         blocks = model.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
         return cls(name, blocks, model.base_model)
@@ -424,13 +421,6 @@ def _hidden_of(output: Any) -> Tensor:
     """The hidden states of what a block returns."""
     hidden_1TD: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden_1TD
-
-
-def _outermost_list(model: nn.Module, name: str) -> str | None:
-    """The name of the highest list of modules that a layer stands in."""
-    parts = name.split(".")
-    above = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-    return next((each for each in above if isinstance(model.get_submodule(each), nn.ModuleList)), None)
 
 
 def _same(one: Any, other: Any) -> bool:

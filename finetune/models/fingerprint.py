@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.models.sharding import whole
 from finetune.models.tensor_files import stored_tensors
 from finetune.quantizers.base import is_quantized
+from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.layer import QuantizedLinear
 
 BLOCK_BYTES = 4096
@@ -42,7 +44,8 @@ def fingerprint(folder: Path) -> str:
 def fingerprint_quantized(model: nn.Module) -> str | None:
     """A sha256 over the stored tensors of all quantized layers, each sampled as above; None where there are none.
 
-    An adapter around a layer does not change it, nor does the type that layers compute in.
+    An adapter around a layer does not change it, nor does the type that layers compute in, nor whether processes hold
+    shares of it; of these, every process must come here.
     """
     return fingerprint_layers(layer for layer in model.modules() if is_quantized(layer))
 
@@ -52,8 +55,10 @@ def fingerprint_layers(layers: Iterable[Any]) -> str | None:
     digest, found = hashlib.sha256(), False
     for layer in layers:
         found = True
+        if isinstance(layer.quantizer, CudaFourBitQuantizer):
+            layer = layer.quantizer.repacked(layer)
         tensors = layer.packed() if isinstance(layer, QuantizedLinear) else {"weight": layer.weight}
-        for name, tensor in tensors.items():
+        for name, tensor in ((name, whole(tensor)) for name, tensor in tensors.items()):
             content = tensor.detach().contiguous().flatten().view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for offset in _sample(0, content.numel()):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from finetune.models.remade import can_be_made
+from finetune.models.sharding import with_whole_weights
 
 NUMBERS_AT_ONCE = 1 << 17
 """Numbers of a tensor that are worked on together: in float32 a few such tensors fit into a core's cache."""
@@ -34,7 +35,7 @@ def fuse(model: PreTrainedModel) -> str:
     twins.
 
     Args:
-        model: Before adapters come; changed in place.
+        model: Before adapters come; changed in place. Of shares, every process must come here.
 
     Returns:
         What was done, in words.
@@ -67,7 +68,7 @@ def _fuse_norm(norm: Any) -> bool:
     probe = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     for offset in (None, 1.0):
         fused = partial(_normed, epsilon=epsilon, offset=offset)
-        with torch.no_grad():
+        with torch.no_grad(), with_whole_weights(norm):
             if torch.equal(fused(norm, probe), own(probe)):
                 norm.forward = MethodType(fused, norm)
                 return True

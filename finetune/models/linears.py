@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,20 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers of a model without adapter, by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_TYPES)}
+
+
+def list_of_blocks(model: nn.Module, layers: Iterable[str]) -> str | None:
+    """The name of the outermost list of modules that holds most of `layers`: a model's decoder blocks."""
+    lists = [_outermost_list(model, name) for name in layers]
+    counts = Counter(name for name in lists if name is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _outermost_list(model: nn.Module, name: str) -> str | None:
+    """The name of the highest list of modules that a layer stands in."""
+    parts = name.split(".")
+    above = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((each for each in above if isinstance(model.get_submodule(each), nn.ModuleList)), None)
 
 
 class ParameterCount(NamedTuple):

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from finetune.errors import ModelError
+from finetune.errors import ModelError, UnsupportedError
 from finetune.models.folder import ModelFolder
+from finetune.models.linears import linear_layers, list_of_blocks
 from finetune.models.quantized import refuse_other_quantization, stored_quantization
+from finetune.models.rewriting import GENERATION_CONFIG
+from finetune.models.sharding import share_out
+from finetune.models.streaming import StreamedModel
 from finetune.models.template import refuse_endless_template
+from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 
@@ -87,7 +101,7 @@ def load_model(
     where = str(folder.path)
     refuse_other_quantization(folder, quantizers)
     options = {} if stored_quantization(folder) else quantizers.load_options(compute_dtype)
-    try:
+    with _told_as_ours(where):
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder.path,
@@ -101,6 +115,72 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
+        )
+    # What is saved later names the base as the recipe does, not by a path of this machine.
+    model.name_or_path = model.config._name_or_path = folder.name
+    model.requires_grad_(False)
+    return model
+
+
+def load_sharded_model(
+    folder: ModelFolder,
+    section: Model,
+    quantizers: Quantizers,
+    *,
+    weight_dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The same model where each process holds a share of every weight; all of them must come here.
+
+    It is read a decoder block at a time, whose other rows are forgotten at once: beside its share, a process holds one
+    whole block and what stands around the blocks at most, as it does in every training step.
+
+    Args:
+        folder: Where its files are.
+        section: The recipe's section, for the attention kernel.
+        quantizers: How each linear layer is stored; the codes are shared out, and not the scales beside them.
+        weight_dtype: Storage type of all other weights.
+        device: Of this process.
+
+    Raises:
+        ModelError: As `load_model`.
+        UnsupportedError: The model is no list of blocks, or a quantizer's layers are not ours.
+    """
+    refuse_other_quantization(folder, quantizers)
+    with _told_as_ours(str(folder.path)):
+        streamed = StreamedModel(
+            folder, section, quantizers, device, dequantized=False, dtype=weight_dtype, in_torch=True
+        )
+    model = streamed.model
+    blocks = list_of_blocks(model, linear_layers(model))
+    if blocks is None:
+        raise UnsupportedError(
+            f"no list of blocks is found in this model ({model.config.model_type})",
+            where="distributed.strategy",
+            hint="set it to ddp",
+        )
+    for name in streamed.quantizers:
+        if not is_quantized(model.get_submodule(name)):
+            raise UnsupportedError(
+                f"{streamed.quantizers[name].section.kind} stores the layer {name} in tensors that have no shares",
+                where="quantization.kind",
+                hint="choose nf4, fp4, affine, hqq, optq or icq, or set distributed.strategy to ddp",
+            )
+    share_out(model, [f"{blocks}.{index}" for index in range(len(model.get_submodule(blocks)))], streamed.fill, device)
+    if (folder.path / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
+    return model
+
+
+@contextmanager
+def _told_as_ours(where: str) -> Iterator[None]:
+    """What transformers says of a model that it cannot load becomes a ModelError."""
+    try:
+        yield
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -115,15 +195,6 @@ def load_model(
             where=where,
             hint="it must be a causal language model of an architecture that the installed transformers knows",
         ) from error
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise ModelError(
-            f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
-        )
-    # What is saved later names the base as the recipe does, not by a path of this machine.
-    model.name_or_path = model.config._name_or_path = folder.name
-    model.requires_grad_(False)
-    return model
 
 
 def _first_line(error: Exception) -> str:

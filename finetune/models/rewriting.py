@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.models.quantized import config_of
+from finetune.models.sharding import put_together
 from finetune.models.streaming import StreamedModel
 from finetune.models.tensor_files import DTYPES, Planned, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
@@ -97,6 +100,39 @@ def write_folded_quantized(streamed: StreamedModel, fold: Fold, folder: Path) ->
                         writer.put(name, tensor)
     streamed.model.config.quantization_config = config_of(quantizers)
     _write_settings(streamed, folder)
+
+
+def write_shares(model: Any, folder: Path) -> None:
+    """Write a model of which each process holds a share, as plain transformers loads it, into a single file.
+
+    The other processes must put `saved_tensors` together meanwhile.
+
+    Args:
+        model: A base whose weights were trained; tied ones are written once.
+        folder: Where to.
+    """
+    tensors = saved_tensors(model)
+    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    planned = {
+        file: Planned(piece.dtype, tuple(piece.shape))
+        for name, shape in shapes.items()
+        for file, piece in revert_weight_conversion(model, {name: shape}).items()
+    }
+    with put_together(tensors) as pending, tensor_writer(folder, planned, shard_bytes=inf) as writer:
+        for name, tensor in pending:
+            for file, piece in revert_weight_conversion(model, {name: tensor}).items():
+                writer.put(file, piece)
+    model.config.dtype = model.dtype
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved of a model, by name: parameters, tied ones once, and the buffers that belong to its state."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 class _Folded:

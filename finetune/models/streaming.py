@@ -5,6 +5,7 @@ Memory holds about one layer at a time, however large the model is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -52,7 +53,7 @@ class Source(NamedTuple):
 
 
 class StreamedModel:
-    """A causal language model in float32 whose weights are not there; while they are not, they read as NaN.
+    """A causal language model whose weights are not there; while they are not, they read as NaN.
 
     Args:
         folder: Its files.
@@ -60,7 +61,9 @@ class StreamedModel:
         quantizers: How each of its linear layers is stored, as for `load_model`.
         device: Where layers compute.
         dequantized: Whether every quantized layer is an ordinary one, of the weight that its codes stand for. Layers of
-            bitsandbytes always are.
+            bitsandbytes always are, unless `in_torch` says otherwise.
+        dtype: Of the weights that are not quantized, but for those that transformers keeps in float32.
+        in_torch: Whether 4-bit layers of bitsandbytes become layers of ours with the same codes.
 
     Attributes:
         model: The model, on which adapters go as on any other.
@@ -73,11 +76,18 @@ class StreamedModel:
     """
 
     def __init__(
-        self, folder: ModelFolder, section: Model, quantizers: Quantizers, device: torch.device, dequantized: bool
+        self,
+        folder: ModelFolder,
+        section: Model,
+        quantizers: Quantizers,
+        device: torch.device,
+        dequantized: bool,
+        dtype: torch.dtype = torch.float32,
+        in_torch: bool = False,
     ) -> None:
         self.folder, self.device, self._freed = folder, device, FreedMemory()
         self.files = stored_tensors(folder.path)
-        self.model = skeleton(read_config(folder), section, torch.float32).eval()
+        self.model = skeleton(read_config(folder), section, dtype).eval()
         self.model.name_or_path = self.model.config._name_or_path = folder.name
         self._stored = stored_quantization(folder)
         choose = OnLoadConfig.from_dict(self._stored.model_dump()).choose if self._stored else quantizers
@@ -90,9 +100,10 @@ class StreamedModel:
         self._refuse_missing()
         if not dequantized:
             for name, quantizer in self.quantizers.items():
-                if isinstance(quantizer, PackedQuantizer):
-                    self.model.set_submodule(name, replacement(name, layers[name], quantizer, torch.float32))
-        self._parts = self._hollow_out()
+                packed = getattr(quantizer, "in_torch", quantizer) if in_torch else quantizer
+                if isinstance(packed, PackedQuantizer):
+                    self.model.set_submodule(name, replacement(name, layers[name], packed, dtype))
+        self._parts = self._hollow_out(self._kept_in_float32(dtype))
         self._originals = dict(self.model.named_modules())
 
     def _names_of_codes(self) -> list[str]:
@@ -128,13 +139,20 @@ class StreamedModel:
             )
         self.tied = {name: stored[id(each)] for name, each in weights if name not in self.sources}
 
-    def _hollow_out(self) -> dict[str, tuple[nn.Module, list[str]]]:
+    def _kept_in_float32(self, dtype: torch.dtype) -> re.Pattern[str] | None:
+        """Names of weights that transformers keeps in float32 where the others are in `dtype`."""
+        patterns = self.model._get_dtype_plan(dtype)
+        return re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
+
+    def _hollow_out(self, in_float32: re.Pattern[str] | None) -> dict[str, tuple[nn.Module, list[str]]]:
         """Take the memory of every tensor that is in files: from a module's name to the names of those."""
         parts: dict[str, tuple[nn.Module, list[str]]] = {}
         hollow: dict[int, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
             own = []
             for name, parameter in list(module.named_parameters(recurse=False)):
+                if in_float32 and parameter.is_floating_point() and in_float32.search(f"{module_name}.{name}"):
+                    parameter = nn.Parameter(parameter.float(), requires_grad=False)
                 empty = hollow.setdefault(id(parameter), nn.Parameter(self._empty(parameter), requires_grad=False))
                 module.register_parameter(name, empty)
                 own.append(name)
@@ -215,7 +233,7 @@ class StreamedModel:
     @contextmanager
     def filled(self, within: str = "") -> Iterator[None]:
         """The time in which the weights of the base's module of this name, and of those within it, are there."""
-        names = [name for name in self._parts if not within or name == within or name.startswith(f"{within}.")]
+        names = self._within(within)
         for name in names:
             self._fill(name)
         try:
@@ -224,14 +242,32 @@ class StreamedModel:
             for name in names:
                 self._forget(name)
 
+    def fill(self, within: str = "") -> None:
+        """Read the weights of a module and of those within it for good; what has been read so is not read again."""
+        for name in self._within(within):
+            self._fill(name)
+            del self._parts[name]
+
+    def _within(self, place: str) -> list[str]:
+        return [name for name in self._parts if not place or name == place or name.startswith(f"{place}.")]
+
     def _fill(self, name: str) -> None:
         module, own = self._parts[name]
         codes: dict[str, Tensor] = {}
         if isinstance(module, QuantizedLinear):
             quantized: Any = self.quantized_layer(name)
-            codes = quantized.packed()
+            repack = getattr(quantized.quantizer, "repacked", lambda layer: layer)
+            codes = repack(quantized).packed()
         for each in own:
-            getattr(module, each).data = codes[each].data if each in codes else self.weight(f"{name}.{each}")
+            tensor = getattr(module, each)
+            found = codes[each] if each in codes else self.weight(f"{name}.{each}").to(tensor.dtype)
+            if found.shape != tensor.shape:
+                raise ModelError(
+                    f"{name}.{each} has another shape than config.json says",
+                    where=str(self.folder.path),
+                    hint="use the config.json that belongs to these weights",
+                )
+            tensor.data = found.data
 
     def _forget(self, name: str) -> None:
         module, own = self._parts[name]

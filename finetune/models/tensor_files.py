@@ -36,7 +36,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 << 20
 
 SHARD_BYTES = 2 << 30
-"""Most that one file holds, but for a single tensor that is larger."""
+"""Of one file, if nothing else is said."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -81,6 +81,12 @@ class StoredTensor(NamedTuple):
                     raise EOFError(f"{self.file} ends before the tensor that its header announces")
                 done += count
         return content.view(DTYPES[self.dtype]).view(self.shape)
+
+    def rows(self, first: int, end: int) -> StoredTensor:
+        """The part of it from one row to another, which is not part of it."""
+        row_bytes = (self.end - self.start) // self.shape[0]
+        start = self.start + first * row_bytes
+        return self._replace(shape=(end - first, *self.shape[1:]), start=start, end=start + (end - first) * row_bytes)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -157,16 +163,28 @@ class TensorWriter:
 
 
 @contextmanager
-def tensor_writer(folder: Path, planned: Mapping[str, Planned]) -> Iterator[TensorWriter]:
+def file_writer(file: Path, planned: Mapping[str, Planned]) -> Iterator[TensorWriter]:
+    """Lay out one file for tensors that come later; each must have been put when the block ends."""
+    with file.open("wb") as stream:
+        writer = TensorWriter(_lay_out(stream, planned))
+        yield writer
+        assert not writer.missing, f"never written: {sorted(writer.missing)}"
+
+
+@contextmanager
+def tensor_writer(
+    folder: Path, planned: Mapping[str, Planned], shard_bytes: float = SHARD_BYTES
+) -> Iterator[TensorWriter]:
     """Lay out the files of a model, as transformers looks for them, for tensors that come later.
 
     Args:
         folder: Where to write; there is an index where one file does not hold all.
         planned: Every tensor, by name; each must have been put when the block ends.
+        shard_bytes: Most that one file holds, but for a single tensor that is larger.
     """
     shards: list[dict[str, Planned]] = [{}]
     for name, plan in planned.items():
-        if shards[-1] and sum(each.bytes for each in shards[-1].values()) + plan.bytes > SHARD_BYTES:
+        if shards[-1] and sum(each.bytes for each in shards[-1].values()) + plan.bytes > shard_bytes:
             shards.append({})
         shards[-1][name] = plan
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]

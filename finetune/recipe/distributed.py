@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,13 @@ class Distributed(Section):
         1,
         ge=1,
         description="Processes on this machine, one for each GPU; a step's micro-batches are shared out to them.",
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description=(
+            "What each process holds of the base. ddp: all of it. fsdp: a share of each weight, with its gradient and "
+            "its moments; decoder blocks are put together one after the other as they compute. The losses are the same."
+        ),
     )
     restarts: int = Field(
         0, ge=0, description="How many times all processes start again from the last checkpoint after one has died."

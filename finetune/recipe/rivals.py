@@ -113,6 +113,11 @@ KEYS: Mapping[str, str] = {
     "max_norm": "training.max_grad_norm",
     "mixed_precision": "training.precision",
     "bnb_4bit_compute_dtype": "training.precision",
+    "num_processes": "distributed.processes",
+    "nproc_per_node": "distributed.processes",
+    "devices": "distributed.processes",
+    "fsdp_version": "distributed.strategy",
+    "data_parallel_strategy": "distributed.strategy",
     "activation_checkpointing": "training.gradient_checkpointing",
     "enable_activation_checkpointing": "training.gradient_checkpointing",
     "use_gradient_checkpointing": "training.gradient_checkpointing",
@@ -159,12 +164,31 @@ SNIPPETS: Mapping[str, str] = {
     "use_tensorboard": "trackers: [{name: tensorboard}]",
     "use_mlflow": "trackers: [{name: mlflow}]",
     "loggers": "trackers: [{name: wandb}]",
+    "fsdp": "distributed.strategy: fsdp",
+    "fsdp_config": "distributed.strategy: fsdp",
+    "fsdp2": "distributed.strategy: fsdp",
+    "deepspeed": "distributed.strategy: fsdp",
+    "deepspeed_config": "distributed.strategy: fsdp",
+    "zero_stage": "distributed.strategy: fsdp",
+    "zero_optimization": "distributed.strategy: fsdp",
 }
 """A rival's switch and what to write for it here."""
 
 NOTES: Mapping[str, str] = {
     "template": "leave it out: chats are rendered by the tokenizer's own template",
     "chat_template": "leave it out: chats are rendered by the tokenizer's own template",
+    **dict.fromkeys(
+        ("tensor_parallel", "tensor_parallel_size", "tp_size", "tp_plan", "tensor_model_parallel_size"),
+        "leave it out: no layer is split between processes; `distributed.strategy: fsdp` shares out all weights",
+    ),
+    **dict.fromkeys(
+        ("pipeline_parallel", "pipeline_parallel_size", "pp_size", "pipeline_model_parallel_size"),
+        "leave it out: every process computes all blocks; `distributed.strategy: fsdp` shares out their weights",
+    ),
+    **dict.fromkeys(
+        ("context_parallel", "context_parallel_size", "cp_size", "sequence_parallel", "sequence_parallel_size"),
+        "leave it out: a row stays in one process; `training.gradient_checkpointing: true` makes room for longer ones",
+    ),
 }
 """A rival's key that nothing takes the place of."""
 

@@ -480,6 +480,36 @@ def a_key_is_swept_once(recipe: Recipe) -> Violation | None:
     return None
 
 
+def shares_are_of_single_tensors(recipe: Recipe) -> Violation | None:
+    """int8's scales travel with the parameter object of bitsandbytes, which a share of its codes is not."""
+    sections = {"quantization": recipe.quantization} | {
+        f"modules.{index}.quantization": rule.quantization
+        for index, rule in enumerate(recipe.modules)
+        if rule.quantization is not None
+    }
+    for key, section in sections.items():
+        if recipe.distributed.strategy == "fsdp" and section.kind == "int8":
+            return Violation(
+                f"{key}.kind",
+                "int8 keeps its scales in bitsandbytes' own parameters, which distributed.strategy: fsdp cannot share out",
+                "set it to affine with bits: 8, or distributed.strategy to ddp",
+            )
+    return None
+
+
+def shares_need_moments_by_number(recipe: Recipe) -> Violation | None:
+    """Moments must be of single numbers for a share's to be the whole's: not of blocks of 256, rows or columns."""
+    is_sharded = recipe.distributed.strategy == "fsdp" and recipe.adapter.trains_base
+    if is_sharded and recipe.optimizer.name not in ("adamw", "sgd"):
+        return Violation(
+            "optimizer.name",
+            f"{recipe.optimizer.name} keeps moments of blocks, rows or columns of a weight, "
+            "of which distributed.strategy: fsdp leaves each process a part",
+            "set it to adamw, whose moments are shared out as well, or distributed.strategy to ddp",
+        )
+    return None
+
+
 RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     full_needs_full_precision,
     full_needs_unquantized_modules,
@@ -512,4 +542,6 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     a_key_is_swept_once,
     tasks_have_names_of_their_own,
     a_task_has_one_source,
+    shares_are_of_single_tensors,
+    shares_need_moments_by_number,
 )

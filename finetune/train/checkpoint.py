@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
-from finetune.models.tensors import apart
+from finetune.models.sharding import own_part, put_together, read_like
+from finetune.models.tensor_files import Planned, file_writer, tensors_in
 from finetune.train.state import TrainState
 
 TRAINED = "trained.safetensors"
@@ -28,8 +29,12 @@ COUNTERS = ("step", "tokens", "seconds", "loss", "held_out_step", "held_out_befo
 """Attributes of TrainState that are plain numbers."""
 
 
-def write_state(state: TrainState, folder: Path) -> None:
-    """Write all that changes during a run into an empty folder.
+def write_state(state: TrainState, folder: Path | None) -> None:
+    """Write all that changes during a run into an empty folder, a tensor at a time.
+
+    Args:
+        state: Where processes hold shares of what trains, all of them must come here.
+        folder: None in a process that does not write, and helps to put shares together.
 
     Raises:
         DivergedError: A number is not finite: such a state is never kept.
@@ -38,16 +43,19 @@ def write_state(state: TrainState, folder: Path) -> None:
     model = state.bare_model
     trained = state.method.state(model)
     entries, moments = _optimizer_state(state.optimizer, trainable(model))
-    for name, tensor in (*trained.items(), *moments.items()):
-        if not tensor.isfinite().all():
-            raise DivergedError(
-                f"{name} is not finite, although loss and gradient were",
-                where=f"step {state.step}",
-                hint="lower optimizer.learning_rate, or lengthen the warm-up",
-            )
-    _refuse_full_disk(folder, [*trained.values(), *moments.values()])
-    save_file(apart(trained), folder / TRAINED)
-    save_file(apart(moments), folder / OPTIMIZER)
+    _refuse_non_finite(state, {**trained, **moments})
+    with put_together({**trained, **moments}) as tensors:
+        if folder is None:
+            return
+        plans = {
+            file: {name: Planned(tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()}
+            for file, part in ((TRAINED, trained), (OPTIMIZER, moments))
+        }
+        _refuse_full_disk(folder, sum(plan.bytes for part in plans.values() for plan in part.values()))
+        for file, planned in plans.items():
+            with file_writer(folder / file, planned) as writer:
+                for name, tensor in islice(tensors, len(planned)):
+                    writer.put(name, tensor)
     counters = {name: getattr(state, name) for name in COUNTERS}
     written = {"counters": counters, "scaler": state.scaler.state_dict(), "optimizer": entries}
     (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -70,8 +78,11 @@ def read_state(state: TrainState, folder: Path) -> None:
         if name not in written["counters"]:
             raise _lacking(f"the counter {name}", folder)
         setattr(state, name, written["counters"][name])
-    state.method.restore(state.bare_model, load_file(folder / TRAINED))
-    _restore_optimizer(state, written["optimizer"], load_file(folder / OPTIMIZER), folder)
+    model = state.bare_model
+    state.method.restore(model, _read(folder / TRAINED, state.method.own_tensors(model).get))
+    parameters = trainable(model)
+    moments = _read(folder / OPTIMIZER, lambda name: parameters.get(name.rpartition(":")[0]))
+    _restore_optimizer(state, written["optimizer"], moments, folder)
     if state.scaler.is_enabled() and written["scaler"]:
         state.scaler.load_state_dict(written["scaler"])
 
@@ -82,8 +93,8 @@ def _optimizer_state(
     """An optimizer's state by the names of parameters, whichever optimizer it is.
 
     Returns:
-        For each parameter its `values`, which are plain numbers, and the keys of its `tensors`; and the tensors, on the
-        CPU, each as `parameter:key`.
+        For each parameter its `values`, which are plain numbers, and the keys of its `tensors`; and the tensors
+        themselves, each as `parameter:key`.
     """
     if torch.cuda.is_available():  # paged state is read here from memory that the GPU may be writing to
         torch.cuda.synchronize()
@@ -91,7 +102,7 @@ def _optimizer_state(
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
-        own = {key: value.detach().cpu() for key, value in state.items() if isinstance(value, Tensor)}
+        own = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
         values = {key: value for key, value in state.items() if key not in own}
         entries[name] = {"tensors": sorted(own), "values": values}
         tensors |= {f"{name}:{key}": tensor for key, tensor in own.items()}
@@ -125,8 +136,23 @@ def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str,
     return tensor.to(parameter.device)
 
 
-def _refuse_full_disk(folder: Path, tensors: list[Tensor]) -> None:
-    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+def _read(file: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """The tensors of a file, of each the share that this process holds of the tensor that it is `like`."""
+    return {name: read_like(stored, like(name)) for name, stored in tensors_in(file).items()}
+
+
+def _refuse_non_finite(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    name = next((name for name, tensor in tensors.items() if not own_part(tensor).isfinite().all()), None)
+    if state.said_by_any(name is not None):
+        raise DivergedError(
+            f"{name or 'what another process holds'} is not finite, although loss and gradient were",
+            where=f"step {state.step}",
+            hint="lower optimizer.learning_rate, or lengthen the warm-up",
+        )
+
+
+def _refuse_full_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise EnvironmentFault(
             f"{needed / 1e6:.1f} MB are needed, and {free / 1e6:.1f} MB are free",

@@ -105,9 +105,10 @@ def chunked_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The same with the head a few positions at a time, whether or not the model's own logits agree with that."""
     labels_BK, keep_K = _kept(batch)
     bare, losses = _bare(model), []
-    weights = [parameter for parameter in bare.get_output_embeddings().parameters() if parameter.requires_grad]
 
     def take_loss(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
+        # Those that the head has while it computes: before, a process may hold a share of them.
+        weights = [parameter for parameter in bare.get_output_embeddings().parameters() if parameter.requires_grad]
         is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
         losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, at_once, is_needed, *weights))
 

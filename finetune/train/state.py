@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
+from finetune.models.sharding import trained_shares
 from finetune.run.interruption import Interruption
 
 
@@ -51,6 +52,24 @@ class TrainState:
     def __post_init__(self) -> None:
         device = self.accelerator.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.compute_dtype is torch.float16)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold shares of what trains, so that all of them have to save it together."""
+        return bool(trained_shares(self.bare_model))
+
+    def said_by_main(self, word: bool) -> bool:
+        """What the main process says, where processes hold shares and act together; elsewhere `word`."""
+        if not self.is_sharded:
+            return word
+        return self.said_by_any(word and self.accelerator.is_main_process)
+
+    def said_by_any(self, word: bool) -> bool:
+        """Whether any process says so, where processes hold shares and act together; elsewhere `word`."""
+        if not self.is_sharded:
+            return word
+        said = torch.tensor(float(word), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(said, "sum"))
 
     @property
     def bare_model(self) -> nn.Module:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from finetune.data.batches import Batch
 from finetune.errors import DivergedError
 from finetune.train.loss import summed_cross_entropy
 from finetune.train.state import TrainState
+from finetune.train.together import accumulating, average_beside_shares, gradient_norm
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def train_step(
             state.optimizer.zero_grad()
             state.interruption.stop()
         is_last = index == len(batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(state.model):
+        with nullcontext() if is_last else accumulating(accelerator, state.model):
             with state.autocast():
                 loss = summed_cross_entropy(state.model, batch, state.noise)
             loss_sum += loss.detach()
@@ -60,6 +60,7 @@ def train_step(
             if is_last and (penalty := state.method.penalty(state.bare_model)) is not None:
                 objective = objective + penalty
             accelerator.backward(state.scaler.scale(objective))
+    average_beside_shares(accelerator, state.model)
     mean_loss = float(accelerator.reduce(loss_sum, "sum")) / targets
     state.scaler.unscale_(state.optimizer)
     norm = _clip(state, max_grad_norm)
@@ -76,10 +77,9 @@ def train_step(
 
 
 def _clip(state: TrainState, max_norm: float | None) -> float:
-    gradients: list[Tensor] = [p.grad for p in state.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = gradient_norm(state.accelerator, [p.grad for p in parameters])
     if max_norm is not None:
-        parameters = [p for p in state.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
