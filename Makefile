@@ -14,7 +14,7 @@ define on_two_cores
 	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
 endef
 
-.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-shares pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ bench-methods: $(VENV)/dev $(VENV)/quickstart  ## What each method reaches with 
 
 bench-plan: $(VENV)/dev $(VENV)/quickstart  ## Memory as planned beside memory as measured, of every recipe: half an hour
 	$(BIN)/python -m tests.benchmarks.plan
+
+bench-shares: $(VENV)/dev  ## Memory of a process and bytes sent, by strategy and number of processes
+	$(BIN)/python -m tests.benchmarks.shares
 
 pictures: $(VENV)/dev $(VENV)/quickstart  ## README's pictures, of a real run in a Chromium: BROWSER="chromium --no-sandbox" for root
 	$(BIN)/ft train recipes/quickstart.yaml --run-dir runs/bookings --overwrite \

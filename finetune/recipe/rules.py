@@ -491,7 +491,7 @@ def shares_are_of_single_tensors(recipe: Recipe) -> Violation | None:
         if recipe.distributed.strategy == "fsdp" and section.kind == "int8":
             return Violation(
                 f"{key}.kind",
-                "int8 keeps its scales in bitsandbytes' own parameters, which distributed.strategy: fsdp cannot share out",
+                "int8 keeps scales in bitsandbytes' own parameters, which distributed.strategy: fsdp cannot share out",
                 "set it to affine with bits: 8, or distributed.strategy to ddp",
             )
     return None

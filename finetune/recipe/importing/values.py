@@ -15,7 +15,7 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 NO_TEMPLATE = "chats are rendered by the tokenizer's own template; change tokenizer_config.json for another"
 ALWAYS = "ft does so in any case"
-DISTRIBUTED = "one process for each device, ft train --processes; nothing is sharded"
+DISTRIBUTED = "write distributed: {processes: N}, one for each device, and strategy: fsdp there to share out weights"
 NO_CODE = "ft runs no code that a model brings"
 OWN_KERNELS = "ft chooses its own kernels: model.kernels"
 HUB_PUSH = "push when it is done: ft export --push ORG/NAME"

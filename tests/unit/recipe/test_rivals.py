@@ -61,6 +61,10 @@ def test_case_and_dashes_of_a_rivals_key_do_not_matter(spelling: str) -> None:
         ("load_in_4bit: true", "here it is `quantization: {kind: nf4}`"),
         ("bf16: true", "here it is `training.precision: bfloat16`"),
         ("chat_template: chatml", "leave it out"),
+        ("deepspeed: zero3.json", "here it is `distributed.strategy: fsdp`"),
+        ("tensor_parallel: 4", "no layer is split between processes"),
+        ("pipeline_parallel: 4", "every process computes all blocks"),
+        ("context_parallel: 4", "a row stays in one process"),
     ],
 )
 def test_a_recipe_with_a_rivals_key_is_refused_with_the_translation(

@@ -80,6 +80,16 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, weight: 2}}]",),
         "evaluation.tasks.0.data.weight",
     ),
+    "shares_are_of_single_tensors": (("distributed.strategy=fsdp", "quantization={kind: int8}"), "quantization.kind"),
+    "shares_need_moments_by_number": (
+        (
+            "distributed.strategy=fsdp",
+            "adapter={method: full}",
+            "quantization={kind: none}",
+            "optimizer={name: lion_8bit}",
+        ),
+        "optimizer.name",
+    ),
 }
 """For each rule, overrides that break it and it alone in a good recipe, and the key that it complains of."""
 
@@ -130,6 +140,8 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",
     ),
     "a_task_has_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
+    "shares_are_of_single_tensors": ("distributed.strategy=fsdp",),
+    "shares_need_moments_by_number": ("distributed.strategy=fsdp", "optimizer={name: lion_8bit}"),
 }
 """For each rule, overrides that come close to breaking it."""
 

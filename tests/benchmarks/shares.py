@@ -1,0 +1,174 @@
+"""What each strategy costs a process, by the number of processes: `make bench-shares`.
+
+Memory is the process's resident set over what it was before the base was loaded, at most while that is loaded and at
+most in the second step. Bytes are those that a process sends in that step, if each collective does what is least: of n
+processes, (n - 1) / n of what is gathered or scattered, and twice as much of what is summed in all. The model is a
+Llama with random weights; everything runs on gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.fixtures.processes import results
+from tests.fixtures.recipes import write_recipe
+from tests.fixtures.tiny import chat_rows, write_tiny_model
+
+SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
+"""Of the model: 132 million weights, and 330,000 in its embeddings."""
+
+RUNS: dict[str, dict[str, Any]] = {
+    "full, float32": {"adapter": {"method": "full"}, "optimizer": {"name": "adamw"}},
+    "lora r=16, float32": {"adapter": {"method": "lora"}},
+    "lora r=16, nf4": {"adapter": {"method": "lora"}, "quantization": {"kind": "nf4"}},
+}
+SCRIPT = "from tests.benchmarks.shares import measure; measure()"
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: VmRSS, or VmHWM, the most since the last `forget_peak`."""
+    (kilobytes,) = re.findall(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(kilobytes)
+
+
+def forget_peak() -> None:
+    """Let VmHWM begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Sent:
+    """Counts collectives of PyTorch's Python functions, and the bytes of the larger tensor of each."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+            setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            self.calls[name] += 1
+            self.bytes[name] += max(each.nbytes for each in (*args, *options.values()) if isinstance(each, Tensor))
+            return call(*args, **options)
+
+        return counted
+
+
+def measure() -> None:
+    """In every process of a run: print what loading and the second step took, the most of any process."""
+    import sys
+    from contextlib import nullcontext
+
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    from finetune.jobs.ready import Ready
+    from finetune.jobs.setup import Workbench
+    from finetune.recipe.load import load_recipe
+    from finetune.run.events import ignore
+    from finetune.run.interruption import Interruption
+    from finetune.train import step
+    from finetune.train.loop import fit
+
+    if "always" in sys.argv[2:]:
+        step.accumulating = lambda accelerator, model: nullcontext()
+    torch.manual_seed(0)
+    recipe = load_recipe(Path(sys.argv[1])).recipe
+    bench = Workbench.of(recipe, ignore)
+    bench.read_data(ignore)
+    before = resident("VmRSS")
+    forget_peak()
+    base = bench.load_base(ignore)
+    loading, loaded = resident("VmHWM") - before, resident("VmRSS") - before
+    del base
+    before = resident("VmRSS")
+    ready = Ready.of(recipe, ignore, Interruption())
+    state, sent = ready.state, Sent()
+    if isinstance(state.model, DistributedDataParallel):
+        state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)  # its own way, through what is counted
+    trained = sum(weight.nbytes for weight in state.bare_model.parameters() if weight.requires_grad)
+    steps = fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout)
+    next(steps)
+    forget_peak()
+    sent.calls.clear()
+    sent.bytes.clear()
+    next(steps)
+    taken = [loading, loaded, resident("VmHWM") - before]
+    most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
+    if bench.accelerator.is_main_process:
+        memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
+        print(json.dumps({**memory, "trained": trained, "calls": sent.calls, "bytes": sent.bytes}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(
+    sections: dict[str, Any],
+    strategy: str,
+    processes: int,
+    model: Path,
+    folder: Path,
+    micro_batches: int = 4,
+    when: str = "in the last pass",
+) -> dict[str, Any]:
+    """What `measure` says of a recipe with this strategy.
+
+    Args:
+        sections: Of the recipe, beside those that are the same for all.
+        strategy: ddp or fsdp.
+        processes: How many.
+        model: A model's folder.
+        folder: For files.
+        micro_batches: Of a step, over all processes.
+        when: Gradients are summed; "always" for a step as it should not be.
+    """
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(32)), encoding="utf-8")
+    training = {"max_steps": 2, "micro_batch_size": 1, "gradient_accumulation_steps": micro_batches}
+    recipe = {
+        "model": {"name": str(model)},
+        "data": {"train": [{"path": str(rows)}], "max_length": 128},
+        **sections,
+        "training": {**training, "precision": "float32", "rehearsal": False},
+        "distributed": {"strategy": strategy},
+    }
+    found: dict[str, Any] = results(SCRIPT, processes, folder, write_recipe(recipe, folder), when)
+    share = (processes - 1) / processes
+    factors = {"all_gather_into_tensor": share, "reduce_scatter_tensor": share, "all_reduce": 2 * share}
+    return {**found, "sent": sum(factors[name] * size for name, size in found["bytes"].items())}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", nargs="*", type=int, default=[1, 2, 4])
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
+    chosen = parser.parse_args()
+    columns = ["what trains", "strategy", "processes", "loading", "loaded", "in a step", "sent in a step"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_tiny_model(folder / "model", max_position_embeddings=512, **SIZES)
+        for name in chosen.runs:
+            for strategy in ("ddp", "fsdp"):
+                for processes in chosen.processes:
+                    if processes == 1 and strategy == "fsdp":
+                        continue  # one process holds all of everything
+                    found = run(RUNS[name], strategy, processes, folder / "model", folder)
+                    sizes = [f"{found[key] / 1e6:,.0f} MB" for key in ("loading", "loaded", "step", "sent")]
+                    print("| " + " | ".join([name, strategy, str(processes), *sizes]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Processes that hold shares of the base take the steps of one process that holds all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.benchmarks.shares import SIZES, run
+from tests.fixtures.processes import results
+from tests.fixtures.recipes import write_recipe
+from tests.fixtures.tiny import tiny_llama, write_tiny_model
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from finetune.evaluation.generation import Sampling, generate
+from finetune.evaluation.loss import held_out_loss
+from finetune.jobs.ready import Ready
+from finetune.recipe.load import load_recipe
+from finetune.run.events import ignore
+from finetune.run.interruption import Interruption
+from finetune.train import step
+from finetune.train.checkpoint import read_state, write_state
+from finetune.train.loop import fit
+
+recipes, written, resumed = (Path(folder) for folder in sys.argv[1:4])
+if sys.argv[4] == "without the others":
+    step.average_beside_shares = lambda accelerator, model: None
+found = {}
+for file in sorted(recipes.iterdir()):
+    recipe = load_recipe(file).recipe
+    ready = Ready.of(recipe, ignore, Interruption())
+    state, main = ready.state, ready.bench.accelerator.is_main_process
+    if (resumed / file.stem).is_dir():
+        read_state(state, resumed / file.stem)
+    found[file.stem] = results = {}
+    results["steps"] = [
+        [metrics.loss, metrics.gradient_norm]
+        for metrics in fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout)
+    ]
+    loss = held_out_loss(
+        state.bare_model, ready.rows.train[:5], accelerator=ready.bench.accelerator, compute_dtype=torch.float32,
+        batch_size=2, padding=0,
+    )
+    results["held_out"] = [loss.loss, loss.tokens]
+    results["answers"] = generate(
+        state.bare_model, ready.bench.tokenizer, [[256, 80, 90], [256, 7]], Sampling(4), batch_size=2, padding=0
+    )
+    results["quantized"] = ready.facts["quantized_base"]
+    results["largest_share"] = max(
+        weight.to_local().numel() / weight.numel() if hasattr(weight, "to_local") else 1.0
+        for name, weight in state.bare_model.named_parameters()
+        if "lora" not in name and "layers" in name and weight.dim() > 1
+    )
+    target = written / file.stem
+    if main:
+        target.mkdir(parents=True)
+        write_state(state, target)
+        (target / "trained").mkdir()
+        ready.bench.method.save(state.bare_model, target / "trained")
+    elif state.is_sharded:
+        write_state(state, None)
+        ready.bench.method.help_save(state.bare_model)
+    fresh = Ready.of(recipe, ignore, Interruption()).state
+    ready.bench.accelerator.wait_for_everyone()
+    read_state(fresh, target)
+    again = target / "again"
+    if main:
+        again.mkdir()
+        write_state(fresh, again)
+    elif state.is_sharded:
+        write_state(fresh, None)
+if main:
+    print(json.dumps(found))
+torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+"""
+
+LORA = {"method": "lora", "r": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"adapter": {"method": "full"}},
+    "full, adamw": {"adapter": {"method": "full"}, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
+    "full, checkpointed": {"adapter": {"method": "full"}, "training": {"gradient_checkpointing": True}},
+    "norms": {"adapter": {"method": "full", "train": ["*norm.weight"]}},
+    "lora": {"adapter": LORA},
+    "lora, 8 bits": {"adapter": LORA, "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-3}},
+    "lora, checkpointed": {"adapter": LORA, "training": {"gradient_checkpointing": True}},
+    "lora, tokens": {"adapter": {**LORA, "trainable_tokens": ["a"]}},
+    "lora, whole": {"adapter": {**LORA, "modules_to_save": ["embed_tokens"]}},
+    "dora": {"adapter": {**LORA, "dora": True}},
+    "pissa": {"adapter": {**LORA, "initialization": "pissa"}},
+    "loftq": {"adapter": {**LORA, "initialization": "loftq"}, "quantization": {"kind": "affine", "bits": 2}},
+    "qlora": {"adapter": LORA, "quantization": {"kind": "nf4"}},
+    "qa_lora": {"adapter": {"method": "qa_lora", "r": 4}, "quantization": {"kind": "affine"}},
+    "adalora": {"adapter": {"method": "adalora", "r": 4, "target_r": 2}},
+    "ia3": {"adapter": {"method": "ia3"}},
+    "vera": {"adapter": {"method": "vera", "r": 4}},
+    "loha": {"adapter": {"method": "loha", "r": 2}},
+    "lokr": {"adapter": {"method": "lokr", "r": 2}},
+    "oft": {"adapter": {"method": "oft", "block_size": 16}},
+    "prompt_tuning": {"adapter": {"method": "prompt_tuning", "tokens": 4, "start": {"kind": "vocabulary"}}},
+    "prefix_tuning": {"adapter": {"method": "prefix_tuning", "tokens": 4}},
+    "p_tuning": {"adapter": {"method": "p_tuning", "tokens": 4}},
+    "trainable_tokens": {"adapter": {"method": "trainable_tokens", "tokens": ["a", "b"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def recipes(tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of four steps for every method, each step of five micro-batches that two processes share unevenly."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for name, sections in METHODS.items():
+        training = {"max_steps": 4, "micro_batch_size": 1, "gradient_accumulation_steps": 5, "precision": "float32"}
+        whole = {
+            "model": {"name": str(tiny_model)},
+            "data": {"train": [{"path": str(chat_file)}], "max_length": 128},
+            "optimizer": {"name": "sgd", "learning_rate": 0.1, "schedule": "constant"},
+            "distributed": {"strategy": "fsdp"},
+            **sections,
+            "training": {**training, **sections.get("training", {})},
+        }
+        write_recipe(whole, folder).rename(folder / f"{name}.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taken(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[str, Any], Path]]:
+    """What one process and two have come to, and where their checkpoints are."""
+    taken = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp("taken")
+        taken[processes] = results(SCRIPT, processes, folder, recipes, folder / "written", "none", "whole"), folder
+    return taken
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_with_shares_give_the_losses_of_one_with_all(method: str, taken: Any):
+    (one, _), (two, _) = taken[1], taken[2]
+    alone, together = one[method], two[method]
+    assert len(alone["steps"]) == 4
+    for one_step, two_step in zip(alone["steps"], together["steps"], strict=True):
+        assert two_step == pytest.approx(one_step, rel=1e-5)
+    assert together["held_out"] == pytest.approx(alone["held_out"], rel=1e-5)
+    assert together["answers"] == alone["answers"]
+    assert together["quantized"] == alone["quantized"]
+    assert (alone["largest_share"], together["largest_share"]) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_two_processes_save_is_what_one_saves(method: str, taken: Any):
+    one, two = (folder / "written" / method for _, folder in (taken[1], taken[2]))
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        alone, together, again = (load_file(folder / name) for folder in (one, two, two / "again"))
+        assert together.keys() == alone.keys()
+        for key, tensor in together.items():
+            assert tensor.dtype == alone[key].dtype
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensor, alone[key], rtol=1e-3, atol=1e-5)
+            assert torch.equal(tensor, again[key]), key
+    files = [
+        {file.name: load_file(file) for file in (folder / "trained").glob("*.safetensors")} for folder in (one, two)
+    ]
+    assert files[0].keys() == files[1].keys()
+    for name, tensors in files[0].items():
+        assert tensors.keys() == files[1][name].keys()
+
+
+def test_it_would_be_seen_if_processes_kept_their_gradients_to_themselves(recipes: Path, taken: Any, tmp_path: Path):
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "lora.yaml").write_text((recipes / "lora.yaml").read_text())
+    found = results(SCRIPT, 2, tmp_path, few, tmp_path / "written", "none", "without the others")
+    assert found["lora"]["steps"][1] != pytest.approx(taken[1][0]["lora"]["steps"][1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_what_two_processes_save_goes_on_in_one_and_in_four(processes: int, recipes: Path, taken: Any, tmp_path: Path):
+    few = tmp_path / "few"
+    few.mkdir()
+    names = ["full, adamw", "lora", "qlora"]
+    for name in names:
+        text = (recipes / f"{name}.yaml").read_text()
+        (few / f"{name}.yaml").write_text(text.replace("max_steps: 4", "max_steps: 7"))
+    whole = results(SCRIPT, 1, tmp_path, few, tmp_path / "whole", "none", "whole")
+    found = results(SCRIPT, processes, tmp_path, few, tmp_path / "written", taken[2][1] / "written", "whole")
+    for name in names:
+        assert len(found[name]["steps"]) == 3
+        for step, expected in zip(found[name]["steps"], whole[name]["steps"][4:], strict=True):
+            assert step == pytest.approx(expected, rel=1e-4)
+
+
+# What is sent
+
+
+def weight_bytes(in_blocks: bool) -> int:
+    """Of the tiny model, float32."""
+    weights = tiny_llama().named_parameters()
+    return sum(weight.nbytes for name, weight in weights if (".layers." in name) is in_blocks)
+
+
+COUNTS_AND_LOSS = 3 * 8 + 4
+"""Bytes that a step sums beside gradients: tokens, trained tokens and who was asked to stop, and the loss."""
+NORM = 8
+
+
+@pytest.mark.parametrize("micro_batches", [2, 6])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
+    strategy: str, micro_batches: int, tiny_model: Path, tmp_path: Path
+):
+    found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=micro_batches)
+    blocks, around = weight_bytes(in_blocks=True), weight_bytes(in_blocks=False)
+    assert found["trained"] == blocks + around
+    if strategy == "ddp":
+        assert found["bytes"] == {"all_reduce": blocks + around + COUNTS_AND_LOSS}
+        return
+    passes = micro_batches // 2
+    assert found["bytes"] == {
+        "all_gather_into_tensor": passes * (2 * blocks + around),
+        "reduce_scatter_tensor": blocks + around,
+        "all_reduce": COUNTS_AND_LOSS + NORM,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_it_would_be_seen_if_gradients_were_summed_in_every_pass(strategy: str, tiny_model: Path, tmp_path: Path):
+    found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=6, when="always")
+    key = "all_reduce" if strategy == "ddp" else "reduce_scatter_tensor"
+    assert found["bytes"][key] >= 3 * found["trained"]
+
+
+def test_of_an_adapter_over_shares_its_gradients_are_summed_in_one_go(tiny_model: Path, tmp_path: Path):
+    found = run({"adapter": LORA}, "fsdp", 2, tiny_model, tmp_path, micro_batches=6)
+    assert found["bytes"]["all_reduce"] == found["trained"] + COUNTS_AND_LOSS
+    assert found["calls"]["all_reduce"] == 3
+    assert "reduce_scatter_tensor" not in found["calls"]
+
+
+# What is held
+
+
+@pytest.mark.slow
+def test_loading_and_stepping_take_a_share_of_the_memory(tmp_path: Path):
+    write_tiny_model(tmp_path / "model", **SIZES)
+    whole = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    unit, slack = whole / SIZES["num_hidden_layers"], 60e6
+    sections = {"adapter": {"method": "full"}, "optimizer": {"name": "sgd", "momentum": 0.0}}
+    alone = run(sections, "ddp", 2, tmp_path / "model", tmp_path)
+    assert alone["loaded"] > 0.95 * whole  # the control
+    for processes in (2, 4):
+        found = run(sections, "fsdp", processes, tmp_path / "model", tmp_path)
+        assert found["loading"] < whole / processes + 2 * unit + slack
+        assert found["loaded"] < whole / processes + slack
