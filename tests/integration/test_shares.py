@@ -18,6 +18,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
+from transformers.utils import logging
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.ready import Ready
@@ -31,6 +32,7 @@ from finetune.train.loop import fit
 recipes, written, resumed = (Path(folder) for folder in sys.argv[1:4])
 if sys.argv[4] == "without the others":
     step.average_beside_shares = lambda accelerator, model: None
+logging.disable_progress_bar()
 found = {}
 for file in sorted(recipes.iterdir()):
     recipe = load_recipe(file).recipe
@@ -55,7 +57,7 @@ for file in sorted(recipes.iterdir()):
     results["largest_share"] = max(
         weight.to_local().numel() / weight.numel() if hasattr(weight, "to_local") else 1.0
         for name, weight in state.bare_model.named_parameters()
-        if "lora" not in name and "layers" in name and weight.dim() > 1
+        if name.endswith(("_proj.weight", "base_layer.weight", "norm.weight"))
     )
     target = written / file.stem
     if main:
