@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
+from finetune.models.sharding import put_surroundings_together
 
 
 class FixedPrompt(nn.Module):
@@ -313,6 +314,7 @@ def _prompted(base: PreTrainedModel, prompts: _Prompts, ids_BT: Tensor, mask_BT:
 
     Were the padding between prompt and row, sliding windows and biases by distance would count it.
     """
+    put_surroundings_together(base)
     embeddings_BTE = base.get_input_embeddings()(ids_BT)
     places = prompts.mask_BP.shape[1]
     begin_B1 = _first_column(mask_BT)

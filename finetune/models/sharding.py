@@ -106,7 +106,7 @@ def with_whole_weights(module: nn.Module) -> Iterator[None]:
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
-        if isinstance(parameter, DTensor)
+        if parameter is not None and is_share(parameter)
     ]
     for owner, name, share in shares:
         owner._parameters[name] = nn.Parameter(whole(share), requires_grad=False)
@@ -129,6 +129,12 @@ def with_whole_surroundings(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         base.reshard()
+
+
+def put_surroundings_together(model: nn.Module) -> None:
+    """Make what stands around the blocks whole now, which a pass of the base would do a moment later."""
+    if (base := sharded_base(model)) is not None:
+        base.unshard()
 
 
 def read_like(stored: StoredTensor, like: Tensor | None) -> Tensor:

@@ -77,9 +77,10 @@ def train_step(
 
 
 def _clip(state: TrainState, max_norm: float | None) -> float:
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    norm = gradient_norm(state.accelerator, [p.grad for p in parameters])
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = gradient_norm(state.accelerator, gradients)
     if max_norm is not None:
+        parameters = [p for p in state.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
