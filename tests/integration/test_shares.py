@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from cli.main import app
 from tests.benchmarks.shares import SIZES, run
-from tests.fixtures.processes import results
+from tests.fixtures.processes import ROOT, results
 from tests.fixtures.recipes import write_recipe
 from tests.fixtures.tiny import tiny_llama, write_tiny_model
 
@@ -194,6 +200,55 @@ def test_what_two_processes_save_goes_on_in_one_and_in_four(processes: int, reci
         assert len(found[name]["steps"]) == 3
         for step, expected in zip(found[name]["steps"], whole[name]["steps"][4:], strict=True):
             assert step == pytest.approx(expected, rel=1e-4)
+
+
+# From the command to the result
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_with_shares_is_the_run_of_one_process_and_goes_on_in_one(
+    method: str, tiny_model: Path, chat_file: Path, tmp_path: Path
+):
+    sections: dict[str, Any] = {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": method},
+        "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.3, "max_length": 128},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": "constant"},
+        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "precision": "float32"},
+        "evaluation": {"every_steps": 2, "sample_rows": 2, "max_new_tokens": 4, "batch_size": 2, "patience": 3},
+        "distributed": {"strategy": "fsdp"},
+    }
+    sections["training"] |= {"rehearsal": True, "checkpoint_every_steps": 2}
+    recipe = write_recipe(sections, tmp_path)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert CliRunner().invoke(app, ["train", str(recipe), "--run-dir", str(alone), "-q"]).exit_code == 0
+    command = [sys.executable, "-m", "cli", "train", recipe, "--processes", "2", "--run-dir", together]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command), "--set", "training.max_steps=4"],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained 4 steps") == 1
+    again = CliRunner().invoke(app, ["train", "--resume", str(together), "--set", "training.max_steps=6", "-q"])
+    assert again.exit_code == 0, again.output
+    for event, keys in {"step": ("loss",), "validation": ("loss",), "sample": ("answer",)}.items():
+        found, expected = ([line for line in lines(run) if line["event"] == event] for run in (together, alone))
+        assert len(found) == len(expected) > 0
+        for line, other in zip(found, expected, strict=True):
+            for key in keys:
+                assert line[key] == (pytest.approx(other[key], rel=1e-4) if key == "loss" else other[key])
+    folder, file = ("model", "model.safetensors") if method == "full" else ("adapter", "adapter_model.safetensors")
+    found, expected = (load_file(run / folder / file) for run in (together, alone))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-4)
+    evaluated = CliRunner().invoke(app, ["eval", str(together), "-q"])
+    assert evaluated.exit_code == 0, evaluated.output
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # What is sent
