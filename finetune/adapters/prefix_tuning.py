@@ -6,6 +6,9 @@ they are trained.
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 from peft import PrefixEncoder, PrefixTuningConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +24,10 @@ class PrefixTuningMethod(SoftPromptMethod):
 
     convention = "keys and values of P places before each layer's own, in the order layer, key and value, head"
     section: PrefixTuning
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._shapes: WeakKeyDictionary[PreTrainedModel, KeyShape] = WeakKeyDictionary()
 
     def check_merge(self) -> None:
         """Refuse: a prefix is neither weights nor tokens.
@@ -43,15 +50,21 @@ class PrefixTuningMethod(SoftPromptMethod):
             return FixedPrompt(prefix_of_tokens(model, self._common_tokens()))
         return EncodedPrompt(PrefixEncoder(self._peft_config(model)), self.section.tokens)
 
+    def _shape(self, model: PreTrainedModel) -> KeyShape:
+        """Found once, by a pass: one process that saves cannot make it alone where each holds a share of the model."""
+        if model not in self._shapes:
+            self._shapes[model] = KeyShape.of(model)
+        return self._shapes[model]
+
     def _width(self, model: PreTrainedModel) -> int:
-        shape = KeyShape.of(model)
+        shape = self._shape(model)
         return 2 * shape.layers * shape.heads * shape.width
 
     def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> PrefixedModel:
-        return PrefixedModel(model, prompt, KeyShape.of(model))
+        return PrefixedModel(model, prompt, self._shape(model))
 
     def _peft_config(self, model: PreTrainedModel) -> PrefixTuningConfig:
-        shape = KeyShape.of(model)
+        shape = self._shape(model)
         return PrefixTuningConfig(
             num_virtual_tokens=self.section.tokens,
             token_dim=shape.heads * shape.width,
