@@ -182,6 +182,7 @@ PARTS = {
     "adapter": "what the method adds",
     "gradients": "of what trains",
     "optimizer": "moments, and what the method keeps",
+    "together": "what processes put together or sum",
     "activations": "of the largest pass, forward and backward",
     "logits": "and their gradients, a chunk at a time",
     "holes": "what the allocator holds between tensors",
@@ -195,6 +196,7 @@ def plan(plan: Plan) -> list[str]:
     work = plan.work
     lines = [
         f"device       {plan.device}" + (f", {memory(plan.capacity)}" if plan.capacity else ""),
+        *([f"processes    {plan.processes}, by {plan.strategy}; what follows is of one"] if plan.processes > 1 else []),
         f"parameters   {count(plan.total)}, of which {count(plan.trainable)} train ({100 * share:.2g} %)",
         f"rows         {work.rows:,}: {count(work.tokens)} tokens an epoch, {count(work.targets)} trained in the run",
         f"steps        {work.steps:,}, {work.steps_per_epoch:.4g} an epoch; "

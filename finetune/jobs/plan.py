@@ -21,6 +21,7 @@ from finetune.models.tensor_files import stored_tensors
 from finetune.plan.cards import Card
 from finetune.plan.footprint import Passes, Resident, Setting, passes, resident
 from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_bytes
+from finetune.plan.shares import held_by_one
 from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.on_load import OnLoadConfig
@@ -77,7 +78,9 @@ class Plan:
 
     Attributes:
         device: In words.
-        capacity: Its memory in bytes; None where it is not known.
+        processes: Of the run on this machine; memory is that of one, time that of all.
+        strategy: How they share the base.
+        capacity: Memory for each in bytes; None where it is not known.
         parts: Bytes of the largest training step by part.
         paged: Whether the optimizer's part moves to the CPU's memory where the GPU's is short.
         while_loading: The most while the base loads.
@@ -90,6 +93,8 @@ class Plan:
     """
 
     device: str
+    processes: int
+    strategy: str
     capacity: int | None
     parts: dict[str, int]
     paged: bool
@@ -241,17 +246,21 @@ class Planner:
         is_quantized = setting.quantizes_head or not bench.quantizers.quantize_nothing
         rebuilds = card is None and is_quantized and setting.recomputes
         step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
+        own = held_by_one(held, recipe)
         parts = {
             "libraries": libraries,
-            "weights": held.weights,
+            "weights": own.weights,
             "adapter": held.adapter,
-            "gradients": held.gradients,
-            "optimizer": held.optimizer,
+            "gradients": own.gradients,
+            "optimizer": own.optimizer,
+            **({"together": own.together} if own.together else {}),
             "activations": step - traced.logits,
             "logits": traced.logits,
             "holes": round(holes * step) + (HOLES_OF_REBUILT if rebuilds else 0),
         }
-        mapped = 0 if card else _mapped_bytes(bench, setting.weight_dtype)
+        is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
+        mapped = 0 if card or is_sharded else _mapped_bytes(bench, setting.weight_dtype)
+        whole = held.base.block + held.base.around if is_sharded else 0
         speed = card.teraflops * 1e12 * SHARE_OF_STATED if card and card.teraflops else None
         if card is None and measures_time:
             self._report(Phase("measuring products"))
@@ -267,14 +276,17 @@ class Planner:
         )
         return Plan(
             device=card.name if card else "this machine's CPU",
-            capacity=card.memory_bytes if card else memory_bytes(),
+            processes=recipe.distributed.processes,
+            strategy=recipe.distributed.strategy,
+            capacity=card.memory_bytes if card else memory_bytes(recipe.distributed.processes),
             parts=parts,
             paged=self._pages(recipe),
-            while_loading=(self._held if card is None else CONTEXT_ON_GPU) + held.weights + mapped,
+            while_loading=(self._held if card is None else CONTEXT_ON_GPU) + own.weights + whole + mapped,
             while_evaluating=libraries
-            + held.weights
+            + own.weights
+            + whole
             + held.adapter
-            + held.optimizer
+            + own.optimizer
             + round((1 + holes) * traced.evaluation),
             trainable=held.count.trainable,
             total=held.count.total,

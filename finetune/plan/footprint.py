@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from finetune.data.batches import Batch
 from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
 from finetune.models.fused import fuse
-from finetune.models.linears import ParameterCount, count_parameters
+from finetune.models.linears import ParameterCount, count_parameters, linear_layers, list_of_blocks
 from finetune.models.skeleton import skeleton, with_blocks
 from finetune.plan.speed import layer_shapes
 from finetune.plan.stand_ins import quantize_shapes
@@ -66,12 +66,28 @@ class Setting:
     on_gpu: bool
 
 
+class Base(NamedTuple):
+    """Bytes of a base.
+
+    Attributes:
+        weights: All of it.
+        block: Parameters of its largest decoder block.
+        around: Parameters around the blocks.
+        buffers: What is no parameter, such as the scales of quantized weights.
+    """
+
+    weights: int
+    block: int
+    around: int
+    buffers: int
+
+
 @dataclass(frozen=True)
 class Resident:
     """What is held from step to step, in bytes.
 
     Attributes:
-        weights: Of the base.
+        base: The base.
         adapter: What the method adds, trained or not.
         gradients: Of what trains.
         optimizer: Moments, and what the method keeps between steps.
@@ -81,7 +97,7 @@ class Resident:
         head: The output head's shape.
     """
 
-    weights: int
+    base: Base
     adapter: int
     gradients: int
     optimizer: int
@@ -114,13 +130,13 @@ def resident(setting: Setting) -> Resident:
     """
     plain = skeleton(setting.config, setting.model, setting.weight_dtype)
     vocabulary, width = plain.get_output_embeddings().weight.shape
-    model, _, weights = _attached(setting, setting.config)
+    model, _, base = _attached(setting, setting.config)
     trained = trainable(model)
     sizes = _sizes([*model.parameters(), *model.buffers()])
     kept = {key: size for key, size in _sizes(setting.method.state(model).values()).items() if key not in sizes}
     return Resident(
-        weights=weights,
-        adapter=sum(sizes.values()) - weights,
+        base=base,
+        adapter=sum(sizes.values()) - base.weights,
         gradients=sum(_sizes(trained.values()).values()),
         optimizer=state_bytes(setting.optimizer, trained.values()) + sum(kept.values()),
         count=count_parameters(model),
@@ -193,7 +209,7 @@ def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None)
     return Passes(trained.peak - trained.logits_at_peak, trained.logits_at_peak, evaluated)
 
 
-def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, int]:
+def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Base]:
     """The trainable model without memory, what its tensors belong to, and the bytes of its base."""
     model, fakes = skeleton(config, setting.model, setting.weight_dtype), FakeTensors()
     kernels = setting.compute_dtype if setting.on_gpu else None
@@ -205,11 +221,22 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, in
         model.set_attn_implementation(packed_attention.NAME)
     if setting.recomputes:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    base = sum(_sizes([*model.parameters(), *model.buffers()]).values())
+    base = _base(model)
     with Unfilled(fakes):
         attached = setting.method.attach(model, setting.total_steps)
     fakes.hollow_out(attached, vectors_too=True)
     return attached, fakes, base
+
+
+def _base(model: nn.Module) -> Base:
+    name = list_of_blocks(model, linear_layers(model))
+    blocks = (
+        [sum(_sizes(block.parameters()).values()) for block in model.get_submodule(name).children()] if name else [0]
+    )
+    parameters = _sizes(model.parameters())
+    buffers = sum(size for key, size in _sizes(model.buffers()).items() if key not in parameters)
+    whole = sum(parameters.values())
+    return Base(whole + buffers, max(blocks), whole - sum(blocks), buffers)
 
 
 def _autocast(setting: Setting) -> torch.autocast:

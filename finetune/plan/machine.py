@@ -22,10 +22,10 @@ def cuda_card() -> Card | None:
     return Card(found.name, found.total_memory, None)
 
 
-def memory_bytes() -> int | None:
-    """Memory of this machine; None where the system does not tell."""
+def memory_bytes(processes: int = 1) -> int | None:
+    """Memory of this machine for each of so many processes; None where the system does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
     except (ValueError, OSError, AttributeError):
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import DataError
+from tests.fixtures.processes import ROOT, results
 from tests.fixtures.recipes import write_recipe
 
 SCRIPT = """
@@ -79,30 +79,8 @@ if accelerator.is_main_process:
 """
 
 
-def results(processes: int, tmp_path: Path) -> dict[str, list]:
-    root = Path(__file__).parents[2]
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
-    for rank in range(processes):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        address = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
-        environment = {**os.environ, **{key: str(value) for key, value in {**group, **address}.items()}}
-        if processes == 1:
-            environment = {key: value for key, value in environment.items() if key not in group}
-        workers.append(
-            subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    outputs = [worker.communicate(timeout=120) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * processes, outputs[0][1].decode()[-2000:]
-    return json.loads(outputs[0][0].decode().strip().splitlines()[-1])
-
-
 def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path: Path):
-    one, two = results(1, tmp_path), results(2, tmp_path)
+    one, two = results(SCRIPT, 1, tmp_path), results(SCRIPT, 2, tmp_path)
     assert len(one["steps"]) == 4  # the last step has two rows
     for alone, together in zip(one["steps"], two["steps"], strict=True):
         assert together == pytest.approx(alone, rel=1e-5)
@@ -118,7 +96,7 @@ def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path
 def launched(recipe: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`ft train` with two processes."""
     command = [sys.executable, "-m", "cli", "train", *map(str, arguments), "--processes", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *([recipe] if recipe else [])],
         env=environment,

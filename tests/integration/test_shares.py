@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,38 +119,52 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def recipes(tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of four steps for every method, each step of five micro-batches that two processes share unevenly."""
-    folder = tmp_path_factory.mktemp("recipes")
-    for name, sections in METHODS.items():
-        training = {"max_steps": 4, "micro_batch_size": 1, "gradient_accumulation_steps": 5, "precision": "float32"}
-        whole = {
-            "model": {"name": str(tiny_model)},
-            "data": {"train": [{"path": str(chat_file)}], "max_length": 128},
-            "optimizer": {"name": "sgd", "learning_rate": 0.1, "schedule": "constant"},
-            "distributed": {"strategy": "fsdp"},
-            **sections,
-            "training": {**training, **sections.get("training", {})},
-        }
-        write_recipe(whole, folder).rename(folder / f"{name}.yaml")
-    return folder
+QUICK = ("full, adamw", "lora", "qlora", "adalora", "prefix_tuning")
+"""Methods that are tried at every change; the others differ from them less."""
+EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
+
+Taken = Callable[[str, int], tuple[dict[str, Any], Path]]
+"""From a method and a number of processes to what they come to, and the folder that they have saved in."""
 
 
 @pytest.fixture(scope="module")
-def taken(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[str, Any], Path]]:
-    """What one process and two have come to, and where their checkpoints are."""
-    taken = {}
-    for processes in (1, 2):
+def taken(tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Taken:
+    """Four steps of every method, each of five micro-batches that two processes share unevenly."""
+
+    @cache
+    def group(is_quick: bool, processes: int) -> tuple[dict[str, Any], Path]:
         folder = tmp_path_factory.mktemp("taken")
-        taken[processes] = results(SCRIPT, processes, folder, recipes, folder / "written", "none", "whole"), folder
-    return taken
+        (folder / "recipes").mkdir()
+        for name in METHODS:
+            if (name in QUICK) is is_quick:
+                write(name, folder / "recipes", tiny_model, chat_file)
+        found = results(SCRIPT, processes, folder, folder / "recipes", folder / "written", "none", "whole")
+        return found, folder / "written"
+
+    def of(method: str, processes: int) -> tuple[dict[str, Any], Path]:
+        found, written = group(method in QUICK, processes)
+        return found[method], written / method
+
+    return of
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_with_shares_give_the_losses_of_one_with_all(method: str, taken: Any):
-    (one, _), (two, _) = taken[1], taken[2]
-    alone, together = one[method], two[method]
+def write(name: str, folder: Path, model: Path, rows: Path, steps: int = 4) -> None:
+    sections = METHODS[name]
+    training = {"max_steps": steps, "micro_batch_size": 1, "gradient_accumulation_steps": 5, "precision": "float32"}
+    whole = {
+        "model": {"name": str(model)},
+        "data": {"train": [{"path": str(rows)}], "max_length": 128},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1, "schedule": "constant"},
+        "distributed": {"strategy": "fsdp"},
+        **sections,
+        "training": {**training, **sections.get("training", {})},
+    }
+    write_recipe(whole, folder).rename(folder / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_two_processes_with_shares_give_the_losses_of_one_with_all(method: str, taken: Taken):
+    (alone, _), (together, _) = taken(method, 1), taken(method, 2)
     assert len(alone["steps"]) == 4
     for one_step, two_step in zip(alone["steps"], together["steps"], strict=True):
         assert two_step == pytest.approx(one_step, rel=1e-5)
@@ -158,9 +174,9 @@ def test_two_processes_with_shares_give_the_losses_of_one_with_all(method: str, 
     assert (alone["largest_share"], together["largest_share"]) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_two_processes_save_is_what_one_saves(method: str, taken: Any):
-    one, two = (folder / "written" / method for _, folder in (taken[1], taken[2]))
+@pytest.mark.parametrize("method", EACH)
+def test_what_two_processes_save_is_what_one_saves(method: str, taken: Taken):
+    (_, one), (_, two) = taken(method, 1), taken(method, 2)
     for name in ("trained.safetensors", "optimizer.safetensors"):
         alone, together, again = (load_file(folder / name) for folder in (one, two, two / "again"))
         assert together.keys() == alone.keys()
@@ -169,33 +185,35 @@ def test_what_two_processes_save_is_what_one_saves(method: str, taken: Any):
             if tensor.is_floating_point():
                 torch.testing.assert_close(tensor, alone[key], rtol=1e-3, atol=1e-5)
             assert torch.equal(tensor, again[key]), key
-    files = [
+    alone, together = (
         {file.name: load_file(file) for file in (folder / "trained").glob("*.safetensors")} for folder in (one, two)
-    ]
-    assert files[0].keys() == files[1].keys()
-    for name, tensors in files[0].items():
-        assert tensors.keys() == files[1][name].keys()
+    )
+    assert {file: tensors.keys() for file, tensors in together.items()} == {
+        file: tensors.keys() for file, tensors in alone.items()
+    }
 
 
-def test_it_would_be_seen_if_processes_kept_their_gradients_to_themselves(recipes: Path, taken: Any, tmp_path: Path):
-    few = tmp_path / "few"
-    few.mkdir()
-    (few / "lora.yaml").write_text((recipes / "lora.yaml").read_text())
-    found = results(SCRIPT, 2, tmp_path, few, tmp_path / "written", "none", "without the others")
-    assert found["lora"]["steps"][1] != pytest.approx(taken[1][0]["lora"]["steps"][1], rel=1e-3)
+def test_it_would_be_seen_if_processes_kept_their_gradients_to_themselves(
+    tiny_model: Path, chat_file: Path, taken: Taken, tmp_path: Path
+):
+    (tmp_path / "recipes").mkdir()
+    write("lora", tmp_path / "recipes", tiny_model, chat_file)
+    found = results(SCRIPT, 2, tmp_path, tmp_path / "recipes", tmp_path / "written", "none", "without the others")
+    assert found["lora"]["steps"][1] != pytest.approx(taken("lora", 1)[0]["steps"][1], rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
-def test_what_two_processes_save_goes_on_in_one_and_in_four(processes: int, recipes: Path, taken: Any, tmp_path: Path):
-    few = tmp_path / "few"
-    few.mkdir()
+def test_what_two_processes_save_goes_on_in_one_and_in_four(
+    processes: int, tiny_model: Path, chat_file: Path, taken: Taken, tmp_path: Path
+):
     names = ["full, adamw", "lora", "qlora"]
+    (tmp_path / "recipes").mkdir()
     for name in names:
-        text = (recipes / f"{name}.yaml").read_text()
-        (few / f"{name}.yaml").write_text(text.replace("max_steps: 4", "max_steps: 7"))
-    whole = results(SCRIPT, 1, tmp_path, few, tmp_path / "whole", "none", "whole")
-    found = results(SCRIPT, processes, tmp_path, few, tmp_path / "written", taken[2][1] / "written", "whole")
+        write(name, tmp_path / "recipes", tiny_model, chat_file, steps=7)
+    whole = results(SCRIPT, 1, tmp_path, tmp_path / "recipes", tmp_path / "whole", "none", "whole")
+    saved = taken("lora", 2)[1].parent
+    found = results(SCRIPT, processes, tmp_path, tmp_path / "recipes", tmp_path / "written", saved, "whole")
     for name in names:
         assert len(found[name]["steps"]) == 3
         for step, expected in zip(found[name]["steps"], whole[name]["steps"][4:], strict=True):
