@@ -106,6 +106,11 @@ class Resident:
     shapes: Counter[tuple[int, int]]
     head: tuple[int, int]
 
+    @property
+    def weights(self) -> int:
+        """Of all of the base."""
+        return self.base.weights
+
 
 @dataclass(frozen=True)
 class Passes:

@@ -76,8 +76,8 @@ def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any
     assert planned.count == count_parameters(model)
     assert planned.gradients == sum(parameter.nbytes for parameter in trainable(model).values())
     held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    assert planned.base.weights + planned.adapter == sum(held.values())
-    assert planned.base.weights == pytest.approx(weights, rel=0.01)  # and tables of frequencies
+    assert planned.weights + planned.adapter == sum(held.values())
+    assert planned.weights == pytest.approx(weights, rel=0.01)  # and tables of frequencies
     small = setting(tiny_config(), adapter, joins_rows=False)
     assert passes(small, padded(ROWS, 0), padded(ROWS, 0)).activations > 0
 
@@ -130,11 +130,9 @@ def test_65_billion_parameters_fit_into_48_gb_as_the_paper_says_and_not_without_
     assert held.count.total - held.count.trainable == pytest.approx(65.29e9, rel=0.001)
     batch = joined([Example(list(range(1, 513)), [False] * 256 + [True] * 256)])
     taken = passes(on_paper(config), batch, None)
-    needed = held.base.weights + held.adapter + held.gradients + taken.activations + taken.logits
+    needed = held.weights + held.adapter + held.gradients + taken.activations + taken.logits
     assert 40 * GB < needed < 46 * GB  # which leaves room for the libraries and the allocator
-    assert (
-        held.base.weights + held.adapter + held.gradients + held.optimizer > 47 * GB
-    )  # so paging is what makes it fit
+    assert held.weights + held.adapter + held.gradients + held.optimizer > 47 * GB  # so paging is what makes it fit
     full = resident(on_paper(config, method=build(section(Adapter, method="full")), choose=lambda name: None))
     in_16_bits = full.weights + full.gradients + 2 * 4 * full.count.total
     assert in_16_bits > 780 * GB
