@@ -102,7 +102,7 @@ def _optimizer_state(
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
-        own = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
+        own = {key: value.detach() for key, value in sorted(state.items()) if isinstance(value, Tensor)}
         values = {key: value for key, value in state.items() if key not in own}
         entries[name] = {"tensors": sorted(own), "values": values}
         tensors |= {f"{name}:{key}": tensor for key, tensor in own.items()}
