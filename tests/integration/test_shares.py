@@ -296,8 +296,8 @@ def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
         return
     passes = micro_batches // 2
     assert found["bytes"] == {
-        "all_gather_into_tensor": passes * (2 * blocks + around),
-        "reduce_scatter_tensor": blocks + around,
+        "all_gather_single": passes * (2 * blocks + around),
+        "reduce_scatter_single": blocks + around,
         "all_reduce": COUNTS_AND_LOSS + NORM,
     }
 
@@ -305,7 +305,7 @@ def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_it_would_be_seen_if_gradients_were_summed_in_every_pass(strategy: str, tiny_model: Path, tmp_path: Path):
     found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=6, when="always")
-    key = "all_reduce" if strategy == "ddp" else "reduce_scatter_tensor"
+    key = "all_reduce" if strategy == "ddp" else "reduce_scatter_single"
     assert found["bytes"][key] >= 3 * found["trained"]
 
 
@@ -313,7 +313,7 @@ def test_of_an_adapter_over_shares_its_gradients_are_summed_in_one_go(tiny_model
     found = run({"adapter": LORA}, "fsdp", 2, tiny_model, tmp_path, micro_batches=6)
     assert found["bytes"]["all_reduce"] == found["trained"] + COUNTS_AND_LOSS
     assert found["calls"]["all_reduce"] == 3
-    assert "reduce_scatter_tensor" not in found["calls"]
+    assert "reduce_scatter_single" not in found["calls"]
 
 
 # What is held
