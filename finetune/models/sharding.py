@@ -36,13 +36,11 @@ def share_out(model: nn.Module, blocks: Iterable[str], fill: Callable[[str], Non
         device: Of this process.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for name in blocks:
+    for name in (*blocks, ""):
         fill(name)
         fully_shard(model.get_submodule(name), mesh=mesh)
         if device.type == "cpu":
             give_back()  # the other processes' rows
-    fill("")
-    fully_shard(model, mesh=mesh)
     model.register_forward_hook(_part_outside_of_training)
 
 
