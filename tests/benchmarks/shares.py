@@ -1,9 +1,9 @@
 """What each strategy costs a process, by the number of processes: `make bench-shares`.
 
 Memory is the process's resident set over what it was before the base was loaded, at most while that is loaded and at
-most in the second step, without what glibc keeps of freed memory. Bytes are those that a process sends in that step, if each collective does what is least: of n
-processes, (n - 1) / n of what is gathered or scattered, and twice as much of what is summed in all. The model is a
-Llama with random weights; everything runs on gloo.
+most in the second step, without what glibc keeps of freed memory. Bytes are those that a process sends in that step, if
+each collective does what is least: of n processes, (n - 1) / n of what is gathered or scattered, and twice as much of
+what is summed in all. The model is a Llama with random weights; everything runs on gloo.
 """
 
 from __future__ import annotations
