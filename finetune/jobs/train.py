@@ -8,8 +8,6 @@ from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
-
 from finetune.data.dataset import Rows
 from finetune.errors import as_out_of_memory
 from finetune.jobs.examiner import Examiner

@@ -14,7 +14,7 @@ from tests.fixtures.recipes import as_recipe
 
 def planned(sections: dict[str, Any], folder: Path, **distributed: Any) -> tuple[Plan, Base]:
     recipe = as_recipe({**sections, "distributed": distributed}, folder)
-    planner = Planner(recipe, None)
+    planner = Planner.of(recipe, None)
     plan = planner.plan(recipe)
     (held,) = planner._resident.values()
     return plan, held.base
