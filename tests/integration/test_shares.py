@@ -93,11 +93,17 @@ torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 LORA = {"method": "lora", "r": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"adapter": {"method": "full"}},
-    "full, adamw": {"adapter": {"method": "full"}, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
+    "full, adamw": {
+        "adapter": {"method": "full"},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": "constant"},
+    },
     "full, checkpointed": {"adapter": {"method": "full"}, "training": {"gradient_checkpointing": True}},
     "norms": {"adapter": {"method": "full", "train": ["*norm.weight"]}},
     "lora": {"adapter": LORA},
-    "lora, 8 bits": {"adapter": LORA, "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-3}},
+    "lora, 8 bits": {
+        "adapter": LORA,
+        "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-3, "schedule": "constant"},
+    },
     "lora, checkpointed": {"adapter": LORA, "training": {"gradient_checkpointing": True}},
     "lora, tokens": {"adapter": {**LORA, "trainable_tokens": ["a"]}},
     "lora, whole": {"adapter": {**LORA, "modules_to_save": ["embed_tokens"]}},
