@@ -173,18 +173,19 @@ def file_writer(file: Path, planned: Mapping[str, Planned]) -> Iterator[TensorWr
 
 @contextmanager
 def tensor_writer(
-    folder: Path, planned: Mapping[str, Planned], shard_bytes: float = SHARD_BYTES
+    folder: Path, planned: Mapping[str, Planned], shard_bytes: float | None = None
 ) -> Iterator[TensorWriter]:
     """Lay out the files of a model, as transformers looks for them, for tensors that come later.
 
     Args:
         folder: Where to write; there is an index where one file does not hold all.
         planned: Every tensor, by name; each must have been put when the block ends.
-        shard_bytes: Most that one file holds, but for a single tensor that is larger.
+        shard_bytes: Most that one file holds, but for a single tensor that is larger; SHARD_BYTES if not given.
     """
+    most = SHARD_BYTES if shard_bytes is None else shard_bytes
     shards: list[dict[str, Planned]] = [{}]
     for name, plan in planned.items():
-        if shards[-1] and sum(each.bytes for each in shards[-1].values()) + plan.bytes > shard_bytes:
+        if shards[-1] and sum(each.bytes for each in shards[-1].values()) + plan.bytes > most:
             shards.append({})
         shards[-1][name] = plan
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]

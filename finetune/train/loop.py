@@ -49,6 +49,8 @@ def fit(
     began = time.perf_counter() - state.seconds
     while state.step < order.total_steps:
         step_began = time.perf_counter()
+        if accelerator.device.type == "cpu":
+            give_back()  # this step's tensors have other sizes than those before, and would not fit into their holes
         tokens_before = state.tokens
         units = [[examples[row] for row in layout.rows_of(unit)] for unit in order.step_units(state.step)]
         own = layout.micro_batches(units, accelerator.process_index, accelerator.num_processes)
@@ -58,8 +60,6 @@ def fit(
         torch.manual_seed(derived_seed(training.seed, state.step, accelerator.process_index))
         state.model.train()
         loss, norm = train_step(state, batches, rate, training.max_grad_norm)
-        if accelerator.device.type == "cpu":
-            give_back()  # the next step's tensors have other sizes and would not fit into the holes of this one's
         ended = time.perf_counter()
         state.loss, state.seconds = loss, ended - began
         yield StepMetrics(

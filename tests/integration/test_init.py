@@ -128,6 +128,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "kind"), [("24GB", "none"), ("1.5GB", "nf4")])
 def test_it_writes_what_fits_by_the_plan(memory: str, kind: str, folder: Path, large_model: Path):
     result = init("qa.jsonl", large_model, "--memory", memory, "--json")
@@ -155,6 +156,7 @@ def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, m
     assert source.hub.name == "org/stories.v2"
 
 
+@pytest.mark.slow
 def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path, large_model: Path):
     (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 2000, "completion": "b"}] * 8))
     sizes = []
@@ -192,7 +194,12 @@ def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "aims: chat, "),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--format", "qaa"], 2, "did you mean `qa`?"),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--memory", "much"], 2, "give its memory, such as 24GB"),
-        (["--data", "qa.jsonl", "--model", LARGE, "--memory", "0.8GB"], 4, "name a smaller model"),
+        pytest.param(
+            ["--data", "qa.jsonl", "--model", LARGE, "--memory", "0.8GB"],
+            4,
+            "name a smaller model",
+            marks=pytest.mark.slow,
+        ),
         (["--data", "qa.jsonl", "--model", "org/base-7B"], 7, "the hub cannot be reached"),
         (["--data", "qa.jsonl"], 2, "--model is missing"),
         ([], 2, "--data is missing"),
