@@ -144,7 +144,7 @@ def test_best_weights_that_are_damaged_are_not_loaded(
 
 def test_two_processes_stop_where_one_does(tiny_recipe: dict[str, Any], tmp_path: Path):
     measured = {"evaluation": {"every_steps": 1, "patience": 2, "sample_rows": 1, "max_new_tokens": 4}}
-    rising = {**tiny_recipe["optimizer"], "learning_rate": 0.2}
+    rising = {**tiny_recipe["optimizer"], "learning_rate": 0.05}
     training = {**tiny_recipe["training"], "max_steps": 20, "gradient_accumulation_steps": 4}
     file = write_recipe({**tiny_recipe, **measured, "optimizer": rising, "training": training}, tmp_path)
     results = []

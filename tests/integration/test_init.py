@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ft(*arguments: object) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def read_to_the_end(terminal: int) -> str:
+    """What is written to a terminal until no process has it."""
+    parts = []
+    with suppress(OSError), open(terminal, "rb", buffering=0) as stream:
+        while part := stream.read(1 << 12):
+            parts.append(part)
+    return b"".join(parts).decode()
 
 
 def init(data: str, model: object, *options: object) -> Result:
@@ -226,13 +236,13 @@ def test_a_file_that_is_there_is_not_overwritten_unless_told(folder: Path, tiny_
 def test_on_a_terminal_it_asks_and_takes_what_the_data_tells_for_an_empty_line(folder: Path, tiny_model: Path):
     ours, theirs = pty.openpty()
     os.write(ours, f"qa.jsonl\n\n{tiny_model}\n\n".encode())
-    process = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "cli", "init"],
-        stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     os.close(theirs)
-    asked = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    asked = read_to_the_end(ours)  # while it runs: a terminal that nobody reads holds it up
+    process.wait()
     assert process.returncode == 0, asked
     assert "Aim: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
     assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == AIMS["qa"].max_new_tokens
