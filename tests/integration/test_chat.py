@@ -131,7 +131,7 @@ class Terminal:
             os.environ.update(PYTHONPATH=str(ROOT), TERM="dumb")
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background
             os.execv(sys.executable, [sys.executable, "-m", "cli", *arguments])
-        self.shown, self.deadline = "", time.monotonic() + 120
+        self.shown, self.deadline = "", time.monotonic() + 300
 
     def wait_until(self, is_shown: Callable[[str], bool]) -> None:
         """Read until what is shown is so."""
