@@ -49,8 +49,9 @@ class Writer(ABC):
             OutOfMemoryError: A row by itself does not fit.
         """
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Give back what it holds; it may be asked again."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class Planner:
 
     Args:
         bench: Of one of them, before its base is loaded: what the process holds now counts as its libraries.
+        rows: Its rows.
         card: The GPU to plan for; None for this machine.
         report: Told what takes long.
 
@@ -148,10 +149,9 @@ class Planner:
         FinetuneError: What would stop the training too.
     """
 
-    def __init__(self, bench: Workbench, card: Card | None, report: Report = ignore) -> None:
+    def __init__(self, bench: Workbench, rows: Rows, card: Card | None, report: Report = ignore) -> None:
         self._report, self._card = report, card or cuda_card()
-        self._bench = bench
-        self._rows = bench.read_data(report)
+        self._bench, self._rows = bench, rows
         self._held = held_bytes()
         self._resident: dict[str, Resident] = {}
 
@@ -162,7 +162,8 @@ class Planner:
         Raises:
             FinetuneError: What would stop the training too.
         """
-        return cls(Workbench.of(recipe, report, weights=False), card, report)
+        bench = Workbench.of(recipe, report, weights=False)
+        return cls(bench, bench.read_data(report), card, report)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
         """What a run of this recipe will take.
@@ -296,7 +297,7 @@ class Planner:
         )
 
 
-def foreseen_peak(bench: Workbench, total_steps: int) -> int | None:
+def foreseen_peak(bench: Workbench, rows: Rows, total_steps: int) -> int | None:
     """The most memory that a run should take, in bytes, for whoever watches it.
 
     None where that cannot be told: for a run of several processes, whose memory is not foreseen yet, or a model whose
@@ -304,12 +305,13 @@ def foreseen_peak(bench: Workbench, total_steps: int) -> int | None:
 
     Args:
         bench: Of the run, before its base is loaded.
+        rows: Of the run.
         total_steps: Of the run.
     """
     if total_steps < WATCHED_FROM or bench.accelerator.num_processes > 1:
         return None
     try:
-        return Planner(bench, None).plan(bench.recipe, measures_time=False).peak
+        return Planner(bench, rows, None).plan(bench.recipe, measures_time=False).peak
     except Exception as error:
         logger.debug("the memory of the run is not foreseen: %s", error)
         return None

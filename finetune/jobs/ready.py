@@ -96,7 +96,7 @@ class Ready:
             refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
         report(read)
-        planned_memory = foreseen_peak(bench, order.total_steps)
+        planned_memory = foreseen_peak(bench, rows, order.total_steps)
         base = bench.load_base(report)
         if recipe.model.kernels == "auto":
             fuse(base)

@@ -174,7 +174,7 @@ def measure_files(action: str, folder: Path) -> dict[str, Any]:
     elif action.startswith("ft quantize"):
         run("quantize", folder / "recipe.yaml", "--output", folder / "codes", "--quiet", "--overwrite")
     else:
-        kept = load()  # noqa: F841
+        load()
     return {"seconds": time.perf_counter() - began, "memory": resident("VmHWM") - held}
 
 

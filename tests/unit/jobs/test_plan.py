@@ -94,7 +94,7 @@ def test_a_run_that_cannot_be_planned_trains_all_the_same(
 
 def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
-    monkeypatch.setattr(ready, "foreseen_peak", lambda bench, total_steps: None)
+    monkeypatch.setattr(ready, "foreseen_peak", lambda bench, rows, total_steps: None)
     assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
     planned, unplanned = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")
