@@ -20,6 +20,7 @@ from transformers import (
 from finetune.errors import ModelError, UnsupportedError
 from finetune.models.folder import ModelFolder
 from finetune.models.linears import linear_layers, list_of_blocks
+from finetune.models.precision import file_dtype
 from finetune.models.quantized import refuse_other_quantization, stored_quantization
 from finetune.models.rewriting import GENERATION_CONFIG
 from finetune.models.sharding import share_out
@@ -120,10 +121,19 @@ def load_model(
         raise ModelError(
             f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
         )
+    if options and device.type == "cpu" and file_dtype(folder.path) is weight_dtype:
+        _let_go_of_files(model)
     # What is saved later names the base as the recipe does, not by a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False)
     return model
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy the weights that were not quantized: as they lie in a mapped file, they would hold all of it in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def load_sharded_model(

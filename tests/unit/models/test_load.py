@@ -16,15 +16,21 @@ from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model, load_tokenizer
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
-from finetune.recipe.quantization import NoQuantization
+from finetune.recipe.quantization import Affine, NoQuantization, QuantizationSection
+
+MAPS = Path("/proc/self/maps")
+
+PLAIN = NoQuantization()
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(
+    folder: Path, chosen: QuantizationSection = PLAIN, weight_dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
     return load_model(
         ModelFolder(folder, "org/name"),
         Model(name="org/name"),
-        Quantizers(NoQuantization()),
-        weight_dtype=torch.bfloat16,
+        Quantizers(chosen),
+        weight_dtype=weight_dtype,
         compute_dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -42,6 +48,18 @@ def test_a_base_is_frozen_stored_as_asked_and_named_as_the_recipe_does(tiny_mode
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.name_or_path == "org/name"
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="mapped files are listed on Linux")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_not_quantized_does_not_keep_the_whole_file_in_memory(tiny_model: Path, weight_dtype: torch.dtype):
+    def is_mapped_by(chosen: QuantizationSection) -> bool:
+        model = load(tiny_model, chosen, weight_dtype)
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        return str(tiny_model / "model.safetensors") in MAPS.read_text()
+
+    assert not is_mapped_by(Affine(kind="affine"))
+    assert is_mapped_by(PLAIN) == (weight_dtype is torch.float32)  # control: as its weights lie in the file
 
 
 @pytest.mark.parametrize(
