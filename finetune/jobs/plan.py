@@ -192,9 +192,9 @@ class Planner:
             FinetuneError: The settings do not go with the model.
         """
         held = self._held_by(recipe, self._setting(*self._laid_out(recipe)))
-        libraries = self._held if self._card is None else CONTEXT_ON_GPU
-        moments = 0 if self._pages(recipe) else held.optimizer
-        return libraries + held.weights + held.adapter + held.gradients + moments
+        libraries, own = self._held if self._card is None else CONTEXT_ON_GPU, held_by_one(held, recipe)
+        moments = 0 if self._pages(recipe) else own.optimizer
+        return libraries + own.weights + held.adapter + own.gradients + moments
 
     def _laid_out(self, recipe: Recipe) -> tuple[Workbench, Layout, BatchOrder]:
         bench = replace(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ from finetune.jobs.merge import merge
 from finetune.jobs.train import train
 from finetune.run.directory import RunDirectory
 from tests.fixtures.evaluating import evaluated
-from tests.fixtures.recipes import as_recipe
+from tests.fixtures.processes import ROOT
+from tests.fixtures.recipes import as_recipe, write_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -114,3 +119,26 @@ def test_examples_in_one_row_do_not_see_each_other(tiny_recipe: dict[str, Any], 
     run = RunDirectory.create(tmp_path / "run")
     finished = train(as_recipe(tiny_recipe, tmp_path, [f"training.batching={batching}"]), run)
     assert finished.steps == 3
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "affine"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_take_the_steps_of_one(tiny_recipe: dict[str, Any], tmp_path: Path, strategy: str, kind: str):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    sections = {**tiny_recipe, "quantization": {"kind": kind}, "distributed": {"strategy": strategy}}
+    sections["training"] = {**tiny_recipe["training"], "precision": "float32", "gradient_accumulation_steps": 4}
+    recipe, losses = write_recipe(sections, tmp_path), []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        command = [sys.executable, "-m", "cli", "train", recipe, "--run-dir", run, "--processes", processes]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if line["event"] == "step"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

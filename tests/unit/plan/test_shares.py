@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from finetune.jobs.plan import Plan, Planner
+from finetune.plan.cards import card
 from finetune.plan.footprint import Base
 from tests.fixtures.recipes import as_recipe
 
 
 def planned(sections: dict[str, Any], folder: Path, **distributed: Any) -> tuple[Plan, Base]:
     recipe = as_recipe({**sections, "distributed": distributed}, folder)
-    planner = Planner.of(recipe, None)
+    planner = Planner.of(recipe, card("24GB"))
     plan = planner.plan(recipe)
+    stays = ("libraries", "weights", "adapter", "gradients", "optimizer")
+    assert planner.least(recipe) == sum(plan.parts[part] for part in stays)
     (held,) = planner._resident.values()
     return plan, held.base
 
@@ -33,9 +36,18 @@ def test_ddp_holds_all_and_lays_gradients_out_a_second_time(sections: dict[str, 
     assert {**one.parts, "together": one.parts["gradients"]}.items() >= {
         key: four.parts[key] for key in ("weights", "adapter", "gradients", "optimizer", "together")
     }.items()
-    assert four.capacity == pytest.approx(one.capacity / 4, abs=1)
     assert (four.processes, four.strategy) == (4, "ddp")
     assert four.work.steps_per_epoch == one.work.steps_per_epoch
+
+
+def test_processes_of_one_machine_share_its_memory_and_each_has_a_gpu_of_its_own(
+    sections: dict[str, Any], tmp_path: Path
+):
+    one, four = (as_recipe({**sections, "distributed": {"processes": count}}, tmp_path) for count in (1, 4))
+    planner = Planner.of(one, None)
+    alone, together = (planner.plan(recipe, measures_time=False).capacity for recipe in (one, four))
+    assert alone // 4 == together
+    assert planned(sections, tmp_path, processes=4)[0].capacity == card("24GB").memory_bytes
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "affine"}], ids=lambda section: section["kind"])
