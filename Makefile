@@ -6,6 +6,10 @@ RUN := runs/quickstart
 BROWSER ?= chromium
 RIVAL := .venv-trl
 
+# Tests whose processes take long to start stand with the shorter half of `make test`.
+TOGETHER := tests/integration/test_shares.py tests/integration/test_processes.py
+ON_DISK := tests/faults/test_kill.py tests/faults/test_disk.py tests/faults/test_full_disk.py
+
 # Two halves of a suite side by side: the first where Ctrl-C is not heard, which its tests must not need.
 define on_two_cores
 	export OMP_NUM_THREADS=1; \
@@ -27,13 +31,13 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
 
 test: $(VENV)/dev  ## The tests of every change, on two cores
-	$(call on_two_cores,-m "not slow" tests/integration tests/architecture,-m "not slow" tests/unit tests/faults)
+	$(call on_two_cores,-m "not slow" tests/integration tests/architecture $(TOGETHER:%=--ignore=%),-m "not slow" tests/unit tests/faults $(TOGETHER))
 
 test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
-	$(call on_two_cores,tests/faults/test_kill.py,tests/faults --ignore=tests/faults/test_kill.py)
+	$(call on_two_cores,$(ON_DISK),tests/faults $(ON_DISK:%=--ignore=%))
 
 bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.rival $(DATA) --rival $(RIVAL)/bin/python

@@ -1,5 +1,5 @@
 """`python -m ft_cli`: the command without its script, as launchers start it."""
 
-from .main import run
+from .start import run
 
 run()

@@ -124,8 +124,3 @@ app.command()(reproduce)
 app.command()(methods)
 app.command()(explain)
 app.command()(schema)
-
-
-def run() -> None:
-    """The entry point of the `ft` script."""
-    app()

@@ -7,7 +7,8 @@ The computation itself is the one that training runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from math import prod
 from typing import Any
 from weakref import finalize
@@ -15,8 +16,8 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 SMALL = 1 << 16
 """Numbers below which a tensor that is made out of nothing is real: scalars, tables and the like."""
@@ -24,22 +25,38 @@ SMALL = 1 << 16
 _DEVICE = torch.ops.prim.device.default
 """What the core asks of a fake tensor before each operation: half of all that is dispatched."""
 
+_CPU = torch.device("cpu")
+_PLACES = ("device", "pin_memory")
+"""Arguments that say where a result lies."""
+
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 _FILLING = ("aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_")
 
 
 class _Mixed(TorchDispatchMode):
-    """Operations on fake tensors and real ones together."""
+    """Operations on fake tensors and real ones together.
+
+    Args:
+        tensors: What makes fake tensors.
+    """
+
+    def __init__(self, tensors: FakeTensors) -> None:
+        super().__init__()
+        self.tensors = tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
+        if func is _DEVICE:
+            return args[0].fake_device
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = list(_tensors((args, kwargs)))
         if not any(isinstance(tensor, FakeTensor) for tensor in given):
             return self.run_real(func, args, kwargs, given)
         written = _written(func, args, kwargs)
         if written is not None and not isinstance(written, FakeTensor):
             return written  # a real tensor, whose value nobody will know
+        if _is_plain(func):
+            return self.tensors.run(func, args, kwargs)
         if func in _INDEXING:
             args = args[0], _as_places(args[1]), *args[2:]
         return func(*args, **kwargs)
@@ -50,21 +67,13 @@ class _Mixed(TorchDispatchMode):
 
 
 class Unfilled(_Mixed):
-    """In the block new tensors of floating-point numbers are not written to, so that the system gives no memory.
-
-    Args:
-        tensors: What makes fake tensors.
-    """
-
-    def __init__(self, tensors: FakeTensors) -> None:
-        super().__init__()
-        self._tensors = tensors
+    """In the block new tensors of floating-point numbers are not written to, so that the system gives no memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation; what becomes a parameter is a tensor of its own, which modules can be moved with."""
         made = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.detach.default and isinstance(made, FakeTensor):
-            return self._tensors.like(made)
+            return self.tensors.like(made)
         return made
 
     def run_real(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
@@ -90,9 +99,9 @@ class MemoryTrace(_Mixed):
     """
 
     def __init__(self, tensors: FakeTensors, width: int = 0) -> None:
-        super().__init__()
+        super().__init__(tensors)
         self.live = self.peak = self.logits_at_peak = 0
-        self._tensors, self._width, self._logits = tensors, width, 0
+        self._width, self._logits = width, 0
         self._sizes: dict[int, tuple[int, bool]] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
@@ -101,18 +110,15 @@ class MemoryTrace(_Mixed):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and count what it has made."""
-        if func is _DEVICE:
-            return args[0].fake_device
         made = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
+        for tensor in _tensors((made,)):
+            self._count(tensor)
         return made
 
     def run_real(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """Run it; a large tensor that is made out of nothing is a fake one."""
         if not given and _is_large_factory(args, kwargs):
-            with self._tensors.mode:
+            with self.tensors.mode:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -150,6 +156,29 @@ class FakeTensors:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         return FakeTensor(self.mode, meta, torch.device("cpu"))
 
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation of which `_is_plain` holds, on fake tensors or with real ones among them.
+
+        What PyTorch has for tensors on the meta device tells shapes and types. Its mode for fake tensors does the same
+        with checks and a memory that nothing here needs, and takes several times as long.
+        """
+        args = self._without_numbers(args)
+        kwargs = {name: self._without_numbers(value) for name, value in kwargs.items() if name not in _PLACES}
+        with in_kernel_invocation_manager(self.mode):
+            made = func(*args, **kwargs)
+        if isinstance(made, (tuple, list)):
+            return type(made)(map(self._faked, made))
+        return self._faked(made)
+
+    def _without_numbers(self, given: Any) -> Any:
+        if isinstance(given, Tensor):
+            return given if isinstance(given, FakeTensor) else self.like(given)
+        return type(given)(map(self._without_numbers, given)) if isinstance(given, (tuple, list)) else given
+
+    def _faked(self, made: Any) -> Any:
+        is_new = isinstance(made, Tensor) and not isinstance(made, FakeTensor)
+        return FakeTensor(self.mode, made, _CPU) if is_new else made
+
     def hollow_out(self, model: nn.Module, vectors_too: bool) -> None:
         """Put tensors without memory in the place of a model's parameters, and of its buffers on the meta device.
 
@@ -179,14 +208,41 @@ class FakeTensors:
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors in nested arguments or results of an operation."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
 def _written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """The tensor that an operation writes into, if it does."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            if isinstance(value, Tensor):
-                return value
+    for place, name in _places_written(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        if isinstance(value, Tensor):
+            return value
     return None
+
+
+@cache
+def _places_written(func: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@cache
+def _is_plain(func: Any) -> bool:
+    """Whether an operation's results have shapes and types that follow from those of its arguments, without numbers."""
+    needs_numbers = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+    has_shapes = torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "Meta")
+    return func.namespace == "aten" and has_shapes and not needs_numbers
 
 
 def _as_places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:

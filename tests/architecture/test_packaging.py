@@ -62,7 +62,7 @@ def test_the_wheel_has_its_licence_its_version_and_the_command(wheel: Path, tmp_
     (info,) = tmp_path.glob("*.dist-info")
     distribution = PathDistribution(info)
     assert distribution.version == __version__
-    assert {entry.name: entry.value for entry in distribution.entry_points} == {"ft": "ft_cli.main:run"}
+    assert {entry.name: entry.value for entry in distribution.entry_points} == {"ft": "ft_cli.start:run"}
     assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 

@@ -19,7 +19,7 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "dataset
 PROBE = """
 import sys
 sys.argv[0] = "ft"
-from cli.main import run
+from cli.start import run
 try:
     run()
 except SystemExit as end:

@@ -31,7 +31,7 @@ FEW = ["training.max_steps=2", "evaluation.max_rows=16"]
 
 RUN = """
 import sys
-from cli.main import run
+from cli.start import run
 try:
     run()
 finally:

@@ -32,7 +32,7 @@ def hang(*arguments, **settings):
     time.sleep(60)
 
 setattr(importlib.import_module(module), name, hang)
-from cli.main import run
+from cli.start import run
 run()
 """
 

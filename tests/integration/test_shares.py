@@ -289,7 +289,7 @@ COUNTS_AND_LOSS = 3 * 8 + 4
 NORM = 8
 
 
-@pytest.mark.parametrize("micro_batches", [2, 6])
+@pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
     strategy: str, micro_batches: int, tiny_model: Path, tmp_path: Path
@@ -308,7 +308,7 @@ def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
     }
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_it_would_be_seen_if_gradients_were_summed_in_every_pass(strategy: str, tiny_model: Path, tmp_path: Path):
     found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=6, when="always")
     key = "all_reduce" if strategy == "ddp" else "reduce_scatter_single"
