@@ -35,12 +35,8 @@ logger = logging.getLogger(__name__)
 WATCHED_FROM = 20
 """Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
 
-HOLES_ON_CPU = 0.6
+HOLES_ON_CPU = 0.2
 """Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
-
-HOLES_OF_REBUILT = 200_000_000
-"""Bytes that it holds beside that where quantized weights are rebuilt for blocks that are computed again: measured on
-them too. Without that second forward pass it is next to nothing."""
 
 HOLES_ON_GPU = 0.1
 """The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
@@ -244,8 +240,6 @@ class Planner:
         recipe, card = bench.recipe, self._card
         libraries = self._held + kernels_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
         holes = HOLES_ON_CPU if card is None else HOLES_ON_GPU
-        is_quantized = setting.quantizes_head or not bench.quantizers.quantize_nothing
-        rebuilds = card is None and is_quantized and setting.recomputes
         step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
         own = held_by_one(held, recipe)
         parts = {
@@ -257,7 +251,7 @@ class Planner:
             **({"together": own.together} if own.together else {}),
             "activations": step - traced.logits,
             "logits": traced.logits,
-            "holes": round(holes * step) + (HOLES_OF_REBUILT if rebuilds else 0),
+            "holes": round(holes * step),
         }
         is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
         mapped = 0 if card or is_sharded else _mapped_bytes(bench, setting.weight_dtype)

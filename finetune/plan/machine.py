@@ -9,9 +9,12 @@ import torch
 from finetune.plan.cards import Card
 from finetune.quantizers.memory import give_back
 
-KERNELS_ON_CPU = 165_000_000
+KERNELS_IN_16_BITS = 165_000_000
 """Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See
 `bound_kernel_caches`."""
+
+KERNELS_IN_FLOAT32 = 40_000_000
+"""Bytes that MKL's products keep for their work, with what else the first step takes; measured."""
 
 
 def cuda_card() -> Card | None:
@@ -42,4 +45,4 @@ def held_bytes() -> int:
 
 def kernels_bytes(compute_dtype: torch.dtype) -> int:
     """What the first step adds to the libraries on a CPU."""
-    return KERNELS_ON_CPU if compute_dtype.itemsize == 2 else 0
+    return KERNELS_IN_16_BITS if compute_dtype.itemsize == 2 else KERNELS_IN_FLOAT32

@@ -19,7 +19,8 @@ SCRIPT = f"""
 import json, os, sys
 from cli.start import settle_allocator
 settle_allocator()
-found = open({str(STARTED)!r}).read().replace(chr(0), ":").partition({TUNABLES + "="!r})[2]  # glibc cuts it at its colons
+colons = open({str(STARTED)!r}).read().replace(chr(0), ":")  # glibc has cut the value at its own
+found = colons.partition({TUNABLES + "="!r})[2]
 print(json.dumps([found, os.getpid(), sys.argv, sys.flags.utf8_mode, sys.stdin.read()]))
 """
 
