@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 WATCHED_FROM = 20
 """Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
 
-HOLES_ON_CPU = 0.2
+HOLES_ON_CPU = 0.3
 """Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
 
 HOLES_ON_GPU = 0.1
