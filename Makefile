@@ -6,7 +6,7 @@ RUN := runs/quickstart
 BROWSER ?= chromium
 RIVAL := .venv-trl
 
-# Tests whose processes take long to start stand with the shorter half of `make test`.
+# Halves of like length: tests whose processes take long to start stand with the unit tests, those of damage with the kills.
 TOGETHER := tests/integration/test_shares.py tests/integration/test_processes.py
 ON_DISK := tests/faults/test_kill.py tests/faults/test_disk.py tests/faults/test_full_disk.py
 

@@ -36,7 +36,8 @@ WATCHED_FROM = 20
 """Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
 
 HOLES_ON_CPU = 0.3
-"""Memory that the C library holds between tensors, as a share of what passes take: measured on the shipped recipes."""
+"""Memory that the C library holds between tensors, as a share of what passes take: from float32 steps of a few recipes.
+Those of long rows leave more."""
 
 HOLES_ON_GPU = 0.1
 """The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
