@@ -293,20 +293,23 @@ class Planner:
 
 
 def foreseen_peak(bench: Workbench, rows: Rows, total_steps: int) -> int | None:
-    """The most memory that a run should take, in bytes, for whoever watches it.
+    """The most memory that a run should take, of several processes the first, in bytes, for whoever watches it.
 
-    None where that cannot be told: for a run of several processes, whose memory is not foreseen yet, or a model whose
-    passes cannot be traced. It is no reason to stop a run.
+    None in the others, and where it cannot be told, for a model whose passes cannot be traced. It is no reason to stop
+    a run.
 
     Args:
         bench: Of the run, before its base is loaded.
         rows: Of the run.
         total_steps: Of the run.
     """
-    if total_steps < WATCHED_FROM or bench.accelerator.num_processes > 1:
+    if total_steps < WATCHED_FROM or not bench.accelerator.is_main_process:
         return None
+    # As many as there are, whoever started them and on however many machines.
+    shared = bench.recipe.distributed.model_copy(update={"processes": bench.accelerator.num_processes})
+    recipe = bench.recipe.model_copy(update={"distributed": shared})
     try:
-        return Planner(bench, rows, None).plan(bench.recipe, measures_time=False).peak
+        return Planner(bench, rows, None).plan(recipe, measures_time=False).peak
     except Exception as error:
         logger.debug("the memory of the run is not foreseen: %s", error)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from finetune.jobs.record import TrainedRecord
 from finetune.jobs.resume import refuse_other_codes, refuse_other_inputs
 from finetune.jobs.setup import Workbench, layout_of
 from finetune.models.attention import keep_apart
+from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fused import fuse
 from finetune.models.sharding import trained_shares, trains_through_blocks
@@ -37,6 +39,13 @@ from finetune.train.state import TrainState
 from finetune.train.together import prepared
 
 logger = logging.getLogger(__name__)
+
+_KERNELS: dict[str, Callable[[PreTrainedModel], str]] = {
+    "auto": fuse,
+    "plain": lambda model: "the model's own",
+    "compiled": compile_blocks,
+}
+"""What gives a base the passes of `model.kernels`; each says in words what it did."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,7 @@ class Ready:
         report(read)
         planned_memory = foreseen_peak(bench, rows, order.total_steps)
         base = bench.load_base(report)
-        if recipe.model.kernels == "auto":
-            fuse(base)
+        logger.info("model.kernels: %s", _KERNELS[recipe.model.kernels](base))
         layout = _settle(layout, bench, base, report)
         state = _start(bench, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)

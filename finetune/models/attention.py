@@ -28,7 +28,7 @@ the logits; in bfloat16, transformers' own kernels differ by 0.02."""
 def mask_for(model: nn.Module, positions_BT: Tensor) -> Tensor | None:
     """What a model has to be called with as its mask where positions restart within a row; most look for themselves."""
     config = getattr(model, "module", model).config
-    return packed_attention.ends_of(positions_BT) if config._attn_implementation == packed_attention.NAME else None
+    return packed_attention.bounds_of(positions_BT) if config._attn_implementation == packed_attention.NAME else None
 
 
 def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:

@@ -1,7 +1,7 @@
 """Causal attention for examples that stand one after the other in a row: each by itself, with no mask of T x T.
 
 transformers hands the 4-dimensional mask that a model is called with to the attention of every layer as it is. Here
-that "mask" holds the places where examples end, which is all that this kernel needs to know. Called with any other
+that "mask" holds the bounds of examples, which is all that this kernel needs to know. Called with any other
 mask, or none, it is `sdpa`.
 
 Shape legend: H heads, G heads of keys and values, R = H / G, T tokens of the row, N tokens of a block of queries,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,15 +31,14 @@ BLOCK = 128
 above the diagonal only to be masked; an example up to half longer is one block."""
 
 
-def ends_of(positions_BT: Tensor) -> Tensor:
-    """Where examples end, as the mask that the kernel takes: int32, shape (1, 1, 1, E).
+def bounds_of(positions_BT: Tensor) -> Tensor:
+    """Where examples begin, and the end of the last, as the mask that the kernel takes: int32, shape (1, 1, 1, E + 1).
 
     Args:
         positions_BT: Positions of a single row; each example's begin at 0.
     """
     starts_E = (positions_BT[0] == 0).nonzero().squeeze(1)
-    ends_E = torch.cat([starts_E[1:], starts_E.new_tensor([positions_BT.shape[1]])])
-    return ends_E.int().view(1, 1, 1, -1)
+    return torch.cat([starts_E, starts_E.new_tensor([positions_BT.shape[1]])]).int().view(1, 1, 1, -1)
 
 
 def packed_attention(
@@ -69,9 +69,8 @@ def packed_attention(
     dtype = _dtype(value)
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
     if query.is_cuda and query.dtype.itemsize == 2:
-        ends_E = attention_mask.flatten()
-        bounds = torch.cat([ends_E.new_zeros(1), ends_E])
-        longest = int(ends_E.diff(prepend=ends_E.new_zeros(1)).max())
+        bounds = attention_mask.flatten()
+        longest = int(bounds.diff().max())
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         output: Any = varlen_attn(
             query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=True
@@ -112,15 +111,14 @@ class _Block(NamedTuple):
         return scores.softmax(-1).view(groups, -1, keys)
 
 
-def _blocks(ends: tuple[int, ...], window: int | None) -> Iterator[_Block]:
-    start = 0
-    for end in ends:
+def _blocks(bounds: tuple[int, ...], window: int | None) -> Iterator[_Block]:
+    """All blocks, of an example the last first: it sees most keys, and the others' scores fit where its have been."""
+    for start, end in pairwise(bounds):
         rows = end - start if end - start <= BLOCK * 1.5 else BLOCK
-        for first in range(start, end, rows):
+        for first in reversed(range(start, end, rows)):
             seen_from = start if window is None else max(start, first - window + 1)
             last = min(first + rows, end)
             yield _Block(slice(first, last), slice(seen_from, last))
-        start = end
 
 
 def _future(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -143,12 +141,12 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, ends: tuple[int, ...], scale: float, window: int | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.settings = ends, scale, window
+        ctx.settings = bounds, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
-        for block in _blocks(ends, window):
+        for block in _blocks(bounds, window):
             query_GND, key_GKD = _by_group(query, block.rows, key.shape[1]), key[block.columns].transpose(0, 1)
             chances = block.scores(query_GND, key_GKD, scale, window)
             _put_back(output, block.rows, chances @ value[block.columns].transpose(0, 1))
@@ -158,11 +156,11 @@ class _Packed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        ends, scale, window = ctx.settings
+        bounds, scale, window = ctx.settings
         groups = key.shape[1]
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(heads, dtype=torch.float32) for heads in (key, value))
-        for block in _blocks(ends, window):
+        for block in _blocks(bounds, window):
             query_GND = _by_group(query, block.rows, groups)
             gradient_GND = _by_group(gradient, block.rows, groups)
             key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key, value))
@@ -186,5 +184,6 @@ def _put_back(heads: Tensor, rows: slice, part_GND: Tensor) -> None:
     heads[rows] = part_GND.unflatten(1, (-1, count)).flatten(0, 1).transpose(0, 1)
 
 
-AttentionInterface.register(NAME, packed_attention)
+# Left out of what is compiled: its loops would be compiled for each number of examples.
+AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -37,11 +37,12 @@ class Model(Section):
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], OnResume.MAY_CHANGE] = Field(
         "auto", description="Attention kernel; `auto` is the best one that the model and device support."
     )
-    kernels: Annotated[Literal["auto", "plain"], OnResume.MAY_CHANGE] = Field(
+    kernels: Annotated[Literal["auto", "plain", "compiled"], OnResume.MAY_CHANGE] = Field(
         "auto",
         description=(
-            "Norms and gated units in training. `auto`: passes that keep less for backward, ft's own on CPU and "
-            "Liger's on CUDA where liger-kernel is installed. `plain`: the model's own."
+            "Blocks in training. `auto`: norms and gated units that keep less for backward, ft's own on CPU and "
+            "Liger's on CUDA where liger-kernel is installed. `plain`: the model's own. `compiled`: the model's own, "
+            "compiled by PyTorch in the first steps, which takes a minute and a C++ compiler (for a GPU, triton)."
         ),
     )
 

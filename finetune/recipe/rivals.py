@@ -121,6 +121,8 @@ KEYS: Mapping[str, str] = {
     "activation_checkpointing": "training.gradient_checkpointing",
     "enable_activation_checkpointing": "training.gradient_checkpointing",
     "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "compile": "model.kernels",
+    "torch_compile": "model.kernels",
     "random_seed": "training.seed",
     "random_state": "training.seed",
     # evaluation

@@ -1,9 +1,10 @@
 """What each strategy costs a process, by the number of processes: `make bench-shares`.
 
 Memory is the process's resident set over what it was before the base was loaded, at most while that is loaded and at
-most in the second step, without what glibc keeps of freed memory. Bytes are those that a process sends in that step, if
-each collective does what is least: of n processes, (n - 1) / n of what is gathered or scattered, and twice as much of
-what is summed in all. The model is a Llama with random weights; everything runs on gloo.
+most in the second step, without what glibc keeps of freed memory; beside the latter stands what `ft plan` counts,
+without libraries and holes. Bytes are those that a process sends in that step, if each collective does what is least:
+of n processes, (n - 1) / n of what is gathered or scattered, and twice as much of what is summed in all. The model is a
+Llama with random weights; everything runs on gloo.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def measure() -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
+    from finetune.jobs.plan import Planner
     from finetune.jobs.ready import Ready
     from finetune.jobs.setup import Workbench
     from finetune.recipe.load import load_recipe
@@ -111,7 +113,11 @@ def measure() -> None:
     most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
     if bench.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
-        print(json.dumps({**memory, "trained": trained, "calls": sent.calls, "bytes": sent.bytes}))
+        shared = recipe.distributed.model_copy(update={"processes": bench.accelerator.num_processes})
+        plan = Planner(bench, ready.rows, None).plan(recipe.model_copy(update={"distributed": shared}), False)
+        planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["holes"]
+        about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes}
+        print(json.dumps({**memory, **about}))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -158,7 +164,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2, 4])
     parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
     chosen = parser.parse_args()
-    columns = ["what trains", "strategy", "processes", "loading", "loaded", "in a step", "sent in a step"]
+    columns = ["what trains", "strategy", "processes", "loading", "loaded", "in a step", "planned", "sent in a step"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -169,7 +175,7 @@ def main() -> None:
                     if processes == 1 and strategy == "fsdp":
                         continue  # one process holds all of everything
                     found = run(RUNS[name], strategy, processes, folder / "model", folder)
-                    sizes = [f"{found[key] / 1e6:,.0f} MB" for key in ("loading", "loaded", "step", "sent")]
+                    sizes = [f"{found[key] / 1e6:,.0f} MB" for key in ("loading", "loaded", "step", "planned", "sent")]
                     print("| " + " | ".join([name, strategy, str(processes), *sizes]) + " |", flush=True)
 
 

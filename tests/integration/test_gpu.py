@@ -121,6 +121,17 @@ def test_examples_in_one_row_do_not_see_each_other(tiny_recipe: dict[str, Any], 
     assert finished.steps == 3
 
 
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8", "affine"])
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_compiled_blocks_take_the_steps_of_others(tiny_recipe: dict[str, Any], tmp_path: Path, kernels: str, kind: str):
+    sections = {**tiny_recipe, "quantization": {"kind": kind}}
+    losses = []
+    for chosen in (kernels, "compiled"):
+        recipe = as_recipe(sections, tmp_path, [f"model.kernels={chosen}", "training.precision=bfloat16"])
+        losses.append(train(recipe, RunDirectory.create(tmp_path / chosen)).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4", "affine"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_gpus_take_the_steps_of_one(tiny_recipe: dict[str, Any], tmp_path: Path, strategy: str, kind: str):

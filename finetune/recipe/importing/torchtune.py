@@ -257,7 +257,7 @@ RULES: Mapping[str, Rule] = {
     "lr_scheduler.num_warmup_steps": values.warmup_steps,
     "clip_grad_norm": To("training.max_grad_norm"),
     "loss": Without("the next token's cross-entropy, in pieces"),
-    "compile": Without("models are not compiled", harmless=(False,)),
+    "compile": values.compiled,
     "device": Without("the GPU where there is one"),
     "dtype": _precision,
     "enable_activation_checkpointing": To("training.gradient_checkpointing"),

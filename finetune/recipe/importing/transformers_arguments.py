@@ -51,7 +51,7 @@ ARGUMENTS: Mapping[str, Rule] = {
     "tf32": Without("products of float32 numbers are left as PyTorch has them", harmless=(False,)),
     "gradient_checkpointing": To("training.gradient_checkpointing"),
     "gradient_checkpointing_kwargs": Without("ft checkpoints without reentrance", harmless=({"use_reentrant": False},)),
-    "torch_compile": Without("models are not compiled", harmless=(False,)),
+    "torch_compile": values.compiled,
     "use_liger_kernel": Without(values.OWN_KERNELS),
     "deepspeed": Without(values.DISTRIBUTED),
     "fsdp": Without(values.DISTRIBUTED, harmless=("", [])),

@@ -68,6 +68,12 @@ def output_dir(context: Context, value: Any) -> Settings:
     return run_of(str(value))
 
 
+def compiled(context: Context, value: Any) -> Settings:
+    """The rule for a switch that compiles a model."""
+    del context
+    return {"model.kernels": "compiled"} if value is True else {}
+
+
 def share_or_rows(context: Context, value: Any) -> Settings:
     """A held-out set, given as a share of the rows or as a number of them."""
     del context

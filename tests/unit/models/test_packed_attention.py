@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune.models import packed_attention
-from finetune.models.packed_attention import BLOCK, ends_of
+from finetune.models.packed_attention import BLOCK, bounds_of
 
 LENGTHS = {
     "short": [5, 1, 9],
@@ -46,7 +46,7 @@ def packed(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None = None, **more: Any
 ) -> Tensor:
     settings = {"scaling": 0.3, "sliding_window": window, **more}
-    mask = ends_of(positions(lengths))
+    mask = bounds_of(positions(lengths))
     return packed_attention.packed_attention(SimpleNamespace(), query, key, value, mask, **settings)[0]
 
 
@@ -92,4 +92,4 @@ def test_what_it_cannot_do_is_refused_and_not_left_out(more: dict[str, Any]):
 
 
 def test_examples_end_where_the_next_one_begins():
-    assert ends_of(positions([5, 1, 9])).flatten().tolist() == [5, 6, 15]
+    assert bounds_of(positions([5, 1, 9])).flatten().tolist() == [0, 5, 6, 15]

@@ -165,7 +165,7 @@ def test_a_torchtune_file_means_the_same_here(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("torchtune", tmp_path)
     expected = {
-        "model.name": "/tmp/base-8b", "model.dtype": "bfloat16",
+        "model.kernels": "compiled", "model.name": "/tmp/base-8b", "model.dtype": "bfloat16",
         "quantization.kind": "nf4", "quantization.double_quant": True,
         "adapter.method": "lora", "adapter.r": 10, "adapter.alpha": 20,
         "adapter.target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -1,0 +1,143 @@
+"""Compiled blocks and their plain twins, the model's own: the same losses and gradients, for any length of rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import AutoTokenizer
+
+from finetune.data.batches import Batch, joined, padded
+from finetune.data.encode import Example
+from finetune.errors import UnsupportedError
+from finetune.models.attention import keep_apart
+from finetune.models.compiled import compile_blocks
+from finetune.recipe.adapter import Adapter
+from finetune.resolve import build
+from finetune.train.loss import summed_cross_entropy
+from tests.fixtures.tiny import tiny_llama
+from tests.unit.quantizers.loading import PACKED, load
+
+KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "lora": ({"method": "lora", "r": 4}, None),
+    "dora": ({"method": "lora", "r": 4, "dora": True}, None),
+    "pissa": ({"method": "lora", "r": 4, "initialization": "pissa"}, None),
+    "qlora": ({"method": "lora", "r": 4}, "nf4"),
+    "modulora": ({"method": "lora", "r": 4}, "optq-3"),
+    "ir-qlora": ({"method": "lora", "r": 4, "iec": True}, "icq-4"),
+    "qa-lora": ({"method": "qa_lora", "r": 4}, "affine-4"),
+    "adalora": ({"method": "adalora", "r": 6, "target_r": 4, "initial_steps": 1, "final_steps": 1}, None),
+    "prompt": ({"method": "prompt_tuning", "tokens": 6}, None),
+    "prefix": ({"method": "prefix_tuning", "tokens": 6}, None),
+    "ia3": ({"method": "ia3"}, None),
+    "full": ({"method": "full"}, None),
+}
+PROMPTS = ("prompt", "prefix")
+
+
+@pytest.fixture(autouse=True)
+def _forget_after() -> Any:
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(kind: str, folder: Path, *, compiled: bool, recomputes: bool = False) -> nn.Module:
+    section, quantization = KINDS[kind]
+    base = tiny_llama() if quantization is None else load(folder, PACKED[quantization])
+    if compiled:
+        compile_blocks(base)
+    if kind not in PROMPTS:
+        keep_apart(base, may_choose=True)
+    if recomputes:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    words = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = build(TypeAdapter(Adapter).validate_python(section), [], words).attach(base, 10).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def rows(kind: str, lengths: list[int]) -> Batch:
+    examples = [
+        Example([(7 * row + place) % 256 for place in range(length)], [place >= 5 for place in range(length)])
+        for row, length in enumerate(lengths)
+    ]
+    return padded(examples, 0) if kind in PROMPTS else joined(examples)
+
+
+def outcome(model: nn.Module, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+    loss = summed_cross_entropy(model, batch)
+    loss.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return float(loss.detach()), gradients
+
+
+def assert_agree(kind: str, folder: Path, *, recomputes: bool = False) -> None:
+    own, ours = (model_of(kind, folder, compiled=compiled, recomputes=recomputes) for compiled in (False, True))
+    for lengths in ([40, 31], [12, 50, 9], [77]):
+        batch = rows(kind, lengths)
+        (loss, gradients), (found_loss, found) = outcome(own, batch), outcome(ours, batch)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_agree_and_lengths_share_what_is_compiled(tiny_model: Path):
+    counters.clear()
+    assert_agree("lora", tiny_model)
+    assert counters["stats"]["unique_graphs"] >= 4  # before and after attention, in a first block and in others
+    assert counters["stats"]["unique_graphs"] <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+def test_losses_and_gradients_of_every_method_agree(kind: str, tiny_model: Path):
+    assert_agree(kind, tiny_model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_so_they_do_where_blocks_are_computed_again(kind: str, tiny_model: Path):
+    assert_agree(kind, tiny_model, recomputes=True)
+
+
+def test_passes_without_gradients_are_the_models_own(tiny_model: Path):
+    own, ours = (model_of("lora", tiny_model, compiled=compiled) for compiled in (False, True))
+    counters.clear()
+    with torch.no_grad():
+        assert torch.equal(*(summed_cross_entropy(model, rows("lora", [20, 11])) for model in (own, ours)))
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_model_without_blocks_is_told():
+    class Blockless(nn.Module):
+        config = None
+
+    with pytest.raises(UnsupportedError, match="no list of blocks"):
+        compile_blocks(Blockless())  # type: ignore[arg-type]
+
+
+def test_a_machine_without_a_compiler_is_told(tmp_path: Path):
+    code = (
+        "from finetune.models.compiled import compile_blocks; from tests.fixtures.tiny import tiny_llama\n"
+        "from finetune.errors import EnvironmentFault\n"
+        "try:\n    compile_blocks(tiny_llama())\nexcept EnvironmentFault as fault:\n    print(fault)"
+    )
+    environment = {**os.environ, "CXX": str(tmp_path / "missing"), "FT_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "nothing can be compiled on this machine" in done.stdout
+    assert "g++" in done.stdout
