@@ -30,8 +30,8 @@ Visit = Callable[[Tensor, Tensor], None]
 LOGITS_AT_ONCE = 1 << 23
 """Logits that exist together, whatever the vocabulary."""
 
-ROWS_AT_ONCE = 8
-"""Rows of them whose softmax is worked on together, so that its passes find them in the cache."""
+LOGITS_IN_CACHE = 3 << 17
+"""Those of them whose softmax is worked on together, so that its passes find them in the cache."""
 
 PROBE_TOKENS = 8
 """Of a batch, for the comparison of the head in chunks with the model's own logits."""
@@ -227,7 +227,8 @@ class _HeadLoss(torch.autograd.Function):
 def _to_gradient(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Put the gradient of the summed loss in the place of logits; returns the loss, float32."""
     loss = torch.zeros((), device=logits_NV.device)
-    for rows_NV, label_N in zip(logits_NV.split(ROWS_AT_ONCE), labels_N.split(ROWS_AT_ONCE), strict=True):
+    rows = max(1, LOGITS_IN_CACHE // logits_NV.shape[1])
+    for rows_NV, label_N in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
         log_chances_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
         loss -= log_chances_NV.gather(1, label_N[:, None]).sum()
         one_hot = log_chances_NV.new_full((len(label_N), 1), -1.0)

@@ -67,7 +67,7 @@ def test_it_is_its_twin_in_loss_and_gradients(
     kind: str, batch: Batch, head_trains: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 3 * 320)  # three tokens
-    monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(loss_module, "LOGITS_IN_CACHE", 2 * 320)  # and of them two
     model = MODELS[kind]()
     model.get_output_embeddings().requires_grad_(head_trains)
     expected, gradients = results(model, whole_cross_entropy, batch)
