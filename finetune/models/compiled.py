@@ -22,7 +22,7 @@ def compile_blocks(model: PreTrainedModel) -> str:
 
     Blocks that are alike share what is compiled, which takes rows of any length. Passes without gradients stay the
     model's own: those of answers would be compiled for every kind of cache. So does attention between packed examples,
-    whose kernel is compiled already.
+    which goes over them one by one.
 
     Args:
         model: Before adapters come; changed in place.
@@ -48,7 +48,7 @@ def compile_blocks(model: PreTrainedModel) -> str:
 
 
 def _try_compiler(device: torch.device) -> None:
-    """Compile what is next to nothing, so that what is missing is told before any row is read."""
+    """Compile what is next to nothing, so that what is missing is told before the first step."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except (InductorError, TorchDynamoException, OSError) as error:
