@@ -41,10 +41,10 @@ def compile_blocks(model: PreTrainedModel) -> str:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     torch._dynamo.config.specialize_float = True  # a LoRA's scale is one number, and not another in every step
     _try_compiler(next(model.parameters()).device)
-    blocks = model.get_submodule(name)
-    for block in blocks.children():
+    blocks = list(model.get_submodule(name).children())
+    for block in blocks:
         block.forward = _compiled_for_training(block.forward)
-    return f"{len(list(blocks.children()))} blocks are compiled in the first steps, which take longer for it"
+    return f"{len(blocks)} blocks are compiled in the first steps, which take longer for it"
 
 
 def _try_compiler(device: torch.device) -> None:

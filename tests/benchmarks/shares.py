@@ -113,8 +113,7 @@ def measure() -> None:
     most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
     if bench.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
-        shared = recipe.distributed.model_copy(update={"processes": bench.accelerator.num_processes})
-        plan = Planner(bench, ready.rows, None).plan(recipe.model_copy(update={"distributed": shared}), False)
+        plan = Planner(bench, ready.rows, None).plan(recipe, measures_time=False)
         planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["holes"]
         about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes}
         print(json.dumps({**memory, **about}))
@@ -150,7 +149,7 @@ def run(
         "data": {"train": [{"path": str(rows)}], "max_length": 128},
         **sections,
         "training": {**training, "precision": "float32", "rehearsal": False},
-        "distributed": {"strategy": strategy},
+        "distributed": {"strategy": strategy, "processes": processes},
     }
     found: dict[str, Any] = results(SCRIPT, processes, folder, write_recipe(recipe, folder), when, **NO_HOLES)
     share = (processes - 1) / processes
