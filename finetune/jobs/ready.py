@@ -22,6 +22,7 @@ from finetune.jobs.plan import foreseen_peak
 from finetune.jobs.record import TrainedRecord
 from finetune.jobs.resume import refuse_other_codes, refuse_other_inputs
 from finetune.jobs.setup import Workbench, layout_of
+from finetune.jobs.together import QUANTIZED_BASE, refuse_disagreement
 from finetune.models.attention import keep_apart
 from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
@@ -101,6 +102,7 @@ class Ready:
         order = batch_order(layout.units, recipe.training)
         _refuse_idle_processes(bench, order)
         facts = _facts(bench, rows, order)
+        refuse_disagreement(facts)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
@@ -111,6 +113,7 @@ class Ready:
         layout = _settle(layout, bench, base, report)
         state = _start(bench, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)
+        refuse_disagreement(facts, QUANTIZED_BASE)
         if checkpoint is not None:
             refuse_other_codes(checkpoint, facts)
             read_state(state, checkpoint.path)

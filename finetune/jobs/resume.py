@@ -87,7 +87,7 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
     for name, words in SAME_INPUTS.items():
         if facts[name] != before.get(name):
             raise RefusedError(
-                f"{words} changed since the checkpoint: {_short(before.get(name))} -> {_short(facts[name])}",
+                f"{words} changed since the checkpoint: {shortened(before.get(name))} -> {shortened(facts[name])}",
                 where=where,
                 hint="bring back what the run was started with, or train another run",
             )
@@ -135,5 +135,6 @@ def refuse_other_codes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None
         )
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A fingerprint, as far as people read it."""
     return str(value)[:12]

@@ -38,6 +38,14 @@ from finetune.train.memory import bound_kernel_caches
 logger = logging.getLogger(__name__)
 
 
+def _accelerator() -> Accelerator:
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.device.type == "cpu":
+        # To several processes it is cpu:0, another device, to which weights that lie in a mapped file would be copied.
+        accelerator.state.device = torch.device("cpu")
+    return accelerator
+
+
 @dataclass(frozen=True)
 class ModelSetup:
     """A model and how its weights are stored, before any of them is loaded.
@@ -85,7 +93,7 @@ class ModelSetup:
             EnvironmentFault: The machine lacks what is asked for.
         """
         bound_kernel_caches()
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        accelerator = _accelerator()
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
             folder = find_model(section, _phases(report), weights)
         computes_in = compute_dtype(precision, accelerator.device)

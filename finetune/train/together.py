@@ -1,6 +1,6 @@
 """What the processes of a run do together in a step: when gradients become those of all, and how large they are.
 
-Under DDP every process has all that trains, and PyTorch sums gradients as they come. Where processes hold shares of the
+Under DDP every process has the whole model, and PyTorch sums gradients as they come. Where processes hold shares of the
 base, FSDP2 does so for its weights; what a method adds to it is whole in each, and its gradients are summed here.
 """
 
@@ -12,14 +12,22 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from finetune.adapters.base import trainable
 from finetune.models.sharding import is_share, own_part, sharded_base
 
 
 def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model as all processes train it; what they do not hold shares of is the main one's."""
+    """The model as all processes train it; what trains, and they do not hold shares of, is the main one's.
+
+    All of them have read the same base, so none is sent: DDP would send the weights once, which copies those that lie
+    in a mapped file, and the scales of quantized ones before each step.
+    """
     if sharded_base(model) is None:
+        frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+        frozen.update(name for name, _ in model.named_buffers())
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         wrapped: nn.Module = accelerator.prepare_model(model)
         return wrapped
     for parameter in trainable(model).values():

@@ -3,8 +3,9 @@
 Memory is the process's resident set over what it was before the base was loaded, at most while that is loaded and at
 most in the second step, without what glibc keeps of freed memory; beside the latter stands what `ft plan` counts,
 without libraries and holes. Bytes are those that a process sends in that step, if each collective does what is least:
-of n processes, (n - 1) / n of what is gathered or scattered, and twice as much of what is summed in all. The model is a
-Llama with random weights; everything runs on gloo.
+of n processes, (n - 1) / n of what is gathered or scattered, and twice as much of what is summed in all. Beside them
+stand those that went over the loopback interface, by the system's count, for each process: nothing else should use it
+meanwhile. The model is a Llama with random weights; everything runs on gloo.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def resident(key: str) -> int:
 def forget_peak() -> None:
     """Let VmHWM begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def on_the_wire() -> int:
+    """Bytes that went over the loopback interface since the system started."""
+    (received,) = re.findall(r"^\s*lo:\s*(\d+)", Path("/proc/net/dev").read_text(), re.MULTILINE)
+    return int(received)
 
 
 class Sent:
@@ -98,7 +105,11 @@ def measure() -> None:
     loading, loaded = resident("VmHWM") - before, resident("VmRSS") - before
     del base
     before = resident("VmRSS")
+    bench.accelerator.wait_for_everyone()
+    wire = [on_the_wire()]
     ready = Ready.of(recipe, ignore, Interruption())
+    bench.accelerator.wait_for_everyone()
+    wire.append(on_the_wire())
     state, sent = ready.state, Sent()
     if isinstance(state.model, DistributedDataParallel):
         state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)  # its own way, through what is counted
@@ -108,14 +119,20 @@ def measure() -> None:
     forget_peak()
     sent.calls.clear()
     sent.bytes.clear()
+    bench.accelerator.wait_for_everyone()
+    wire.append(on_the_wire())
     next(steps)
+    bench.accelerator.wait_for_everyone()
+    wire.append(on_the_wire())
     taken = [loading, loaded, resident("VmHWM") - before]
     most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
     if bench.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
         plan = Planner(bench, ready.rows, None).plan(recipe, measures_time=False)
         planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["holes"]
-        about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes}
+        processes = bench.accelerator.num_processes
+        over = {"start": (wire[1] - wire[0]) // processes, "wire": (wire[3] - wire[2]) // processes}
+        about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes, **over}
         print(json.dumps({**memory, **about}))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -163,7 +180,8 @@ def main() -> None:
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2, 4])
     parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
     chosen = parser.parse_args()
-    columns = ["what trains", "strategy", "processes", "loading", "loaded", "in a step", "planned", "sent in a step"]
+    memory = ["loading", "loaded", "in a step", "planned"]
+    columns = ["what trains", "strategy", "processes", *memory, "sent in a step", "by loopback"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -174,7 +192,8 @@ def main() -> None:
                     if processes == 1 and strategy == "fsdp":
                         continue  # one process holds all of everything
                     found = run(RUNS[name], strategy, processes, folder / "model", folder)
-                    sizes = [f"{found[key] / 1e6:,.0f} MB" for key in ("loading", "loaded", "step", "planned", "sent")]
+                    keys = ("loading", "loaded", "step", "planned", "sent", "wire")
+                    sizes = [f"{found[key] / 1e6:,.0f} MB" for key in keys]
                     print("| " + " | ".join([name, strategy, str(processes), *sizes]) + " |", flush=True)
 
 

@@ -150,3 +150,67 @@ def test_what_every_process_runs_into_is_told_once_with_the_code_of_one(tiny_mod
     assert "rows.jsonl:2" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+APART = """
+import json, sys
+from pathlib import Path
+import torch
+from finetune.errors import EnvironmentFault
+from finetune.jobs.ready import Ready
+from finetune.jobs.together import refuse_disagreement
+from finetune.recipe.load import load_recipe
+from finetune.run.events import ignore
+from finetune.run.interruption import Interruption
+from finetune.train.loop import fit
+from finetune.train.together import prepared
+
+recipe = load_recipe(Path(sys.argv[1])).recipe
+told = []
+ready = Ready.of(recipe, lambda event: told.append(getattr(event, "text", "")), Interruption())
+accelerator, state = ready.bench.accelerator, ready.state
+rank, model = accelerator.process_index, state.bare_model
+numbers = lambda choose: [weight for weight in (*model.parameters(), *model.buffers()) if choose(weight)]
+trained, kept = numbers(lambda weight: weight.requires_grad), numbers(lambda weight: not weight.requires_grad)
+with torch.no_grad():
+    for weight in (*trained, *kept):
+        weight.add_(rank if weight.dtype is torch.uint8 else rank * 1e-3)
+before = [weight.clone() for weight in kept]
+state.model = prepared(accelerator, model)
+next(fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout))
+everyones = accelerator.gather(torch.cat([weight.detach().flatten() for weight in trained])[None])
+found = {
+    "kept": len(kept),
+    "sent": accelerator.gather(torch.tensor([sum(map(lambda *each: not torch.equal(*each), before, kept))])).tolist(),
+    "trained_apart": (everyones - everyones[0]).abs().max().item(),
+    "planned": accelerator.gather(torch.tensor([ready.planned_memory or 0])).tolist(),
+}
+try:
+    refuse_disagreement({**ready.facts, "data": "rows of " + "ab"[rank]})
+except EnvironmentFault as error:
+    found["refused"] = str(error)
+if accelerator.is_main_process:
+    print(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_only_what_trains_is_sent_and_another_base_or_other_rows_are_refused(
+    tiny_model: Path, chat_file: Path, tmp_path: Path
+):
+    sections = {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": "lora", "r": 4},
+        "quantization": {"kind": "nf4"},
+        "data": {"train": [{"path": str(chat_file)}], "max_length": 128},
+        "training": {"max_steps": 20, "micro_batch_size": 2, "gradient_accumulation_steps": 4, "precision": "float32"},
+    }
+    found = results(APART, 2, tmp_path, write_recipe(sections, tmp_path))
+    assert found["kept"] > 30  # weights, codes and scales
+    assert found["sent"] == [0, 0]
+    assert found["trained_apart"] == 0.0
+    main, other = found["planned"]
+    assert 50e6 < main < 1e9
+    assert other == 0  # only the first shows it
+    assert "the rows (fingerprint) are not the same everywhere: rows of a in the first process" in found["refused"]
+    assert "rows of b in process 1" in found["refused"]
