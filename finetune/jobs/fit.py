@@ -52,9 +52,9 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
     """Find the smallest change with which a run fits into the memory that is planned for.
 
     In this order, each only where what comes before does not suffice: smaller micro-batches, as many more of which keep
-    the rows of a step; blocks computed again in backward; moments in 8 bits; the base in NF4; half the rank, and a
-    quarter. The first two leave the result as it is but for rounding. Held-out rows are measured as few at a time where
-    they alone would not fit.
+    the rows of a step; blocks computed again in backward; on a GPU, their inputs kept elsewhere; moments in 8 bits; the
+    base in NF4; half the rank, and a quarter. The first three leave the result as it is but for rounding. Held-out rows
+    are measured as few at a time where they alone would not fit.
 
     Raises:
         OutOfMemoryError: No such change suffices.
@@ -62,7 +62,7 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
     before = planner.plan(loaded.recipe, measures_time=False)
     if before.fits is not False:  # where the memory is not known there is nothing to fit into
         return Fitted({}, before, before, loaded.recipe)
-    for larger in larger_changes(loaded.recipe):
+    for larger in larger_changes(loaded.recipe, planner.on_gpu):
 
         def fitting(size: int, larger: Changes = larger) -> Fitted | None:
             return _fitting(planner, loaded, {**_micro_batches(loaded.recipe, size), **larger}, before)
@@ -94,11 +94,13 @@ def _fitting(planner: Planner, loaded: LoadedRecipe, changes: Changes, before: P
     return Fitted(changes, before, after, recipe) if after.fits else None
 
 
-def larger_changes(recipe: Recipe) -> Iterator[Changes]:
+def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
     """What may be changed beside micro-batches, the least first: no set holds a change that a later one could spare."""
     single: list[Changes] = []
     if not recipe.training.gradient_checkpointing:
         single.append({"training.gradient_checkpointing": "true"})
+    if on_gpu and recipe.training.gradient_checkpointing != "offload":
+        single.append({"training.gradient_checkpointing": "offload"})
     if recipe.optimizer.name in SHORT_MOMENTS:
         single.append({"optimizer.name": SHORT_MOMENTS[recipe.optimizer.name]})
     if not recipe.quantization.quantizes:
@@ -109,7 +111,9 @@ def larger_changes(recipe: Recipe) -> Iterator[Changes]:
     for last, largest in enumerate(single):
         for count in range(last + 1):
             for others in combinations(single[:last], count):
-                yield {key: new for change in (*others, largest) for key, new in change.items()}
+                together = [entry for change in (*others, largest) for entry in change.items()]
+                if len(merged := dict(together)) == len(together):  # no key is given twice
+                    yield merged
 
 
 def _rank(adapter: LowRank, part: int) -> Changes:

@@ -152,6 +152,11 @@ class Planner:
         self._held = held_bytes()
         self._resident: dict[str, Resident] = {}
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it plans for a GPU."""
+        return self._card is not None
+
     @classmethod
     def of(cls, recipe: Recipe, card: Card | None, report: Report = ignore) -> Planner:
         """A planner for recipes like this one; needs no weights.
@@ -229,10 +234,11 @@ class Planner:
             method=bench.method,
             total_steps=order.total_steps,
             optimizer=recipe.optimizer,
-            recomputes=recipe.training.gradient_checkpointing,
+            recomputes=bool(recipe.training.gradient_checkpointing),
+            offloads=recipe.training.gradient_checkpointing == "offload" and self.on_gpu,
             noise=recipe.training.neftune_alpha,
             joins_rows=layout.restarts_positions,
-            on_gpu=self._card is not None,
+            on_gpu=self.on_gpu,
         )
 
     def _put_together(

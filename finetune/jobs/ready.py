@@ -176,7 +176,11 @@ def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interrupt
     """Attach the method, and make the optimizer."""
     recipe = bench.recipe
     if recipe.training.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        offloads = recipe.training.gradient_checkpointing == "offload"
+        if offloads and bench.accelerator.device.type == "cpu":
+            offloads = False
+            logger.info("training.gradient_checkpointing: offload is true on a CPU: there is no other memory")
+        base.activation_checkpointing_enable({"use_reentrant": False}, offload=offloads)
     bench.seed()
     model = bench.method.attach(base, order.total_steps)
     bench.method.initialize(model, bench.folder.weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from finetune.errors import OutOfMemoryError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import RULES
@@ -35,8 +37,9 @@ def less_memory(recipe: Recipe) -> dict[str, str] | None:
             "training.micro_batch_size": str(size // factor),
             "training.gradient_accumulation_steps": str(training.gradient_accumulation_steps * factor),
         }
+    if training.gradient_checkpointing:
+        moves = training.gradient_checkpointing is True and torch.cuda.is_available()
+        return {"training.gradient_checkpointing": "offload"} if moves else None
     recomputing = training.model_copy(update={"gradient_checkpointing": True})
     is_possible = not any(rule(recipe.model_copy(update={"training": recomputing})) for rule in RULES)
-    if training.gradient_checkpointing or not is_possible:
-        return None
-    return {"training.gradient_checkpointing": "true"}
+    return {"training.gradient_checkpointing": "true"} if is_possible else None

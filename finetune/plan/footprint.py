@@ -46,6 +46,7 @@ class Setting:
         total_steps: Of the run.
         optimizer: The recipe's section.
         recomputes: Whether blocks are computed again in backward.
+        offloads: Whether their inputs wait for that in another memory.
         noise: On embeddings, if any.
         joins_rows: Whether rows stand in one line.
         on_gpu: Whether the run is for a GPU.
@@ -61,6 +62,7 @@ class Setting:
     total_steps: int
     optimizer: Any
     recomputes: bool
+    offloads: bool
     noise: float | None
     joins_rows: bool
     on_gpu: bool
@@ -174,8 +176,13 @@ def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
     def extended(at_least: int, at_most: int) -> int:
         return at_most + (at_most - at_least) * (blocks - more) // (more - few)
 
+    if setting.offloads:  # one more block keeps no more than its input, and of these all but one are elsewhere
+        input_of_block = (most.activations - least.activations) // (more - few)
+        activations = most.activations - (more - 1) * input_of_block
+    else:
+        activations = extended(least.activations, most.activations)
     return Passes(
-        activations=extended(least.activations, most.activations),
+        activations=activations,
         logits=most.logits,
         evaluation=extended(least.evaluation, most.evaluation),
     )

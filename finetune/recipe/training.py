@@ -57,8 +57,12 @@ class Training(Section):
     neftune_alpha: float | None = Field(
         None, gt=0, description="Noise on embeddings while training (NEFTune, arXiv 2310.05914); 5 is a usual value."
     )
-    gradient_checkpointing: Annotated[bool, OnResume.MAY_CHANGE] = Field(
-        False, description="Keep only each block's input and recompute the rest in backward: less memory, more time."
+    gradient_checkpointing: Annotated[Literal["offload"] | bool, OnResume.MAY_CHANGE] = Field(
+        False,
+        description=(
+            "Keep only each block's input and recompute the rest in backward: less memory, more time. `offload`: the "
+            "inputs wait in the machine's memory and not in the GPU's, for long rows."
+        ),
     )
     rehearsal: Annotated[Literal["auto"] | bool, OnResume.MAY_CHANGE] = Field(
         "auto",

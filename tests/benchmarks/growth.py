@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cli.start import settle_allocator
+
 WIDTH, INNER, BLOCKS, HEADS, KEY_HEADS = 576, 1536, 6, 9, 3
 RANK = 16
 
@@ -243,6 +245,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--files", choices=ACTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    settle_allocator()  # as the command does
     if arguments.folder is None:
         print_steps()
         print_files()

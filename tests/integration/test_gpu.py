@@ -132,6 +132,21 @@ def test_compiled_blocks_take_the_steps_of_others(tiny_recipe: dict[str, Any], t
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_offloaded_inputs_give_the_same_loss_in_less_memory(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+    import torch
+
+    sections = {**tiny_recipe, "quantization": {"kind": kind}}
+    found = {}
+    for value in ("true", "offload"):
+        torch.cuda.reset_peak_memory_stats()
+        recipe = as_recipe(sections, tmp_path, [f"training.gradient_checkpointing={value}"])
+        loss = train(recipe, RunDirectory.create(tmp_path / value)).loss
+        found[value] = loss, torch.cuda.max_memory_allocated()
+    assert found["offload"][0] == pytest.approx(found["true"][0], rel=1e-3)
+    assert found["offload"][1] < found["true"][1]
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4", "affine"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_gpus_take_the_steps_of_one(tiny_recipe: dict[str, Any], tmp_path: Path, strategy: str, kind: str):

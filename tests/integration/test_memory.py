@@ -168,3 +168,16 @@ def test_what_is_proposed_is_possible(
     assert less_memory(recipe) == expected
     if expected:
         as_recipe(tiny_recipe, tmp_path, [*changes, *(f"{key}={value}" for key, value in expected.items())])
+
+
+def test_on_a_gpu_the_inputs_of_blocks_may_go_elsewhere(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = as_recipe(tiny_recipe, tmp_path, ["training.micro_batch_size=1", "training.gradient_checkpointing=true"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    proposed = less_memory(recipe)
+    assert proposed == {"training.gradient_checkpointing": "offload"}
+    offloading = as_recipe(
+        tiny_recipe, tmp_path, ["training.micro_batch_size=1", "training.gradient_checkpointing=offload"]
+    )
+    assert less_memory(offloading) is None

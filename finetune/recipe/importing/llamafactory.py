@@ -89,7 +89,7 @@ RULES: Mapping[str, Rule] = {
     "flash_attn": To("model.attention", {"disabled": "eager"}),
     "enable_liger_kernel": Without(values.OWN_KERNELS),
     "use_unsloth": Without(values.OWN_KERNELS, harmless=(False,)),
-    "use_unsloth_gc": Without("training.gradient_checkpointing: true", harmless=(False,)),
+    "use_unsloth_gc": Switch(on={"training.gradient_checkpointing": "offload"}),
     "use_kt": Without(values.OWN_KERNELS, harmless=(False,)),
     "rope_scaling": Without("the model's own config.json says it"),
     "resize_vocab": Without("the vocabulary stays; adapter.trainable_tokens trains single tokens", harmless=(False,)),

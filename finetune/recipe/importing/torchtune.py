@@ -49,7 +49,6 @@ OPTIMIZERS = {
     "torch.optim.SGD": "sgd",
 }
 TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
-OFFLOADING = "training.gradient_checkpointing takes less memory too"
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
@@ -260,8 +259,8 @@ RULES: Mapping[str, Rule] = {
     "compile": values.compiled,
     "device": Without("the GPU where there is one"),
     "dtype": _precision,
-    "enable_activation_checkpointing": To("training.gradient_checkpointing"),
-    "enable_activation_offloading": Without(OFFLOADING, harmless=(False,)),
+    "enable_activation_checkpointing": values.checkpointing("enable_activation_offloading"),
+    "enable_activation_offloading": values.offloading("enable_activation_checkpointing"),
     "fsdp_cpu_offload": Without(values.DISTRIBUTED, harmless=(False,)),
     "fsdp_reshard_after_forward": Without(values.DISTRIBUTED),
     "custom_sharded_layers": Without(values.DISTRIBUTED),

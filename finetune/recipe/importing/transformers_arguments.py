@@ -49,7 +49,7 @@ ARGUMENTS: Mapping[str, Rule] = {
     "bf16": values.precision("bfloat16"),
     "fp16": values.precision("float16"),
     "tf32": Without("products of float32 numbers are left as PyTorch has them", harmless=(False,)),
-    "gradient_checkpointing": To("training.gradient_checkpointing"),
+    "gradient_checkpointing": To("training.gradient_checkpointing", {"unsloth": "offload"}),
     "gradient_checkpointing_kwargs": Without("ft checkpoints without reentrance", harmless=({"use_reentrant": False},)),
     "torch_compile": values.compiled,
     "use_liger_kernel": Without(values.OWN_KERNELS),

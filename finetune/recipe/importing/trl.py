@@ -109,7 +109,8 @@ RULES: Mapping[str, Rule] = {
     "padding_free": Switch(on={"training.batching": "padding_free"}),
     "assistant_only_loss": Switch(on={"data.train_on": "assistant"}),
     "completion_only_loss": Switch(on={"data.train_on": "completion"}),
-    "activation_offloading": Without("training.gradient_checkpointing takes less memory too", harmless=(False,)),
+    "gradient_checkpointing": values.checkpointing("activation_offloading"),
+    "activation_offloading": values.offloading("gradient_checkpointing"),
     "env": Without("set the environment where you call ft"),
 }
 

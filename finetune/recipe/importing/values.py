@@ -74,6 +74,26 @@ def compiled(context: Context, value: Any) -> Settings:
     return {"model.kernels": "compiled"} if value is True else {}
 
 
+def checkpointing(offloading: str) -> Any:
+    """A rule for the switch that recomputes blocks, beside one of that name that moves what is kept."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        return {"training.gradient_checkpointing": "offload" if value is True and context.at(offloading) else value}
+
+    return rule
+
+
+def offloading(checkpointing: str) -> Any:
+    """A rule for the switch that moves what is kept for backward; `checkpointing` names the one that recomputes."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        if value and not context.at(checkpointing):
+            raise NotCarried("only blocks' inputs are moved: training.gradient_checkpointing: offload")
+        return {}
+
+    return rule
+
+
 def share_or_rows(context: Context, value: Any) -> Settings:
     """A held-out set, given as a share of the rows or as a number of them."""
     del context

@@ -142,7 +142,7 @@ def test_what_nothing_makes_fit_is_told_as_a_shortage(recipe: Path):
 
 def test_changes_come_in_order_of_what_they_cost(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = as_recipe({**tiny_recipe, "adapter": {"method": "lora", "r": 8}}, tmp_path)
-    changes = list(larger_changes(recipe))
+    changes = list(larger_changes(recipe, on_gpu=False))
     assert changes[:4] == [
         {},
         {"training.gradient_checkpointing": "true"},
@@ -150,3 +150,8 @@ def test_changes_come_in_order_of_what_they_cost(tiny_recipe: dict[str, Any], tm
         {"training.gradient_checkpointing": "true", "optimizer.name": "adamw_8bit"},
     ]
     assert {"adapter.r": "4", "adapter.alpha": "16"}.items() <= changes[-1].items()
+    for_gpu = list(larger_changes(recipe, on_gpu=True))
+    offloaded = {"training.gradient_checkpointing": "offload"}
+    assert for_gpu[:4] == [*changes[:2], offloaded, changes[2]]
+    assert {**offloaded, "optimizer.name": "adamw_8bit"} in for_gpu
+    assert [change for change in for_gpu if "offload" not in change.values()] == changes

@@ -44,6 +44,7 @@ def setting(config: Any = None, adapter: dict[str, Any] | None = None, **changes
         total_steps=100,
         optimizer=section(Optimizer, name="adamw"),
         recomputes=False,
+        offloads=False,
         noise=None,
         joins_rows=True,
         on_gpu=False,
@@ -87,6 +88,16 @@ def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.Monkey
     extended = passes(six, joined(ROWS), padded(ROWS, 0))
     monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
     assert extended == passes(six, joined(ROWS), padded(ROWS, 0))
+
+
+def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
+    def activations(blocks: int, offloads: bool) -> int:
+        found = setting(tiny_config(num_hidden_layers=blocks), recomputes=True, offloads=offloads)
+        return passes(found, joined(ROWS), None).activations
+
+    of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
+    assert activations(6, offloads=False) - activations(6, offloads=True) == 5 * of_one
+    assert activations(6, offloads=True) == activations(12, offloads=True)
 
 
 @pytest.mark.parametrize(

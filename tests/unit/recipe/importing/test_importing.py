@@ -250,6 +250,28 @@ def test_what_a_file_leaves_out_is_the_tools_default_not_ours(
 
 
 @pytest.mark.parametrize(
+    ("tool", "said", "ours"),
+    [
+        ("axolotl", {"gradient_checkpointing": "offload"}, "offload"),
+        ("axolotl", {"gradient_checkpointing": "unsloth"}, "offload"),
+        ("llamafactory", {"use_unsloth_gc": True}, "offload"),
+        ("trl", {"activation_offloading": True, "gradient_checkpointing": True}, "offload"),
+        ("trl", {"activation_offloading": True, "gradient_checkpointing": False}, False),
+        ("torchtune", {"enable_activation_checkpointing": True, "enable_activation_offloading": True}, "offload"),
+        ("torchtune", {"enable_activation_checkpointing": True, "enable_activation_offloading": False}, True),
+        ("torchtune", {"enable_activation_offloading": True}, False),
+    ],
+)
+def test_what_is_kept_for_backward_is_offloaded_with_checkpointing_alone(
+    tool: str, said: dict[str, Any], ours: Any, tmp_path: Path
+):
+    made, recipe = translated(tool, {**LEAST[tool], **said}, tmp_path)
+    assert recipe.training.gradient_checkpointing == ours
+    left = {each.key for each in made.left} & said.keys()
+    assert len(left) == (ours is False)
+
+
+@pytest.mark.parametrize(
     ("tool", "keys"),
     [
         ("axolotl", {"rl": "dpo"}),

@@ -1,0 +1,55 @@
+"""What a run is made ready with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel, modeling_utils
+
+from finetune.jobs.train import train
+from finetune.run.directory import RunDirectory
+from tests.fixtures.recipes import as_recipe
+
+
+@pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "nf4"}], ids=lambda section: section["kind"])
+def test_offloading_is_checkpointing_on_a_cpu_and_moves_an_input_of_each_block_elsewhere(
+    quantization: dict[str, Any],
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level(logging.INFO, "finetune")
+
+    def loss(value: str, name: str) -> float | None:
+        changes = [f"training.gradient_checkpointing={value}", "training.max_steps=2", "training.rehearsal=false"]
+        recipe = as_recipe({**tiny_recipe, "quantization": quantization}, tmp_path, changes)
+        return train(recipe, RunDirectory.create(tmp_path / name)).loss
+
+    kept, offloaded = loss("true", "kept"), loss("offload", "offloaded")
+    assert offloaded == kept
+    assert "offload is true on a CPU" in caplog.text
+    moved: list[Tensor] = []
+
+    def moving(pin_memory: bool, device_type: str) -> saved_tensors_hooks:
+        def pack(tensor: Tensor) -> Tensor:
+            moved.append(tensor.clone())
+            return moved[-1]
+
+        return saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    enable = PreTrainedModel.activation_checkpointing_enable
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", moving)  # which pins memory: without a GPU there is no such
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "activation_checkpointing_enable",
+        lambda model, given, offload: enable(model, given, offload=True),
+    )
+    assert loss("offload", "as on a GPU") == kept
+    passes = 2 * tiny_recipe["training"]["gradient_accumulation_steps"]
+    assert len(moved) == passes * 2  # blocks, and nothing else
