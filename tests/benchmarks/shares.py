@@ -105,11 +105,7 @@ def measure() -> None:
     loading, loaded = resident("VmHWM") - before, resident("VmRSS") - before
     del base
     before = resident("VmRSS")
-    bench.accelerator.wait_for_everyone()
-    wire = [on_the_wire()]
     ready = Ready.of(recipe, ignore, Interruption())
-    bench.accelerator.wait_for_everyone()
-    wire.append(on_the_wire())
     state, sent = ready.state, Sent()
     if isinstance(state.model, DistributedDataParallel):
         state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)  # its own way, through what is counted
@@ -120,19 +116,17 @@ def measure() -> None:
     sent.calls.clear()
     sent.bytes.clear()
     bench.accelerator.wait_for_everyone()
-    wire.append(on_the_wire())
+    wire = on_the_wire()
     next(steps)
     bench.accelerator.wait_for_everyone()
-    wire.append(on_the_wire())
+    wire = (on_the_wire() - wire) // bench.accelerator.num_processes
     taken = [loading, loaded, resident("VmHWM") - before]
     most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
     if bench.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
         plan = Planner(bench, ready.rows, None).plan(recipe, measures_time=False)
         planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["holes"]
-        processes = bench.accelerator.num_processes
-        over = {"start": (wire[1] - wire[0]) // processes, "wire": (wire[3] - wire[2]) // processes}
-        about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes, **over}
+        about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes, "wire": wire}
         print(json.dumps({**memory, **about}))
     if dist.is_initialized():
         dist.destroy_process_group()
