@@ -24,7 +24,7 @@ import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted, ProcessFailed, ProcessLost, UsageError
@@ -160,12 +160,31 @@ def _agent(command: Sequence[str], processes: int, restarts: int, folder: str, m
         local_world_size=processes,
         entrypoint=command[0],
         args=tuple(command[1:]),
-        rdzv_handler=get_rendezvous_handler(parameters),
+        rdzv_handler=_rendezvous(parameters),
         max_restarts=restarts,
         monitor_interval=LOOK_EVERY_SECONDS,
         local_addr=parameters.local_addr,
     )
     return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
+
+
+def _rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
+    """The place where machines meet, kept here or reached from here.
+
+    Raises:
+        EnvironmentFault: Nothing answers there.
+    """
+    try:
+        return get_rendezvous_handler(parameters)
+    except RendezvousConnectionError as error:
+        if not parameters.get_as_bool("is_host"):
+            raise EnvironmentFault(
+                f"nobody keeps a rendezvous at {parameters.endpoint}",
+                hint="start the run on the machine that --rendezvous names, at most a minute later than on this one",
+            ) from error
+    # Of two supervisors on one machine both may have found the place free; the other was first to take it.
+    parameters.config["is_host"] = False
+    return _rendezvous(parameters)
 
 
 class _Launch:
@@ -209,7 +228,8 @@ class _Launch:
     def error(self, interruption: Interruption) -> FinetuneError | None:
         """What ended the run: an error before a stop, the first before later ones, and what others died of last."""
         if self.fault is not None:
-            return EnvironmentFault(f"the processes of the run did not meet: {self.fault}", hint="start the run again")
+            reason = str(self.fault) or type(self.fault).__name__
+            return EnvironmentFault(f"the processes of the run did not meet: {reason}", hint="start the run again")
         endings = self._endings()
         errors = [ending for ending in endings if not ending.is_stop and not ending.is_consequence]
         if errors:
