@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from finetune.jobs.evaluate import Evaluated, Score
     from finetune.jobs.plan import Plan
-    from finetune.jobs.preview import Preview
+    from finetune.jobs.preview import MicroBatch, Preview
     from finetune.jobs.reproduce import Reproduction
     from finetune.jobs.smoke import Smoke
     from finetune.recipe.catalogue import Choice
@@ -736,23 +736,23 @@ def show_preview(preview: Preview) -> None:
             text.append(stretch.text.replace("\n", "↵\n") if not stretch.special else stretch.text, style=style)
         console.print(text, "", sep="\n")
     console.print(Text("green: trained; reversed: special tokens; ↵: end of line", style="dim"))
-    longest = max(batch.computed for batch in preview.first_step)
-    passes = len(preview.first_step)
-    console.print(Text(f"first step: {passes} forward passes, {100 * preview.fill:.1f} % filled", style="bold"))
+    longest = max(batch.computed + batch.shared for batch in preview.first_step)
+    console.print(Text(wording.first_step(preview), style="bold"))
     for batch in preview.first_step:
-        console.print(_drawn_to_scale(batch.lengths, batch.computed, longest))
+        console.print(_drawn_to_scale(batch, longest))
     for line in wording.ledger(preview.ledger):
         console.print(Text(line), soft_wrap=True)
 
 
-def _drawn_to_scale(lengths: list[int], computed: int, longest: int, width: int = 56) -> Text:
+def _drawn_to_scale(batch: MicroBatch, longest: int, width: int = 56) -> Text:
     """A bar a micro-batch: its rows in turns of two shades, and padding as dots."""
     from rich.text import Text
 
     bar = Text()
-    ends = [round(width * end / longest) for end in accumulate(lengths)]  # rounded in sum, or short rows would add up
+    # Rounded in sum, or short rows would add up.
+    ends = [round(width * end / longest) for end in accumulate(batch.lengths)]
     for index, end in enumerate(ends):
         bar.append("█" * (end - len(bar)), style="cyan" if index % 2 else "blue")
-    bar.append("·" * (round(width * computed / longest) - len(bar)), style="dim")
-    bar.append(f"  {sum(lengths)}/{computed}", style="dim")
+    bar.append("·" * (round(width * (batch.computed + batch.shared) / longest) - len(bar)), style="dim")
+    bar.append(f"  {sum(batch.lengths)}/{batch.computed}", style="dim")
     return bar

@@ -27,9 +27,8 @@ _STYLE = """
 
 def preview_page(preview: Preview) -> str:
     """The preview as HTML."""
-    passes = len(preview.first_step)
     table = "\n".join(wording.ledger(preview.ledger))
-    longest = max(batch.computed for batch in preview.first_step)
+    longest = max(batch.computed + batch.shared for batch in preview.first_step)
     return document(
         "Preview of the training data",
         _STYLE,
@@ -39,7 +38,7 @@ def preview_page(preview: Preview) -> str:
             "↵ end of line</p>",
             "<h2>Rows</h2>",
             *map(_row, preview.rows),
-            f"<h2>First step: {passes} forward passes, {100 * preview.fill:.1f} % filled</h2>",
+            f"<h2>{wording.first_step(preview).capitalize()}</h2>",
             '<p class="dim">A bar for each pass, a segment for each row, padding hatched.</p>',
             *(_bar(batch, longest) for batch in preview.first_step),
             "<h2>What became of the rows</h2>",
@@ -62,16 +61,16 @@ def _stretch(stretch: Stretch) -> str:
 
 
 def _bar(batch: MicroBatch, longest: int) -> str:
-    title = f"{sum(batch.lengths)} of {batch.computed} tokens"
     segments = "".join(_segments(batch))
+    width = 100 * (batch.computed + batch.shared) / longest
     return (
-        f'<div class="bar" style="width: {100 * batch.computed / longest:.2f}%">{segments}</div>'
-        f'<div class="dim">{title}, rows: {len(batch.lengths)}</div>'
+        f'<div class="bar" style="width: {width:.2f}%">{segments}</div>'
+        f'<div class="dim">{sum(batch.lengths)} tokens, {batch.computed} computed, rows: {len(batch.lengths)}</div>'
     )
 
 
 def _segments(batch: MicroBatch) -> Iterator[str]:
     for length in batch.lengths:
         yield f'<i style="flex: {length} 0 0" title="{length} tokens"></i>'
-    if padding := batch.computed - sum(batch.lengths):
-        yield f'<i class="padding" style="flex: {padding} 0 0" title="{padding} tokens of padding"></i>'
+    if batch.padding:
+        yield f'<i class="padding" style="flex: {batch.padding} 0 0" title="{batch.padding} tokens of padding"></i>'

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finetune.evaluation.metrics import Form
     from finetune.jobs.evaluate import Score
     from finetune.jobs.plan import Plan
+    from finetune.jobs.preview import Preview
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation, Meaning
     from finetune.recipe.importing.imported import Imported
@@ -125,6 +126,12 @@ def ledger(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def first_step(preview: Preview) -> str:
+    """How a step lays out its rows."""
+    shared = f", {100 * preview.shared:.1f} % of tokens shared by rows" if preview.shared else ""
+    return f"first step: {len(preview.first_step)} forward passes, {100 * preview.fill:.1f} % filled{shared}"
+
+
 def _ledger_cells(facts: dict[str, Any]) -> list[str]:
     left_out = facts["too_long"] + facts["untrainable"]
     lengths = [str(facts["lengths"].get(key, "-")) for key in ("p50", "p99", "longest")]
@@ -199,6 +206,7 @@ def plan(plan: Plan) -> list[str]:
         *([f"processes    {plan.processes}, by {plan.strategy}; what follows is of one"] if plan.processes > 1 else []),
         f"parameters   {count(plan.total)}, of which {count(plan.trainable)} train ({100 * share:.2g} %)",
         f"rows         {work.rows:,}: {count(work.tokens)} tokens an epoch, {count(work.targets)} trained in the run",
+        *([f"shared       {100 * work.shared:.2g} % of tokens, computed with another row's"] if work.shared else []),
         f"steps        {work.steps:,}, {work.steps_per_epoch:.4g} an epoch; "
         f"the largest pass has {work.largest_pass:,} tokens",
         "",

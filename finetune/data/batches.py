@@ -24,7 +24,8 @@ class Batch:
         ids_BT: Token ids, int64.
         labels_BT: The id of each trained token at its own position, IGNORED elsewhere; int64.
         mask_BT: 1 for tokens of a row, 0 for padding; int64. None where nothing is padded.
-        positions_BT: Each token's place in its own row, int64. None where every row begins at its left edge.
+        positions_BT: Each token's place in its own example, int64. None where every example begins at its row's left
+            edge. An example whose positions begin at p > 0 goes on from the first p tokens of the one before it.
     """
 
     ids_BT: Tensor
@@ -34,7 +35,10 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens without padding."""
+        """Number of tokens of the examples; those that several have in common count for each."""
+        if self.positions_BT is not None:
+            is_last_BT = self.positions_BT.diff(append=self.positions_BT.new_full((1, 1), -1)) != 1
+            return int((self.positions_BT + 1)[is_last_BT].sum())
         return self.ids_BT.numel() if self.mask_BT is None else int(self.mask_BT.sum())
 
     @property
@@ -44,7 +48,7 @@ class Batch:
 
     @property
     def example_lengths_BT(self) -> Tensor:
-        """For each token the number of tokens of its example, float32; 1 or more for padding."""
+        """For each token the number of tokens of its example, which shares none; float32; 1 or more for padding."""
         if self.positions_BT is not None:
             starts_BT = (self.positions_BT == 0).long()
             number_BT = starts_BT.flatten().cumsum(0) - 1
@@ -75,12 +79,37 @@ def padded(examples: Sequence[Example], padding: int) -> Batch:
     return Batch(torch.tensor(ids), torch.tensor(labels), mask_BT=torch.tensor(mask))
 
 
-def joined(examples: Sequence[Example]) -> Batch:
-    """Examples one after the other in a single row; positions restart, which keeps attention within each."""
-    ids = [token for example in examples for token in example.ids]
-    labels = [label for example in examples for label in _labels(example)]
-    positions = [position for example in examples for position in range(len(example.ids))]
+def joined(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
+    """Examples one after the other in a single row; positions restart, which keeps attention within each.
+
+    Args:
+        examples: At least one.
+        shares_prefixes: Whether the tokens that an example begins with as another does stand there once. In the order
+            of its tokens, each is next to the one that it has most in common with.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    before = None
+    for example in sorted(examples, key=lambda each: each.ids) if shares_prefixes else examples:
+        shared = _shared(before, example) if before is not None and shares_prefixes else 0
+        ids += example.ids[shared:]
+        labels += _labels(example)[shared:]
+        positions += range(shared, len(example.ids))
+        before = example
     return Batch(torch.tensor([ids]), torch.tensor([labels]), positions_BT=torch.tensor([positions]))
+
+
+def _shared(one: Example, other: Example) -> int:
+    """How many tokens two examples begin with alike, of which neither trains any nor the one that follows."""
+    most = min(_untrained(one), _untrained(other)) - 1
+    differing = (place for place in range(most) if one.ids[place] != other.ids[place])
+    return max(0, next(differing, most))
+
+
+def _untrained(example: Example) -> int:
+    """How many tokens stand before the first trained one."""
+    return example.is_target.index(True, 1) if any(example.is_target[1:]) else len(example.ids)
 
 
 def _labels(example: Example) -> list[int]:

@@ -32,6 +32,7 @@ class Layout:
         batch: Makes tensors of the rows of a micro-batch.
         micro_batch_size: Units of a micro-batch.
         restarts_positions: Whether examples stand in one row, where attention must not cross from one to the next.
+        shares_prefixes: Whether what examples in one row begin with alike stands there once.
     """
 
     rows: int
@@ -39,10 +40,17 @@ class Layout:
     batch: Callable[[Sequence[Example]], Batch]
     micro_batch_size: int
     restarts_positions: bool
+    shares_prefixes: bool = False
 
     @classmethod
     def of(
-        cls, training: Training, lengths: npt.NDArray[np.int64], max_length: int, padding: int, may_join: bool = True
+        cls,
+        training: Training,
+        lengths: npt.NDArray[np.int64],
+        max_length: int,
+        padding: int,
+        may_join: bool = True,
+        may_share: bool = False,
     ) -> Layout:
         """The layout of `training.batching`.
 
@@ -52,8 +60,11 @@ class Layout:
             max_length: Longest row in tokens, which is the length of a pack where the recipe names none.
             padding: Any token id.
             may_join: Whether `auto` may put several rows into one line.
+            may_share: Whether `prefix_sharing: auto` may compute once what rows in one line begin with alike.
         """
         joins = cls(len(lengths), None, joined, training.micro_batch_size, restarts_positions=True)
+        if may_share and training.prefix_sharing == "auto":
+            joins = replace(joins, batch=partial(joined, shares_prefixes=True), shares_prefixes=True)
         match training.batching:
             case "packed":
                 return replace(joins, packs=packed(lengths, training.pack_length or max_length, training.seed))
@@ -66,7 +77,12 @@ class Layout:
 
     def with_padding(self, padding: int) -> Layout:
         """The same units with a row for each example, filled up with any token id."""
-        return replace(self, batch=partial(padded, padding=padding), restarts_positions=False)
+        batch = partial(padded, padding=padding)
+        return replace(self, batch=batch, restarts_positions=False, shares_prefixes=False)
+
+    def without_sharing(self) -> Layout:
+        """The same where examples stand in one row, each with all its tokens."""
+        return replace(self, batch=joined, shares_prefixes=False)
 
     @property
     def units(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ logger = logging.getLogger(__name__)
 WATCHED_FROM = 20
 """Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
 
+LARGEST_LOOKED_AT = 8
+"""Micro-batches of most tokens that are looked at where rows share some: which computes most is not known before."""
+
+STEPS_LOOKED_AT = 16
+"""Steps in which it is counted how many tokens rows share."""
+
 HOLES_ON_CPU = 0.3
 """Memory that the C library holds between tensors, as a share of what passes take: from float32 steps of a few recipes.
 Those of long rows leave more."""
@@ -55,8 +62,9 @@ class Work:
         tokens: Of one epoch, padding not counted.
         steps_per_epoch: Optimizer steps of one pass over the rows.
         steps: Of the whole run.
-        largest_pass: Tokens of the largest micro-batch, padding counted.
-        computed: Tokens of the whole run, padding counted.
+        largest_pass: Tokens of the largest micro-batch, padding counted, each once that rows share.
+        computed: The same of the whole run; where rows share tokens, as the steps looked at say.
+        shared: Share of tokens that are computed with another row's, of the same steps.
         targets: Trained tokens of the whole run.
     """
 
@@ -66,6 +74,7 @@ class Work:
     steps: int
     largest_pass: int
     computed: int
+    shared: float
     targets: int
 
 
@@ -323,27 +332,37 @@ def foreseen_peak(bench: Workbench, rows: Rows, total_steps: int) -> int | None:
 
 def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, processes: int) -> tuple[Batch, Work]:
     """The micro-batch of most tokens in the run, and how much there is to do in all."""
+
+    def batch_of(chosen: list[int]) -> Batch:
+        return layout.batch([rows.train[row] for row in chosen])
+
     lengths, targets = rows.train.lengths, rows.train.column("targets")
-    most, largest = 0, [0]
-    computed = trained = 0
+    large: list[tuple[int, list[int]]] = []
+    computed = trained = seen = together = 0
     for step in range(order.total_steps):
         units = [layout.rows_of(unit) for unit in order.step_units(step)]
         for group in layout.grouped([int(lengths[unit].sum()) for unit in units], processes):
             chosen = [row for place in group for row in units[place]]
             tokens = _computed(lengths[chosen] + prompt, layout.restarts_positions)
             computed, trained = computed + tokens, trained + int(targets[chosen].sum())
-            if tokens > most:
-                most, largest = tokens, chosen
+            heappush(large, (tokens, chosen))
+            if len(large) > (LARGEST_LOOKED_AT if layout.shares_prefixes else 1):
+                heappop(large)
+            if layout.shares_prefixes and step % -(-order.total_steps // STEPS_LOOKED_AT) == 0:
+                seen, together = seen + tokens, together + batch_of(chosen).ids_BT.numel()
+    largest = max((batch_of(chosen) for _, chosen in large), key=lambda batch: batch.ids_BT.numel())
+    shared = 1 - together / seen if seen else 0.0
     work = Work(
         rows=len(lengths),
         tokens=int(lengths.sum()),
         steps_per_epoch=layout.units / order.units_per_step,
         steps=order.total_steps,
-        largest_pass=most,
-        computed=computed,
+        largest_pass=largest.ids_BT.numel() + prompt * len(largest.ids_BT),
+        computed=round(computed * (1 - shared)),
+        shared=shared,
         targets=trained,
     )
-    return layout.batch([rows.train[row] for row in largest]), work
+    return largest, work
 
 
 def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:

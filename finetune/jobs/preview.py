@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
+from finetune.data.layout import Layout, Unit
 from finetune.data.ledger import ledger
 from finetune.jobs.setup import layout_of
 from finetune.models.folder import find_model
@@ -62,10 +63,17 @@ class MicroBatch:
     Attributes:
         lengths: Tokens of each of its rows.
         computed: Tokens that the model computes, padding included.
+        shared: Tokens that are not, because the row before begins with them too.
     """
 
     lengths: list[int]
     computed: int
+    shared: int
+
+    @property
+    def padding(self) -> int:
+        """Computed tokens that are of no row."""
+        return self.computed + self.shared - sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -85,12 +93,16 @@ class Preview:
     @property
     def fill(self) -> float:
         """Share of the first step's computed tokens that are no padding."""
-        tokens = sum(sum(batch.lengths) for batch in self.first_step)
-        return tokens / sum(batch.computed for batch in self.first_step)
+        return 1 - sum(batch.padding for batch in self.first_step) / sum(batch.computed for batch in self.first_step)
+
+    @property
+    def shared(self) -> float:
+        """Share of the first step's tokens that are computed for several rows at once."""
+        return sum(batch.shared for batch in self.first_step) / sum(sum(batch.lengths) for batch in self.first_step)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        return {**asdict(self), "fill": self.fill}
+        return {**asdict(self), "fill": self.fill, "shared": self.shared}
 
 
 def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
@@ -112,12 +124,14 @@ def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
     first_step = [[train[row] for row in layout.rows_of(unit)] for unit in order.step_units(0)]
     return Preview(
         rows=[PreviewRow(train.place(row), list(_stretches(train[row], tokenizer))) for row in islice(in_order, rows)],
-        first_step=[
-            MicroBatch([len(example.ids) for unit in group for example in unit], layout.tensors(group).ids_BT.numel())
-            for group in layout.groups(first_step)
-        ],
+        first_step=[_micro_batch(layout, group) for group in layout.groups(first_step)],
         ledger=ledger(data, layout),
     )
+
+
+def _micro_batch(layout: Layout, group: list[Unit]) -> MicroBatch:
+    lengths, computed = [len(example.ids) for unit in group for example in unit], layout.tensors(group).ids_BT.numel()
+    return MicroBatch(lengths, computed, sum(lengths) - computed if layout.shares_prefixes else 0)
 
 
 def _stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:

@@ -23,7 +23,7 @@ from finetune.jobs.record import TrainedRecord
 from finetune.jobs.resume import refuse_other_codes, refuse_other_inputs
 from finetune.jobs.setup import Workbench, layout_of
 from finetune.jobs.together import QUANTIZED_BASE, refuse_disagreement
-from finetune.models.attention import keep_apart
+from finetune.models.attention import keep_apart, may_share_prefixes
 from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fused import fuse
@@ -156,6 +156,8 @@ def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
 def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Report) -> Layout:
     """Rows stay in one line where the base keeps them apart; where not, they are padded if the recipe leaves it open.
 
+    In one line, what they begin with alike stands once where the base computes the same then.
+
     Raises:
         UnsupportedError: The recipe wants them in one line.
     """
@@ -169,7 +171,7 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
             raise
         logger.info("training.batching: auto is padded: %s", error)
         return layout.with_padding(bench.padding)
-    return layout
+    return layout if not layout.shares_prefixes or may_share_prefixes(base) else layout.without_sharing()
 
 
 def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:

@@ -256,7 +256,9 @@ class Workbench(ModelSetup):
 def layout_of(recipe: Recipe, lengths: npt.NDArray[np.int64], padding: int) -> Layout:
     """How the recipe's training rows are laid out; see `Layout.of`."""
     may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
-    return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join)
+    draws_for_each_row = recipe.training.neftune_alpha or getattr(recipe.adapter, "dropout", 0)
+    may_share = recipe.model.attention == "auto" and not draws_for_each_row
+    return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
 
 
 def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:

@@ -49,24 +49,66 @@ def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:
 def _takes_packed_attention(model: PreTrainedModel) -> bool:
     """Switch to the kernel without masks where it is made for the model and the device; the model's own is its twin."""
     own = model.config._attn_implementation
-    weight = model.get_input_embeddings().weight
-    if own != "sdpa" or getattr(model.config, "attention_dropout", 0) or not _has_kernel(weight):
+    if own != "sdpa" or _drops(model, "att") or not _has_kernel(model.get_input_embeddings().weight):
         return False
     examples = _probe(model)[0].split(PROBE_LENGTHS)
     alone_TV = torch.cat([_logits(model, ids_T, torch.arange(len(ids_T))) for ids_T in examples])
     model.set_attn_implementation(packed_attention.NAME)
-    try:
-        together_TV = _logits(model, torch.cat(examples), _probe(model)[1])
-        difference = float((together_TV - alone_TV).norm() / alone_TV.norm())
-        if difference <= AGREEMENT[weight.dtype]:
+    reason = _disagreement(model, torch.cat(examples), _probe(model)[1], alone_TV)
+    if reason is None:
+        try:
             prove_separation(model)
             return True
-        reason = f"its logits are {difference:.1e} of their size away from those of {own}"
-    except (NotImplementedError, UnsupportedError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        except UnsupportedError as error:
+            reason = str(error)
     model.set_attn_implementation(own)
     logger.info("model.attention: auto is %s, since attention without masks does not fit: %s", own, reason)
     return False
+
+
+def may_share_prefixes(model: PreTrainedModel) -> bool:
+    """Whether what examples in one row begin with alike can be computed once for all, which is tried with a few tokens.
+
+    Args:
+        model: Which has been through `keep_apart`.
+    """
+    if model.config._attn_implementation != packed_attention.NAME:
+        reason: str | None = "its attention keeps rows apart by its own means"
+    elif _drops(model):
+        reason = "its dropout is another one for every token of every row"
+    else:
+        one_T, other_T, third_T = _probe(model)[0].split(PROBE_LENGTHS)
+        # The second goes on from 5 tokens of the first; the third from 6 of the second, of which one is its own.
+        rows = [
+            (one_T, 0),
+            (torch.cat([one_T[:5], other_T]), 5),
+            (torch.cat([one_T[:5], other_T[:1], third_T]), 6),
+        ]
+        alone_TV = torch.cat([_logits(model, row_T, torch.arange(len(row_T)))[first:] for row_T, first in rows])
+        ids_T = torch.cat([row_T[first:] for row_T, first in rows])
+        positions_T = torch.cat([torch.arange(first, len(row_T)) for row_T, first in rows])
+        reason = _disagreement(model, ids_T, positions_T, alone_TV)
+    if reason is not None:
+        logger.info("training.prefix_sharing: auto is false for this model: %s", reason)
+    return reason is None
+
+
+def _disagreement(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, alone_TV: Tensor) -> str | None:
+    """What is wrong with the logits of examples in one row, beside those of each alone."""
+    try:
+        together_TV = _logits(model, ids_T, positions_T)
+    except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+        return str(error).splitlines()[0]
+    difference = float((together_TV - alone_TV).norm() / alone_TV.norm())
+    if difference <= AGREEMENT[model.get_input_embeddings().weight.dtype]:
+        return None
+    return f"its logits are {difference:.1e} of their size away from those of examples that stand alone"
+
+
+def _drops(model: PreTrainedModel, of: str = "") -> bool:
+    """Whether a model draws what it leaves out while it trains, at all or in what its settings name so."""
+    settings = model.config.get_text_config().to_dict().items()
+    return any("drop" in name and of in name and isinstance(value, float) and value > 0 for name, value in settings)
 
 
 def _has_kernel(weight: Tensor) -> bool:

@@ -1,18 +1,21 @@
 """Causal attention for examples that stand one after the other in a row: each by itself, with no mask of T x T.
 
+Tokens that an example begins with as the one before it does may stand in the row once, with the latter: what a causal
+model computes for them is the same for both. An example's own tokens then begin at a later position than 0.
+
 transformers hands the 4-dimensional mask that a model is called with to the attention of every layer as it is. Here
 that "mask" holds the bounds of examples, which is all that this kernel needs to know. Called with any other
 mask, or none, it is `sdpa`.
 
 Shape legend: H heads, G heads of keys and values, R = H / G, T tokens of the row, N tokens of a block of queries,
-K keys that the block sees, D numbers of a head, E examples.
+K keys that the block sees, D numbers of a head, E examples, S all tokens of an example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +35,19 @@ above the diagonal only to be masked; an example up to half longer is one block.
 
 
 def bounds_of(positions_BT: Tensor) -> Tensor:
-    """Where examples begin, and the end of the last, as the mask that the kernel takes: int32, shape (1, 1, 1, E + 1).
+    """Where examples' own tokens begin, as the mask that the kernel takes: int32, shape (1, 1, 2, E + 1).
+
+    First their places in the row and its end, then their positions, and 0.
 
     Args:
-        positions_BT: Positions of a single row; each example's begin at 0.
+        positions_BT: Positions of a single row. An example that begins at p > 0 goes on from the first p tokens of the
+            one before it, which has more.
     """
-    starts_E = (positions_BT[0] == 0).nonzero().squeeze(1)
-    return torch.cat([starts_E, starts_E.new_tensor([positions_BT.shape[1]])]).int().view(1, 1, 1, -1)
+    positions_T = positions_BT[0]
+    starts_E = (positions_T.diff(prepend=positions_T.new_tensor([-2])) != 1).nonzero().squeeze(1)
+    places = torch.cat([starts_E, starts_E.new_tensor([len(positions_T)])])
+    firsts = torch.cat([positions_T[starts_E], starts_E.new_zeros(1)])
+    return torch.stack([places, firsts]).int()[None, None]
 
 
 def packed_attention(
@@ -68,15 +77,26 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = _dtype(value)
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
+    places, firsts = map(tuple, attention_mask[0, 0].tolist())
     if query.is_cuda and query.dtype.itemsize == 2:
-        bounds = attention_mask.flatten()
-        longest = int(bounds.diff().max())
+        lines = _lines(places, firsts, query.device)
+        if lines.seen is not None:
+            key, value = key.index_select(0, lines.seen), value.index_select(0, lines.seen)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         output: Any = varlen_attn(
-            query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=True
+            query,
+            key,
+            value,
+            lines.own_bounds,
+            lines.seen_bounds,
+            lines.longest_own,
+            lines.longest_seen,
+            scale=scale,
+            window_size=window,
+            enable_gqa=True,
         )
     else:
-        output = _Packed.apply(query, key, value, tuple(attention_mask.flatten().tolist()), scale, sliding_window)
+        output = _Packed.apply(query, key, value, _examples(places, firsts), scale, sliding_window)
     return output[None], None
 
 
@@ -90,8 +110,8 @@ class _Block(NamedTuple):
     """Queries that are worked on together, and the keys they see.
 
     Attributes:
-        rows: Places of the N queries.
-        columns: Places of the K keys; the last N are those of the queries.
+        rows: Places of the N queries in the row.
+        columns: Positions of the K keys in the example; the last N are those of the queries.
     """
 
     rows: slice
@@ -104,21 +124,104 @@ class _Block(NamedTuple):
             query_GND.new_empty(1), query_GND, key_GKD.transpose(1, 2), beta=0, alpha=scale
         ).view(groups, -1, rows, keys)  # fmt: skip
         scores[..., -rows:] += _future(rows, scores.dtype, scores.device)
-        if window is not None and self.rows.stop - self.columns.start > window:
-            place = torch.arange(self.rows.start, self.rows.stop, device=scores.device)[:, None]
-            other = torch.arange(self.columns.start, self.columns.stop, device=scores.device)
-            scores.masked_fill_(other <= place - window, float("-inf"))
+        if window is not None and keys > window:
+            other = torch.arange(keys, device=scores.device)
+            scores.masked_fill_(other <= other[-rows:, None] - window, float("-inf"))
         return scores.softmax(-1).view(groups, -1, keys)
 
 
-def _blocks(bounds: tuple[int, ...], window: int | None) -> Iterator[_Block]:
-    """All blocks, of an example the last first: it sees most keys, and the others' scores fit where its have been."""
-    for start, end in pairwise(bounds):
-        rows = end - start if end - start <= BLOCK * 1.5 else BLOCK
-        for first in reversed(range(start, end, rows)):
-            seen_from = start if window is None else max(start, first - window + 1)
-            last = min(first + rows, end)
-            yield _Block(slice(first, last), slice(seen_from, last))
+class _Example(NamedTuple):
+    """Where an example stands.
+
+    Attributes:
+        own: Places of the tokens that only it or those after it read.
+        seen: Places of all its S tokens, in the order of their positions, put together where they follow each other.
+        length: S.
+    """
+
+    own: slice
+    seen: tuple[slice, ...]
+    length: int
+
+    def blocks(self, window: int | None) -> Iterator[_Block]:
+        """Its blocks, the last first: it sees most keys, and the others' scores fit where its have been."""
+        count = self.own.stop - self.own.start
+        rows = count if count <= BLOCK * 1.5 else BLOCK
+        for first in reversed(range(0, count, rows)):
+            last = min(first + rows, count)
+            place = self.length - count + first
+            seen_from = 0 if window is None else max(0, place - window + 1)
+            queries = slice(self.own.start + first, self.own.start + last)
+            yield _Block(queries, slice(seen_from, place + last - first))
+
+    def of(self, heads_TGD: Tensor) -> Tensor:
+        """What its tokens have, (S, G, D): a view where they stand together."""
+        parts = [heads_TGD[part] for part in self.seen]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def sums(self, heads_TGD: Tensor) -> Tensor:
+        """Where sums over its tokens are formed, (S, G, D), before `add`: a view where they stand together."""
+        together = len(self.seen) == 1
+        return heads_TGD[self.seen[0]] if together else heads_TGD.new_zeros(self.length, *heads_TGD.shape[1:])
+
+    def add(self, heads_TGD: Tensor, own_SGD: Tensor) -> None:
+        """Add what has come together in `sums`, unless that is a view."""
+        if len(self.seen) > 1:
+            parts = own_SGD.split([part.stop - part.start for part in self.seen])
+            for part, of_part in zip(self.seen, parts, strict=True):
+                heads_TGD[part] += of_part
+
+
+@lru_cache(maxsize=64)
+def _examples(places: tuple[int, ...], firsts: tuple[int, ...]) -> tuple[_Example, ...]:
+    """The examples of `bounds_of`."""
+    examples: list[_Example] = []
+    seen: tuple[slice, ...] = ()
+    for (start, end), first in zip(pairwise(places), firsts, strict=False):
+        seen = (*_first_of(seen, first), slice(start, end))
+        examples.append(_Example(slice(start, end), seen, first + end - start))
+    return tuple(examples)
+
+
+def _first_of(parts: tuple[slice, ...], count: int) -> Iterator[slice]:
+    for part in parts:
+        if count > 0:
+            yield slice(part.start, min(part.stop, part.start + count))
+        count -= part.stop - part.start
+
+
+class _Lines(NamedTuple):
+    """The examples as flash attention takes them.
+
+    Attributes:
+        own_bounds: Where the tokens of each begin among the queries, and the end, (E + 1,), int32.
+        seen_bounds: The same among the keys.
+        longest_own: Queries of an example at most.
+        longest_seen: Its keys at most.
+        seen: Places of the keys in the row, one example's after the other's; None where these are all places in turn.
+    """
+
+    own_bounds: Tensor
+    seen_bounds: Tensor
+    longest_own: int
+    longest_seen: int
+    seen: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def _lines(places: tuple[int, ...], firsts: tuple[int, ...], device: torch.device) -> _Lines:
+    examples = _examples(places, firsts)
+    own = [example.own.stop - example.own.start for example in examples]
+    lengths = [example.length for example in examples]
+    seen = [torch.arange(part.start, part.stop) for example in examples for part in example.seen]
+    own_bounds, seen_bounds = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (own, lengths))
+    return _Lines(
+        own_bounds.to(device),
+        seen_bounds.to(device),
+        max(own),
+        max(lengths),
+        None if own == lengths else torch.cat(seen).to(device),
+    )
 
 
 def _future(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -141,35 +244,49 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        examples: tuple[_Example, ...],
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.settings = bounds, scale, window
+        ctx.settings = examples, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
-        for block in _blocks(bounds, window):
-            query_GND, key_GKD = _by_group(query, block.rows, key.shape[1]), key[block.columns].transpose(0, 1)
-            chances = block.scores(query_GND, key_GKD, scale, window)
-            _put_back(output, block.rows, chances @ value[block.columns].transpose(0, 1))
+        for example in examples:
+            key_SGD, value_SGD = example.of(key), example.of(value)
+            for block in example.blocks(window):
+                query_GND = _by_group(query, block.rows, key.shape[1])
+                key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
+                chances = block.scores(query_GND, key_GKD, scale, window)
+                _put_back(output, block.rows, chances @ value_GKD)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        bounds, scale, window = ctx.settings
+        examples, scale, window = ctx.settings
         groups = key.shape[1]
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(heads, dtype=torch.float32) for heads in (key, value))
-        for block in _blocks(bounds, window):
-            query_GND = _by_group(query, block.rows, groups)
-            gradient_GND = _by_group(gradient, block.rows, groups)
-            key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key, value))
-            chances = block.scores(query_GND, key_GKD, scale, window)
-            of_value[block.columns] += (chances.transpose(1, 2) @ gradient_GND).transpose(0, 1)
-            of_chances = gradient_GND @ value_GKD.transpose(1, 2)
-            of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
-            _put_back(of_query, block.rows, of_scores @ key_GKD)
-            of_key[block.columns] += (of_scores.transpose(1, 2) @ query_GND).transpose(0, 1)
+        for example in examples:
+            key_SGD, value_SGD = example.of(key), example.of(value)
+            of_key_SGD, of_value_SGD = example.sums(of_key), example.sums(of_value)
+            for block in example.blocks(window):
+                query_GND = _by_group(query, block.rows, groups)
+                gradient_GND = _by_group(gradient, block.rows, groups)
+                key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
+                chances = block.scores(query_GND, key_GKD, scale, window)
+                of_value_SGD[block.columns] += (chances.transpose(1, 2) @ gradient_GND).transpose(0, 1)
+                of_chances = gradient_GND @ value_GKD.transpose(1, 2)
+                of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
+                _put_back(of_query, block.rows, of_scores @ key_GKD)
+                of_key_SGD[block.columns] += (of_scores.transpose(1, 2) @ query_GND).transpose(0, 1)
+            example.add(of_key, of_key_SGD)
+            example.add(of_value, of_value_SGD)
         return of_query.mul_(scale), of_key.mul_(scale).to(key.dtype), of_value.to(value.dtype), None, None, None
 
 

@@ -41,6 +41,14 @@ class Training(Section):
             "padded where the method or the model cannot keep rows in one line apart."
         ),
     )
+    prefix_sharing: Annotated[Literal["auto", False], OnResume.MAY_CHANGE] = Field(
+        "auto",
+        description=(
+            "auto: tokens that rows in one line begin with alike, such as a system prompt, are computed once for all, "
+            "up to the first that is trained; loss and gradient are the same. Not where dropout or noise is drawn for "
+            "each row, and only with model.attention: auto. false: never."
+        ),
+    )
     pack_length: int | None = Field(
         None, ge=8, description="Tokens of one pack; by default data.max_length, and never less."
     )

@@ -118,7 +118,7 @@ class StepMetrics(Event):
         loss: Mean over the step's trained tokens, in nats.
         gradient_norm: Before clipping.
         learning_rate: That this step used.
-        tokens: Tokens seen so far, padding not counted.
+        tokens: Tokens of the rows seen so far; those that rows share count for each.
         tokens_per_second: Of this step.
         peak_memory_bytes: Of the GPU, or of the process where there is none.
         seconds: Since training began.

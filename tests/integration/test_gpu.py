@@ -121,6 +121,38 @@ def test_examples_in_one_row_do_not_see_each_other(tiny_recipe: dict[str, Any], 
     assert finished.steps == 3
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_sharing_what_rows_begin_with_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path, precision: str):
+    losses = []
+    for sharing in ("auto", "false"):
+        changes = [f"training.prefix_sharing={sharing}", f"training.precision={precision}"]
+        losses.append(train(as_recipe(tiny_recipe, tmp_path, changes), RunDirectory.create(tmp_path / sharing)).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("branches", [[(0, 9), (4, 7)], [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)]], ids=str)
+def test_flash_attention_over_shared_tokens_is_the_kernel_of_the_cpu(
+    branches: list[tuple[int, int]], window: int | None
+):
+    import torch
+
+    from finetune.models.packed_attention import bounds_of, packed_attention
+
+    positions = torch.cat([torch.arange(first, length) for first, length in branches])[None]
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        generator = torch.Generator().manual_seed(0)
+        heads = [torch.randn(1, count, positions.shape[1], 32, generator=generator) for count in (4, 2, 2)]
+        given = [tensor.bfloat16().to(device, dtype).requires_grad_() for tensor in heads]
+        mask = bounds_of(positions.to(device))
+        output, _ = packed_attention(torch.nn.Module(), *given, mask, sliding_window=window)
+        output.square().sum().backward()
+        results.append([output.float().cpu(), *(tensor.grad.float().cpu() for tensor in given)])
+    for exact, found in zip(*results, strict=True):
+        assert (exact - found).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8", "affine"])
 @pytest.mark.parametrize("kernels", ["plain", "auto"])
 def test_compiled_blocks_take_the_steps_of_others(tiny_recipe: dict[str, Any], tmp_path: Path, kernels: str, kind: str):

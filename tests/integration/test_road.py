@@ -106,6 +106,46 @@ def test_leaving_padding_out_changes_no_step(tiny_recipe: dict[str, Any], tmp_pa
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+SHARING: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"adapter": {"method": "lora", "r": 4, "dora": True}},
+    "qlora": {"quantization": {"kind": "nf4"}},
+    "adalora": {"adapter": {"method": "adalora", "r": 6, "target_r": 4, "initial_steps": 1, "final_steps": 1}},
+    "qa-lora": {"adapter": {"method": "qa_lora", "r": 4}, "quantization": {"kind": "affine"}},
+    "ir-qlora": {"adapter": {"method": "lora", "r": 4, "iec": True}, "quantization": QUANTIZED["icq"]},
+    "ia3": {"adapter": {"method": "ia3"}},
+    "full": {"adapter": {"method": "full"}},
+}
+
+
+@pytest.mark.parametrize(("kind", "batching"), [*((kind, "padding_free") for kind in SHARING), ("lora", "packed")])
+def test_sharing_what_rows_begin_with_changes_no_step(
+    tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, batching: str
+):
+    with_system_prompt(Path(tiny_recipe["data"]["train"][0]["path"]), tmp_path / "rows.jsonl")
+    tiny_recipe["data"]["train"] = [{"path": str(tmp_path / "rows.jsonl")}]
+    settings = [f"training.batching={batching}", "training.micro_batch_size=4", "optimizer.learning_rate=1e-3"]
+    losses, tokens = [], []
+    for sharing in ("auto", "false"):
+        folder = tmp_path / sharing
+        folder.mkdir()
+        changes = [*settings, f"training.prefix_sharing={sharing}"]
+        run = run_of({**tiny_recipe, **SHARING[kind]}, folder, *changes)
+        losses.append(losses_of(run))
+        tokens.append([json.loads(line).get("tokens") for line in run.metrics.read_text().splitlines()])
+        shared = preview(as_recipe(tiny_recipe, folder, changes), rows=1).shared
+        assert shared > 0.3 if sharing == "auto" else shared == 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert tokens[0] == tokens[1]
+
+
+def with_system_prompt(source: Path, target: Path) -> None:
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for row in rows:
+        row["messages"].insert(0, {"role": "system", "content": "Answer in a word."})
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_steps_over_the_whole_data_are_the_same_in_packs_and_row_by_row(tiny_recipe: dict[str, Any], tmp_path: Path):
     packs = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1).ledger["packing"]["packs"]
     assert packs < 24  # rows stand together

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from finetune.data.batches import IGNORED, BatchOrder, joined, padded
+from finetune.data.batches import IGNORED, Batch, BatchOrder, joined, padded
 from finetune.data.encode import Example
 
 
@@ -63,3 +65,62 @@ def test_examples_in_one_row_restart_positions_and_train_no_first_token():
     assert batch.positions_BT.tolist() == [[0, 1, 0, 1, 2]]
     assert batch.labels_BT.tolist() == [[IGNORED, 6, IGNORED, IGNORED, 9]]
     assert (batch.tokens, batch.targets, batch.mask_BT) == (5, 2, None)
+
+
+def branching(count: int, seed: int) -> list[Example]:
+    """Rows of few different tokens, which often begin alike, trained from some place on, a few nowhere."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = [draw.choice([3, 3, 3, 4]) for _ in range(draw.randint(2, 12))]
+        begins = draw.randint(0, len(ids))
+        rows.append(Example(ids, [place >= begins for place in range(len(ids))]))
+    return rows
+
+
+def taken_apart(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """The ids and labels of each row, put together again by the positions."""
+    rows: list[tuple[list[int], list[int]]] = []
+    ids, labels, positions = (tensor[0].tolist() for tensor in (batch.ids_BT, batch.labels_BT, batch.positions_BT))
+    for place, position in enumerate(positions):
+        if place == 0 or position != positions[place - 1] + 1:
+            rows.append(tuple(part[:position] for part in rows[-1]) if position else ([], []))
+        rows[-1][0].append(ids[place])
+        rows[-1][1].append(labels[place])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_share_what_they_begin_with_are_all_there_and_train_the_same(seed: int):
+    rows = branching(8, seed)
+    apart, shared = joined(rows), joined(rows, shares_prefixes=True)
+    assert sorted(taken_apart(shared)) == sorted(taken_apart(apart))
+    assert (shared.tokens, shared.targets) == (apart.tokens, apart.targets)
+    assert shared.tokens == sum(len(row.ids) for row in rows)
+    assert shared.ids_BT.numel() < apart.ids_BT.numel() == apart.tokens
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_shared_is_never_trained_nor_predicts_what_is(seed: int):
+    batch = joined(branching(8, seed), shares_prefixes=True)
+    labels, positions = batch.labels_BT[0].tolist(), batch.positions_BT[0].tolist()
+    begins = [place for place in range(1, len(positions)) if positions[place] != positions[place - 1] + 1]
+    assert begins
+    assert all(labels[place] == IGNORED for place in begins)  # what stands before is another row's
+    whole = taken_apart(batch)
+    for (_, row), first in zip(whole[1:], (positions[place] for place in begins), strict=True):
+        assert row[: first + 1] == [IGNORED] * (first + 1)
+
+
+def test_a_prompt_in_common_stands_there_once_and_so_does_one_within_it():
+    system, question = [9] * 6, [5] * 4
+    rows = [
+        Example([*system, *question, 1, 2], [False] * 10 + [True] * 2),
+        Example([*system, 7, 8], [False] * 7 + [True]),
+        Example([*system, *question, 1, 3], [False] * 10 + [True] * 2),
+    ]
+    batch = joined(rows, shares_prefixes=True)
+    # The last token of the prompt predicts what is trained, and so stays with each row.
+    assert batch.ids_BT.tolist() == [[*system, *question, 1, 2, question[-1], 1, 3, 7, 8]]
+    assert batch.positions_BT.tolist() == [[*range(12), 9, 10, 11, 6, 7]]
+    assert (batch.tokens, batch.targets) == (12 + 8 + 12, 5)

@@ -118,6 +118,22 @@ def sized(recipe: Path, share: float, *overrides: str) -> tuple[Planner, Any]:
     return Planner.of(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
 
 
+def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):
+    plans = []
+    for sharing in ("auto", "false"):
+        code, out, _ = ft("plan", recipe, "--json", "--set", f"training.prefix_sharing={sharing}")
+        assert code == 0
+        plans.append(json.loads(out.splitlines()[-1]))
+    (one, other), (with_sharing, without) = (plan["work"] for plan in plans), (plan["parts"] for plan in plans)
+    assert one["tokens"] == other["tokens"]
+    assert one["shared"] > 0.1
+    assert other["shared"] == 0
+    # Three steps are all looked at, so the count is exact.
+    assert one["computed"] == pytest.approx(other["computed"] * (1 - one["shared"]), abs=1)
+    assert one["largest_pass"] < other["largest_pass"]
+    assert with_sharing["activations"] < without["activations"]
+
+
 def test_what_fits_is_left_as_it_is(recipe: Path):
     planner, loaded = sized(recipe, 1.01)
     assert fit(planner, loaded).changes == {}

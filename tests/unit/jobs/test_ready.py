@@ -11,9 +11,46 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel, modeling_utils
 
+from finetune.data.encode import Example
+from finetune.jobs import ready
+from finetune.jobs.ready import Ready
 from finetune.jobs.train import train
 from finetune.run.directory import RunDirectory
+from finetune.run.events import ignore
+from finetune.run.interruption import Interruption
 from tests.fixtures.recipes import as_recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    [
+        ("run.name=same", True),
+        ("training.batching=packed", True),
+        ("training.batching=padded", False),
+        ("training.prefix_sharing=false", False),
+        ("training.neftune_alpha=5", False),
+        ("adapter.dropout=0.1", False),
+        ("model.attention=sdpa", False),
+    ],
+)
+def test_rows_share_what_they_begin_with_unless_something_is_drawn_for_each(
+    change: str, shares: bool, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    layout = Ready.of(as_recipe(tiny_recipe, tmp_path, [change]), ignore, Interruption()).layout
+    assert layout.shares_prefixes == shares
+    row = Example([5] * 9, [False] * 8 + [True])
+    assert layout.batch([row, row]).ids_BT.numel() == (11 if shares else 18)
+
+
+def test_rows_share_nothing_where_the_model_cannot(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ready, "may_share_prefixes", lambda model: False)
+    layout = Ready.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
+    assert layout.restarts_positions
+    assert not layout.shares_prefixes
+    row = Example([5] * 9, [False] * 8 + [True])
+    assert layout.batch([row, row]).ids_BT.numel() == 18
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "nf4"}], ids=lambda section: section["kind"])

@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 
 from finetune.data.batches import joined, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
-from finetune.models.attention import prove_separation, separation_error
+from finetune.models import packed_attention
+from finetune.models.attention import keep_apart, may_share_prefixes, prove_separation, separation_error
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.tiny import tiny_llama
 
 ROWS = [Example(list(range(start, start + length)), [True] * length) for start, length in ((3, 9), (40, 5), (90, 14))]
+
+
+SMALL_GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
 
 
 def model_with(attention: str, **changes: object) -> nn.Module:
@@ -38,6 +43,97 @@ def test_rows_joined_have_the_loss_and_gradient_of_rows_padded(attention: str):
         results.append((loss.item(), [p.grad for p in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+STEM = [9, 8, 7, 6, 5, 4, 3]
+BRANCHES = [
+    Example([*STEM[:shared], *range(start, start + own)], [False] * (shared + 3) + [True] * (own - 3))
+    for shared, start, own in ((7, 40, 9), (5, 60, 6), (7, 80, 14), (0, 100, 5))
+]
+"""Rows that begin alike, and are trained from their fourth own token on."""
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4, "num_hidden_layers": 3}], ids=str
+)
+def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows_padded(changes: dict[str, int]):
+    results = []
+    for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
+        model = tiny_llama(**changes)
+        keep_apart(model, may_choose=True)
+        assert may_share_prefixes(model)
+        loss = summed_cross_entropy(model, batch)
+        loss.backward()
+        results.append((loss.item(), [p.grad for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("model_type", [MistralConfig, Qwen3Config, Gemma2Config], ids=lambda kind: kind.model_type)
+def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(model_type: type):
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_type(**sizes))
+    keep_apart(model, may_choose=True)
+    may_share = may_share_prefixes(model)
+    assert may_share == (model_type is not Gemma2Config)  # whose scores have a cap
+    losses = [
+        summed_cross_entropy(model, batch).item()
+        for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=may_share))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_rows_share_nothing_where_attention_is_not_ours(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "finetune")
+    model = tiny_llama()
+    keep_apart(model, may_choose=False)
+    assert not may_share_prefixes(model)
+    assert "training.prefix_sharing: auto is false for this model: its attention" in caplog.text
+
+
+@pytest.mark.parametrize("drop", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}], ids=str)
+def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str, float]):
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
+    shares = []
+    for settings in (none, none | drop):
+        model = AutoModelForCausalLM.from_config(GPT2Config(**SMALL_GPT2, **settings))
+        keep_apart(model, may_choose=True)
+        shares.append(may_share_prefixes(model))
+    assert shares == [True, False]
+
+
+def test_a_model_whose_attention_drops_keeps_its_own():
+    """Ours would refuse the first training pass."""
+    model = AutoModelForCausalLM.from_config(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
+    keep_apart(model, may_choose=True)
+    assert model.config._attn_implementation == "sdpa"
+    summed_cross_entropy(model.train(), joined(ROWS)).backward()
+
+
+def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeypatch: pytest.MonkeyPatch):
+    """The control: one that takes every row for one that begins at 0."""
+    model = tiny_llama()
+    keep_apart(model, may_choose=True)
+    bounds_of = packed_attention.bounds_of
+
+    def all_from_nothing(positions_BT: torch.Tensor) -> torch.Tensor:
+        bounds = bounds_of(positions_BT)
+        bounds[:, :, 1] = 0
+        return bounds
+
+    monkeypatch.setattr(packed_attention, "bounds_of", all_from_nothing)
+    assert not may_share_prefixes(model)
 
 
 def test_a_model_that_reads_across_the_boundary_is_refused(monkeypatch: pytest.MonkeyPatch):

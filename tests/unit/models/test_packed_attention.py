@@ -92,4 +92,61 @@ def test_what_it_cannot_do_is_refused_and_not_left_out(more: dict[str, Any]):
 
 
 def test_examples_end_where_the_next_one_begins():
-    assert bounds_of(positions([5, 1, 9])).flatten().tolist() == [0, 5, 6, 15]
+    assert bounds_of(positions([5, 1, 9])).tolist() == [[[[0, 5, 6, 15], [0, 0, 0, 0]]]]
+
+
+BRANCHING = {
+    "two of one stem": [(0, 9), (4, 7)],
+    "a stem in a stem": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
+    "long": [(0, 2 * BLOCK + 9), (BLOCK + 5, 3 * BLOCK), (2 * BLOCK, 2 * BLOCK + 40), (0, 20), (1, BLOCK * 2)],
+}
+"""Of each example the position that its own tokens begin at, and its length."""
+
+
+def stems(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
+    """Positions of the row, and of each example the places of all its tokens."""
+    line, seen = [], []
+    for first, length in branches:
+        own = range(len(line), len(line) + length - first)
+        seen.append([*(seen[-1][:first] if seen else []), *own])
+        line += range(first, length)
+    return torch.tensor([line]), seen
+
+
+@pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
+@pytest.mark.parametrize("branches", BRANCHING.values(), ids=BRANCHING)
+def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
+    branches: list[tuple[int, int]], window: int | None
+):
+    line, seen = stems(branches)
+    places = torch.tensor([place for example in seen for place in example])
+    found, expected = heads(line.shape[1]), heads(line.shape[1])
+    mask = bounds_of(line)
+    one = packed_attention.packed_attention(SimpleNamespace(), *found, mask, scaling=0.3, sliding_window=window)[0]
+    apart = [tensor.index_select(2, places) for tensor in expected]
+    other = twin(*apart, [len(example) for example in seen], window)
+    assert torch.allclose(one.index_select(1, places), other, atol=1e-5)
+    # Each example asks for its own tokens only; what is shared is asked for by the first that has it.
+    weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor([len(example) for example in seen]).cumsum(0)
+    own = torch.cat(
+        [torch.arange(end - (length - first), end) for end, (first, length) in zip(ends, branches, strict=True)]
+    )
+    (one * weights).sum().backward()
+    (other.index_select(1, own) * weights).sum().backward()
+    for mine, apart_grad in zip(found, expected, strict=True):
+        assert torch.allclose(mine.grad, apart_grad.grad, atol=1e-4)
+
+
+def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share():
+    line, seen = stems(BRANCHING["a stem in a stem"])
+    query, key, value = (tensor.detach() for tensor in heads(line.shape[1]))
+    for number, example in enumerate(seen):
+        others = torch.ones(line.shape[1], dtype=torch.bool)
+        others[example] = False
+        changed = torch.where(others[:, None], torch.full_like(value, 1e6), value)
+        one, other = (
+            packed_attention.packed_attention(SimpleNamespace(), query, key, values, bounds_of(line))[0]
+            for values in (value, changed)
+        )
+        assert torch.equal(one[:, example], other[:, example]), number
