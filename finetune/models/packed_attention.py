@@ -37,13 +37,14 @@ above the diagonal only to be masked; an example up to half longer is one block.
 def bounds_of(positions_BT: Tensor) -> Tensor:
     """Where examples' own tokens begin, as the mask that the kernel takes: int32, shape (1, 1, 2, E + 1).
 
-    First their places in the row and its end, then their positions, and 0.
+    First their places in the row and its end, then their positions, and 0. It lies on the CPU, where every layer looks
+    at its numbers without waiting for a GPU.
 
     Args:
         positions_BT: Positions of a single row. An example that begins at p > 0 goes on from the first p tokens of the
             one before it, which has more.
     """
-    positions_T = positions_BT[0]
+    positions_T = positions_BT[0].cpu()
     starts_E = (positions_T.diff(prepend=positions_T.new_tensor([-2])) != 1).nonzero().squeeze(1)
     places = torch.cat([starts_E, starts_E.new_tensor([len(positions_T)])])
     firsts = torch.cat([positions_T[starts_E], starts_E.new_zeros(1)])
@@ -134,8 +135,8 @@ class _Example(NamedTuple):
     """Where an example stands.
 
     Attributes:
-        own: Places of the tokens that only it or those after it read.
-        seen: Places of all its S tokens, in the order of their positions, put together where they follow each other.
+        own: Places of the tokens that it does not share with one before it.
+        seen: Places of all its S tokens, in the order of their positions.
         length: S.
     """
 

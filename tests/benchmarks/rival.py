@@ -5,7 +5,8 @@ order, with the same masks, adapter, learning rate, rows a step and number of st
 instructions for it and else in float32. First the rival tries a few settings, and goes on with its fastest; then the
 two take turns. Only tokens of rows count, not padding; every
 step counts, the first too. Peak memory is the operating system's, of the whole process. Loss curves stand beside the
-speeds, which mean nothing where those differ.
+speeds, which mean nothing where those differ. The share of the limit is what the formulas of a step need at the rate
+that one product of the model's shape reaches before and after the run.
 """
 
 from __future__ import annotations
@@ -110,9 +111,11 @@ def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str,
     recipe = recipe_of(arguments, kind, folder)
     bench = Workbench.of(recipe, ignore)
     rows = bench.read_data(ignore).train
-    order = batch_order(layout_of(recipe, rows.lengths, bench.padding).units, recipe.training)
-    numbers = [number for step in range(order.total_steps) for number in order.step_units(step)]
-    examples = [rows[number] for number in numbers]
+    layout = layout_of(recipe, rows.lengths, bench.padding)
+    order = batch_order(layout.units, recipe.training)
+    steps = [[rows[number] for number in order.step_units(step)] for step in range(order.total_steps)]
+    examples = [example for step in steps for example in step]
+    batches = [batch for step in steps for batch in layout.micro_batches([[example] for example in step], 0, 1)]
     return {
         "kind": kind,
         "precision": arguments.precision,
@@ -121,6 +124,7 @@ def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str,
         "rows_per_step": ROWS_PER_STEP,
         "learning_rate": RATES[kind],
         "folder": str(folder / "trl"),
+        "computed": sum(batch.ids_BT.numel() for batch in batches) / sum(batch.tokens for batch in batches),
         "rows": [
             {
                 "input_ids": list(example.ids),
@@ -164,7 +168,8 @@ def product_rate(precision: str) -> float:
 
 def flop_per_token(kind: str, task: dict[str, Any]) -> float:
     """What the formulas of a step need: 4 FLOP a number of the base's layers (6 where it trains), 6 a number of the
-    adapter, and of the output head for trained tokens only; attention's own products are left out."""
+    adapter, both for what rows share once, and of the output head for trained tokens only; attention's own products are
+    left out."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(task["model"])
@@ -183,10 +188,10 @@ def flop_per_token(kind: str, task: dict[str, Any]) -> float:
     labels = [label for row in task["rows"] for label in row["labels"][1:]]
     targets = sum(label != -100 for label in labels) / sum(len(row["labels"]) for row in task["rows"])
     of_base = 6 if kind == "full" else 4
-    return of_base * base + 6 * adapter + of_base * width * config.vocab_size * targets
+    return (of_base * base + 6 * adapter) * task["computed"] + of_base * width * config.vocab_size * targets
 
 
-def compare(arguments: argparse.Namespace, kind: str, rate: float) -> None:
+def compare(arguments: argparse.Namespace, kind: str) -> None:
     """Find the rival's best setting, then take turns; prints two rows of the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -197,15 +202,19 @@ def compare(arguments: argparse.Namespace, kind: str, rate: float) -> None:
         micro = min(tried, key=lambda size: tried[size])
         mine: list[dict[str, Any]] = []
         theirs: list[dict[str, Any]] = []
+        rates: list[float] = []  # of products, in each turn: a machine that others use too is now fast and now slow
         command = [sys.executable, "-m", "tests.benchmarks.rival", *sys.argv[1:], "--ours", kind]
         for _ in range(arguments.rounds):
+            before = product_rate(arguments.precision)
             mine.append(outcome(command))
+            rates.append((before + product_rate(arguments.precision)) / 2)
             theirs.append(by_rival(arguments.rival, task, micro, folder))
         speeds = {side: [tokens / run["seconds"][-1] for run in runs] for side, runs in (("ft", mine), ("trl", theirs))}
         ratio = statistics.median(a / b for a, b in zip(speeds["ft"], speeds["trl"], strict=True))
         memory = statistics.median(a["peak"] / b["peak"] for a, b in zip(mine, theirs, strict=True))
         apart = max(abs(a - b) for a, b in zip(mine[0]["losses"], theirs[0]["losses"], strict=True))
-        share = flop_per_token(kind, task) * statistics.median(speeds["ft"]) / rate
+        flop = flop_per_token(kind, task)
+        share = statistics.median(flop * speed / rate for speed, rate in zip(speeds["ft"], rates, strict=True))
         for side, runs in ((f"{kind}, ft", mine), (f"{kind}, TRL, {micro} a micro batch", theirs)):
             of_side = speeds[side.split(", ")[1].lower()]
             cells = [
@@ -222,7 +231,8 @@ def compare(arguments: argparse.Namespace, kind: str, rate: float) -> None:
             compiling = statistics.median(run["compiling"] for run in mine)
             rest = statistics.median(tokens / (run["seconds"][-1] - run["compiling"]) for run in mine)
             print(f"<!-- {kind}: {compiling:.0f} s of compiling counted; {rest:.0f} tokens a second without -->")
-        print(f"<!-- {kind}: {flop_per_token(kind, task) / 1e9:.3f} GFLOP a token; losses at most {apart:.4f} apart; "
+        print(f"<!-- {kind}: {flop / 1e9:.3f} GFLOP a token, {1 - task['computed']:.0%} of them shared by rows; "
+              f"products at {', '.join(f'{rate / 1e9:.0f}' for rate in rates)} GFLOP/s; losses to {apart:.4f} apart; "
               f"the rival's micro batches over {few['steps']} steps: {seconds} -->", flush=True)  # fmt: skip
 
 
@@ -253,17 +263,16 @@ def main() -> None:
         ours(arguments)
         return
     precision = arguments.precision
-    rate = product_rate(precision)
     code = "from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in ('trl', 'peft', 'torch')))"
     rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     print(
         f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
-        f"{os.cpu_count()} cores of {platform.machine()}, {rate / 1e9:.0f} GFLOP/s of products in {precision} -->"
+        f"{os.cpu_count()} cores of {platform.machine()}, {precision} -->"
     )
     columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)
     for kind in arguments.kinds:
-        compare(arguments, kind, rate)
+        compare(arguments, kind)
 
 
 if __name__ == "__main__":

@@ -131,12 +131,14 @@ def test_sharing_what_rows_begin_with_changes_no_step(
         folder.mkdir()
         changes = [*settings, f"training.prefix_sharing={sharing}"]
         run = run_of({**tiny_recipe, **SHARING[kind]}, folder, *changes)
-        losses.append(losses_of(run))
-        tokens.append([json.loads(line).get("tokens") for line in run.metrics.read_text().splitlines()])
+        events = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        losses.append([event["loss"] for event in events if "loss" in event])
+        tokens.append([event["tokens"] for event in events if event["event"] == "step"])
         shared = preview(as_recipe(tiny_recipe, folder, changes), rows=1).shared
         assert shared > 0.3 if sharing == "auto" else shared == 0
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 3
 
 
 def with_system_prompt(source: Path, target: Path) -> None:
