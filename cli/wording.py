@@ -129,7 +129,8 @@ def ledger(report: dict[str, Any]) -> list[str]:
 def first_step(preview: Preview) -> str:
     """How a step lays out its rows."""
     shared = f", {100 * preview.shared:.1f} % of tokens shared by rows" if preview.shared else ""
-    return f"first step: {len(preview.first_step)} forward passes, {100 * preview.fill:.1f} % filled{shared}"
+    passes = len(preview.first_step)
+    return f"first step: {passes} forward pass{'es' * (passes != 1)}, {100 * preview.fill:.1f} % filled{shared}"
 
 
 def _ledger_cells(facts: dict[str, Any]) -> list[str]:

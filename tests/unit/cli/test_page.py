@@ -20,7 +20,9 @@ def page(monkeypatch: pytest.MonkeyPatch) -> str:
         Stretch("yes", 3, trained=True, special=False),
         Stretch("<|end|>", 1, trained=True, special=True),
     ]
-    return preview_page(Preview([PreviewRow(f"{HOSTILE}.jsonl:4", stretches)], [MicroBatch([25, 5], 40)], {}))
+    return preview_page(
+        Preview([PreviewRow(f"{HOSTILE}.jsonl:4", stretches)], [MicroBatch([25, 5], computed=40, shared=0)], {})
+    )
 
 
 def test_whatever_rows_names_and_counts_hold_is_shown_and_not_run(page: str):
@@ -43,3 +45,11 @@ def test_a_pass_is_drawn_to_scale_with_its_padding(page: str):
     widths = [part.split(" ")[0] for part in page.split("flex: ")[1:]]
     assert [width for width in widths if width.isdigit()] == ["25", "5", "10"]
     assert page.count('class="padding"') == 1
+
+
+def test_a_pass_whose_rows_share_tokens_has_no_padding_and_says_how_many(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wording, "ledger", lambda report: [])
+    page = preview_page(Preview([], [MicroBatch([25, 15], computed=30, shared=10)], {}))
+    assert 'class="padding"' not in page
+    assert "40 tokens, 30 computed, rows: 2" in page
+    assert "First step: 1 forward pass, 100.0 % filled, 25.0 % of tokens shared by rows" in page
