@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.data.batches import padded
+from finetune.data.batches import Batch
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.batching import in_batches
@@ -47,7 +47,7 @@ def held_out_loss(
     accelerator: Accelerator,
     compute_dtype: torch.dtype,
     batch_size: int,
-    padding: int,
+    make_batch: Callable[[Sequence[Example]], Batch],
     report_rows: Callable[[int], None] = lambda rows: None,
 ) -> HeldOutLoss:
     """The mean loss per trained token over `examples`, shared out over all processes.
@@ -62,7 +62,7 @@ def held_out_loss(
         accelerator: Processes and device.
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass.
-        padding: Any token id.
+        make_batch: Lays out the rows of one forward pass, as the model can read them.
         report_rows: Told how many rows this process has done.
 
     Raises:
@@ -80,7 +80,7 @@ def held_out_loss(
     tokens = done = 0
 
     def work(rows: list[int]) -> tuple[Tensor, int]:
-        batch = padded([own[row] for row in rows], padding).to(device)
+        batch = make_batch([own[row] for row in rows]).to(device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
             return summed_cross_entropy(model, batch), batch.targets
 

@@ -7,6 +7,7 @@ from itertools import islice
 
 from finetune.data.dataset import Split
 from finetune.data.encode import Prompt
+from finetune.data.layout import Layout
 from finetune.errors import OutOfMemoryError, as_out_of_memory
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import held_out_loss
@@ -23,6 +24,7 @@ class Examiner:
     Args:
         bench: The run's parts.
         state: What is measured.
+        layout: Of the rows in a pass, as in training.
         held_out: Rows that are not trained on.
         total_steps: Of the run.
         report: Told what takes long.
@@ -30,9 +32,16 @@ class Examiner:
     """
 
     def __init__(
-        self, bench: Workbench, state: TrainState, held_out: Split, total_steps: int, report: Report, record: Report
+        self,
+        bench: Workbench,
+        state: TrainState,
+        layout: Layout,
+        held_out: Split,
+        total_steps: int,
+        report: Report,
+        record: Report,
     ) -> None:
-        self._bench, self._state, self._total_steps = bench, state, total_steps
+        self._bench, self._state, self._layout, self._total_steps = bench, state, layout, total_steps
         self._report, self._record = report, record
         self._settings = bench.recipe.evaluation
         self._examples = held_out[: self._settings.max_rows]
@@ -57,7 +66,7 @@ class Examiner:
                 accelerator=self._bench.accelerator,
                 compute_dtype=self._bench.compute_dtype,
                 batch_size=self._settings.batch_size,
-                padding=self._bench.padding,
+                make_batch=self._layout.batch,
                 report_rows=self._stop_if_alone,
             )
         except OutOfMemoryError as shortage:

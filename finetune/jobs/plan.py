@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from finetune.data.batches import Batch, BatchOrder, padded
+from finetune.data.batches import Batch, BatchOrder
 from finetune.data.dataset import Rows
 from finetune.data.layout import Layout
 from finetune.jobs.setup import Workbench, layout_of
@@ -193,7 +193,7 @@ class Planner:
         self._report(Phase("counting what stays in memory"))
         held = self._held_by(recipe, setting)
         self._report(Phase("tracing the largest passes"))
-        traced = passes(setting, batch, _held_out(self._rows, recipe, bench.padding))
+        traced = passes(setting, batch, _held_out(self._rows, recipe, layout))
         return self._put_together(bench, setting, held, traced, work, measures_time)
 
     def least(self, recipe: Recipe) -> int:
@@ -370,13 +370,13 @@ def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:
     return int(lengths.sum() if in_one_line else len(lengths) * lengths.max())
 
 
-def _held_out(rows: Rows, recipe: Recipe, padding: int) -> Batch | None:
+def _held_out(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
     """The largest batch of held-out rows; those of like length stand together."""
     examples = rows.validation[: recipe.evaluation.max_rows]
     if not len(examples):
         return None
     longest = np.argsort(examples.lengths, kind="stable")[-recipe.evaluation.batch_size :]
-    return padded([examples[int(row)] for row in longest], padding)
+    return layout.batch([examples[int(row)] for row in longest])
 
 
 def _mapped_bytes(bench: Workbench, dtype: torch.dtype) -> int:

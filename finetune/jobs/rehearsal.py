@@ -147,7 +147,7 @@ def _measure(ready: Ready) -> None:
         accelerator=ready.bench.accelerator,
         compute_dtype=ready.bench.compute_dtype,
         batch_size=settings.batch_size,
-        padding=ready.bench.padding,
+        make_batch=ready.layout.batch,
     )
 
 

@@ -87,7 +87,7 @@ def train(
         saver = Saver(run, attempt, recipe.training, ready.facts, report, patience.best_step)
         record = Recorder(run, report, Symptoms(history)) if is_main else report
         ranks = RankRecorder(state, record)
-        examiner = Examiner(bench, state, rows.validation, order.total_steps, report, record)
+        examiner = Examiner(bench, state, ready.layout, rows.validation, order.total_steps, report, record)
         try:
             if checkpoint is None and is_worth_it(recipe, order.total_steps):
                 rehearse(ready, run, report)

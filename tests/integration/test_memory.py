@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.data.batches import Batch
+from finetune.data.batches import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.loss import HeldOutLoss, held_out_loss
@@ -62,8 +63,9 @@ def refusing(
 
 def held_out(batch_size: int) -> HeldOutLoss:
     rows = [Example(list(range(1, 5 + length)), [True] * (4 + length)) for length in range(11)]
-    settings: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "compute_dtype": torch.float32, "padding": 0}
-    return held_out_loss(tiny_llama(), rows, batch_size=batch_size, **settings)
+    settings: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "compute_dtype": torch.float32}
+    make_batch = partial(padded, padding=0)
+    return held_out_loss(tiny_llama(), rows, batch_size=batch_size, make_batch=make_batch, **settings)
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: type(shortage).__name__)

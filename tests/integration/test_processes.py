@@ -19,12 +19,13 @@ from tests.fixtures.recipes import write_recipe
 
 SCRIPT = """
 import json, sys
+from functools import partial
 import numpy as np
 import torch
 from accelerate import Accelerator
 from finetune.adapters.adalora import AdaLoraMethod
 from finetune.adapters.full import FullMethod
-from finetune.data.batches import BatchOrder
+from finetune.data.batches import BatchOrder, padded
 from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.evaluation.loss import held_out_loss
@@ -61,7 +62,7 @@ try:
             state.interruption.number = 15
 except StopRequested:
     stopped_after = accelerator.gather(torch.tensor([state.step])).tolist()
-settings = {"compute_dtype": torch.float32, "batch_size": 2, "padding": 0}
+settings = {"compute_dtype": torch.float32, "batch_size": 2, "make_batch": partial(padded, padding=0)}
 held_out = held_out_loss(model, rows, accelerator=accelerator, **settings)
 
 method = AdaLoraMethod(AdaLora(method="adalora", r=4, target_r=2))

@@ -55,7 +55,7 @@ for file in sorted(recipes.iterdir()):
     ]
     loss = held_out_loss(
         state.bare_model, ready.rows.train[:5], accelerator=ready.bench.accelerator, compute_dtype=torch.float32,
-        batch_size=2, padding=0,
+        batch_size=2, make_batch=ready.layout.batch,
     )
     results["held_out"] = [loss.loss, loss.tokens]
     results["answers"] = generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_neither_the_reported_nor_the_held_out_loss_holds_the_penalty():
         method = adalora(orthogonal_weight=weight)
         state = state_of(method, tiny_llama())
         rows = [Example(list(range(1, 20)), [position > 3 for position in range(19)])]
-        settings = {"compute_dtype": torch.float32, "batch_size": 1, "padding": 0}
+        settings = {"compute_dtype": torch.float32, "batch_size": 1, "make_batch": partial(padded, padding=0)}
         held_out = held_out_loss(state.model, rows, accelerator=state.accelerator, **settings).loss
         reported, _ = train_step(state, batches(0), 0.0, None)
         found[weight] = (held_out, reported, float(method.penalty(state.model)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.evaluation import likelihood
 from finetune.evaluation.likelihood import Likelihood, likelihoods
@@ -69,9 +71,8 @@ def test_rows_that_differ_in_their_last_token_go_through_the_model_once():
 
 def test_their_sum_is_the_held_out_loss():
     total = found(ROWS)
-    loss = held_out_loss(
-        tiny_llama(), ROWS, accelerator=Accelerator(cpu=True), compute_dtype=torch.float32, batch_size=4, padding=0
-    )
+    settings = {"compute_dtype": torch.float32, "batch_size": 4, "make_batch": partial(padded, padding=0)}
+    loss = held_out_loss(tiny_llama(), ROWS, accelerator=Accelerator(cpu=True), **settings)
     assert sum(each.tokens for each in total) == loss.tokens
     assert -sum(each.log_chance for each in total) / loss.tokens == pytest.approx(loss.loss, rel=1e-6)
 

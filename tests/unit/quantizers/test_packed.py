@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from finetune.data.batches import padded
 from finetune.errors import UnsupportedError
 from finetune.evaluation.loss import held_out_loss
 from finetune.models.linears import count_parameters, dequantize_model
@@ -144,7 +146,8 @@ def test_the_hook_would_see_a_dense_weight():
 def test_evaluating_in_between_changes_no_gradient(tiny_model: Path, chosen: QuantizationSection):
     model = with_lora(load(tiny_model, chosen))
     before = gradients(model)
-    held_out_loss(model, [ROW], accelerator=Accelerator(cpu=True), compute_dtype=torch.float32, batch_size=1, padding=0)
+    settings = {"compute_dtype": torch.float32, "batch_size": 1, "make_batch": partial(padded, padding=0)}
+    held_out_loss(model, [ROW], accelerator=Accelerator(cpu=True), **settings)
     after = gradients(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
