@@ -66,7 +66,7 @@ bench-shares: $(VENV)/dev  ## Memory of a process and bytes sent, by strategy an
 pictures: $(VENV)/dev $(VENV)/quickstart  ## README's pictures, of a real run in a Chromium: BROWSER="chromium --no-sandbox" for root
 	$(BIN)/ft train recipes/quickstart.yaml --run-dir runs/bookings --overwrite \
 		--set evaluation.every_steps=4 --set evaluation.sample_rows=1
-	$(BIN)/ft eval runs/bookings
+	$(BIN)/ft eval runs/bookings --against base
 	$(BIN)/ft merge runs/bookings
 	$(BIN)/python -m tests.pictures runs/bookings recipes/pictures --step 19 --browser "$(BROWSER)"
 

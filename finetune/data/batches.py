@@ -82,6 +82,9 @@ def padded(examples: Sequence[Example], padding: int) -> Batch:
 def joined(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
     """Examples one after the other in a single row; positions restart, which keeps attention within each.
 
+    Source: of the sharing, Liu et al. 2025 (Prefix Grouper), arXiv 2506.05433, for answers to one prompt; here for any
+        rows, and prefixes within prefixes.
+
     Args:
         examples: At least one.
         shares_prefixes: Whether the tokens that an example begins with as another does stand there once. In the order
