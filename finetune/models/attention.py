@@ -89,7 +89,7 @@ def may_share_prefixes(model: PreTrainedModel) -> bool:
         positions_T = torch.cat([torch.arange(first, len(row_T)) for row_T, first in rows])
         reason = _disagreement(model, ids_T, positions_T, alone_TV)
     if reason is not None:
-        logger.info("training.prefix_sharing: auto is false for this model: %s", reason)
+        logger.info("training.prefix_sharing: auto shares nothing in this model: %s", reason)
     return reason is None
 
 

@@ -41,12 +41,12 @@ class Training(Section):
             "padded where the method or the model cannot keep rows in one line apart."
         ),
     )
-    prefix_sharing: Annotated[Literal["auto", False], OnResume.MAY_CHANGE] = Field(
+    prefix_sharing: Annotated[Literal["auto", "never"], OnResume.MAY_CHANGE] = Field(
         "auto",
         description=(
             "auto: tokens that rows in one line begin with alike, such as a system prompt, are computed once for all, "
             "up to the first that is trained; loss and gradient are the same. Not where dropout or noise is drawn for "
-            "each row, and only with model.attention: auto. false: never."
+            "each row, and only with model.attention: auto. never: each row with all its tokens."
         ),
     )
     pack_length: int | None = Field(

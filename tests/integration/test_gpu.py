@@ -124,7 +124,7 @@ def test_examples_in_one_row_do_not_see_each_other(tiny_recipe: dict[str, Any], 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_sharing_what_rows_begin_with_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path, precision: str):
     losses = []
-    for sharing in ("auto", "false"):
+    for sharing in ("auto", "never"):
         changes = [f"training.prefix_sharing={sharing}", f"training.precision={precision}"]
         losses.append(train(as_recipe(tiny_recipe, tmp_path, changes), RunDirectory.create(tmp_path / sharing)).loss)
     assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bfloat16" else 1e-3)

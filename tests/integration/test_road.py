@@ -126,7 +126,7 @@ def test_sharing_what_rows_begin_with_changes_no_step(
     tiny_recipe["data"]["train"] = [{"path": str(tmp_path / "rows.jsonl")}]
     settings = [f"training.batching={batching}", "training.micro_batch_size=4", "optimizer.learning_rate=1e-3"]
     losses, tokens = [], []
-    for sharing in ("auto", "false"):
+    for sharing in ("auto", "never"):
         folder = tmp_path / sharing
         folder.mkdir()
         changes = [*settings, f"training.prefix_sharing={sharing}"]

@@ -120,7 +120,7 @@ def sized(recipe: Path, share: float, *overrides: str) -> tuple[Planner, Any]:
 
 def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):
     plans = []
-    for sharing in ("auto", "false"):
+    for sharing in ("auto", "never"):
         code, out, _ = ft("plan", recipe, "--json", "--set", f"training.prefix_sharing={sharing}")
         assert code == 0
         plans.append(json.loads(out.splitlines()[-1]))

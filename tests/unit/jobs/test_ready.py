@@ -27,7 +27,7 @@ from tests.fixtures.recipes import as_recipe
         ("run.name=same", True),
         ("training.batching=packed", True),
         ("training.batching=padded", False),
-        ("training.prefix_sharing=false", False),
+        ("training.prefix_sharing=never", False),
         ("training.neftune_alpha=5", False),
         ("adapter.dropout=0.1", False),
         ("model.attention=sdpa", False),

@@ -99,7 +99,7 @@ def test_rows_share_nothing_where_attention_is_not_ours(caplog: pytest.LogCaptur
     model = tiny_llama()
     keep_apart(model, may_choose=False)
     assert not may_share_prefixes(model)
-    assert "training.prefix_sharing: auto is false for this model: its attention" in caplog.text
+    assert "training.prefix_sharing: auto shares nothing in this model: its attention" in caplog.text
 
 
 @pytest.mark.parametrize("drop", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}], ids=str)

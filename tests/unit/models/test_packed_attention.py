@@ -138,6 +138,18 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
         assert torch.allclose(mine.grad, apart_grad.grad, atol=1e-4)
 
 
+def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
+    line, seen = stems(BRANCHING["long"])
+    places, lengths = torch.tensor([place for example in seen for place in example]), [len(each) for each in seen]
+    exact = twin(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
+    narrow = heads(line.shape[1], torch.bfloat16)
+    one, _ = packed_attention.packed_attention(SimpleNamespace(), *narrow, bounds_of(line), scaling=0.3)
+    other = twin(*(tensor.index_select(2, places) for tensor in narrow), lengths, None)
+    assert one.dtype is torch.bfloat16
+    errors = [(result.float() - exact).norm() for result in (one.index_select(1, places), other)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
 def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share():
     line, seen = stems(BRANCHING["a stem in a stem"])
     query, key, value = (tensor.detach() for tensor in heads(line.shape[1]))
