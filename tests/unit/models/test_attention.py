@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
+from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 
 from finetune.data.batches import joined, padded
 from finetune.data.encode import Example
@@ -13,7 +13,7 @@ from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
 from finetune.models.attention import keep_apart, may_share_prefixes, prove_separation, separation_error
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.tiny import tiny_llama
+from tests.fixtures.tiny import SIZES, random_model, tiny_llama
 
 ROWS = [Example(list(range(start, start + length)), [True] * length) for start, length in ((3, 9), (40, 5), (90, 14))]
 
@@ -71,19 +71,7 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
 
 @pytest.mark.parametrize("model_type", [MistralConfig, Qwen3Config, Gemma2Config], ids=lambda kind: kind.model_type)
 def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(model_type: type):
-    sizes = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "sliding_window": 6,
-        "pad_token_id": 0,
-    }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(model_type(**sizes))
+    model = random_model(model_type(**SIZES, sliding_window=6))
     keep_apart(model, may_choose=True)
     may_share = may_share_prefixes(model)
     assert may_share == (model_type is not Gemma2Config)  # whose scores have a cap
@@ -107,7 +95,7 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
     shares = []
     for settings in (none, none | drop):
-        model = AutoModelForCausalLM.from_config(GPT2Config(**SMALL_GPT2, **settings))
+        model = random_model(GPT2Config(**SMALL_GPT2, **settings))
         keep_apart(model, may_choose=True)
         shares.append(may_share_prefixes(model))
     assert shares == [True, False]
@@ -115,7 +103,7 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
 
 def test_a_model_whose_attention_drops_keeps_its_own():
     """Ours would refuse the first training pass."""
-    model = AutoModelForCausalLM.from_config(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
+    model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
     keep_apart(model, may_choose=True)
     assert model.config._attn_implementation == "sdpa"
     summed_cross_entropy(model.train(), joined(ROWS)).backward()

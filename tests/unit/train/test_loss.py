@@ -9,34 +9,18 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.train import loss as loss_module
 from finetune.train.loss import summed_cross_entropy, whole_cross_entropy
-from tests.fixtures.tiny import tiny_llama
+from tests.fixtures.tiny import SIZES, random_model, tiny_llama
 
 ROWS = [
     Example(list(range(start, start + length)), [place % 3 > 0 for place in range(length)])
     for start, length in ((3, 9), (40, 5), (90, 14))
 ]
-SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
-
-
-def random_model(config: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
