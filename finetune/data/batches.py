@@ -95,7 +95,7 @@ def joined(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
     positions: list[int] = []
     before = None
     for example in sorted(examples, key=lambda each: each.ids) if shares_prefixes else examples:
-        shared = _shared(before, example) if before is not None and shares_prefixes else 0
+        shared = shared_tokens(before, example) if before is not None and shares_prefixes else 0
         ids += example.ids[shared:]
         labels += _labels(example)[shared:]
         positions += range(shared, len(example.ids))
@@ -103,7 +103,7 @@ def joined(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
     return Batch(torch.tensor([ids]), torch.tensor([labels]), positions_BT=torch.tensor([positions]))
 
 
-def _shared(one: Example, other: Example) -> int:
+def shared_tokens(one: Example, other: Example) -> int:
     """How many tokens two examples begin with alike, of which neither trains any nor the one that follows."""
     most = min(_untrained(one), _untrained(other)) - 1
     differing = (place for place in range(most) if one.ids[place] != other.ids[place])

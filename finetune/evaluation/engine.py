@@ -102,6 +102,7 @@ class Engine:
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass; fewer where memory is short.
         padding: Any token id.
+        may_share: Whether the loaded model can compute once what rows begin with alike.
         positions: Tokens that it can read and write in one row; None where nothing says.
     """
 
@@ -114,6 +115,7 @@ class Engine:
     compute_dtype: torch.dtype
     batch_size: int
     padding: int
+    may_share: Callable[[], bool]
     positions: int | None
 
     def likelihoods(self, examples: Sequence[Example], tell: Tell) -> list[Likelihood]:
@@ -141,6 +143,7 @@ class Engine:
                 compute_dtype=self.compute_dtype,
                 batch_size=self.batch_size,
                 padding=self.padding,
+                may_share=self.may_share,
                 tell=keep,
             )
         return [Likelihood(**self.kept.get(key)) for key in keys]

@@ -103,7 +103,7 @@ def generate(
     done = 0
     try:
         may_halve = sharded_base(model) is None
-        for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work, may_halve):
+        for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work, may_halve=may_halve):
             for index, text in written.items():
                 answers[index] = text
             done += len(chosen)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batches import padded
+from finetune.data.batches import Batch, joined, padded, shared_tokens
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
 from finetune.train.loss import visit_log_chances
+
+WORTH_SHARING = 2000
+"""Tokens that rows must begin with alike for a model to be asked whether it computes them once: ten small passes."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,23 @@ def likelihoods(
     compute_dtype: torch.dtype,
     batch_size: int,
     padding: int,
+    may_share: Callable[[], bool],
     tell: Callable[[dict[int, Likelihood]], None],
 ) -> None:
     """Work out how likely each example's trained tokens are.
 
     Examples that differ in nothing but their last token, such as the letters of a multiple choice, go through the
-    model as one row.
+    model as one row. What others begin with alike, such as a question or the examples before it, is computed once for
+    all of a pass.
 
     Args:
         model: Put into evaluation mode, and back afterwards.
         examples: Each trains a token that is not its first.
         compute_dtype: Type of the forward pass.
-        batch_size: Most rows of one forward pass; fewer where memory is short.
+        batch_size: Most rows of one forward pass, or as many tokens in rows that share some; fewer where memory is
+            short.
         padding: Any token id.
+        may_share: Whether the model can compute once what rows begin with alike; asked where they do.
         tell: Told the results of a batch, by the example's number.
 
     Raises:
@@ -58,15 +67,20 @@ def likelihoods(
     for number, example in enumerate(examples):
         end = tuple(example.ids[:-1]) if example.is_target[-1] else tuple(example.ids)
         alike.setdefault((end, tuple(example.is_target)), []).append(number)
-    groups = list(alike.values())
+    groups = sorted(alike.values(), key=lambda group: examples[group[0]].ids)
+    firsts = [examples[group[0]] for group in groups]
+    lengths = [len(first.ids) for first in firsts]
+    shared = [0, *(shared_tokens(one, other) for one, other in pairwise(firsts))]
+    shares = sum(shared) >= WORTH_SHARING and may_share()
+    make_batch = partial(joined, shares_prefixes=True) if shares else partial(padded, padding=padding)
 
     def work(rows: list[int]) -> dict[int, Likelihood]:
-        return _of_batch(model, examples, [groups[row] for row in rows], compute_dtype, padding)
+        return _of_batch(model, examples, [groups[row] for row in rows], compute_dtype, make_batch)
 
     was_training = model.training
     model.eval()
     try:
-        for _, found in in_batches([len(examples[group[0]].ids) for group in groups], batch_size, work):
+        for _, found in in_batches(lengths, batch_size, work, shared=shared if shares else None):
             tell(found)
     finally:
         model.train(was_training)
@@ -78,11 +92,11 @@ def _of_batch(
     examples: Sequence[Example],
     groups: Sequence[Sequence[int]],
     compute_dtype: torch.dtype,
-    padding: int,
+    make_batch: Callable[[Sequence[Example]], Batch],
 ) -> dict[int, Likelihood]:
     """The likelihoods of the examples of some groups, by number; the first of a group goes through the model."""
     device = next(model.parameters()).device
-    batch = padded([examples[group[0]] for group in groups], padding).to(device)
+    batch = make_batch([examples[group[0]] for group in groups]).to(device)
     ends = _last_targets([examples[group[0]].targets for group in groups])
     of_label: list[Tensor] = []
     is_greedy: list[Tensor] = []

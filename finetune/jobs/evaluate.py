@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -307,7 +307,7 @@ def _measured(
     for group in [compared] if shares else [[each] for each in compared]:
         base = _LateBase([tuned for tuned, _ in group], report)
         for number, (tuned, writer) in enumerate(group):
-            engine = _engine(tuned, partial(base.model, number), writer, asked, report)
+            engine = _engine(tuned, base, number, writer, asked, report)
             with closing(engine.writer):
                 found.append([task.measure(engine, asked.limit, report) for task in tasks])
     return found
@@ -327,10 +327,14 @@ class _LateBase:
         """See `SharedBase.model`."""
         return self._loaded.model(number)
 
+    def may_share_prefixes(self, number: int) -> bool:
+        """See `SharedBase.may_share_prefixes`."""
+        return self._loaded.may_share_prefixes(number)
 
-def _engine(tuned: Tuned, load: Callable[[], nn.Module], writer: Writer | None, asked: Asked, report: Report) -> Engine:
+
+def _engine(tuned: Tuned, base: _LateBase, number: int, writer: Writer | None, asked: Asked, report: Report) -> Engine:
     """What is asked; without a writer of its own answers are ours."""
-    setup = tuned.setup
+    setup, load = tuned.setup, partial(base.model, number)
     section = setup.recipe.evaluation if isinstance(setup, Workbench) else Evaluation()
     batch_size = asked.batch_size or section.batch_size
     return Engine(
@@ -343,6 +347,7 @@ def _engine(tuned: Tuned, load: Callable[[], nn.Module], writer: Writer | None, 
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,
         padding=setup.padding,
+        may_share=partial(base.may_share_prefixes, number),
         positions=setup.positions and setup.positions - tuned.prompt_tokens,
     )
 

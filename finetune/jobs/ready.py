@@ -23,7 +23,7 @@ from finetune.jobs.record import TrainedRecord
 from finetune.jobs.resume import refuse_other_codes, refuse_other_inputs
 from finetune.jobs.setup import Workbench, layout_of
 from finetune.jobs.together import QUANTIZED_BASE, refuse_disagreement
-from finetune.models.attention import keep_apart, may_share_prefixes
+from finetune.models.attention import keep_apart, objection_to_sharing
 from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fused import fuse
@@ -171,7 +171,13 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
             raise
         logger.info("training.batching: auto is padded: %s", error)
         return layout.with_padding(bench.padding)
-    return layout if not layout.shares_prefixes or may_share_prefixes(base) else layout.without_sharing()
+    if not layout.shares_prefixes:
+        return layout
+    if objection := objection_to_sharing(base):
+        logger.info("training.prefix_sharing: auto shares nothing in this model: %s", objection)
+        return layout.without_sharing()
+    logger.info("training.prefix_sharing: auto computes once what rows of a line begin with alike")
+    return layout
 
 
 def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -21,6 +23,7 @@ from finetune.jobs.named import Kind, Named
 from finetune.jobs.record import QuantizedRecord, TrainedRecord, refuse_other_base, refuse_other_codes
 from finetune.jobs.setup import ModelSetup, Workbench
 from finetune.jobs.trained import TrainedRun
+from finetune.models.attention import keep_apart, objection_to_sharing
 from finetune.models.fingerprint import fingerprint
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
@@ -31,6 +34,8 @@ from finetune.run.checkpoints import read_checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Report
 from finetune.train.checkpoint import TRAINED
+
+logger = logging.getLogger(__name__)
 
 CERTIFICATES = ("merge.json", "export.json")
 """Files of ours in a model's folder that say whether it was trained on conversations."""
@@ -206,6 +211,27 @@ class SharedBase:
         model = trained.put_on(self._base)
         self._on_it = (trained, model)
         return model
+
+    def may_share_prefixes(self, number: int) -> bool:
+        """Whether one computes once what rows in one line begin with alike; its attention may become that which can.
+
+        A prompt that was trained stands before every row, which none then has in common with another.
+        """
+        tuned = self.tuned[number]
+        self.model(number)
+        return not tuned.prompt_tokens and tuned.setup.section.attention == "auto" and self._shares_prefixes
+
+    @cached_property
+    def _shares_prefixes(self) -> bool:
+        """Of the base, with whatever adapter is on it: those change each token by itself."""
+        try:
+            keep_apart(self._base, may_choose=True)
+            objection = objection_to_sharing(self._base)
+        except UnsupportedError as error:
+            objection = str(error)
+        if objection:
+            logger.info("what rows begin with alike is computed for each: %s", objection)
+        return objection is None
 
     def with_prompts(self, numbers: Sequence[int]) -> PromptChoiceModel:
         """One model for several that are prompts of embeddings, in this order."""

@@ -66,31 +66,30 @@ def _takes_packed_attention(model: PreTrainedModel) -> bool:
     return False
 
 
-def may_share_prefixes(model: PreTrainedModel) -> bool:
-    """Whether what examples in one row begin with alike can be computed once for all, which is tried with a few tokens.
+def objection_to_sharing(model: PreTrainedModel) -> str | None:
+    """Why what examples in one row begin with alike cannot be computed once for all, which is tried with a few tokens.
 
     Args:
         model: Which has been through `keep_apart`.
+
+    Returns:
+        The reason in words; None where it can.
     """
     if model.config._attn_implementation != packed_attention.NAME:
-        reason: str | None = "its attention keeps rows apart by its own means"
-    elif _drops(model):
-        reason = "its dropout is another one for every token of every row"
-    else:
-        one_T, other_T, third_T = _probe(model)[0].split(PROBE_LENGTHS)
-        # The second goes on from 5 tokens of the first; the third from 6 of the second, of which one is its own.
-        rows = [
-            (one_T, 0),
-            (torch.cat([one_T[:5], other_T]), 5),
-            (torch.cat([one_T[:5], other_T[:1], third_T]), 6),
-        ]
-        alone_TV = torch.cat([_logits(model, row_T, torch.arange(len(row_T)))[first:] for row_T, first in rows])
-        ids_T = torch.cat([row_T[first:] for row_T, first in rows])
-        positions_T = torch.cat([torch.arange(first, len(row_T)) for row_T, first in rows])
-        reason = _disagreement(model, ids_T, positions_T, alone_TV)
-    if reason is not None:
-        logger.info("training.prefix_sharing: auto shares nothing in this model: %s", reason)
-    return reason is None
+        return "its attention keeps rows apart by its own means"
+    if _drops(model):
+        return "its dropout is another one for every token of every row"
+    one_T, other_T, third_T = _probe(model)[0].split(PROBE_LENGTHS)
+    # The second goes on from 5 tokens of the first; the third from 6 of the second, of which one is its own.
+    rows = [
+        (one_T, 0),
+        (torch.cat([one_T[:5], other_T]), 5),
+        (torch.cat([one_T[:5], other_T[:1], third_T]), 6),
+    ]
+    alone_TV = torch.cat([_logits(model, row_T, torch.arange(len(row_T)))[first:] for row_T, first in rows])
+    ids_T = torch.cat([row_T[first:] for row_T, first in rows])
+    positions_T = torch.cat([torch.arange(first, len(row_T)) for row_T, first in rows])
+    return _disagreement(model, ids_T, positions_T, alone_TV)
 
 
 def _disagreement(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, alone_TV: Tensor) -> str | None:

@@ -71,11 +71,11 @@ def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 def visit_log_chances(model: nn.Module, batch: Batch, visit: Visit) -> None:
     """Show the log-probabilities of the whole vocabulary before each trained token, a few positions at a time.
 
-    The model is not given the last column, which predicts nothing.
+    The model is not given what predicts nothing: the last column of padded rows, the last token of examples in a line.
 
     Args:
         model: A causal language model.
-        batch: Padded rows of at least two tokens, on the model's device.
+        batch: Rows of at least two tokens, on the model's device.
         visit: Told the log-probabilities, shape (N, V), float32, and the labels, shape (N,), of some positions; all of
             them come, in the order of rows and then of tokens.
     """
@@ -84,9 +84,7 @@ def visit_log_chances(model: nn.Module, batch: Batch, visit: Visit) -> None:
     if head not in _in_chunks:
         _in_chunks[head] = _agrees_in_chunks(bare, batch)
     labels_BK, keep_K = _kept(batch)
-    given = replace(
-        batch, ids_BT=batch.ids_BT[:, :-1], mask_BT=None if batch.mask_BT is None else batch.mask_BT[:, :-1]
-    )
+    given, keep_K = _without_ends(batch, keep_K)
 
     def show(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
         for part_NE, label_N in zip(hidden_NE.split(at_once), labels_N.split(at_once), strict=True):
@@ -124,6 +122,16 @@ def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
     if not len(keep_K):  # a row that trains nothing: the model must run all the same, for its collectives
         keep_K = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
     return labels_BT[:, keep_K], keep_K
+
+
+def _without_ends(batch: Batch, keep_K: Tensor) -> tuple[Batch, Tensor]:
+    """A batch without its last column, or without the last tokens of examples in a line; and where others are then."""
+    if batch.positions_BT is None:
+        mask_BT = None if batch.mask_BT is None else batch.mask_BT[:, :-1]
+        return replace(batch, ids_BT=batch.ids_BT[:, :-1], mask_BT=mask_BT), keep_K
+    goes_on_T = batch.positions_BT[0].diff(append=batch.positions_BT.new_tensor([-1])) == 1
+    given = replace(batch, ids_BT=batch.ids_BT[:, goes_on_T], positions_BT=batch.positions_BT[:, goes_on_T])
+    return given, goes_on_T.cumsum(0)[keep_K] - 1
 
 
 def _run(model: nn.Module, batch: Batch, keep_K: Tensor) -> Any:

@@ -27,7 +27,7 @@ from finetune.evaluation.engine import Engine, OwnWriter
 from finetune.evaluation.generation import Sampling, end_tokens
 from finetune.evaluation.kept import KeptResults
 from finetune.jobs.setup import ModelSetup
-from finetune.models.load import load_model
+from finetune.jobs.tuned import SharedBase, Tuned
 from finetune.recipe.data import ChatSource
 from finetune.recipe.evaluation import HarnessTask
 from finetune.recipe.model import Model
@@ -49,14 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["FT_CACHE"] = os.environ.get("FT_CACHE", cache)
         setup = ModelSetup.find(Model(name=arguments.model, dtype="float32"), ignore, precision="float32")
-        model = load_model(
-            setup.folder,
-            setup.section,
-            setup.quantizers,
-            weight_dtype=torch.float32,
-            compute_dtype=torch.float32,
-            device=setup.accelerator.device,
-        ).eval()
+        base = SharedBase([Tuned(arguments.model, setup, None, in_conversation=True)], ignore)
+        model = base.model(0).eval()
         engine = Engine(
             label=arguments.model,
             tokenizer=setup.tokenizer,
@@ -67,6 +61,7 @@ def main() -> None:
             compute_dtype=torch.float32,
             batch_size=arguments.batch_size,
             padding=setup.padding,
+            may_share=partial(base.may_share_prefixes, 0),
             positions=setup.positions,
         )
         answers(engine, model, arguments)

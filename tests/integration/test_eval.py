@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from finetune.data.batches import Batch, joined
+from finetune.data.encode import Example
 from finetune.errors import DataError, RefusedError, UsageError
-from finetune.evaluation import engine
+from finetune.evaluation import engine, likelihood
 from finetune.evaluation.gates import Gate
 from finetune.jobs import card
 from finetune.jobs import evaluate as job
@@ -25,6 +28,7 @@ from finetune.jobs.merge import merge
 from finetune.jobs.named import named
 from finetune.jobs.setup import ModelSetup
 from finetune.jobs.train import train
+from finetune.jobs.tuned import SharedBase
 from finetune.models import precision
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Progress
@@ -192,6 +196,31 @@ def test_a_run_its_checkpoint_its_adapter_and_its_merge_reach_the_same(runs: Pat
         for task in expected.scores:
             assert values(found, task) == pytest.approx(values(expected, task), rel=1e-5)
         assert found.folder is None  # nothing is written where nobody asked
+
+
+@pytest.mark.parametrize(("run", "shares"), [("low-rank", True), ("prompt", False)])
+def test_choices_are_the_same_whether_or_not_what_rows_begin_with_alike_is_computed_once(
+    runs: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, shares: bool
+):
+    passes: list[int] = []
+
+    def counted(examples: Sequence[Example], **options: Any) -> Batch:
+        passes.append(len(examples))
+        return joined(examples, **options)
+
+    def choices(name: str) -> list[dict[str, float]]:
+        monkeypatch.setenv("FT_CACHE", str(tmp_path / name))
+        evaluated(runs / run, tasks=(str(tasks),), limit=4, output=tmp_path / name)
+        records = [json.loads(line) for line in (tmp_path / name / "generations.jsonl").read_text().splitlines()]
+        return [record["choices"] for record in records if "choices" in record]
+
+    monkeypatch.setattr(likelihood, "joined", counted)
+    monkeypatch.setattr(likelihood, "WORTH_SHARING", 1)
+    once = choices("once")
+    assert bool(passes) == shares
+    monkeypatch.setattr(SharedBase, "may_share_prefixes", lambda self, number: False)
+    for found, expected in zip(once, choices("each"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_soft_prompts_choose_and_answer_too(runs: Path, tasks: Path):

@@ -112,6 +112,7 @@ def engine_of(who: Path, batch_size: int = 4) -> Engine:
         compute_dtype=torch.float32,
         batch_size=batch_size,
         padding=tuned.setup.padding,
+        may_share=partial(shared.may_share_prefixes, 0),
         positions=512,
     )
 

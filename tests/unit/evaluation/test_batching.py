@@ -42,6 +42,25 @@ def test_a_row_that_does_not_fit_by_itself_is_told():
         list(in_batches(LENGTHS, 8, working(49, [])))
 
 
+def test_rows_that_share_tokens_stay_in_order_and_their_own_tokens_count():
+    shared = [0, 3, 4, 8, 0, 0, 0, 9]
+    found = [rows for rows, _ in in_batches(LENGTHS, 1, lambda rows: None, shared=shared)]
+    # 3 and 47 are the 50 of one row of the longest; 8 and 42; 1, 0, 20 and none.
+    assert found == [[0, 1], [2, 3], [4, 5, 6, 7]]
+
+
+def test_after_a_shortage_rows_that_share_are_halved_by_their_own_tokens():
+    batches: list[list[int]] = []
+
+    def work(rows: list[int]) -> None:
+        batches.append(rows)
+        if len(batches) == 1:
+            raise RuntimeError("CUDA out of memory")
+
+    list(in_batches([40, 41, 42, 43], 4, work, shared=[0, 38, 38, 38]))
+    assert batches == [[0, 1, 2, 3], [0], [1], [2], [3]]  # 52 tokens, of which half are not enough for a row
+
+
 def test_what_is_no_shortage_is_raised_at_once():
     def work(rows: list[int]) -> None:
         raise RuntimeError("shapes cannot be multiplied")

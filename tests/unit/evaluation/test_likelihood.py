@@ -15,6 +15,7 @@ from finetune.data.encode import Example
 from finetune.evaluation import likelihood
 from finetune.evaluation.likelihood import Likelihood, likelihoods
 from finetune.evaluation.loss import held_out_loss
+from finetune.models.attention import keep_apart, objection_to_sharing
 from tests.fixtures.tiny import tiny_llama
 
 ROWS = [
@@ -30,9 +31,31 @@ ROWS = [
 
 def found(rows: list[Example], model: Any = None, **options: Any) -> list[Likelihood]:
     results: dict[int, Likelihood] = {}
-    settings: dict[str, Any] = {"compute_dtype": torch.float32, "batch_size": 4, "padding": 0} | options
+    settings: dict[str, Any] = {"compute_dtype": torch.float32, "batch_size": 4, "padding": 0}
+    settings |= {"may_share": lambda: False} | options
     likelihoods(model or tiny_llama(), rows, tell=results.update, **settings)
     return [results[number] for number in range(len(rows))]
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "WORTH_SHARING", 1)
+
+
+def sharing() -> dict[str, Any]:
+    """Options for a model that computes once what rows begin with alike."""
+    model = tiny_llama()
+    keep_apart(model, may_choose=True)
+    return {"model": model, "may_share": lambda: objection_to_sharing(model) is None}
+
+
+def numbers_read(model: Any) -> list[tuple[int, ...]]:
+    """Rows and tokens of each pass, as they come."""
+    given: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return given
 
 
 def by_hand(row: Example) -> Likelihood:
@@ -44,9 +67,10 @@ def by_hand(row: Example) -> Likelihood:
     return Likelihood(chance, len(places), is_greedy)
 
 
+@pytest.mark.parametrize("options", [dict, sharing])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_they_are_those_of_each_row_by_itself(batch_size: int):
-    for got, expected in zip(found(ROWS, batch_size=batch_size), map(by_hand, ROWS), strict=True):
+def test_they_are_those_of_each_row_by_itself(batch_size: int, options: Any):
+    for got, expected in zip(found(ROWS, batch_size=batch_size, **options()), map(by_hand, ROWS), strict=True):
         assert got.log_chance == pytest.approx(expected.log_chance, abs=1e-4)
         assert (got.tokens, got.is_greedy) == (expected.tokens, expected.is_greedy)
 
@@ -60,13 +84,33 @@ def test_the_likeliest_end_is_told_as_greedy_among_rows_that_differ_in_it():
 
 def test_rows_that_differ_in_their_last_token_go_through_the_model_once():
     model = tiny_llama()
-    given: list[tuple[int, ...]] = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    given = numbers_read(model)
     rows = [Example([256, 5, 6, 7, end], [False] * 4 + [True]) for end in range(60, 64)]
     found(rows, model)
     assert given[-1] == (1, 4)  # the last token is not read either
+
+
+def test_a_question_is_read_once_for_all_its_answers():
+    question, answers = [256, *range(20, 49)], [[60, 61], [62, 63, 64], [60, 65], [66] * 4]
+    rows = [
+        Example(question + answer, [False] * len(question) + [True] * len(answer))
+        for answer in answers
+    ]  # fmt: skip
+    options = sharing()
+    given = numbers_read(options["model"])
+    for got, expected in zip(found(rows, **options), map(by_hand, rows), strict=True):
+        assert got.log_chance == pytest.approx(expected.log_chance, abs=1e-4)
+    # The question but for its last token, which answers follow, and that with each answer, of which the last token is
+    # not read; the two that differ in nothing else are one row.
+    assert given[-1] == (1, 29 + (1 + 1) + (1 + 2) + (1 + 3))
+
+
+def test_rows_that_have_nothing_in_common_are_not_tried():
+    asked = Mock(return_value=True)
+    found(ROWS[3:5], may_share=asked)
+    assert not asked.called
+    found(ROWS, may_share=asked, model=sharing()["model"])
+    assert asked.called
 
 
 def test_their_sum_is_the_held_out_loss():

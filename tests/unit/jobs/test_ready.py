@@ -43,12 +43,14 @@ def test_rows_share_what_they_begin_with_unless_something_is_drawn_for_each(
 
 
 def test_rows_share_nothing_where_the_model_cannot(
-    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(ready, "may_share_prefixes", lambda model: False)
+    caplog.set_level(logging.INFO, "finetune")
+    monkeypatch.setattr(ready, "objection_to_sharing", lambda model: "scores with a cap")
     layout = Ready.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
     assert layout.restarts_positions
     assert not layout.shares_prefixes
+    assert "training.prefix_sharing: auto shares nothing in this model: scores with a cap" in caplog.text
     row = Example([5] * 9, [False] * 8 + [True])
     assert layout.batch([row, row]).ids_BT.numel() == 18
 

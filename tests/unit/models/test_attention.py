@@ -11,7 +11,7 @@ from finetune.data.batches import joined, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
-from finetune.models.attention import keep_apart, may_share_prefixes, prove_separation, separation_error
+from finetune.models.attention import keep_apart, objection_to_sharing, prove_separation, separation_error
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.tiny import SIZES, random_model, tiny_llama
 
@@ -61,7 +61,7 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
     for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
         model = tiny_llama(**changes)
         keep_apart(model, may_choose=True)
-        assert may_share_prefixes(model)
+        assert objection_to_sharing(model) is None
         loss = summed_cross_entropy(model, batch)
         loss.backward()
         results.append((loss.item(), [p.grad for p in model.parameters()]))
@@ -73,7 +73,7 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
 def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(model_type: type):
     model = random_model(model_type(**SIZES, sliding_window=6))
     keep_apart(model, may_choose=True)
-    may_share = may_share_prefixes(model)
+    may_share = objection_to_sharing(model) is None
     assert may_share == (model_type is not Gemma2Config)  # whose scores have a cap
     losses = [
         summed_cross_entropy(model, batch).item()
@@ -82,12 +82,10 @@ def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(m
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_rows_share_nothing_where_attention_is_not_ours(caplog: pytest.LogCaptureFixture):
-    caplog.set_level("INFO", "finetune")
+def test_rows_share_nothing_where_attention_is_not_ours():
     model = tiny_llama()
     keep_apart(model, may_choose=False)
-    assert not may_share_prefixes(model)
-    assert "training.prefix_sharing: auto shares nothing in this model: its attention" in caplog.text
+    assert "its attention" in str(objection_to_sharing(model))
 
 
 @pytest.mark.parametrize("drop", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}], ids=str)
@@ -97,7 +95,7 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
     for settings in (none, none | drop):
         model = random_model(GPT2Config(**SMALL_GPT2, **settings))
         keep_apart(model, may_choose=True)
-        shares.append(may_share_prefixes(model))
+        shares.append(objection_to_sharing(model) is None)
     assert shares == [True, False]
 
 
@@ -121,7 +119,7 @@ def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeyp
         return bounds
 
     monkeypatch.setattr(packed_attention, "bounds_of", all_from_nothing)
-    assert not may_share_prefixes(model)
+    assert "its logits are" in str(objection_to_sharing(model))
 
 
 def test_a_model_that_reads_across_the_boundary_is_refused(monkeypatch: pytest.MonkeyPatch):
