@@ -31,7 +31,8 @@ NAME = "ft_packed"
 
 BLOCK = 128
 """Queries that are worked on together: few enough that their scores stay in the cache, and that little is computed
-above the diagonal only to be masked; an example up to half longer is one block."""
+above the diagonal only to be masked; an example up to half longer is one block, and so are as many short ones in a row
+that go on from the same tokens, or from none."""
 
 
 def bounds_of(positions_BT: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def packed_attention(
             enable_gqa=True,
         )
     else:
-        output = _Packed.apply(query, key, value, _examples(places, firsts), scale, sliding_window)
+        output = _Packed.apply(query, key, value, _together(places, firsts, sliding_window), scale, sliding_window)
     return output[None], None
 
 
@@ -113,10 +114,12 @@ class _Block(NamedTuple):
     Attributes:
         rows: Places of the N queries in the row.
         columns: Positions of the K keys in the example; the last N are those of the queries.
+        branches: How many of the queries each of several examples has; one number where they are of one.
     """
 
     rows: slice
     columns: slice
+    branches: tuple[int, ...]
 
     def scores(self, query_GND: Tensor, key_GKD: Tensor, scale: float, window: int | None) -> Tensor:
         """The queries' probabilities over the keys, shape (G, R * N, K)."""
@@ -124,36 +127,52 @@ class _Block(NamedTuple):
         scores = torch.baddbmm(
             query_GND.new_empty(1), query_GND, key_GKD.transpose(1, 2), beta=0, alpha=scale
         ).view(groups, -1, rows, keys)  # fmt: skip
-        scores[..., -rows:] += _future(rows, scores.dtype, scores.device)
-        if window is not None and keys > window:
+        scores[..., -rows:] += _unseen(self.branches, scores.dtype, scores.device)
+        if window is not None and keys > window and len(self.branches) == 1:
             other = torch.arange(keys, device=scores.device)
             scores.masked_fill_(other <= other[-rows:, None] - window, float("-inf"))
         return scores.softmax(-1).view(groups, -1, keys)
 
 
 class _Example(NamedTuple):
-    """Where an example stands.
+    """Where an example stands, or several short ones that are worked on together.
 
     Attributes:
         own: Places of the tokens that it does not share with one before it.
         seen: Places of all its S tokens, in the order of their positions.
         length: S.
+        branches: Own tokens of each of several, which have all others in common; one number for one.
     """
 
     own: slice
     seen: tuple[slice, ...]
     length: int
+    branches: tuple[int, ...]
+
+    @property
+    def stem(self) -> tuple[slice, ...]:
+        """Places of what it shares."""
+        return self.seen[:-1]
+
+    def with_next(self, other: _Example) -> _Example:
+        """This and the next one, which shares as much."""
+        own = slice(self.own.start, other.own.stop)
+        count = other.own.stop - other.own.start
+        return _Example(own, (*self.stem, own), self.length + count, (*self.branches, count))
 
     def blocks(self, window: int | None) -> Iterator[_Block]:
         """Its blocks, the last first: it sees most keys, and the others' scores fit where its have been."""
         count = self.own.stop - self.own.start
+        if len(self.branches) > 1:
+            yield _Block(self.own, slice(self.length), self.branches)
+            return
         rows = count if count <= BLOCK * 1.5 else BLOCK
         for first in reversed(range(0, count, rows)):
             last = min(first + rows, count)
             place = self.length - count + first
             seen_from = 0 if window is None else max(0, place - window + 1)
             queries = slice(self.own.start + first, self.own.start + last)
-            yield _Block(queries, slice(seen_from, place + last - first))
+            yield _Block(queries, slice(seen_from, place + last - first), (last - first,))
 
     def of(self, heads_TGD: Tensor) -> Tensor:
         """What its tokens have, (S, G, D): a view where they stand together."""
@@ -180,8 +199,21 @@ def _examples(places: tuple[int, ...], firsts: tuple[int, ...]) -> tuple[_Exampl
     seen: tuple[slice, ...] = ()
     for (start, end), first in zip(pairwise(places), firsts, strict=False):
         seen = (*_first_of(seen, first), slice(start, end))
-        examples.append(_Example(slice(start, end), seen, first + end - start))
+        examples.append(_Example(slice(start, end), seen, first + end - start, (end - start,)))
     return tuple(examples)
+
+
+@lru_cache(maxsize=64)
+def _together(places: tuple[int, ...], firsts: tuple[int, ...], window: int | None) -> tuple[_Example, ...]:
+    """The same with short examples that share as much as one, if a window hides nothing of them."""
+    found: list[_Example] = []
+    for example in _examples(places, firsts):
+        goes_along = found and found[-1].stem == example.stem and example.own.stop - found[-1].own.start <= BLOCK
+        if goes_along and (window is None or max(found[-1].length, example.length) <= window):
+            found[-1] = found[-1].with_next(example)
+        else:
+            found.append(example)
+    return tuple(found)
 
 
 def _first_of(parts: tuple[slice, ...], count: int) -> Iterator[slice]:
@@ -225,9 +257,18 @@ def _lines(places: tuple[int, ...], firsts: tuple[int, ...], device: torch.devic
     )
 
 
-def _future(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Minus infinity for keys that come after their query, else 0; shape (N, N)."""
-    return _largest_future(dtype, device)[:rows, :rows]
+def _unseen(branches: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Minus infinity for keys that come after their query or are another example's, else 0; shape (N, N)."""
+    if len(branches) > 1:
+        return _apart(branches, dtype, device)
+    return _largest_future(dtype, device)[: branches[0], : branches[0]]
+
+
+@lru_cache(maxsize=256)
+def _apart(branches: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    number_N = torch.arange(len(branches), device=device).repeat_interleave(torch.tensor(branches, device=device))
+    future_NN = _largest_future(dtype, device)[: len(number_N), : len(number_N)]
+    return future_NN.masked_fill(number_N[:, None] != number_N, float("-inf"))
 
 
 @lru_cache

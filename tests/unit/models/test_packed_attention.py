@@ -98,6 +98,7 @@ def test_examples_end_where_the_next_one_begins():
 BRANCHING = {
     "two of one stem": [(0, 9), (4, 7)],
     "a stem in a stem": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
+    "many answers": [(0, 30), *((25, 25 + count) for count in (9, 1, 40, 3, BLOCK - 9, 7, 2, 30)), (0, 4), (0, 5)],
     "long": [(0, 2 * BLOCK + 9), (BLOCK + 5, 3 * BLOCK), (2 * BLOCK, 2 * BLOCK + 40), (0, 20), (1, BLOCK * 2)],
 }
 """Of each example the position that its own tokens begin at, and its length."""
@@ -150,8 +151,19 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share():
-    line, seen = stems(BRANCHING["a stem in a stem"])
+def test_short_examples_that_share_as_much_are_worked_on_together():
+    line, _ = stems(BRANCHING["many answers"])
+    places, firsts = (tuple(row) for row in bounds_of(line)[0, 0].tolist())
+    found = [example.branches for example in packed_attention._together(places, firsts, None)]
+    assert found == [(30,), (9, 1, 40, 3), (BLOCK - 9, 7, 2), (30,), (4, 5)]
+    assert all(sum(branches) <= BLOCK for branches in found)
+    hidden = packed_attention._together(places, firsts, 30)  # a window of 30 keys hides some of all but two
+    assert [len(example.branches) for example in hidden] == [1] * 9 + [2]
+
+
+@pytest.mark.parametrize("branches", ["a stem in a stem", "many answers"])
+def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share(branches: str):
+    line, seen = stems(BRANCHING[branches])
     query, key, value = (tensor.detach() for tensor in heads(line.shape[1]))
     for number, example in enumerate(seen):
         others = torch.ones(line.shape[1], dtype=torch.bool)
