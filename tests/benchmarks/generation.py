@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--task-rows", type=int, default=40)
+    parser.add_argument("--task-rows", type=int, default=16)
+    parser.add_argument("--shots", type=int, nargs="+", default=[0, 5], help="rows with their answers before each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["FT_CACHE"] = os.environ.get("FT_CACHE", cache)
@@ -66,7 +67,8 @@ def main() -> None:
         )
         answers(engine, model, arguments)
         if find_spec("lm_eval"):
-            harness(engine, setup.folder.path, arguments, Path(cache))
+            for shots in arguments.shots:
+                harness(engine, setup.folder.path, arguments, shots, Path(cache))
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -118,7 +120,7 @@ def answers(engine: Engine, model: Any, arguments: argparse.Namespace) -> None:
         print(f"| {way} | {spent:.1f} s | {seconds['row by row'] / spent:.1f}x |", flush=True)
 
 
-def harness(engine: Engine, folder: Path, arguments: argparse.Namespace, scratch: Path) -> None:
+def harness(engine: Engine, folder: Path, arguments: argparse.Namespace, shots: int, scratch: Path) -> None:
     """A multiple choice of bookings: the right answer among three of other rows."""
     from lm_eval import tasks
     from lm_eval.evaluator import simple_evaluate
@@ -138,6 +140,7 @@ def harness(engine: Engine, folder: Path, arguments: argparse.Namespace, scratch
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(scratch / "rows.jsonl")}},
         "test_split": "test",
+        "fewshot_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}\n",
         "doc_to_choice": "{{choices}}",
@@ -146,16 +149,20 @@ def harness(engine: Engine, folder: Path, arguments: argparse.Namespace, scratch
     }
     (scratch / "bookings.yaml").write_text(yaml.safe_dump(task))
     tasks.TaskManager = partial(tasks.TaskManager, include_path=str(scratch), include_defaults=False)
-    ours_task = Harness(HarnessTask(name="bookings", kind="lm_eval", chat_template=False))
+    ours_task = Harness(HarnessTask(name="bookings", kind="lm_eval", chat_template=False, shots=shots))
     theirs_model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=arguments.batch_size)
     theirs, spent_by_them = timed(
         lambda: simple_evaluate(
-            model=theirs_model, tasks=["bookings"], task_manager=tasks.TaskManager(), bootstrap_iters=0
+            model=theirs_model,
+            tasks=["bookings"],
+            num_fewshot=shots,
+            task_manager=tasks.TaskManager(),
+            bootstrap_iters=0,
         )
     )
     ours, spent = timed(lambda: ours_task.measure(engine, None, ignore))
     scores = {column.metric.name: column.value for column in ours.columns}
-    print(f"a multiple choice of {len(rows)} rows by lm-evaluation-harness")
+    print(f"a multiple choice of {len(rows)} rows with {shots} shots by lm-evaluation-harness")
     for way, seconds, found in (
         ("its own HFLM", spent_by_them, {name: theirs["results"]["bookings"][f"{name},none"] for name in scores}),
         ("ft", spent, scores),
