@@ -214,7 +214,7 @@ class Planner:
             quantizers=Quantizers(recipe.quantization, recipe.modules),
             method=build(recipe.adapter, recipe.modules, self._bench.tokenizer),
         )
-        layout = layout_of(recipe, self._rows.train.lengths, bench.padding)
+        layout = layout_of(recipe, bench.folder, self._rows.train.lengths, bench.padding)
         return bench, layout, batch_order(layout.units, recipe.training)
 
     def _held_by(self, recipe: Recipe, setting: Setting) -> Resident:

@@ -116,7 +116,7 @@ def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
     report(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, report)
     train = data.train
-    layout = layout_of(recipe, train.lengths, padding_id(tokenizer))
+    layout = layout_of(recipe, folder, train.lengths, padding_id(tokenizer))
     order = batch_order(layout.units, recipe.training)
     in_order = (
         row for step in range(order.total_steps) for unit in order.step_units(step) for row in layout.rows_of(unit)

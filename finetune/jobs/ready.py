@@ -98,7 +98,7 @@ class Ready:
         report = _stopping(report, interruption)
         bench = Workbench.of(recipe, report)
         rows = bench.read_data(report)
-        layout = layout_of(recipe, rows.train.lengths, bench.padding)
+        layout = layout_of(recipe, bench.folder, rows.train.lengths, bench.padding)
         order = batch_order(layout.units, recipe.training)
         _refuse_idle_processes(bench, order)
         facts = _facts(bench, rows, order)

@@ -19,11 +19,13 @@ from finetune.data.encode import Encoder
 from finetune.data.layout import Layout
 from finetune.errors import DataError, UnsupportedError, UsageError
 from finetune.jobs.calibrated import calibrated_base
+from finetune.models.attention import may_share_prefixes
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
 from finetune.models.load import load_model, load_sharded_model, load_tokenizer, padding_id
 from finetune.models.precision import compute_dtype, weight_dtype
 from finetune.models.quantized import stored_quantization
+from finetune.models.skeleton import read_config
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
@@ -253,11 +255,15 @@ class Workbench(ModelSetup):
             )
 
 
-def layout_of(recipe: Recipe, lengths: npt.NDArray[np.int64], padding: int) -> Layout:
-    """How the recipe's training rows are laid out; see `Layout.of`."""
+def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64], padding: int) -> Layout:
+    """How the recipe's training rows are laid out, as far as the settings of the model in the folder tell.
+
+    See `Layout.of`.
+    """
     may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
     draws_for_each_row = recipe.training.neftune_alpha or getattr(recipe.adapter, "dropout", 0)
-    may_share = recipe.model.attention == "auto" and not draws_for_each_row
+    is_ours = recipe.model.attention == "auto" and may_share_prefixes(read_config(folder))
+    may_share = is_ours and not draws_for_each_row
     return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
 
 

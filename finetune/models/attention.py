@@ -6,7 +6,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
@@ -46,10 +46,27 @@ def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:
     prove_separation(model)
 
 
+def is_without_masks(config: PretrainedConfig) -> bool:
+    """Whether `keep_apart` will give a model the kernel without masks, as far as its settings tell."""
+    own = config._attn_implementation
+    if own is None:  # it is named when the model is made
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        own = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    return own == "sdpa" and not _drops(config, "att")
+
+
+def may_share_prefixes(config: PretrainedConfig) -> bool:
+    """Whether a model will compute once what examples in one row begin with alike, as far as its settings tell."""
+    return is_without_masks(config) and not _drops(config)
+
+
 def _takes_packed_attention(model: PreTrainedModel) -> bool:
     """Switch to the kernel without masks where it is made for the model and the device; the model's own is its twin."""
     own = model.config._attn_implementation
-    if own != "sdpa" or _drops(model, "att") or not _has_kernel(model.get_input_embeddings().weight):
+    if own != "sdpa" or not _has_kernel(model.get_input_embeddings().weight):
+        return False
+    if not is_without_masks(model.config):
+        logger.info("model.attention: auto is %s, which drops out as the model wants it", own)
         return False
     examples = _probe(model)[0].split(PROBE_LENGTHS)
     alone_TV = torch.cat([_logits(model, ids_T, torch.arange(len(ids_T))) for ids_T in examples])
@@ -58,6 +75,7 @@ def _takes_packed_attention(model: PreTrainedModel) -> bool:
     if reason is None:
         try:
             prove_separation(model)
+            logger.info("model.attention: auto is without masks")
             return True
         except UnsupportedError as error:
             reason = str(error)
@@ -77,7 +95,7 @@ def objection_to_sharing(model: PreTrainedModel) -> str | None:
     """
     if model.config._attn_implementation != packed_attention.NAME:
         return "its attention keeps rows apart by its own means"
-    if _drops(model):
+    if _drops(model.config):
         return "its dropout is another one for every token of every row"
     one_T, other_T, third_T = _probe(model)[0].split(PROBE_LENGTHS)
     # The second goes on from 5 tokens of the first; the third from 6 of the second, of which one is its own.
@@ -104,9 +122,9 @@ def _disagreement(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, al
     return f"its logits are {difference:.1e} of their size away from those of examples that stand alone"
 
 
-def _drops(model: PreTrainedModel, of: str = "") -> bool:
+def _drops(config: PretrainedConfig, of: str = "") -> bool:
     """Whether a model draws what it leaves out while it trains, at all or in what its settings name so."""
-    settings = model.config.get_text_config().to_dict().items()
+    settings = config.get_text_config().to_dict().items()
     return any("drop" in name and of in name and isinstance(value, float) and value > 0 for name, value in settings)
 
 

@@ -259,15 +259,12 @@ def _lines(places: tuple[int, ...], firsts: tuple[int, ...], device: torch.devic
 
 def _unseen(branches: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Minus infinity for keys that come after their query or are another example's, else 0; shape (N, N)."""
-    if len(branches) > 1:
-        return _apart(branches, dtype, device)
-    return _largest_future(dtype, device)[: branches[0], : branches[0]]
-
-
-@lru_cache(maxsize=256)
-def _apart(branches: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    number_N = torch.arange(len(branches), device=device).repeat_interleave(torch.tensor(branches, device=device))
-    future_NN = _largest_future(dtype, device)[: len(number_N), : len(number_N)]
+    rows = sum(branches)
+    future_NN = _largest_future(dtype, device)[:rows, :rows]
+    if len(branches) == 1:
+        return future_NN
+    counts = torch.tensor(branches, device=device)
+    number_N = torch.arange(len(branches), device=device).repeat_interleave(counts, output_size=rows)
     return future_NN.masked_fill(number_N[:, None] != number_N, float("-inf"))
 
 

@@ -14,6 +14,7 @@ from finetune.adapters.base import AdapterMethod, trainable
 from finetune.data.batches import Batch
 from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
+from finetune.models.attention import is_without_masks
 from finetune.models.fused import fuse
 from finetune.models.linears import ParameterCount, count_parameters, linear_layers, list_of_blocks
 from finetune.models.skeleton import skeleton, with_blocks
@@ -229,7 +230,7 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
     fakes.hollow_out(model, vectors_too=False)
     if setting.model.kernels == "auto":
         fuse(model)
-    if setting.joins_rows and setting.model.attention == "auto" and config._attn_implementation in (None, "sdpa"):
+    if setting.joins_rows and setting.model.attention == "auto" and is_without_masks(model.config):
         model.set_attn_implementation(packed_attention.NAME)
     if setting.recomputes:
         model.activation_checkpointing_enable({"use_reentrant": False})

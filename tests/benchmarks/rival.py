@@ -111,7 +111,7 @@ def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str,
     recipe = recipe_of(arguments, kind, folder)
     bench = Workbench.of(recipe, ignore)
     rows = bench.read_data(ignore).train
-    layout = layout_of(recipe, rows.lengths, bench.padding)
+    layout = layout_of(recipe, bench.folder, rows.lengths, bench.padding)
     order = batch_order(layout.units, recipe.training)
     steps = [[rows[number] for number in order.step_units(step)] for step in range(order.total_steps)]
     examples = [example for step in steps for example in step]

@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
+from transformers import Gemma2Config, GPT2Config, MistralConfig, PretrainedConfig, Qwen3Config
 
 from finetune.data.batches import joined, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
-from finetune.models.attention import keep_apart, objection_to_sharing, prove_separation, separation_error
+from finetune.models.attention import (
+    is_without_masks,
+    keep_apart,
+    may_share_prefixes,
+    objection_to_sharing,
+    prove_separation,
+    separation_error,
+)
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.tiny import SIZES, random_model, tiny_llama
 
@@ -74,7 +81,7 @@ def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(m
     model = random_model(model_type(**SIZES, sliding_window=6))
     keep_apart(model, may_choose=True)
     may_share = objection_to_sharing(model) is None
-    assert may_share == (model_type is not Gemma2Config)  # whose scores have a cap
+    assert may_share == (model_type is not Gemma2Config)  # which has its own, for its scores have a cap
     losses = [
         summed_cross_entropy(model, batch).item()
         for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=may_share))
@@ -97,6 +104,24 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
         keep_apart(model, may_choose=True)
         shares.append(objection_to_sharing(model) is None)
     assert shares == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MistralConfig(**SIZES), (True, True)),
+        (Gemma2Config(**SIZES), (False, False)),
+        (GPT2Config(**SMALL_GPT2, attn_pdrop=0.1), (False, False)),
+        (GPT2Config(**SMALL_GPT2, attn_pdrop=0.0, resid_pdrop=0.1), (True, False)),
+    ],
+    ids=["usual", "no sdpa", "attention drops", "blocks drop"],
+)
+def test_settings_tell_before_a_model_is_made_what_it_will_take(config: PretrainedConfig, expected: tuple[bool, bool]):
+    assert (is_without_masks(config), may_share_prefixes(config)) == expected
+    model = random_model(config)
+    keep_apart(model, may_choose=True)
+    is_ours = model.config._attn_implementation == packed_attention.NAME
+    assert (is_ours, objection_to_sharing(model) is None) == expected
 
 
 def test_a_model_whose_attention_drops_keeps_its_own():

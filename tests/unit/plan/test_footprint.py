@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from finetune.adapters.base import trainable
 from finetune.data.batches import joined, padded
@@ -88,6 +88,12 @@ def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.Monkey
     extended = passes(six, joined(ROWS), padded(ROWS, 0))
     monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
     assert extended == passes(six, joined(ROWS), padded(ROWS, 0))
+
+
+def test_a_model_whose_attention_drops_out_is_traced_with_its_own():
+    """Ours would refuse the pass."""
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=4, n_head=2, attn_pdrop=0.1)
+    assert passes(setting(config), joined(ROWS), None).activations > 0
 
 
 def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
