@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from finetune.evaluation import likelihood
 from finetune.jobs.merge import merge
 from finetune.jobs.train import train
+from finetune.jobs.tuned import SharedBase
 from finetune.run.directory import RunDirectory
 from tests.fixtures.evaluating import evaluated
 from tests.fixtures.processes import ROOT
@@ -151,6 +153,29 @@ def test_flash_attention_over_shared_tokens_is_the_kernel_of_the_cpu(
         results.append([output.float().cpu(), *(tensor.grad.float().cpu() for tensor in given)])
     for exact, found in zip(*results, strict=True):
         assert (exact - found).norm() < 0.02 * exact.norm()
+
+
+def test_choices_are_the_same_where_a_question_is_read_once(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    colours = ["red", "blue", "green"]
+    rows = [{"instruction": f"Which {row}?", "output": colours[row % 3]} for row in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "colours", "kind": "choose", "data": {"path": "rows.jsonl"}, "choices": colours}
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"evaluation": {"tasks": [task]}}))
+    run = RunDirectory.create(tmp_path / "run")
+    train(as_recipe(tiny_recipe, tmp_path, ["training.precision=bfloat16"]), run)
+    monkeypatch.setattr(likelihood, "WORTH_SHARING", 1)
+    found = {}
+    for name in ("once", "each"):
+        monkeypatch.setenv("FT_CACHE", str(tmp_path / f"cache-{name}"))
+        if name == "each":
+            monkeypatch.setattr(SharedBase, "may_share_prefixes", lambda self, number: False)
+        evaluated(run, tasks=(str(tmp_path / "tasks.yaml"),), output=tmp_path / name)
+        lines = (tmp_path / name / "generations.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["choices"] for line in lines]
+    for once, each in zip(found["once"], found["each"], strict=True):
+        assert once == pytest.approx(each, abs=0.3)
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8", "affine"])

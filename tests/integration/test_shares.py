@@ -229,7 +229,7 @@ def test_what_two_processes_save_goes_on_in_one_and_in_four(
 # From the command to the result
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_run_with_shares_is_the_run_of_one_process_and_goes_on_in_one(
     method: str, tiny_model: Path, chat_file: Path, tmp_path: Path
 ):
@@ -290,7 +290,7 @@ NORM = 8
 
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 6])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
     strategy: str, micro_batches: int, tiny_model: Path, tmp_path: Path
 ):
@@ -308,7 +308,8 @@ def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
     }
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_it_would_be_seen_if_gradients_were_summed_in_every_pass(strategy: str, tiny_model: Path, tmp_path: Path):
     found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=6, when="always")
     key = "all_reduce" if strategy == "ddp" else "reduce_scatter_single"
