@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
-from transformers import PreTrainedModel
+from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from finetune.errors import EnvironmentFault, UnsupportedError
 from finetune.models.linears import linear_layers, list_of_blocks
@@ -43,7 +45,7 @@ def compile_blocks(model: PreTrainedModel) -> str:
     _try_compiler(next(model.parameters()).device)
     blocks = list(model.get_submodule(name).children())
     for block in blocks:
-        block.forward = _compiled_for_training(block.forward)
+        block.forward = _compiled_for_training(block)
     return f"{len(blocks)} blocks are compiled in the first steps, which take longer for it"
 
 
@@ -61,11 +63,19 @@ def _try_compiler(device: torch.device) -> None:
         ) from error
 
 
-def _compiled_for_training(own: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(own, dynamic=True)
+def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
+    own: Any = block.forward
+    once = MethodType(type(block).forward.__wrapped__, block) if isinstance(block, GradientCheckpointingLayer) else own
+    compiled = torch.compile(once, dynamic=True)
 
     @wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else own)(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        if block.training and getattr(block, "gradient_checkpointing", False):
+            # Around what is compiled: within it, nothing would be, for attention leaves the graph.
+            recomputed: Any = block._gradient_checkpointing_func
+            return recomputed(partial(compiled, **kwargs), *args)
+        return compiled(*args, **kwargs)
 
     return forward

@@ -99,7 +99,8 @@ def assert_agree(kind: str, folder: Path, *, recomputes: bool = False) -> None:
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
-    assert counters["stats"]["unique_graphs"] >= 4  # before and after attention, in a first block and in others
+    # In a first block and in others: the block, or what stands before and after attention between packed examples.
+    assert counters["stats"]["unique_graphs"] >= (2 if kind in PROMPTS else 4)
 
 
 @pytest.mark.slow
