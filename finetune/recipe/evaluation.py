@@ -122,7 +122,11 @@ class Evaluation(Answers):
         None, ge=1, description="Measure the held-out loss every so many steps; null for the end only."
     )
     max_rows: int | None = Field(None, ge=1, description="Held-out rows to measure the loss on; null for all.")
-    batch_size: int = Field(16, ge=1, description="Rows in one forward pass; fewer where memory is short.")
+    batch_size: int = Field(
+        16,
+        ge=1,
+        description="Rows in one forward pass, or the tokens of so many where rows begin alike; fewer if memory is short.",
+    )
     generation_rows: int = Field(
         64, ge=0, description="Held-out rows to answer by generation in `ft eval`; 0 for none."
     )
