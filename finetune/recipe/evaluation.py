@@ -125,7 +125,7 @@ class Evaluation(Answers):
     batch_size: int = Field(
         16,
         ge=1,
-        description="Rows in one forward pass, or the tokens of so many where rows begin alike; fewer if memory is short.",
+        description="Rows in one pass, or the tokens of so many where rows begin alike; fewer where memory is short.",
     )
     generation_rows: int = Field(
         64, ge=0, description="Held-out rows to answer by generation in `ft eval`; 0 for none."
