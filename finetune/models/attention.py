@@ -75,7 +75,7 @@ def _takes_packed_attention(model: PreTrainedModel) -> bool:
     if reason is None:
         try:
             prove_separation(model)
-            logger.info("model.attention: auto is without masks")
+            logger.info("model.attention: auto is ft's own, which needs no masks")
             return True
         except UnsupportedError as error:
             reason = str(error)
