@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import GradientCheckpointingLayer, PreTrainedModel
@@ -24,7 +24,8 @@ def compile_blocks(model: PreTrainedModel) -> str:
 
     Blocks that are alike share what is compiled, which takes rows of any length. Passes without gradients stay the
     model's own: those of answers would be compiled for every kind of cache. So does attention between packed examples,
-    which goes over them one by one.
+    which goes over them one by one; and a block whose input needs no gradient, as the first one's does where embeddings
+    do not train: for it alone, everything would be compiled a second time.
 
     Args:
         model: Before adapters come; changed in place.
@@ -70,7 +71,7 @@ def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
 
     @wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not _needs_gradient(*args, *kwargs.values()):
             return own(*args, **kwargs)
         if block.training and getattr(block, "gradient_checkpointing", False):
             # Around what is compiled: within it, nothing would be, for attention leaves the graph.
@@ -79,3 +80,7 @@ def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
         return compiled(*args, **kwargs)
 
     return forward
+
+
+def _needs_gradient(*inputs: Any) -> bool:
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)

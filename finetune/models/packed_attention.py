@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -129,9 +130,16 @@ class _Block(NamedTuple):
         ).view(groups, -1, rows, keys)  # fmt: skip
         scores[..., -rows:] += _unseen(self.branches, scores.dtype, scores.device)
         if window is not None and keys > window and len(self.branches) == 1:
-            other = torch.arange(keys, device=scores.device)
-            scores.masked_fill_(other <= other[-rows:, None] - window, float("-inf"))
+            scores.masked_fill_(_beyond(window, rows, keys, scores.device), float("-inf"))
         return scores.softmax(-1).view(groups, -1, keys)
+
+    def mask(self, dtype: torch.dtype, device: torch.device, window: int | None) -> Tensor:
+        """What is added to the queries' scores over the keys, shape (N, K)."""
+        rows, keys = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+        mask_NK = functional.pad(_unseen(self.branches, dtype, device), (keys - rows, 0))
+        if window is not None and keys > window and len(self.branches) == 1:
+            mask_NK.masked_fill_(_beyond(window, rows, keys, device), float("-inf"))
+        return mask_NK
 
 
 class _Example(NamedTuple):
@@ -164,7 +172,7 @@ class _Example(NamedTuple):
         """Its blocks, the last first: it sees most keys, and the others' scores fit where its have been."""
         count = self.own.stop - self.own.start
         if len(self.branches) > 1:
-            yield _Block(self.own, slice(self.length), self.branches)
+            yield _Block(self.own, slice(0, self.length), self.branches)
             return
         rows = count if count <= BLOCK * 1.5 else BLOCK
         for first in reversed(range(0, count, rows)):
@@ -268,6 +276,12 @@ def _unseen(branches: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return future_NN.masked_fill(number_N[:, None] != number_N, float("-inf"))
 
 
+def _beyond(window: int, rows: int, keys: int, device: torch.device) -> Tensor:
+    """Whether a key comes so long before a query, of the last of the keys, that a window hides it; shape (N, K)."""
+    place_K = torch.arange(keys, device=device)
+    return place_K <= place_K[-rows:, None] - window
+
+
 @lru_cache
 def _largest_future(dtype: torch.dtype, device: torch.device) -> Tensor:
     rows = int(BLOCK * 1.5)
@@ -295,12 +309,17 @@ class _Packed(torch.autograd.Function):
         ctx.settings = examples, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         for example in examples:
-            key_SGD, value_SGD = example.of(key), example.of(value)
+            key_SHD, value_SHD = (
+                example.of(heads).repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value)
+            )
             for block in example.blocks(window):
-                query_GND = _by_group(query, block.rows, key.shape[1])
-                key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
-                chances = block.scores(query_GND, key_GKD, scale, window)
-                _put_back(output, block.rows, chances @ value_GKD)
+                query_1HND = query[None, block.rows].transpose(1, 2)
+                key_1HKD, value_1HKD = (heads[None, block.columns].transpose(1, 2) for heads in (key_SHD, value_SHD))
+                mask_NK = block.mask(query.dtype, query.device, window)
+                result_1HND = functional.scaled_dot_product_attention(
+                    query_1HND, key_1HKD, value_1HKD, mask_NK, scale=scale
+                )
+                output[block.rows] = result_1HND[0].transpose(0, 1)
         return output
 
     @staticmethod

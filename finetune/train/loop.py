@@ -20,6 +20,10 @@ from finetune.train.schedules import learning_rate
 from finetune.train.state import TrainState
 from finetune.train.step import train_step
 
+STEPS_BETWEEN = 8
+"""Steps after which the allocator is asked to give back what it holds free: the tensors of each have other sizes than
+those before, and do not fit into their holes. To have every page given anew in each step takes longer."""
+
 
 def batch_order(units: int, training: Training) -> BatchOrder:
     """Which rows or packs each step sees, by the recipe; any number of processes share them."""
@@ -49,8 +53,8 @@ def fit(
     began = time.perf_counter() - state.seconds
     while state.step < order.total_steps:
         step_began = time.perf_counter()
-        if accelerator.device.type == "cpu":
-            give_back()  # this step's tensors have other sizes than those before, and would not fit into their holes
+        if accelerator.device.type == "cpu" and state.step % STEPS_BETWEEN == 0:
+            give_back()
         tokens_before = state.tokens
         units = [[examples[row] for row in layout.rows_of(unit)] for unit in order.step_units(state.step)]
         own = layout.micro_batches(units, accelerator.process_index, accelerator.num_processes)

@@ -66,8 +66,8 @@ def recipe_of(arguments: argparse.Namespace, kind: str, folder: Path) -> Any:
             "training": {
                 "max_steps": arguments.steps,
                 "precision": arguments.precision,
-                "micro_batch_size": ROWS_PER_STEP // 2,
-                "gradient_accumulation_steps": 2,
+                "micro_batch_size": arguments.micro_batch,
+                "gradient_accumulation_steps": ROWS_PER_STEP // arguments.micro_batch,
                 "batching": "padding_free",
             },
         },
@@ -215,7 +215,10 @@ def compare(arguments: argparse.Namespace, kind: str) -> None:
         apart = max(abs(a - b) for a, b in zip(mine[0]["losses"], theirs[0]["losses"], strict=True))
         flop = flop_per_token(kind, task)
         share = statistics.median(flop * speed / rate for speed, rate in zip(speeds["ft"], rates, strict=True))
-        for side, runs in ((f"{kind}, ft", mine), (f"{kind}, TRL, {micro} a micro batch", theirs)):
+        for side, runs in (
+            (f"{kind}, ft, {arguments.micro_batch} a micro batch", mine),
+            (f"{kind}, TRL, {micro} a micro batch", theirs),
+        ):
             of_side = speeds[side.split(", ")[1].lower()]
             cells = [
                 side,
@@ -255,6 +258,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default=usual_precision())
     parser.add_argument("--kernels", choices=["auto", "plain", "compiled"], default="auto")
+    parser.add_argument(
+        "--micro-batch", type=int, choices=[1, 2, 4, 8], default=ROWS_PER_STEP, help="our rows in a pass"
+    )
     parser.add_argument("--ours", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.data = arguments.data.absolute()

@@ -99,14 +99,14 @@ def assert_agree(kind: str, folder: Path, *, recomputes: bool = False) -> None:
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
-    # In a first block and in others: the block, or what stands before and after attention between packed examples.
+    # The block, or what stands before and after attention between packed examples.
     assert counters["stats"]["unique_graphs"] >= (2 if kind in PROMPTS else 4)
 
 
 @pytest.mark.slow
 def test_losses_and_gradients_agree_and_lengths_share_what_is_compiled(tiny_model: Path):
     assert_agree("lora", tiny_model)
-    assert counters["stats"]["unique_graphs"] <= 8
+    assert counters["stats"]["unique_graphs"] <= 5
 
 
 @pytest.mark.slow
