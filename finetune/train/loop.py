@@ -22,7 +22,8 @@ from finetune.train.step import train_step
 
 STEPS_BETWEEN = 8
 """Steps after which the allocator is asked to give back what it holds free: the tensors of each have other sizes than
-those before, and do not fit into their holes. To have every page given anew in each step takes longer."""
+those before, and do not fit into their holes. To have every page given anew in each step takes longer; it is done where
+blocks are computed again, for there memory comes first."""
 
 
 def batch_order(units: int, training: Training) -> BatchOrder:
@@ -51,9 +52,10 @@ def fit(
     """
     accelerator = state.accelerator
     began = time.perf_counter() - state.seconds
+    steps_between = 1 if training.gradient_checkpointing else STEPS_BETWEEN
     while state.step < order.total_steps:
         step_began = time.perf_counter()
-        if accelerator.device.type == "cpu" and state.step % STEPS_BETWEEN == 0:
+        if accelerator.device.type == "cpu" and state.step % steps_between == 0:
             give_back()
         tokens_before = state.tokens
         units = [[examples[row] for row in layout.rows_of(unit)] for unit in order.step_units(state.step)]
