@@ -309,17 +309,17 @@ class _Packed(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.settings = examples, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
-        whole = _kernel_pays(query.dtype)
+        by_kernel = _kernel_pays(query.dtype)
         for example in examples:
             key_SGD, value_SGD = example.of(key), example.of(value)
-            if whole:
+            if by_kernel:
                 key_SGD, value_SGD = (
                     heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key_SGD, value_SGD)
                 )
             for block in example.blocks(window):
                 key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
                 query_GND = _by_group(query, block.rows, len(key_GKD))
-                if whole:
+                if by_kernel:
                     mask_NK = block.mask(query.dtype, query.device, window)
                     (result_GND,) = functional.scaled_dot_product_attention(
                         query_GND[None], key_GKD[None], value_GKD[None], mask_NK, scale=scale

@@ -272,10 +272,11 @@ def main() -> None:
     precision = arguments.precision
     code = "from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in ('trl', 'peft', 'torch')))"
     rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    own = f"each with its own allocator, ours with {better_allocator() or 'glibc'}"
     print(
         f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
         f"{os.cpu_count()} cores of {platform.machine()}, {precision}, "
-        f"{os.environ.get(PRELOADED, f'each with its own allocator, ours with {better_allocator()}')} -->"
+        f"{os.environ.get(PRELOADED, own)} -->"
     )
     columns = ["run", "tokens a second", "peak memory", "loss", "speed, memory", "of the limit"]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns), flush=True)
