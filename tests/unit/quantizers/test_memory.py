@@ -1,0 +1,22 @@
+"""Freed memory is given back by the allocator that a process has."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from finetune.quantizers import memory
+
+
+@pytest.mark.parametrize("names", [["malloc_trim", "MallocExtension_ReleaseFreeMemory"], ["malloc_trim"], []])
+def test_the_allocator_in_use_is_asked(names: list[str], monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    process = SimpleNamespace(**{name: lambda *pad, name=name: asked.append(name) for name in names})
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: process)
+    memory._release.cache_clear()
+    try:
+        memory.give_back()
+    finally:
+        memory._release.cache_clear()
+    assert asked == names[-1:]
