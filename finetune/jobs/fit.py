@@ -52,9 +52,9 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
     """Find the smallest change with which a run fits into the memory that is planned for.
 
     In this order, each only where what comes before does not suffice: smaller micro-batches, as many more of which keep
-    the rows of a step; blocks computed again in backward; on a GPU, their inputs kept elsewhere; moments in 8 bits; the
-    base in NF4; half the rank, and a quarter. The first three leave the result as it is but for rounding. Held-out rows
-    are measured as few at a time where they alone would not fit.
+    the rows of a step; what widening layers put out computed again in backward; blocks; on a GPU, their inputs kept
+    elsewhere; moments in 8 bits; the base in NF4; half the rank, and a quarter. Up to the moments, the result stays as
+    it is but for rounding. Held-out rows are measured as few at a time where they alone would not fit.
 
     Raises:
         OutOfMemoryError: No such change suffices.
@@ -98,6 +98,8 @@ def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
     """What may be changed beside micro-batches, the least first: no set holds a change that a later one could spare."""
     single: list[Changes] = []
     if not recipe.training.gradient_checkpointing:
+        single.append({"training.gradient_checkpointing": "selective"})
+    if not recipe.training.recomputes_blocks:
         single.append({"training.gradient_checkpointing": "true"})
     if on_gpu and recipe.training.gradient_checkpointing != "offload":
         single.append({"training.gradient_checkpointing": "offload"})

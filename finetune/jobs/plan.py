@@ -243,8 +243,7 @@ class Planner:
             method=bench.method,
             total_steps=order.total_steps,
             optimizer=recipe.optimizer,
-            recomputes=bool(recipe.training.gradient_checkpointing),
-            offloads=recipe.training.gradient_checkpointing == "offload" and self.on_gpu,
+            checkpointing=recipe.training.gradient_checkpointing,
             noise=recipe.training.neftune_alpha,
             joins_rows=layout.restarts_positions,
             on_gpu=self.on_gpu,
@@ -283,7 +282,7 @@ class Planner:
             work.computed,
             work.targets,
             recipe.adapter.trains_base,
-            setting.recomputes,
+            recipe.training.gradient_checkpointing,
         )
         return Plan(
             device=card.name if card else "this machine's CPU",

@@ -27,6 +27,7 @@ from finetune.models.attention import keep_apart, objection_to_sharing
 from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fused import fuse
+from finetune.models.selective import compute_again, widening_layers
 from finetune.models.sharding import trained_shares, trains_through_blocks
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
@@ -183,14 +184,17 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
 def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:
     """Attach the method, and make the optimizer."""
     recipe = bench.recipe
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.recomputes_blocks:
         offloads = recipe.training.gradient_checkpointing == "offload"
         if offloads and bench.accelerator.device.type == "cpu":
             offloads = False
             logger.info("training.gradient_checkpointing: offload is true on a CPU: there is no other memory")
         base.activation_checkpointing_enable({"use_reentrant": False}, offload=offloads)
+    widening = widening_layers(base) if recipe.training.gradient_checkpointing == "selective" else []
     bench.seed()
     model = bench.method.attach(base, order.total_steps)
+    if widening:
+        logger.info("training.gradient_checkpointing: %s", compute_again(base, widening))
     bench.method.initialize(model, bench.folder.weight)
     _take_over(bench, model)
     _refuse_untrainable_shares(bench, base)

@@ -37,7 +37,7 @@ def less_memory(recipe: Recipe) -> dict[str, str] | None:
             "training.micro_batch_size": str(size // factor),
             "training.gradient_accumulation_steps": str(training.gradient_accumulation_steps * factor),
         }
-    if training.gradient_checkpointing:
+    if training.recomputes_blocks:
         moves = training.gradient_checkpointing is True and torch.cuda.is_available()
         return {"training.gradient_checkpointing": "offload"} if moves else None
     recomputing = training.model_copy(update={"gradient_checkpointing": True})

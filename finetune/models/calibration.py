@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.models.linears import list_of_blocks
+from finetune.models.linears import list_of_blocks, shape_of
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.quantizers.memory import FreedMemory
@@ -279,7 +279,7 @@ class _Block(NamedTuple):
             hessian.add(inputs)
             raise _Stop
 
-        hessian = Hessian(_in_features(layer), self.hidden[0].device)
+        hessian = Hessian(shape_of(layer)[1], self.hidden[0].device)
         with _shown_inputs(layer, add_and_stop):
             for _ in self.passes():
                 pass
@@ -411,10 +411,6 @@ def _in_full_precision(tensors: list[Tensor], device: torch.device) -> Iterator[
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, shared ones once."""
     return [*module.parameters(), *module.buffers()]
-
-
-def _in_features(layer: Any) -> int:
-    return _oriented(layer).shape[1]
 
 
 def _hidden_of(output: Any) -> Tensor:

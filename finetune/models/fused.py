@@ -94,10 +94,10 @@ class _Norm(torch.autograd.Function):
         inverse_T1 = torch.empty(len(x_TE), 1, device=x.device)
         for x_NE, inverse_N1 in _some_rows(x_TE, inverse_T1):
             torch.rsqrt(x_NE.float().pow(2).mean(-1, keepdim=True) + epsilon, out=inverse_N1)
-        make = partial(_scaled, x_TE, inverse_T1, weight_E, offset)
         ctx.save_for_backward(x_TE, inverse_T1, weight_E)
         ctx.offset = offset
-        return can_be_made(make(), make).view(x.shape)
+        sources, make = (x_TE, inverse_T1, weight_E), partial(_scaled, offset=offset)
+        return can_be_made(make(*sources), make, *sources).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -160,8 +160,8 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activate = activate
-        make = partial(_opened, gate, up, activate)
-        return can_be_made(make(), make)
+        make = partial(_opened, activate=activate)
+        return can_be_made(make(gate, up), make, gate, up)
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,14 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers of a model without adapter, by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_TYPES)}
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, however it stores its weight."""
+    if is_quantized(layer):
+        return layer.out_features, layer.in_features
+    first, second = layer.weight.shape
+    return (second, first) if isinstance(layer, Conv1D) else (first, second)
 
 
 def list_of_blocks(model: nn.Module, layers: Iterable[str]) -> str | None:

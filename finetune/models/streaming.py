@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
+from finetune.models.linears import shape_of
 from finetune.models.quantized import stored_quantization
 from finetune.models.skeleton import read_config, skeleton
 from finetune.models.tensor_files import own_memory, stored_tensors
@@ -114,7 +115,7 @@ class StreamedModel:
             f"{name}.{tensor}"
             for name, quantizer in self.quantizers.items()
             if isinstance(quantizer, PackedQuantizer)
-            for tensor in quantizer.tensor_specs(*_shape(self._plain[name]))
+            for tensor in quantizer.tensor_specs(*shape_of(self._plain[name]))
         ]
 
     def _untie_what_differs(self) -> None:
@@ -206,7 +207,7 @@ class StreamedModel:
             assert isinstance(quantizer, PackedQuantizer)
             tensors = {
                 tensor: self.files[self.sources[f"{name}.{tensor}"].files[0]].read().to(self.device)
-                for tensor in quantizer.tensor_specs(*_shape(plain))
+                for tensor in quantizer.tensor_specs(*shape_of(plain))
             }
         else:
             weight = self.tensor(f"{name}.weight")
@@ -360,9 +361,3 @@ def _find_sources(model: PreTrainedModel, files: Iterable[str], further: Iterabl
 def _in_order(name: str) -> list[tuple[int, str]]:
     """Layers and experts by number."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer."""
-    out_features, in_features = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
-    return out_features, in_features

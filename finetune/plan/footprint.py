@@ -17,12 +17,14 @@ from finetune.models import packed_attention
 from finetune.models.attention import is_without_masks
 from finetune.models.fused import fuse
 from finetune.models.linears import ParameterCount, count_parameters, linear_layers, list_of_blocks
+from finetune.models.selective import compute_again, widening_layers
 from finetune.models.skeleton import skeleton, with_blocks
 from finetune.plan.speed import layer_shapes
 from finetune.plan.stand_ins import quantize_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.model import Model
+from finetune.recipe.training import Checkpointing
 from finetune.train.loss import chunked_cross_entropy
 from finetune.train.noise import embedding_noise
 from finetune.train.optimizers import state_bytes
@@ -46,8 +48,7 @@ class Setting:
         method: What trains.
         total_steps: Of the run.
         optimizer: The recipe's section.
-        recomputes: Whether blocks are computed again in backward.
-        offloads: Whether their inputs wait for that in another memory.
+        checkpointing: What is computed again in backward, as the recipe says it.
         noise: On embeddings, if any.
         joins_rows: Whether rows stand in one line.
         on_gpu: Whether the run is for a GPU.
@@ -62,8 +63,7 @@ class Setting:
     method: AdapterMethod
     total_steps: int
     optimizer: Any
-    recomputes: bool
-    offloads: bool
+    checkpointing: Checkpointing
     noise: float | None
     joins_rows: bool
     on_gpu: bool
@@ -177,7 +177,9 @@ def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
     def extended(at_least: int, at_most: int) -> int:
         return at_most + (at_most - at_least) * (blocks - more) // (more - few)
 
-    if setting.offloads:  # one more block keeps no more than its input, and of these all but one are elsewhere
+    if (
+        setting.on_gpu and setting.checkpointing == "offload"
+    ):  # one more block keeps no more than its input, and of these all but one are elsewhere
         input_of_block = (most.activations - least.activations) // (more - few)
         activations = most.activations - (more - 1) * input_of_block
     else:
@@ -232,11 +234,13 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
         fuse(model)
     if setting.joins_rows and setting.model.attention == "auto" and is_without_masks(model.config):
         model.set_attn_implementation(packed_attention.NAME)
-    if setting.recomputes:
+    if setting.checkpointing in (True, "offload"):
         model.activation_checkpointing_enable({"use_reentrant": False})
     base = _base(model)
+    widening = widening_layers(model) if setting.checkpointing == "selective" else []
     with Unfilled(fakes):
         attached = setting.method.attach(model, setting.total_steps)
+    compute_again(model, widening)
     fakes.hollow_out(attached, vectors_too=True)
     return attached, fakes, base
 

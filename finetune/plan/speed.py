@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from math import prod
 
 import torch
 from torch import nn
 
-from finetune.models.linears import linear_layers
-from finetune.quantizers.base import is_quantized
+from finetune.models.linears import linear_layers, shape_of
+from finetune.recipe.training import Checkpointing
 
 SHARE_OF_PRODUCTS = 0.4
 """Share of a training step that its products take on a CPU: measured with LoRA on a model of 135 million."""
@@ -28,7 +28,7 @@ SECONDS_A_SHAPE = 0.2
 def layer_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
     """How many linear layers of a model without adapter there are of each shape (O, I), the output head left out."""
     head = model.get_output_embeddings()
-    return Counter(_shape(layer) for layer in linear_layers(model).values() if layer is not head)
+    return Counter(shape_of(layer) for layer in linear_layers(model).values() if layer is not head)
 
 
 def operations(
@@ -38,11 +38,11 @@ def operations(
     tokens: int,
     targets: int,
     trains_weights: bool,
-    recomputes: bool,
+    checkpointing: Checkpointing,
 ) -> int:
     """Multiplications and additions of a run's products, forward and backward; attention is left out.
 
-    Two for each weight and token forward, and two for the gradient of the input; two more where blocks are computed
+    Two for each weight and token forward, and two for the gradient of the input; two more where the product is computed
     again. Six for each number that trains. The output head runs on trained tokens only.
 
     Args:
@@ -52,10 +52,15 @@ def operations(
         tokens: That are computed.
         targets: Trained ones among them.
         trains_weights: Whether what trains are the base's own weights, and so among `shapes`.
-        recomputes: Whether blocks are computed again in backward.
+        checkpointing: What is computed again in backward, as the recipe says it.
     """
-    weights = sum(count * out * into for (out, into), count in shapes.items())
-    a_token = weights * (4 + 2 * recomputes) + trained_numbers * (2 if trains_weights else 6)
+    weights = {shape: count * prod(shape) for shape, count in shapes.items()}
+    again = {
+        shape: count
+        for shape, count in weights.items()
+        if checkpointing in (True, "offload") or (checkpointing == "selective" and shape[0] > shape[1])
+    }
+    a_token = 4 * sum(weights.values()) + 2 * sum(again.values()) + trained_numbers * (2 if trains_weights else 6)
     return tokens * a_token + targets * 4 * head[0] * head[1]
 
 
@@ -84,10 +89,3 @@ def _seconds(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> float:
         torch.nn.functional.linear(x_TI, weight_OI)
         least = min(least, time.perf_counter() - start)
     return least
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    if is_quantized(layer):
-        return layer.out_features, layer.in_features
-    first, second = layer.weight.shape
-    return (first, second) if isinstance(layer, nn.Linear) else (second, first)

@@ -223,11 +223,22 @@ def soft_prompts_begin_rows(recipe: Recipe) -> Violation | None:
 
 def prefixes_outlive_checkpointing(recipe: Recipe) -> Violation | None:
     """Checkpointed layers are computed without a cache of keys and values, which is where a prefix stands."""
-    if isinstance(recipe.adapter, PrefixTuning) and recipe.training.gradient_checkpointing:
+    if isinstance(recipe.adapter, PrefixTuning) and recipe.training.recomputes_blocks:
         return Violation(
             "training.gradient_checkpointing",
             "layers that are computed again drop the keys and values that prefix_tuning trains",
             "set it to false, or adapter.method to prompt_tuning",
+        )
+    return None
+
+
+def compiled_blocks_keep_what_they_are_compiled_to(recipe: Recipe) -> Violation | None:
+    """What is compiled decides itself what it keeps for backward."""
+    if recipe.model.kernels == "compiled" and recipe.training.gradient_checkpointing == "selective":
+        return Violation(
+            "training.gradient_checkpointing",
+            "selective computes single layers again, and model.kernels: compiled makes one of a block's",
+            "set it to true, or leave model.kernels out",
         )
     return None
 
@@ -524,6 +535,7 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     a_module_rule_sets_something,
     soft_prompts_begin_rows,
     prefixes_outlive_checkpointing,
+    compiled_blocks_keep_what_they_are_compiled_to,
     labels_fit_into_the_prompt,
     float16_weights_cannot_train,
     revision_is_for_the_hub,

@@ -52,7 +52,7 @@ def fit(
     """
     accelerator = state.accelerator
     began = time.perf_counter() - state.seconds
-    steps_between = 1 if training.gradient_checkpointing else STEPS_BETWEEN
+    steps_between = 1 if training.recomputes_blocks else STEPS_BETWEEN
     while state.step < order.total_steps:
         step_began = time.perf_counter()
         if accelerator.device.type == "cpu" and state.step % steps_between == 0:

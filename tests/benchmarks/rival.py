@@ -70,6 +70,7 @@ def recipe_of(arguments: argparse.Namespace, kind: str, folder: Path) -> Any:
                 "micro_batch_size": arguments.micro_batch,
                 "gradient_accumulation_steps": ROWS_PER_STEP // arguments.micro_batch,
                 "batching": "padding_free",
+                "gradient_checkpointing": arguments.checkpointing,
             },
         },
         folder,
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default=usual_precision())
     parser.add_argument("--kernels", choices=["auto", "plain", "compiled"], default="auto")
+    parser.add_argument("--checkpointing", choices=["false", "selective", "true"], default="false", help="on our side")
     parser.add_argument(
         "--micro-batch", type=int, choices=[1, 2, 4, 8], default=ROWS_PER_STEP, help="our rows in a pass"
     )

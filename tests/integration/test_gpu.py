@@ -190,18 +190,21 @@ def test_compiled_blocks_take_the_steps_of_others(tiny_recipe: dict[str, Any], t
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_offloaded_inputs_give_the_same_loss_in_less_memory(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+@pytest.mark.parametrize(("more", "less"), [("false", "selective"), ("selective", "true"), ("true", "offload")])
+def test_checkpointing_gives_the_same_loss_in_less_memory(
+    tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, more: str, less: str
+):
     import torch
 
     sections = {**tiny_recipe, "quantization": {"kind": kind}}
     found = {}
-    for value in ("true", "offload"):
+    for value in (more, less):
         torch.cuda.reset_peak_memory_stats()
         recipe = as_recipe(sections, tmp_path, [f"training.gradient_checkpointing={value}"])
         loss = train(recipe, RunDirectory.create(tmp_path / value)).loss
         found[value] = loss, torch.cuda.max_memory_allocated()
-    assert found["offload"][0] == pytest.approx(found["true"][0], rel=1e-3)
-    assert found["offload"][1] < found["true"][1]
+    assert found[less][0] == pytest.approx(found[more][0], rel=1e-3)
+    assert found[less][1] < found[more][1]
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "affine"])

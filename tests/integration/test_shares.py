@@ -98,6 +98,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": "constant"},
     },
     "full, checkpointed": {"adapter": {"method": "full"}, "training": {"gradient_checkpointing": True}},
+    "full, selective": {"adapter": {"method": "full"}, "training": {"gradient_checkpointing": "selective"}},
     "norms": {"adapter": {"method": "full", "train": ["*norm.weight"]}},
     "lora": {"adapter": LORA},
     "lora, 8 bits": {
@@ -105,6 +106,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-3, "schedule": "constant"},
     },
     "lora, checkpointed": {"adapter": LORA, "training": {"gradient_checkpointing": True}},
+    "lora, selective": {"adapter": LORA, "training": {"gradient_checkpointing": "selective"}},
     "lora, tokens": {"adapter": {**LORA, "trainable_tokens": ["a"]}},
     "lora, whole": {"adapter": {**LORA, "modules_to_save": ["embed_tokens"]}},
     "dora": {"adapter": {**LORA, "dora": True}},

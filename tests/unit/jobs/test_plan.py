@@ -159,15 +159,17 @@ def test_what_nothing_makes_fit_is_told_as_a_shortage(recipe: Path):
 def test_changes_come_in_order_of_what_they_cost(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = as_recipe({**tiny_recipe, "adapter": {"method": "lora", "r": 8}}, tmp_path)
     changes = list(larger_changes(recipe, on_gpu=False))
-    assert changes[:4] == [
+    assert changes[:6] == [
         {},
+        {"training.gradient_checkpointing": "selective"},
         {"training.gradient_checkpointing": "true"},
         {"optimizer.name": "adamw_8bit"},
+        {"training.gradient_checkpointing": "selective", "optimizer.name": "adamw_8bit"},
         {"training.gradient_checkpointing": "true", "optimizer.name": "adamw_8bit"},
     ]
     assert {"adapter.r": "4", "adapter.alpha": "16"}.items() <= changes[-1].items()
     for_gpu = list(larger_changes(recipe, on_gpu=True))
     offloaded = {"training.gradient_checkpointing": "offload"}
-    assert for_gpu[:4] == [*changes[:2], offloaded, changes[2]]
+    assert for_gpu[:5] == [*changes[:3], offloaded, changes[3]]
     assert {**offloaded, "optimizer.name": "adamw_8bit"} in for_gpu
     assert [change for change in for_gpu if "offload" not in change.values()] == changes

@@ -55,6 +55,19 @@ def test_rows_share_nothing_where_the_model_cannot(
     assert layout.batch([row, row]).ids_BT.numel() == 18
 
 
+def test_selective_checkpointing_takes_the_same_steps_and_is_told(
+    tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "finetune")
+
+    def loss(value: str) -> float | None:
+        changes = [f"training.gradient_checkpointing={value}", "training.max_steps=2"]
+        return train(as_recipe(tiny_recipe, tmp_path, changes), RunDirectory.create(tmp_path / value)).loss
+
+    assert loss("selective") == loss("false")
+    assert "training.gradient_checkpointing: outputs of 4 widening layers are computed again" in caplog.text
+
+
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "nf4"}], ids=lambda section: section["kind"])
 def test_offloading_is_checkpointing_on_a_cpu_and_moves_an_input_of_each_block_elsewhere(
     quantization: dict[str, Any],

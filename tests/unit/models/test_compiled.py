@@ -10,42 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer
 
-from finetune.data.batches import Batch, joined, padded
-from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
-from finetune.models.attention import keep_apart
 from finetune.models.compiled import compile_blocks
-from finetune.recipe.adapter import Adapter
-from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.tiny import tiny_llama
-from tests.unit.quantizers.loading import PACKED, load
-
-KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "lora": ({"method": "lora", "r": 4}, None),
-    "dora": ({"method": "lora", "r": 4, "dora": True}, None),
-    "pissa": ({"method": "lora", "r": 4, "initialization": "pissa"}, None),
-    "qlora": ({"method": "lora", "r": 4}, "nf4"),
-    "modulora": ({"method": "lora", "r": 4}, "optq-3"),
-    "ir-qlora": ({"method": "lora", "r": 4, "iec": True}, "icq-4"),
-    "qa-lora": ({"method": "qa_lora", "r": 4}, "affine-4"),
-    "adalora": ({"method": "adalora", "r": 6, "target_r": 4, "initial_steps": 1, "final_steps": 1}, None),
-    "prompt": ({"method": "prompt_tuning", "tokens": 6}, None),
-    "prefix": ({"method": "prefix_tuning", "tokens": 6}, None),
-    "hqq": ({"method": "qa_lora", "r": 4}, "hqq-4"),
-    "ia3": ({"method": "ia3"}, None),
-    "vera": ({"method": "vera", "r": 16}, None),
-    "loha": ({"method": "loha", "r": 2}, None),
-    "lokr": ({"method": "lokr", "r": 2}, None),
-    "oft": ({"method": "oft", "block_size": 8}, None),
-    "full": ({"method": "full"}, None),
-}
-PROMPTS = ("prompt", "prefix")
+from tests.unit.models.methods import KINDS, PROMPTS, attached, base_of, outcome, rows
 
 
 @pytest.fixture(autouse=True)
@@ -55,38 +26,12 @@ def _forget_after() -> Any:
 
 
 def model_of(kind: str, folder: Path, *, compiled: bool, recomputes: bool = False) -> nn.Module:
-    section, quantization = KINDS[kind]
-    base = tiny_llama() if quantization is None else load(folder, PACKED[quantization])
+    base = base_of(kind, folder)
     if compiled:
         compile_blocks(base)
-    if kind not in PROMPTS:
-        keep_apart(base, may_choose=True)
     if recomputes:
         base.activation_checkpointing_enable({"use_reentrant": False})
-    words = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    model = build(TypeAdapter(Adapter).validate_python(section), [], words).attach(base, 10).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
-
-
-def rows(kind: str, lengths: list[int]) -> Batch:
-    examples = [
-        Example([(7 * row + place) % 256 for place in range(length)], [place >= 5 for place in range(length)])
-        for row, length in enumerate(lengths)
-    ]
-    return padded(examples, 0) if kind in PROMPTS else joined(examples)
-
-
-def outcome(model: nn.Module, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    loss = summed_cross_entropy(model, batch)
-    loss.backward()
-    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad()
-    return float(loss.detach()), gradients
+    return attached(kind, base, folder)
 
 
 def assert_agree(kind: str, folder: Path, *, recomputes: bool = False) -> None:

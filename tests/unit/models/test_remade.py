@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,13 +71,57 @@ def test_less_is_held_until_backward(x: Tensor):
     assert bytes_kept(lambda: two_products(x)) - bytes_kept(kept) == x.nbytes
 
 
-@pytest.mark.parametrize("part", [lambda y: y[:32], lambda y: y.T, lambda y: y + 0], ids=["some", "turned", "another"])
-def test_what_is_another_tensor_is_kept_as_it_is(x: Tensor, part: Callable[[Tensor], Tensor]):
+@pytest.mark.parametrize(
+    "part", [lambda y: y[:32], lambda y: y.T, lambda y: y[3:, ::2]], ids=["some", "turned", "both"]
+)
+def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor]):
+    with keeping_little():
+        loss = part(Doubling.apply(x)).square().sum()
+    found = gradient(x, loss)
+    assert Doubling.made == 2
+    assert torch.equal(found, gradient(x, part(Doubling.apply(x)).square().sum()))
+
+
+@pytest.mark.parametrize("part", [lambda y: y + 0, lambda y: y.add_(1)], ids=["another", "written to"])
+def test_what_is_not_the_tensor_that_was_made_is_kept_as_it_is(x: Tensor, part: Callable[[Tensor], Tensor]):
     with keeping_little():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
     assert Doubling.made == 1
     assert torch.equal(found, gradient(x, part(Doubling.apply(x)).square().sum()))
+
+
+class Squaring(torch.autograd.Function):
+    """The square of its input, and how to make it from that."""
+
+    made = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        def make(x: Tensor) -> Tensor:
+            Squaring.made += 1
+            return x.square()
+
+        ctx.save_for_backward(x)
+        return can_be_made(make(x), make, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_what_comes_from_something_that_is_made_again_keeps_neither(x: Tensor):
+    Squaring.made = 0
+    with keeping_little():
+        loss = Squaring.apply(Doubling.apply(x)).square().sum()
+    assert torch.allclose(gradient(x, loss), 64 * x.detach() ** 3)
+    assert (Doubling.made, Squaring.made) == (2, 2)
+
+    def kept() -> Tensor:
+        with keeping_little():
+            return Squaring.apply(Doubling.apply(x)).square().sum()
+
+    assert bytes_kept(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - bytes_kept(kept) == 2 * x.nbytes
 
 
 def test_an_address_that_is_used_again_is_not_taken_for_the_tensor_that_was_there(x: Tensor):

@@ -22,6 +22,7 @@ from finetune.recipe.adapter import Adapter
 from finetune.recipe.model import Model
 from finetune.recipe.optimizer import Optimizer
 from finetune.recipe.quantization import Quantization
+from finetune.recipe.training import Checkpointing
 from finetune.resolve import build
 from tests.fixtures.tiny import tiny_config, tiny_llama
 
@@ -43,8 +44,7 @@ def setting(config: Any = None, adapter: dict[str, Any] | None = None, **changes
         method=build(section(Adapter, **(adapter or {"method": "lora", "r": 4}))),
         total_steps=100,
         optimizer=section(Optimizer, name="adamw"),
-        recomputes=False,
-        offloads=False,
+        checkpointing=False,
         noise=None,
         joins_rows=True,
         on_gpu=False,
@@ -97,13 +97,24 @@ def test_a_model_whose_attention_drops_out_is_traced_with_its_own():
 
 
 def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
-    def activations(blocks: int, offloads: bool) -> int:
-        found = setting(tiny_config(num_hidden_layers=blocks), recomputes=True, offloads=offloads)
+    def activations(blocks: int, checkpointing: Checkpointing) -> int:
+        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, on_gpu=True)
         return passes(found, joined(ROWS), None).activations
 
     of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
-    assert activations(6, offloads=False) - activations(6, offloads=True) == 5 * of_one
-    assert activations(6, offloads=True) == activations(12, offloads=True)
+    assert activations(6, True) - activations(6, "offload") == 5 * of_one
+    assert activations(6, "offload") == activations(12, "offload")
+
+
+def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at_work():
+    def activations(blocks: int, checkpointing: Checkpointing) -> int:
+        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing)
+        return passes(found, joined(ROWS), None).activations
+
+    of_one = sum(len(row.ids) for row in ROWS) * 2 * tiny_config().intermediate_size * 4
+    more = activations(12, False) - activations(6, False)
+    assert activations(12, "selective") - activations(6, "selective") == more - 6 * of_one
+    assert activations(12, "selective") < activations(12, False) - 10 * of_one
 
 
 @pytest.mark.parametrize(
@@ -135,7 +146,13 @@ def on_paper(config: LlamaConfig, **changes: Any) -> Setting:
     quantizers = Quantizers(section(Quantization, kind="nf4", double_quant=True))
     optimizer = section(Optimizer, name="paged_adamw_32bit")
     types = {"weight_dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
-    chosen: dict[str, Any] = {**types, "choose": quantizers, "optimizer": optimizer, "on_gpu": True, "recomputes": True}
+    chosen: dict[str, Any] = {
+        **types,
+        "choose": quantizers,
+        "optimizer": optimizer,
+        "on_gpu": True,
+        "checkpointing": True,
+    }
     return setting(config, {"method": "lora", "r": 64, "alpha": 16}, **{**chosen, **changes})
 
 

@@ -44,6 +44,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("adapter={method: prefix_tuning}", "training.gradient_checkpointing=true"),
         "training.gradient_checkpointing",
     ),
+    "compiled_blocks_keep_what_they_are_compiled_to": (
+        ("model.kernels=compiled", "training.gradient_checkpointing=selective"),
+        "training.gradient_checkpointing",
+    ),
     "labels_fit_into_the_prompt": (
         ("adapter={method: prompt_tuning, tokens: 1, start: {kind: labels, labels: [good, bad]}}",),
         "adapter.tokens",
@@ -117,7 +121,11 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "embeddings_train_whole_or_by_token": ("adapter={method: lora, trainable_tokens: [a]}",),
     "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "soft_prompts_begin_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
-    "prefixes_outlive_checkpointing": ("adapter={method: prompt_tuning}", "training.gradient_checkpointing=true"),
+    "prefixes_outlive_checkpointing": ("adapter={method: prefix_tuning}", "training.gradient_checkpointing=selective"),
+    "compiled_blocks_keep_what_they_are_compiled_to": (
+        "model.kernels=compiled",
+        "training.gradient_checkpointing=true",
+    ),
     "labels_fit_into_the_prompt": (
         "adapter={method: prompt_tuning, tokens: 2, start: {kind: labels, labels: [good, bad]}}",
     ),

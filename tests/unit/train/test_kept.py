@@ -16,6 +16,7 @@ from finetune.data.batches import joined
 from finetune.data.encode import Example
 from finetune.models.attention import keep_apart
 from finetune.models.fused import fuse
+from finetune.models.selective import compute_again, widening_layers
 from finetune.recipe.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
@@ -38,6 +39,9 @@ ONE_COPY = 4 * (
 )  # fmt: skip
 """Bytes for one copy, in float32, of each activation that plain LoRA needs and that is not made again, per token."""
 
+GATES = 4 * LAYERS * 2 * INNER
+"""Bytes of gate and up among them."""
+
 KINDS: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "lora": ({"method": "lora", "r": 4}, None, 1.09),
     "dora": ({"method": "lora", "r": 4, "dora": True}, None, 1.91),  # and every product, whose length it trains
@@ -52,13 +56,16 @@ KINDS: dict[str, tuple[dict[str, Any], str | None, float]] = {
 }
 
 
-def per_token(kind: str, folder: Path, *, plain: bool = False) -> float:
+def per_token(kind: str, folder: Path, *, plain: bool = False, selective: bool = False) -> float:
     section, quantization, _ = KINDS[kind]
     base = tiny_llama() if quantization is None else load(folder, PACKED[quantization])
     if not plain:
         fuse(base)
         keep_apart(base, may_choose=True)
+    widening = widening_layers(base)
     model = build(TypeAdapter(Adapter).validate_python(section), [], None).attach(base, 10).train()
+    if selective:
+        compute_again(base, widening)
     return (kept(model, 6) - kept(model, 3)) / (3 * 40)
 
 
@@ -74,6 +81,11 @@ def test_a_token_keeps_no_more_than_the_formula_says(kind: str, tiny_model: Path
     copies = per_token(kind, tiny_model) / ONE_COPY
     assert copies <= KINDS[kind][2]
     assert copies > 0.9 * KINDS[kind][2]  # the bound is one that would be missed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selective_checkpointing_keeps_neither_gate_nor_up(kind: str, tiny_model: Path):
+    assert per_token(kind, tiny_model) - per_token(kind, tiny_model, selective=True) == pytest.approx(GATES, rel=0.01)
 
 
 def test_the_models_own_passes_would_not_pass(tiny_model: Path):
