@@ -71,6 +71,16 @@ def keeping_little() -> Iterator[None]:
         _remade.reset(before)
 
 
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """In the block, a part of such a pass, nothing is said of any tensor."""
+    before = _remade.set(None)
+    try:
+        yield
+    finally:
+        _remade.reset(before)
+
+
 def can_be_made(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """Say of a tensor that has just been made how to make it again, with the same bits.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod, trainable
 from finetune.data.batches import Batch
@@ -17,6 +18,7 @@ from finetune.models import packed_attention
 from finetune.models.attention import is_without_masks
 from finetune.models.fused import fuse
 from finetune.models.linears import ParameterCount, count_parameters, linear_layers, list_of_blocks
+from finetune.models.remade import keeping_all
 from finetune.models.selective import compute_again, widening_layers
 from finetune.models.skeleton import skeleton, with_blocks
 from finetune.plan.speed import layer_shapes
@@ -230,8 +232,10 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
     kernels = setting.compute_dtype if setting.on_gpu else None
     quantize_shapes(model, setting.choose, setting.quantizes_head, setting.compute_dtype, kernels)
     fakes.hollow_out(model, vectors_too=False)
-    if setting.model.kernels == "auto":
+    if setting.model.kernels != "plain":
         fuse(model)
+    if setting.model.kernels == "compiled":
+        _keep_as_compiled(model)
     if setting.joins_rows and setting.model.attention == "auto" and is_without_masks(model.config):
         model.set_attn_implementation(packed_attention.NAME)
     if setting.checkpointing in (True, "offload"):
@@ -243,6 +247,13 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
     compute_again(model, widening)
     fakes.hollow_out(attached, vectors_too=True)
     return attached, fakes, base
+
+
+def _keep_as_compiled(model: PreTrainedModel) -> None:
+    """Have fused blocks keep what compiled ones do: as little of each function, but its result too."""
+    blocks = list_of_blocks(model, linear_layers(model))
+    for block in model.get_submodule(blocks).children() if blocks else ():
+        block.forward = keeping_all()(block.forward)  # type: ignore[method-assign]
 
 
 def _base(model: nn.Module) -> Base:

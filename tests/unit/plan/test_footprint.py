@@ -117,6 +117,18 @@ def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at
     assert activations(12, "selective") < activations(12, False) - 10 * of_one
 
 
+def test_compiled_blocks_keep_what_norms_and_gates_put_out():
+    def more(kernels: str) -> int:
+        """What six more blocks take."""
+        model = Model(name="tiny", kernels=kernels)
+        few, many = (setting(tiny_config(num_hidden_layers=blocks), model=model) for blocks in (6, 12))
+        return passes(many, joined(ROWS), None).activations - passes(few, joined(ROWS), None).activations
+
+    tokens, config = sum(len(row.ids) for row in ROWS), tiny_config()
+    assert more("compiled") - more("auto") == 6 * tokens * (2 * config.hidden_size + config.intermediate_size) * 4
+    assert more("compiled") < more("plain")
+
+
 @pytest.mark.parametrize(
     ("quantization", "bits"),
     [({"kind": "nf4", "double_quant": True}, 4.127), ({"kind": "affine", "bits": 3}, 4), ({"kind": "int8"}, 8)],
