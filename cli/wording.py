@@ -219,6 +219,10 @@ def plan(plan: Plan) -> list[str]:
     lines.append(f"{'a step':<12} {memory_exactly(sum(plan.parts.values())):>9}")
     lines.append(f"{'loading':<12} {memory_exactly(plan.while_loading):>9}")
     lines.append(f"{'evaluating':<12} {memory_exactly(plan.while_evaluating):>9}")
+    if plan.pinned:
+        lines.append(
+            f"{'beside it':<12} {memory_exactly(plan.pinned):>9}{'':<14}inputs of blocks, in the machine's memory"
+        )
     return [*lines, "", *_verdict(plan)]
 
 

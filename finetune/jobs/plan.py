@@ -91,6 +91,7 @@ class Plan:
         paged: Whether the optimizer's part moves to the CPU's memory where the GPU's is short.
         while_loading: The most while the base loads.
         while_evaluating: The most while the held-out loss is measured.
+        pinned: Bytes of the machine's own memory in which what is offloaded from a GPU waits.
         trainable: Numbers that train.
         total: Numbers of model and adapter, packed ones counted one by one.
         work: How much there is to do.
@@ -106,6 +107,7 @@ class Plan:
     paged: bool
     while_loading: int
     while_evaluating: int
+    pinned: int
     trainable: int
     total: int
     work: Work
@@ -298,6 +300,7 @@ class Planner:
             + held.adapter
             + own.optimizer
             + round((1 + holes) * traced.evaluation),
+            pinned=traced.pinned,
             trainable=held.count.trainable,
             total=held.count.total,
             work=work,

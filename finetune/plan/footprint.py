@@ -125,11 +125,13 @@ class Passes:
         activations: Of a forward and backward pass, logits not counted.
         logits: And their gradients.
         evaluation: Of a forward pass over held-out rows.
+        pinned: Of the machine's memory, in which inputs of a GPU's blocks wait.
     """
 
     activations: int
     logits: int
     evaluation: int
+    pinned: int = 0
 
 
 def resident(setting: Setting) -> Resident:
@@ -184,12 +186,14 @@ def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
     ):  # one more block keeps no more than its input, and of these all but one are elsewhere
         input_of_block = (most.activations - least.activations) // (more - few)
         activations = most.activations - (more - 1) * input_of_block
+        pinned = blocks * (1 << (input_of_block - 1).bit_length())  # PyTorch pins powers of two
     else:
-        activations = extended(least.activations, most.activations)
+        activations, pinned = extended(least.activations, most.activations), 0
     return Passes(
         activations=activations,
         logits=most.logits,
         evaluation=extended(least.evaluation, most.evaluation),
+        pinned=pinned,
     )
 
 

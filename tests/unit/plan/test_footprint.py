@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil, log2
 from typing import Any
 
 import pytest
@@ -104,6 +105,16 @@ def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
     of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
     assert activations(6, True) - activations(6, "offload") == 5 * of_one
     assert activations(6, "offload") == activations(12, "offload")
+
+
+def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
+    for blocks in (6, 12):
+        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing="offload", on_gpu=True)
+        of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
+        pinned = passes(found, joined(ROWS), None).pinned
+        assert blocks * of_one <= pinned < blocks * 2 * of_one
+        assert pinned == blocks * 2 ** ceil(log2(of_one))
+        assert passes(replace(found, on_gpu=False), joined(ROWS), None).pinned == 0
 
 
 def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at_work():
