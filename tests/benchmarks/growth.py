@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from yaml import safe_load
+
 from cli.start import settle_allocator
 
 WIDTH, INNER, BLOCKS, HEADS, KEY_HEADS = 576, 1536, 6, 9, 3
@@ -27,16 +29,19 @@ KEPT = 4 * (BLOCKS * (2 * WIDTH + WIDTH + 2 * WIDTH * KEY_HEADS // HEADS + WIDTH
 """Bytes of a token for one copy of what norms, attention, its output and gates are given, and the head's gradient."""
 
 STEPS = [
-    (49_152, 512, False),
-    (49_152, 2048, False),
-    (49_152, 8192, False),
-    (49_152, 512, True),
-    (49_152, 2048, True),
-    (49_152, 8192, True),
-    (262_144, 512, False),
-    (262_144, 2048, False),
+    (49_152, 512, "false"),
+    (49_152, 2048, "false"),
+    (49_152, 8192, "false"),
+    (49_152, 512, "selective"),
+    (49_152, 2048, "selective"),
+    (49_152, 8192, "selective"),
+    (49_152, 512, "true"),
+    (49_152, 2048, "true"),
+    (49_152, 8192, "true"),
+    (262_144, 512, "false"),
+    (262_144, 2048, "false"),
 ]
-"""Vocabulary, tokens of the row, and whether blocks are computed again in backward."""
+"""Vocabulary, tokens of the row, and `training.gradient_checkpointing`."""
 
 FILES = [12, 24, 48]
 """Blocks of the models that are read and written."""
@@ -72,9 +77,10 @@ def write_model(folder: Path, vocabulary: int, blocks: int, positions: int) -> N
     )
 
 
-def measure_step(vocabulary: int, context: int, recomputes: bool, folder: Path) -> dict[str, Any]:
+def measure_step(vocabulary: int, context: int, checkpointing: str, folder: Path) -> dict[str, Any]:
     """Two steps on rows of the context's length."""
     from finetune.jobs.train import train
+    from finetune.quantizers.memory import give_back
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
     from tests.fixtures.recipes import as_recipe
@@ -95,7 +101,7 @@ def measure_step(vocabulary: int, context: int, recomputes: bool, folder: Path) 
                 "gradient_accumulation_steps": 1,
                 "precision": "float32",
                 "batching": "padding_free",
-                "gradient_checkpointing": recomputes,
+                "gradient_checkpointing": safe_load(checkpointing),
             },
         },
         folder,
@@ -105,6 +111,7 @@ def measure_step(vocabulary: int, context: int, recomputes: bool, folder: Path) 
     def note(event: object) -> None:
         nonlocal held, tokens
         if isinstance(event, TrainingStarted):
+            give_back()  # what loading has left free would be counted as held
             forget_peak()
             held = resident("VmRSS")
         if isinstance(event, TrainingStarted | StepMetrics):
@@ -204,20 +211,20 @@ def row(*cells: str) -> None:
 def print_steps() -> None:
     """The first table."""
     print(f"One copy of what backward needs, counted by hand: {KEPT / 1e3:.1f} kB a token.")
-    table("vocabulary", "recomputes", "tokens", "ms a token", "memory of a step", "more for each more token")
+    table("vocabulary", "checkpointing", "tokens", "ms a token", "memory of a step", "more for each more token")
     before = {}
-    for vocabulary, context, recomputes in STEPS:
+    for vocabulary, context, checkpointing in STEPS:
         with tempfile.TemporaryDirectory() as name:
-            found = in_own_process("--step", vocabulary, context, int(recomputes), "--folder", name)
-        smaller = before.get((vocabulary, recomputes))
-        before[vocabulary, recomputes] = found
+            found = in_own_process("--step", vocabulary, context, checkpointing, "--folder", name)
+        smaller = before.get((vocabulary, checkpointing))
+        before[vocabulary, checkpointing] = found
         slope = ""
         if smaller is not None:
             more = (found["memory"] - smaller["memory"]) / (found["tokens"] - smaller["tokens"])
             slope = f"{more / 1e3:.1f} kB"
         row(
             f"{vocabulary:,}",
-            "blocks" if recomputes else "",
+            checkpointing,
             f"{found['tokens']:,}",
             f"{1e3 * found['seconds'] / found['tokens']:.2f}",
             f"{found['memory'] / 1e6:,.0f} MB",
@@ -241,7 +248,7 @@ def main() -> None:
     """Both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--step", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--files", choices=ACTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -252,8 +259,8 @@ def main() -> None:
         return
     os.environ["FT_CACHE"] = str(arguments.folder / "cache")
     if arguments.step:
-        vocabulary, context, recomputes = arguments.step
-        found = measure_step(vocabulary, context, bool(recomputes), arguments.folder)
+        vocabulary, context, checkpointing = arguments.step
+        found = measure_step(int(vocabulary), int(context), checkpointing, arguments.folder)
     elif arguments.prepare:
         prepare(arguments.prepare, arguments.folder)
         found = {}

