@@ -24,8 +24,8 @@ from transformers.activations import SiLUActivation
 from finetune.models.remade import can_be_made
 from finetune.models.sharding import with_whole_weights
 
-NUMBERS_AT_ONCE = 1 << 17
-"""Numbers of a tensor that are worked on together: in float32 a few such tensors fit into a core's cache."""
+NUMBERS_A_THREAD = 1 << 17
+"""Numbers of a tensor that a thread works on together: half a megabyte in float32, of which caches hold a few."""
 
 
 def fuse(model: PreTrainedModel) -> str:
@@ -195,5 +195,6 @@ def _activate_backward(activate: nn.Module, gradient: Tensor, x: Tensor, of_x: T
 
 def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A few rows of each at a time."""
-    rows = max(1, NUMBERS_AT_ONCE // max(tensor.shape[-1] for tensor in tensors))
+    at_once = NUMBERS_A_THREAD * torch.get_num_threads()
+    rows = max(1, at_once // max(tensor.shape[-1] for tensor in tensors))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -66,7 +66,7 @@ def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
     family: str, dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if few:
-        monkeypatch.setattr(fused, "NUMBERS_AT_ONCE", 5 * 144)
+        monkeypatch.setattr(fused, "NUMBERS_A_THREAD", 5 * 144 // torch.get_num_threads())
     own, ours = model_of(family, dtype), model_of(family, dtype)
     fuse(ours)
     losses = [loss_of(model) for model in (own, ours)]
