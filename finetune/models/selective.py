@@ -1,7 +1,7 @@
 """Selective checkpointing: what the widening layers of a model's blocks put out is computed again in backward.
 
-In a block with gated units the outputs of gate and up are half of what backward needs, and their products a sixth of a
-step's. Blocks that are computed again whole keep less and cost all products of a forward pass.
+In a block with gated units the outputs of gate and up are half of what backward needs, and half of the products of a
+forward pass. Blocks that are computed again whole keep less, and cost all of those products.
 
 Source: the trade is that of Korthikanti et al. 2022, arXiv 2205.05198, section 5, which makes it for attention.
 """
