@@ -77,8 +77,8 @@ class Training(Section):
         description=(
             "Less memory, more time. true: keep only each block's input and recompute the rest in backward. "
             "`selective`: recompute only what layers that widen put out (gate and up): half of what is kept, for a "
-            "quarter more products, where true takes a half more. `offload`: as true, and the inputs wait in the machine's memory and not in the "
-            "GPU's, for long rows."
+            "quarter more products, where true takes a half more. `offload`: as true, and the inputs wait in the "
+            "machine's memory and not in the GPU's, for long rows."
         ),
     )
     rehearsal: Annotated[Literal["auto"] | bool, OnResume.MAY_CHANGE] = Field(
