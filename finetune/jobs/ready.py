@@ -190,10 +190,11 @@ def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interrupt
             offloads = False
             logger.info("training.gradient_checkpointing: offload is true on a CPU: there is no other memory")
         base.activation_checkpointing_enable({"use_reentrant": False}, offload=offloads)
-    widening = widening_layers(base) if recipe.training.gradient_checkpointing == "selective" else []
+    is_selective = recipe.training.gradient_checkpointing == "selective"
+    widening = widening_layers(base) if is_selective else []
     bench.seed()
     model = bench.method.attach(base, order.total_steps)
-    if widening:
+    if is_selective:
         logger.info("training.gradient_checkpointing: %s", compute_again(base, widening))
     bench.method.initialize(model, bench.folder.weight)
     _take_over(bench, model)

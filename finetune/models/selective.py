@@ -82,8 +82,12 @@ class _Circumstances(NamedTuple):
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """A layer's own pass, with what `can_be_made` has to know of it."""
+    own = type(layer).forward
+    if not torch.is_grad_enabled():
+        inferred: Tensor = own(layer, x)
+        return inferred
     circumstances = _Circumstances.now(x.device)
-    output: Tensor = type(layer).forward(layer, x)
+    output: Tensor = own(layer, x)
     return can_be_made(output, partial(_computed, layer, circumstances), x)
 
 
