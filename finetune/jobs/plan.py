@@ -20,11 +20,12 @@ from finetune.models.quantized import stored_quantization
 from finetune.models.skeleton import read_config
 from finetune.models.tensor_files import stored_tensors
 from finetune.plan.cards import Card
-from finetune.plan.footprint import Passes, Resident, Setting, passes, resident
+from finetune.plan.footprint import Base, Passes, Resident, Setting, passes, resident
 from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_bytes
 from finetune.plan.shares import held_by_one
 from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
 from finetune.quantizers.choice import Quantizers
+from finetune.quantizers.memory import is_tcmalloc
 from finetune.quantizers.on_load import OnLoadConfig
 from finetune.recipe.recipe import Recipe
 from finetune.resolve import build
@@ -42,9 +43,12 @@ LARGEST_LOOKED_AT = 8
 STEPS_LOOKED_AT = 16
 """Steps in which it is counted how many tokens rows share."""
 
-HOLES_ON_CPU = 0.3
+HOLES_OF_GLIBC = 0.3
 """Memory that the C library holds between tensors, as a share of what passes take: from float32 steps of a few recipes.
 Those of long rows leave more."""
+
+HOLES_OF_TCMALLOC = 0.15
+"""The same of tcmalloc: from bfloat16 steps of the shipped recipes."""
 
 HOLES_ON_GPU = 0.1
 """The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
@@ -256,9 +260,14 @@ class Planner:
     ) -> Plan:
         recipe, card = bench.recipe, self._card
         libraries = self._held + kernels_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
-        holes = HOLES_ON_CPU if card is None else HOLES_ON_GPU
+        on_cpu = HOLES_OF_TCMALLOC if is_tcmalloc() else HOLES_OF_GLIBC
+        holes = on_cpu if card is None else HOLES_ON_GPU
         step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
         own = held_by_one(held, recipe)
+        is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
+        is_mapped = card is None and not is_sharded
+        if is_mapped:
+            own = own._replace(weights=own.weights + _left_mapped(bench, held.base, setting.weight_dtype))
         parts = {
             "libraries": libraries,
             "weights": own.weights,
@@ -270,8 +279,7 @@ class Planner:
             "logits": traced.logits,
             "holes": round(holes * step),
         }
-        is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
-        mapped = 0 if card or is_sharded else _mapped_bytes(bench, setting.weight_dtype)
+        mapped = _mapped_bytes(bench, setting.weight_dtype) if is_mapped else 0
         whole = held.base.block + held.base.around if is_sharded else 0
         speed = card.teraflops * 1e12 * SHARE_OF_STATED if card and card.teraflops else None
         if card is None and measures_time:
@@ -381,15 +389,25 @@ def _held_out(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
     return layout.batch([examples[int(row)] for row in longest])
 
 
+def _left_mapped(bench: Workbench, base: Base, dtype: torch.dtype) -> int:
+    """Bytes of a file that stay mapped after weights of another type were made of them: for codes beside them stay."""
+    in_file = file_dtype(bench.folder.path)
+    return base.around * in_file.itemsize // dtype.itemsize if _reads_codes(bench) and in_file is not dtype else 0
+
+
 def _mapped_bytes(bench: Workbench, dtype: torch.dtype) -> int:
     """Bytes of the base's files, which are mapped into memory while weights of another type are made of them.
 
-    Weights of the files' own type stay in their mapping, and so take nothing beside it; so do codes that come of
-    calibration, which are read from files of their own.
+    Weights of the files' own type stay in their mapping, and so take nothing beside it; so do codes.
     """
-    if bench.quantizers.calibrated:
+    if _reads_codes(bench):
         return 0
     stored = stored_tensors(bench.folder.path).values()
     files = sum(tensor.end - tensor.start for tensor in stored)
     stay = bench.quantizers.quantize_nothing and file_dtype(bench.folder.path) is dtype
     return 0 if stay else files
+
+
+def _reads_codes(bench: Workbench) -> bool:
+    """Whether the base's codes stand in files, as calibration or `ft quantize` has written them."""
+    return bool(bench.quantizers.calibrated) or stored_quantization(bench.folder) is not None

@@ -37,12 +37,22 @@ def give_back() -> None:
         release()
 
 
+def is_tcmalloc() -> bool:
+    """Whether this process's memory comes from tcmalloc."""
+    return _of_tcmalloc() is not None
+
+
 @cache
 def _release() -> Callable[[], Any] | None:
     """What does so of tcmalloc, or else of glibc; other C libraries have nothing."""
     try:
-        process = ctypes.CDLL(None)
-        of_tcmalloc = getattr(process, "MallocExtension_ReleaseFreeMemory", None)
-        return of_tcmalloc or partial(process.malloc_trim, 0)
+        return _of_tcmalloc() or partial(ctypes.CDLL(None).malloc_trim, 0)
     except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _of_tcmalloc() -> Callable[[], Any] | None:
+    try:
+        return getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
+    except (OSError, TypeError):  # a system whose process is no library
         return None

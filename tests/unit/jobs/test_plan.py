@@ -134,6 +134,21 @@ def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):
     assert with_sharing["activations"] < without["activations"]
 
 
+def test_weights_of_another_type_than_in_a_file_of_codes_are_there_twice(recipe: Path):
+    """Their place in the file stays mapped, as long as the codes beside them do."""
+
+    def weights(kind: str, dtype: str) -> int:
+        changes = (f"quantization.kind={kind}", "quantization.group_size=32", f"model.dtype={dtype}")
+        code, out, err = ft("plan", recipe, "--json", *(part for change in changes for part in ("--set", change)))
+        assert code == 0, err
+        found: int = json.loads(out.splitlines()[-1])["parts"]["weights"]
+        return found
+
+    narrower = weights("affine", "float32") - weights("affine", "bfloat16")
+    assert narrower > 0  # codes are made while the base loads, and its file is closed
+    assert weights("optq", "bfloat16") - weights("optq", "float32") == pytest.approx(narrower, rel=0.05)
+
+
 def test_what_fits_is_left_as_it_is(recipe: Path):
     planner, loaded = sized(recipe, 1.01)
     assert fit(planner, loaded).changes == {}

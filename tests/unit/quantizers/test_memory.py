@@ -20,3 +20,4 @@ def test_the_allocator_in_use_is_asked(names: list[str], monkeypatch: pytest.Mon
     finally:
         memory._release.cache_clear()
     assert asked == names[-1:]
+    assert memory.is_tcmalloc() == ("MallocExtension_ReleaseFreeMemory" in names)
