@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -24,6 +20,7 @@ from finetune.models.precision import file_dtype
 from finetune.models.quantized import refuse_other_quantization, stored_quantization
 from finetune.models.rewriting import GENERATION_CONFIG
 from finetune.models.sharding import share_out
+from finetune.models.skeleton import first_line, read_config, told_as_ours
 from finetune.models.streaming import StreamedModel
 from finetune.models.template import refuse_endless_template
 from finetune.quantizers.base import is_quantized
@@ -45,7 +42,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises that very class for a broken tokenizer.json
         raise ModelError(
-            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            f"the tokenizer cannot be loaded: {first_line(error)}",
             where=where,
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
@@ -102,11 +99,10 @@ def load_model(
     where = str(folder.path)
     refuse_other_quantization(folder, quantizers)
     options = {} if stored_quantization(folder) else quantizers.load_options(compute_dtype)
-    with _told_as_ours(where):
-        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    with told_as_ours(where):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder.path,
-            config=config,
+            config=read_config(folder),
             dtype=weight_dtype,
             device_map={"": device},
             attn_implementation=None if section.attention == "auto" else section.attention,
@@ -161,7 +157,7 @@ def load_sharded_model(
         UnsupportedError: The model is no list of blocks, or a quantizer's layers are not ours.
     """
     refuse_other_quantization(folder, quantizers)
-    with _told_as_ours(str(folder.path)):
+    with told_as_ours(str(folder.path)):
         streamed = StreamedModel(
             folder, section, quantizers, device, dequantized=False, dtype=weight_dtype, in_torch=True
         )
@@ -184,29 +180,3 @@ def load_sharded_model(
     if (folder.path / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
     return model
-
-
-@contextmanager
-def _told_as_ours(where: str) -> Iterator[None]:
-    """What transformers says of a model that it cannot load becomes a ModelError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise ModelError(
-            "the weights have other shapes than config.json says",
-            where=where,
-            hint="use the config.json that belongs to these weights",
-        ) from error
-    except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
-        raise ModelError(
-            f"the model cannot be loaded: {_first_line(error)}",
-            where=where,
-            hint="it must be a causal language model of an architecture that the installed transformers knows",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
 from finetune.recipe.model import Model
 
 
 def read_config(folder: ModelFolder) -> Any:
-    """The configuration of the model in a folder."""
-    return AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    """The configuration of the model in a folder.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or would run code of the folder's to know it.
+    """
+    with told_as_ours(str(folder.path)):
+        return AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def told_as_ours(where: str) -> Iterator[None]:
+    """What transformers says of a model that it cannot load becomes a ModelError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ModelError(
+            "the weights have other shapes than config.json says",
+            where=where,
+            hint="use the config.json that belongs to these weights",
+        ) from error
+    except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
+        raise ModelError(
+            f"the model cannot be loaded: {first_line(error)}",
+            where=where,
+            hint="it must be a causal language model of an architecture that the installed transformers knows",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def with_blocks(config: Any, blocks: int) -> Any:

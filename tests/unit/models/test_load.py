@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from finetune.errors import ModelError
 from finetune.models.folder import ModelFolder
 from finetune.models.load import load_model, load_tokenizer
+from finetune.models.skeleton import read_config
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import Affine, NoQuantization, QuantizationSection
@@ -84,6 +85,18 @@ def test_a_config_that_does_not_fit_the_weights_is_a_model_error(
     with pytest.raises(ModelError, match=what) as caught:
         load(folder)
     assert caught.value.where == str(folder)
+
+
+def test_a_config_of_a_type_that_would_bring_its_code_is_a_model_error(tiny_model: Path, tmp_path: Path):
+    """Whatever asks for a model's settings alone, before any weight is there, is told so too."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')", encoding="utf-8")
+    with pytest.raises(ModelError, match="contains custom code"):
+        read_config(ModelFolder(model, "evil"))
+    assert not (tmp_path / "canary").exists()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model: Path, tmp_path: Path):
