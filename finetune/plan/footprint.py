@@ -26,7 +26,7 @@ from finetune.plan.stand_ins import quantize_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.model import Model
-from finetune.recipe.training import Checkpointing
+from finetune.recipe.training import Checkpointing, recomputes_blocks
 from finetune.train.loss import chunked_cross_entropy
 from finetune.train.noise import embedding_noise
 from finetune.train.optimizers import state_bytes
@@ -181,9 +181,8 @@ def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
     def extended(at_least: int, at_most: int) -> int:
         return at_most + (at_most - at_least) * (blocks - more) // (more - few)
 
-    if (
-        setting.on_gpu and setting.checkpointing == "offload"
-    ):  # one more block keeps no more than its input, and of these all but one are elsewhere
+    if setting.on_gpu and setting.checkpointing == "offload":
+        # One more block keeps no more than its input, and of these all but one are elsewhere.
         input_of_block = (most.activations - least.activations) // (more - few)
         activations = most.activations - (more - 1) * input_of_block
         pinned = blocks * (1 << (input_of_block - 1).bit_length())  # PyTorch pins powers of two
@@ -242,7 +241,7 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
         _keep_as_compiled(model)
     if setting.joins_rows and setting.model.attention == "auto" and is_without_masks(model.config):
         model.set_attn_implementation(packed_attention.NAME)
-    if setting.checkpointing in (True, "offload"):
+    if recomputes_blocks(setting.checkpointing):
         model.activation_checkpointing_enable({"use_reentrant": False})
     base = _base(model)
     widening = widening_layers(model) if setting.checkpointing == "selective" else []

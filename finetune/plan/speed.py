@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.models.linears import linear_layers, shape_of
-from finetune.recipe.training import Checkpointing
+from finetune.recipe.training import Checkpointing, recomputes_blocks
 
 SHARE_OF_PRODUCTS = 0.4
 """Share of a training step that its products take on a CPU: measured with LoRA on a model of 135 million."""
@@ -58,7 +58,7 @@ def operations(
     again = {
         shape: count
         for shape, count in weights.items()
-        if checkpointing in (True, "offload") or (checkpointing == "selective" and shape[0] > shape[1])
+        if recomputes_blocks(checkpointing) or (checkpointing == "selective" and shape[0] > shape[1])
     }
     a_token = 4 * sum(weights.values()) + 2 * sum(again.values()) + trained_numbers * (2 if trains_weights else 6)
     return tokens * a_token + targets * 4 * head[0] * head[1]

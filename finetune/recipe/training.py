@@ -13,13 +13,18 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpointing = Literal["selective", "offload"] | bool
 
 
+def recomputes_blocks(checkpointing: Checkpointing) -> bool:
+    """Whether backward computes whole blocks again."""
+    return checkpointing in (True, "offload")
+
+
 class Training(Section):
     """The loop."""
 
     @property
     def recomputes_blocks(self) -> bool:
         """Whether backward computes whole blocks again."""
-        return self.gradient_checkpointing in (True, "offload")
+        return recomputes_blocks(self.gradient_checkpointing)
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     epochs: Annotated[float, OnResume.EXTENDS] = Field(
