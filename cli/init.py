@@ -23,6 +23,12 @@ def init(
         str | None, typer.Option(help="Training rows: a file, a pattern, a folder, or the id of a hub data set.")
     ] = None,
     format: Annotated[str, typer.Option(help="Format of the rows, where their columns do not tell it.")] = "auto",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=NAME", help="Name of a column, with --format: such as question=query for qa. Repeatable."
+        ),
+    ] = None,
     aim: Annotated[
         str | None,
         typer.Option(help="chat, classification, extraction, tools, qa, pretraining or long-context."),
@@ -50,7 +56,7 @@ def init(
         from finetune.jobs.first_recipe import AIMS
         from finetune.jobs.init import likely_aim, look_at, write_recipe
 
-        seen = look_at(data, format)
+        seen = look_at(data, format, dict(map(_column, column or [])))
     if not quiet:
         console.show_note(f"{seen.rows} rows{'' if seen.is_whole else ' and more'} of format {seen.format}")
     aim = aim or _asked("--aim", f"Aim: {', '.join(AIMS)}", likely_aim(seen))
@@ -64,6 +70,14 @@ def init(
         console.show_result(json.dumps(event))
     else:
         console.show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
+
+
+def _column(argument: str) -> tuple[str, str]:
+    """Key and name of `--column KEY=NAME`."""
+    key, _, name = argument.partition("=")
+    if not (key and name):
+        raise UsageError(f"--column wants KEY=NAME, found {argument!r}", hint="write it as in --column question=query")
+    return key, name
 
 
 def _gpu(text: str) -> Card | None:

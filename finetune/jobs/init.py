@@ -7,9 +7,11 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
@@ -39,18 +41,19 @@ LONG_ROW_TOKENS = 4096
 TEXT_ROW_TOKENS = 2048
 
 
-def look_at(data: str, data_format: str = "auto") -> Survey:
+def look_at(data: str, data_format: str = "auto", columns: Mapping[str, str] = MappingProxyType({})) -> Survey:
     """Look at a data set.
 
     Args:
         data: A file, a pattern, a folder, or the id of a data set on the hub.
         data_format: A format, for data whose columns do not tell it.
+        columns: Names of columns, by the format's keys for them.
 
     Raises:
-        UsageError: There is no such format.
+        UsageError: There is no such format, or it has no such key.
         DataError: The data cannot be used.
     """
-    source = _source(data, data_format)
+    source = _source(data, data_format, columns)
     found = survey(source)
     is_text = source.path is not None and all(map(is_plain_text, files_of(source)))
     if is_text and isinstance(found.source, TextSource) and found.rows < FEW_TEXTS:
@@ -59,20 +62,27 @@ def look_at(data: str, data_format: str = "auto") -> Survey:
     return found
 
 
-def _source(data: str, data_format: str) -> SourceSection:
+def _source(data: str, data_format: str, columns: Mapping[str, str]) -> SourceSection:
     path = anchored(data, Path.cwd())
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not is_local(data)
     if not (is_hub_id or glob.has_magic(path) or os.path.exists(path)):
         raise DataError("there is no such file", where=data, hint="name a file, a folder, or org/name of the hub")
     place = {"hub": {"name": data}} if is_hub_id else {"path": path}
-    try:
-        source: SourceSection = TypeAdapter(Source).validate_python({"format": data_format, **place})
-    except ValidationError:
-        formats = every_key()["data", "train", 0, "format"].choices
-        near = nearest(data_format, formats)
-        hint = f"did you mean `{near}`?" if near else f"formats: {', '.join(formats)}"
-        raise UsageError(f"there is no format {data_format!r}", hint=hint) from None
-    return source
+    formats = every_key()["data", "train", 0, "format"].choices
+    if data_format not in formats:
+        raise UsageError(f"there is no format {data_format!r}", hint=_one_of(data_format, formats, "formats"))
+    section: SourceSection = TypeAdapter(Source).validate_python({"format": data_format, **place})
+    known = section.column_keys()
+    for key in columns:
+        if key not in known:
+            raise UsageError(f"format {data_format} has no column {key!r}", hint=_one_of(key, known, "its columns"))
+    return section.model_copy(update=columns)
+
+
+def _one_of(found: str, known: Sequence[str], what: str) -> str:
+    """What could have been meant."""
+    near = nearest(found, known)
+    return f"did you mean `{near}`?" if near else f"{what}: {', '.join(known) or 'none; add --format'}"
 
 
 def likely_aim(seen: Survey) -> str:

@@ -9,6 +9,23 @@ from pydantic import Field, field_validator
 from finetune.recipe.section import FilePath, OnResume, Section
 
 Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
+
+
+class _NamesColumn:
+    """Marks a key of a source that names one of its columns."""
+
+
+ColumnName = Annotated[str, _NamesColumn()]
+AnswerColumn = Annotated[
+    str | None,
+    _NamesColumn(),
+    Field(
+        description=(
+            "Column with the answer where it stands apart, such as `chosen` of preference data: a text, a message or a "
+            "list of them. The conversation before it is its prompt then, and not trained."
+        ),
+    ),
+]
 TextSplit = Literal["file", "line", "paragraph"]
 
 
@@ -58,6 +75,12 @@ class SourceSection(Section):
         ),
     )
 
+    @classmethod
+    def column_keys(cls) -> list[str]:
+        """Keys that name a column."""
+        fields = cls.model_fields.items()
+        return [key for key, field in fields if any(isinstance(each, _NamesColumn) for each in field.metadata)]
+
     @property
     def place(self) -> str:
         """The source in a word, for messages."""
@@ -76,8 +99,9 @@ class ChatSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.chat:ChatFormat"
     format: Literal["chat"]
-    messages: str = Field("messages", description="Column with the list of messages.")
-    tools: str = Field("tools", description="Column with the tools that may be called; may be absent.")
+    messages: ColumnName = Field("messages", description="Column with the list of messages.")
+    answer: AnswerColumn = None
+    tools: ColumnName = Field("tools", description="Column with the tools that may be called; may be absent.")
 
 
 class ShareGptSource(SourceSection):
@@ -85,11 +109,12 @@ class ShareGptSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.sharegpt:ShareGptFormat"
     format: Literal["sharegpt"]
-    conversations: str = Field("conversations", description="Column with the list of turns.")
+    conversations: ColumnName = Field("conversations", description="Column with the list of turns.")
+    answer: AnswerColumn = None
     role_key: str = Field("from", description="Key of a turn with its role.")
     content_key: str = Field("value", description="Key of a turn with its text.")
-    system: str = Field("system", description="Column with a system message; may be absent.")
-    tools: str = Field("tools", description="Column with the tools that may be called; may be absent.")
+    system: ColumnName = Field("system", description="Column with a system message; may be absent.")
+    tools: ColumnName = Field("tools", description="Column with the tools that may be called; may be absent.")
     user_roles: list[str] = Field(["human", "user"], description="Names of the user's role.")
     assistant_roles: list[str] = Field(
         ["gpt", "assistant", "chatgpt", "model"], description="Names of the assistant's role."
@@ -108,10 +133,12 @@ class InstructionSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.instruction:InstructionFormat"
     format: Literal["instruction"]
-    instruction: str = Field("instruction", description="Column with the instruction.")
-    input: str = Field("input", description="Column with further input; may be absent or empty.")
-    output: str = Field("output", description="Column with the answer.")
-    history: str = Field("history", description="Column with earlier pairs of instruction and answer; may be absent.")
+    instruction: ColumnName = Field("instruction", description="Column with the instruction.")
+    input: ColumnName = Field("input", description="Column with further input; may be absent or empty.")
+    output: ColumnName = Field("output", description="Column with the answer.")
+    history: ColumnName = Field(
+        "history", description="Column with earlier pairs of instruction and answer; may be absent."
+    )
     system: str | None = Field(None, description="A system message to put before every row.")
 
 
@@ -120,8 +147,8 @@ class CompletionSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.completion:CompletionFormat"
     format: Literal["completion"]
-    prompt: str = Field("prompt", description="Column with the prompt.")
-    completion: str = Field("completion", description="Column with the completion.")
+    prompt: ColumnName = Field("prompt", description="Column with the prompt.")
+    completion: ColumnName = Field("completion", description="Column with the completion.")
     chat_template: bool = Field(
         False, description="Render as a user's turn and the assistant's; otherwise the texts are joined as they are."
     )
@@ -132,9 +159,11 @@ class QaSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.qa:QaFormat"
     format: Literal["qa"]
-    context: str = Field("context", description="Column with the text that holds the answer; may be absent or empty.")
-    question: str = Field("question", description="Column with the question.")
-    answers: str = Field(
+    context: ColumnName = Field(
+        "context", description="Column with the text that holds the answer; may be absent or empty."
+    )
+    question: ColumnName = Field("question", description="Column with the question.")
+    answers: ColumnName = Field(
         "answers", description='Column with the answers: a text, a list of texts, or `{"text": [...]}` as in SQuAD.'
     )
     system: str | None = Field(None, description="A system message to put before every row.")
@@ -145,15 +174,15 @@ class MultipleChoiceSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.multiple_choice:MultipleChoiceFormat"
     format: Literal["multiple_choice"]
-    context: str = Field(
+    context: ColumnName = Field(
         "context", description="Column with a text to put before the question; may be absent or empty."
     )
-    question: str = Field("question", description="Column with the question.")
-    choices: str = Field(
+    question: ColumnName = Field("question", description="Column with the question.")
+    choices: ColumnName = Field(
         "choices",
         description='Column with the choices: a list of texts, or `{"text": [...], "label": [...]}` as in ARC.',
     )
-    answer: str = Field(
+    answer: ColumnName = Field(
         "answer", description="Column with the right choice: its number from 0, its letter or label, or its text."
     )
     answer_with: Literal["letter", "text"] = Field(
@@ -167,8 +196,8 @@ class ClassificationSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.classification:ClassificationFormat"
     format: Literal["classification"]
-    text: str = Field("text", description="Column with the text.")
-    label: str = Field("label", description="Column with the label: its name, or its number in `labels`.")
+    text: ColumnName = Field("text", description="Column with the text.")
+    label: ColumnName = Field("label", description="Column with the label: its name, or its number in `labels`.")
     labels: list[str] = Field([], description="Names of the labels, in the order of their numbers.")
     system: str | None = Field(
         None, description="A system message to put before every row; `{labels}` in it stands for their names."
@@ -180,7 +209,7 @@ class TextSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.text:TextFormat"
     format: Literal["text"]
-    text: str = Field("text", description="Column with the text.")
+    text: ColumnName = Field("text", description="Column with the text.")
     split: TextSplit | None = Field(
         None,
         description=(
@@ -194,9 +223,11 @@ class TokenizedSource(SourceSection):
 
     implementation: ClassVar[str] = "finetune.data.formats.tokenized:TokenizedFormat"
     format: Literal["tokenized"]
-    input_ids: str = Field("input_ids", description="Column with the token ids.")
-    labels: str = Field("labels", description="Column with the ids again, and -100 where not trained; may be absent.")
-    mask: str = Field("loss_mask", description="Column with 1 where trained and 0 elsewhere; may be absent.")
+    input_ids: ColumnName = Field("input_ids", description="Column with the token ids.")
+    labels: ColumnName = Field(
+        "labels", description="Column with the ids again, and -100 where not trained; may be absent."
+    )
+    mask: ColumnName = Field("loss_mask", description="Column with 1 where trained and 0 elsewhere; may be absent.")
 
 
 Source = Annotated[

@@ -119,6 +119,16 @@ def test_what_it_wrote_trains(data: str, folder: Path, tiny_model: Path):
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_columns_that_tell_no_format_are_named(folder: Path, tiny_model: Path):
+    (folder / "own.jsonl").write_text(jsonl([{"query": f"{i}+1?", "text": "1", "reply": str(i)} for i in range(24)]))
+    columns = {"question": "query", "context": "text", "answers": "reply"}
+    options = [part for key, name in columns.items() for part in ("--column", f"{key}={name}")]
+    assert init("own.jsonl", tiny_model, "--format", "qa", *options).exit_code == 0
+    source = load_recipe(folder / "recipe.yaml").recipe.data.train[0]
+    assert source.model_dump(include={"format", *columns}) == {"format": "qa", **columns}
+    assert ft("preview", "recipe.yaml").exit_code == 0
+
+
 def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_model: Path):
     init("labels.csv", tiny_model, "words.yaml")
     init("numbers.jsonl", tiny_model, "numbers.yaml")
@@ -203,6 +213,9 @@ def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "pretraining"], 2, "pretraining is for plain text"),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "aims: chat, "),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--format", "qaa"], 2, "did you mean `qa`?"),
+        (["--data", "qa.jsonl", "--format", "qa", "--column", "questin=q"], 2, "did you mean `question`?"),
+        (["--data", "qa.jsonl", "--column", "question=q"], 2, "add --format"),
+        (["--data", "qa.jsonl", "--format", "qa", "--column", "question"], 2, "--column question=query"),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--memory", "much"], 2, "give its memory, such as 24GB"),
         pytest.param(
             ["--data", "qa.jsonl", "--model", LARGE, "--memory", "0.8GB"],

@@ -25,6 +25,7 @@ from finetune.resolve import build
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 CHOICES_COLUMNS = ("choices", "options")
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input")
 
 
 class AutoFormat(Format[AutoSource]):
@@ -67,13 +68,20 @@ def detect(row: Row) -> SourceSection:
     Raises:
         DataError: They tell none, or more than one.
     """
+    if {"chosen", "rejected"} <= row.values.keys():
+        raise DataError(
+            "of a row with a chosen and a rejected answer, ft trains one",
+            where=row.where,
+            hint=f"set the source's format and columns, for the chosen one {_of_chosen(row)}",
+        )
     found = list(_candidates(row))
     formats = [section.model_dump()["format"] for section in found]
     if not found:
         raise DataError(
             f"no format is known by the columns {excerpt(', '.join(row.values)) or '(none)'}",
             where=row.where,
-            hint="set the source's format, and name its columns",
+            hint="set the source's format and name its columns, such as {format: completion, prompt: <column>, "
+            "completion: <column>} (ft init: --format and --column); ft explain data.train lists the formats",
         )
     if len(found) > 1:
         raise DataError(
@@ -91,7 +99,7 @@ def _candidates(row: Row) -> Iterator[SourceSection]:
     if {"instruction", "output"} <= has:
         yield InstructionSource(format="instruction")
     if {"prompt", "completion"} <= has:
-        yield CompletionSource(format="completion")
+        yield from _prompts(row)
     yield from _questions(row)
     if {"text", "label"} <= has:
         yield ClassificationSource(format="classification")
@@ -118,9 +126,33 @@ def _questions(row: Row) -> Iterator[SourceSection]:
 
 def _conversations(row: Row) -> Iterator[SourceSection]:
     for column in CONVERSATION_COLUMNS:
-        turns = row.values.get(column)
-        first = turns[0] if isinstance(turns, list) and turns else None
-        if isinstance(first, dict) and "role" in first:
-            yield ChatSource(format="chat", messages=column)
-        elif isinstance(first, dict) and "from" in first:
-            yield ShareGptSource(format="sharegpt", conversations=column)
+        yield from _turns(row, column)
+
+
+def _prompts(row: Row) -> Iterator[SourceSection]:
+    """A prompt and its completion are texts, or turns."""
+    in_turns = [section.model_copy(update={"answer": "completion"}) for section in _turns(row, "prompt")]
+    yield from in_turns or [CompletionSource(format="completion")]
+
+
+def _turns(row: Row, column: str) -> Iterator[SourceSection]:
+    turns = row.values.get(column)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if isinstance(first, dict) and "role" in first:
+        yield ChatSource(format="chat", messages=column)
+    elif isinstance(first, dict) and "from" in first:
+        yield ShareGptSource(format="sharegpt", conversations=column)
+
+
+def _of_chosen(row: Row) -> str:
+    """The section, as a recipe writes it, that trains the chosen answer of a row."""
+    before = [section for column in (*CONVERSATION_COLUMNS, "prompt") for section in _turns(row, column)]
+    if before:
+        keys = before[0].model_copy(update={"answer": "chosen"}).model_dump(exclude_defaults=True)
+    elif whole := list(_turns(row, "chosen")):
+        keys = whole[0].model_dump(exclude_defaults=True)
+    elif prompt := next((column for column in PROMPT_COLUMNS if column in row.values), None):
+        keys = {"format": "completion", "prompt": prompt, "completion": "chosen", "chat_template": "true"}
+    else:
+        keys = {"format": "text", "text": "chosen"}
+    return "{" + ", ".join(f"{key}: {keys[key]}" for key in sorted(keys, key=lambda key: key != "format")) + "}"

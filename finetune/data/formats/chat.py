@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from finetune.data.documents import Conversation, Format, Message, Role
@@ -19,11 +21,11 @@ class ChatFormat(Format[ChatSource]):
     def document(self, row: Row) -> Conversation:
         """The row's messages as they stand."""
         column = self.section.messages
-        messages = listed(row, column, "{format: chat, messages: <column>}")
-        return Conversation(
-            tuple(_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(messages)),
-            tools_of(row, self.section.tools),
-        )
+        values = listed(row, column, "{format: chat, messages: <column>}")
+        messages = [_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(values)]
+        if self.section.answer is not None:
+            messages = answered(messages, row, self.section.answer, _message)
+        return Conversation(tuple(messages), tools_of(row, self.section.tools))
 
 
 def listed(row: Row, column: str, section: str) -> list[Any]:
@@ -47,6 +49,29 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
             hint=f"correct the row, or name its column: {section}",
         )
     return messages
+
+
+def answered(
+    messages: Sequence[Message], row: Row, column: str, to_message: Callable[[Any, str, str], Message]
+) -> list[Message]:
+    """A conversation with its answer, which stands apart.
+
+    Args:
+        messages: The prompt, which is not trained.
+        row: The row.
+        column: Name of the answer's column.
+        to_message: From what stands for a message, its key and the row's place to the message.
+
+    Raises:
+        DataError: There is no answer.
+    """
+    value = row.values.get(column)
+    if isinstance(value, (dict, list)) and value:
+        parts = value if isinstance(value, list) else [value]
+        answer = [to_message(part, f"{column}[{i}]", row.where) for i, part in enumerate(parts)]
+    else:
+        answer = [Message("assistant", row.text(column))]
+    return [*(replace(message, train=False) for message in messages), *answer]
 
 
 def _message(value: Any, key: str, where: str) -> Message:

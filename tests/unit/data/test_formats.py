@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import TypeAdapter
 
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
@@ -159,6 +160,33 @@ def test_a_message_may_be_kept_from_training():
     assert found == Conversation((Message("user", "a"), Message("assistant", "b", train=False)))
 
 
+def heard(name: str, text: str) -> dict[str, Any]:
+    return {"from": name, "value": text}
+
+
+@pytest.mark.parametrize(
+    ("talk", "answer", "source"),
+    [
+        ([turn("user", "a")], "b", {"format": "chat", "messages": "talk"}),
+        ([turn("user", "a")], turn("assistant", "b"), {"format": "chat", "messages": "talk"}),
+        ([turn("user", "a")], [turn("assistant", "b")], {"format": "chat", "messages": "talk"}),
+        ([heard("human", "a")], "b", {"format": "sharegpt", "conversations": "talk"}),
+        ([heard("human", "a")], heard("gpt", "b"), {"format": "sharegpt", "conversations": "talk"}),
+    ],
+)
+def test_an_answer_may_stand_apart(talk: Any, answer: Any, source: dict[str, Any]):
+    found = document({"talk": talk, "best": answer}, **source, answer="best")
+    assert found == Conversation((Message("user", "a", train=False), Message("assistant", "b")))
+
+
+@pytest.mark.parametrize("missing", [None, [], {}, 3])
+def test_an_answer_that_stands_apart_must_be_there(missing: Any):
+    row = {"messages": [turn("user", "a"), turn("assistant", "b")], "best": missing}
+    assert "column 'best' must be text" in error_of(row, format="chat", answer="best").what
+    assert "no column 'better'" in error_of(row, format="chat", answer="better").what
+    assert "best[0].role" in error_of({**row, "best": {"content": "b"}}, format="chat", answer="best").what
+
+
 @pytest.mark.parametrize(
     ("message", "what"),
     [
@@ -279,6 +307,35 @@ def test_a_format_is_detected_by_columns_and_named(row: dict[str, Any], named: s
     auto = build(TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"}))
     auto.document(Row(row, "rows.jsonl:1"))
     assert auto.name == named
+
+
+@pytest.mark.parametrize("in_turns", [turn, lambda role, text: heard({"user": "human"}.get(role, "gpt"), text)])
+def test_a_prompt_and_its_completion_may_be_turns(in_turns: Any):
+    said = [in_turns("user", "a"), in_turns("assistant", "b"), in_turns("user", "c")]
+    found = document({"prompt": said, "completion": [in_turns("assistant", "d")]}, format="auto")
+    turns = (("user", "a", False), ("assistant", "b", False), ("user", "c", False), ("assistant", "d", True))
+    assert found == Conversation(tuple(Message(role, text, train=train) for role, text, train in turns))
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"conversations": [heard("human", "a")], "chosen": heard("gpt", "b")}, ["a", "b"]),
+        ({"messages": [turn("user", "a")], "chosen": turn("assistant", "b")}, ["a", "b"]),
+        ({"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")]}, ["a", "b"]),
+        ({"prompt": "a", "chosen": [turn("user", "a"), turn("assistant", "b")]}, ["a", "b"]),
+        ({"question": "a", "chosen": "b"}, ["a", "b"]),
+        ({"chosen": "b"}, ["b"]),
+    ],
+)
+def test_of_preferences_a_section_that_trains_the_chosen_answer_is_told(row: dict[str, Any], turns: list[str]):
+    row = {**row, "rejected": row["chosen"]}
+    error = error_of(row, format="auto")
+    assert "chosen and a rejected answer" in error.what
+    told = yaml.safe_load(str(error.hint)[str(error.hint).index("{") :])
+    found = document(row, **told)
+    said = [found.completion] if isinstance(found, PlainText) else [message.content for message in found.messages]  # type: ignore[union-attr]
+    assert said == turns
 
 
 def test_columns_of_two_formats_or_of_none_are_refused():
