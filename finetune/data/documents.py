@@ -26,6 +26,7 @@ class Message:
         tool_calls: Calls in OpenAI's form, their arguments as data rather than as JSON text.
         tool_call_id: Which call a tool's message answers.
         train: Whether the turn may be trained.
+        reasoning: What was thought before it was said, which templates that know of it write before the content.
     """
 
     role: str
@@ -33,6 +34,7 @@ class Message:
     tool_calls: tuple[ToolObject, ...] = ()
     tool_call_id: str | None = None
     train: bool = True
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ class Encoder:
     def _conversation(self, conversation: Conversation, where: str) -> Example:
         text = self._render(conversation, len(conversation.messages), where)
         _check_tools(conversation, text, where)
+        self._check_reasoning(conversation, text, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # A token that straddles the beginning of an answer is a target: it carries a part of the answer.
         marked = self._spans(conversation, text, where)
@@ -159,6 +160,17 @@ class Encoder:
             inside |= (starts < stop) & (ends > begin)
         is_target: list[bool] = (~inside if self.train_on == "all" else inside).tolist()
         return Example(list(encoded["input_ids"]), is_target)
+
+    def _check_reasoning(self, conversation: Conversation, text: str, where: str) -> None:
+        """Templates leave out the reasoning of all answers but the last, or of all, without a word."""
+        for turn in _trained_turns(conversation, self.train_on):
+            if conversation.messages[turn].reasoning.strip() not in text:
+                raise DataError(
+                    f"the chat template leaves out the reasoning of turn {turn}",
+                    where=where,
+                    hint="set data.split_turns to true, which gives each answer a row of its own; or write the "
+                    "reasoning into the content, if no template of this model knows of any",
+                )
 
     def _spans(self, conversation: Conversation, text: str, where: str) -> list[tuple[int, int]]:
         """Characters of the trained turns, or of those that are not where all others are trained."""
@@ -276,6 +288,8 @@ def _as_dict(message: Message) -> dict[str, Any]:
         turn["tool_calls"] = list(message.tool_calls)
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning:
+        turn |= dict.fromkeys(("reasoning_content", "thinking"), message.reasoning)  # templates know one or the other
     return turn
 
 

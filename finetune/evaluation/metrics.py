@@ -55,6 +55,11 @@ class AnswerMetric(Metric):
     count: Callable[[str, Sequence[str]], Sequence[float]] = lambda answer, references: ()
 
 
+def said(answer: str) -> str:
+    """What a model says once it has thought: all of an answer, or what follows the thinking in it."""
+    return answer.rpartition("</think>")[2]
+
+
 def mean(counts_C: Numbers) -> float:
     """The first count over the last."""
     return float(counts_C[0] / counts_C[-1])

@@ -17,7 +17,7 @@ from finetune.errors import DataError
 from finetune.evaluation.engine import Engine, Tell
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
-from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean
+from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean, said
 from finetune.recipe.evaluation import (
     HELD_OUT,
     Answers,
@@ -257,7 +257,7 @@ def _with_choices(documents: Iterable[LocatedDocument]) -> Iterator[_WithChoices
 def _answered(document: Conversation, answer: str) -> Conversation:
     """The same with another answer."""
     *asked, last = document.messages
-    return replace(document, messages=(*asked, replace(last, content=answer, train=True)))
+    return replace(document, messages=(*asked, replace(last, content=answer, train=True, reasoning="")))
 
 
 def _without_end(example: Example, engine: Engine) -> Example:
@@ -304,7 +304,10 @@ def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, tell: Te
         Column.of(
             metric,
             [each.row for each in asked],
-            [metric.count(answer, each.prompt.references) for each, answer in zip(asked, answers, strict=True)],
+            [
+                metric.count(said(answer), [said(reference) for reference in each.prompt.references])
+                for each, answer in zip(asked, answers, strict=True)
+            ],
         )
         for metric in answer_metrics(section)
     )

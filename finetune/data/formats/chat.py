@@ -13,6 +13,11 @@ from finetune.errors import DataError
 from finetune.recipe.data import ChatSource
 
 ROLES = get_args(Role)
+TRAIN_KEYS = {"train": True, "weight": 1}
+"""What says whether a message may be trained, here and at OpenAI, and what goes without saying."""
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""What data sets call what an assistant thought before it spoke."""
 
 
 class ChatFormat(Format[ChatSource]):
@@ -93,7 +98,8 @@ def _message(value: Any, key: str, where: str) -> Message:
         _content(value, key, where, may_be_null=bool(calls)),
         tool_calls_of(calls, f"{key}.tool_calls", where) if calls else (),
         value.get("tool_call_id"),
-        _train(value, key, where),
+        is_trained(value, key, where),
+        _reasoning(value, key, where) if role == "assistant" else "",
     )
 
 
@@ -101,15 +107,44 @@ def _content(value: dict[str, Any], key: str, where: str, may_be_null: bool) -> 
     content = value.get("content")
     if content is None and may_be_null:
         return ""
+    if isinstance(content, list):
+        return "".join(_text(part, f"{key}.content[{i}]", where) for i, part in enumerate(content))
     if not isinstance(content, str):
         raise DataError(f"{key}.content must be text, found {describe(content)}", where=where, hint="correct the row")
     return content
 
 
-def _train(value: dict[str, Any], key: str, where: str) -> bool:
-    train = value.get("train", True)
+def _text(part: Any, key: str, where: str) -> str:
+    """Of a part of a content that comes in parts."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise DataError(
+            f"{key} must be a part of text, found {describe(part)}", where=where, hint="remove it: ft trains on text"
+        )
+    return text
+
+
+def _reasoning(value: dict[str, Any], key: str, where: str) -> str:
+    name = next((name for name in REASONING_KEYS if value.get(name) is not None), None)
+    if name is None:
+        return ""
+    reasoning = value[name]
+    if not isinstance(reasoning, str):
+        raise DataError(f"{key}.{name} must be text, found {describe(reasoning)}", where=where, hint="correct the row")
+    return reasoning
+
+
+def is_trained(value: dict[str, Any], key: str, where: str) -> bool:
+    """Whether a message may be trained, as it says itself: `train` is true or false, or `weight` is 1 or 0.
+
+    Raises:
+        DataError: It says something else.
+    """
+    train, weight = (default if value.get(name) is None else value[name] for name, default in TRAIN_KEYS.items())
     if not isinstance(train, bool):
         raise DataError(
             f"{key}.train must be true or false, found {describe(train)}", where=where, hint="correct the row"
         )
-    return train
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{key}.weight must be 0 or 1, found {describe(weight)}", where=where, hint="correct the row")
+    return train and weight == 1

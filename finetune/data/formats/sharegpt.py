@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.data.documents import Conversation, Format, Message
-from finetune.data.formats.chat import answered, listed
+from finetune.data.formats.chat import answered, is_trained, listed
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
@@ -52,10 +52,11 @@ class ShareGptFormat(Format[ShareGptSource]):
                 where=where,
                 hint="correct the row, or name its roles in the source's section of the recipe",
             )
+        train = is_trained(turn, key, where)
         if name in self.section.call_roles:
-            return Message("assistant", "", tool_calls_of(content, f"{key}.{content_key}", where))
+            return Message("assistant", "", tool_calls_of(content, f"{key}.{content_key}", where), train=train)
         if not isinstance(content, str):
             raise DataError(
                 f"{key}.{content_key} must be text, found {describe(content)}", where=where, hint="correct the row"
             )
-        return Message(self._roles[name], content)
+        return Message(self._roles[name], content, train=train)

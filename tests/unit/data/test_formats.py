@@ -32,6 +32,10 @@ def turn(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def heard(name: str, text: str) -> dict[str, Any]:
+    return {"from": name, "value": text}
+
+
 def test_chat_keeps_the_messages_as_they_stand():
     turns = [("system", "Be brief."), ("user", " Hi\n"), ("assistant", ""), ("tool", "{}"), ("assistant", "Bye")]
     expected = Conversation(tuple(Message(*each) for each in turns))
@@ -86,7 +90,7 @@ def test_columns_may_have_other_names(row: dict[str, Any], source: dict[str, str
         ([{"role": ["user"], "content": "Hi"}], "messages[0].role must be one of"),
         ([{"role": "user"}], "messages[0].content must be text, found null"),
         ([turn("user", 3)], "messages[0].content must be text, found a number (3)"),
-        ([turn("user", "Hi"), turn("assistant", [{"text": "x" * 999}])], "messages[1].content must be text, found a"),
+        ([turn("user", "Hi"), turn("assistant", {"text": "x" * 999})], "messages[1].content must be text, found a"),
         ([{"from": "human", "value": "Hi"}], "messages[0].role"),
     ],
 )
@@ -155,13 +159,34 @@ def test_a_tool_call_is_data_whether_its_arguments_were_text_or_not(arguments: A
     )
 
 
-def test_a_message_may_be_kept_from_training():
-    found = document({"messages": [turn("user", "a"), {**turn("assistant", "b"), "train": False}]}, format="chat")
-    assert found == Conversation((Message("user", "a"), Message("assistant", "b", train=False)))
+@pytest.mark.parametrize(
+    ("flags", "train"),
+    [
+        ({"train": False}, False),
+        ({"weight": 0}, False),
+        ({"train": True, "weight": 0}, False),
+        ({"train": True, "weight": 1}, True),
+        ({"train": None, "weight": None}, True),  # as Parquet fills up messages that lack them
+    ],
+)
+def test_a_message_may_be_kept_from_training(flags: dict[str, Any], train: bool):
+    turns = [turn("user", "a"), {**turn("assistant", "b"), **flags}]
+    expected = Conversation((Message("user", "a"), Message("assistant", "b", train=train)))
+    assert document({"messages": turns}, format="chat") == expected
+    turns = [heard("human", "a"), {**heard("gpt", "b"), **flags}]
+    assert document({"conversations": turns}, format="sharegpt") == expected
 
 
-def heard(name: str, text: str) -> dict[str, Any]:
-    return {"from": name, "value": text}
+def test_a_content_may_come_in_parts_of_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert document({"messages": [turn("user", parts)]}, format="chat") == Conversation((Message("user", "ab"),))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_what_the_assistant_thought_first_is_kept(key: str):
+    turns = [turn("user", "a"), {**turn("assistant", "b"), key: "c"}]
+    expected = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="c")))
+    assert document({"messages": turns}, format="chat") == expected
 
 
 @pytest.mark.parametrize(
@@ -195,6 +220,11 @@ def test_an_answer_that_stands_apart_must_be_there(missing: Any):
         ({**turn("assistant", ""), "tool_calls": "{"}, "messages[0].tool_calls must be JSON"),
         ({**turn("assistant", ""), "tool_calls": [{"name": 3}]}, "messages[0].tool_calls must name a function"),
         ({**turn("assistant", "b"), "train": "no"}, "messages[0].train must be true or false"),
+        ({**turn("assistant", "b"), "weight": 0.5}, "messages[0].weight must be 0 or 1"),
+        ({**turn("assistant", "b"), "weight": True}, "messages[0].weight must be 0 or 1"),
+        ({**turn("assistant", "b"), "thinking": 3}, "messages[0].thinking must be text"),
+        (turn("user", [{"type": "image_url"}]), "messages[0].content[0] must be a part of text"),
+        (turn("user", ["a"]), "messages[0].content[0] must be a part of text"),
     ],
 )
 def test_a_bad_call_or_flag_is_named(message: dict[str, Any], what: str):

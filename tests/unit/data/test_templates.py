@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -91,6 +92,34 @@ def test_split_turns_gives_each_answer_a_row_in_which_it_stands_last():
         f"{begin}Hello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
         f"<|im_start|>assistant\n⟦{think}See\nyou<|im_end|>⟧\n",
     ]
+
+
+THOUGHT = Conversation(
+    (
+        Message("user", "1+1?"),
+        Message("assistant", "2", reasoning="One and one."),
+        Message("user", "+1?"),
+        Message("assistant", "3", reasoning="And one more."),
+    )
+)
+
+
+def test_reasoning_is_written_by_the_template_and_trained_with_its_answer():
+    begin = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    first, last = (marked("qwen3", row) for row in THOUGHT.split_turns())
+    assert first == f"{begin}⟦<think>\nOne and one.\n</think>\n\n2<|im_end|>⟧\n"
+    assert last.endswith("<|im_start|>assistant\n⟦<think>\nAnd one more.\n</think>\n\n3<|im_end|>⟧\n")
+    assert "One and one." not in last  # the template's own way with earlier turns
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
+def test_reasoning_that_the_template_leaves_out_is_told_with_the_remedy(family: str):
+    with pytest.raises(DataError, match="leaves out the reasoning of turn 1") as caught:
+        marked(family, THOUGHT)
+    assert "data.split_turns" in str(caught.value.hint)
+    alone = THOUGHT.split_turns()[0]
+    quiet = Conversation((*alone.messages[:-1], replace(alone.messages[-1], train=False)))
+    assert "⟦" not in marked(family, quiet)
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -1,0 +1,41 @@
+"""What a task compares of an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from finetune.evaluation.tasks import Generate
+from finetune.recipe.evaluation import GenerateTask
+from finetune.run.events import ignore
+from tests.fixtures.templates import family_tokenizer
+
+
+@pytest.mark.parametrize("reference", ["Ann", "<think>\nShe sings.\n</think>\n\nAnn"])
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [
+        ("Ann", True),
+        ("<think>\nBob? No.\n</think>\n\nAnn", True),
+        ("<think>\nAnn\n</think>\n\nBob", False),
+        ("<think>\nAnn", False),
+    ],
+)
+def test_what_a_model_thinks_first_is_no_part_of_its_answer(
+    answer: str, is_right: bool, reference: str, tmp_path: Path
+):
+    rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": reference}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(map(json.dumps, rows)))
+    section = {"name": "who", "kind": "generate", "data": {"path": str(tmp_path / "rows.jsonl"), "format": "chat"}}
+    engine: Any = SimpleNamespace(
+        tokenizer=family_tokenizer("qwen3"), positions=None, label="stand-in", answers=lambda *asked: [answer]
+    )
+    task = Generate(TypeAdapter(GenerateTask).validate_python(section | {"metrics": ["exact_match"]}))
+    (record,) = task.measure(engine, None, ignore).records
+    assert record["answer"] == answer
+    assert record["scores"] == {"exact_match": float(is_right)}
