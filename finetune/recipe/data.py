@@ -140,6 +140,9 @@ class InstructionSource(SourceSection):
         "history", description="Column with earlier pairs of instruction and answer; may be absent."
     )
     system: str | None = Field(None, description="A system message to put before every row.")
+    system_column: ColumnName = Field(
+        "system", description="Column with a system message of the row's own, instead; may be absent or empty."
+    )
 
 
 class CompletionSource(SourceSection):

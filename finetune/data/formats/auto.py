@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.documents import Document, Format
+from finetune.data.formats.chat import turns_in
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
 from finetune.recipe.data import (
@@ -24,6 +25,16 @@ from finetune.recipe.data import (
 from finetune.resolve import build
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+ASKED_AND_ANSWERED = (
+    ("instruction", "response"),
+    ("question", "response"),
+    ("query", "response"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
+)
+"""What else data sets call an instruction and its output."""
+INPUT_COLUMNS = ("input", "context")
+SYSTEM_COLUMNS = ("system", "system_prompt")
 CHOICES_COLUMNS = ("choices", "options")
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input")
 
@@ -74,7 +85,7 @@ def detect(row: Row) -> SourceSection:
             where=row.where,
             hint=f"set the source's format and columns, for the chosen one {_of_chosen(row)}",
         )
-    found = list(_candidates(row))
+    found = _candidates(row)
     formats = [section.model_dump()["format"] for section in found]
     if not found:
         raise DataError(
@@ -92,8 +103,12 @@ def detect(row: Row) -> SourceSection:
     return found[0]
 
 
-def _candidates(row: Row) -> Iterator[SourceSection]:
-    """Every format that a row's columns fit."""
+def _candidates(row: Row) -> list[SourceSection]:
+    """Every format that a row's columns fit, or else what other names of columns tell."""
+    return list(_by_own_names(row)) or list(_by_other_names(row))
+
+
+def _by_own_names(row: Row) -> Iterator[SourceSection]:
     has = row.values.keys()
     yield from _conversations(row)
     if {"instruction", "output"} <= has:
@@ -107,6 +122,18 @@ def _candidates(row: Row) -> Iterator[SourceSection]:
         yield TextSource(format="text")
     if "input_ids" in has:
         yield TokenizedSource(format="tokenized")
+
+
+def _by_other_names(row: Row) -> Iterator[SourceSection]:
+    has = row.values.keys()
+    for instruction, output in ASKED_AND_ANSWERED:
+        if {instruction, output} <= has:
+            columns = {
+                "input": next((column for column in INPUT_COLUMNS if column in has), INPUT_COLUMNS[0]),
+                "system_column": next((column for column in SYSTEM_COLUMNS if column in has), SYSTEM_COLUMNS[0]),
+            }
+            yield InstructionSource(format="instruction", instruction=instruction, output=output, **columns)
+            return
 
 
 def _questions(row: Row) -> Iterator[SourceSection]:
@@ -136,7 +163,7 @@ def _prompts(row: Row) -> Iterator[SourceSection]:
 
 
 def _turns(row: Row, column: str) -> Iterator[SourceSection]:
-    turns = row.values.get(column)
+    turns = turns_in(row, column)
     first = turns[0] if isinstance(turns, list) and turns else None
     if isinstance(first, dict) and "role" in first:
         yield ChatSource(format="chat", messages=column)

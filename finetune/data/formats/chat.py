@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -44,7 +46,7 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
     Raises:
         DataError: There is none.
     """
-    messages = row.values.get(column)
+    messages = turns_in(row, column)
     if not isinstance(messages, list) or not messages:
         columns = f"no such column among: {excerpt(', '.join(row.values)) or 'none'}"
         row_has = describe(messages) if column in row.values else columns
@@ -54,6 +56,15 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
             hint=f"correct the row, or name its column: {section}",
         )
     return messages
+
+
+def turns_in(row: Row, column: str) -> Any:
+    """What stands in a column of turns, which may be JSON text: a cell of a CSV file holds nothing else."""
+    value = row.values.get(column)
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def answered(

@@ -19,8 +19,8 @@ class InstructionFormat(Format[InstructionSource]):
         instruction, given = row.text(section.instruction), row.optional_text(section.input)
         user = f"{instruction}\n\n{given}" if given else instruction
         messages = [*self._history(row), Message("user", user), Message("assistant", row.text(section.output))]
-        if section.system is not None:
-            messages.insert(0, Message("system", section.system))
+        if system := row.optional_text(section.system_column) or section.system:
+            messages.insert(0, Message("system", system))
         return Conversation(tuple(messages))
 
     def _history(self, row: Row) -> Iterator[Message]:

@@ -12,7 +12,13 @@ from finetune.recipe.importing.translation import Context, NotCarried
 
 REGISTER = "dataset_info.json"
 
-ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+ALPACA_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "system": "system_column",
+    "history": "history",
+}
 SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "tools": "tools"}
 SHAREGPT_TAGS = {"role_tag": "role_key", "content_tag": "content_key"}
 SHAREGPT_ROLES = {

@@ -368,6 +368,39 @@ def test_of_preferences_a_section_that_trains_the_chosen_answer_is_told(row: dic
     assert said == turns
 
 
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        (
+            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+            [("user", "a\n\nb"), ("assistant", "c")],
+        ),
+        (
+            {"system_prompt": "a", "question": "b", "response": "c"},
+            [("system", "a"), ("user", "b"), ("assistant", "c")],
+        ),
+        ({"query": "a", "response": "b"}, [("user", "a"), ("assistant", "b")]),
+        ({"problem": "a", "solution": "b", "answer": "c"}, [("user", "a"), ("assistant", "b")]),
+        ({"inputs": "a", "targets": "b"}, [("user", "a"), ("assistant", "b")]),
+        ({"problem": "a", "solution": "b", "messages": [turn("user", "c")]}, [("user", "c")]),
+        ({"messages": '[{"role": "user", "content": "a"}]'}, [("user", "a")]),
+    ],
+)
+def test_columns_of_well_known_data_sets_tell_their_format(row: dict[str, Any], turns: list[tuple[str, str]]):
+    assert document(row, format="auto") == Conversation(tuple(Message(*each) for each in turns))
+
+
+def test_a_row_of_instructions_may_have_its_own_system_message():
+    row = {"instruction": "a", "output": "b", "system": "Be brief."}
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    own = Conversation((Message("system", "Be brief."), *turns))
+    assert document(row, format="instruction") == document(row, format="instruction", system="Be kind.") == own
+    assert document({**row, "system": ""}, format="instruction") == Conversation(turns)
+    kind = Conversation((Message("system", "Be kind."), *turns))
+    assert document({**row, "system": None}, format="instruction", system="Be kind.") == kind
+    assert document(row, format="instruction", system_column="other") == Conversation(turns)
+
+
 def test_columns_of_two_formats_or_of_none_are_refused():
     both = error_of({"prompt": "a", "completion": "b", "text": "c"}, format="auto")
     assert "completion, text" in both.what

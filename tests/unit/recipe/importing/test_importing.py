@@ -112,8 +112,9 @@ def test_a_llamafactory_file_means_the_same_here(tmp_path: Path, monkeypatch: py
 
 def test_a_register_of_llamafactory_tells_where_its_names_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    columns = {"prompt": "ask", "response": "say", "system": "rules"}
     register = {
-        "mine": {"file_name": "mine.json", "columns": {"prompt": "ask", "response": "say"}, "folder": "x"},
+        "mine": {"file_name": "mine.json", "columns": columns, "folder": "x"},
         "turns": {
             "hf_hub_url": "org/turns",
             "subset": "en",
@@ -129,6 +130,7 @@ def test_a_register_of_llamafactory_tells_where_its_names_lead(tmp_path: Path, m
     mine, turns = (source.model_dump(exclude_defaults=True) for source in recipe.data.train)
     assert mine == {
         "path": str(tmp_path / "data/mine.json"), "format": "instruction", "instruction": "ask", "output": "say",
+        "system_column": "rules",
     }  # fmt: skip
     assert turns == {
         "hub": {"name": "org/turns", "subset": "en"}, "format": "sharegpt", "conversations": "dialogue",
