@@ -100,6 +100,7 @@ def _custom(context: Context, key: str, kind: Mapping[str, Any]) -> dict[str, An
         "field_input": "input",
         "field_output": "output",
         "system_prompt": "system",
+        "field_system": "system_column",
     }
     context.leave_others(key, kind, tuple(columns), values.NO_TEMPLATE)
     return {"format": "instruction", **{k: v for k, v in values.only(kind, columns).items() if v != ""}}

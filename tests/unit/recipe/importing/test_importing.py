@@ -87,6 +87,16 @@ def test_an_axolotl_file_means_the_same_here(tmp_path: Path, monkeypatch: pytest
         assert each.key.rpartition(".")[2] in lines[each.line - 1]
 
 
+def test_columns_that_an_axolotl_file_names_keep_their_names(tmp_path: Path):
+    names = {"field_instruction": "ask", "field_input": "about", "field_output": "say", "field_system": "rules"}
+    rows = {"path": "rows.jsonl", "type": {**names, "system_prompt": "", "format": "[INST] {instruction} [/INST]"}}
+    made, recipe = translated("axolotl", {**LEAST["axolotl"], "datasets": [rows]}, tmp_path)
+    assert recipe.data.train[0].model_dump(exclude_defaults=True, exclude={"path"}) == {
+        "format": "instruction", "instruction": "ask", "input": "about", "output": "say", "system_column": "rules",
+    }  # fmt: skip
+    assert [each.key for each in made.left] == ["datasets.0.type.format"]
+
+
 def test_a_llamafactory_file_means_the_same_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("llamafactory", tmp_path)
