@@ -23,8 +23,9 @@ class Answers(Section):
     metrics: list[MetricName] = Field(
         ["exact_match", "f1"],
         description=(
-            "What answers are scored by. Of several references the best counts. `accuracy` is an exact match but for "
-            "case, punctuation and articles; `bleu` and `chrf` are in [0, 100] and over all answers together."
+            "What answers are scored by, what a model thinks first left out, up to `</think>`. Of several references "
+            "the best counts. `accuracy` is an exact match but for case, punctuation and articles; `bleu` and `chrf` "
+            "are in [0, 100] and over all answers together."
         ),
     )
     pattern: str | None = Field(
