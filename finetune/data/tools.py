@@ -6,10 +6,10 @@ them with `tojson`, so JSON text that stayed text would be quoted twice.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from finetune.data.documents import ToolObject
+from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 
@@ -63,6 +63,8 @@ def _parsed(value: Any, key: str, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{key} must be JSON, found {describe(value)}", where=where, hint="correct the row") from error
+        return json_value(value)
+    except ValueError as error:
+        raise DataError(
+            f"{key} must be JSON, found {describe(value)}: {error}", where=where, hint="correct the row"
+        ) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
 from finetune.data.documents import Conversation, Format, Message, Role
+from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
@@ -62,8 +62,8 @@ def turns_in(row: Row, column: str) -> Any:
     """What stands in a column of turns, which may be JSON text: a cell of a CSV file holds nothing else."""
     value = row.values.get(column)
     if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
+        with suppress(ValueError):
+            return json_value(value)
     return value
 
 

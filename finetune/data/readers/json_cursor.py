@@ -115,6 +115,21 @@ class JsonCursor:
         return f"{self._file}:{self._line}:{position - self._line_start + 1}"
 
 
+def json_value(text: str) -> Any:
+    """What a text in a cell says, read as strictly as a file.
+
+    Raises:
+        ValueError: It is not JSON, and why.
+    """
+    cursor = JsonCursor(text, file="", line=1, hint="")
+    try:
+        value = cursor.value()
+        cursor.end()
+    except DataError as error:
+        raise ValueError(error.what) from error
+    return value
+
+
 def _is_unicode(value: Any) -> bool:
     """Whether all text in a value can be encoded; a tokenizer refuses half a surrogate pair without a word why."""
     try:

@@ -218,6 +218,7 @@ def test_an_answer_that_stands_apart_must_be_there(missing: Any):
         (turn("assistant", None), "messages[0].content must be text"),
         ({**turn("user", "a"), "tool_calls": [CALL]}, "messages[0] is the user's and calls a tool"),
         ({**turn("assistant", ""), "tool_calls": "{"}, "messages[0].tool_calls must be JSON"),
+        ({**turn("assistant", ""), "tool_calls": '{"name": "\\ud800"}'}, "half of an escaped character"),
         ({**turn("assistant", ""), "tool_calls": [{"name": 3}]}, "messages[0].tool_calls must name a function"),
         ({**turn("assistant", "b"), "train": "no"}, "messages[0].train must be true or false"),
         ({**turn("assistant", "b"), "weight": 0.5}, "messages[0].weight must be 0 or 1"),
@@ -399,6 +400,12 @@ def test_a_row_of_instructions_may_have_its_own_system_message():
     kind = Conversation((Message("system", "Be kind."), *turns))
     assert document({**row, "system": None}, format="instruction", system="Be kind.") == kind
     assert document(row, format="instruction", system_column="other") == Conversation(turns)
+
+
+@pytest.mark.parametrize("cell", ['[{"role": "user", "content": "\\ud800"}]', "[" * 100_000, "[NaN]", "[{}"])
+def test_a_cell_of_turns_is_read_as_strictly_as_a_file(cell: str):
+    assert "must be a list of messages, found text" in error_of({"messages": cell}, format="chat").what
+    assert "no format is known" in error_of({"messages": cell}, format="auto").what
 
 
 def test_columns_of_two_formats_or_of_none_are_refused():
