@@ -218,25 +218,21 @@ def compare(arguments: argparse.Namespace, kind: str) -> None:
         memory = statistics.median(a["peak"] / b["peak"] for a, b in zip(mine, theirs, strict=True))
         apart = max(abs(a - b) for a, b in zip(mine[0]["losses"], theirs[0]["losses"], strict=True))
         flop = flop_per_token(kind, task)
-        computed = {"ft": flop, "trl": flop_per_token(kind, {**task, "computed": 1})}
-        share = {
-            side: statistics.median(computed[side] * speed / rate for speed, rate in zip(of_side, rates, strict=True))
-            for side, of_side in speeds.items()
-        }
+        needed = {"ft": flop, "trl": flop_per_token(kind, {**task, "computed": 1})}  # the rival shares nothing
         checkpointing = "" if arguments.checkpointing == "false" else f", checkpointing {arguments.checkpointing}"
-        for side, runs in (
-            (f"{kind}, ft, {arguments.micro_batch} a micro batch{checkpointing}", mine),
-            (f"{kind}, TRL, {micro} a micro batch", theirs),
+        for side, run_as, runs in (
+            ("ft", f"{kind}, ft, {arguments.micro_batch} a micro batch{checkpointing}", mine),
+            ("trl", f"{kind}, TRL, {micro} a micro batch", theirs),
         ):
-            tool = side.split(", ")[1].lower()
-            of_side = speeds[tool]
+            of_side = speeds[side]
+            share = statistics.median(needed[side] * speed / rate for speed, rate in zip(of_side, rates, strict=True))
             cells = [
-                side,
+                run_as,
                 f"{statistics.median(of_side):.0f} ({min(of_side):.0f} to {max(of_side):.0f})",
                 f"{statistics.median(run['peak'] for run in runs) / 1e9:.2f} GB",
                 f"{runs[0]['losses'][0]:.4f} -> {runs[0]['losses'][-1]:.4f}",
                 f"{ratio:.2f}x, {memory:.2f}x" if runs is mine else "1",
-                f"{share[tool]:.0%}",
+                f"{share:.0%}",
             ]
             print(f"| {' | '.join(cells)} |", flush=True)
         seconds = ", ".join(f"{size}: {time:.1f} s" for size, time in tried.items())

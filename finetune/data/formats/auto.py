@@ -182,4 +182,4 @@ def _of_chosen(row: Row) -> str:
         keys = {"format": "completion", "prompt": prompt, "completion": "chosen", "chat_template": "true"}
     else:
         keys = {"format": "text", "text": "chosen"}
-    return "{" + ", ".join(f"{key}: {keys[key]}" for key in sorted(keys, key=lambda key: key != "format")) + "}"
+    return f"{{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}"

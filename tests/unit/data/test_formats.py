@@ -28,6 +28,14 @@ def error_of(row: dict[str, Any], **source: Any) -> DataError:
     return caught.value
 
 
+def document_as_told(row: dict[str, Any]) -> Document:
+    """What the section in the remedy makes of a row that `auto` refuses."""
+    row = {**row, "rejected": row["chosen"]}
+    error = error_of(row, format="auto")
+    assert "chosen and a rejected answer" in error.what
+    return document(row, **yaml.safe_load(str(error.hint)[str(error.hint).index("{") :]))
+
+
 def turn(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -349,24 +357,22 @@ def test_a_prompt_and_its_completion_may_be_turns(in_turns: Any):
 
 
 @pytest.mark.parametrize(
-    ("row", "turns"),
+    ("row", "is_prompt"),
     [
-        ({"conversations": [heard("human", "a")], "chosen": heard("gpt", "b")}, ["a", "b"]),
-        ({"messages": [turn("user", "a")], "chosen": turn("assistant", "b")}, ["a", "b"]),
-        ({"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")]}, ["a", "b"]),
-        ({"prompt": "a", "chosen": [turn("user", "a"), turn("assistant", "b")]}, ["a", "b"]),
-        ({"question": "a", "chosen": "b"}, ["a", "b"]),
-        ({"chosen": "b"}, ["b"]),
+        ({"conversations": [heard("human", "a")], "chosen": heard("gpt", "b")}, True),
+        ({"messages": [turn("user", "a")], "chosen": turn("assistant", "b")}, True),
+        ({"prompt": [turn("user", "a")], "chosen": [turn("assistant", "b")]}, True),
+        ({"prompt": "a", "chosen": [turn("user", "a"), turn("assistant", "b")]}, False),
+        ({"question": "a", "chosen": "b"}, False),
     ],
 )
-def test_of_preferences_a_section_that_trains_the_chosen_answer_is_told(row: dict[str, Any], turns: list[str]):
-    row = {**row, "rejected": row["chosen"]}
-    error = error_of(row, format="auto")
-    assert "chosen and a rejected answer" in error.what
-    told = yaml.safe_load(str(error.hint)[str(error.hint).index("{") :])
-    found = document(row, **told)
-    said = [found.completion] if isinstance(found, PlainText) else [message.content for message in found.messages]  # type: ignore[union-attr]
-    assert said == turns
+def test_of_preferences_a_section_that_trains_the_chosen_answer_is_told(row: dict[str, Any], is_prompt: bool):
+    asked = Message("user", "a", train=not is_prompt)
+    assert document_as_told(row) == Conversation((asked, Message("assistant", "b")))
+
+
+def test_of_preferences_without_a_prompt_the_chosen_text_is():
+    assert document_as_told({"chosen": "b"}) == PlainText("", "b")
 
 
 @pytest.mark.parametrize(
