@@ -136,7 +136,9 @@ class LoraMethod(LowRankMethod):
                     case "olora":
                         layer.start_from(adapter, orthonormal(weight_OI, r))
                     case "loftq":
-                        layer.start_from(adapter, principal((original(name).float() - weight_OI) / scaling, r))
+                        # The file is read onto the CPU, the base may lie on a GPU.
+                        error_OI = original(name).to(weight_OI) - weight_OI
+                        layer.start_from(adapter, principal(error_OI / scaling, r))
 
     def rate_factor(self, parameter: str) -> float:
         """LoRA+: B learns faster than A. Source: Hayou et al. 2024, arXiv 2402.12354, section 5."""

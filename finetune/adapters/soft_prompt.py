@@ -135,9 +135,12 @@ class EmbeddedPromptMethod(SoftPromptMethod):
             max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False
         )
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        inputs.weight[ids] = (prompt_PE / getattr(inputs, "embed_scale", 1.0)).to(inputs.weight.dtype)
+        scale = float(getattr(inputs, "embed_scale", 1.0))
+        ids_P = torch.tensor(ids).to(inputs.weight.device)
+        # The prompt is read onto the CPU, the model may lie on a GPU.
+        inputs.weight.index_copy_(0, ids_P, (prompt_PE / scale).to(inputs.weight))
         for parameter in outputs.parameters():
-            parameter[ids] = parameter[unlikely].clone()
+            parameter.index_copy_(0, ids_P, parameter[unlikely].clone().expand(len(ids), *parameter.shape[1:]))
         model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *ids]
         text = "".join(names)
         if tokenizer.chat_template is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from finetune.data.batches import Batch, joined, padded, shared_tokens
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
+from finetune.models.precision import autocast
 from finetune.train.loss import visit_log_chances
 
 WORTH_SHARING = 2000
@@ -114,7 +115,7 @@ def _of_batch(
                 of_ends[ends[place]] = log_chances_NV[place - seen, last], int(likeliest_N[place - seen])
         seen += len(labels_N)
 
-    with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
+    with autocast(device, compute_dtype):
         visit_log_chances(model, batch, visit)
     chances, greedy = torch.cat(of_label).double().tolist(), torch.cat(is_greedy).tolist()
     found, begin = {}, 0

@@ -15,6 +15,7 @@ from finetune.data.batches import Batch
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.batching import in_batches
+from finetune.models.precision import autocast
 from finetune.models.sharding import sharded_base
 from finetune.train.loss import summed_cross_entropy
 
@@ -81,7 +82,7 @@ def held_out_loss(
 
     def work(rows: list[int]) -> tuple[Tensor, int]:
         batch = make_batch([own[row] for row in rows]).to(device)
-        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32):
+        with autocast(device, compute_dtype):
             return summed_cross_entropy(model, batch), batch.targets
 
     with suppress(OutOfMemoryError):  # told below, by all processes

@@ -252,7 +252,7 @@ class Planner:
             checkpointing=recipe.training.gradient_checkpointing,
             noise=recipe.training.neftune_alpha,
             joins_rows=layout.restarts_positions,
-            on_gpu=self.on_gpu,
+            gpu_memory=self._card.memory_bytes if self._card else None,
         )
 
     def _put_together(

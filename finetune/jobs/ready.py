@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from finetune.models.attention import keep_apart, objection_to_sharing
 from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fused import fuse
+from finetune.models.precision import autocast
 from finetune.models.selective import compute_again, widening_layers
 from finetune.models.sharding import trained_shares, trains_through_blocks
 from finetune.recipe.recipe import Recipe
@@ -165,8 +167,11 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
     if not layout.restarts_positions:
         return layout
     report(Phase("proving that examples in one row do not see each other"))
+    # In the compute type: where the base trains its weights are in float32, and its attention is in 16 bits.
+    computing = partial(autocast, bench.accelerator.device, bench.compute_dtype)
     try:
-        keep_apart(base, may_choose=bench.recipe.model.attention == "auto")
+        with computing():
+            keep_apart(base, may_choose=bench.recipe.model.attention == "auto")
     except UnsupportedError as error:
         if bench.recipe.training.batching != "auto":
             raise
@@ -174,7 +179,9 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
         return layout.with_padding(bench.padding)
     if not layout.shares_prefixes:
         return layout
-    if objection := objection_to_sharing(base):
+    with computing():
+        objection = objection_to_sharing(base)
+    if objection:
         logger.info("training.prefix_sharing: auto shares nothing in this model: %s", objection)
         return layout.without_sharing()
     logger.info("training.prefix_sharing: auto computes once what rows of a line begin with alike")

@@ -19,6 +19,8 @@ from finetune.data.encode import Encoder
 from finetune.data.layout import Layout
 from finetune.errors import DataError, UnsupportedError, UsageError
 from finetune.jobs.calibrated import calibrated_base
+from finetune.jobs.device import make_accelerator
+from finetune.jobs.shortage import loading_base
 from finetune.models.attention import may_share_prefixes
 from finetune.models.folder import ModelFolder, find_model
 from finetune.models.linears import linear_layers
@@ -35,17 +37,9 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.training import Precision
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
-from finetune.train.memory import bound_kernel_caches
+from finetune.train.memory import bound_kernel_caches, reset_peak_memory
 
 logger = logging.getLogger(__name__)
-
-
-def _accelerator() -> Accelerator:
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.device.type == "cpu":
-        # To several processes it is cpu:0, another device, to which weights that lie in a mapped file would be copied.
-        accelerator.state.device = torch.device("cpu")
-    return accelerator
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class ModelSetup:
             EnvironmentFault: The machine lacks what is asked for.
         """
         bound_kernel_caches()
-        accelerator = _accelerator()
+        accelerator = make_accelerator()
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
             folder = find_model(section, _phases(report), weights)
         computes_in = compute_dtype(precision, accelerator.device)
@@ -146,15 +140,17 @@ class ModelSetup:
         folder = self.base_folder(report)
         kind = self.quantizers.section.kind
         report(Phase(f"loading {self.section.name}" + (f" in {kind}" if kind != "none" else "")))
-        base = load_model(
-            folder,
-            self.section,
-            self.quantizers,
-            weight_dtype=dtype or self.weight_dtype,
-            compute_dtype=dtype or self.compute_dtype,
-            device=self.accelerator.device,
-        )
+        with loading_base(self.section.name):
+            base = load_model(
+                folder,
+                self.section,
+                self.quantizers,
+                weight_dtype=dtype or self.weight_dtype,
+                compute_dtype=dtype or self.compute_dtype,
+                device=self.accelerator.device,
+            )
         _refuse_idle_rules(self.quantizers.modules, base)
+        reset_peak_memory(self.accelerator.device)
         return base
 
 
@@ -218,14 +214,16 @@ class Workbench(ModelSetup):
             return super().load_base(report, dtype)
         folder = self.base_folder(report)
         report(Phase(f"loading shares of {self.section.name}"))
-        base = load_sharded_model(
-            folder,
-            self.section,
-            self.quantizers,
-            weight_dtype=dtype or self.weight_dtype,
-            device=self.accelerator.device,
-        )
+        with loading_base(self.section.name):
+            base = load_sharded_model(
+                folder,
+                self.section,
+                self.quantizers,
+                weight_dtype=dtype or self.weight_dtype,
+                device=self.accelerator.device,
+            )
         _refuse_idle_rules(self.quantizers.modules, base)
+        reset_peak_memory(self.accelerator.device)
         return base
 
     def seed(self) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune.errors import EnvironmentFault
+from finetune.jobs.device import join_process_group
 from finetune.jobs.resume import SAME_INPUTS, shortened
 
 QUANTIZED_BASE = {"quantized_base": "the codes of the quantized base (fingerprint)"}
@@ -17,7 +16,7 @@ QUANTIZED_BASE = {"quantized_base": "the codes of the quantized base (fingerprin
 
 def told_by_main(message: dict[str, Any] | None) -> dict[str, Any] | None:
     """The main process's message, in every process; what the others bring is not read."""
-    PartialState(cpu=not torch.cuda.is_available())
+    join_process_group()
     told = [message]
     broadcast_object_list(told)
     return told[0]

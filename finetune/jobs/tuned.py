@@ -25,6 +25,7 @@ from finetune.jobs.setup import ModelSetup, Workbench
 from finetune.jobs.trained import TrainedRun
 from finetune.models.attention import keep_apart, objection_to_sharing
 from finetune.models.fingerprint import fingerprint
+from finetune.models.precision import autocast
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
 from finetune.recipe.model import Model
@@ -225,8 +226,10 @@ class SharedBase:
     def _shares_prefixes(self) -> bool:
         """Of the base, with whatever adapter is on it: those change each token by itself."""
         try:
-            keep_apart(self._base, may_choose=True)
-            objection = objection_to_sharing(self._base)
+            setup = self.tuned[0].setup
+            with autocast(setup.accelerator.device, setup.compute_dtype):
+                keep_apart(self._base, may_choose=True)
+                objection = objection_to_sharing(self._base)
         except UnsupportedError as error:
             objection = str(error)
         if objection:

@@ -35,7 +35,8 @@ def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:
     """Give a model attention that keeps examples in one row apart, and make sure that it does, on its device.
 
     Args:
-        model: A base model; its kernel may be changed.
+        model: A base model; its kernel may be changed. What is proved holds for the type that it computes in here,
+            autocast's where that is enabled.
         may_choose: Whether the kernel without masks may take the place of the model's own.
 
     Raises:
@@ -117,7 +118,7 @@ def _disagreement(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, al
     except (RuntimeError, ValueError, TypeError) as error:  # what a kernel or a model says that it cannot do
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     difference = float((together_TV - alone_TV).norm() / alone_TV.norm())
-    if difference <= AGREEMENT[model.get_input_embeddings().weight.dtype]:
+    if difference <= AGREEMENT[packed_attention.compute_dtype(model.get_input_embeddings().weight)]:
         return None
     return f"its logits are {difference:.1e} of their size away from those of examples that stand alone"
 
@@ -129,10 +130,11 @@ def _drops(config: PretrainedConfig, of: str = "") -> bool:
 
 
 def _has_kernel(weight: Tensor) -> bool:
-    """On CUDA it is flash attention's, for 16 bits and from compute capability 8.0."""
+    """On CUDA it is flash attention's, which computes in 16 bits and needs compute capability 8.0."""
+    dtype = packed_attention.compute_dtype(weight)
     if weight.device.type == "cuda":
-        return weight.dtype.itemsize == 2 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-    return weight.device.type == "cpu" and weight.dtype in AGREEMENT
+        return dtype.itemsize == 2 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    return weight.device.type == "cpu" and dtype in AGREEMENT
 
 
 def separation_error(model: PreTrainedModel) -> float:

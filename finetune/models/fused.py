@@ -10,14 +10,16 @@ Shape legend: E width, N rows that are worked on together, T all rows, `...` any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
@@ -28,49 +30,99 @@ NUMBERS_A_THREAD = 1 << 17
 """Numbers of a tensor that a thread works on together: half a megabyte in float32, of which caches hold a few."""
 
 
-def fuse(model: PreTrainedModel) -> str:
-    """Give a model the passes that a step of training wants, where they are made for its layers and its device.
+GatedProduct = Callable[[Tensor, Tensor], Tensor]
+"""(gate, up) -> activation(gate) * up."""
 
-    On CPU they are those of this module; on CUDA those of Liger, where it is installed. The model's own are the plain
-    twins.
+
+class _Passes(NamedTuple):
+    """Fused forward passes for one kind of device.
+
+    Attributes:
+        norm: (norm, x, epsilon=, offset=) -> w x / rms(x), or (offset + w) x / rms(x).
+        gate_of: From an activation to its gated product; None for an unknown activation.
+        name: For the log.
+    """
+
+    norm: Callable[..., Tensor]
+    gate_of: Callable[[nn.Module], GatedProduct | None]
+    name: str
+
+
+def fuse(model: PreTrainedModel) -> str:
+    """Replace the forward passes of norms and gated units by fused ones, where these compute the same formula.
+
+    On a CPU they are those of this module, on CUDA Liger's where it is installed. Only instances change, never classes
+    or modules of transformers or Liger: other models of the process keep their own passes.
 
     Args:
-        model: Before adapters come; changed in place. Of shares, every process must come here.
+        model: Before adapters come; changed in place. If it is sharded, every process must call this.
 
     Returns:
         What was done, in words.
     """
     device = next(model.parameters()).device.type
-    if device == "cuda":
-        return _take_liger(model)
+    passes = passes_on(device)
+    if passes is None:
+        missing = "liger-kernel is not installed" if device == "cuda" else f"there are no fused ones for {device}"
+        return f"norms and gated units are the model's own: {missing}"
+    norms = [_fuse_norm(module, passes) for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    units = [_fuse_unit(module, passes) for module in model.modules() if hasattr(module, "gate_proj")]
+    return f"{passes.name}: {sum(norms)} of {len(norms)} norms, {sum(units)} of {len(units)} gated units"
+
+
+def passes_on(device: str) -> _Passes | None:
+    """The fused passes for a type of device; None where there are none."""
     if device == "cpu":
-        norms = [_fuse_norm(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-        units = [_fuse_unit(module) for module in model.modules() if hasattr(module, "gate_proj")]
-        return f"fused: {sum(norms)} of {len(norms)} norms, {sum(units)} of {len(units)} gated units"
-    return f"norms and gated units are the model's own on {device}"
+        return _Passes(_normed, _gate_of, "fused")
+    return _liger_passes() if device == "cuda" else None
 
 
-def _take_liger(model: PreTrainedModel) -> str:
+def _liger_passes() -> _Passes | None:
+    """Liger's passes; None where liger-kernel is not installed.
+
+    Its rotary embedding is left out. It writes into the memory of the query, which no version counter shows, so that a
+    query that is recomputed in backward (`models/selective.py`) would come back without its rotation.
+    """
     try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction
     except ImportError:
-        return "norms and gated units are the model's own: liger-kernel is not installed"
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return "norms and gated units are Liger's"
+        return None
+
+    def norm(module: Any, hidden_states: Tensor, *, epsilon: float, offset: float | None) -> Tensor:
+        casting = "llama" if offset is None else "gemma"
+        # Not in place: it would write dX into dY, and in blocks with a norm before a residual sum dY is read again.
+        result: Tensor = LigerRMSNormFunction.apply(
+            hidden_states, module.weight, epsilon, offset or 0.0, casting, False
+        )
+        return result
+
+    def gate_of(activation: nn.Module) -> GatedProduct | None:
+        probe = torch.linspace(-4, 4, 33)
+        found = activation(probe)
+        if torch.allclose(found, functional.silu(probe), atol=1e-6):
+            return LigerSiLUMulFunction.apply
+        if torch.allclose(found, functional.gelu(probe, approximate="tanh"), atol=1e-6):
+            return LigerGELUMulFunction.apply
+        return None
+
+    return _Passes(norm, gate_of, "fused by Liger")
 
 
-def _fuse_norm(norm: Any) -> bool:
-    """Replace the forward pass of a norm, where a formula gives the same bits."""
-    own, weight = norm.forward, getattr(norm, "weight", None)
+def _fuse_norm(norm: Any, passes: _Passes) -> bool:
+    """Replace the forward pass of a norm whose own pass is, bit for bit on a CPU, that of a formula that we know."""
+    weight = getattr(norm, "weight", None)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if epsilon is None or weight is None or weight.dim() != 1 or weight.dtype not in (torch.float32, torch.bfloat16):
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    if epsilon is None or weight is None or weight.dim() != 1 or weight.dtype not in known:
         return False
-    probe = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    for offset in (None, 1.0):
-        fused = partial(_normed, epsilon=epsilon, offset=offset)
-        with torch.no_grad(), with_whole_weights(norm):
-            if torch.equal(fused(norm, probe), own(probe)):
-                norm.forward = MethodType(fused, norm)
+    with torch.no_grad(), with_whole_weights(norm):
+        on_cpu = copy(norm)  # shallow: parameters are replaced, not changed
+        on_cpu._parameters = {"weight": nn.Parameter(norm.weight.detach().cpu(), requires_grad=False)}
+        probe = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        expected = type(norm).forward(on_cpu, probe)
+        for offset in (None, 1.0):  # Gemma's norms multiply by 1 + w
+            if torch.equal(_normed(on_cpu, probe, epsilon=epsilon, offset=offset), expected):
+                norm.forward = MethodType(partial(passes.norm, epsilon=epsilon, offset=offset), norm)
                 return True
     return False
 
@@ -129,25 +181,33 @@ def _scaled(x_TE: Tensor, inverse_T1: Tensor, weight_E: Tensor, offset: float | 
     return result_TE
 
 
-def _fuse_unit(unit: Any) -> bool:
+def _fuse_unit(unit: Any, passes: _Passes) -> bool:
     """Replace the forward pass of a gated unit, where it is down(act(gate(x)) * up(x)) and nothing else."""
-    if not isinstance(getattr(unit, "act_fn", None), nn.Module):
+    activation = getattr(unit, "act_fn", None)
+    if not isinstance(activation, nn.Module):
+        return False
+    gate = passes.gate_of(activation)
+    if gate is None:
         return False
     probe = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    stand_in = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=unit.act_fn)
+    stand_in = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=activation)
     try:
         found = type(unit).forward(stand_in, probe)
     except (AttributeError, TypeError):  # it asks for more than that
         return False
-    if not torch.equal(found, -(unit.act_fn(probe.sin()) * probe.cos())):
+    if not torch.equal(found, -(activation(probe.sin()) * probe.cos())):
         return False
-    unit.forward = MethodType(_gated, unit)
+    unit.forward = MethodType(partial(_gated, gate=gate), unit)
     return True
 
 
-def _gated(unit: Any, x: Tensor) -> Tensor:
-    result: Tensor = unit.down_proj(_Gate.apply(unit.gate_proj(x), unit.up_proj(x), unit.act_fn))
+def _gated(unit: Any, x: Tensor, *, gate: GatedProduct) -> Tensor:
+    result: Tensor = unit.down_proj(gate(unit.gate_proj(x), unit.up_proj(x)))
     return result
+
+
+def _gate_of(activation: nn.Module) -> GatedProduct:
+    return lambda gate, up: _Gate.apply(gate, up, activation)
 
 
 class _Gate(torch.autograd.Function):

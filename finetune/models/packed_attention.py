@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -78,33 +77,62 @@ def packed_attention(
     if dropout or any(others.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
         raise NotImplementedError("attention with dropout, a cap, a bias or sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = _dtype(value)
+    dtype = compute_dtype(value)
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
     places, firsts = map(tuple, attention_mask[0, 0].tolist())
-    if query.is_cuda and query.dtype.itemsize == 2:
-        lines = _lines(places, firsts, query.device)
-        if lines.seen is not None:
-            key, value = key.index_select(0, lines.seen), value.index_select(0, lines.seen)
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        output: Any = varlen_attn(
-            query,
-            key,
-            value,
-            lines.own_bounds,
-            lines.seen_bounds,
-            lines.longest_own,
-            lines.longest_seen,
-            scale=scale,
-            window_size=window,
-            enable_gqa=True,
-        )
+    if uses_flash(query):
+        output: Any = _flash_attention(query, key, value, _lines(places, firsts, query.device), scale, sliding_window)
     else:
         output = _Packed.apply(query, key, value, _together(places, firsts, sliding_window), scale, sliding_window)
     return output[None], None
 
 
-def _dtype(value: Tensor) -> torch.dtype:
-    """What attention is computed in: as autocast says, and else as values come, for rotations may widen the rest."""
+def uses_flash(query: Tensor) -> bool:
+    """Whether flash attention computes this: it takes 16-bit tensors on a CUDA device."""
+    return query.is_cuda and query.dtype.itemsize == 2
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, lines: _Lines, scale: float, window: int | None
+) -> Tensor:
+    """Variable-length flash attention over the row: queries (T, H, D), keys and values (T, G, D) -> (T, H, D).
+
+    This calls the ATen op that `torch.nn.attention.varlen.varlen_attn` wraps. The wrapper's arguments differ between
+    PyTorch versions (2.10 has no `scale`, `window_size` and `enable_gqa`, 2.11 no `enable_gqa`). The schema of the op
+    up to `window_size_right`, and its derivative, are the same from 2.10 to 2.14. The op takes G < H as it is.
+
+    Source: Dao 2023 (FlashAttention-2), arXiv 2307.08691. The causal mask is aligned to the last query and the last
+    key, so that queries which begin at position p of their example see the p keys before them.
+
+    Raises:
+        NotImplementedError: The kernel has no such head dimension.
+    """
+    head_dim = query.shape[-1]
+    # Its backward pass takes no other head dimensions, and a probe of the forward pass alone would not show that.
+    if head_dim % 8 or head_dim > 256:
+        raise NotImplementedError(f"flash attention with a head dimension of {head_dim}")
+    if lines.seen is not None:
+        key, value = key.index_select(0, lines.seen), value.index_select(0, lines.seen)
+    output: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        lines.own_bounds,
+        lines.seen_bounds,
+        lines.longest_own,
+        lines.longest_seen,
+        0.0,  # dropout
+        window is None,  # causal; with a window, the two sizes below say the same and more
+        False,  # no debug mask
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+    return output
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """Autocast's type where it is enabled, else that of `value`: rotations may widen queries and keys."""
     device = value.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 

@@ -43,6 +43,11 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return chosen
 
 
+def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
+    """The context of a forward pass in the compute type, as training runs it."""
+    return torch.autocast(device.type, compute, enabled=compute is not torch.float32)
+
+
 def weight_dtype(dtype: Dtype, compute: torch.dtype, trains_base: bool) -> torch.dtype:
     """The storage type for `model.dtype`: weights that train keep full precision unless the recipe says otherwise."""
     if dtype != "auto":

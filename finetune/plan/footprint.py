@@ -16,8 +16,9 @@ from finetune.data.batches import Batch
 from finetune.errors import UnsupportedError
 from finetune.models import packed_attention
 from finetune.models.attention import is_without_masks
-from finetune.models.fused import fuse
+from finetune.models.fused import fuse, passes_on
 from finetune.models.linears import ParameterCount, count_parameters, linear_layers, list_of_blocks
+from finetune.models.precision import autocast
 from finetune.models.remade import keeping_all
 from finetune.models.selective import compute_again, widening_layers
 from finetune.models.skeleton import skeleton, with_blocks
@@ -27,7 +28,7 @@ from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.model import Model
 from finetune.recipe.training import Checkpointing, recomputes_blocks
-from finetune.train.loss import chunked_cross_entropy
+from finetune.train.loss import Chunks, chunked_cross_entropy
 from finetune.train.noise import embedding_noise
 from finetune.train.optimizers import state_bytes
 
@@ -53,7 +54,7 @@ class Setting:
         checkpointing: What is computed again in backward, as the recipe says it.
         noise: On embeddings, if any.
         joins_rows: Whether rows stand in one line.
-        on_gpu: Whether the run is for a GPU.
+        gpu_memory: Bytes of the GPU that the run is for; None for a CPU.
     """
 
     config: Any
@@ -68,7 +69,17 @@ class Setting:
     checkpointing: Checkpointing
     noise: float | None
     joins_rows: bool
-    on_gpu: bool
+    gpu_memory: int | None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is for a GPU."""
+        return self.gpu_memory is not None
+
+    @property
+    def chunks(self) -> Chunks:
+        """How many logits the output head computes at a time there."""
+        return Chunks.on(torch.device("cpu")) if self.gpu_memory is None else Chunks.on_gpu(self.gpu_memory)
 
 
 class Base(NamedTuple):
@@ -211,13 +222,13 @@ def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None)
     try:
         with trace() as trained:
             with _autocast(setting), embedding_noise(model, train, setting.noise):
-                loss = chunked_cross_entropy(model.train(), train)
+                loss = chunked_cross_entropy(model.train(), train, setting.chunks)
             penalty = setting.method.penalty(model)
             (loss if penalty is None else loss + penalty).backward()
         evaluated = 0
         if held_out is not None:
             with trace() as measured, torch.no_grad(), _autocast(setting):
-                chunked_cross_entropy(model.eval(), held_out)
+                chunked_cross_entropy(model.eval(), held_out, setting.chunks)
             evaluated = measured.peak
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -235,10 +246,11 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
     kernels = setting.compute_dtype if setting.on_gpu else None
     quantize_shapes(model, setting.choose, setting.quantizes_head, setting.compute_dtype, kernels)
     fakes.hollow_out(model, vectors_too=False)
-    if setting.model.kernels != "plain":
+    if setting.model.kernels == "compiled" or (setting.model.kernels != "plain" and _fuses(setting)):
         fuse(model)
-    if setting.model.kernels == "compiled":
-        _keep_as_compiled(model)
+        # Liger's passes save their inputs and outputs for backward, as compiled ones do.
+        if setting.model.kernels == "compiled" or setting.on_gpu:
+            _keep_as_compiled(model)
     if setting.joins_rows and setting.model.attention == "auto" and is_without_masks(model.config):
         model.set_attn_implementation(packed_attention.NAME)
     if recomputes_blocks(setting.checkpointing):
@@ -250,6 +262,11 @@ def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Ba
     compute_again(model, widening)
     fakes.hollow_out(attached, vectors_too=True)
     return attached, fakes, base
+
+
+def _fuses(setting: Setting) -> bool:
+    """Whether norms and gated units run fused: on a GPU only by Liger, which is assumed to be as it is here."""
+    return not setting.on_gpu or passes_on("cuda") is not None
 
 
 def _keep_as_compiled(model: PreTrainedModel) -> None:
@@ -272,7 +289,7 @@ def _base(model: nn.Module) -> Base:
 
 def _autocast(setting: Setting) -> torch.autocast:
     """As in training; on the CPU, where tensors without memory are."""
-    return torch.autocast("cpu", setting.compute_dtype, enabled=setting.compute_dtype is not torch.float32)
+    return autocast(torch.device("cpu"), setting.compute_dtype)
 
 
 def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:

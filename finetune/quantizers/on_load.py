@@ -103,6 +103,17 @@ class OnLoadQuantizer(HfQuantizer):
         module, tensor_name = get_module_from_name(model, param_name)
         return not self.pre_quantized and is_quantized(module) and tensor_name == "weight"
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes that one weight of a parameter takes once it is loaded.
+
+        transformers reserves the sum on a GPU before it loads. bitsandbytes' layers declare their weight in float32
+        until they have data, which is up to eight times what they store.
+        """
+        if not param.is_floating_point() or not self.param_needs_quantization(model, param_name):
+            return float(super().param_element_size(model, param_name, param))
+        layer, _ = get_module_from_name(model, param_name)
+        return float(layer.quantizer.bits_per_weight / 8)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
         linears = quantizable_layers(model, with_head=config.stored is not None)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,13 +28,49 @@ Visit = Callable[[Tensor, Tensor], None]
 """Told log-probabilities (N, V) and labels (N,) of some positions."""
 
 LOGITS_AT_ONCE = 1 << 23
-"""Logits that exist together, whatever the vocabulary."""
+"""Logits of a chunk on a CPU, whatever the vocabulary."""
 
 LOGITS_IN_CACHE = 3 << 17
-"""Those of them whose softmax is worked on together, so that its passes find them in the cache."""
+"""Logits of a chunk whose softmax is computed at once on a CPU, so that its passes find them in the cache."""
+
+LOGITS_ON_GPU = 1 << 27
+"""Logits of a chunk on a GPU, whose softmax is computed at once. Each chunk reads the whole head twice and launches
+about ten kernels, which take longer than the products of a chunk of a CPU's size. These logits, their softmax in
+float32 and their gradient take about 1.1 GB."""
+
+LOGITS_ON_SMALL_GPU = 1 << 25
+"""The same on a GPU of less than `SMALL_GPU` bytes."""
+
+SMALL_GPU = 16 * 10**9
 
 PROBE_TOKENS = 8
 """Of a batch, for the comparison of the head in chunks with the model's own logits."""
+
+
+class Chunks(NamedTuple):
+    """How many logits the output head computes at a time.
+
+    Attributes:
+        logits: Of a chunk.
+        softmax: Those of a chunk whose softmax is computed at once.
+    """
+
+    logits: int
+    softmax: int
+
+    @classmethod
+    def on(cls, device: torch.device) -> Chunks:
+        """Those for a device."""
+        if device.type != "cuda":
+            return cls(LOGITS_AT_ONCE, LOGITS_IN_CACHE)
+        return cls.on_gpu(torch.cuda.get_device_properties(device).total_memory)
+
+    @classmethod
+    def on_gpu(cls, memory_bytes: int) -> Chunks:
+        """Those for a GPU of this much memory."""
+        logits = LOGITS_ON_SMALL_GPU if memory_bytes < SMALL_GPU else LOGITS_ON_GPU
+        return cls(logits, logits)
+
 
 _in_chunks: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -90,27 +126,36 @@ def visit_log_chances(model: nn.Module, batch: Batch, visit: Visit) -> None:
         for part_NE, label_N in zip(hidden_NE.split(at_once), labels_N.split(at_once), strict=True):
             visit(functional.log_softmax(logits(part_NE), dim=-1, dtype=torch.float32), label_N)
 
+    chunks = Chunks.on(batch.ids_BT.device)
     if _in_chunks[head]:
-        with _in_head(bare, labels_BK, show):
+        with _in_head(bare, labels_BK, show, chunks):
             _run(model, given, keep_K)
         return
     logits_BKV = _run(model, given, keep_K).logits
     is_target_BK = labels_BK != IGNORED
-    show(logits_BKV[is_target_BK], labels_BK[is_target_BK], lambda part_NV: part_NV, _at_once(bare))
+    show(logits_BKV[is_target_BK], labels_BK[is_target_BK], lambda part_NV: part_NV, _positions_of(bare, chunks.logits))
 
 
-def chunked_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """The same with the head a few positions at a time, whether or not the model's own logits agree with that."""
+def chunked_cross_entropy(model: nn.Module, batch: Batch, chunks: Chunks | None = None) -> Tensor:
+    """The same with the head a chunk of positions at a time, whether or not the model's own logits agree with that.
+
+    Args:
+        model: A causal language model.
+        batch: On the model's device.
+        chunks: How many logits at a time; by default those for the model's device.
+    """
     labels_BK, keep_K = _kept(batch)
     bare, losses = _bare(model), []
+    chunks = chunks or Chunks.on(batch.ids_BT.device)
+    positions = _positions_of(bare, chunks.softmax)
 
     def take_loss(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
         # Those that the head has while it computes: before, a process may hold a share of them.
         weights = [parameter for parameter in bare.get_output_embeddings().parameters() if parameter.requires_grad]
         is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
-        losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, at_once, is_needed, *weights))
+        losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, (at_once, positions), is_needed, *weights))
 
-    with _in_head(bare, labels_BK, take_loss):
+    with _in_head(bare, labels_BK, take_loss, chunks):
         _run(model, batch, keep_K)
     return losses[0]
 
@@ -150,14 +195,17 @@ def _bare(model: nn.Module) -> Any:
     return getattr(model, "module", model)
 
 
-def _at_once(model: Any) -> int:
-    """Positions whose logits exist together."""
-    return max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+def _positions_of(model: Any, logits: int) -> int:
+    """Positions that have so many logits; at least one."""
+    return max(1, logits // model.config.get_text_config().vocab_size)
 
 
 @contextmanager
 def _in_head(
-    model: Any, labels_BK: Tensor, work: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], None]
+    model: Any,
+    labels_BK: Tensor,
+    work: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], None],
+    chunks: Chunks,
 ) -> Iterator[None]:
     """In the block the model's output head gives no logits but works on the hidden states of the trained tokens.
 
@@ -167,15 +215,18 @@ def _in_head(
     Args:
         model: Bare.
         labels_BK: The trained tokens of the positions that the head is asked for.
-        work: Told hidden states (N, E), labels (N,), what makes logits of some of the states, and of how many at once.
+        work: Given hidden states (N, E), labels (N,), what computes logits of some of the states, and the states of a
+            chunk.
+        chunks: How many logits at a time.
     """
     head, after_head = model.get_output_embeddings(), _after_head(model.config)
+    at_once = _positions_of(model, chunks.logits)
     forward, own = head.forward, vars(head).get("forward")
 
     def on_targets(hidden_BKE: Tensor) -> Tensor:
         is_target_N = (labels_BK != IGNORED).flatten()
         hidden_NE, labels_N = hidden_BKE.flatten(0, 1)[is_target_N], labels_BK.flatten()[is_target_N]
-        work(hidden_NE, labels_N, lambda part_NE: after_head(forward(part_NE)), _at_once(model))
+        work(hidden_NE, labels_N, lambda part_NE: after_head(forward(part_NE)), at_once)
         return hidden_BKE.new_zeros(*hidden_BKE.shape[:2], 1)
 
     head.forward = on_targets
@@ -203,10 +254,11 @@ class _HeadLoss(torch.autograd.Function):
         hidden_NE: Tensor,
         labels_N: Tensor,
         logits: Callable[[Tensor], Tensor],
-        at_once: int,
+        positions: tuple[int, int],
         is_needed: bool,
         *weights: Tensor,
     ) -> Tensor:
+        at_once, of_softmax = positions
         total = torch.zeros((), device=hidden_NE.device)
         of_hidden_NE = torch.zeros_like(hidden_NE)
         of_weights = [torch.zeros_like(weight) for weight in weights]
@@ -216,7 +268,7 @@ class _HeadLoss(torch.autograd.Function):
                 part_NE = part_NE.detach().requires_grad_(is_needed)
                 logits_NV = logits(part_NE)
             gradient_NV = logits_NV.detach()
-            total += _to_gradient(gradient_NV, label_N)
+            total += _to_gradient(gradient_NV, label_N, of_softmax)
             if is_needed:
                 of_part, *of_rest = torch.autograd.grad(logits_NV, (part_NE, *weights), gradient_NV)
                 of_part_NE.copy_(of_part)
@@ -232,10 +284,9 @@ class _HeadLoss(torch.autograd.Function):
         return of_hidden_NE, None, None, None, None, *of_weights
 
 
-def _to_gradient(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Put the gradient of the summed loss in the place of logits; returns the loss, float32."""
+def _to_gradient(logits_NV: Tensor, labels_N: Tensor, rows: int) -> Tensor:
+    """Put the gradient of the summed loss in the place of logits, some rows at a time; returns the loss, float32."""
     loss = torch.zeros((), device=logits_NV.device)
-    rows = max(1, LOGITS_IN_CACHE // logits_NV.shape[1])
     for rows_NV, label_N in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
         log_chances_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
         loss -= log_chances_NV.gather(1, label_N[:, None]).sum()

@@ -19,6 +19,12 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, capacity)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Count a GPU's peak from now on: what transformers reserves to load a base is no part of a run's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: the GPU's allocations, or the process's resident set where there is no GPU."""
     if device.type == "cuda":

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
+from finetune.models.precision import autocast
 from finetune.models.sharding import trained_shares
 from finetune.run.interruption import Interruption
 
@@ -79,6 +80,4 @@ class TrainState:
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass in the compute type."""
-        return torch.autocast(
-            self.accelerator.device.type, self.compute_dtype, enabled=self.compute_dtype is not torch.float32
-        )
+        return autocast(self.accelerator.device, self.compute_dtype)

@@ -37,6 +37,7 @@ from finetune.recipe.adapter import PrefixTuning, PromptTuning, PTuning
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import Affine, FourBit, NoQuantization
 from finetune.train.loss import summed_cross_entropy
+from tests.fixtures.one_device import OneDevice
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
 PLACES = 6
@@ -432,3 +433,16 @@ def test_a_model_with_a_baked_prompt_takes_no_second_one(folder: Path, tmp_path:
     prompt, tokenizer = baked("prompt_tuning", load(folder), tmp_path)
     with pytest.raises(UnsupportedError, match="already"):
         method("prompt_tuning").bake(prompt.model, tmp_path, tokenizer, unlikely=7)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_prompt_export_of_a_base_on_another_device_reads_the_prompt_from_the_cpu(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base, chosen = tiny_llama(tie_word_embeddings=tied), method("prompt_tuning")
+    prompt_PE = torch.zeros(PLACES, base.config.hidden_size)
+    monkeypatch.setattr(chosen, "_saved_prompt", lambda model, folder: prompt_PE)
+    base.to("meta")
+    with OneDevice():
+        prompt = chosen.bake(base, tmp_path, tiny_tokenizer(), unlikely=7)
+    assert {parameter.device.type for parameter in prompt.model.parameters()} == {"meta"}

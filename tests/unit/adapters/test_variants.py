@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 
+from finetune.adapters.initialization import Factors
 from finetune.adapters.lora import LoraMethod
 from finetune.adapters.peft_bridge import low_rank_layers
 from finetune.models.folder import ModelFolder
@@ -16,6 +17,8 @@ from finetune.models.linears import dequantize_model
 from finetune.recipe.adapter import Lora
 from finetune.recipe.modules import ModuleRule
 from tests.fixtures.merging import merged
+from tests.fixtures.one_device import OneDevice
+from tests.fixtures.tiny import tiny_llama
 from tests.unit.adapters.test_low_rank import is_close, trained
 from tests.unit.quantizers.loading import PACKED, PLAIN, gradients, load, logits
 
@@ -158,3 +161,22 @@ def test_rules_for_single_layers_hold_for_variants_too(tiny_model: Path, tmp_pat
     assert torch.equal(logits(chosen.load(load(tiny_model), tmp_path)), logits(model))
     assert is_close(logits(peft.PeftModel.from_pretrained(load(tiny_model), tmp_path).eval()), logits(model))
     assert is_close(logits(merged(chosen, load(tiny_model), tmp_path)), logits(model))
+
+
+def test_loftq_of_a_base_on_another_device_reads_original_weights_from_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    errors: list[torch.Tensor] = []
+
+    def no_decomposition(error_OI: torch.Tensor, r: int) -> Factors:
+        errors.append(error_OI)
+        return Factors(error_OI.new_empty(r, error_OI.shape[1]), error_OI.new_empty(error_OI.shape[0], r))
+
+    monkeypatch.setattr("finetune.adapters.lora.principal", no_decomposition)
+    chosen = method("loftq")
+    model = chosen.attach(tiny_llama(), 1)
+    layers = low_rank_layers(model)
+    originals = {name: layer.base_weight().bfloat16() for name, layer in layers.items()}
+    model.to("meta")
+    with OneDevice():
+        chosen.initialize(model, originals.__getitem__)
+    assert len(errors) == len(layers)
+    assert {(error.device.type, error.dtype) for error in errors} == {("meta", torch.float32)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel, modeling_utils
@@ -15,6 +16,7 @@ from finetune.data.encode import Example
 from finetune.jobs import ready
 from finetune.jobs.ready import Ready
 from finetune.jobs.train import train
+from finetune.models import attention, packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from finetune.run.interruption import Interruption
@@ -105,3 +107,27 @@ def test_offloading_is_checkpointing_on_a_cpu_and_moves_an_input_of_each_block_e
     assert loss("offload", "as on a GPU") == kept
     passes = 2 * tiny_recipe["training"]["gradient_accumulation_steps"]
     assert len(moved) == passes * 2  # blocks, and nothing else
+
+
+@pytest.mark.parametrize(("precision", "type_of_probes"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_attention_of_a_base_that_trains_is_proved_in_the_compute_type(
+    precision: str,
+    type_of_probes: torch.dtype,
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Its weights are in float32, and under autocast its attention is not: on CUDA flash attention takes 16 bits."""
+    found: list[torch.dtype] = []
+    own = attention.prove_separation
+
+    def record(model: PreTrainedModel) -> None:
+        found.append(packed_attention.compute_dtype(model.get_input_embeddings().weight))
+        own(model)
+
+    monkeypatch.setattr(attention, "prove_separation", record)
+    sections = {**tiny_recipe, "adapter": {"method": "full"}}
+    ready = Ready.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
+    assert ready.state.bare_model.get_input_embeddings().weight.dtype is torch.float32
+    assert ready.state.bare_model.config._attn_implementation == packed_attention.NAME
+    assert found == [type_of_probes]

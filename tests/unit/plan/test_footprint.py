@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from math import ceil, log2
 from typing import Any
@@ -25,6 +26,7 @@ from finetune.recipe.optimizer import Optimizer
 from finetune.recipe.quantization import Quantization
 from finetune.recipe.training import Checkpointing
 from finetune.resolve import build
+from tests.fixtures import fake_liger
 from tests.fixtures.tiny import tiny_config, tiny_llama
 
 ROWS = [Example(list(range(1, 60)), [False] * 20 + [True] * 39)] * 4
@@ -48,7 +50,7 @@ def setting(config: Any = None, adapter: dict[str, Any] | None = None, **changes
         checkpointing=False,
         noise=None,
         joins_rows=True,
-        on_gpu=False,
+        gpu_memory=None,
     )
     return replace(base, **changes)
 
@@ -99,7 +101,7 @@ def test_a_model_whose_attention_drops_out_is_traced_with_its_own():
 
 def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
-        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, on_gpu=True)
+        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, gpu_memory=80 * 10**9)
         return passes(found, joined(ROWS), None).activations
 
     of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
@@ -109,12 +111,12 @@ def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
 
 def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
     for blocks in (6, 12):
-        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing="offload", on_gpu=True)
+        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing="offload", gpu_memory=80 * 10**9)
         of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
         pinned = passes(found, joined(ROWS), None).pinned
         assert blocks * of_one <= pinned < blocks * 2 * of_one
         assert pinned == blocks * 2 ** ceil(log2(of_one))
-        assert passes(replace(found, on_gpu=False), joined(ROWS), None).pinned == 0
+        assert passes(replace(found, gpu_memory=None), joined(ROWS), None).pinned == 0
 
 
 def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at_work():
@@ -173,7 +175,7 @@ def on_paper(config: LlamaConfig, **changes: Any) -> Setting:
         **types,
         "choose": quantizers,
         "optimizer": optimizer,
-        "on_gpu": True,
+        "gpu_memory": 80 * 10**9,
         "checkpointing": True,
     }
     return setting(config, {"method": "lora", "r": 64, "alpha": 16}, **{**chosen, **changes})
@@ -193,3 +195,28 @@ def test_65_billion_parameters_fit_into_48_gb_as_the_paper_says_and_not_without_
     full = resident(on_paper(config, method=build(section(Adapter, method="full")), choose=lambda name: None))
     in_16_bits = full.weights + full.gradients + 2 * 4 * full.count.total
     assert in_16_bits > 780 * GB
+
+
+def test_plan_for_a_gpu_counts_the_logits_of_its_larger_chunks():
+    rows = [Example([place % 300 for place in range(400)], [True] * 400)]
+    config = tiny_config(vocab_size=50_000)
+    on_cpu, small, large = (
+        passes(setting(config, gpu_memory=memory), joined(rows), None).logits for memory in (None, 8 * GB, 80 * GB)
+    )
+    assert small >= 399 * 50_000 * 4  # all of them at once, in float32
+    assert small == large  # the rows have no more logits
+    assert on_cpu < small / 2
+
+
+def test_plan_for_a_gpu_counts_what_liger_or_the_plain_model_saves_for_backward(monkeypatch: pytest.MonkeyPatch):
+    def activations(gpu_memory: int | None) -> int:
+        config = tiny_config(num_hidden_layers=4, intermediate_size=256)
+        return passes(setting(config, gpu_memory=gpu_memory), joined(ROWS), None).activations
+
+    on_cpu = activations(None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    plain = activations(80 * GB)
+    fake_liger.install(monkeypatch)
+    with_liger = activations(80 * GB)
+    assert on_cpu < 0.95 * with_liger
+    assert with_liger < 0.95 * plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.train import loss as loss_module
-from finetune.train.loss import summed_cross_entropy, whole_cross_entropy
+from finetune.train.loss import Chunks, chunked_cross_entropy, summed_cross_entropy, whole_cross_entropy
 from tests.fixtures.tiny import SIZES, random_model, tiny_llama
 
 ROWS = [
@@ -98,3 +99,28 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(vocabulary: int, monkeypat
         found[loss_of] = largest.numbers
     assert found[whole_cross_entropy] >= 599 * vocabulary  # the control
     assert found[summed_cross_entropy] <= max(1 << 16, vocabulary * 64)  # a chunk, or the embeddings themselves
+
+
+@pytest.mark.parametrize(("memory", "calls"), [(80 * 10**9, 1), (8 * 10**9, 2)], ids=["large GPU", "small GPU"])
+def test_head_on_a_gpu_runs_once_for_hundreds_of_positions(memory: int, calls: int):
+    """1,300 positions of 40,000 tokens: 52 million logits, in seven chunks on a CPU."""
+    row = Example([place % 300 for place in range(1301)], [True] * 1301)
+    model, batch = tiny_llama(vocab_size=40_000, max_position_embeddings=2048), joined([row])
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    counted: list[int] = []
+    own = head.forward
+    head.forward = lambda hidden: (counted.append(len(hidden)), own(hidden))[1]
+    on_gpu = chunked_cross_entropy(model, batch, Chunks.on_gpu(memory))
+    assert len(counted) == calls
+    on_cpu = chunked_cross_entropy(model, batch)
+    assert len(counted) - calls == 7
+    assert torch.allclose(on_gpu, on_cpu, rtol=1e-5)
+
+
+def test_chunks_of_a_cuda_device_follow_its_memory(monkeypatch: pytest.MonkeyPatch):
+    for memory in (8 * 10**9, 80 * 10**9):
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert Chunks.on(torch.device("cuda")) == Chunks.on_gpu(memory)
+    assert Chunks.on(torch.device("cpu")).logits < Chunks.on_gpu(8 * 10**9).logits < Chunks.on_gpu(80 * 10**9).logits
