@@ -195,6 +195,7 @@ def test_padded_run_has_losses_of_padding_free_run(
 ):
     """Rows of about 192 tokens: with a mask, cuDNN's attention has given NaN gradients at such lengths."""
     skip_float16_on_cpu(device, precision)
+    torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's default, whatever an earlier test has left
     sections = {**tiny_recipe, "data": long_rows(tmp_path, 16, 160)}
     losses = [
         trained(sections, tmp_path, f"training.batching={each}", f"training.precision={precision}", name=each)[2]
