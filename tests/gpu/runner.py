@@ -32,7 +32,7 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 12
 """Lines of a failure in the table."""
 
-LOG_LINES = 60
+LOG_LINES = 200
 """Lines of the worker's output in the reports of a test that timed out or crashed."""
 
 PASSED, FAILED, SKIPPED, TIMED_OUT, CRASHED, NOT_RUN = "passed", "failed", "skipped", "timed out", "crashed", "not run"
@@ -167,6 +167,7 @@ class Runner:
         selection.write_text(json.dumps(content), encoding="utf-8")
         variables[SELECTION] = str(selection)
         self._has_started_a_test = False
+        self._discard_events()
         self._log_offset = self._log.stat().st_size
         self._running_since = time.monotonic()
         with self._log.open("ab") as log:
@@ -205,6 +206,14 @@ class Runner:
                 self._kill()
                 return False
             time.sleep(POLL_SECONDS)
+
+    def _discard_events(self) -> None:
+        """Pass over what a killed worker has written since its events were last read; its last line may be cut."""
+        content = self._events.read_bytes()
+        if content and not content.endswith(b"\n"):
+            content += b"\n"
+            self._events.write_bytes(content)
+        self._read_bytes = len(content)
 
     def _read_events(self) -> None:
         with self._events.open("rb") as stream:
@@ -315,7 +324,9 @@ def tail(result: Result, lines: int = TAIL_LINES) -> str:
     found = result.reason.rstrip().splitlines()
     stacks = [number for number, line in enumerate(found) if "most recent call first" in line]
     if stacks:
-        innermost = found[stacks[-1] + 1 :][: lines - 2]  # the last dumped thread is the main one
+        # A fatal error marks its thread as the current one; of a hang, the main thread is dumped last.
+        first = next((number for number in stacks if found[number].startswith("Current thread")), stacks[-1])
+        innermost = found[first + 1 :][: lines - 1]
         return "\n".join([*found[:1], *innermost])
     return "\n".join([*found[:1], *found[1:][1 - lines :]] if result.outcome != FAILED else found[-lines:])
 

@@ -17,6 +17,7 @@ FAILING = "def test_failing():\n    assert 1 == 2, 'the two numbers differ'\n"
 HANGING = "def test_hanging():\n    print('before the hang', flush=True)\n    time.sleep(60)\n"
 SKIPPED = "def test_skipped():\n    pytest.skip('needs another card')\n"
 EXITING = "def test_exiting():\n    os._exit(3)\n"
+SEGFAULT = "def test_segfault():\n    import faulthandler\n    faulthandler._sigsegv()\n"
 KILLED = "def test_killed():\n    print('before the kill', flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 CUDA_ERROR = (
     "def test_cuda_error():\n    os.environ['CONTEXT_LOST'] = '1'\n"
@@ -72,13 +73,26 @@ def test_runner_after_hang_and_crash_runs_later_tests(tmp_path: Path):
     assert "test_passing: bytes = 12" in last
 
 
+def test_runner_after_segmentation_fault_reports_innermost_frame(tmp_path: Path):
+    done = run(tmp_path, SEGFAULT, PASSING)
+    assert outcomes(tmp_path) == {"test_segfault": "crashed", "test_passing": "passed"}
+    assert "SIGSEGV" in done.stdout
+    assert "in test_segfault" in done.stdout
+
+
+def test_runner_after_cut_event_reads_later_events(tmp_path: Path):
+    cut = "def test_cut():\n    open(os.environ['FT_GPU_TESTS_EVENTS'], 'a').write('{\"event')\n    os._exit(1)\n"
+    run(tmp_path, cut, PASSING)
+    assert outcomes(tmp_path) == {"test_cut": "crashed", "test_passing": "passed"}
+
+
 def test_runner_after_cuda_error_starts_new_process(tmp_path: Path):
     run(tmp_path, CUDA_ERROR, NEW_PROCESS)
     assert outcomes(tmp_path) == {"test_cuda_error": "failed", "test_new_process": "passed"}
 
 
 def test_runner_at_end_of_budget_records_rest_as_not_run(tmp_path: Path):
-    done = run(tmp_path, PASSING, HANGING, FAILING, flags=("--budget", "5"))
+    done = run(tmp_path, PASSING, HANGING, FAILING, flags=("--budget", "8"))
     assert outcomes(tmp_path) == {"test_passing": "passed", "test_hanging": "not run", "test_failing": "not run"}
     assert done.returncode == 0
     assert "budget" in results(tmp_path)["test_failing"]["reason"]
