@@ -515,7 +515,7 @@ def test_sweep_trains_two_trials_in_one_process(tiny_recipe: dict[str, Any], tmp
 
 @pytest.mark.parametrize("kernels", ["plain", "auto"])
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8", "affine"])
-def test_compiled_blocks_take_the_steps_of_others(
+def test_run_with_compiled_blocks_has_loss_of_other_kernels(
     tiny_recipe: dict[str, Any], tmp_path: Path, kernels: str, kind: str, cuda: torch.device
 ):
     pytest.importorskip("triton")
@@ -529,7 +529,7 @@ def test_compiled_blocks_take_the_steps_of_others(
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "affine"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_gpus_take_the_steps_of_one(
+def test_run_on_two_gpus_has_losses_of_one(
     tiny_recipe: dict[str, Any], tmp_path: Path, strategy: str, kind: str, cuda: torch.device
 ):
     if torch.cuda.device_count() < 2:
