@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 BROWSER ?= chromium
 RIVAL := .venv-trl
+# Overridden where a machine with a GPU has its own packages and no network to make an environment.
+GPU_PYTHON ?= $(BIN)/python
 
 # Halves of like length: tests whose processes take long to start stand with the unit tests, those of damage with the kills.
 TOGETHER := tests/integration/test_shares.py tests/integration/test_processes.py
@@ -70,8 +72,8 @@ pictures: $(VENV)/dev $(VENV)/quickstart  ## README's pictures, of a real run in
 	$(BIN)/ft merge runs/bookings
 	$(BIN)/python -m tests.pictures runs/bookings recipes/pictures --step 19 --browser "$(BROWSER)"
 
-gpu: $(VENV)/dev  ## The tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## The tests that need a CUDA device; on a bare machine with GPU_PYTHON=python3
+	$(GPU_PYTHON) -m tests.gpu $(GPU_FLAGS)
 
 lint: $(VENV)/dev  ## Format, style, and which room may import which
 	$(BIN)/ruff format --check .

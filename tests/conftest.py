@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tiny model gains nothing from threads, and threads that wait for each other are slow on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+GPU_TESTS_DEVICE = "FT_GPU_TESTS_DEVICE"
+"""Environment variable: `cpu` runs the tests marked `gpu` on a CPU, except what needs CUDA itself (tests/gpu)."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none."""
+    """Tests that need a GPU are skipped where there is none, unless FT_GPU_TESTS_DEVICE asks for a dry run on a CPU."""
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_tests:
+    if not gpu_tests or os.environ.get(GPU_TESTS_DEVICE) == "cpu":
         return
     import torch
 
@@ -29,6 +36,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where a test marked `gpu` computes: CUDA, or the CPU in a dry run."""
+    import torch
+
+    return torch.device("cpu" if os.environ.get(GPU_TESTS_DEVICE) == "cpu" else "cuda")
+
+
+@pytest.fixture(scope="session")
+def cuda(device: torch.device) -> torch.device:
+    """The CUDA device, for a test that has no meaning on a CPU; a dry run skips it."""
+    if device.type != "cuda":
+        pytest.skip("needs CUDA itself")
+    return device
 
 
 @pytest.fixture(scope="session")
