@@ -13,7 +13,7 @@ from . import console
 from .options import ANSWERS, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
 
 if TYPE_CHECKING:
-    from finetune.jobs.chat import Chat
+    from finetune.jobs.infer.chat import Chat
 
 COMMANDS = """\
 /clear        begin again, with the same system message
@@ -31,12 +31,12 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Talk with a run or a model, turn by turn."""
-    from finetune.jobs.named import named
+    from finetune.jobs.load.model_ref import named
 
     (found,) = named([name])
     with console.reporting(quiet, as_json=False) as report:
         from finetune.evaluation.generation import Sampling
-        from finetune.jobs.chat import Chat
+        from finetune.jobs.infer.chat import Chat
 
         talk = Chat.open(found, system, Sampling(max_new_tokens, temperature, top_p, seed), report)
     if console.is_asked():

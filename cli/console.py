@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from finetune.jobs.evaluate import Evaluated, Score
-    from finetune.jobs.plan import Plan
-    from finetune.jobs.preview import MicroBatch, Preview
-    from finetune.jobs.reproduce import Reproduction
-    from finetune.jobs.smoke import Smoke
+    from finetune.jobs.infer.evaluate import Evaluated, Score
+    from finetune.jobs.plan.estimate import Plan
+    from finetune.jobs.plan.preview import MicroBatch, Preview
+    from finetune.jobs.smoke_test import Smoke
+    from finetune.jobs.train.reproduce import Reproduction
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation
     from finetune.recipe.importing.imported import Imported

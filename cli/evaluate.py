@@ -68,14 +68,14 @@ def evaluate(
     What is measured stays in the cache row by row: a call that was interrupted goes on where it was.
     """
     from finetune.evaluation.gates import Gate
-    from finetune.jobs.named import named
+    from finetune.jobs.load.model_ref import named
 
     wanted = tuple(Gate.parse(text) for text in gates or ())
     _refuse_taken(output, overwrite)
     found = named([name] if against in (None, "base") else [name, str(against)])
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.evaluate import Asked
-        from finetune.jobs.evaluate import evaluate as evaluate_job
+        from finetune.jobs.infer.evaluate import Asked
+        from finetune.jobs.infer.evaluate import evaluate as evaluate_job
 
         names = tuple(part for text in tasks or () for part in text.split(",") if part)
         asked = Asked(names, limit, wanted, engine.value, batch_size, output)

@@ -81,26 +81,26 @@ def export(
     certificate = None
     with console.reporting(quiet, as_json) as report:
         if format is ExportFormat.prompt:
-            from finetune.jobs.export import export as export_prompt
+            from finetune.jobs.export.prompt_tokens import export as export_prompt
 
             baked = export_prompt(directory, output, kind, overwrite, report)
             folder, certificate = baked.folder, baked.to_json()
         elif format is ExportFormat.gguf:
-            from finetune.jobs.export_gguf import export_gguf
+            from finetune.jobs.export.gguf import export_gguf
 
             written = export_gguf(directory, output, kind, overwrite, report)
             folder, certificate = written.folder, written.to_json()
         elif format is ExportFormat.gguf_adapter:
-            from finetune.jobs.export_gguf import export_gguf_adapter
+            from finetune.jobs.export.gguf import export_gguf_adapter
 
             folder = export_gguf_adapter(directory, output, overwrite, report)
         else:
-            from finetune.jobs.export_adapter import export_adapter
+            from finetune.jobs.export.peft_adapter import export_adapter
 
             folder = export_adapter(directory, output, overwrite, report)
         address = None
         if push is not None:
-            from finetune.jobs.push import push as push_folder
+            from finetune.jobs.export.hub_push import push as push_folder
 
             address = push_folder(folder, push, public, report)
     console.show_export(format.value, certificate, folder, push, address, as_json)

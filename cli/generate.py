@@ -55,13 +55,13 @@ def generate(
         )
     if output and output.exists() and not overwrite:
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
-    from finetune.jobs.named import named
+    from finetune.jobs.load.model_ref import named
 
     found = named(names)
     with console.reporting(quiet, as_json) as report:
         from finetune.evaluation.generation import Sampling
-        from finetune.jobs.generate import answer, questions_in, questions_of
-        from finetune.jobs.tuned import SharedBase, Tuned
+        from finetune.jobs.infer.generate import answer, questions_in, questions_of
+        from finetune.jobs.load.finetuned_model import SharedBase, Tuned
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         tuned = [Tuned.find(each, report) for each in found]

@@ -53,8 +53,8 @@ def init(
     gpu = _gpu(memory or HERE)  # a wrong one is told before anybody is asked
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.first_recipe import AIMS
-        from finetune.jobs.init import likely_aim, look_at, write_recipe
+        from finetune.jobs.plan.init import likely_aim, look_at, write_recipe
+        from finetune.jobs.plan.starter_recipe import AIMS
 
         seen = look_at(data, format, dict(map(_column, column or [])))
     if not quiet:

@@ -66,7 +66,7 @@ def merge(
     chosen = dtype and dtype.value
     if len(directories) == 1:
         with console.reporting(quiet, as_json) as report:
-            from finetune.jobs.merge import merge as merge_job
+            from finetune.jobs.export.merge import merge as merge_job
 
             result = merge_job(directories[0], output, chosen, overwrite, report)
         console.show_merge(result.to_json(), result.folder, as_json)
@@ -81,7 +81,7 @@ def merge(
         )
     shares = _weights(weights, len(directories))
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.combine import combine as combine_job
+        from finetune.jobs.export.merge_models import combine as combine_job
         from finetune.models.combining import Combination
 
         combination = Combination(combine.value, shares, density, rank, seed)

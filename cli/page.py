@@ -11,7 +11,7 @@ from finetune.report.page import document
 from . import wording
 
 if TYPE_CHECKING:
-    from finetune.jobs.preview import MicroBatch, Preview, PreviewRow, Stretch
+    from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch
 
 _STYLE = """
 :root { --trained: #0b5d2a; --trained-back: #d3f5de; --bar: #2f6fb5; --other-bar: #74a9dd; }

@@ -41,9 +41,9 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet=False, as_json=as_json) as report:
-        from finetune.jobs.fit import fit as fit_job
-        from finetune.jobs.fit import write
-        from finetune.jobs.plan import Planner
+        from finetune.jobs.plan.estimate import Planner
+        from finetune.jobs.plan.fit_to_memory import fit as fit_job
+        from finetune.jobs.plan.fit_to_memory import write
         from finetune.plan.cards import card
 
         wanted = gpu or fit

@@ -28,7 +28,7 @@ def preview(
         raise RefusedError("the file is there already", where=str(html), hint="choose another, or add --overwrite")
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet=False, as_json=as_json) as report:
-        from finetune.jobs.preview import preview as preview_job
+        from finetune.jobs.plan.preview import preview as preview_job
 
         shown = preview_job(loaded.recipe, rows, report)
     if html:

@@ -24,7 +24,7 @@ def quantize(
 
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.quantize import quantize as quantize_job
+        from finetune.jobs.export.quantize import quantize as quantize_job
 
         quantized = quantize_job(loaded.recipe, output, overwrite, report)
     console.show_quantized(quantized.to_json(), quantized.folder, as_json)

@@ -17,7 +17,7 @@ def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = Fal
 
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.rehearsal import rehearse_alone
+        from finetune.jobs.train.dry_run import rehearse_alone
 
         interruption = Interruption()
         try:

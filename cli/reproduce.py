@@ -27,7 +27,7 @@ def reproduce(
     first = RunDirectory.open(run)
     again = RunDirectory.create(run_dir or RunDirectory.free_path(run.with_name(f"{run.name}-again")))
     with console.reporting(quiet, as_json, log=again.log) as report:
-        from finetune.jobs.reproduce import reproduce as reproduce_job
+        from finetune.jobs.train.reproduce import reproduce as reproduce_job
         from finetune.run.interruption import Interruption
 
         interruption = Interruption()

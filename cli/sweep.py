@@ -26,7 +26,7 @@ def sweep(
 
     loaded = load_recipe(recipe, overrides or ())
     folder = sweep_dir or Path(loaded.recipe.run.directory) / f"{loaded.recipe.run.name}-sweep"
-    from finetune.jobs.sweep import Sweep
+    from finetune.jobs.sweep.run import Sweep
     from finetune.run.interruption import Interruption
 
     trials = Sweep(loaded, folder)

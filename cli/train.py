@@ -83,7 +83,7 @@ def train(
     if rank.count == 1:
         settings = (loaded.recipe if loaded else _recipe_to_resume(Path(str(resume)), overrides)).distributed
         if (count := processes or settings.processes) > 1 or nodes > 1 or rendezvous is not None:
-            from finetune.jobs.launch import Meeting, rank_command, supervise
+            from finetune.jobs.train.launcher import Meeting, rank_command, supervise
 
             meeting = Meeting.at(nodes, rendezvous)
             supervise(rank_command(str(__package__)), count, settings.restarts, console.leave_at_once, meeting)
@@ -104,7 +104,7 @@ def train(
             console.show_nothing_left(run.path, as_json)
         return
     with console.reporting(quiet, as_json, log=run.log, speaks=rank.is_main) as report:
-        from finetune.jobs.train import train as train_job
+        from finetune.jobs.train.run import train as train_job
         from finetune.run.interruption import Interruption
 
         interruption = Interruption()
@@ -124,7 +124,7 @@ def _smoke(
     loaded = load_recipe(recipe, overrides or ())
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for devices
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.smoke import smoke as smoke_job
+        from finetune.jobs.smoke_test import smoke as smoke_job
 
         passed = smoke_job(loaded.recipe, report)
     console.show_smoke(passed, recipe, as_json)
@@ -144,7 +144,7 @@ def _refuse_contradictions(recipe: Path | None, run_dir: Path | None, resume: st
 
 
 def _recipe_to_resume(path: Path, overrides: list[str] | None) -> Recipe:
-    from finetune.jobs.resume import recipe_of_run
+    from finetune.jobs.train.resume import recipe_of_run
     from finetune.run.directory import RunDirectory
 
     return recipe_of_run(RunDirectory.open(path), overrides or ())
@@ -183,7 +183,7 @@ def _run_of(
 
 
 def _left_to_train(run: RunDirectory, recipe: Recipe) -> Recipe | None:
-    from finetune.jobs.resume import extends, permitted_changes
+    from finetune.jobs.train.resume import extends, permitted_changes
 
     found = permitted_changes(run.recipe, recipe) if run.recipe.is_file() else []
     return None if run.is_finished and not extends(found) else recipe
@@ -201,7 +201,7 @@ def _claimed_together(
         ProcessLost: The main one was refused, and says why.
     """
     from finetune.errors import ProcessLost
-    from finetune.jobs.together import told_by_main
+    from finetune.jobs.train.rank_consistency import told_by_main
     from finetune.run.directory import RunDirectory
     from finetune.run.processes import choose_run, launch_folder
 

@@ -31,9 +31,9 @@ from .harmless import harmless
 if TYPE_CHECKING:
     from finetune.evaluation.measurement import Difference, Interval
     from finetune.evaluation.metrics import Form
-    from finetune.jobs.evaluate import Score
-    from finetune.jobs.plan import Plan
-    from finetune.jobs.preview import Preview
+    from finetune.jobs.infer.evaluate import Score
+    from finetune.jobs.plan.estimate import Plan
+    from finetune.jobs.plan.preview import Preview
     from finetune.recipe.catalogue import Choice
     from finetune.recipe.explanation import Explanation, Meaning
     from finetune.recipe.importing.imported import Imported

@@ -26,8 +26,8 @@ from finetune.data.sources import read_rows
 from finetune.evaluation.engine import Engine, OwnWriter
 from finetune.evaluation.generation import Sampling, end_tokens
 from finetune.evaluation.kept import KeptResults
-from finetune.jobs.setup import ModelSetup
-from finetune.jobs.tuned import SharedBase, Tuned
+from finetune.jobs.load.context import ModelSetup
+from finetune.jobs.load.finetuned_model import SharedBase, Tuned
 from finetune.recipe.data import ChatSource
 from finetune.recipe.evaluation import HarnessTask
 from finetune.recipe.model import Model

@@ -79,7 +79,7 @@ def write_model(folder: Path, vocabulary: int, blocks: int, positions: int) -> N
 
 def measure_step(vocabulary: int, context: int, checkpointing: str, folder: Path) -> dict[str, Any]:
     """Two steps on rows of the context's length."""
-    from finetune.jobs.train import train
+    from finetune.jobs.train.run import train
     from finetune.quantizers.memory import give_back
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
@@ -141,7 +141,7 @@ def recipe_of(folder: Path, **sections: Any) -> dict[str, Any]:
 
 def prepare(blocks: int, folder: Path) -> None:
     """A model of so many blocks, and a run that has trained over it."""
-    from finetune.jobs.train import train
+    from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from tests.fixtures.recipes import as_recipe, write_recipe
 

@@ -69,7 +69,7 @@ def recipe_of(arguments: argparse.Namespace, folder: Path, adapter: dict[str, An
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Train and measure one method, and print a row of the table."""
-    from finetune.jobs.train import train
+    from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
     from tests.fixtures.evaluating import evaluated, values

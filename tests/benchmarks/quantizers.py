@@ -96,7 +96,7 @@ def recipe_of(model: str, folder: Path, quantization: dict[str, Any], steps: int
 
 def train_base(folder: Path, steps: int) -> Path:
     """A Llama in float32, trained from scratch on the training rows."""
-    from finetune.jobs.train import train
+    from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from tests.fixtures.tiny import write_tiny_model
 
@@ -152,8 +152,8 @@ def layer_facts(bench: Any, model: torch.nn.Module) -> dict[str, float | None]:
 
 def measure(name: str, model: str, folder: Path, steps: int) -> None:
     """Quantize, train and measure one kind, and print a row of the table."""
-    from finetune.jobs.setup import Workbench
-    from finetune.jobs.train import train
+    from finetune.jobs.load.context import Workbench
+    from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, ignore
 

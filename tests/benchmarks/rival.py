@@ -83,7 +83,7 @@ def ours(arguments: argparse.Namespace) -> None:
     """One run of `ft`, measured; prints JSON."""
     from torch._dynamo.utils import calculate_time_spent
 
-    from finetune.jobs.train import train
+    from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
 
@@ -108,7 +108,7 @@ def ours(arguments: argparse.Namespace) -> None:
 
 def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
     """What the rival reads: our rows, tokenized and masked, in our order."""
-    from finetune.jobs.setup import Workbench, layout_of
+    from finetune.jobs.load.context import Workbench, layout_of
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 

@@ -84,9 +84,9 @@ def measure() -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    from finetune.jobs.plan import Planner
-    from finetune.jobs.ready import Ready
-    from finetune.jobs.setup import Workbench
+    from finetune.jobs.load.context import Workbench
+    from finetune.jobs.plan.estimate import Planner
+    from finetune.jobs.train.prepare import Ready
     from finetune.recipe.load import load_recipe
     from finetune.run.events import ignore
     from finetune.run.interruption import Interruption

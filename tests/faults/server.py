@@ -13,8 +13,8 @@ import sys
 import time
 from typing import Any
 
-import finetune.jobs.merge
-import finetune.jobs.train  # noqa: F401 -- this is what takes seconds
+import finetune.jobs.export.merge
+import finetune.jobs.train.run  # noqa: F401 -- this is what takes seconds
 from cli.main import app
 from finetune.run import checkpoints
 

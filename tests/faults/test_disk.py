@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from finetune.adapters.base import AdapterMethod, trainable
 from finetune.errors import DivergedError, EnvironmentFault, Stopped
-from finetune.jobs.train import train
+from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Saved, StepMetrics

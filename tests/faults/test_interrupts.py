@@ -14,12 +14,12 @@ import pytest
 from .conftest import ROOT
 
 PHASES = {
-    "data": "finetune.jobs.setup.read_data",
-    "loading": "finetune.jobs.setup.load_model",
+    "data": "finetune.jobs.load.context.read_data",
+    "loading": "finetune.jobs.load.context.load_model",
     "step": "finetune.train.loop.train_step",
-    "evaluation": "finetune.jobs.examiner.held_out_loss",
-    "checkpoint": "finetune.jobs.saving.write_state",
-    "saving": "finetune.jobs.train._save",
+    "evaluation": "finetune.jobs.train.evaluator.held_out_loss",
+    "checkpoint": "finetune.jobs.train.checkpointing.write_state",
+    "saving": "finetune.jobs.train.run._save",
 }
 """What each phase spends its time in."""
 

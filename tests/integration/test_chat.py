@@ -21,9 +21,9 @@ from cli.main import app
 from finetune.data.documents import Conversation, Message
 from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling
-from finetune.jobs.chat import Chat
-from finetune.jobs.generate import Question, answer
-from finetune.jobs.named import named
+from finetune.jobs.infer.chat import Chat
+from finetune.jobs.infer.generate import Question, answer
+from finetune.jobs.load.model_ref import named
 from finetune.run.events import ignore
 from tests.fixtures.tiny import write_tiny_model
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.jobs.combine import combine
-from finetune.jobs.merge import merge
-from finetune.jobs.train import train
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.merge_models import combine
+from finetune.jobs.train.run import train
 from finetune.models.combining import Combination
 from finetune.run.directory import RunDirectory
 from tests.fixtures.recipes import as_recipe

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import RefusedError
-from finetune.jobs.train import train
+from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
 from finetune.run.events import TrainingFinished
 from tests.fixtures.recipes import as_recipe

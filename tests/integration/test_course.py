@@ -15,8 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.errors import Stopped
-from finetune.jobs import examiner
-from finetune.jobs.train import train
+from finetune.jobs.train.run import evaluator, train
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import BestKept, Event, Sampled, StepMetrics, TrainingFinished, Validated
@@ -59,7 +58,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     def told(step: int, loss: float, perplexity: float, rows: int) -> Validated:
         return Validated(step, script.get(step, loss), perplexity, rows)
 
-    monkeypatch.setattr(examiner, "Validated", told)
+    monkeypatch.setattr(evaluator, "Validated", told)
     return script
 
 

@@ -21,14 +21,14 @@ from finetune.data.encode import Example
 from finetune.errors import DataError, RefusedError, UsageError
 from finetune.evaluation import engine, likelihood
 from finetune.evaluation.gates import Gate
-from finetune.jobs import card
-from finetune.jobs import evaluate as job
-from finetune.jobs.evaluate import Asked, evaluate
-from finetune.jobs.merge import merge
-from finetune.jobs.named import named
-from finetune.jobs.setup import ModelSetup
-from finetune.jobs.train import train
-from finetune.jobs.tuned import SharedBase
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.prompt_tokens import model_card
+from finetune.jobs.infer import evaluate as job
+from finetune.jobs.infer.evaluate import Asked, evaluate
+from finetune.jobs.load.context import ModelSetup
+from finetune.jobs.load.finetuned_model import SharedBase
+from finetune.jobs.load.model_ref import named
+from finetune.jobs.train.run import train
 from finetune.models import precision
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Progress
@@ -166,7 +166,7 @@ def test_beside_the_base_there_is_a_difference_row_by_row(runs: Path, tasks: Pat
 
 def test_cards_and_differences_of_runs_tell_the_scores(runs: Path):
     found = evaluated(runs / "low-rank", "base")
-    rows = card._evaluated(json.loads((runs / "low-rank" / "eval" / "results.json").read_text()))
+    rows = model_card._evaluated(json.loads((runs / "low-rank" / "eval" / "results.json").read_text()))
     assert rows[1:3] == ["| | base | this model | 95 % interval |", "|---|---|---|---|"]
     loss = found.scores["held_out"]["loss"]
     assert loss.theirs

@@ -18,7 +18,7 @@ from cli.main import app
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.vllm_writer import VllmWriter
-from finetune.jobs.merge import merge
+from finetune.jobs.export.merge import merge
 from tests.fixtures.evaluating import evaluated, values
 from tests.fixtures.stand_in_vllm import RequestOutputKind, Told, stand_in
 from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model

@@ -14,11 +14,11 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.errors import FinetuneError, RefusedError, UnsupportedError
-from finetune.jobs.export import export
-from finetune.jobs.merge import merge
-from finetune.jobs.named import Kind, named
-from finetune.jobs.train import train
-from finetune.jobs.tuned import SharedBase
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.prompt_tokens import export
+from finetune.jobs.load.finetuned_model import SharedBase
+from finetune.jobs.load.model_ref import Kind, named
+from finetune.jobs.train.run import train
 from finetune.models import precision
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.jobs.export_gguf import export_gguf, export_gguf_adapter
-from finetune.jobs.merge import merge
-from finetune.jobs.setup import ModelSetup
+from finetune.jobs.export.gguf import export_gguf, export_gguf_adapter
+from finetune.jobs.export.merge import merge
+from finetune.jobs.load.context import ModelSetup
 from finetune.models.gguf_writing import write_gguf
 from finetune.models.streaming import StreamedModel
 from finetune.recipe.model import Model

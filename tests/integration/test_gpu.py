@@ -20,13 +20,13 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from finetune.evaluation import likelihood
-from finetune.jobs import ready, tuned
-from finetune.jobs.export import export
-from finetune.jobs.merge import merge
-from finetune.jobs.plan import Planner
-from finetune.jobs.quantize import quantize
-from finetune.jobs.train import train
-from finetune.jobs.tuned import SharedBase
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.prompt_tokens import export
+from finetune.jobs.export.quantize import quantize
+from finetune.jobs.load import finetuned_model
+from finetune.jobs.load.finetuned_model import SharedBase
+from finetune.jobs.plan.estimate import Planner
+from finetune.jobs.train.run import prepare, train
 from finetune.models import packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingFinished
@@ -65,7 +65,7 @@ def empty_cache() -> None:
 def attention_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The attention implementation of each model for which jobs choose one."""
     found: list[str] = []
-    for module in (ready, tuned):
+    for module in (prepare, finetuned_model):
 
         def chosen(model: Any, may_choose: bool, keep_apart: Callable[..., None] = module.keep_apart) -> None:
             keep_apart(model, may_choose)
@@ -289,13 +289,13 @@ def test_run_with_paged_optimizer_pages_large_tensors(
     tiny_llama(**sizes).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     optimizers: list[torch.optim.Optimizer] = []
-    make = ready.make_optimizer
+    make = prepare.make_optimizer
 
     def noted(*given: Any, **options: Any) -> torch.optim.Optimizer:
         optimizers.append(make(*given, **options))
         return optimizers[-1]
 
-    monkeypatch.setattr(ready, "make_optimizer", noted)
+    monkeypatch.setattr(prepare, "make_optimizer", noted)
     sections = {
         **tiny_recipe,
         "model": {"name": str(tmp_path / "base")},

@@ -17,9 +17,9 @@ from finetune.errors import UnsupportedError, UsageError
 from finetune.evaluation.engine import Engine, OwnWriter
 from finetune.evaluation.kept import KeptResults
 from finetune.evaluation.measurement import Measurement
-from finetune.jobs.named import named
-from finetune.jobs.train import train
-from finetune.jobs.tuned import SharedBase, Tuned
+from finetune.jobs.load.finetuned_model import SharedBase, Tuned
+from finetune.jobs.load.model_ref import named
+from finetune.jobs.train.run import train
 from finetune.models import precision
 from finetune.recipe.evaluation import HarnessTask
 from finetune.run.directory import RunDirectory

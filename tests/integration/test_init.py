@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from finetune.jobs.first_recipe import AIMS, batch_size
+from finetune.jobs.plan.starter_recipe import AIMS, batch_size
 from finetune.recipe.load import load_recipe
 from tests.fixtures.tiny import chat_rows, tiny_config, tiny_tokenizer
 

@@ -24,7 +24,7 @@ from finetune.data.batches import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.loss import HeldOutLoss, held_out_loss
-from finetune.jobs.shortage import less_memory
+from finetune.jobs.train.oom import less_memory
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import tiny_llama

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from finetune.errors import RefusedError
-from finetune.jobs.merge import merge
-from finetune.jobs.train import train
+from finetune.jobs.export.merge import merge
+from finetune.jobs.train.run import train
 from finetune.models.fingerprint import fingerprint
 from finetune.run.directory import RunDirectory
 from tests.fixtures.generating import answers

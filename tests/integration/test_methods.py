@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from finetune.errors import Stopped, UnsupportedError
-from finetune.jobs.export import export
-from finetune.jobs.merge import merge
-from finetune.jobs.train import train
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.prompt_tokens import export
+from finetune.jobs.train.run import train
 from finetune.recipe.adapter import Adapter
 from finetune.recipe.quantization import Quantization
 from finetune.run.directory import RunDirectory

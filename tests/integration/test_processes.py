@@ -158,8 +158,8 @@ import json, sys
 from pathlib import Path
 import torch
 from finetune.errors import EnvironmentFault
-from finetune.jobs.ready import Ready
-from finetune.jobs.together import refuse_disagreement
+from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.rank_consistency import refuse_disagreement
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.interruption import Interruption

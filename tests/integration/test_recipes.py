@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from finetune.errors import UnsupportedError
-from finetune.jobs.export import export
-from finetune.jobs.merge import merge
-from finetune.jobs.train import train
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.prompt_tokens import export
+from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from tests.fixtures.evaluating import evaluated

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError, RefusedError
-from finetune.jobs import rehearsal
-from finetune.jobs.train import train
+from finetune.jobs.train.run import dry_run, train
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Rehearsed
 from tests.fixtures.recipes import as_recipe, write_recipe
@@ -36,7 +35,7 @@ def sections(tiny_model: Path, chat_file: Path, kind: str, rehearsal: bool) -> d
         "model": {"name": str(tiny_model)},
         "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.25, "max_length": 128},
         "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-2},
-        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": rehearsal},
+        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": dry_run},
         "evaluation": {"every_steps": 3},
         **METHODS[kind],
     }
@@ -68,7 +67,7 @@ def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat
 def test_a_trace_would_be_seen(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The control: what is not put back changes the run."""
     plain = result(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path / "plain")
-    monkeypatch.setattr(rehearsal, "read_state", lambda state, folder: setattr(state, "step", 0))
+    monkeypatch.setattr(dry_run, "read_state", lambda state, folder: setattr(state, "step", 0))
     assert result(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path / "rehearsed")[0] != plain[0]
 
 
@@ -78,7 +77,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_first(
     def too_large(*arguments: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(rehearsal, "train_step", too_large)
+    monkeypatch.setattr(dry_run, "train_step", too_large)
     run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(OutOfMemoryError, match="step 1"):
         train(as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path), run)
@@ -88,14 +87,14 @@ def test_a_step_that_does_not_fit_is_told_before_the_first(
 def test_a_layer_that_merges_into_something_else_is_refused(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fold = rehearsal.peft_bridge.fold
+    fold = dry_run.peft_bridge.fold
 
     def off(layer: torch.nn.Module) -> torch.nn.Module:
         folded = fold(layer)
         folded.weight.data *= 1.01
         return folded
 
-    monkeypatch.setattr(rehearsal.peft_bridge, "fold", off)
+    monkeypatch.setattr(dry_run.peft_bridge, "fold", off)
     with pytest.raises(RefusedError, match="merged layer"):
         train(
             as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path),
@@ -106,8 +105,8 @@ def test_a_layer_that_merges_into_something_else_is_refused(
 def test_long_runs_begin_with_one_unless_they_are_told_not_to(tmp_path: Path, tiny_model: Path, chat_file: Path):
     recipe = as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
     automatic = recipe.model_copy(update={"training": recipe.training.model_copy(update={"rehearsal": "auto"})})
-    assert [rehearsal.is_worth_it(automatic, steps) for steps in (199, 200)] == [False, True]
-    assert not rehearsal.is_worth_it(recipe, 10_000)
+    assert [dry_run.is_worth_it(automatic, steps) for steps in (199, 200)] == [False, True]
+    assert not dry_run.is_worth_it(recipe, 10_000)
 
 
 def test_alone_it_leaves_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,8 +16,7 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.errors import EnvironmentFault, Interrupted, RefusedError, Stopped
-from finetune.jobs import saving
-from finetune.jobs.train import train
+from finetune.jobs.train.run import checkpointing, train
 from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, Resumed, Saved, StepMetrics
@@ -134,7 +133,7 @@ def test_over_other_bases_and_with_other_methods_too(
 def test_a_base_with_other_codes_is_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import finetune.jobs.ready as module
+    import finetune.jobs.train.prepare as module
 
     sections = {**tiny_recipe, "quantization": {"kind": "nf4"}}
     run = stopped_run(sections, tmp_path)
@@ -366,25 +365,25 @@ def test_without_a_word_checkpoints_come_by_the_clock(
 ):
     assert saved_steps(tiny_recipe, tmp_path) == [3]
     (tmp_path / "soon").mkdir()
-    monkeypatch.setattr(saving, "SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr(saving, "LARGEST_SHARE", 1e9)
+    monkeypatch.setattr(checkpointing, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(checkpointing, "LARGEST_SHARE", 1e9)
     assert saved_steps(tiny_recipe, tmp_path / "soon") == [1, 2, 3]
     (tmp_path / "slow").mkdir()
-    monkeypatch.setattr(saving, "LARGEST_SHARE", 1e-9)  # saving takes long: after the first, no time for another
+    monkeypatch.setattr(checkpointing, "LARGEST_SHARE", 1e-9)  # saving takes long: after the first, no time for another
     assert saved_steps(tiny_recipe, tmp_path / "slow") == [1, 3]
 
 
 def test_a_full_disk_while_training_is_a_warning(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    write, full = saving.write_state, {2, 3}
+    write, full = checkpointing.write_state, {2, 3}
 
     def write_or_fail(state: Any, folder: Path) -> None:
         if state.step in full:
             raise EnvironmentFault("2.0 MB are needed, and 1.0 MB are free")
         write(state, folder)
 
-    monkeypatch.setattr(saving, "write_state", write_or_fail)
+    monkeypatch.setattr(checkpointing, "write_state", write_or_fail)
     assert saved_steps(tiny_recipe, tmp_path, "training.checkpoint_every_steps=1") == [1]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [warning[:26] for warning in warnings] == ["step 2 could not be saved:", "step 3 could not be saved:"]
@@ -395,14 +394,14 @@ def test_a_full_disk_while_training_is_a_warning(
 def test_a_full_disk_when_it_is_to_stop_is_told_and_the_checkpoint_before_is_kept(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write = saving.write_state
+    write = checkpointing.write_state
 
     def write_or_fail(state: Any, folder: Path) -> None:
         if state.step == 2:
             raise EnvironmentFault("no space")
         write(state, folder)
 
-    monkeypatch.setattr(saving, "write_state", write_or_fail)
+    monkeypatch.setattr(checkpointing, "write_state", write_or_fail)
     run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(EnvironmentFault):
         stopped_at(tiny_recipe, run, ["training.checkpoint_every_steps=1"], after_step(2))

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.encode import Encoder
 from finetune.errors import DivergedError, RefusedError, UnsupportedError, UsageError
-from finetune.jobs.merge import merge
-from finetune.jobs.preview import preview
-from finetune.jobs.setup import Workbench
-from finetune.jobs.train import train
+from finetune.jobs.export.merge import merge
+from finetune.jobs.load.context import Workbench
+from finetune.jobs.plan.preview import preview
+from finetune.jobs.train.run import train
 from finetune.models.fingerprint import fingerprint
 from finetune.models.quantized import save_quantized
 from finetune.run.directory import RunDirectory
@@ -340,7 +340,7 @@ def test_a_merge_that_disagrees_is_not_written(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(tiny_recipe, tmp_path)
-    monkeypatch.setitem(__import__("finetune.jobs.merge", fromlist=["BOUNDS"]).BOUNDS, "bfloat16", 1e-9)
+    monkeypatch.setitem(__import__("finetune.jobs.export.merge", fromlist=["BOUNDS"]).BOUNDS, "bfloat16", 1e-9)
     with pytest.raises(RefusedError, match="differ by"):
         merge(run, dtype="bfloat16")
     assert not run.merged.exists()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.errors import Stopped
-from finetune.jobs.train import train
+from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
 from finetune.run.listing import removable, summarize
 from tests.fixtures.recipes import as_recipe

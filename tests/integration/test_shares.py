@@ -29,7 +29,7 @@ import torch
 from transformers.utils import logging
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import held_out_loss
-from finetune.jobs.ready import Ready
+from finetune.jobs.train.prepare import Ready
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.interruption import Interruption

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.jobs.smoke import shrunk
+from finetune.jobs.smoke_test import shrunk
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from tests.fixtures.recipes import as_recipe, write_recipe

@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.errors import RefusedError, Stopped
-from finetune.jobs import drawing
-from finetune.jobs.sweep import Sweep
+from finetune.jobs.sweep.run import Sweep, sampler
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics
@@ -21,7 +20,7 @@ from finetune.run.interruption import Interruption
 from finetune.run.trials import Trial
 from tests.fixtures.recipes import write_recipe
 
-needs_optuna = pytest.mark.skipif(drawing.find_spec("optuna") is None, reason="needs the extra sweep")
+needs_optuna = pytest.mark.skipif(sampler.find_spec("optuna") is None, reason="needs the extra sweep")
 
 KEYS = [
     {"key": "optimizer.learning_rate", "draw": "log_uniform", "low": 1e-4, "high": 0.1},
@@ -150,7 +149,7 @@ def test_where_no_trial_has_a_result_the_command_fails(tiny_recipe: dict[str, An
 def test_without_optuna_the_remedy_is_told(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    monkeypatch.setattr(sampler, "find_spec", lambda name: None)
     result = ft("sweep", str(swept(tiny_recipe, tmp_path)), "--sweep-dir", str(tmp_path / "sweep"))
     assert result.exit_code == 2
     assert "pip install optuna" in result.stderr

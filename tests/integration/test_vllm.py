@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.export_adapter import export_adapter
-from finetune.jobs.merge import merge
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.models.folder import find_model
 from finetune.recipe.load import load_recipe
 from finetune.recipe.model import Model

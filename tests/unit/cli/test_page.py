@@ -6,7 +6,7 @@ import pytest
 
 from cli import wording
 from cli.page import preview_page
-from finetune.jobs.preview import MicroBatch, Preview, PreviewRow, Stretch
+from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch
 
 HOSTILE = "<script>alert('x')</script>"
 

@@ -11,9 +11,9 @@ import torch
 from accelerate import PartialState
 
 from finetune.errors import OutOfMemoryError
-from finetune.jobs import device, setup
-from finetune.jobs.setup import Workbench
-from finetune.jobs.together import told_by_main
+from finetune.jobs.load import context, device
+from finetune.jobs.load.context import Workbench
+from finetune.jobs.train.rank_consistency import told_by_main
 from finetune.run.events import ignore
 from finetune.train.memory import reset_peak_memory
 from tests.fixtures.recipes import as_recipe
@@ -61,9 +61,9 @@ def test_peak_memory_of_a_run_excludes_what_loading_reserved(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     order: list[str] = []
-    load = setup.load_model
-    monkeypatch.setattr(setup, "load_model", lambda *args, **kwargs: (order.append("load"), load(*args, **kwargs))[1])
-    monkeypatch.setattr(setup, "reset_peak_memory", lambda device: order.append("reset"))
+    load = context.load_model
+    monkeypatch.setattr(context, "load_model", lambda *args, **kwargs: (order.append("load"), load(*args, **kwargs))[1])
+    monkeypatch.setattr(context, "reset_peak_memory", lambda device: order.append("reset"))
     Workbench.of(as_recipe(tiny_recipe, tmp_path), ignore).load_base(ignore)
     assert order == ["load", "reset"]
 
@@ -82,7 +82,7 @@ def test_out_of_memory_while_the_base_loads_names_what_makes_it_smaller(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 GiB.")
 
-    monkeypatch.setattr(setup, "load_model", fails)
+    monkeypatch.setattr(context, "load_model", fails)
     bench = Workbench.of(as_recipe(tiny_recipe, tmp_path), ignore)
     with pytest.raises(OutOfMemoryError) as error:
         bench.load_base(ignore)

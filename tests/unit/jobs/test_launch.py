@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from finetune.errors import EnvironmentFault
-from finetune.jobs.launch import Meeting, _rendezvous
+from finetune.jobs.train.launcher import Meeting, _rendezvous
 
 KEEPER = """
 import sys

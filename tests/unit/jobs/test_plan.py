@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError
-from finetune.jobs import ready
-from finetune.jobs.fit import fit, larger_changes, write
-from finetune.jobs.plan import WATCHED_FROM, Planner
+from finetune.jobs.plan.estimate import WATCHED_FROM, Planner
+from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
+from finetune.jobs.train.run import prepare
 from finetune.plan.cards import Card
 from finetune.recipe.load import load_recipe
 from tests.fixtures.recipes import as_recipe, write_recipe
@@ -94,7 +94,7 @@ def test_a_run_that_cannot_be_planned_trains_all_the_same(
 
 def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
-    monkeypatch.setattr(ready, "foreseen_peak", lambda bench, rows, total_steps: None)
+    monkeypatch.setattr(prepare, "foreseen_peak", lambda bench, rows, total_steps: None)
     assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
     planned, unplanned = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")

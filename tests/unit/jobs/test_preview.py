@@ -10,7 +10,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.jobs.preview import preview
+from finetune.jobs.plan.preview import preview
 from tests.fixtures.recipes import as_recipe, write_recipe
 
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-import finetune.jobs.calibrated
+import finetune.jobs.load.calibration_cache
 from cli.main import app
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.jobs.merge import merge
-from finetune.jobs.quantize import quantize
-from finetune.jobs.setup import Workbench
-from finetune.jobs.train import train
+from finetune.jobs.export.merge import merge
+from finetune.jobs.export.quantize import quantize
+from finetune.jobs.load.context import Workbench
+from finetune.jobs.train.run import train
 from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.run.directory import RunDirectory
@@ -42,13 +42,13 @@ OPTQ = KINDS["optq"]
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """The rows of each calibration that takes place."""
     seen: list[list[list[int]]] = []
-    real = finetune.jobs.calibrated.quantize_by_inputs
+    real = finetune.jobs.load.calibration_cache.quantize_by_inputs
 
     def watched(model: Any, quantizer: Any, rows: Any, *rest: Any) -> Any:
         seen.append(rows)
         return real(model, quantizer, rows, *rest)
 
-    monkeypatch.setattr(finetune.jobs.calibrated, "quantize_by_inputs", watched)
+    monkeypatch.setattr(finetune.jobs.load.calibration_cache, "quantize_by_inputs", watched)
     return seen
 
 
@@ -186,7 +186,7 @@ def test_what_changes_codes_makes_another_entry(
         case "seed":
             sections["training"] = {**sections["training"], "seed": 5}
         case "algorithm":
-            monkeypatch.setattr(finetune.jobs.calibrated, "ALGORITHM", 0)
+            monkeypatch.setattr(finetune.jobs.load.calibration_cache, "ALGORITHM", 0)
     packed(sections, tmp_path)
     assert len(calibrations) == 2
     assert (calibrations[0] == calibrations[1]) is (change not in ("rows", "seed"))

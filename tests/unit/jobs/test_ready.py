@@ -13,9 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel, modeling_utils
 
 from finetune.data.encode import Example
-from finetune.jobs import ready
-from finetune.jobs.ready import Ready
-from finetune.jobs.train import train
+from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.run import prepare, train
 from finetune.models import attention, packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
@@ -48,7 +47,7 @@ def test_rows_share_nothing_where_the_model_cannot(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "finetune")
-    monkeypatch.setattr(ready, "objection_to_sharing", lambda model: "scores with a cap")
+    monkeypatch.setattr(prepare, "objection_to_sharing", lambda model: "scores with a cap")
     layout = Ready.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
     assert layout.restarts_positions
     assert not layout.shares_prefixes
@@ -127,7 +126,7 @@ def test_attention_of_a_base_that_trains_is_proved_in_the_compute_type(
 
     monkeypatch.setattr(attention, "prove_separation", record)
     sections = {**tiny_recipe, "adapter": {"method": "full"}}
-    ready = Ready.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
-    assert ready.state.bare_model.get_input_embeddings().weight.dtype is torch.float32
-    assert ready.state.bare_model.config._attn_implementation == packed_attention.NAME
+    prepare = Ready.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
+    assert prepare.state.bare_model.get_input_embeddings().weight.dtype is torch.float32
+    assert prepare.state.bare_model.config._attn_implementation == packed_attention.NAME
     assert found == [type_of_probes]

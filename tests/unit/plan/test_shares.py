@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.plan import Plan, Planner
+from finetune.jobs.plan.estimate import Plan, Planner
 from finetune.plan.cards import card
 from finetune.plan.footprint import Base
 from tests.fixtures.recipes import as_recipe

@@ -9,9 +9,7 @@ import torch
 
 from finetune.quantizers.compiled_later import _when_called
 
-SCRIPT = (
-    "import sys, finetune.jobs.train; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
-)
+SCRIPT = "import sys, finetune.jobs.train.run; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
 
 
 def test_no_command_imports_the_compiler():

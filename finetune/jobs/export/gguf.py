@@ -1,0 +1,166 @@
+"""`ft export --format gguf`: a run's model, or its adapter, as a file for llama.cpp and Ollama, proved on real rows."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from contextlib import redirect_stderr
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from finetune.adapters import peft_bridge
+from finetune.adapters.lora import LowRankMethod
+from finetune.errors import RefusedError, UnsupportedError
+from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.export.merge import QUANTIZED, merge, proof_rows, refuse_taken, written_logits
+from finetune.jobs.export.model_card import public_name, write_card
+from finetune.jobs.export.ollama import modelfile
+from finetune.jobs.load.trained_run import TrainedRun
+from finetune.models.folder import ModelFolder
+from finetune.models.gguf_writing import GgufType, write_gguf, write_gguf_adapter
+from finetune.models.streaming import StreamedModel
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.quantization import NoQuantization
+from finetune.report.run_page import reported
+from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.events import Phase, Report, ignore
+
+BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
+"""Largest difference of two logits, as a share of the largest logit, that rounding to a type explains; q4_1 rounds
+minimums alone."""
+
+MODEL, ADAPTER = "model.gguf", "adapter.gguf"
+
+
+@dataclass(frozen=True)
+class GgufResult:
+    """Where the file is, and the proof that it says what the run does.
+
+    Attributes:
+        folder: Holds `model.gguf`, a Modelfile for Ollama and the certificate.
+        type: Of the weight matrices.
+        merge: The certificate of the merge before.
+        bound: What `agreement.relative_difference` had to stay below.
+        agreement: Logits of the file as transformers reads it against those of the merged model, both in float32.
+    """
+
+    folder: Path
+    type: GgufType
+    merge: dict[str, Any]
+    bound: float
+    agreement: Agreement
+
+    def to_json(self) -> dict[str, Any]:
+        """The certificate that stands in `export.json`."""
+        numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
+        in_conversation = self.merge["in_conversation"]
+        facts = {"format": "gguf", "type": self.type, "in_conversation": in_conversation, "bound": self.bound}
+        return {**facts, **numbers, "merge": self.merge}
+
+
+def export_gguf(
+    run: RunDirectory,
+    output: Path | None = None,
+    kind: GgufType = "f16",
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> GgufResult:
+    """Write the run's model as a GGUF file with its tokenizer and chat template.
+
+    Args:
+        run: A finished run whose method merges.
+        output: Folder to write, by default the run's `exported/`.
+        kind: Type of the weight matrices; q4_1 takes the codes of a 4-bit base that qa_lora was trained over.
+        overwrite: Replace a folder that is there.
+        report: Told of every phase.
+
+    Raises:
+        UnsupportedError: The method does not merge, or the model is of a kind that is not written as GGUF here.
+        RefusedError: The base is another one, the folder is taken, or what was written does not agree; then nothing is.
+    """
+    target = (output or run.exported).absolute()
+    refuse_taken(target, overwrite)
+    with reported(run), written_aside(target) as folder:
+        part = folder / "merged"
+        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", report=report)
+        report(Phase(f"writing {MODEL} in {kind}"))
+        trained = TrainedRun.open(run, report)
+        bench = trained.bench
+        source = ModelFolder(part, bench.folder.name)
+        nothing = Quantizers(NoQuantization())
+        streamed = StreamedModel(source, bench.section, nothing, torch.device("cpu"), dequantized=False)
+        write_gguf(streamed, bench.tokenizer, kind, folder / MODEL, run.path.name)
+        report(Phase("comparing the file's and the merged model's logits"))
+        rows = proof_rows(trained, report).rows
+        found = agreement(
+            written_logits(trained, part, rows), logits_of(_read_back(folder, streamed.model.config), rows)
+        )
+        result = GgufResult(target, kind, merged.to_json(), BOUNDS[kind], found)
+        if not found.relative_difference <= result.bound:
+            raise RefusedError(
+                f"logits of the file and of the merged model differ by {found.relative_difference:.2g} of the largest "
+                f"logit, more than the {result.bound:.0e} that rounding to {kind} explains",
+                where=str(target),
+                hint="choose --dtype f16",
+            )
+        shutil.rmtree(part)
+        (folder / "Modelfile").write_text(modelfile(bench.tokenizer, MODEL), encoding="utf-8")
+        write_json(folder / "export.json", result.to_json())
+        name = run.path.name
+        use = [f"llama-server -m ./{name}/{MODEL}", f"ollama create {name} -f ./{name}/Modelfile"]
+        what = f"{result.merge['base']['name']}, fine-tuned and written for llama.cpp, in {kind}."
+        write_card(trained, folder, what, use, result.to_json(), relation="quantized")
+    return result
+
+
+def export_gguf_adapter(
+    run: RunDirectory, output: Path | None = None, overwrite: bool = False, report: Report = ignore
+) -> Path:
+    """Write the run's adapter as a GGUF file that llama.cpp puts on a GGUF file of the base; returns the folder.
+
+    Raises:
+        UnsupportedError: It is no plain LoRA, or the base's architecture is not written as GGUF here.
+        RefusedError: The base is another one, or the folder is taken.
+    """
+    target = (output or run.exported).absolute()
+    refuse_taken(target, overwrite)
+    trained = TrainedRun.open(run, report)
+    method, section = trained.bench.method, trained.bench.recipe.adapter
+    further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]
+    if not isinstance(method, LowRankMethod) or further:
+        what = f"adapter.{further[0]}" if further else f"adapter.method: {section.method}"
+        raise UnsupportedError(
+            "a GGUF adapter holds low-rank updates and nothing else",
+            where=what,
+            hint="export the whole model: --format gguf",
+        )
+    report(Phase(f"writing {ADAPTER}"))
+    streamed = trained.stream_base(report, dequantized=False)
+    layers = peft_bridge.low_rank_layers(method.load(streamed.model, trained.weights))
+    factors = {}
+    for name, layer in layers.items():
+        a_RI, b_OR = layer.factors(peft_bridge.ADAPTER_NAME)
+        factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
+    with reported(run), written_aside(target) as folder:
+        write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
+        what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.bench.section)}."
+        write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")
+    return target
+
+
+def _read_back(folder: Path, config: PreTrainedConfig) -> nn.Module:
+    """The file's tensors as transformers' own reader understands them; of sizes it does not read all."""
+    config = deepcopy(config)
+    if hasattr(config, "quantization_config"):  # of the merged model's own codes
+        del config.quantization_config
+    with redirect_stderr(io.StringIO()):  # a progress bar that no setting takes away
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=MODEL, config=config, dtype=torch.float32
+        )
+    return model

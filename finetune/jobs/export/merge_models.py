@@ -1,0 +1,124 @@
+"""`ft merge` of several runs: what each has learned about one base, put together in one model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.adapters import peft_bridge
+from finetune.errors import RefusedError
+from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.export.merge import merge, proof_rows, refuse_taken, written_logits
+from finetune.jobs.export.model_card import CARD
+from finetune.jobs.load.trained_run import TrainedRun
+from finetune.models.combining import Combination, combine_folders
+from finetune.models.precision import DTYPES
+from finetune.models.rewriting import write_folded
+from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.events import Phase, Report, ignore
+
+
+@dataclass(frozen=True)
+class CombineResult:
+    """Where the combined model is, and how much of each run is in it.
+
+    Attributes:
+        folder: A model folder that plain transformers loads.
+        dtype: Of its weights.
+        in_conversation: Whether every run was trained through the chat template.
+        combination: The rule.
+        agreements: Of each run, by its name: combined logits against the run's own, on the run's own rows.
+    """
+
+    folder: Path
+    dtype: str
+    in_conversation: bool
+    combination: Combination
+    agreements: dict[str, Agreement]
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in `merge.json`."""
+        return {
+            "dtype": self.dtype,
+            "in_conversation": self.in_conversation,
+            "combination": asdict(self.combination),
+            "runs": {name: asdict(found) for name, found in self.agreements.items()},
+        }
+
+
+def combine(
+    runs: Sequence[RunDirectory],
+    combination: Combination,
+    output: Path,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> CombineResult:
+    """Write one model that has what several runs over one base have learned.
+
+    Each run is merged by itself first, with its own certificate; what it has changed is its difference from the base.
+    That takes the room of as many float32 models on the disk beside `output` as there are runs, and one more.
+
+    Args:
+        runs: Finished runs over the same base, quantized in the same way.
+        combination: Rule, and a weight for each run.
+        output: Folder to write.
+        dtype: Of the written weights.
+        overwrite: Replace a folder that is there.
+        report: Told of every phase.
+
+    Raises:
+        RefusedError: The runs have different bases, a merge does not agree with its run, or the folder is taken.
+    """
+    target = output.absolute()
+    refuse_taken(target, overwrite)
+    opened = [TrainedRun.open(run, report) for run in runs]
+    _refuse_other_bases(opened)
+    with written_aside(target) as folder:
+        parts = [folder / f"part-{index}" for index in range(len(runs))]
+        for run, part in zip(runs, parts, strict=True):
+            merge(run, part, "float32", report=report)
+        start = folder / "base"
+        start.mkdir()
+        write_folded(opened[0].stream_base(report, dequantized=True), peft_bridge.fold, torch.float32, start)
+        report(Phase(f"combining {len(runs)} runs by {combination.rule}"))
+        combine_folders(start, parts, combination, DTYPES[dtype], folder)
+        for file in parts[0].iterdir():
+            if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
+                shutil.copyfile(file, folder / file.name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / "config.json", {**config, "dtype": dtype})
+        report(Phase("comparing the combined model with each run"))
+        agreements = {}
+        for trained, part in zip(opened, parts, strict=True):
+            examples = proof_rows(trained, report).rows
+            own, combined = (written_logits(trained, each, examples) for each in (part, folder))
+            agreements[trained.run.path.name] = agreement(own, combined)
+        for temporary in (*parts, start):
+            shutil.rmtree(temporary)
+        in_conversation = all(trained.record.in_conversation for trained in opened)
+        result = CombineResult(target, dtype, in_conversation, combination, agreements)
+        write_json(folder / "merge.json", result.to_json())
+    return result
+
+
+def _refuse_other_bases(opened: Sequence[TrainedRun]) -> None:
+    first = opened[0]
+    for other in opened[1:]:
+        same = (other.record.base.fingerprint, other.record.quantized_base) == (
+            first.record.base.fingerprint,
+            first.record.quantized_base,
+        )
+        if not same:
+            raise RefusedError(
+                f"{other.run.path.name} was trained on another base than {first.run.path.name}, or on it quantized "
+                "in another way",
+                where=str(other.run.path),
+                hint="combine runs over one base",
+            )

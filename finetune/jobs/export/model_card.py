@@ -1,0 +1,168 @@
+"""The model card: `README.md` beside what was made of a run, written from the run's own facts.
+
+It may be published, so it names no path of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gguf
+import yaml
+
+from finetune.jobs.load.trained_run import TrainedRun
+from finetune.models.folder import ModelFolder, file_in_package
+from finetune.recipe.model import Model
+from finetune.report.run_page import answered_by
+from finetune.run.directory import read_json
+from finetune.run.history import History
+
+CARD = "README.md"
+SECTIONS = ("quantization", "adapter", "optimizer", "training")
+
+
+def write_card(
+    trained: TrainedRun,
+    folder: Path,
+    what: str,
+    use: Sequence[str],
+    certificate: Mapping[str, Any] | None = None,
+    relation: str = "finetune",
+) -> None:
+    """Write the card of a folder.
+
+    Args:
+        trained: The run.
+        folder: Where to.
+        what: The thing, in a sentence.
+        use: Commands or code that use it.
+        certificate: What was measured of it against the trained model.
+        relation: To its base, as the hub names it: `finetune`, `adapter` or `quantized`.
+    """
+    section = trained.bench.section
+    licence = licence_of(trained.bench.folder, section)
+    head: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["ft", section_method(trained)]}
+    if licence:
+        head["license"] = licence
+    if section.is_hub_id:
+        head |= {"base_model": section.name, "base_model_relation": relation}
+    base, commit = public_name(section), trained.record.base.commit
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
+        f"# {trained.run.path.name}",
+        what,
+        "```\n" + "\n".join(use) + "\n```",
+        "## Base",
+        f"{base}{f' at commit {commit}' if commit else ''}, fingerprint `{trained.record.base.fingerprint}`.\n"
+        + (f"Its licence: {licence}." if licence else "Its files do not say under which licence it is."),
+        "## Data",
+        _data(trained),
+        "## Training",
+        f"By ft {read_json(trained.run.provenance).get('ft', '')}, with\n\n```yaml\n{_recipe(trained)}```",
+        "## Metrics",
+        _metrics(trained),
+    ]
+    if certificate is not None:
+        parts += ["## Certificate", _proof(certificate)]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def section_method(trained: TrainedRun) -> str:
+    """The name of the method."""
+    return str(trained.bench.recipe.adapter.method)
+
+
+def public_name(section: Model) -> str:
+    """A base's name without the path that it has on this machine."""
+    is_public = section.is_hub_id or section.name.startswith("package://")
+    return section.name if is_public else Path(section.name).name
+
+
+def licence_of(folder: ModelFolder, section: Model) -> str | None:
+    """The licence that a base's own files name: the head of its card, or a .gguf file's metadata."""
+    with suppress(OSError, ValueError, IndexError, yaml.YAMLError):
+        head = (folder.path / CARD).read_text(encoding="utf-8").split("---", 2)[1]
+        found = yaml.safe_load(head)
+        if isinstance(found, dict) and isinstance(found.get("license"), str):
+            return str(found["license"])
+    if section.name.endswith(".gguf"):
+        file = file_in_package(section.name) if section.name.startswith("package://") else Path(section.name)
+        field = gguf.GGUFReader(file).get_field(gguf.Keys.General.LICENSE)
+        return str(field.contents()) if field is not None else None
+    return None
+
+
+def _data(trained: TrainedRun) -> str:
+    report = read_json(trained.run.data_report)
+    lines = []
+    for split, title in (("train", "Training"), ("validation", "Held out")):
+        counted = report.get(split) or {}
+        if counted.get("used"):
+            lines.append(f"{title}: {counted['used']} rows.")
+    files = {
+        f"`{each['file']}` (sha256 `{each['sha256'][:16]}`)"
+        for each in read_json(trained.run.provenance).get("data", [])
+        if "file" in each and "sha256" in each
+    }
+    return "\n".join([*lines, *sorted(files)]) or "Not recorded."
+
+
+def _recipe(trained: TrainedRun) -> str:
+    recipe = trained.bench.recipe
+    shown = {}
+    for name in SECTIONS:
+        section = getattr(recipe, name).model_dump(mode="json", exclude_defaults=True)
+        section.pop("continue_from", None)  # a path
+        shown[name] = section
+    return str(yaml.safe_dump(shown, sort_keys=False))
+
+
+def _metrics(trained: TrainedRun) -> str:
+    run = trained.run
+    lines = []
+    history = History.of(run)
+    if history.result:
+        step, loss = history.result
+        lines.append(
+            f"Held-out loss: {history.validations[0].loss:.4f} before training, {loss:.4f} after step {step}, "
+            "in nats per trained token."
+        )
+    lines += _evaluated(read_json(run.evaluation / "results.json"))
+    return "\n".join(lines) or "None were measured."
+
+
+def _evaluated(results: Mapping[str, Any]) -> list[str]:
+    """A table of what `ft eval` found, if it was called."""
+    if not results.get("tasks"):
+        return []
+    against = results["against"]
+    other = f" {against} |" if against else ""
+    lines = ["", f"| |{other} this model | 95 % interval |", "|---|---|---|" + ("---|" if against else "")]
+    for task, scores in results["tasks"].items():
+        for metric, score in scores.items():
+            cells = [_shown(score.get("against", {}).get("value"))] if against else []
+            cells += [_shown(score["value"]), f"{_shown(score['low'])} to {_shown(score['high'])}"]
+            lines.append(f"| {task}: {metric} | {' | '.join(cells)} |")
+    if note := answered_by(results):
+        lines += ["", note]
+    return lines
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4f}"
+
+
+def _proof(certificate: Mapping[str, Any]) -> str:
+    rows = "held-out rows" if certificate.get("held_out", True) else "training rows"
+    return (
+        f"Compared with the model before, in float32, at {certificate['positions']} positions of "
+        f"{certificate['rows']} {rows}:\n\n"
+        "| | |\n|---|---|\n"
+        f"| KL divergence | {certificate['kl_divergence']:.2e} nats |\n"
+        f"| same likeliest token | {100 * certificate['top1_agreement']:.2f} % |\n"
+        f"| largest logit difference | {certificate['largest_difference']:.2e}, "
+        f"{certificate['relative_difference']:.2e} of the largest logit (bound {certificate['bound']:.0e}) |"
+    )

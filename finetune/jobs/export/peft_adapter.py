@@ -1,0 +1,38 @@
+"""`ft export --format adapter`: a run's adapter as a folder that PEFT loads and vLLM serves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from finetune.jobs.export.merge import refuse_taken
+from finetune.jobs.export.model_card import public_name, write_card
+from finetune.jobs.load.trained_run import TrainedRun
+from finetune.recipe.serving import served_rank
+from finetune.run.directory import TRAINED_RECORD, RunDirectory, written_aside
+from finetune.run.events import Report, ignore
+
+
+def export_adapter(
+    run: RunDirectory, output: Path | None = None, overwrite: bool = False, report: Report = ignore
+) -> Path:
+    """Write the adapter with its tokenizer, and a card with the command that serves it; returns the folder.
+
+    Raises:
+        UnsupportedError: vLLM would refuse it, or serve something else than was trained.
+        RefusedError: The base is another one, or the folder is taken.
+    """
+    target = (output or run.exported).absolute()
+    refuse_taken(target, overwrite)
+    trained = TrainedRun.open(run, report)
+    rank = served_rank(trained.bench.recipe.adapter, trained.bench.recipe.modules)
+    base = public_name(trained.bench.section)
+    name = run.path.name
+    with written_aside(target) as folder:
+        own = ("ft_adapter.safetensors", TRAINED_RECORD)  # of these no engine knows
+        shutil.copytree(trained.weights, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
+        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name}"
+        kind = trained.bench.recipe.quantization.kind
+        stored = "" if kind == "none" else f", which was stored in {kind} while it trained"
+        write_card(trained, folder, f"A LoRA adapter for {base}{stored}.", [serve], relation="adapter")
+    return target

@@ -1,0 +1,147 @@
+"""`ft export`: a trained prompt as tokens of a model that needs no adapter, proved on real rows."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from finetune.adapters.base import BakedPrompt
+from finetune.data.encode import Example
+from finetune.errors import RefusedError
+from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.export.merge import BOUNDS, proof_rows, refuse_taken
+from finetune.jobs.load.trained_run import TrainedRun
+from finetune.models.linears import dequantize_model, rounds_activations
+from finetune.models.precision import DTYPES
+from finetune.report.run_page import reported
+from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.events import Phase, Report, ignore
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the exported model is, and the proof that it is the trained one.
+
+    Attributes:
+        folder: A model folder that plain transformers loads.
+        dtype: Of its weights.
+        prompt: What the model's input has to begin with, as a text that is tokenized without adding special tokens.
+        in_conversation: Whether the run was trained through the chat template, which then begins with the prompt.
+        bound: What `agreement.relative_difference` had to stay below.
+        agreement: Logits read back from disk, behind the new tokens, against those of the base with its prompt, both in
+            float32 and over the tokens that the base's tokenizer knows.
+    """
+
+    folder: Path
+    dtype: str
+    prompt: str
+    in_conversation: bool
+    bound: float
+    agreement: Agreement
+
+    def to_json(self) -> dict[str, Any]:
+        """The certificate that stands in `export.json`."""
+        numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
+        return {
+            "dtype": self.dtype,
+            "prompt": self.prompt,
+            "in_conversation": self.in_conversation,
+            "bound": self.bound,
+            **numbers,
+        }
+
+
+def export(
+    run: RunDirectory,
+    output: Path | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> ExportResult:
+    """Write the run's base with the trained prompt as tokens of its vocabulary, in full precision.
+
+    Args:
+        run: A finished run.
+        output: Folder to write, by default the run's `exported/`.
+        dtype: Of the written weights.
+        overwrite: Replace a folder that is there.
+        report: Told of every phase.
+
+    Raises:
+        UnsupportedError: What the run trains is no prompt of embeddings.
+        RefusedError: The base is another one, the folder is taken, or the exported model does not agree with the
+            trained one; then nothing is written.
+    """
+    target = (output or run.exported).absolute()
+    refuse_taken(target, overwrite)
+    trained = TrainedRun.open(run, report)
+    trained.bench.method.check_bake()
+    known = len(trained.bench.tokenizer)
+    examples = proof_rows(trained, report).rows
+    report(Phase("computing the trained model's logits"))
+    reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, report)]
+    gc.collect()
+    with reported(run), written_aside(target) as folder:
+        report(Phase(f"writing the prompt as tokens in {dtype}"))
+        baked = _write_baked(trained, folder, DTYPES[dtype], _least_likely(reference), report)
+        gc.collect()
+        report(Phase("comparing exported and trained logits"))
+        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        behind = [Example(baked.ids + row.ids, [False] * len(baked.ids) + row.is_target) for row in examples]
+        found = [logits_KV[len(baked.ids) :, :known] for logits_KV in logits_of(reloaded, behind)]
+        result = ExportResult(
+            folder=target,
+            dtype=dtype,
+            prompt=baked.text
+            if trained.record.in_conversation
+            else baked.text + _begin_of_text(trained.bench.tokenizer),
+            in_conversation=trained.record.in_conversation,
+            bound=BOUNDS[dtype],
+            agreement=agreement(reference, found),
+        )
+        if not result.agreement.relative_difference <= result.bound:
+            raise RefusedError(
+                f"exported and trained logits differ by {result.agreement.relative_difference:.2g} of the largest "
+                f"logit, more than the {result.bound:.0e} that rounding to {dtype} explains",
+                where=str(target),
+                hint="choose a wider --dtype",
+            )
+        write_json(folder / "export.json", result.to_json())
+    return result
+
+
+def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+    """Logits of the base behind its prompt in float32; a quantizer that rounds inputs too is left out of it."""
+    base = trained.load_base(report, torch.float32)
+    if rounds_activations(base):
+        base = dequantize_model(base, torch.float32)
+    return logits_of(trained.attach(base, report), examples)
+
+
+def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that this tokenizer puts before every text, if it does: the prompt was trained to stand before it."""
+    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if begins else ""
+
+
+def _least_likely(logits: Sequence[Tensor]) -> int:
+    """The token that these rows come least near to."""
+    return int(torch.cat(list(logits)).amax(dim=0).argmin())
+
+
+def _write_baked(trained: TrainedRun, folder: Path, dtype: torch.dtype, unlikely: int, report: Report) -> BakedPrompt:
+    bench = trained.bench
+    base = dequantize_model(trained.load_base(report, torch.float32), torch.float32)
+    baked = bench.method.bake(base, trained.weights, bench.tokenizer, unlikely)
+    model = baked.model.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder)
+    bench.tokenizer.save_pretrained(folder)
+    return baked

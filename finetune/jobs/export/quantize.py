@@ -1,0 +1,175 @@
+"""`ft quantize`: a base model's weights in few bits, as a folder that recipes name like any other model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from finetune.errors import ModelError, RefusedError
+from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
+from finetune.jobs.load.context import Workbench
+from finetune.jobs.load.training_record import base_record
+from finetune.models.load import load_model
+from finetune.models.precision import file_dtype
+from finetune.models.quantized import refuse_without_form_on_disk, save_quantized, stored_quantization
+from finetune.quantizers.choice import Quantizers
+from finetune.quantizers.layer import QuantizedLinear
+from finetune.recipe.quantization import NoQuantization
+from finetune.recipe.recipe import Recipe
+from finetune.run.directory import write_json, written_aside
+from finetune.run.events import Phase, Report, ignore
+
+RECORD = "quantize.json"
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer of the written model.
+
+    Attributes:
+        weights: Numbers in its weight.
+        stored_bytes: Bytes of the tensors that stand for it.
+        weight_error: ||W - Q|| / ||W||, Frobenius norms.
+        output_error: ||W X - Q X|| / ||W X|| on the calibration rows, where there were any.
+        nearest_output_error: The same for rounding to nearest.
+    """
+
+    weights: int
+    stored_bytes: int
+    weight_error: float
+    output_error: float | None = None
+    nearest_output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What was written, beside what it was made from.
+
+    Attributes:
+        folder: A model folder for recipes.
+        kind: `quantization.kind`.
+        layers: By name.
+        dtype_before: Type of the weights in the base's files.
+        bytes_before: Of the base's weight files.
+        bytes_after: Of the written ones.
+    """
+
+    folder: Path
+    kind: str
+    layers: dict[str, QuantizedLayer]
+    dtype_before: torch.dtype
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Sums and means over layers, then every layer."""
+        layers = list(self.layers.values())
+        bits = 8 * sum(layer.stored_bytes for layer in layers) / sum(layer.weights for layer in layers)
+        return {
+            "kind": self.kind,
+            "layer_count": len(layers),
+            "bits_per_weight_before": 8 * self.dtype_before.itemsize,
+            "bits_per_weight": bits,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "weight_error": _mean([layer.weight_error for layer in layers]),
+            "output_error": _mean([layer.output_error for layer in layers]),
+            "nearest_output_error": _mean([layer.nearest_output_error for layer in layers]),
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+        }
+
+
+def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Report = ignore) -> QuantizedModel:
+    """Write the recipe's base, quantized as its section `quantization` says, with its tokenizer.
+
+    Args:
+        recipe: Its data are read only where the kind needs calibration.
+        output: Folder to write.
+        overwrite: Replace a folder that is there.
+        report: Told of every phase.
+
+    Raises:
+        RefusedError: The folder is taken.
+        ModelError: The base is quantized already.
+        UnsupportedError: The kind has no form on disk, or cannot take the model.
+    """
+    target = output.absolute()
+    if target.exists() and not overwrite:
+        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+    bench = Workbench.of(recipe, report)
+    refuse_without_form_on_disk(bench.quantizers.in_use)
+    if stored_quantization(bench.folder):
+        raise ModelError(
+            "the model's weights are quantized already",
+            where=str(bench.folder.path),
+            hint="name the unquantized model in model.name",
+        )
+    dtype = file_dtype(bench.folder.path)
+    model = bench.load_base(report, dtype)
+    with written_aside(target) as folder:
+        report(Phase("writing"))
+        save_quantized(model, folder)
+        bench.tokenizer.save_pretrained(folder)
+        report(Phase("measuring errors"))
+        result = QuantizedModel(
+            folder=target,
+            kind=recipe.quantization.kind,
+            layers=_measured(bench, model, dtype, report),
+            dtype_before=dtype,
+            bytes_before=_weight_bytes(bench.folder.path),
+            bytes_after=_weight_bytes(folder),
+        )
+        inputs = {
+            "base": base_record(bench).model_dump(),
+            "quantization": recipe.quantization.model_dump(),
+            "modules": [rule.model_dump() for rule in recipe.modules],
+        }
+        write_json(folder / RECORD, {**inputs, **result.to_json()})
+    return result
+
+
+@torch.no_grad()
+def _measured(
+    bench: Workbench, model: PreTrainedModel, dtype: torch.dtype, report: Report
+) -> dict[str, QuantizedLayer]:
+    """Every quantized layer beside its weight in the base's files, of which one is read at a time."""
+    plain = load_model(
+        bench.folder,
+        bench.recipe.model,
+        Quantizers(NoQuantization()),
+        weight_dtype=dtype,
+        compute_dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    record = bench.base_folder(report).path / CALIBRATION
+    outputs = json.loads(record.read_text(encoding="utf-8"))["output_errors"] if record.is_file() else {}
+    layers = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        stored = plain.get_submodule(name).weight.float()
+        weight_OI = stored.T if layer.stored_transposed else stored
+        lost_OI = layer.quantizer.dequantize(layer).cpu() - weight_OI
+        errors = outputs.get(name, {})
+        layers[name] = QuantizedLayer(
+            weights=weight_OI.numel(),
+            stored_bytes=sum(tensor.nbytes for tensor in layer.packed().values()),
+            weight_error=float(lost_OI.norm() / weight_OI.norm().clamp(min=1e-30)),
+            output_error=errors.get("calibrated"),
+            nearest_output_error=errors.get("nearest"),
+        )
+    return layers
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _mean(numbers: list[float] | list[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else None

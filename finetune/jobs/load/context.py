@@ -1,0 +1,289 @@
+"""What every job sets up from a recipe: device and types, the base model, the rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.adapters.base import AdapterMethod
+from finetune.data.dataset import Rows, read_data
+from finetune.data.encode import Encoder
+from finetune.data.layout import Layout
+from finetune.errors import DataError, UnsupportedError, UsageError
+from finetune.jobs.load.calibration_cache import calibrated_base
+from finetune.jobs.load.device import make_accelerator
+from finetune.jobs.train.oom import loading_base
+from finetune.models.attention import may_share_prefixes
+from finetune.models.folder import ModelFolder, find_model
+from finetune.models.linears import linear_layers
+from finetune.models.load import load_model, load_sharded_model, load_tokenizer, padding_id
+from finetune.models.precision import compute_dtype, weight_dtype
+from finetune.models.quantized import stored_quantization
+from finetune.models.skeleton import read_config
+from finetune.quantizers.base import is_quantized
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.model import Model
+from finetune.recipe.modules import ModuleRule
+from finetune.recipe.quantization import NoQuantization
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.training import Precision
+from finetune.resolve import build
+from finetune.run.events import Phase, Report
+from finetune.train.memory import bound_kernel_caches, reset_peak_memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """A model and how its weights are stored, before any of them is loaded.
+
+    Attributes:
+        section: What names it.
+        accelerator: Processes and device.
+        folder: Its files.
+        tokenizer: Its tokenizer.
+        quantizers: How each of its linear layers is stored.
+        weight_dtype: Type of all other weights.
+        compute_dtype: Type of the forward pass.
+    """
+
+    section: Model
+    accelerator: Accelerator
+    folder: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    quantizers: Quantizers
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def find(
+        cls,
+        section: Model,
+        report: Report,
+        quantizers: Quantizers | None = None,
+        precision: Precision = "auto",
+        trains_base: bool = False,
+        weights: bool = True,
+    ) -> ModelSetup:
+        """Find a model, fetched or converted first where needed.
+
+        Args:
+            section: What names it.
+            report: Told what takes long.
+            quantizers: Of its layers; by default they are as in its files.
+            precision: As in `training.precision`.
+            trains_base: Whether its own weights train.
+            weights: Whether its weights are needed, or its config and tokenizer alone.
+
+        Raises:
+            ModelError: The model or its tokenizer cannot be used.
+            EnvironmentFault: The machine lacks what is asked for.
+        """
+        bound_kernel_caches()
+        accelerator = make_accelerator()
+        with accelerator.main_process_first():  # one process fetches or converts, the others find it done
+            folder = find_model(section, _phases(report), weights)
+        computes_in = compute_dtype(precision, accelerator.device)
+        return ModelSetup(
+            section=section,
+            accelerator=accelerator,
+            folder=folder,
+            tokenizer=load_tokenizer(folder),
+            quantizers=quantizers or Quantizers(NoQuantization()),
+            weight_dtype=weight_dtype(section.dtype, computes_in, trains_base),
+            compute_dtype=computes_in,
+        )
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up."""
+        return padding_id(self.tokenizer)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model can read and write in one row; None where its config does not say."""
+        config = self.folder.config()
+        text = config.get("text_config", config)
+        positions: int | None = text.get("max_position_embeddings") or text.get("n_positions")
+        return positions
+
+    def base_folder(self, report: Report) -> ModelFolder:
+        """The files that the model is loaded from.
+
+        Raises:
+            UsageError: Its codes come of calibration on rows that nothing names here.
+        """
+        if self.quantizers.calibrated and not stored_quantization(self.folder):
+            raise UsageError(
+                "the base is quantized by what its layers see on the training rows, which only the recipe names",
+                where=self.section.name,
+                hint="name the run's directory instead of the folder of its weights",
+            )
+        return self.folder
+
+    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The frozen model on the device, its layers stored as they should be.
+
+        Args:
+            report: Told that it is loading.
+            dtype: Store and compute in this type instead of the chosen ones.
+        """
+        folder = self.base_folder(report)
+        kind = self.quantizers.section.kind
+        report(Phase(f"loading {self.section.name}" + (f" in {kind}" if kind != "none" else "")))
+        with loading_base(self.section.name):
+            base = load_model(
+                folder,
+                self.section,
+                self.quantizers,
+                weight_dtype=dtype or self.weight_dtype,
+                compute_dtype=dtype or self.compute_dtype,
+                device=self.accelerator.device,
+            )
+        _refuse_idle_rules(self.quantizers.modules, base)
+        reset_peak_memory(self.accelerator.device)
+        return base
+
+
+@dataclass(frozen=True)
+class Workbench(ModelSetup):
+    """The parts that a recipe names, before any weight is loaded.
+
+    Attributes:
+        recipe: Where they come from.
+        method: What is trained on the base model.
+    """
+
+    recipe: Recipe
+    method: AdapterMethod
+    _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, recipe: Recipe, report: Report, weights: bool = True) -> Workbench:
+        """Find and build the parts.
+
+        Args:
+            recipe: Names them.
+            report: Told what takes long.
+            weights: Whether the base's weights are needed.
+
+        Raises:
+            ModelError: The base model or its tokenizer cannot be used.
+            EnvironmentFault: The machine lacks what the recipe needs.
+        """
+        quantizers = Quantizers(recipe.quantization, recipe.modules)
+        trains_base = recipe.adapter.trains_base
+        setup = ModelSetup.find(recipe.model, report, quantizers, recipe.training.precision, trains_base, weights)
+        return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
+
+    def read_data(self, report: Report) -> Rows:
+        """The recipe's rows, tokenized; read once.
+
+        Raises:
+            DataError: A file or row cannot be used, or a row is too long for the prompt that is trained before it.
+        """
+        if not self._rows:
+            report(Phase("reading the data"))
+            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+            self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
+            self._rows.append(rows)
+        return self._rows[0]
+
+    @property
+    def encoder(self) -> Encoder:
+        """Turns the recipe's documents into tokens."""
+        return Encoder(self.tokenizer, self.recipe.data.train_on)
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether processes of the run hold shares of the base."""
+        return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
+
+    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The frozen model on the device, or this process's share of it; see `ModelSetup.load_base`."""
+        if not self.shares_base:
+            return super().load_base(report, dtype)
+        folder = self.base_folder(report)
+        report(Phase(f"loading shares of {self.section.name}"))
+        with loading_base(self.section.name):
+            base = load_sharded_model(
+                folder,
+                self.section,
+                self.quantizers,
+                weight_dtype=dtype or self.weight_dtype,
+                device=self.accelerator.device,
+            )
+        _refuse_idle_rules(self.quantizers.modules, base)
+        reset_peak_memory(self.accelerator.device)
+        return base
+
+    def seed(self) -> None:
+        """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
+        set_seed(self.recipe.training.seed)
+
+    def base_folder(self, report: Report) -> ModelFolder:
+        """The files that the base is loaded from: where codes come of calibration, a folder with them, made if need be.
+
+        Raises:
+            FinetuneError: The rows cannot be read, or the model cannot be quantized in this way.
+        """
+        if not self.quantizers.calibrated or stored_quantization(self.folder):
+            return self.folder
+        train = self.read_data(report).train
+        seed = self.recipe.training.seed
+        return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, report)
+
+    def _refuse_crowded_context(self, longest: int) -> None:
+        positions, places = self.positions, self.recipe.adapter.prompt_tokens
+        if places and positions and longest + places > positions:
+            raise DataError(
+                f"the longest row has {longest} tokens and the prompt before it {places}, "
+                f"more together than the {positions} positions of the model",
+                where="data.max_length",
+                hint=f"set data.max_length to {positions - places} or less, or lower adapter.tokens",
+            )
+
+
+def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64], padding: int) -> Layout:
+    """How the recipe's training rows are laid out, as far as the settings of the model in the folder tell.
+
+    See `Layout.of`.
+    """
+    may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
+    draws_for_each_row = recipe.training.neftune_alpha or getattr(recipe.adapter, "dropout", 0)
+    is_ours = recipe.model.attention == "auto" and may_share_prefixes(read_config(folder))
+    may_share = is_ours and not draws_for_each_row
+    return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
+
+
+def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
+    """Each rule for single layers must be about some layer.
+
+    Raises:
+        UnsupportedError: One is about none.
+    """
+    layers = linear_layers(base)
+    for index, rule in enumerate(rules):
+        matching = [layer for name, layer in layers.items() if rule.matches(name)]
+        quantizes = rule.quantization is not None and rule.quantization.quantizes
+        if quantizes:
+            matching = [layer for layer in matching if is_quantized(layer)]
+        if not matching:
+            raise UnsupportedError(
+                f"no linear layer {'that can be quantized ' if quantizes else ''}matches {rule.match!r}",
+                where=f"modules.{index}.match",
+                hint=f"names look like {next(iter(layers))}; * stands for any part",
+            )
+
+
+def _phases(report: Report) -> Callable[[str], None]:
+    return lambda doing: report(Phase(doing))

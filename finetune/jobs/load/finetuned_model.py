@@ -1,0 +1,285 @@
+"""What answers: trained weights of any kind, or a model as it is; several of them over one base that is loaded once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.adapters import peft_bridge
+from finetune.adapters.base import AdapterMethod
+from finetune.adapters.prompted import EmbeddedPromptModel, PromptChoiceModel
+from finetune.adapters.soft_prompt import EmbeddedPromptMethod
+from finetune.errors import RefusedError, UnsupportedError
+from finetune.jobs.load.context import ModelSetup, Workbench
+from finetune.jobs.load.model_ref import Kind, Named
+from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.load.training_record import QuantizedRecord, TrainedRecord, refuse_other_base, refuse_other_codes
+from finetune.models.attention import keep_apart, objection_to_sharing
+from finetune.models.fingerprint import fingerprint
+from finetune.models.precision import autocast
+from finetune.quantizers.choice import Quantizers
+from finetune.recipe.load import load_recipe
+from finetune.recipe.model import Model
+from finetune.recipe.section import Section
+from finetune.resolve import build
+from finetune.run.checkpoints import read_checkpoint
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Report
+from finetune.train.checkpoint import TRAINED
+
+logger = logging.getLogger(__name__)
+
+CERTIFICATES = ("merge.json", "export.json")
+"""Files of ours in a model's folder that say whether it was trained on conversations."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights that were trained, not yet loaded.
+
+    Attributes:
+        method: What trained them.
+        codes: What the base was quantized to, if it was.
+        put_on: Puts them on the base, frozen.
+        prompt_tokens: Places that they take in front of every row.
+        weights: The folder of their files.
+    """
+
+    method: AdapterMethod
+    codes: QuantizedRecord | None
+    put_on: Callable[[PreTrainedModel], nn.Module]
+    prompt_tokens: int
+    weights: Path
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Something that answers, not yet loaded.
+
+    Attributes:
+        label: What it is called.
+        setup: Its base.
+        trained: What goes on it; None for the base as it is.
+        in_conversation: Whether prompts go through the chat template, as the rows of the training did.
+    """
+
+    label: str
+    setup: ModelSetup
+    trained: Trained | None
+    in_conversation: bool
+
+    @classmethod
+    def find(cls, named: Named, report: Report) -> Tuned:
+        """Find what a name means, and make sure that its base is the one that it was trained on.
+
+        Raises:
+            FinetuneError: It cannot be opened, or its base is another one now.
+        """
+        match named.kind:
+            case Kind.RUN:
+                return _of_run(named, report)
+            case Kind.CHECKPOINT:
+                return _of_checkpoint(named, report)
+            case Kind.WEIGHTS:
+                return _of_weights(named, report)
+            case Kind.MODEL:
+                return _of_model(named, report)
+
+    @property
+    def untuned(self) -> Tuned:
+        """The base by itself."""
+        return Tuned("base", self.setup, None, self.in_conversation)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Places that what was trained takes in front of every row."""
+        return self.trained.prompt_tokens if self.trained else 0
+
+    @property
+    def has_embedded_prompt(self) -> bool:
+        """Whether it is a prompt of embeddings, of which several go into one batch."""
+        return self.trained is not None and isinstance(self.trained.method, EmbeddedPromptMethod)
+
+
+def _of_run(named: Named, report: Report) -> Tuned:
+    run = TrainedRun.open(RunDirectory.open(named.path), report)
+    return _with_record(named.label, run.bench, run.bench.method, run.record, run.weights)
+
+
+def _of_weights(named: Named, report: Report) -> Tuned:
+    """The base is found as the record names it, wherever the folder lies now."""
+    record = TrainedRecord.read(named.path)
+    if record.adapter.trains_base:  # a whole model
+        section = record.model.model_copy(update={"name": str(named.path), "revision": None})
+        setup = ModelSetup.find(section, report, precision=record.precision, trains_base=True)
+        return Tuned(named.label, setup, None, record.in_conversation)
+    quantizers = Quantizers(record.quantization, record.modules)
+    setup = ModelSetup.find(record.model, report, quantizers, record.precision)
+    method = build(record.adapter, record.modules, setup.tokenizer)
+    record.refuse_others(named.path, setup.folder, method)
+    return _with_record(named.label, setup, method, record, named.path)
+
+
+def _with_record(label: str, setup: ModelSetup, method: AdapterMethod, record: TrainedRecord, weights: Path) -> Tuned:
+    def put_on(base: PreTrainedModel) -> nn.Module:
+        return method.load(base, weights)
+
+    trained = Trained(method, record.quantized_base, put_on, record.adapter.prompt_tokens, weights)
+    return Tuned(label, setup, trained, record.in_conversation)
+
+
+def _of_checkpoint(named: Named, report: Report) -> Tuned:
+    checkpoint = read_checkpoint(named.path)
+    facts = checkpoint.facts
+    recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
+    bench = Workbench.of(recipe, report)
+    refuse_other_base(facts["base"], bench.folder)
+
+    def put_on(base: PreTrainedModel) -> nn.Module:
+        bench.seed()
+        model: nn.Module = bench.method.attach(base, facts["total_steps"])
+        bench.method.initialize(model, bench.folder.weight)
+        bench.method.restore(model, load_file(named.path / TRAINED))
+        peft_bridge.store_as_base(model)
+        return model.requires_grad_(False)
+
+    codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
+    trained = Trained(bench.method, codes, put_on, recipe.adapter.prompt_tokens, named.path)
+    return Tuned(named.label, bench, trained, facts["in_conversation"])
+
+
+def _of_model(named: Named, report: Report) -> Tuned:
+    section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
+    setup = ModelSetup.find(section, report)
+    told = _told_by_certificate(named.path)
+    return Tuned(named.label, setup, None, bool(setup.tokenizer.chat_template) if told is None else told)
+
+
+def _told_by_certificate(folder: Path) -> bool | None:
+    """What a file of ours says in the folder of a model that a run became; None where there is none."""
+    for name in CERTIFICATES:
+        with suppress(OSError, ValueError):
+            certificate = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(certificate, dict) and isinstance(told := certificate.get("in_conversation"), bool):
+                return told
+    return None
+
+
+class SharedBase:
+    """One base in memory, and what is put on it by turns.
+
+    Args:
+        tuned: What is to answer, all over the same base; it is loaded here.
+        report: Told of every phase.
+
+    Attributes:
+        tuned: As given.
+
+    Raises:
+        RefusedError: Their bases are not the same, or not quantized to the codes of the training.
+        UnsupportedError: One has no adapter that could be put on a base and taken off.
+    """
+
+    def __init__(self, tuned: Sequence[Tuned], report: Report) -> None:
+        _refuse_other_bases(tuned)
+        self.tuned = list(tuned)
+        self._base = tuned[0].setup.load_base(report)
+        for each in tuned:
+            if each.trained is not None:
+                refuse_other_codes(each.trained.codes, each.setup, self._base)
+        self._on_it: tuple[Trained, nn.Module] | None = None
+
+    def model(self, number: int) -> nn.Module:
+        """The model of one; what was on the base before is taken off."""
+        trained = self.tuned[number].trained
+        if self._on_it is not None:
+            before, model = self._on_it
+            if before is trained:
+                return model
+            self._base, self._on_it = before.method.detach(model), None
+        if trained is None:
+            base: nn.Module = self._base  # transformers has no types
+            return base
+        model = trained.put_on(self._base)
+        self._on_it = (trained, model)
+        return model
+
+    def may_share_prefixes(self, number: int) -> bool:
+        """Whether one computes once what rows in one line begin with alike; its attention may become that which can.
+
+        A prompt that was trained stands before every row, which none then has in common with another.
+        """
+        tuned = self.tuned[number]
+        self.model(number)
+        return not tuned.prompt_tokens and tuned.setup.section.attention == "auto" and self._shares_prefixes
+
+    @cached_property
+    def _shares_prefixes(self) -> bool:
+        """Of the base, with whatever adapter is on it: those change each token by itself."""
+        try:
+            setup = self.tuned[0].setup
+            with autocast(setup.accelerator.device, setup.compute_dtype):
+                keep_apart(self._base, may_choose=True)
+                objection = objection_to_sharing(self._base)
+        except UnsupportedError as error:
+            objection = str(error)
+        if objection:
+            logger.info("what rows begin with alike is computed for each: %s", objection)
+        return objection is None
+
+    def with_prompts(self, numbers: Sequence[int]) -> PromptChoiceModel:
+        """One model for several that are prompts of embeddings, in this order."""
+        prompted = [self.model(number) for number in numbers]  # the base stays as it is, so all of them hold
+        assert all(isinstance(model, EmbeddedPromptModel) for model in prompted)
+        return PromptChoiceModel([model for model in prompted if isinstance(model, EmbeddedPromptModel)])
+
+
+def _refuse_other_bases(tuned: Sequence[Tuned]) -> None:
+    first = tuned[0]
+    for other in tuned[1:]:
+        ours, theirs = _base_facts(first), _base_facts(other)
+        both = [key for key in ours if key in theirs]
+        if differing := [f"{key} {theirs[key]} and not {ours[key]}" for key in both if ours[key] != theirs[key]]:
+            raise RefusedError(
+                f"it stands on another base than {first.label}: {', '.join(differing)}",
+                where=other.label,
+                hint="answer together with what stands on one base, stored in one way; the rest by itself",
+            )
+    replacing = next((each for each in tuned if each.trained and each.trained.method.section.trains_base), None)
+    if replacing and any(each.trained for each in tuned if each is not replacing):
+        raise UnsupportedError(
+            "it has changed the base's own weights, so that no other adapter can go on them",
+            where=replacing.label,
+            hint="let it answer by itself",
+        )
+
+
+def _base_facts(tuned: Tuned) -> dict[str, str]:
+    """What must be the same for two to answer over one base as each does over its own."""
+    setup = tuned.setup
+    quantizers = setup.quantizers
+    facts = {
+        "fingerprint": fingerprint(setup.folder.path)[:12],
+        "quantization": _in_words(quantizers.section),
+        "quantization of single layers": "; ".join(
+            f"{rule.match}: {_in_words(rule.quantization)}" for rule in quantizers.modules if rule.quantization
+        ),
+        "type": str(setup.weight_dtype).removeprefix("torch."),
+        "computing in": str(setup.compute_dtype).removeprefix("torch."),
+        "attention": setup.section.attention,
+    }
+    codes = tuned.trained and tuned.trained.codes
+    return {**facts, "codes": codes.fingerprint[:12]} if codes else facts
+
+
+def _in_words(section: Section) -> str:
+    return " ".join(f"{key}={value}" for key, value in section.model_dump().items())

@@ -1,0 +1,181 @@
+"""`ft_adapter.json`: what trained weights are, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+from torch import nn
+
+from finetune.adapters.base import AdapterMethod
+from finetune.errors import RefusedError, UsageError
+from finetune.jobs.load.context import ModelSetup, Workbench
+from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.folder import ModelFolder
+from finetune.recipe.adapter import Adapter
+from finetune.recipe.model import Model
+from finetune.recipe.modules import ModuleRule
+from finetune.recipe.quantization import Quantization
+from finetune.recipe.section import Section
+from finetune.recipe.training import Precision
+from finetune.run.directory import TRAINED_RECORD, write_json
+
+
+class BaseRecord(Section):
+    """A base model: its name in the recipe, its commit on the hub, and the fingerprint of its files."""
+
+    name: str
+    commit: str | None
+    fingerprint: str
+
+
+class QuantizedRecord(Section):
+    """The base as it was quantized: a fingerprint of the layers' tensors, and the kind of device they were made on."""
+
+    device: str
+    fingerprint: str
+
+
+class TrainedRecord(Section):
+    """What stands beside trained weights.
+
+    Attributes:
+        adapter: The recipe's section of the method.
+        convention: The formula that the tensors belong to.
+        quantization: How the base was stored.
+        modules: What differed for single layers.
+        model: What named the base, and the type of the weights that were not quantized.
+        precision: What the forward pass was computed in.
+        base: What it was trained on.
+        quantized_base: The same as stored; None where no layer was quantized.
+        in_conversation: Whether rows went through the chat template, so that prompts will too.
+    """
+
+    format: Literal[1] = 1
+    adapter: Adapter
+    convention: str
+    quantization: Quantization
+    modules: list[ModuleRule]
+    model: Model
+    precision: Precision
+    base: BaseRecord
+    quantized_base: QuantizedRecord | None
+    in_conversation: bool
+
+    @classmethod
+    def of(cls, bench: Workbench, quantized_base: str | None, in_conversation: bool) -> TrainedRecord:
+        """The record of what was trained in this process, over a base of that fingerprint as it was quantized."""
+        recipe = bench.recipe
+        return cls(
+            adapter=recipe.adapter,
+            convention=bench.method.convention,
+            quantization=recipe.quantization,
+            modules=recipe.modules,
+            model=recipe.model,
+            precision=recipe.training.precision,
+            base=base_record(bench),
+            quantized_base=as_record(bench, quantized_base),
+            in_conversation=in_conversation,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Put the record beside the weights in `folder`."""
+        write_json(folder / TRAINED_RECORD, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainedRecord:
+        """The record in `folder`.
+
+        Raises:
+            UsageError: There is none.
+            RefusedError: It is not one of ours.
+        """
+        file = folder / TRAINED_RECORD
+        if not file.is_file():
+            raise UsageError(
+                "the run has no trained weights: it did not finish",
+                where=str(folder.parent),
+                hint="go on with it: ft train --resume RUN",
+            )
+        try:
+            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, ValidationError) as error:
+            raise RefusedError(
+                f"{TRAINED_RECORD} is damaged or not of this version", where=str(file), hint="train the run again"
+            ) from error
+
+    def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod) -> None:
+        """The base's files and the method's formula must be those of the training.
+
+        Args:
+            weights: The folder that the record stands in.
+            base: What the weights are to go on.
+            method: What computes with them.
+
+        Raises:
+            RefusedError: One of them is another now.
+        """
+        refuse_other_base(self.base.fingerprint, base)
+        if self.convention != method.convention:
+            raise RefusedError(
+                f"the weights belong to {self.convention}, this version computes {method.convention}",
+                where=str(weights / TRAINED_RECORD),
+                hint="train the run again",
+            )
+
+    def refuse_other_quantization(self, setup: ModelSetup, base: nn.Module) -> None:
+        """See `refuse_other_codes`."""
+        refuse_other_codes(self.quantized_base, setup, base)
+
+
+def base_record(bench: Workbench) -> BaseRecord:
+    """The base of a recipe."""
+    folder = bench.folder
+    return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
+
+
+def refuse_other_base(known: str, base: ModelFolder) -> None:
+    """The base's files must have the fingerprint of those that were trained on.
+
+    Raises:
+        RefusedError: They have another.
+    """
+    found = fingerprint(base.path)
+    if found != known:
+        raise RefusedError(
+            f"the base's weights are not those that the run was trained on "
+            f"(fingerprint {found[:12]}, trained on {known[:12]})",
+            where=str(base.path),
+            hint="bring back the base that the run was trained on, or train again on this one",
+        )
+
+
+def refuse_other_codes(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:
+    """The loaded base must be quantized to the very tensors that were trained on.
+
+    Another kind of device may round a tie the other way, so only the same kind is held to it.
+
+    Raises:
+        RefusedError: It is not.
+    """
+    refuse_other_record(known, as_record(setup, fingerprint_quantized(base)), setup)
+
+
+def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | None, setup: ModelSetup) -> None:
+    """The same where the record of the base is taken already."""
+    if found == known or (found and known and found.device != known.device):
+        return
+    raise RefusedError(
+        "the base is quantized to other weights than those that the run was trained on",
+        where=str(setup.folder.path),
+        hint="use the versions of ft and of the libraries that provenance.json names, or train again",
+    )
+
+
+def as_record(setup: ModelSetup, fingerprint: str | None) -> QuantizedRecord | None:
+    """The record of a base of this fingerprint, quantized on the device of `setup`; None where nothing is quantized."""
+    if fingerprint is None:
+        return None
+    return QuantizedRecord(device=setup.accelerator.device.type, fingerprint=fingerprint)

@@ -1,0 +1,52 @@
+"""What vLLM is given of something that answers: a folder of plain weights, and a LoRA adapter that it can serve."""
+
+from __future__ import annotations
+
+from finetune.errors import UnsupportedError
+from finetune.evaluation.engine import Writer
+from finetune.jobs.load.finetuned_model import Tuned
+from finetune.models.quantized import stored_quantization
+from finetune.recipe.serving import served_rank
+from finetune.run.events import Report
+
+
+def vllm_writer(tuned: Tuned, report: Report) -> Writer:
+    """Answers of `tuned` by vLLM, which loads it when it is first asked, and tells `report` so.
+
+    Raises:
+        UnsupportedError: vLLM would refuse it, or answer as something else than was trained.
+        UsageError: vLLM is not installed.
+    """
+    setup, trained = tuned.setup, tuned.trained
+    if not setup.quantizers.quantize_nothing or stored_quantization(setup.folder):
+        raise UnsupportedError(
+            "its weights are quantized by ft, and vLLM does not load those",
+            where=tuned.label,
+            hint="measure it in plain weights, which ft merge --dtype bfloat16 writes of a run; or leave --engine out",
+        )
+    folder, adapter, rank = setup.folder.path, None, None
+    if trained is not None:
+        section = trained.method.section
+        form = "config.json" if section.trains_base else "adapter_config.json"
+        if not section.trains_base:
+            rank = served_rank(section, setup.quantizers.modules)
+        if not (trained.weights / form).is_file():
+            raise UnsupportedError(
+                "vLLM reads no checkpoint",
+                where=tuned.label,
+                hint="name the run when it has finished, or leave --engine out",
+            )
+        folder, adapter = (trained.weights, None) if section.trains_base else (folder, trained.weights)
+    from finetune.evaluation.vllm_writer import VllmWriter
+
+    return VllmWriter(
+        tuned.label,
+        folder,
+        setup.tokenizer,
+        setup.compute_dtype,
+        setup.accelerator.device.type,
+        setup.positions,
+        adapter,
+        rank,
+        report,
+    )

@@ -1,0 +1,154 @@
+"""`ft plan --fit`: the smallest change of a recipe with which its run fits into a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from finetune.errors import OutOfMemoryError, RecipeError, UnsupportedError
+from finetune.jobs.plan.estimate import Plan, Planner
+from finetune.recipe.adapter import LowRank
+from finetune.recipe.editing import edited
+from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe, recipe_of
+from finetune.recipe.recipe import Recipe
+
+SMALLEST_RANK = 4
+
+Changes = dict[str, str]
+"""New values of a recipe's keys."""
+
+SHORT_MOMENTS = {"adamw": "adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit"}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A change that makes a run fit.
+
+    Attributes:
+        changes: Keys and their new values; none where the run fits as it is.
+        before: What the run would take as it is.
+        after: And with the changes.
+        recipe: The changed recipe.
+    """
+
+    changes: Changes
+    before: Plan
+    after: Plan
+    recipe: Recipe
+
+    def text(self, loaded: LoadedRecipe) -> str:
+        """The changed recipe as a file: the written one with its comments, or else with every default written out.
+
+        Args:
+            loaded: What the recipe was read from.
+        """
+        changed = edited(loaded.text, self.changes)
+        return changed if not loaded.overrides else dump_recipe(self.recipe)
+
+
+def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
+    """Find the smallest change with which a run fits into the memory that is planned for.
+
+    In this order, each only where what comes before does not suffice: smaller micro-batches, as many more of which keep
+    the rows of a step; what widening layers put out computed again in backward; blocks; on a GPU, their inputs kept
+    elsewhere; moments in 8 bits; the base in NF4; half the rank, and a quarter. Up to the moments, the result stays as
+    it is but for rounding. Held-out rows are measured as few at a time where they alone would not fit.
+
+    Raises:
+        OutOfMemoryError: No such change suffices.
+    """
+    before = planner.plan(loaded.recipe, measures_time=False)
+    if before.fits is not False:  # where the memory is not known there is nothing to fit into
+        return Fitted({}, before, before, loaded.recipe)
+    for larger in larger_changes(loaded.recipe, planner.on_gpu):
+
+        def fitting(size: int, larger: Changes = larger) -> Fitted | None:
+            return _fitting(planner, loaded, {**_micro_batches(loaded.recipe, size), **larger}, before)
+
+        *sizes, smallest = _micro_batch_sizes(loaded.recipe)
+        if (least := fitting(smallest)) is not None:  # where it does not fit, no other does
+            return next(filter(None, map(fitting, sizes)), least)
+    capacity = (before.capacity or 0) / 1e9
+    raise OutOfMemoryError(
+        f"nothing that ft can change by itself makes the run fit into {before.device} of {capacity:.3g} GB",
+        where=str(loaded.path),
+        hint="lower data.max_length, or name a smaller model",
+    )
+
+
+def _fitting(planner: Planner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
+    """The changed recipe if it fits; None too where the recipe's other settings do not allow the change."""
+    overrides = [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]
+    try:
+        recipe = recipe_of(loaded.text, loaded.path, overrides).recipe
+        if planner.least(recipe) > (before.capacity or 0):
+            return None
+        after = planner.plan(recipe, measures_time=False)
+    except (RecipeError, UnsupportedError):
+        return None
+    few = recipe.training.micro_batch_size
+    if after.evaluation_is_too_large and recipe.evaluation.batch_size > few:
+        return _fitting(planner, loaded, {**changes, "evaluation.batch_size": str(few)}, before)
+    return Fitted(changes, before, after, recipe) if after.fits else None
+
+
+def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
+    """What may be changed beside micro-batches, the least first: no set holds a change that a later one could spare."""
+    single: list[Changes] = []
+    if not recipe.training.gradient_checkpointing:
+        single.append({"training.gradient_checkpointing": "selective"})
+    if not recipe.training.recomputes_blocks:
+        single.append({"training.gradient_checkpointing": "true"})
+    if on_gpu and recipe.training.gradient_checkpointing != "offload":
+        single.append({"training.gradient_checkpointing": "offload"})
+    if recipe.optimizer.name in SHORT_MOMENTS:
+        single.append({"optimizer.name": SHORT_MOMENTS[recipe.optimizer.name]})
+    if not recipe.quantization.quantizes:
+        single.append({"quantization.kind": "nf4"})
+    if isinstance(recipe.adapter, LowRank):
+        single += [_rank(recipe.adapter, part) for part in (2, 4) if recipe.adapter.r // part >= SMALLEST_RANK]
+    yield {}
+    for last, largest in enumerate(single):
+        for count in range(last + 1):
+            for others in combinations(single[:last], count):
+                together = [entry for change in (*others, largest) for entry in change.items()]
+                if len(merged := dict(together)) == len(together):  # no key is given twice
+                    yield merged
+
+
+def _rank(adapter: LowRank, part: int) -> Changes:
+    """A part of the rank, with the scale that the update has now."""
+    return {
+        "adapter.r": str(adapter.r // part),
+        "adapter.alpha": f"{adapter.alpha * (adapter.r // part) / adapter.r:g}",
+    }
+
+
+def _micro_batch_sizes(recipe: Recipe) -> list[int]:
+    """The recipe's own and all smaller ones that divide the rows of a step, the largest first."""
+    size = recipe.training.micro_batch_size
+    rows = size * recipe.training.gradient_accumulation_steps
+    return [smaller for smaller in range(size, 0, -1) if rows % smaller == 0]
+
+
+def _micro_batches(recipe: Recipe, size: int) -> Changes:
+    """Micro-batches of this size, as many more as they are smaller."""
+    training = recipe.training
+    if size == training.micro_batch_size:
+        return {}
+    accumulated = training.micro_batch_size * training.gradient_accumulation_steps // size
+    return {"training.micro_batch_size": str(size), "training.gradient_accumulation_steps": str(accumulated)}
+
+
+def write(fitted: Fitted, loaded: LoadedRecipe, file: Path) -> None:
+    """Write the changed recipe, and make sure that it is the one that was planned.
+
+    Raises:
+        RecipeError: It cannot be read back.
+    """
+    file.write_text(fitted.text(loaded), encoding="utf-8")
+    written = load_recipe(file).recipe
+    if written.model_copy(update={"run": fitted.recipe.run}) != fitted.recipe:  # the name may follow the file's
+        file.write_text(dump_recipe(fitted.recipe), encoding="utf-8")

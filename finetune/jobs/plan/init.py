@@ -1,0 +1,190 @@
+"""`ft init`: look at somebody's data and base, and write a first recipe for them."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from pydantic import TypeAdapter
+
+from finetune.data.readers.files import is_plain_text
+from finetune.data.sources import files_of
+from finetune.data.survey import Survey, estimated_longest_row, longest_row, survey
+from finetune.errors import DataError, UsageError
+from finetune.jobs.plan.estimate import Planner
+from finetune.jobs.plan.fit_to_memory import Fitted, fit
+from finetune.jobs.plan.starter_recipe import AIMS, Facts, first_recipe
+from finetune.models.folder import ModelFolder, find_model
+from finetune.models.load import load_tokenizer
+from finetune.plan.cards import Card
+from finetune.recipe.data import Source, SourceSection, TextSource, TokenizedSource
+from finetune.recipe.importing.values import is_local
+from finetune.recipe.load import recipe_of
+from finetune.recipe.model import Model
+from finetune.recipe.problems import nearest
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.schema import every_key
+from finetune.recipe.section import anchored
+from finetune.run.directory import write_file
+from finetune.run.events import Phase, Report, ignore
+
+FEW_TEXTS = 20
+"""Text of fewer files is taken apart into paragraphs, so that some of it can be held out."""
+
+LONG_ROW_TOKENS = 4096
+TEXT_ROW_TOKENS = 2048
+
+
+def look_at(data: str, data_format: str = "auto", columns: Mapping[str, str] = MappingProxyType({})) -> Survey:
+    """Look at a data set.
+
+    Args:
+        data: A file, a pattern, a folder, or the id of a data set on the hub.
+        data_format: A format, for data whose columns do not tell it.
+        columns: Names of columns, by the format's keys for them.
+
+    Raises:
+        UsageError: There is no such format, or it has no such key.
+        DataError: The data cannot be used.
+    """
+    source = _source(data, data_format, columns)
+    found = survey(source)
+    is_text = source.path is not None and all(map(is_plain_text, files_of(source)))
+    if is_text and isinstance(found.source, TextSource) and found.rows < FEW_TEXTS:
+        apart = survey(found.source.model_copy(update={"split": "paragraph"}))
+        return apart if apart.rows >= FEW_TEXTS else found
+    return found
+
+
+def _source(data: str, data_format: str, columns: Mapping[str, str]) -> SourceSection:
+    path = anchored(data, Path.cwd())
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not is_local(data)
+    if not (is_hub_id or glob.has_magic(path) or os.path.exists(path)):
+        raise DataError("there is no such file", where=data, hint="name a file, a folder, or org/name of the hub")
+    place = {"hub": {"name": data}} if is_hub_id else {"path": path}
+    formats = every_key()["data", "train", 0, "format"].choices
+    if data_format not in formats:
+        raise UsageError(f"there is no format {data_format!r}", hint=_one_of(data_format, formats, "formats"))
+    section: SourceSection = TypeAdapter(Source).validate_python({"format": data_format, **place})
+    known = section.column_keys()
+    for key in columns:
+        if key not in known:
+            raise UsageError(f"format {data_format} has no column {key!r}", hint=_one_of(key, known, "its columns"))
+    return section.model_copy(update=columns)
+
+
+def _one_of(found: str, known: Sequence[str], what: str) -> str:
+    """What could have been meant."""
+    near = nearest(found, known)
+    return f"did you mean `{near}`?" if near else f"{what}: {', '.join(known) or 'none; add --format'}"
+
+
+def likely_aim(seen: Survey) -> str:
+    """What data of this kind is usually for."""
+    if seen.is_text:
+        return "pretraining"
+    if seen.has_tools:
+        return "tools"
+    if seen.format in ("qa", "multiple_choice"):
+        return "qa"
+    if seen.format == "classification":
+        return seen.format
+    if seen.answers_json:
+        return "extraction"
+    return "long-context" if estimated_longest_row(seen.sample) > LONG_ROW_TOKENS else "chat"
+
+
+def write_recipe(
+    seen: Survey, model: str, aim: str, card: Card | None, output: Path, report: Report = ignore
+) -> Fitted:
+    """Write a recipe that is valid, and that fits by the plan whatever rows come, if they are no longer than it allows.
+
+    Args:
+        seen: The data.
+        model: Name of the base, as in `model.name`; a relative path starts at the working directory.
+        aim: One of `AIMS`.
+        card: The GPU to fit into; None for this machine.
+        output: The recipe's file, which is replaced.
+        report: Told what is being done.
+
+    Returns:
+        What had to be changed to make it fit, and what it will take.
+
+    Raises:
+        UsageError: The aim does not go with the data.
+        OutOfMemoryError: Nothing fits into the memory.
+        DataError: The model's chat template cannot render a row.
+        ModelError: There is no such model, or it has no chat template and rows are conversations.
+        EnvironmentFault: The hub cannot be reached, or the file cannot be written.
+    """
+    _refuse_mismatch(seen, aim)
+    facts = _facts(seen, model, aim, report)
+    loaded = recipe_of(first_recipe(facts, output), output)
+    with tempfile.TemporaryDirectory(prefix="ft-init-") as folder:
+        planner = Planner.of(_on_longest_rows(loaded.recipe, Path(folder)), card, report)
+        fitted = fit(planner, loaded)
+    text = first_recipe(facts, output, fitted)
+    recipe_of(text, output)
+    write_file(output, text)
+    return fitted
+
+
+def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with rows that are all as long as it allows, as many as an optimizer step takes."""
+    rows = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
+    file = folder / "rows.jsonl"
+    file.write_text(f"{json.dumps({'input_ids': [0] * recipe.data.max_length})}\n" * rows, encoding="utf-8")
+    source = TokenizedSource(format="tokenized", path=str(file))
+    held_out = [source] if recipe.data.validation_fraction else []
+    data = {"train": [source], "validation": held_out, "validation_fraction": 0.0}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+
+
+def _refuse_mismatch(seen: Survey, aim: str) -> None:
+    if aim not in AIMS:
+        raise UsageError(f"there is no aim {aim!r}", hint=f"aims: {', '.join(AIMS)}")
+    if seen.is_text and aim not in ("pretraining", "long-context"):
+        raise UsageError(
+            f"the rows are plain text, which asks nothing and answers nothing, and the aim is {aim}",
+            where=seen.source.place,
+            hint="add --aim pretraining, or bring rows with questions and answers",
+        )
+    if not seen.is_text and aim == "pretraining":
+        raise UsageError(
+            f"the rows are of format {seen.format}, and pretraining is for plain text",
+            where=seen.source.place,
+            hint="add --aim chat, or a column with --format text",
+        )
+
+
+def _facts(seen: Survey, model: str, aim: str, report: Report) -> Facts:
+    section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
+    folder = find_model(section, lambda doing: report(Phase(doing)), weights=False)
+    report(Phase("looking at the data"))
+    longest, apart = longest_row(seen.sample, load_tokenizer(folder))
+    wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
+    return Facts(
+        seen=seen,
+        model=model,
+        aim=aim,
+        longest_row=longest,
+        row_tokens=min(wanted, _context_length(folder) or wanted),
+        splits_turns=apart,
+    )
+
+
+def _context_length(folder: ModelFolder) -> int | None:
+    config = folder.config()
+    length = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    return length if isinstance(length, int) else None
+
+
+def _next_length(tokens: int) -> int:
+    """The next power of two, and no less than 128: a little room for rows that were not looked at."""
+    return max(128, 1 << (tokens - 1).bit_length())

@@ -1,0 +1,213 @@
+"""The recipe that `ft init` writes: which key gets which value, and why, as a remark beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.data.survey import SAMPLED_ROWS, Survey
+from finetune.jobs.plan.fit_to_memory import Fitted
+from finetune.recipe.paths import model_from, reached_from
+from finetune.recipe.yaml_writing import commented
+from finetune.run.numbers import count, memory
+
+RANK = 16
+MICRO_BATCH_SIZE = 8
+BATCH_SIZE = 16
+SMALL_BATCH_SIZE = 8
+FEW_ROWS = 500
+"""Rows below which a step takes fewer of them, so that there are enough steps."""
+
+MANY_ROWS = 5000
+"""Rows from which one epoch is enough to begin with."""
+
+HELD_OUT_SHARE = 0.05
+CHECKS_AN_EPOCH = 4
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What people come for.
+
+    Attributes:
+        what: In words.
+        max_new_tokens: Longest answer in `ft eval`.
+    """
+
+    what: str
+    max_new_tokens: int
+
+
+AIMS: Mapping[str, Aim] = {
+    "chat": Aim("answers in conversations", 256),
+    "classification": Aim("a label for a text", 16),
+    "extraction": Aim("JSON out of a text", 256),
+    "tools": Aim("calls of tools", 256),
+    "qa": Aim("short answers to questions", 32),
+    "pretraining": Aim("continued pre-training on plain text", 64),
+    "long-context": Aim("rows of many thousand tokens", 256),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe is made of.
+
+    Attributes:
+        seen: The data.
+        model: The base's name, as it was given.
+        aim: One of `AIMS`.
+        longest_row: Tokens of the longest row that was looked at.
+        row_tokens: `data.max_length`.
+        splits_turns: Whether each answer needs a row of its own.
+    """
+
+    seen: Survey
+    model: str
+    aim: str
+    longest_row: int
+    row_tokens: int
+    splits_turns: bool
+
+
+def batch_size(rows: int) -> int:
+    """Rows of an optimizer step."""
+    return BATCH_SIZE if rows >= FEW_ROWS else SMALL_BATCH_SIZE
+
+
+def first_recipe(facts: Facts, file: Path, fitted: Fitted | None = None) -> str:
+    """The recipe as text, for the place where it will be.
+
+    Args:
+        facts: What it is made of.
+        file: Its place.
+        fitted: What must be changed of it to fit; None for the recipe that takes what it likes.
+    """
+    changes = fitted.changes if fitted else {}
+    sections = _sections(facts, file.parent)
+    for key, new in changes.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = yaml.safe_load(new)
+    written = {name: section for name, section in sections.items() if section}
+    return commented(_head(facts, file, fitted), written, _remarks(facts, fitted))
+
+
+def _head(facts: Facts, file: Path, fitted: Fitted | None) -> list[str]:
+    seen = facts.seen
+    rows = f"{seen.rows} rows" if seen.is_whole else f"{seen.rows} rows and more"
+    looked_at = min(seen.rows, SAMPLED_ROWS)
+    what = AIMS[facts.aim].what
+    return [
+        f"{what[0].upper()}{what[1:]}: a first recipe, by ft init.",
+        f"Data:    {rows} of format {seen.format}; the longest of the first {looked_at} has {facts.longest_row} tokens",
+        *([_foreseen(fitted, facts.row_tokens)] if fitted else []),
+        f"Command: ft train {file}",
+        "Every key with its default: ft explain; what the model will see: ft preview; what it takes: ft plan",
+    ]
+
+
+def _foreseen(fitted: Fitted, row_tokens: int) -> str:
+    plan = fitted.after
+    there = f" of {memory(plan.capacity)}" if plan.capacity else ""
+    return f"Memory:  {memory(plan.peak)}{there} on {plan.device} if all rows had {row_tokens} tokens; with yours less"
+
+
+def _sections(facts: Facts, folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {"name": model_from(folder, facts.model)},
+        "quantization": {},
+        "adapter": {"method": "lora", "r": RANK, "alpha": 2 * RANK, "target_modules": "all-linear"},
+        "data": _data(facts, folder),
+        "optimizer": {"name": "adamw", "learning_rate": 2e-4, "schedule": "cosine", "warmup_ratio": 0.03},
+        "training": _training(facts),
+        "evaluation": _evaluation(facts),
+    }
+
+
+def _data(facts: Facts, folder: Path) -> dict[str, Any]:
+    seen = facts.seen
+    source = {"format": seen.format, **seen.source.model_dump(exclude_defaults=True, exclude={"path", "hub"})}
+    place = (
+        {"path": reached_from(folder, seen.source.path)}
+        if seen.source.path
+        else {"hub": {"name": seen.source.hub.name if seen.source.hub else ""}}
+    )
+    data: dict[str, Any] = {"train": [{**place, **source}]}
+    if _held_out(facts):
+        data["validation_fraction"] = HELD_OUT_SHARE
+    data["max_length"] = facts.row_tokens
+    if seen.format == "text":
+        data["overlength"] = "split"
+    elif facts.longest_row > facts.row_tokens:
+        data["overlength"] = "truncate_prompt"
+    if facts.splits_turns:
+        data["split_turns"] = True
+    return data
+
+
+def _held_out(facts: Facts) -> int:
+    """Rows that are held out; a source of one row has none to spare."""
+    return max(1, round(HELD_OUT_SHARE * facts.seen.rows)) if facts.seen.rows > 1 else 0
+
+
+def _training(facts: Facts) -> dict[str, Any]:
+    training: dict[str, Any] = {
+        "epochs": 3 if facts.seen.rows < MANY_ROWS and not facts.seen.is_text else 1,
+        "micro_batch_size": MICRO_BATCH_SIZE,
+        "gradient_accumulation_steps": batch_size(facts.seen.rows) // MICRO_BATCH_SIZE,
+    }
+    if facts.seen.format == "text":
+        training["batching"] = "packed"
+    return training
+
+
+def _evaluation(facts: Facts) -> dict[str, Any]:
+    evaluation: dict[str, Any] = {}
+    steps_an_epoch = facts.seen.rows // batch_size(facts.seen.rows)
+    if _held_out(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
+        evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
+    return {**evaluation, "max_new_tokens": AIMS[facts.aim].max_new_tokens}
+
+
+def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:
+    remarks = {
+        "adapter.r": "rank of the update: more learns more, and takes more",
+        "data.validation_fraction": "held out, for the loss while training and for ft eval",
+        "data.max_length": "tokens; a longer row stops the run, unless overlength says otherwise",
+        "optimizer.learning_rate": "the first thing to vary: half and double of it",
+        "training.gradient_accumulation_steps": f"makes {batch_size(facts.seen.rows)} rows an optimizer step",
+        "training.batching": "rows are put together into packs of max_length, which do not read each other",
+        "evaluation.max_new_tokens": "longest answer in ft eval",
+        "evaluation.every_steps": f"about {CHECKS_AN_EPOCH} times an epoch",
+    }
+    if fitted is not None:
+        plan = fitted.after
+        size = count(plan.total - plan.trainable)
+        remarks["model.name"] = f"{size} numbers"
+        remarks |= {key: why for key, why in _reasons(size).items() if key in fitted.changes}
+    if "quantization.kind" in remarks:
+        remarks["quantization"] = remarks.pop("quantization.kind")
+    if facts.seen.format == "text":
+        remarks["data.max_length"] = "tokens; longer texts become several rows, every token trained once"
+    elif facts.longest_row > facts.row_tokens:
+        remarks["data.overlength"] = "some rows are longer than the model's context: their prompt's beginning is cut"
+    if facts.splits_turns:
+        remarks["data.split_turns"] = "the model's template renders earlier answers in another way than the last"
+    if any(isinstance(label, int) for label in facts.seen.labels):
+        remarks["data.train"] = "labels are numbers in the file: name them in `labels`, for the model writes the names"
+    return remarks
+
+
+def _reasons(size: str) -> dict[str, str]:
+    """Why a key differs from the recipe that takes what memory it likes."""
+    return {
+        "quantization.kind": f"The base in 4 bits, because {size} numbers in 16 or 32 would not fit.",
+        "adapter.r": f"rank of the update: {RANK} would not fit",
+        "optimizer.name": "moments in 8 bits",
+        "training.gradient_checkpointing": "computes activations again in backward: less memory, more time",
+        "evaluation.batch_size": "held-out rows at once: more would not fit",
+    }

@@ -1,0 +1,67 @@
+"""`ft reproduce`: a run trained once more, and held against the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import RefusedError, UsageError
+from finetune.jobs.train.run import train
+from finetune.recipe.load import load_recipe
+from finetune.run.comparison import Difference, differences
+from finetune.run.directory import RunDirectory
+from finetune.run.events import Report, ignore
+from finetune.run.interruption import Interruption
+from finetune.run.provenance import file_digest
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it.
+
+    Attributes:
+        run_directory: Of the second run.
+        is_identical: Whether every trained tensor is the same bit for bit.
+        files: Compared, by name.
+        differences: What differs between the runs, versions and results among it.
+    """
+
+    run_directory: Path
+    is_identical: bool
+    files: list[str]
+    differences: list[Difference]
+
+
+def reproduce(
+    first: RunDirectory, again: RunDirectory, report: Report = ignore, interruption: Interruption | None = None
+) -> Reproduction:
+    """Train the resolved recipe of a finished run in a directory of its own and compare the trained weights.
+
+    On the same machine with the same versions and number of threads they are the same bit for bit.
+
+    Args:
+        first: A finished run.
+        again: A directory made for the second.
+        report: Told of every phase and step.
+        interruption: Looked at again and again: whether to save and stop.
+
+    Raises:
+        UsageError: The first run is not finished.
+        RefusedError: Data or base are not those of the first run any more.
+    """
+    if not first.is_finished:
+        raise UsageError("the run is not finished", where=str(first.path), hint=first.how_to_resume)
+    recipe = load_recipe(first.recipe).recipe
+    train(recipe, again, report, interruption)
+    found = differences(first, again)
+    changed = [difference for difference in found if difference.part == "data" or difference.key == "base fingerprint"]
+    if changed:
+        raise RefusedError(
+            f"{changed[0].key} is not what the run was trained on: {changed[0].first} -> {changed[0].second}",
+            where=str(again.path),
+            hint="bring back the data and base of the first run",
+        )
+    weights = [run.trained(recipe.adapter.trains_base) for run in (first, again)]
+    names = sorted(file.name for file in weights[0].glob("*.safetensors"))
+    same = all(file_digest(weights[0] / name) == file_digest(weights[1] / name) for name in names)
+    return Reproduction(again.path, same, names, found)

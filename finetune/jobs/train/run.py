@@ -1,0 +1,213 @@
+"""`ft train`: from a recipe to trained weights in a run directory."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import asdict
+from pathlib import Path
+
+from finetune.data.dataset import Rows
+from finetune.errors import as_out_of_memory
+from finetune.jobs.load.context import Workbench
+from finetune.jobs.load.training_record import TrainedRecord, base_record
+from finetune.jobs.train.checkpointing import Saver
+from finetune.jobs.train.dry_run import is_worth_it, rehearse
+from finetune.jobs.train.early_stopping import Patience
+from finetune.jobs.train.evaluator import Examiner
+from finetune.jobs.train.lora_rank_log import RankRecorder
+from finetune.jobs.train.metrics_log import Recorder
+from finetune.jobs.train.oom import step_is_too_large
+from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.resume import extends, permitted_changes
+from finetune.models.linears import count_parameters
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.report.run_page import reported
+from finetune.run.checkpoints import Checkpoint, Checkpoints
+from finetune.run.directory import Attempt, RunDirectory, write_json, write_text, written_aside
+from finetune.run.events import (
+    DataRead,
+    Phase,
+    Report,
+    Resumed,
+    TrainingFinished,
+    TrainingStarted,
+    ignore,
+)
+from finetune.run.history import History
+from finetune.run.interruption import Interruption, StopRequested
+from finetune.run.provenance import provenance
+from finetune.run.tracking import refuse_missing_packages, tracked
+from finetune.train.loop import fit
+from finetune.train.memory import peak_memory_bytes
+from finetune.train.symptoms import Symptoms
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe, run: RunDirectory, report: Report = ignore, interruption: Interruption | None = None
+) -> TrainingFinished:
+    """Train what the recipe describes and leave the result in the run directory.
+
+    A run that has a checkpoint goes on from it and ends bit for bit as if it had never stopped.
+
+    Args:
+        recipe: A valid recipe.
+        run: A directory made for this run; removed again if a new run fails before its first step.
+        report: Told of every phase, step and validation.
+        interruption: Looked at again and again: whether to save and stop.
+
+    Raises:
+        FinetuneError: What the user can mend.
+    """
+    interruption = interruption or Interruption()
+    with reported(run), run.attempt() as attempt, ExitStack() as stack:
+        refuse_missing_packages(recipe.trackers)
+        checkpoint, is_extended = _find_start(run, recipe, attempt)
+        ready = Ready.of(recipe, report, interruption, checkpoint, is_extended)
+        bench, rows, order, state = ready.bench, ready.rows, ready.order, ready.state
+        is_main = bench.accelerator.is_main_process
+        if is_main:
+            run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
+            report = stack.enter_context(tracked(recipe, run, report))
+        saves = is_main or state.is_sharded  # all of them put together what one writes
+        started = _describe(run, ready)
+        if is_main:
+            _record_inputs(run, bench, rows, ready.read, started)
+        report(started)
+        bench.accelerator.wait_for_everyone()  # the record of an earlier attempt is cut to where this one begins
+        history = History.of(run)
+        if checkpoint is not None:
+            report(Resumed(checkpoint.path.name, state.step, order.total_steps))
+
+        patience = Patience(recipe.evaluation.patience, history)
+        saver = Saver(run, attempt, recipe.training, ready.facts, report, patience.best_step)
+        record = Recorder(run, report, Symptoms(history)) if is_main else report
+        ranks = RankRecorder(state, record)
+        examiner = Examiner(bench, state, ready.layout, rows.validation, order.total_steps, report, record)
+        try:
+            if checkpoint is None and is_worth_it(recipe, order.total_steps):
+                rehearse(ready, run, report)
+            after = examiner.measure_if_due()
+            patience.see(after, state, saver if saves else None)
+            for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, ready.layout):
+                attempt.steps = metrics.step
+                record(metrics)
+                ranks.follow()
+                if saves:
+                    saver.save_if_due(state)
+                after = examiner.measure_if_due()
+                patience.see(after, state, saver if saves else None)
+                if patience.is_over:
+                    break
+        except StopRequested:
+            if is_main:
+                report(Phase(f"stopping: step {state.step} is kept"))
+            if saves:
+                saver.save(state)
+            bench.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
+            attempt.checkpoint = state.step  # in the other processes too
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if as_out_of_memory(error) is None:
+                raise
+            resume = None if attempt.checkpoint is None else run.how_to_resume
+            raise step_is_too_large(recipe, state.step + 1, resume) from error
+        report(Phase("saving"))
+        done = copy(state)
+        bench.accelerator.wait_for_everyone()  # the best checkpoint is there for all
+        best = patience.restore(state, run, order.total_steps)
+        if best is not None:
+            record(best)
+        trained = run.trained(recipe.adapter.trains_base)
+        if is_main:
+            _save(ready, trained)
+            ranks.draw(run, order.total_steps)
+        elif saves:
+            bench.method.help_save(state.bare_model)
+    assert done.loss is not None
+    return TrainingFinished(
+        run_directory=str(run.path),
+        trained=str(trained),
+        standalone_by=recipe.adapter.standalone_by,
+        steps=done.step,
+        loss=done.loss,
+        validation_loss_before=done.held_out_before,
+        validation_loss=best.loss if best else after.loss if after else None,
+        tokens=done.tokens,
+        seconds=done.seconds,
+        peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
+        ranks=ranks.ranks,
+        best_step=best.best_step if best else None,
+    )
+
+
+def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Checkpoint | None, bool]:
+    """What the run goes on from, and whether the recipe makes it longer than it was then.
+
+    Raises:
+        RefusedError: Every checkpoint is damaged, or the recipe would make it another run.
+    """
+    checkpoints = Checkpoints(run.checkpoints)
+    if run.is_writer:
+        checkpoints.remove_leftovers()
+    checkpoint = checkpoints.find_resumable()
+    if checkpoint is None and not run.recipe.is_file():
+        if run.is_writer:
+            write_text(run.recipe, dump_recipe(recipe))
+        return None, False
+    found = permitted_changes(checkpoint.path / run.recipe.name if checkpoint else run.recipe, recipe)
+    for change in found:
+        logger.info("changed since the run was started: %s", change)
+    if checkpoint is None:
+        logger.info("no checkpoint was saved: the run starts again from the beginning")
+    else:
+        attempt.steps = attempt.checkpoint = checkpoint.step
+    return checkpoint, extends(found)
+
+
+def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead, started: TrainingStarted) -> None:
+    """Write what the run starts from: provenance, and what became of the rows."""
+    recipe = bench.recipe
+    facts = {
+        "base": base_record(bench).model_dump(),
+        "device": str(bench.accelerator.device),
+        "processes": bench.accelerator.num_processes,
+        "started": {name: value for name, value in asdict(started).items() if name != "run_directory"},
+    }
+    content = [
+        record for split in (rows.train, rows.validation) for source in split.sources for record in source.content
+    ]
+    write_json(run.provenance, provenance(dump_recipe(recipe), content, facts))
+    write_json(run.data_report, read.ledger)
+
+
+def _describe(run: RunDirectory, ready: Ready) -> TrainingStarted:
+    bench, read = ready.bench, ready.read
+    count = count_parameters(ready.state.bare_model)
+    return TrainingStarted(
+        run_directory=str(run.path),
+        model=bench.recipe.model.name,
+        method=bench.recipe.adapter.method,
+        quantization=bench.recipe.quantization.kind,
+        trainable_parameters=count.trainable,
+        total_parameters=count.total,
+        train_rows=read.ledger["train"]["used"],
+        validation_rows=read.ledger["validation"]["used"],
+        target_tokens=read.ledger["train"]["target_tokens"],
+        total_steps=ready.order.total_steps,
+        compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
+        planned_memory_bytes=ready.planned_memory,
+    )
+
+
+def _save(ready: Ready, folder: Path) -> None:
+    """Write the trained weights, and beside them the tokenizer and what they were trained on."""
+    bench, facts = ready.bench, ready.facts
+    with written_aside(folder) as aside:
+        bench.method.save(ready.state.bare_model, aside)
+        bench.tokenizer.save_pretrained(aside)
+        TrainedRecord.of(bench, facts["quantized_base"], facts["in_conversation"]).write(aside)
