@@ -82,7 +82,7 @@ def merge(
     shares = _weights(weights, len(directories))
     with console.reporting(quiet, as_json) as report:
         from finetune.jobs.export.merge_models import combine as combine_job
-        from finetune.models.combining import Combination
+        from finetune.models.writing.weight_merging import Combination
 
         combination = Combination(combine.value, shares, density, rank, seed)
         combined = combine_job(directories, combination, output, chosen or "float32", overwrite, report)

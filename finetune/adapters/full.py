@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.models.rewriting import saved_tensors, write_shares
-from finetune.models.sharding import put_together, sharded_base
+from finetune.models.fsdp import put_together, sharded_base
+from finetune.models.writing.rewrite import saved_tensors, write_shares
 
 WEIGHTS = "model.safetensors"
 

@@ -18,7 +18,7 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.initialization import orthonormal, principal
 from finetune.adapters.low_rank import AnchoredLinear, ElasticLinear, LowRankLinear
-from finetune.models.linears import LINEAR_TYPES, linear_layers
+from finetune.models.linear_layers import LINEAR_TYPES, linear_layers
 from finetune.recipe.adapter import Lora, LowRank
 from finetune.recipe.modules import setting_for
 

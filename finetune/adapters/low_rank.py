@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.adapters.adapted_product import Branch, adapted_product, is_one_step, plain_update
 from finetune.errors import UnsupportedError
-from finetune.models.sharding import is_share, with_whole_weights
+from finetune.models.fsdp import is_share, with_whole_weights
 from finetune.quantizers.base import Capabilities, is_quantized
 
 

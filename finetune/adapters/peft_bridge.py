@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.models.linears import linear_layers
-from finetune.models.sharding import with_whole_surroundings
-from finetune.models.tensors import apart
+from finetune.models.fsdp import with_whole_surroundings
+from finetune.models.linear_layers import linear_layers
+from finetune.models.shared_memory import apart
 
 ADAPTER_NAME = "default"
 

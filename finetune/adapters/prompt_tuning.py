@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from finetune.adapters.prompted import FixedPrompt, PromptedModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.errors import UnsupportedError
-from finetune.models.sharding import with_whole_surroundings
+from finetune.models.fsdp import with_whole_surroundings
 from finetune.recipe.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
-from finetune.models.sharding import put_surroundings_together
+from finetune.models.fsdp import put_surroundings_together
 
 
 class FixedPrompt(nn.Module):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.errors import DataError, ModelError
-from finetune.models.template import TemplateLimit, render
+from finetune.models.loading.chat_template_guard import TemplateLimit, render
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.evaluation.batching import in_batches
-from finetune.models.sharding import sharded_base
+from finetune.models.fsdp import sharded_base
 
 Tell = Callable[[str], None]
 """Told an answer piece by piece while it is written."""

@@ -16,7 +16,7 @@ from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.evaluation.engine import Engine, Tell
 from finetune.evaluation.generation import Sampling
-from finetune.models.template import render
+from finetune.models.loading.chat_template_guard import render
 
 MAX_POSITIONS = 2048
 """Tokens of a row where nothing says how many the model can read."""

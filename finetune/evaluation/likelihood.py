@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune.data.batches import Batch, joined, padded, shared_tokens
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
-from finetune.models.precision import autocast
+from finetune.models.loading.dtype import autocast
 from finetune.train.loss import visit_log_chances
 
 WORTH_SHARING = 2000

@@ -15,8 +15,8 @@ from finetune.data.batches import Batch
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.batching import in_batches
-from finetune.models.precision import autocast
-from finetune.models.sharding import sharded_base
+from finetune.models.fsdp import sharded_base
+from finetune.models.loading.dtype import autocast
 from finetune.train.loss import summed_cross_entropy
 
 

@@ -20,10 +20,10 @@ from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.infer.evaluate import evaluate
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train
-from finetune.models.folder import ModelFolder, find_model
-from finetune.models.linears import linear_layers
-from finetune.models.shallow import BLOCKS, write_shallow
-from finetune.models.skeleton import read_config, skeleton, with_blocks
+from finetune.models.linear_layers import linear_layers
+from finetune.models.loading.meta_model import read_config, skeleton, with_blocks
+from finetune.models.loading.model_files import ModelFolder, find_model
+from finetune.models.loading.tiny_model import BLOCKS, write_shallow
 from finetune.recipe.adapter import AdaLora
 from finetune.recipe.data import SourceSection
 from finetune.recipe.modules import ModuleRule

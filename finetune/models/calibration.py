@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.models.linears import list_of_blocks, shape_of
+from finetune.models.linear_layers import list_of_blocks, shape_of
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.quantizers.memory import FreedMemory

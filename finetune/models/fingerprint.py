@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.models.sharding import whole
-from finetune.models.tensor_files import stored_tensors
+from finetune.models.fsdp import whole
+from finetune.models.safetensors_io import stored_tensors
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.layer import QuantizedLinear

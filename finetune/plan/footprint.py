@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from finetune.adapters.base import AdapterMethod, trainable
 from finetune.data.batches import Batch
 from finetune.errors import UnsupportedError
-from finetune.models import packed_attention
-from finetune.models.attention import is_without_masks
-from finetune.models.fused import fuse, passes_on
-from finetune.models.linears import ParameterCount, count_parameters, linear_layers, list_of_blocks
-from finetune.models.precision import autocast
-from finetune.models.remade import keeping_all
-from finetune.models.selective import compute_again, widening_layers
-from finetune.models.skeleton import skeleton, with_blocks
+from finetune.models.kernels import packed_attention
+from finetune.models.kernels.fused import fuse, passes_on
+from finetune.models.kernels.packing_check import is_without_masks
+from finetune.models.kernels.recompute import keeping_all
+from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
+from finetune.models.loading.dtype import autocast
+from finetune.models.loading.meta_model import skeleton, with_blocks
 from finetune.plan.speed import layer_shapes
 from finetune.plan.stand_ins import quantize_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled

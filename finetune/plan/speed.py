@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import nn
 
-from finetune.models.linears import linear_layers, shape_of
+from finetune.models.linear_layers import linear_layers, shape_of
 from finetune.recipe.training import Checkpointing, recomputes_blocks
 
 SHARE_OF_PRODUCTS = 0.4

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
-from finetune.models.sharding import own_part, put_together, read_like
-from finetune.models.tensor_files import Planned, file_writer, tensors_in
+from finetune.models.fsdp import own_part, put_together, read_like
+from finetune.models.safetensors_io import Planned, file_writer, tensors_in
 from finetune.train.state import TrainState
 
 TRAINED = "trained.safetensors"

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.data.batches import IGNORED, Batch
-from finetune.models.attention import mask_for
-from finetune.models.remade import keeping_little
+from finetune.models.kernels.packing_check import mask_for
+from finetune.models.kernels.recompute import keeping_little
 from finetune.train.noise import embedding_noise
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
-from finetune.models.precision import autocast
-from finetune.models.sharding import trained_shares
+from finetune.models.fsdp import trained_shares
+from finetune.models.loading.dtype import autocast
 from finetune.run.interruption import Interruption
 
 

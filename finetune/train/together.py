@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.adapters.base import trainable
-from finetune.models.sharding import is_share, own_part, sharded_base
+from finetune.models.fsdp import is_share, own_part, sharded_base
 
 
 def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:

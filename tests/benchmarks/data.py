@@ -71,8 +71,8 @@ def measure(file: Path) -> None:
     """Tokenize and pack one file and print a row of the table."""
     from finetune.data.dataset import read_data
     from finetune.data.packing import packed
-    from finetune.models.folder import find_model
-    from finetune.models.load import load_tokenizer
+    from finetune.models.loading.load import load_tokenizer
+    from finetune.models.loading.model_files import find_model
     from finetune.recipe.data import Data
     from finetune.recipe.load import load_recipe
 

@@ -155,8 +155,8 @@ def measure_files(action: str, folder: Path) -> dict[str, Any]:
     import torch
 
     from cli.main import app
-    from finetune.models.folder import ModelFolder
-    from finetune.models.load import load_model
+    from finetune.models.loading.load import load_model
+    from finetune.models.loading.model_files import ModelFolder
     from finetune.quantizers.choice import Quantizers
     from finetune.recipe.model import Model
     from tests.unit.quantizers.loading import PACKED, PLAIN

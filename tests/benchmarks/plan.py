@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from finetune.models.folder import find_model
+from finetune.models.loading.model_files import find_model
 from finetune.recipe.model import Model
 
 ROOT = Path(__file__).parents[2]

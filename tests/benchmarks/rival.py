@@ -249,7 +249,7 @@ def usual_precision() -> str:
     """What `training.precision: auto` is on this machine."""
     import torch
 
-    from finetune.models.precision import compute_dtype
+    from finetune.models.loading.dtype import compute_dtype
 
     return str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 

@@ -15,7 +15,7 @@ from cli.main import app
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.merge_models import combine
 from finetune.jobs.train.run import train
-from finetune.models.combining import Combination
+from finetune.models.writing.weight_merging import Combination
 from finetune.run.directory import RunDirectory
 from tests.fixtures.recipes import as_recipe
 from tests.integration.test_road import logits

@@ -29,7 +29,7 @@ from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train
-from finetune.models import precision
+from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Progress
 from tests.fixtures.evaluating import evaluated, values
@@ -50,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(dtype, "_has_bfloat16", lambda device: False)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import Kind, named
 from finetune.jobs.train.run import train
-from finetune.models import precision
+from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase
 from tests.fixtures.generating import answers, tuned
@@ -49,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _on_that_base_in_float32(request: pytest.FixtureRequest, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(dtype, "_has_bfloat16", lambda device: False)
     if "tiny_recipe" in request.fixturenames:
         request.getfixturevalue("tiny_recipe")["model"] = {"name": str(base)}
 

@@ -15,8 +15,8 @@ import torch
 from finetune.jobs.export.gguf import export_gguf, export_gguf_adapter
 from finetune.jobs.export.merge import merge
 from finetune.jobs.load.context import ModelSetup
-from finetune.models.gguf_writing import write_gguf
-from finetune.models.streaming import StreamedModel
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.writing.gguf import write_gguf
 from finetune.recipe.model import Model
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore

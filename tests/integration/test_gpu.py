@@ -27,7 +27,7 @@ from finetune.jobs.load import finetuned_model
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.plan.estimate import Planner
 from finetune.jobs.train.run import prepare, train
-from finetune.models import packed_attention
+from finetune.models.kernels import packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingFinished
 from tests.fixtures.evaluating import evaluated

@@ -29,13 +29,13 @@ from transformers import (
 
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
-from finetune.models import packed_attention
-from finetune.models.attention import keep_apart
-from finetune.models.folder import ModelFolder
-from finetune.models.fused import fuse
-from finetune.models.load import load_model
-from finetune.models.packed_attention import bounds_of
-from finetune.models.selective import compute_again, widening_layers
+from finetune.models.kernels import packed_attention
+from finetune.models.kernels.fused import fuse
+from finetune.models.kernels.packed_attention import bounds_of
+from finetune.models.kernels.packing_check import keep_apart
+from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.loading.load import load_model
+from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Adapter
 from finetune.recipe.model import Model

@@ -20,7 +20,7 @@ from finetune.evaluation.measurement import Measurement
 from finetune.jobs.load.finetuned_model import SharedBase, Tuned
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train
-from finetune.models import precision
+from finetune.models.loading import dtype
 from finetune.recipe.evaluation import HarnessTask
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
@@ -71,7 +71,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The harness, which knows four tasks of ours and no other, on rows of this machine."""
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(dtype, "_has_bfloat16", lambda device: False)
     draw = random.Random(0)
     rows = [
         {

@@ -18,7 +18,7 @@ from finetune.jobs.load.context import Workbench
 from finetune.jobs.plan.preview import preview
 from finetune.jobs.train.run import train
 from finetune.models.fingerprint import fingerprint
-from finetune.models.quantized import save_quantized
+from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.run.directory import RunDirectory
 from finetune.run.events import RanksChosen, StepMetrics, Validated, ignore
 from tests.fixtures.evaluating import evaluated, values

@@ -20,7 +20,7 @@ import pytest
 
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
-from finetune.models.folder import find_model
+from finetune.models.loading.model_files import find_model
 from finetune.recipe.load import load_recipe
 from finetune.recipe.model import Model
 from finetune.recipe.serving import served_rank

@@ -22,9 +22,9 @@ from finetune.jobs.export.merge import QUANTIZED, merge, proof_rows, refuse_take
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import modelfile
 from finetune.jobs.load.trained_run import TrainedRun
-from finetune.models.folder import ModelFolder
-from finetune.models.gguf_writing import GgufType, write_gguf, write_gguf_adapter
-from finetune.models.streaming import StreamedModel
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.writing.gguf import GgufType, write_gguf, write_gguf_adapter
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.quantization import NoQuantization
 from finetune.report.run_page import reported

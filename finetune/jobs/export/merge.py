@@ -19,10 +19,10 @@ from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import TrainedRun
 from finetune.models.fingerprint import fingerprint
-from finetune.models.folder import ModelFolder
-from finetune.models.precision import DTYPES
-from finetune.models.rewriting import write_folded, write_folded_quantized
-from finetune.models.streaming import StreamedModel
+from finetune.models.loading.dtype import DTYPES
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.writing.rewrite import write_folded, write_folded_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.quantization import NoQuantization
 from finetune.report.run_page import reported

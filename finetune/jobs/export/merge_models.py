@@ -17,9 +17,9 @@ from finetune.evaluation.agreement import Agreement, agreement
 from finetune.jobs.export.merge import merge, proof_rows, refuse_taken, written_logits
 from finetune.jobs.export.model_card import CARD
 from finetune.jobs.load.trained_run import TrainedRun
-from finetune.models.combining import Combination, combine_folders
-from finetune.models.precision import DTYPES
-from finetune.models.rewriting import write_folded
+from finetune.models.loading.dtype import DTYPES
+from finetune.models.writing.rewrite import write_folded
+from finetune.models.writing.weight_merging import Combination, combine_folders
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 

@@ -14,7 +14,7 @@ import gguf
 import yaml
 
 from finetune.jobs.load.trained_run import TrainedRun
-from finetune.models.folder import ModelFolder, file_in_package
+from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.model import Model
 from finetune.report.run_page import answered_by
 from finetune.run.directory import read_json

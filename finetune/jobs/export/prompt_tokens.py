@@ -18,8 +18,8 @@ from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.export.merge import BOUNDS, proof_rows, refuse_taken
 from finetune.jobs.load.trained_run import TrainedRun
-from finetune.models.linears import dequantize_model, rounds_activations
-from finetune.models.precision import DTYPES
+from finetune.models.linear_layers import dequantize_model, rounds_activations
+from finetune.models.loading.dtype import DTYPES
 from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore

@@ -14,9 +14,13 @@ from finetune.errors import ModelError, RefusedError
 from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
 from finetune.jobs.load.context import Workbench
 from finetune.jobs.load.training_record import base_record
-from finetune.models.load import load_model
-from finetune.models.precision import file_dtype
-from finetune.models.quantized import refuse_without_form_on_disk, save_quantized, stored_quantization
+from finetune.models.loading.dtype import file_dtype
+from finetune.models.loading.load import load_model
+from finetune.models.loading.quantized_checkpoint import (
+    refuse_without_form_on_disk,
+    save_quantized,
+    stored_quantization,
+)
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.quantization import NoQuantization

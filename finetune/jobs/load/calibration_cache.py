@@ -13,10 +13,10 @@ from finetune.data.dataset import Split
 from finetune.data.mixing import drawn
 from finetune.models.calibration import quantize_by_inputs
 from finetune.models.fingerprint import fingerprint
-from finetune.models.folder import ModelFolder
-from finetune.models.load import load_model
-from finetune.models.precision import file_dtype
-from finetune.models.quantized import refuse_without_form_on_disk, save_quantized
+from finetune.models.loading.dtype import file_dtype
+from finetune.models.loading.load import load_model
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.quantized_checkpoint import refuse_without_form_on_disk, save_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.optq import ALGORITHM
 from finetune.recipe.model import Model

@@ -21,13 +21,13 @@ from finetune.errors import DataError, UnsupportedError, UsageError
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
 from finetune.jobs.train.oom import loading_base
-from finetune.models.attention import may_share_prefixes
-from finetune.models.folder import ModelFolder, find_model
-from finetune.models.linears import linear_layers
-from finetune.models.load import load_model, load_sharded_model, load_tokenizer, padding_id
-from finetune.models.precision import compute_dtype, weight_dtype
-from finetune.models.quantized import stored_quantization
-from finetune.models.skeleton import read_config
+from finetune.models.kernels.packing_check import may_share_prefixes
+from finetune.models.linear_layers import linear_layers
+from finetune.models.loading.dtype import compute_dtype, weight_dtype
+from finetune.models.loading.load import load_model, load_sharded_model, load_tokenizer, padding_id
+from finetune.models.loading.meta_model import read_config
+from finetune.models.loading.model_files import ModelFolder, find_model
+from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model

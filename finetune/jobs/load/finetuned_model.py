@@ -23,9 +23,9 @@ from finetune.jobs.load.context import ModelSetup, Workbench
 from finetune.jobs.load.model_ref import Kind, Named
 from finetune.jobs.load.trained_run import TrainedRun
 from finetune.jobs.load.training_record import QuantizedRecord, TrainedRecord, refuse_other_base, refuse_other_codes
-from finetune.models.attention import keep_apart, objection_to_sharing
 from finetune.models.fingerprint import fingerprint
-from finetune.models.precision import autocast
+from finetune.models.kernels.packing_check import keep_apart, objection_to_sharing
+from finetune.models.loading.dtype import autocast
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
 from finetune.recipe.model import Model

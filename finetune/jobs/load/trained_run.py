@@ -13,8 +13,8 @@ from finetune.errors import UsageError
 from finetune.jobs.load.context import Workbench
 from finetune.jobs.load.training_record import TrainedRecord, as_record, refuse_other_record
 from finetune.models.fingerprint import fingerprint_layers
-from finetune.models.folder import ModelFolder
-from finetune.models.streaming import StreamedModel
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report

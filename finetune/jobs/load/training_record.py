@@ -13,7 +13,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.errors import RefusedError, UsageError
 from finetune.jobs.load.context import ModelSetup, Workbench
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
-from finetune.models.folder import ModelFolder
+from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.adapter import Adapter
 from finetune.recipe.model import Model
 from finetune.recipe.modules import ModuleRule

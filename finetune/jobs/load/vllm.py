@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune.errors import UnsupportedError
 from finetune.evaluation.engine import Writer
 from finetune.jobs.load.finetuned_model import Tuned
-from finetune.models.quantized import stored_quantization
+from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.recipe.serving import served_rank
 from finetune.run.events import Report
 

@@ -15,10 +15,10 @@ from finetune.data.batches import Batch, BatchOrder
 from finetune.data.dataset import Rows
 from finetune.data.layout import Layout
 from finetune.jobs.load.context import Workbench, layout_of
-from finetune.models.precision import file_dtype, weight_dtype
-from finetune.models.quantized import stored_quantization
-from finetune.models.skeleton import read_config
-from finetune.models.tensor_files import stored_tensors
+from finetune.models.loading.dtype import file_dtype, weight_dtype
+from finetune.models.loading.meta_model import read_config
+from finetune.models.loading.quantized_checkpoint import stored_quantization
+from finetune.models.safetensors_io import stored_tensors
 from finetune.plan.cards import Card
 from finetune.plan.footprint import Base, Passes, Resident, Setting, passes, resident
 from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_bytes

@@ -20,8 +20,8 @@ from finetune.errors import DataError, UsageError
 from finetune.jobs.plan.estimate import Planner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
 from finetune.jobs.plan.starter_recipe import AIMS, Facts, first_recipe
-from finetune.models.folder import ModelFolder, find_model
-from finetune.models.load import load_tokenizer
+from finetune.models.loading.load import load_tokenizer
+from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.plan.cards import Card
 from finetune.recipe.data import Source, SourceSection, TextSource, TokenizedSource
 from finetune.recipe.importing.values import is_local

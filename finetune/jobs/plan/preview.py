@@ -14,8 +14,8 @@ from finetune.data.encode import Example
 from finetune.data.layout import Layout, Unit
 from finetune.data.ledger import ledger
 from finetune.jobs.load.context import layout_of
-from finetune.models.folder import find_model
-from finetune.models.load import load_tokenizer, padding_id
+from finetune.models.loading.load import load_tokenizer, padding_id
+from finetune.models.loading.model_files import find_model
 from finetune.recipe.recipe import Recipe
 from finetune.run.events import Phase, Report, ignore
 from finetune.train.loop import batch_order

@@ -21,8 +21,8 @@ from finetune.errors import RefusedError, as_out_of_memory
 from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.train.oom import step_is_too_large
 from finetune.jobs.train.prepare import Ready
-from finetune.models.linears import plain_layer
-from finetune.models.sharding import with_whole_weights
+from finetune.models.fsdp import with_whole_weights
+from finetune.models.linear_layers import plain_layer
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory

@@ -24,13 +24,13 @@ from finetune.jobs.load.training_record import TrainedRecord
 from finetune.jobs.plan.estimate import foreseen_peak
 from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, refuse_disagreement
 from finetune.jobs.train.resume import refuse_other_codes, refuse_other_inputs
-from finetune.models.attention import keep_apart, objection_to_sharing
-from finetune.models.compiled import compile_blocks
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
-from finetune.models.fused import fuse
-from finetune.models.precision import autocast
-from finetune.models.selective import compute_again, widening_layers
-from finetune.models.sharding import trained_shares, trains_through_blocks
+from finetune.models.fsdp import trained_shares, trains_through_blocks
+from finetune.models.kernels.compiled import compile_blocks
+from finetune.models.kernels.fused import fuse
+from finetune.models.kernels.packing_check import keep_apart, objection_to_sharing
+from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.loading.dtype import autocast
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory

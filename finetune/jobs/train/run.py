@@ -21,7 +21,7 @@ from finetune.jobs.train.metrics_log import Recorder
 from finetune.jobs.train.oom import step_is_too_large
 from finetune.jobs.train.prepare import Ready
 from finetune.jobs.train.resume import extends, permitted_changes
-from finetune.models.linears import count_parameters
+from finetune.models.linear_layers import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.run_page import reported

@@ -22,7 +22,7 @@ from finetune.data.batches import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.loss import held_out_loss
-from finetune.models.linears import dequantize_model
+from finetune.models.linear_layers import dequantize_model
 from finetune.recipe.adapter import AdaLora
 from finetune.recipe.modules import ModuleRule
 from finetune.train.optimizers import parameter_groups

@@ -12,9 +12,9 @@ from torch import nn
 
 from finetune.adapters.lora import LoraMethod
 from finetune.errors import RefusedError, UnsupportedError
-from finetune.models.folder import ModelFolder
-from finetune.models.linears import dequantize_model
-from finetune.models.load import load_model
+from finetune.models.linear_layers import dequantize_model
+from finetune.models.loading.load import load_model
+from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model

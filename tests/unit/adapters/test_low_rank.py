@@ -16,8 +16,8 @@ from finetune.adapters.lora import LoraMethod, LowRankMethod
 from finetune.adapters.low_rank import ElasticLinear, LowRankLinear
 from finetune.adapters.qa_lora import QaLoraMethod
 from finetune.errors import UnsupportedError
-from finetune.models.linears import dequantize_model, linear_layers
-from finetune.models.quantized import save_quantized
+from finetune.models.linear_layers import dequantize_model, linear_layers
+from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.adapter import Lora, QaLora
 from finetune.recipe.modules import ModuleRule

@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 
 from finetune.errors import RefusedError, UnsupportedError
-from finetune.models.linears import dequantize_model
+from finetune.models.linear_layers import dequantize_model
 from finetune.recipe.adapter import Adapter
 from finetune.resolve import build
 from tests.fixtures.merging import merged

@@ -30,8 +30,8 @@ from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.generation import Sampling, generate
-from finetune.models.folder import ModelFolder
-from finetune.models.load import load_model
+from finetune.models.loading.load import load_model
+from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import PrefixTuning, PromptTuning, PTuning
 from finetune.recipe.model import Model

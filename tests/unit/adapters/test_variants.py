@@ -12,8 +12,8 @@ import torch
 from finetune.adapters.initialization import Factors
 from finetune.adapters.lora import LoraMethod
 from finetune.adapters.peft_bridge import low_rank_layers
-from finetune.models.folder import ModelFolder
-from finetune.models.linears import dequantize_model
+from finetune.models.linear_layers import dequantize_model
+from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.adapter import Lora
 from finetune.recipe.modules import ModuleRule
 from tests.fixtures.merging import merged

@@ -15,7 +15,7 @@ from finetune.data.encode import Example
 from finetune.evaluation import likelihood
 from finetune.evaluation.likelihood import Likelihood, likelihoods
 from finetune.evaluation.loss import held_out_loss
-from finetune.models.attention import keep_apart, objection_to_sharing
+from finetune.models.kernels.packing_check import keep_apart, objection_to_sharing
 from tests.fixtures.tiny import tiny_llama
 
 ROWS = [

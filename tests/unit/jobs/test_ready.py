@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, modeling_utils
 from finetune.data.encode import Example
 from finetune.jobs.train.prepare import Ready
 from finetune.jobs.train.run import prepare, train
-from finetune.models import attention, packed_attention
+from finetune.models.kernels import packed_attention, packing_check
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from finetune.run.interruption import Interruption
@@ -118,13 +118,13 @@ def test_attention_of_a_base_that_trains_is_proved_in_the_compute_type(
 ):
     """Its weights are in float32, and under autocast its attention is not: on CUDA flash attention takes 16 bits."""
     found: list[torch.dtype] = []
-    own = attention.prove_separation
+    own = packing_check.prove_separation
 
     def record(model: PreTrainedModel) -> None:
         found.append(packed_attention.compute_dtype(model.get_input_embeddings().weight))
         own(model)
 
-    monkeypatch.setattr(attention, "prove_separation", record)
+    monkeypatch.setattr(packing_check, "prove_separation", record)
     sections = {**tiny_recipe, "adapter": {"method": "full"}}
     prepare = Ready.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
     assert prepare.state.bare_model.get_input_embeddings().weight.dtype is torch.float32

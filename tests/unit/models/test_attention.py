@@ -10,8 +10,8 @@ from transformers import Gemma2Config, GPT2Config, MistralConfig, PretrainedConf
 from finetune.data.batches import joined, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
-from finetune.models import packed_attention
-from finetune.models.attention import (
+from finetune.models.kernels import packed_attention
+from finetune.models.kernels.packing_check import (
     is_without_masks,
     keep_apart,
     may_share_prefixes,

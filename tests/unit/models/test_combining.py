@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import finetune.models.tensor_files as tensor_files
+import finetune.models.safetensors_io as tensor_files
 from finetune.errors import RefusedError
-from finetune.models.combining import Combination, combine_folders
+from finetune.models.writing.weight_merging import Combination, combine_folders
 
 
 def of(rule: str, differences: list[torch.Tensor], weights: tuple[float, ...] = (1.0, 1.0), **more: float):

@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from finetune.errors import UnsupportedError
-from finetune.models.compiled import compile_blocks
+from finetune.models.kernels.compiled import compile_blocks
 from finetune.train.loss import summed_cross_entropy
 from tests.unit.models.methods import KINDS, PROMPTS, attached, base_of, outcome, rows
 
@@ -84,7 +84,7 @@ def test_a_model_without_blocks_is_told():
 
 def test_a_machine_without_a_compiler_is_told(tmp_path: Path):
     code = (
-        "from finetune.models.compiled import compile_blocks; from tests.fixtures.tiny import tiny_llama\n"
+        "from finetune.models.kernels.compiled import compile_blocks; from tests.fixtures.tiny import tiny_llama\n"
         "from finetune.errors import EnvironmentFault\n"
         "try:\n    compile_blocks(tiny_llama())\nexcept EnvironmentFault as fault:\n    print(fault)"
     )

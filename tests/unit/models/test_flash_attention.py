@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.models import packed_attention
-from finetune.models.attention import keep_apart
-from finetune.models.packed_attention import bounds_of
+from finetune.models.kernels import packed_attention
+from finetune.models.kernels.packed_attention import bounds_of
+from finetune.models.kernels.packing_check import keep_apart
 from tests.fixtures.flash_op import flash_attention_on_cpu
 from tests.fixtures.tiny import tiny_llama
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from finetune.errors import EnvironmentFault, FinetuneError, ModelError
-from finetune.models.folder import ModelFolder, find_model
+from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.recipe.model import Model
 
 CANARY = "from pathlib import Path\nPath(__file__).with_name('canary').touch()\n"
@@ -38,7 +38,7 @@ def converted_files(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> list[P
         files.append(file)
         return tiny_model
 
-    monkeypatch.setattr("finetune.models.folder.converted", convert)
+    monkeypatch.setattr("finetune.models.loading.model_files.converted", convert)
     return files
 
 
@@ -232,7 +232,7 @@ def test_neither_code_nor_pickles_are_fetched(monkeypatch: pytest.MonkeyPatch, t
         asked.update(options)
         return str(tiny_model)
 
-    monkeypatch.setattr("finetune.models.folder.snapshot_download", download)
+    monkeypatch.setattr("finetune.models.loading.model_files.snapshot_download", download)
     find("org/name")
     wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     unwanted = ["modeling.py", "pytorch_model.bin", "model.pt", "original/consolidated.safetensors", "model.gguf"]

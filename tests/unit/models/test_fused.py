@@ -16,9 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune.models import fused
-from finetune.models.fused import fuse
-from finetune.models.remade import keeping_little
+from finetune.models.kernels import fused
+from finetune.models.kernels.fused import fuse
+from finetune.models.kernels.recompute import keeping_little
 from tests.fixtures.kept import bytes_kept
 
 SIZES = {

@@ -12,10 +12,10 @@ from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Olmo2Confi
 from transformers.models.llama import modeling_llama
 
 from finetune.adapters.lora import LoraMethod
-from finetune.models import fused
-from finetune.models.fused import fuse
-from finetune.models.remade import keeping_little
-from finetune.models.selective import compute_again, widening_layers
+from finetune.models.kernels import fused
+from finetune.models.kernels.fused import fuse
+from finetune.models.kernels.recompute import keeping_little
+from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
 from finetune.recipe.adapter import Lora
 from tests.fixtures import fake_liger
 from tests.fixtures.tiny import SIZES, random_model

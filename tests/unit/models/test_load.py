@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.errors import ModelError
-from finetune.models.folder import ModelFolder
-from finetune.models.load import load_model, load_tokenizer
-from finetune.models.skeleton import read_config
+from finetune.models.loading.load import load_model, load_tokenizer
+from finetune.models.loading.meta_model import read_config
+from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import Affine, NoQuantization, QuantizationSection

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.models import packed_attention
-from finetune.models.packed_attention import BLOCK, bounds_of
+from finetune.models.kernels import packed_attention
+from finetune.models.kernels.packed_attention import BLOCK, bounds_of
 
 LENGTHS = {
     "short": [5, 1, 9],

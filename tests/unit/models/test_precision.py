@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.errors import EnvironmentFault
-from finetune.models.precision import compute_dtype, weight_dtype
+from finetune.models.loading.dtype import compute_dtype, weight_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from finetune.adapters.full import FullMethod
 from finetune.errors import ModelError, UnsupportedError
-from finetune.models.quantized import save_quantized
+from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.adapter import Full
 from finetune.recipe.quantization import QuantizationSection

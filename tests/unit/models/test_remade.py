@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.models.remade import can_be_made, keeping_little
+from finetune.models.kernels.recompute import can_be_made, keeping_little
 from tests.fixtures.kept import bytes_kept
 
 

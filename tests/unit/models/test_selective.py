@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, PreTrainedModel
 
-from finetune.models.fused import fuse
-from finetune.models.remade import keeping_little
-from finetune.models.selective import compute_again, widening_layers
+from finetune.models.kernels.fused import fuse
+from finetune.models.kernels.recompute import keeping_little
+from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.kept import bytes_kept
 from tests.fixtures.tiny import tiny_llama

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Mix
 
 from finetune.errors import ModelError
 from finetune.models.fingerprint import fingerprint_layers, fingerprint_quantized
-from finetune.models.folder import ModelFolder
-from finetune.models.load import load_model
-from finetune.models.streaming import StreamedModel
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.load import load_model
+from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model
 from finetune.recipe.quantization import NoQuantization, QuantizationSection

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-import finetune.models.template as template
+import finetune.models.loading.chat_template_guard as template
 from finetune.errors import ModelError
-from finetune.models.template import TemplateLimit, refuse_endless_template, render
+from finetune.models.loading.chat_template_guard import TemplateLimit, refuse_endless_template, render
 from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.models.tensor_files import Planned, stored_tensors, tensor_writer, tensors_in
+from finetune.models.safetensors_io import Planned, stored_tensors, tensor_writer, tensors_in
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.uint8).view(2, 3),

@@ -15,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig
 from finetune.adapters.base import trainable
 from finetune.data.batches import joined, padded
 from finetune.data.encode import Example
-from finetune.models.linears import count_parameters
+from finetune.models.linear_layers import count_parameters
 from finetune.plan import footprint
 from finetune.plan.cards import GB
 from finetune.plan.footprint import Setting, passes, resident

@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
-from finetune.models import packed_attention
+from finetune.models.kernels import packed_attention
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.train.loss import chunked_cross_entropy
 from tests.fixtures.tiny import tiny_config, tiny_llama

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from finetune.data.batches import padded
 from finetune.data.encode import Example
 from finetune.models.calibration import quantize_by_inputs
-from finetune.models.folder import ModelFolder
-from finetune.models.load import load_model
-from finetune.models.quantized import stored_quantization
+from finetune.models.loading.load import load_model
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.adapter import Lora
 from finetune.recipe.model import Model

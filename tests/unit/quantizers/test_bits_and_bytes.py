@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, get_4bit_type, quantize_4bit
 
-from finetune.models.linears import dequantize_model
+from finetune.models.linear_layers import dequantize_model
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.codebook import FLOAT_4, NORMAL_FLOAT, CodebookQuantizer, FourBitQuantizer, dynamic_map
 from finetune.recipe.quantization import FourBit, Quantization

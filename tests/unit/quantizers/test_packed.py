@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from finetune.data.batches import padded
 from finetune.errors import UnsupportedError
 from finetune.evaluation.loss import held_out_loss
-from finetune.models.linears import count_parameters, dequantize_model
+from finetune.models.linear_layers import count_parameters, dequantize_model
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.quantization import QuantizationSection
 from finetune.resolve import build

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetune.errors import EnvironmentFault
-from finetune.models.linears import dequantize_model
-from finetune.models.quantized import save_quantized
+from finetune.models.linear_layers import dequantize_model
+from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.resolve import build
 from tests.unit.quantizers.loading import gradients, load, logits, section, with_lora
 

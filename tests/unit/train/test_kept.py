@@ -14,9 +14,9 @@ from torch import nn
 
 from finetune.data.batches import joined
 from finetune.data.encode import Example
-from finetune.models.attention import keep_apart
-from finetune.models.fused import fuse
-from finetune.models.selective import compute_again, widening_layers
+from finetune.models.kernels.fused import fuse
+from finetune.models.kernels.packing_check import keep_apart
+from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
 from finetune.recipe.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import RefusedError
-from finetune.models.tensor_files import Planned, stored_tensors, tensor_writer
+from finetune.models.safetensors_io import Planned, stored_tensors, tensor_writer
 
 Rule = Literal["linear", "ties", "dare", "svd"]
 

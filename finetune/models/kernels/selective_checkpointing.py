@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finetune.models.linears import linear_layers, list_of_blocks, shape_of
-from finetune.models.remade import can_be_made
+from finetune.models.kernels.recompute import can_be_made
+from finetune.models.linear_layers import linear_layers, list_of_blocks, shape_of
 
 
 def widening_layers(base: PreTrainedModel) -> list[str]:

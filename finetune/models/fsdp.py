@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune.models.tensor_files import StoredTensor
+from finetune.models.safetensors_io import StoredTensor
 from finetune.quantizers.memory import give_back
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from finetune.models.quantized import config_of
-from finetune.models.sharding import put_together
-from finetune.models.streaming import StreamedModel
-from finetune.models.tensor_files import DTYPES, Planned, TensorWriter, tensor_writer
+from finetune.models.fsdp import put_together
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.quantized_checkpoint import config_of
+from finetune.models.safetensors_io import DTYPES, Planned, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import QuantizedLinear
 

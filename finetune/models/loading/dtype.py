@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from finetune.errors import EnvironmentFault
-from finetune.models.tensor_files import stored_tensors
+from finetune.models.safetensors_io import stored_tensors
 from finetune.recipe.model import Dtype
 from finetune.recipe.training import Precision
 

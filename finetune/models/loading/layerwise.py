@@ -24,11 +24,11 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
-from finetune.models.folder import ModelFolder
-from finetune.models.linears import shape_of
-from finetune.models.quantized import stored_quantization
-from finetune.models.skeleton import read_config, skeleton
-from finetune.models.tensor_files import own_memory, stored_tensors
+from finetune.models.linear_layers import shape_of
+from finetune.models.loading.meta_model import read_config, skeleton
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.quantized_checkpoint import stored_quantization
+from finetune.models.safetensors_io import own_memory, stored_tensors
 from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer, QuantizedLinear

@@ -15,7 +15,7 @@ from torch._inductor.exc import InductorError
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from finetune.errors import EnvironmentFault, UnsupportedError
-from finetune.models.linears import linear_layers, list_of_blocks
+from finetune.models.linear_layers import linear_layers, list_of_blocks
 from finetune.run.cache import cache_folder
 
 

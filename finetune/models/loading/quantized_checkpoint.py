@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.models.folder import ModelFolder
+from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.choice import Quantizers

@@ -23,8 +23,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from finetune.models.remade import can_be_made
-from finetune.models.sharding import with_whole_weights
+from finetune.models.fsdp import with_whole_weights
+from finetune.models.kernels.recompute import can_be_made
 
 NUMBERS_A_THREAD = 1 << 17
 """Numbers of a tensor that a thread works on together: half a megabyte in float32, of which caches hold a few."""
@@ -81,7 +81,7 @@ def _liger_passes() -> _Passes | None:
     """Liger's passes; None where liger-kernel is not installed.
 
     Its rotary embedding is left out. It writes into the memory of the query, which no version counter shows, so that a
-    query that is recomputed in backward (`models/selective.py`) would come back without its rotation.
+    query that is recomputed in backward (`models/kernels/selective_checkpointing.py`) would come back without its rotation.
     """
     try:
         from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.models.folder import ModelFolder
-from finetune.models.load import load_tokenizer
-from finetune.models.skeleton import read_config, with_blocks
+from finetune.models.loading.load import load_tokenizer
+from finetune.models.loading.meta_model import read_config, with_blocks
+from finetune.models.loading.model_files import ModelFolder
 
 BLOCKS = 2
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import UnsupportedError
-from finetune.models.streaming import StreamedModel
+from finetune.models.loading.layerwise import StreamedModel
 from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.bits import unpack_bits
 from finetune.quantizers.layer import QuantizedLinear

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
-from finetune.models import packed_attention
+from finetune.models.kernels import packed_attention
 
 logger = logging.getLogger(__name__)
 

@@ -14,15 +14,15 @@ from transformers import (
 )
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.models.folder import ModelFolder
-from finetune.models.linears import linear_layers, list_of_blocks
-from finetune.models.precision import file_dtype
-from finetune.models.quantized import refuse_other_quantization, stored_quantization
-from finetune.models.rewriting import GENERATION_CONFIG
-from finetune.models.sharding import share_out
-from finetune.models.skeleton import first_line, read_config, told_as_ours
-from finetune.models.streaming import StreamedModel
-from finetune.models.template import refuse_endless_template
+from finetune.models.fsdp import share_out
+from finetune.models.linear_layers import linear_layers, list_of_blocks
+from finetune.models.loading.chat_template_guard import refuse_endless_template
+from finetune.models.loading.dtype import file_dtype
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.meta_model import first_line, read_config, told_as_ours
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.quantized_checkpoint import refuse_other_quantization, stored_quantization
+from finetune.models.writing.rewrite import GENERATION_CONFIG
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.model import Model

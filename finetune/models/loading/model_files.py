@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ModelError
-from finetune.models.gguf import converted
-from finetune.models.tensor_files import stored_tensors, tensors_in
+from finetune.models.loading.gguf import converted
+from finetune.models.safetensors_io import stored_tensors, tensors_in
 from finetune.recipe.model import Model
 
 logger = logging.getLogger(__name__)

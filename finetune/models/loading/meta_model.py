@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.errors import ModelError
-from finetune.models.folder import ModelFolder
+from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.model import Model
 
 
