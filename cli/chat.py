@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.errors import FinetuneError
-from finetune.run.interruption import Interruption, StopRequested
+from finetune.run.signals import Interruption, StopRequested
 
 from . import console
 from .options import ANSWERS, MaxNewTokens, Quiet, Seed, System, Temperature, TopP

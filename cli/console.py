@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from finetune.recipe.importing.imported import Imported
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
-    from finetune.run.listing import Removable, RunSummary
-    from finetune.run.trials import SweepDirectory, Trial
+    from finetune.run.index import Removable, RunSummary
+    from finetune.run.sweep_trials import SweepDirectory, Trial
 
     from .progress import Follower
 
@@ -544,7 +544,7 @@ def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from finetune.run.numbers import size
+    from finetune.formatting import size
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("run", "state", "step", "loss", "held out", "size"):
@@ -558,7 +558,7 @@ def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
 
 def show_removable(found: list[Removable], folder: Path) -> None:
     """Print what would be removed, and what that wins."""
-    from finetune.run.numbers import size
+    from finetune.formatting import size
 
     if not found:
         show_result(f"nothing to remove in {folder}")
@@ -618,8 +618,8 @@ def show_trial(trial: Trial, total: int, as_json: bool) -> None:
             json.dumps({"event": "trial", "trial": trial.number, "values": trial.values, "run": str(trial.path)})
         )
         return
-    from finetune.run.numbers import value as in_words
-    from finetune.run.trials import short_names
+    from finetune.formatting import value as in_words
+    from finetune.run.sweep_trials import short_names
 
     names = short_names(list(trial.values))
     values = "  ".join(f"{names[key]} {in_words(value)}" for key, value in trial.values.items())
@@ -632,7 +632,7 @@ def show_sweep(directory: SweepDirectory, recipe: Path, as_json: bool) -> None:
     Raises:
         CheckFailedError: None has a result.
     """
-    from finetune.run.trials import arguments_of, best_of, trial_table
+    from finetune.run.sweep_trials import arguments_of, best_of, trial_table
 
     trials = directory.trials()
     best = best_of(trials)

@@ -14,6 +14,7 @@ from rich.progress import Progress as LiveProgress
 from rich.table import Column
 from rich.text import Text
 
+from finetune.formatting import duration
 from finetune.run.events import (
     BestKept,
     DataRead,
@@ -26,7 +27,6 @@ from finetune.run.events import (
     Validated,
     Warned,
 )
-from finetune.run.numbers import duration
 
 from . import wording
 from .board import Board

@@ -13,7 +13,7 @@ from .options import AsJson, Overrides, Quiet, RecipePath
 def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Walk a run's whole path once, on its longest rows. Leaves nothing behind."""
     from finetune.recipe.load import load_recipe
-    from finetune.run.interruption import Interruption, StopRequested
+    from finetune.run.signals import Interruption, StopRequested
 
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet, as_json) as report:

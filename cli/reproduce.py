@@ -28,7 +28,7 @@ def reproduce(
     again = RunDirectory.create(run_dir or RunDirectory.free_path(run.with_name(f"{run.name}-again")))
     with console.reporting(quiet, as_json, log=again.log) as report:
         from finetune.jobs.train.reproduce import reproduce as reproduce_job
-        from finetune.run.interruption import Interruption
+        from finetune.run.signals import Interruption
 
         interruption = Interruption()
         with interruption.listening(console.leave_at_once):

@@ -24,7 +24,7 @@ def listing(ctx: typer.Context, directory: Folder = Path("runs"), as_json: AsJso
     """List runs with state, step, loss and size."""
     if ctx.invoked_subcommand is not None:
         return
-    from finetune.run.listing import runs_in, summarize
+    from finetune.run.index import runs_in, summarize
 
     console.show_runs([summarize(run) for run in runs_in(directory)], directory, as_json)
 
@@ -35,7 +35,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:
     """Remove what runs can do without, after saying what: checkpoints of finished runs, leftovers of killed ones."""
-    from finetune.run.listing import removable, remove, runs_in
+    from finetune.run.index import removable, remove, runs_in
 
     found = [each for run in runs_in(directory) for each in removable(run)]
     console.show_removable(found, directory)

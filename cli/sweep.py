@@ -27,7 +27,7 @@ def sweep(
     loaded = load_recipe(recipe, overrides or ())
     folder = sweep_dir or Path(loaded.recipe.run.directory) / f"{loaded.recipe.run.name}-sweep"
     from finetune.jobs.sweep.run import Sweep
-    from finetune.run.interruption import Interruption
+    from finetune.run.signals import Interruption
 
     trials = Sweep(loaded, folder)
     interruption = Interruption()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finetune.recipe.load import LoadedRecipe
     from finetune.recipe.recipe import Recipe
     from finetune.run.directory import RunDirectory
-    from finetune.run.processes import Rank
+    from finetune.run.distributed import Rank
 
 AUTO = "auto"
 
@@ -75,7 +75,7 @@ def train(
         _smoke(recipe, overrides, run_dir or resume, quiet, as_json)
         return
     from finetune.recipe.load import load_recipe
-    from finetune.run.processes import Rank, end_with_supervisor
+    from finetune.run.distributed import Rank, end_with_supervisor
 
     end_with_supervisor()
     loaded = None if recipe is None else load_recipe(recipe, overrides or ())
@@ -105,7 +105,7 @@ def train(
         return
     with console.reporting(quiet, as_json, log=run.log, speaks=rank.is_main) as report:
         from finetune.jobs.train.run import train as train_job
-        from finetune.run.interruption import Interruption
+        from finetune.run.signals import Interruption
 
         interruption = Interruption()
         with interruption.listening(console.leave_at_once):
@@ -163,7 +163,7 @@ def _run_of(
 ) -> tuple[RunDirectory, Recipe | None]:
     """The run of a recipe, made if it is not there, and what to train in it, if anything."""
     from finetune.run.directory import RunDirectory
-    from finetune.run.processes import choose_run, chosen_run, launch_folder
+    from finetune.run.distributed import choose_run, chosen_run, launch_folder
 
     launch = launch_folder()
     chosen = chosen_run(launch) if launch else None
@@ -203,7 +203,7 @@ def _claimed_together(
     from finetune.errors import ProcessLost
     from finetune.jobs.train.rank_consistency import told_by_main
     from finetune.run.directory import RunDirectory
-    from finetune.run.processes import choose_run, launch_folder
+    from finetune.run.distributed import choose_run, launch_folder
 
     if rank.is_main:
         try:

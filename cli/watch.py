@@ -17,8 +17,8 @@ def watch(
 ) -> None:
     """Follow a run from its files until nobody trains it any more. Ctrl-C leaves, and the run goes on."""
     from finetune.run.directory import RunDirectory, read_json
-    from finetune.run.listing import summarize
-    from finetune.run.watching import watched
+    from finetune.run.index import summarize
+    from finetune.run.watch import watched
 
     directory = RunDirectory.open(run)
     with console.following(quiet=False, as_json=as_json) as follower:

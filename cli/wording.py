@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.formatting import count, duration, memory, size
 from finetune.run.events import (
     BestKept,
     DataRead,
@@ -23,8 +24,7 @@ from finetune.run.events import (
     Validated,
     Warned,
 )
-from finetune.run.numbers import count, duration, memory, size
-from finetune.run.ranks import table
+from finetune.run.lora_ranks import table
 
 from .harmless import harmless
 

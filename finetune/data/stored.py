@@ -24,9 +24,9 @@ from finetune.data.store import Store, StoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
 from finetune.recipe.data import Data, Hub, SourceSection
-from finetune.run.cache import cached, sources_digest
 from finetune.run.events import Progress, Report
 from finetune.run.provenance import file_record
+from finetune.storage.cache import cached, sources_digest
 
 SHAPING_OPTIONS = ("max_length", "overlength", "train_on", "split_turns")
 """Keys of the section `data` that decide which tokens a row becomes and which of them are trained."""

@@ -14,8 +14,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.engine import Writer
 from finetune.evaluation.generation import Sampling, end_tokens, up_to
-from finetune.run.cache import cache_folder
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.cache import cache_folder
 
 MANNERS = {
     "VLLM_NO_USAGE_STATS": "1",

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError, UnsupportedError
+from finetune.malloc import FreedMemory
 from finetune.models.linear_layers import list_of_blocks, shape_of
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import PackedQuantizer
-from finetune.quantizers.memory import FreedMemory
 from finetune.quantizers.on_load import quantizable_layers, replacement
 from finetune.quantizers.optq import Hessian, OptqQuantizer
 

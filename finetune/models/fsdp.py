@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from finetune.malloc import give_back
 from finetune.models.safetensors_io import StoredTensor
-from finetune.quantizers.memory import give_back
 
 
 def share_out(model: nn.Module, blocks: Iterable[str], fill: Callable[[str], None], device: torch.device) -> None:

@@ -6,8 +6,8 @@ import os
 
 import torch
 
+from finetune.malloc import give_back
 from finetune.plan.cards import Card
-from finetune.quantizers.memory import give_back
 
 KERNELS_IN_16_BITS = 165_000_000
 """Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See

@@ -23,9 +23,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetune.errors import ModelError, UnsupportedError
+from finetune.malloc import FreedMemory
 from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.quantizers.layer import PackedQuantizer
-from finetune.quantizers.memory import FreedMemory
 from finetune.recipe.quantization import StoredQuantization
 from finetune.resolve import build
 

@@ -23,14 +23,14 @@ class TrackerSection(Section):
 class TensorBoard(TrackerSection):
     """Event files in the run directory, for `tensorboard --logdir runs`."""
 
-    implementation: ClassVar[str] = "finetune.run.trackers:TensorBoardTracker"
+    implementation: ClassVar[str] = "finetune.run.trackers.clients:TensorBoardTracker"
     name: Literal["tensorboard"]
 
 
 class Wandb(TrackerSection):
     """Weights & Biases. Neither code, arguments, environment nor console are sent."""
 
-    implementation: ClassVar[str] = "finetune.run.trackers:WandbTracker"
+    implementation: ClassVar[str] = "finetune.run.trackers.clients:WandbTracker"
     name: Literal["wandb"]
     project: str | None = Field(None, min_length=1, description="Project; null for WANDB_PROJECT or the account's.")
     offline: bool = Field(False, description="Write to the run directory only; `wandb sync` sends it later.")
@@ -39,7 +39,7 @@ class Wandb(TrackerSection):
 class Mlflow(TrackerSection):
     """MLflow, on the server that MLFLOW_TRACKING_URI names or else in a database in the run directory."""
 
-    implementation: ClassVar[str] = "finetune.run.trackers:MlflowTracker"
+    implementation: ClassVar[str] = "finetune.run.trackers.clients:MlflowTracker"
     name: Literal["mlflow"]
     experiment: str = Field("ft", min_length=1, description="Experiment.")
     offline: bool = Field(False, description="Write to the run directory whatever the environment says.")
@@ -48,7 +48,7 @@ class Mlflow(TrackerSection):
 class Trackio(TrackerSection):
     """Trackio, on this machine and, where a Space is named, there."""
 
-    implementation: ClassVar[str] = "finetune.run.trackers:TrackioTracker"
+    implementation: ClassVar[str] = "finetune.run.trackers.clients:TrackioTracker"
     name: Literal["trackio"]
     project: str = Field("ft", min_length=1, description="Project.")
     space: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Space of the hub: owner/name.")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from finetune.formatting import count, duration, memory
 from finetune.report import course
 from finetune.report.facts import RunFacts
 from finetune.report.page import document, section, table
 from finetune.report.run_page import SCORES, SHOWN_ANSWERS, asked, device, score
 from finetune.report.run_page import STYLE as RUN_STYLE
 from finetune.run.comparison import Difference
-from finetune.run.numbers import count, duration, memory
 
 
 def comparison_page(runs: Sequence[RunFacts], differences: Sequence[Sequence[Difference]]) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from finetune.formatting import count, memory
 from finetune.report.chart import Axis, Point, Series, chart, smoothed
 from finetune.run.events import StepMetrics
 from finetune.run.history import History
-from finetune.run.numbers import count, memory
 
 STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2rem; }

@@ -15,7 +15,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.run.directory import RunDirectory, read_json
 from finetune.run.history import History, records
-from finetune.run.listing import State, state_of
+from finetune.run.index import State, state_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from html import escape
 from itertools import pairwise
 
 from finetune.run.events import RanksChosen
-from finetune.run.ranks import Grid
+from finetune.run.lora_ranks import Grid
 
 PANELS_A_LINE = 7
 PANEL_WIDTH, ROW_HEIGHT = 108, 9

@@ -9,11 +9,11 @@ from html import escape
 from typing import Any
 
 from finetune.errors import EnvironmentFault, RecipeError
+from finetune.formatting import count, duration, memory
 from finetune.report import course, ranks
 from finetune.report.facts import RunFacts, public
 from finetune.report.page import document, folded, section, table
 from finetune.run.directory import RunDirectory, write_text
-from finetune.run.numbers import count, duration, memory
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import accumulate
 
+from finetune.formatting import value as in_words
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sweep import Choice, LogUniform, Swept
 from finetune.report import course
@@ -14,8 +15,7 @@ from finetune.report.page import document, section, table
 from finetune.report.run_page import STYLE
 from finetune.run.directory import RunDirectory
 from finetune.run.history import History
-from finetune.run.numbers import value as in_words
-from finetune.run.trials import SweepDirectory, Trial, best_of, trial_table
+from finetune.run.sweep_trials import SweepDirectory, Trial, best_of, trial_table
 
 DRAWN = 6
 """Trials whose curves are drawn: the best, as many as have colours of their own."""

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.recipe.changes import changes
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory, read_json
-from finetune.run.listing import summarize
+from finetune.run.index import summarize
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from finetune.errors import (
     as_lost_process,
     as_out_of_memory,
 )
+from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
-from finetune.run.interruption import StopRequested
-from finetune.run.processes import Rank
+from finetune.run.signals import StopRequested
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from finetune.data.batches import BatchOrder
 from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.data.seeds import derived_seed
-from finetune.quantizers.memory import give_back
+from finetune.malloc import give_back
 from finetune.recipe.optimizer import OptimizerSection
 from finetune.recipe.training import Training
 from finetune.run.events import StepMetrics

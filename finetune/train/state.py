@@ -11,7 +11,7 @@ from torch import nn
 from finetune.adapters.base import AdapterMethod
 from finetune.models.fsdp import trained_shares
 from finetune.models.loading.dtype import autocast
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 
 
 @dataclass

@@ -80,7 +80,7 @@ def write_model(folder: Path, vocabulary: int, blocks: int, positions: int) -> N
 def measure_step(vocabulary: int, context: int, checkpointing: str, folder: Path) -> dict[str, Any]:
     """Two steps on rows of the context's length."""
     from finetune.jobs.train.run import train
-    from finetune.quantizers.memory import give_back
+    from finetune.malloc import give_back
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
     from tests.fixtures.recipes import as_recipe

@@ -89,7 +89,7 @@ def measure() -> None:
     from finetune.jobs.train.prepare import Ready
     from finetune.recipe.load import load_recipe
     from finetune.run.events import ignore
-    from finetune.run.interruption import Interruption
+    from finetune.run.signals import Interruption
     from finetune.train import step
     from finetune.train.loop import fit
 

@@ -25,7 +25,7 @@ from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Saved, StepMetrics
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 
 from .conftest import ROOT, Result, Server
 

@@ -20,7 +20,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import BestKept, Event, Sampled, StepMetrics, TrainingFinished, Validated
 from finetune.run.history import History
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from tests.fixtures.recipes import write_recipe
 
 BEST_AT_TWO = {0: 9.0, 1: 5.0, 2: 4.0, 3: 4.5, 4: 4.0}

@@ -360,7 +360,7 @@ def test_resumed_run_ends_with_loss_of_uninterrupted_run(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, precision: str, device: torch.device
 ):
     from finetune.errors import Stopped
-    from finetune.run.interruption import Interruption
+    from finetune.run.signals import Interruption
 
     skip_float16_on_cpu(device, precision)
     sections = {**tiny_recipe, "quantization": {"kind": kind}, "optimizer": {"name": "paged_adamw_8bit"}}

@@ -32,7 +32,7 @@ from finetune.evaluation.loss import held_out_loss
 from finetune.recipe.adapter import AdaLora, Full
 from finetune.recipe.optimizer import Sgd
 from finetune.recipe.training import Training
-from finetune.run.interruption import StopRequested
+from finetune.run.signals import StopRequested
 from finetune.train.loop import fit
 from finetune.train.state import TrainState
 from tests.fixtures.tiny import tiny_llama
@@ -162,7 +162,7 @@ from finetune.jobs.train.prepare import Ready
 from finetune.jobs.train.rank_consistency import refuse_disagreement
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from finetune.train.loop import fit
 from finetune.train.together import prepared
 

@@ -20,7 +20,7 @@ from finetune.jobs.train.run import checkpointing, train
 from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, Resumed, Saved, StepMetrics
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
 

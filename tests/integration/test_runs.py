@@ -15,7 +15,7 @@ from cli.main import app
 from finetune.errors import Stopped
 from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
-from finetune.run.listing import removable, summarize
+from finetune.run.index import removable, summarize
 from tests.fixtures.recipes import as_recipe
 from tests.integration.test_resume import after_step, stopped_at
 

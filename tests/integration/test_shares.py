@@ -32,7 +32,7 @@ from finetune.evaluation.loss import held_out_loss
 from finetune.jobs.train.prepare import Ready
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from finetune.train import step
 from finetune.train.checkpoint import read_state, write_state
 from finetune.train.loop import fit

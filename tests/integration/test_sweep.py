@@ -16,8 +16,8 @@ from finetune.jobs.sweep.run import Sweep, sampler
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics
-from finetune.run.interruption import Interruption
-from finetune.run.trials import Trial
+from finetune.run.signals import Interruption
+from finetune.run.sweep_trials import Trial
 from tests.fixtures.recipes import write_recipe
 
 needs_optuna = pytest.mark.skipif(sampler.find_spec("optuna") is None, reason="needs the extra sweep")

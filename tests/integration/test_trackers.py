@@ -48,7 +48,7 @@ def test_a_run_with_trackers_has_the_bits_of_one_without(
 def test_a_tracker_that_is_not_installed_is_an_error_before_the_run(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("finetune.run.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.run.trackers.process.find_spec", lambda name: None)
     code, said = train({**tiny_recipe, "trackers": [{"name": "wandb"}]}, tmp_path / "folder")
     assert code == 2
     assert "trackers.0.name: the package wandb is not installed" in said

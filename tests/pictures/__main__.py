@@ -23,7 +23,7 @@ from cli.progress import Live
 from finetune.report.run_page import write_report
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingStarted
-from finetune.run.watching import watched
+from finetune.run.watch import watched
 
 WIDTH = 78
 # rich's own frame would have a browser fetch a font.

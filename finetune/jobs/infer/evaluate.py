@@ -36,10 +36,10 @@ from finetune.recipe.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSe
 from finetune.recipe.load import load_tasks
 from finetune.report.run_page import reported
 from finetune.resolve import build
-from finetune.run.cache import sources_digest
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Report, ignore
 from finetune.run.provenance import file_digest
+from finetune.storage.cache import sources_digest
 
 COMPUTING = (finetune.adapters, finetune.evaluation, finetune.models, finetune.quantizers, finetune.train)
 """Packages of ours whose code decides what a model says."""

@@ -15,6 +15,7 @@ from finetune.data.batches import Batch, BatchOrder
 from finetune.data.dataset import Rows
 from finetune.data.layout import Layout
 from finetune.jobs.load.context import Workbench, layout_of
+from finetune.malloc import is_tcmalloc
 from finetune.models.loading.dtype import file_dtype, weight_dtype
 from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.quantized_checkpoint import stored_quantization
@@ -25,7 +26,6 @@ from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_b
 from finetune.plan.shares import held_by_one
 from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
 from finetune.quantizers.choice import Quantizers
-from finetune.quantizers.memory import is_tcmalloc
 from finetune.quantizers.on_load import OnLoadConfig
 from finetune.recipe.recipe import Recipe
 from finetune.resolve import build

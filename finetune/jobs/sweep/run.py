@@ -27,8 +27,8 @@ from finetune.recipe.recipe import Recipe
 from finetune.report.sweep_page import sweep_page
 from finetune.run.directory import RunDirectory, disk_faults, write_text
 from finetune.run.events import Report
-from finetune.run.interruption import Interruption
-from finetune.run.trials import SweepDirectory, Trial, Values
+from finetune.run.signals import Interruption
+from finetune.run.sweep_trials import SweepDirectory, Trial, Values
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.errors import UnsupportedError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sweep import Choice, Integer, LogUniform, Sweep, Swept
-from finetune.run.trials import Trial, Values
+from finetune.run.sweep_trials import Trial, Values
 
 DRAWS = 20
 """Draws of values that were all tried before, after which a sweep is over."""

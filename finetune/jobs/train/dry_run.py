@@ -27,7 +27,7 @@ from finetune.quantizers.base import is_quantized
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Rehearsed, Report
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state, write_state
 from finetune.train.memory import peak_memory_bytes
 from finetune.train.schedules import learning_rate

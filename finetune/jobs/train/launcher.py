@@ -29,8 +29,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted, ProcessFailed, ProcessLost, UsageError
 from finetune.run.directory import RunDirectory
-from finetune.run.interruption import Interruption
-from finetune.run.processes import LAUNCH, SUPERVISOR, Ending, chosen_run
+from finetune.run.distributed import LAUNCH, SUPERVISOR, Ending, chosen_run
+from finetune.run.signals import Interruption
 
 LOOK_EVERY_SECONDS = 0.1
 

@@ -35,7 +35,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import DataRead, Event, Phase, Report
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state
 from finetune.train.loop import batch_order
 from finetune.train.optimizers import make_optimizer

@@ -11,8 +11,8 @@ from finetune.recipe.load import load_recipe
 from finetune.run.comparison import Difference, differences
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Report, ignore
-from finetune.run.interruption import Interruption
 from finetune.run.provenance import file_digest
+from finetune.run.signals import Interruption
 
 
 @dataclass(frozen=True)

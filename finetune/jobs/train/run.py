@@ -37,9 +37,9 @@ from finetune.run.events import (
     ignore,
 )
 from finetune.run.history import History
-from finetune.run.interruption import Interruption, StopRequested
 from finetune.run.provenance import provenance
-from finetune.run.tracking import refuse_missing_packages, tracked
+from finetune.run.signals import Interruption, StopRequested
+from finetune.run.trackers.process import refuse_missing_packages, tracked
 from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes
 from finetune.train.symptoms import Symptoms

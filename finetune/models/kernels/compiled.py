@@ -16,7 +16,7 @@ from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from finetune.errors import EnvironmentFault, UnsupportedError
 from finetune.models.linear_layers import linear_layers, list_of_blocks
-from finetune.run.cache import cache_folder
+from finetune.storage.cache import cache_folder
 
 
 def compile_blocks(model: PreTrainedModel) -> str:

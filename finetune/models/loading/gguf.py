@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import ModelError
-from finetune.run.cache import cached
+from finetune.storage.cache import cached
 
 LAYOUT = "1"
 """Part of the cache's key: raise it when what the conversion writes changes."""

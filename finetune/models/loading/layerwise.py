@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
+from finetune.malloc import FreedMemory
 from finetune.models.linear_layers import shape_of
 from finetune.models.loading.meta_model import read_config, skeleton
 from finetune.models.loading.model_files import ModelFolder
@@ -32,7 +33,6 @@ from finetune.models.safetensors_io import own_memory, stored_tensors
 from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer, QuantizedLinear
-from finetune.quantizers.memory import FreedMemory
 from finetune.quantizers.on_load import OnLoadConfig, quantizable_layers, replacement
 from finetune.recipe.model import Model
 

@@ -10,7 +10,7 @@ import pytest
 from finetune.errors import EnvironmentFault
 from finetune.evaluation import kept
 from finetune.evaluation.kept import KeptResults
-from finetune.run.cache import cache_folder
+from finetune.storage.cache import cache_folder
 
 FACTS = {"base": "abc"}
 

@@ -18,7 +18,7 @@ from finetune.jobs.train.run import prepare, train
 from finetune.models.kernels import packed_attention, packing_check
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 from tests.fixtures.recipes import as_recipe
 
 

@@ -6,18 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune.quantizers import memory
+from finetune import malloc
 
 
 @pytest.mark.parametrize("names", [["malloc_trim", "MallocExtension_ReleaseFreeMemory"], ["malloc_trim"], []])
 def test_the_allocator_in_use_is_asked(names: list[str], monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
     process = SimpleNamespace(**{name: lambda *pad, name=name: asked.append(name) for name in names})
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: process)
-    memory._release.cache_clear()
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: process)
+    malloc._release.cache_clear()
     try:
-        memory.give_back()
+        malloc.give_back()
     finally:
-        memory._release.cache_clear()
+        malloc._release.cache_clear()
     assert asked == names[-1:]
-    assert memory.is_tcmalloc() == ("MallocExtension_ReleaseFreeMemory" in names)
+    assert malloc.is_tcmalloc() == ("MallocExtension_ReleaseFreeMemory" in names)

@@ -15,7 +15,7 @@ from finetune.report.run_page import reported, run_page
 from finetune.report.sweep_page import sweep_page
 from finetune.run.comparison import differences
 from finetune.run.directory import RunDirectory
-from finetune.run.trials import SweepDirectory
+from finetune.run.sweep_trials import SweepDirectory
 from tests.fixtures.runs import steps, written_run
 
 HOSTILE = """</title></style></pre><script>alert('x')</script><img src=x onerror="alert(1)">"><!--"""

@@ -31,7 +31,7 @@ from finetune.errors import (
 from finetune.run import directory as module
 from finetune.run.directory import INTERRUPTED, RunDirectory, write_json, written_aside
 from finetune.run.events import StepMetrics, Validated
-from finetune.run.interruption import StopRequested
+from finetune.run.signals import StopRequested
 
 
 def names_in(folder: Path) -> list[str]:

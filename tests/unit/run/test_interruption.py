@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.interruption import SIGNALS, Interruption, StopRequested
+from finetune.run.signals import SIGNALS, Interruption, StopRequested
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,7 +51,7 @@ def test_handlers_are_what_they_were_afterwards():
 BUSY = """
 import os, sys, time
 import torch
-from finetune.run.interruption import Interruption
+from finetune.run.signals import Interruption
 
 rows = torch.randn(3000, 3000)
 with Interruption().listening(lambda: os._exit(130)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import DataError, Interrupted, ProcessLost, Stopped
-from finetune.run.processes import ERROR_FILE, Ending, Rank, first_host
+from finetune.run.distributed import ERROR_FILE, Ending, Rank, first_host
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {

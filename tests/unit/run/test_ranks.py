@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.run.ranks import Grid, table
+from finetune.run.lora_ranks import Grid, table
 
 LLAMA = {
     f"model.layers.{block}.{kind}": block

@@ -13,10 +13,10 @@ import pytest
 from finetune.errors import UnsupportedError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
-from finetune.run import tracking
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, StepMetrics, Validated
-from finetune.run.tracking import refuse_missing_packages, tracked
+from finetune.run.trackers.clients import process
+from finetune.run.trackers.process import refuse_missing_packages, tracked
 from tests.fixtures.trackers import Fakes
 
 NAMES = ["tensorboard", "wandb", "mlflow", "trackio"]
@@ -128,7 +128,7 @@ def test_whatever_a_tracker_does_the_run_goes_on_and_is_warned_once(
     how: str, call: str, fakes: Fakes, run: RunDirectory, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 3.0)
+    monkeypatch.setattr(process, "FINISH_SECONDS", 3.0)
     monkeypatch.setenv("WANDB_API_KEY", "c0ffee-c0ffee")
     fakes.misbehave(f"{how} in {call}")
     began = time.monotonic()
@@ -166,8 +166,8 @@ def test_a_process_that_takes_nothing_in_is_never_waited_for(
     fakes: Fakes, run: RunDirectory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     started = []
-    start = tracking._start
-    monkeypatch.setattr(tracking, "_start", lambda opening: started.append(start(opening)) or started[-1])
+    start = process._start
+    monkeypatch.setattr(process, "_start", lambda opening: started.append(start(opening)) or started[-1])
     with tracked(recipe({"name": "wandb"}), run, lambda event: None) as report:
         os.kill(started[0].pid, signal.SIGSTOP)
         slowest = 0.0
@@ -181,7 +181,7 @@ def test_a_process_that_takes_nothing_in_is_never_waited_for(
 
 
 def test_a_package_that_is_not_installed_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "mlflow" else name)
+    monkeypatch.setattr(process, "find_spec", lambda name: None if name == "mlflow" else name)
     with pytest.raises(UnsupportedError, match="the package mlflow is not installed") as caught:
         refuse_missing_packages(recipe({"name": "wandb"}, {"name": "mlflow"}).trackers)
     assert (caught.value.where, caught.value.exit_code) == ("trackers.1.name", 2)

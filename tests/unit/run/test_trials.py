@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.run.events import BestKept, Validated
-from finetune.run.trials import SweepDirectory, arguments_of, best_of, short_names, trial_table
+from finetune.run.sweep_trials import SweepDirectory, arguments_of, best_of, short_names, trial_table
 from tests.fixtures.runs import steps, written_run
 
 

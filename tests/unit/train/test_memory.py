@@ -14,7 +14,7 @@ from finetune.train.memory import KERNEL_CACHES, bound_kernel_caches
 
 PRODUCTS = """
 import sys, torch
-from finetune.quantizers.memory import give_back
+from finetune.malloc import give_back
 from finetune.train.memory import bound_kernel_caches
 if sys.argv[1] == "bounded":
     bound_kernel_caches()

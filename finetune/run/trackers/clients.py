@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from finetune.recipe.section import Section
 from finetune.recipe.tracking import Mlflow, TensorBoard, Tracker, Trackio, Wandb
 from finetune.resolve import build
-from finetune.run.tracking import ENDED, FINISH_SECONDS, LATE, Opening
+from finetune.run.trackers.process import ENDED, FINISH_SECONDS, LATE, Opening
 
 
 class Followed(Protocol):

@@ -245,7 +245,7 @@ def _start(opening: Opening) -> subprocess.Popen[bytes]:
     """A process with the opening in its pipe; neither end of it is ever waited for."""
     path = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "finetune.run.trackers"],
+        [sys.executable, "-P", "-m", "finetune.run.trackers.clients"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.formatting import value as in_words
 from finetune.run.directory import RunDirectory, disk_faults
 from finetune.run.history import History, records
-from finetune.run.listing import State, state_of
-from finetune.run.numbers import value as in_words
+from finetune.run.index import State, state_of
 
 Values = Mapping[str, Any]
 """A value for each swept key."""
