@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from finetune.jobs.plan.preview import MicroBatch, Preview
     from finetune.jobs.smoke_test import Smoke
     from finetune.jobs.train.reproduce import Reproduction
-    from finetune.recipe.catalogue import Choice
-    from finetune.recipe.explanation import Explanation
-    from finetune.recipe.importing.imported import Imported
+    from finetune.recipe.explain import Explanation
+    from finetune.recipe.importing.convert import Imported
+    from finetune.recipe.methods import Choice
     from finetune.run.comparison import Difference
     from finetune.run.events import Event, Report, TrainingFinished
     from finetune.run.index import Removable, RunSummary

@@ -22,7 +22,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Tell what a key does, its default and its values. And who sets it; without a key, list the sections."""
-    from finetune.recipe.explanation import explain_key, sections, values_in
+    from finetune.recipe.explain import explain_key, sections, values_in
 
     if key is None:
         console.show_sections(sections(), as_json)

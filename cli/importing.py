@@ -21,7 +21,7 @@ def import_recipe(
     as_json: AsJson = False,
 ) -> None:
     """Translate another tool's configuration. Lists every key that was not carried over."""
-    from finetune.recipe.importing.imported import imported
+    from finetune.recipe.importing.convert import imported
     from finetune.run.directory import write_file
 
     if output.exists() and not overwrite:

@@ -12,7 +12,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     Says as well how vLLM will serve what is trained, or why it will not.
     """
     from finetune.recipe.load import load_recipe
-    from finetune.recipe.serving import serving
+    from finetune.recipe.vllm_support import serving
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from finetune.jobs.infer.evaluate import Score
     from finetune.jobs.plan.estimate import Plan
     from finetune.jobs.plan.preview import Preview
-    from finetune.recipe.catalogue import Choice
-    from finetune.recipe.explanation import Explanation, Meaning
-    from finetune.recipe.importing.imported import Imported
+    from finetune.recipe.explain import Explanation, Meaning
+    from finetune.recipe.importing.convert import Imported
+    from finetune.recipe.methods import Choice
 
 ROWS_A_LINE = 256 * 400
 """Rows of a long reading after which a pipe or a log gets a line; a multiple of those that are reported together."""

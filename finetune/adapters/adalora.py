@@ -30,7 +30,7 @@ from finetune.adapters.low_rank import Factors, LowRankLinear
 from finetune.adapters.rank_allocation import Budget, RankAllocator, Triplets
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.models.linear_layers import linear_layers
-from finetune.recipe.adapter import AdaLora
+from finetune.recipe.sections.adapter import AdaLora
 
 
 class AdaLoraLinear(LowRankLinear):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import RefusedError, UnsupportedError
-from finetune.recipe.modules import ModuleRule
+from finetune.recipe.sections.modules import ModuleRule
 
 
 class BakedPrompt(NamedTuple):

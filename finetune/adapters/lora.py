@@ -19,8 +19,8 @@ from finetune.adapters.base import AdapterMethod
 from finetune.adapters.initialization import orthonormal, principal
 from finetune.adapters.low_rank import AnchoredLinear, ElasticLinear, LowRankLinear
 from finetune.models.linear_layers import LINEAR_TYPES, linear_layers
-from finetune.recipe.adapter import Lora, LowRank
-from finetune.recipe.modules import setting_for
+from finetune.recipe.sections.adapter import Lora, LowRank
+from finetune.recipe.sections.modules import setting_for
 
 
 class LowRankMethod(AdapterMethod):

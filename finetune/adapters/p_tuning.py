@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.prompted import EncodedPrompt
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
-from finetune.recipe.adapter import PTuning
+from finetune.recipe.sections.adapter import PTuning
 
 
 class PTuningMethod(EmbeddedPromptMethod):

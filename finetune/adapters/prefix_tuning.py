@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from finetune.adapters.prompted import EncodedPrompt, FixedPrompt, KeyShape, PrefixedModel, prefix_of_tokens
 from finetune.adapters.soft_prompt import SoftPromptMethod
 from finetune.errors import UnsupportedError
-from finetune.recipe.adapter import PrefixTuning
+from finetune.recipe.sections.adapter import PrefixTuning
 
 
 class PrefixTuningMethod(SoftPromptMethod):

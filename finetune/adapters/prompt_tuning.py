@@ -18,7 +18,7 @@ from finetune.adapters.prompted import FixedPrompt, PromptedModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.errors import UnsupportedError
 from finetune.models.fsdp import with_whole_surroundings
-from finetune.recipe.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
+from finetune.recipe.sections.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
 
 
 class PromptTuningMethod(EmbeddedPromptMethod):

@@ -15,7 +15,7 @@ from torch import nn
 from finetune.adapters.lora import LowRankMethod
 from finetune.adapters.low_rank import LowRankLinear, PooledElasticLinear, PooledLinear
 from finetune.quantizers.base import Quantized
-from finetune.recipe.adapter import QaLora
+from finetune.recipe.sections.adapter import QaLora
 
 
 class QaLoraMethod(LowRankMethod):

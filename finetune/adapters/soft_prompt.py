@@ -19,7 +19,7 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod, BakedPrompt
 from finetune.adapters.prompted import EmbeddedPromptModel, FixedPrompt, PromptedModel
 from finetune.errors import UnsupportedError
-from finetune.recipe.adapter import SoftPrompt
+from finetune.recipe.sections.adapter import SoftPrompt
 
 COMMON_TOKENS = 5000
 """Tokens that a prompt's first words are drawn from. Source: Lester et al. 2021, arXiv 2104.08691, section 2.1."""

@@ -19,7 +19,7 @@ from finetune.data.seeds import derived_seed
 from finetune.data.store import RowCounts
 from finetune.data.stored import StoredSource, rows_at
 from finetune.errors import DataError
-from finetune.recipe.data import Data, SourceSection
+from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
 from finetune.run.events import Report, ignore
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from finetune.data.rows import Row
-from finetune.recipe.data import SourceSection
+from finetune.recipe.sections.data import SourceSection
 
 Role = Literal["system", "user", "assistant", "tool"]
 

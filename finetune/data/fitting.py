@@ -12,7 +12,7 @@ from finetune.data.encode import Encoder, Example
 from finetune.data.lengths import chunks, without_end, without_prompt_head
 from finetune.data.store import Encoded, RowCounts
 from finetune.errors import DataError
-from finetune.recipe.data import Data
+from finetune.recipe.sections.data import Data
 
 
 class Fitting:

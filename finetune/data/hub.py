@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError, EnvironmentFault
-from finetune.recipe.data import Hub
+from finetune.recipe.sections.data import Hub
 
 
 def read_hub(hub: Hub) -> Iterator[Row]:

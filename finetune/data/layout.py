@@ -16,7 +16,7 @@ import numpy.typing as npt
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.data.packing import Packs, packed
-from finetune.recipe.training import Training
+from finetune.recipe.sections.training import Training
 
 Unit = list[Example]
 """What a step counts: one row, or the rows of a pack."""

@@ -10,7 +10,7 @@ from finetune.data.readers.files import data_files, is_plain_text, read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row
 from finetune.errors import DataError
-from finetune.recipe.data import AutoSource, SourceSection, TextSource, TextSplit
+from finetune.recipe.sections.data import AutoSource, SourceSection, TextSource, TextSplit
 
 
 def read_rows(source: SourceSection) -> Iterator[Row]:

@@ -23,7 +23,7 @@ from finetune.data.sources import files_of, read_rows
 from finetune.data.store import Store, StoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
-from finetune.recipe.data import Data, Hub, SourceSection
+from finetune.recipe.sections.data import Data, Hub, SourceSection
 from finetune.run.events import Progress, Report
 from finetune.run.provenance import file_record
 from finetune.storage.cache import cached, sources_digest

@@ -15,7 +15,7 @@ from finetune.data.formats.auto import detect
 from finetune.data.rows import Row
 from finetune.data.sources import read_rows
 from finetune.errors import DataError
-from finetune.recipe.data import AutoSource, ClassificationSource, SourceSection
+from finetune.recipe.sections.data import AutoSource, ClassificationSource, SourceSection
 from finetune.resolve import build
 
 COUNTED_ROWS = 100_000

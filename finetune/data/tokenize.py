@@ -21,7 +21,7 @@ from finetune.data.fitting import Fitting
 from finetune.data.rows import Row
 from finetune.data.store import Encoded, StoreWriter
 from finetune.errors import EnvironmentFault
-from finetune.recipe.data import Data, SourceSection
+from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
 
 CHUNK_ROWS = 256

@@ -16,7 +16,7 @@ from finetune.evaluation.engine import Engine
 from finetune.evaluation.measurement import Column, Measurement
 from finetune.evaluation.metrics import Form, Metric, mean
 from finetune.evaluation.tasks import Task
-from finetune.recipe.evaluation import HarnessTask
+from finetune.recipe.sections.evaluation import HarnessTask
 from finetune.run.events import Phase, Report
 
 

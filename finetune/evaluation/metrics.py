@@ -18,7 +18,7 @@ from typing import Literal
 
 from finetune.evaluation import overlap
 from finetune.evaluation.overlap import Numbers
-from finetune.recipe.evaluation import Answers
+from finetune.recipe.sections.evaluation import Answers
 
 Form = Literal["share", "points", "nats"]
 """In [0, 1]; in [0, 100]; of a logarithm or its exponential."""

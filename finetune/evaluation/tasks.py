@@ -18,7 +18,7 @@ from finetune.evaluation.engine import Engine, Tell
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean, said
-from finetune.recipe.evaluation import (
+from finetune.recipe.sections.evaluation import (
     HELD_OUT,
     Answers,
     ChooseTask,

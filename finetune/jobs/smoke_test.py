@@ -24,10 +24,10 @@ from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.meta_model import read_config, skeleton, with_blocks
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.tiny_model import BLOCKS, write_shallow
-from finetune.recipe.adapter import AdaLora
-from finetune.recipe.data import SourceSection
-from finetune.recipe.modules import ModuleRule
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.adapter import AdaLora
+from finetune.recipe.sections.data import SourceSection
+from finetune.recipe.sections.modules import ModuleRule
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
 

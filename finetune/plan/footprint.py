@@ -26,8 +26,8 @@ from finetune.plan.speed import layer_shapes
 from finetune.plan.stand_ins import quantize_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
-from finetune.recipe.model import Model
-from finetune.recipe.training import Checkpointing, recomputes_blocks
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.training import Checkpointing, recomputes_blocks
 from finetune.train.loss import Chunks, chunked_cross_entropy
 from finetune.train.noise import embedding_noise
 from finetune.train.optimizers import state_bytes

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.models.linear_layers import linear_layers, shape_of
-from finetune.recipe.training import Checkpointing, recomputes_blocks
+from finetune.recipe.sections.training import Checkpointing, recomputes_blocks
 
 SHARE_OF_PRODUCTS = 0.4
 """Share of a training step that its products take on a CPU: measured with LoRA on a model of 135 million."""

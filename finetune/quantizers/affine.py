@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.quantizers.base import Capabilities
 from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
 from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, QuantizedLinear, TensorSpec
-from finetune.recipe.quantization import Groupwise
+from finetune.recipe.sections.quantization import Groupwise
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.codebook import FourBitQuantizer
 from finetune.quantizers.layer import QuantizedLinear
-from finetune.recipe.quantization import FourBit
+from finetune.recipe.sections.quantization import FourBit
 
 
 class CudaFourBitQuantizer(Quantizer):

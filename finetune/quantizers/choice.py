@@ -10,8 +10,8 @@ import torch
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.on_load import OnLoadConfig
 from finetune.quantizers.optq import OptqQuantizer
-from finetune.recipe.modules import ModuleRule, setting_for
-from finetune.recipe.quantization import QuantizationSection
+from finetune.recipe.sections.modules import ModuleRule, setting_for
+from finetune.recipe.sections.quantization import QuantizationSection
 from finetune.resolve import build
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
 from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, TensorSpec
-from finetune.recipe.quantization import FourBit
+from finetune.recipe.sections.quantization import FourBit
 
 NORMAL_FLOAT = {
     2: (-1.0, -0.2525685, 0.2525685, 1.0),

@@ -13,7 +13,7 @@ from torch.nn import functional
 from finetune.quantizers.bits import pack_bits
 from finetune.quantizers.codebook import NORMAL_FLOAT, BlockNumbers, CodebookQuantizer, in_blocks
 from finetune.quantizers.layer import WEIGHTS_AT_ONCE, TensorSpec
-from finetune.recipe.quantization import InformationCalibrated
+from finetune.recipe.sections.quantization import InformationCalibrated
 
 WIDEST_QUANTILE = 1.848
 """Quantile of the normal distribution that the code 1 stands for: turns a block's maximum into its deviation."""

@@ -26,7 +26,7 @@ from finetune.errors import ModelError, UnsupportedError
 from finetune.malloc import FreedMemory
 from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.quantizers.layer import PackedQuantizer
-from finetune.recipe.quantization import StoredQuantization
+from finetune.recipe.sections.quantization import StoredQuantization
 from finetune.resolve import build
 
 METHOD = "ft"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.bits import pack_bits
-from finetune.recipe.quantization import Optq
+from finetune.recipe.sections.quantization import Optq
 
 ALGORITHM = 1
 """Raised whenever the same weight and inputs give other codes than before: what is cached is then made again."""

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 
 from finetune.errors import EnvironmentFault
 from finetune.quantizers.base import Quantizer
-from finetune.recipe.quantization import PluginQuantization
+from finetune.recipe.sections.quantization import PluginQuantization
 
 GROUP = "ft.quantizers"
 

@@ -14,15 +14,15 @@ from pydantic import ValidationError
 
 from finetune.errors import Problem, RecipeError
 from finetune.recipe import secrets
-from finetune.recipe.evaluation import TaskFile, TaskSection
+from finetune.recipe.error_messages import explain
 from finetune.recipe.overrides import apply_overrides
-from finetune.recipe.problems import explain
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
-from finetune.recipe.written import Origin, Placed, Written
-from finetune.recipe.yaml_source import MAX_BYTES, decode, position_at, read_yaml
-from finetune.recipe.yaml_writing import block
+from finetune.recipe.sections.evaluation import TaskFile, TaskSection
+from finetune.recipe.yaml.document import MAX_BYTES, decode, position_at, read_yaml
+from finetune.recipe.yaml.origins import Origin, Placed, Written
+from finetune.recipe.yaml.writer import block
 
 
 @dataclass(frozen=True)

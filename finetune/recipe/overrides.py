@@ -11,8 +11,8 @@ from typing import Any
 
 from finetune.errors import Problem, RecipeError
 from finetune.recipe.schema import shape_at
-from finetune.recipe.written import Origin, Placed, Written
-from finetune.recipe.yaml_source import KeyPath, dotted, read_yaml
+from finetune.recipe.yaml.document import KeyPath, dotted, read_yaml
+from finetune.recipe.yaml.origins import Origin, Placed, Written
 
 _INDEX = re.compile("[0-9]{1,5}")
 

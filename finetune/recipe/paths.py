@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from finetune.recipe.section import anchored
+from finetune.recipe.sections.section import anchored
 
 
 def reached_from(folder: Path, path: str) -> str:

@@ -6,19 +6,19 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.data import Data
-from finetune.recipe.distributed import Distributed
-from finetune.recipe.evaluation import Evaluation
-from finetune.recipe.model import Model
-from finetune.recipe.modules import ModuleRule
-from finetune.recipe.optimizer import AdamW, Optimizer
-from finetune.recipe.quantization import NoQuantization, Quantization
-from finetune.recipe.run import Run
-from finetune.recipe.section import OnResume, Section
-from finetune.recipe.sweep import Sweep
-from finetune.recipe.tracking import Tracker
-from finetune.recipe.training import Training
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.data import Data
+from finetune.recipe.sections.distributed import Distributed
+from finetune.recipe.sections.evaluation import Evaluation
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.modules import ModuleRule
+from finetune.recipe.sections.optimizer import AdamW, Optimizer
+from finetune.recipe.sections.quantization import NoQuantization, Quantization
+from finetune.recipe.sections.run import Run
+from finetune.recipe.sections.section import OnResume, Section
+from finetune.recipe.sections.sweep import Sweep
+from finetune.recipe.sections.tracking import Tracker
+from finetune.recipe.sections.training import Training
 
 
 class Recipe(Section):

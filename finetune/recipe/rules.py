@@ -11,14 +11,23 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from finetune.recipe.adapter import AdaLora, LabelsStart, Lora, LowRank, PrefixTuning, PromptTuning, QaLora, SoftPrompt
-from finetune.recipe.data import SourceSection
-from finetune.recipe.evaluation import HELD_OUT, RowsTask, TaskSection
-from finetune.recipe.quantization import Groupwise, PluginQuantization
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
-from finetune.recipe.sweep import Numbers
-from finetune.recipe.yaml_source import dotted
+from finetune.recipe.sections.adapter import (
+    AdaLora,
+    LabelsStart,
+    Lora,
+    LowRank,
+    PrefixTuning,
+    PromptTuning,
+    QaLora,
+    SoftPrompt,
+)
+from finetune.recipe.sections.data import SourceSection
+from finetune.recipe.sections.evaluation import HELD_OUT, RowsTask, TaskSection
+from finetune.recipe.sections.quantization import Groupwise, PluginQuantization
+from finetune.recipe.sections.sweep import Numbers
+from finetune.recipe.yaml.document import dotted
 
 
 class Violation(NamedTuple):

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.yaml_source import KeyPath
+from finetune.recipe.yaml.document import KeyPath
 
 _NUMBERS = {"integer": "a whole number", "number": "a number"}
 _BOUNDS = {

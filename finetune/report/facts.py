@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from finetune.recipe.evaluation import HELD_OUT
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
+from finetune.recipe.sections.evaluation import HELD_OUT
 from finetune.run.directory import RunDirectory, read_json
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of

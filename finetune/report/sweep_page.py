@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from finetune.formatting import value as in_words
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.sweep import Choice, LogUniform, Swept
+from finetune.recipe.sections.sweep import Choice, LogUniform, Swept
 from finetune.report import course
 from finetune.report.chart import Axis, Series, chart
 from finetune.report.page import document, section, table

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.recipe.changes import changes
+from finetune.recipe.diff import changes
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory, read_json
 from finetune.run.index import summarize

@@ -12,8 +12,8 @@ from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.data.seeds import derived_seed
 from finetune.malloc import give_back
-from finetune.recipe.optimizer import OptimizerSection
-from finetune.recipe.training import Training
+from finetune.recipe.sections.optimizer import OptimizerSection
+from finetune.recipe.sections.training import Training
 from finetune.run.events import StepMetrics
 from finetune.train.memory import peak_memory_bytes
 from finetune.train.schedules import learning_rate

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.recipe.optimizer import Adafactor, AdamW, Lion, OptimizerSection, Sgd
+from finetune.recipe.sections.optimizer import Adafactor, AdamW, Lion, OptimizerSection, Sgd
 from finetune.resolve import resolve
 
 logger = logging.getLogger(__name__)

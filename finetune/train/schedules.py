@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finetune.recipe.optimizer import OptimizerSection
+from finetune.recipe.sections.optimizer import OptimizerSection
 
 
 def warmup_steps(section: OptimizerSection, total_steps: int) -> int:

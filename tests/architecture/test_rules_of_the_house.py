@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import finetune.recipe
-from finetune.recipe.section import Section
+from finetune.recipe.sections.section import Section
 from finetune.resolve import resolve
 
 ROOT = Path(__file__).parents[2]

@@ -73,8 +73,8 @@ def measure(file: Path) -> None:
     from finetune.data.packing import packed
     from finetune.models.loading.load import load_tokenizer
     from finetune.models.loading.model_files import find_model
-    from finetune.recipe.data import Data
     from finetune.recipe.load import load_recipe
+    from finetune.recipe.sections.data import Data
 
     recipe = load_recipe(RECIPE).recipe
     tokenizer = load_tokenizer(find_model(recipe.model, lambda doing: None, weights=False))

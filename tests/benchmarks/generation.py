@@ -28,9 +28,9 @@ from finetune.evaluation.generation import Sampling, end_tokens
 from finetune.evaluation.kept import KeptResults
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase, Tuned
-from finetune.recipe.data import ChatSource
-from finetune.recipe.evaluation import HarnessTask
-from finetune.recipe.model import Model
+from finetune.recipe.sections.data import ChatSource
+from finetune.recipe.sections.evaluation import HarnessTask
+from finetune.recipe.sections.model import Model
 from finetune.run.events import ignore
 
 DATA = Path(__file__).parents[2] / "recipes" / "data" / "bookings" / "train.jsonl"

@@ -158,7 +158,7 @@ def measure_files(action: str, folder: Path) -> dict[str, Any]:
     from finetune.models.loading.load import load_model
     from finetune.models.loading.model_files import ModelFolder
     from finetune.quantizers.choice import Quantizers
-    from finetune.recipe.model import Model
+    from finetune.recipe.sections.model import Model
     from tests.unit.quantizers.loading import PACKED, PLAIN
 
     def load() -> object:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from finetune.models.loading.model_files import find_model
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))

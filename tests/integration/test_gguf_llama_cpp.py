@@ -17,7 +17,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.load.context import ModelSetup
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.writing.gguf import write_gguf
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.engines import AFFINE, BASE, TOKENS, of_engine, of_transformers, same, trained

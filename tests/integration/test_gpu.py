@@ -270,7 +270,7 @@ def test_paged_optimizer_state_is_paged(name: str, cuda: torch.device):
     from pydantic import TypeAdapter
     from torch import nn
 
-    from finetune.recipe.optimizer import Optimizer
+    from finetune.recipe.sections.optimizer import Optimizer
     from finetune.train.optimizers import make_optimizer
 
     model = nn.Linear(1024, 1024, device=cuda)
@@ -321,8 +321,8 @@ def test_paged_optimizer_state_read_from_checkpoint_is_paged_and_equal(name: str
     from torch import nn
 
     from finetune.adapters.full import FullMethod
-    from finetune.recipe.adapter import Full
-    from finetune.recipe.optimizer import Optimizer
+    from finetune.recipe.sections.adapter import Full
+    from finetune.recipe.sections.optimizer import Optimizer
     from finetune.train.checkpoint import read_state, write_state
     from finetune.train.optimizers import make_optimizer
     from finetune.train.state import TrainState

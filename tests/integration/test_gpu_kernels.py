@@ -37,9 +37,9 @@ from finetune.models.kernels.selective_checkpointing import compute_again, widen
 from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.model import Model
-from finetune.recipe.quantization import FourBit
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import FourBit
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.tiny import SIZES, tiny_llama, tiny_tokenizer

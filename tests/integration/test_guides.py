@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from finetune.data.formats.auto import detect
 from finetune.data.rows import Row
-from finetune.recipe.explanation import explain_key
+from finetune.recipe.explain import explain_key
 from finetune.resolve import build
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from finetune.jobs.load.finetuned_model import SharedBase, Tuned
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
-from finetune.recipe.evaluation import HarnessTask
+from finetune.recipe.sections.evaluation import HarnessTask
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.evaluating import evaluated

@@ -11,8 +11,8 @@ from finetune.errors import Stopped, UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.train.run import train
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.quantization import Quantization
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.quantization import Quantization
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics
 from tests.fixtures.evaluating import evaluated, values

@@ -29,9 +29,9 @@ from finetune.data.batches import BatchOrder, padded
 from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.evaluation.loss import held_out_loss
-from finetune.recipe.adapter import AdaLora, Full
-from finetune.recipe.optimizer import Sgd
-from finetune.recipe.training import Training
+from finetune.recipe.sections.adapter import AdaLora, Full
+from finetune.recipe.sections.optimizer import Sgd
+from finetune.recipe.sections.training import Training
 from finetune.run.signals import StopRequested
 from finetune.train.loop import fit
 from finetune.train.state import TrainState

@@ -22,8 +22,8 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.models.loading.model_files import find_model
 from finetune.recipe.load import load_recipe
-from finetune.recipe.model import Model
-from finetune.recipe.serving import served_rank
+from finetune.recipe.sections.model import Model
+from finetune.recipe.vllm_support import served_rank
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_ft, of_transformers, same, trained

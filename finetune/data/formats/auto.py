@@ -9,7 +9,7 @@ from finetune.data.documents import Document, Format
 from finetune.data.formats.chat import turns_in
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
-from finetune.recipe.data import (
+from finetune.recipe.sections.data import (
     AutoSource,
     ChatSource,
     ClassificationSource,

@@ -12,7 +12,7 @@ from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
-from finetune.recipe.data import ChatSource
+from finetune.recipe.sections.data import ChatSource
 
 ROLES = get_args(Role)
 TRAIN_KEYS = {"train": True, "weight": 1}

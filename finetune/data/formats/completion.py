@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.data.documents import Conversation, Document, Format, Message, PlainText
 from finetune.data.rows import Row
-from finetune.recipe.data import CompletionSource
+from finetune.recipe.sections.data import CompletionSource
 
 
 class CompletionFormat(Format[CompletionSource]):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from finetune.data.documents import Conversation, Format, Message
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
-from finetune.recipe.data import InstructionSource
+from finetune.recipe.sections.data import InstructionSource
 
 
 class InstructionFormat(Format[InstructionSource]):

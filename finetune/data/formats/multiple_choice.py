@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from finetune.data.documents import Conversation, Format, Message
 from finetune.data.rows import Row, describe, excerpt
 from finetune.errors import DataError
-from finetune.recipe.data import MultipleChoiceSource
+from finetune.recipe.sections.data import MultipleChoiceSource
 
 
 class MultipleChoiceFormat(Format[MultipleChoiceSource]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune.data.documents import Conversation, Format, Message
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
-from finetune.recipe.data import QaSource
+from finetune.recipe.sections.data import QaSource
 
 
 class QaFormat(Format[QaSource]):

@@ -9,7 +9,7 @@ from finetune.data.formats.chat import answered, is_trained, listed
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
-from finetune.recipe.data import ShareGptSource
+from finetune.recipe.sections.data import ShareGptSource
 
 
 class ShareGptFormat(Format[ShareGptSource]):

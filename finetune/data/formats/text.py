@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.data.documents import Format, PlainText
 from finetune.data.rows import Row
-from finetune.recipe.data import TextSource
+from finetune.recipe.sections.data import TextSource
 
 
 class TextFormat(Format[TextSource]):

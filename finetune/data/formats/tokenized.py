@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune.data.documents import Format, Tokens
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
-from finetune.recipe.data import TokenizedSource
+from finetune.recipe.sections.data import TokenizedSource
 
 IGNORED = -100
 """The label of a token that is not trained, by convention of transformers."""

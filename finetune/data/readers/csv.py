@@ -14,7 +14,7 @@ from finetune.data.readers.content import LONGEST_LINE_BYTES, numbered_lines
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
-from finetune.recipe.data import Delimiter
+from finetune.recipe.sections.data import Delimiter
 
 CHARACTERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 SNIFFED = (",", ";", "\t")

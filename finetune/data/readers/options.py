@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.recipe.data import Delimiter, TextSplit
+from finetune.recipe.sections.data import Delimiter, TextSplit
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.writing.gguf import GgufType, write_gguf, write_gguf_adapter
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.quantization import NoQuantization
+from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore

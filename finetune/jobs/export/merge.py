@@ -24,7 +24,7 @@ from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.writing.rewrite import write_folded, write_folded_quantized
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.quantization import NoQuantization
+from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import reported
 from finetune.run.directory import RunDirectory, write_json, written_aside
 from finetune.run.events import Phase, Report, ignore

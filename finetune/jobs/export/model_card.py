@@ -15,7 +15,7 @@ import yaml
 
 from finetune.jobs.load.trained_run import TrainedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 from finetune.report.run_page import answered_by
 from finetune.run.directory import read_json
 from finetune.run.history import History

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import TrainedRun
-from finetune.recipe.serving import served_rank
+from finetune.recipe.vllm_support import served_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory, written_aside
 from finetune.run.events import Report, ignore
 

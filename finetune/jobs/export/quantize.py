@@ -23,8 +23,8 @@ from finetune.models.loading.quantized_checkpoint import (
 )
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
-from finetune.recipe.quantization import NoQuantization
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.quantization import NoQuantization
 from finetune.run.directory import write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
 

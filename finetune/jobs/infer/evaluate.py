@@ -32,8 +32,8 @@ from finetune.jobs.load.finetuned_model import SharedBase, Trained, Tuned
 from finetune.jobs.load.model_ref import Kind, Named
 from finetune.jobs.load.vllm import vllm_writer
 from finetune.models.fingerprint import fingerprint
-from finetune.recipe.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSection
 from finetune.recipe.load import load_tasks
+from finetune.recipe.sections.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSection
 from finetune.report.run_page import reported
 from finetune.resolve import build
 from finetune.run.directory import RunDirectory, write_json, written_aside

@@ -18,7 +18,7 @@ from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling, Tell, generate
 from finetune.jobs.load.finetuned_model import SharedBase, Tuned
-from finetune.recipe.data import ChatSource
+from finetune.recipe.sections.data import ChatSource
 from finetune.run.events import Progress, Report, ignore
 
 ADAPTER = "adapter"

@@ -19,8 +19,8 @@ from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import refuse_without_form_on_disk, save_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.optq import ALGORITHM
-from finetune.recipe.model import Model
-from finetune.recipe.quantization import NoQuantization
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import NoQuantization
 from finetune.run.directory import write_json
 from finetune.run.events import Progress, Report
 from finetune.storage.cache import cached

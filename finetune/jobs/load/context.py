@@ -30,11 +30,11 @@ from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.model import Model
-from finetune.recipe.modules import ModuleRule
-from finetune.recipe.quantization import NoQuantization
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.training import Precision
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.modules import ModuleRule
+from finetune.recipe.sections.quantization import NoQuantization
+from finetune.recipe.sections.training import Precision
 from finetune.resolve import build
 from finetune.run.events import Phase, Report
 from finetune.train.memory import bound_kernel_caches, reset_peak_memory

@@ -28,8 +28,8 @@ from finetune.models.kernels.packing_check import keep_apart, objection_to_shari
 from finetune.models.loading.dtype import autocast
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
-from finetune.recipe.model import Model
-from finetune.recipe.section import Section
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.section import Section
 from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
 from finetune.run.directory import RunDirectory

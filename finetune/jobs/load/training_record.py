@@ -14,12 +14,12 @@ from finetune.errors import RefusedError, UsageError
 from finetune.jobs.load.context import ModelSetup, Workbench
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.loading.model_files import ModelFolder
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.model import Model
-from finetune.recipe.modules import ModuleRule
-from finetune.recipe.quantization import Quantization
-from finetune.recipe.section import Section
-from finetune.recipe.training import Precision
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.modules import ModuleRule
+from finetune.recipe.sections.quantization import Quantization
+from finetune.recipe.sections.section import Section
+from finetune.recipe.sections.training import Precision
 from finetune.run.directory import TRAINED_RECORD, write_json
 
 

@@ -6,7 +6,7 @@ from finetune.errors import UnsupportedError
 from finetune.evaluation.engine import Writer
 from finetune.jobs.load.finetuned_model import Tuned
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.recipe.serving import served_rank
+from finetune.recipe.vllm_support import served_rank
 from finetune.run.events import Report
 
 

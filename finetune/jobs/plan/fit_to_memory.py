@@ -9,10 +9,10 @@ from pathlib import Path
 
 from finetune.errors import OutOfMemoryError, RecipeError, UnsupportedError
 from finetune.jobs.plan.estimate import Plan, Planner
-from finetune.recipe.adapter import LowRank
-from finetune.recipe.editing import edited
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe, recipe_of
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.adapter import LowRank
+from finetune.recipe.yaml.edit import edited
 
 SMALLEST_RANK = 4
 

@@ -23,14 +23,14 @@ from finetune.jobs.plan.starter_recipe import AIMS, Facts, first_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.plan.cards import Card
-from finetune.recipe.data import Source, SourceSection, TextSource, TokenizedSource
+from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
 from finetune.recipe.load import recipe_of
-from finetune.recipe.model import Model
-from finetune.recipe.problems import nearest
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
-from finetune.recipe.section import anchored
+from finetune.recipe.sections.data import Source, SourceSection, TextSource, TokenizedSource
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.section import anchored
 from finetune.run.directory import write_file
 from finetune.run.events import Phase, Report, ignore
 

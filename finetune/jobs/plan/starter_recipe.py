@@ -13,7 +13,7 @@ from finetune.data.survey import SAMPLED_ROWS, Survey
 from finetune.formatting import count, memory
 from finetune.jobs.plan.fit_to_memory import Fitted
 from finetune.recipe.paths import model_from, reached_from
-from finetune.recipe.yaml_writing import commented
+from finetune.recipe.yaml.writer import commented
 
 RANK = 16
 MICRO_BATCH_SIZE = 8

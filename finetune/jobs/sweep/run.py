@@ -21,7 +21,7 @@ from finetune.errors import (
 )
 from finetune.jobs.sweep.sampler import draw, refuse_missing_package
 from finetune.jobs.train.run import train
-from finetune.recipe.changes import changes
+from finetune.recipe.diff import changes
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.sweep_page import sweep_page

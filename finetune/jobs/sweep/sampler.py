@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import UnsupportedError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.sweep import Choice, Integer, LogUniform, Sweep, Swept
+from finetune.recipe.sections.sweep import Choice, Integer, LogUniform, Sweep, Swept
 from finetune.run.sweep_trials import Trial, Values
 
 DRAWS = 20

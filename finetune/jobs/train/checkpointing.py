@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EnvironmentFault
-from finetune.recipe.training import Training
+from finetune.recipe.sections.training import Training
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import Report, Saved

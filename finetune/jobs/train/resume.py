@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RefusedError, UsageError
-from finetune.recipe.changes import Change, changes
+from finetune.recipe.diff import Change, changes
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.section import OnResume
+from finetune.recipe.sections.section import OnResume
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 

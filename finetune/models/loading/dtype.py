@@ -10,8 +10,8 @@ import torch
 
 from finetune.errors import EnvironmentFault
 from finetune.models.safetensors_io import stored_tensors
-from finetune.recipe.model import Dtype
-from finetune.recipe.training import Precision
+from finetune.recipe.sections.model import Dtype
+from finetune.recipe.sections.training import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer, QuantizedLinear
 from finetune.quantizers.on_load import OnLoadConfig, quantizable_layers, replacement
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 
 
 class Source(NamedTuple):

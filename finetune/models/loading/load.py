@@ -25,7 +25,7 @@ from finetune.models.loading.quantized_checkpoint import refuse_other_quantizati
 from finetune.models.writing.rewrite import GENERATION_CONFIG
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.errors import ModelError
 from finetune.models.loading.model_files import ModelFolder
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 
 
 def read_config(folder: ModelFolder) -> Any:

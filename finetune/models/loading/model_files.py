@@ -24,7 +24,7 @@ from torch import Tensor
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.models.loading.gguf import converted
 from finetune.models.safetensors_io import stored_tensors, tensors_in
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.quantizers.on_load import METHOD, OnLoadConfig, OnLoadQuantizer, as_stored
-from finetune.recipe.quantization import QuantizationSection, StoredQuantization
+from finetune.recipe.sections.quantization import QuantizationSection, StoredQuantization
 
 
 def save_quantized(model: PreTrainedModel, folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.recipe.rivals import translated_key, translated_value
+from finetune.recipe.other_tools import translated_key, translated_value
 
 Settings = Mapping[str, Any]
 """Values of a recipe by dotted key; a mapping as value is put into the section that is there."""

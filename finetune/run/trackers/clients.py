@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import TypeAdapter
 
-from finetune.recipe.section import Section
-from finetune.recipe.tracking import Mlflow, TensorBoard, Tracker, Trackio, Wandb
+from finetune.recipe.sections.section import Section
+from finetune.recipe.sections.tracking import Mlflow, TensorBoard, Tracker, Trackio, Wandb
 from finetune.resolve import build
 from finetune.run.trackers.process import ENDED, FINISH_SECONDS, LATE, Opening
 

@@ -24,7 +24,7 @@ from typing import Any
 from finetune.errors import UnsupportedError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
-from finetune.recipe.tracking import TrackerSection
+from finetune.recipe.sections.tracking import TrackerSection
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, Report, StepMetrics, Validated
 

@@ -23,8 +23,8 @@ from finetune.data.encode import Example
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.loss import held_out_loss
 from finetune.models.linear_layers import dequantize_model
-from finetune.recipe.adapter import AdaLora
-from finetune.recipe.modules import ModuleRule
+from finetune.recipe.sections.adapter import AdaLora
+from finetune.recipe.sections.modules import ModuleRule
 from finetune.train.optimizers import parameter_groups
 from finetune.train.state import TrainState
 from finetune.train.step import train_step

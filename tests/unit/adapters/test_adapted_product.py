@@ -15,7 +15,7 @@ from finetune.adapters import low_rank
 from finetune.adapters.adapted_product import Branch, adapted_product, is_one_step, plain_product
 from finetune.adapters.base import trainable
 from finetune.adapters.low_rank import LowRankLinear
-from finetune.recipe.adapter import Adapter
+from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.quantizers.loading import PACKED, load

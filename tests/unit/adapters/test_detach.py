@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from finetune.adapters.base import trainable
 from finetune.errors import UnsupportedError
-from finetune.recipe.adapter import Adapter
+from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.integration.test_methods import METHODS

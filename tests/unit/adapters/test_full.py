@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.adapters.full import FullMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.recipe.adapter import Full
+from finetune.recipe.sections.adapter import Full
 from tests.fixtures.tiny import tiny_llama
 
 METHOD = FullMethod(Full(method="full"))

@@ -16,9 +16,9 @@ from finetune.models.linear_layers import dequantize_model
 from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.adapter import Lora
-from finetune.recipe.model import Model
-from finetune.recipe.quantization import EightBit, FourBit, NoQuantization
+from finetune.recipe.sections.adapter import Lora
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import EightBit, FourBit, NoQuantization
 from tests.fixtures.merging import merged
 
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])

@@ -19,8 +19,8 @@ from finetune.errors import UnsupportedError
 from finetune.models.linear_layers import dequantize_model, linear_layers
 from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
-from finetune.recipe.adapter import Lora, QaLora
-from finetune.recipe.modules import ModuleRule
+from finetune.recipe.sections.adapter import Lora, QaLora
+from finetune.recipe.sections.modules import ModuleRule
 from tests.fixtures.merging import merged, merged_quantized
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits, section
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.models.linear_layers import dequantize_model
-from finetune.recipe.adapter import Adapter
+from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from tests.fixtures.merging import merged
 from tests.fixtures.tiny import write_tiny_model

@@ -33,9 +33,9 @@ from finetune.evaluation.generation import Sampling, generate
 from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.adapter import PrefixTuning, PromptTuning, PTuning
-from finetune.recipe.model import Model
-from finetune.recipe.quantization import Affine, FourBit, NoQuantization
+from finetune.recipe.sections.adapter import PrefixTuning, PromptTuning, PTuning
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import Affine, FourBit, NoQuantization
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.one_device import OneDevice
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer, write_tiny_model

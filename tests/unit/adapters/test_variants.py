@@ -14,8 +14,8 @@ from finetune.adapters.lora import LoraMethod
 from finetune.adapters.peft_bridge import low_rank_layers
 from finetune.models.linear_layers import dequantize_model
 from finetune.models.loading.model_files import ModelFolder
-from finetune.recipe.adapter import Lora
-from finetune.recipe.modules import ModuleRule
+from finetune.recipe.sections.adapter import Lora
+from finetune.recipe.sections.modules import ModuleRule
 from tests.fixtures.merging import merged
 from tests.fixtures.one_device import OneDevice
 from tests.fixtures.tiny import tiny_llama

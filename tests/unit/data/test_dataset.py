@@ -13,7 +13,7 @@ from finetune.data.dataset import Rows, Split, read_data
 from finetune.data.documents import PlainText
 from finetune.data.encode import Encoder
 from finetune.errors import DataError
-from finetune.recipe.data import Data
+from finetune.recipe.sections.data import Data
 from tests.fixtures.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from finetune.data.sources import read_rows
-from finetune.recipe.data import AutoSource
+from finetune.recipe.sections.data import AutoSource
 
 
 def test_a_named_text_file_is_a_row(tmp_path: Path):

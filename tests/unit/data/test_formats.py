@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
 from finetune.data.rows import Row
 from finetune.errors import DataError
-from finetune.recipe.data import Source
+from finetune.recipe.sections.data import Source
 from finetune.resolve import build
 
 

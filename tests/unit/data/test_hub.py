@@ -10,7 +10,7 @@ import pytest
 
 from finetune.data.hub import read_hub, revision_of
 from finetune.errors import DataError, EnvironmentFault, FinetuneError
-from finetune.recipe.data import Hub
+from finetune.recipe.sections.data import Hub
 
 real_load = datasets.load_dataset
 

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.data.encode import Example
 from finetune.data.layout import Layout, Unit, share_of
-from finetune.recipe.training import Training
+from finetune.recipe.sections.training import Training
 
 
 def example(length: int) -> Example:

@@ -11,8 +11,8 @@ import pytest
 from finetune.data.dataset import read_data
 from finetune.data.layout import Layout
 from finetune.data.ledger import ledger
-from finetune.recipe.data import Data
-from finetune.recipe.training import Training
+from finetune.recipe.sections.data import Data
+from finetune.recipe.sections.training import Training
 from finetune.run.provenance import file_digest
 from tests.fixtures.tiny import tiny_tokenizer
 

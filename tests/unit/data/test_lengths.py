@@ -16,7 +16,7 @@ from finetune.data.lengths import chunks, without_prompt_head
 from finetune.data.store import Store, StoreWriter
 from finetune.data.stored import StoredSource
 from finetune.errors import DataError
-from finetune.recipe.data import Data
+from finetune.recipe.sections.data import Data
 from tests.fixtures.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

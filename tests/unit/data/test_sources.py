@@ -10,7 +10,7 @@ from finetune.data import sources
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
 from finetune.errors import DataError
-from finetune.recipe.data import Data, Hub, TextSource
+from finetune.recipe.sections.data import Data, Hub, TextSource
 
 
 def test_the_files_of_a_source_are_those_it_names(tmp_path: Path):

@@ -19,7 +19,7 @@ from finetune.data.rows import Row
 from finetune.data.store import Store
 from finetune.data.stored import StoredSource
 from finetune.errors import DataError, ModelError
-from finetune.recipe.data import Data
+from finetune.recipe.sections.data import Data
 from finetune.run.events import Event, Progress
 from tests.fixtures.tiny import chat_rows, tiny_tokenizer
 

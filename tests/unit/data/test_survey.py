@@ -11,7 +11,7 @@ import pytest
 from finetune.data import survey as module
 from finetune.data.survey import Survey, estimated_longest_row, longest_row, survey
 from finetune.errors import DataError
-from finetune.recipe.data import AutoSource, ClassificationSource
+from finetune.recipe.sections.data import AutoSource, ClassificationSource
 from tests.fixtures.templates import family_tokenizer
 from tests.fixtures.tiny import chat_rows, tiny_tokenizer
 

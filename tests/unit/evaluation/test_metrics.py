@@ -18,7 +18,7 @@ from finetune.evaluation.metrics import (
     json_valid,
     token_f1,
 )
-from finetune.recipe.evaluation import Answers, MetricName
+from finetune.recipe.sections.evaluation import Answers, MetricName
 
 TEXTS = ["", "the", "Paris", "the city of Paris", "Paris, France!", "a a b", "a b b", "日本 東京", "..."]
 

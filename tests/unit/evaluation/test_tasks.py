@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from finetune.evaluation.tasks import Generate
-from finetune.recipe.evaluation import GenerateTask
+from finetune.recipe.sections.evaluation import GenerateTask
 from finetune.run.events import ignore
 from tests.fixtures.templates import family_tokenizer
 

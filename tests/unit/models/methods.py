@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from finetune.data.batches import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.models.kernels.packing_check import keep_apart
-from finetune.recipe.adapter import Adapter
+from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.tiny import tiny_llama

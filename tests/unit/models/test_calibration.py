@@ -14,8 +14,8 @@ from finetune.models.calibration import quantize_by_inputs
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.quantizers.optq import Hessian, OptqQuantizer
-from finetune.recipe.modules import ModuleRule
-from finetune.recipe.quantization import Affine, NoQuantization, Optq
+from finetune.recipe.sections.modules import ModuleRule
+from finetune.recipe.sections.quantization import Affine, NoQuantization, Optq
 from finetune.resolve import build
 from tests.fixtures.tiny import tiny_llama
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.models.loading.model_files import ModelFolder, find_model
-from finetune.recipe.model import Model
+from finetune.recipe.sections.model import Model
 
 CANARY = "from pathlib import Path\nPath(__file__).with_name('canary').touch()\n"
 

@@ -16,7 +16,7 @@ from finetune.models.kernels import fused
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.recompute import keeping_little
 from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
-from finetune.recipe.adapter import Lora
+from finetune.recipe.sections.adapter import Lora
 from tests.fixtures import fake_liger
 from tests.fixtures.tiny import SIZES, random_model
 

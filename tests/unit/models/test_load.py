@@ -16,8 +16,8 @@ from finetune.models.loading.load import load_model, load_tokenizer
 from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.model import Model
-from finetune.recipe.quantization import Affine, NoQuantization, QuantizationSection
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import Affine, NoQuantization, QuantizationSection
 
 MAPS = Path("/proc/self/maps")
 

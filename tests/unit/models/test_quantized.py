@@ -14,8 +14,8 @@ from finetune.adapters.full import FullMethod
 from finetune.errors import ModelError, UnsupportedError
 from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
-from finetune.recipe.adapter import Full
-from finetune.recipe.quantization import QuantizationSection
+from finetune.recipe.sections.adapter import Full
+from finetune.recipe.sections.quantization import QuantizationSection
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits, section, with_lora
 
 

@@ -16,8 +16,8 @@ from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.model import Model
-from finetune.recipe.quantization import NoQuantization, QuantizationSection
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import NoQuantization, QuantizationSection
 from tests.fixtures.tiny import tiny_config
 from tests.unit.quantizers.loading import PACKED
 

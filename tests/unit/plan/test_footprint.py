@@ -20,11 +20,11 @@ from finetune.plan import footprint
 from finetune.plan.cards import GB
 from finetune.plan.footprint import Setting, passes, resident
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.model import Model
-from finetune.recipe.optimizer import Optimizer
-from finetune.recipe.quantization import Quantization
-from finetune.recipe.training import Checkpointing
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.optimizer import Optimizer
+from finetune.recipe.sections.quantization import Quantization
+from finetune.recipe.sections.training import Checkpointing
 from finetune.resolve import build
 from tests.fixtures import fake_liger
 from tests.fixtures.tiny import tiny_config, tiny_llama

@@ -18,10 +18,10 @@ from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.adapter import Lora
-from finetune.recipe.model import Model
-from finetune.recipe.modules import ModuleRule
-from finetune.recipe.quantization import NoQuantization, Quantization, QuantizationSection
+from finetune.recipe.sections.adapter import Lora
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.modules import ModuleRule
+from finetune.recipe.sections.quantization import NoQuantization, Quantization, QuantizationSection
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
 

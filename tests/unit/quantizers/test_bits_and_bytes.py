@@ -12,7 +12,7 @@ from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, get_4bi
 from finetune.models.linear_layers import dequantize_model
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.codebook import FLOAT_4, NORMAL_FLOAT, CodebookQuantizer, FourBitQuantizer, dynamic_map
-from finetune.recipe.quantization import FourBit, Quantization
+from finetune.recipe.sections.quantization import FourBit, Quantization
 from finetune.resolve import build
 from tests.unit.quantizers.loading import load, logits, section
 

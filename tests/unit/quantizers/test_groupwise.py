@@ -9,7 +9,7 @@ import torch
 
 from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.bits import unpack_bits
-from finetune.recipe.quantization import Affine, Hqq
+from finetune.recipe.sections.quantization import Affine, Hqq
 from finetune.resolve import build
 
 torch.manual_seed(0)

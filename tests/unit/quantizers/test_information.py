@@ -9,7 +9,7 @@ from torch.nn import functional
 from finetune.quantizers.bits import unpack_bits
 from finetune.quantizers.codebook import NORMAL_FLOAT, nearest
 from finetune.quantizers.information import InformationCalibratedQuantizer
-from finetune.recipe.quantization import InformationCalibrated
+from finetune.recipe.sections.quantization import InformationCalibrated
 from finetune.resolve import build
 
 torch.manual_seed(0)

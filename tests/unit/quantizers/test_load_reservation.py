@@ -10,7 +10,7 @@ from transformers.modeling_utils import get_total_byte_count
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer, EightBitQuantizer
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.on_load import OnLoadConfig, OnLoadQuantizer
-from finetune.recipe.quantization import FourBit
+from finetune.recipe.sections.quantization import FourBit
 from tests.fixtures.tiny import tiny_config
 from tests.unit.quantizers.loading import PACKED, section
 

@@ -8,7 +8,7 @@ import torch
 from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.bits import unpack_bits
 from finetune.quantizers.optq import Hessian, OptqQuantizer
-from finetune.recipe.quantization import Affine, Optq
+from finetune.recipe.sections.quantization import Affine, Optq
 from finetune.resolve import build
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from finetune.errors import UnsupportedError
 from finetune.evaluation.loss import held_out_loss
 from finetune.models.linear_layers import count_parameters, dequantize_model
 from finetune.quantizers.layer import QuantizedLinear
-from finetune.recipe.quantization import QuantizationSection
+from finetune.recipe.sections.quantization import QuantizationSection
 from finetune.resolve import build
 from tests.fixtures.tiny import write_tiny_model
 from tests.unit.quantizers.loading import PACKED, ROW, gradients, load, logits, section, with_lora

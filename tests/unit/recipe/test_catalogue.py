@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from cli.wording import choice as in_words
-from finetune.recipe.catalogue import catalogue
+from finetune.recipe.methods import catalogue
 from finetune.recipe.schema import shape_at
 
 UNPUBLISHED = {"affine", "plugin", "none", "trainable_tokens"}

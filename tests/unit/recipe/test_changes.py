@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
-from finetune.recipe.changes import changes, on_resume
+from finetune.recipe.diff import changes, on_resume
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sections.section import OnResume, Section
 
 from .conftest import Load
 

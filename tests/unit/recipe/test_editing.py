@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from finetune.recipe.editing import edited
+from finetune.recipe.yaml.edit import edited
 
 TEXT = """\
 # What it is for

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from cli import wording
 from cli.main import app
 from finetune.errors import UsageError
-from finetune.recipe.explanation import explain_key, sections, values_in
+from finetune.recipe.explain import explain_key, sections, values_in
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
-from finetune.recipe.section import OnResume
+from finetune.recipe.sections.section import OnResume
 
 from .conftest import Load
 

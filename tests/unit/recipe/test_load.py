@@ -13,7 +13,7 @@ import pytest
 from finetune.errors import RecipeError
 from finetune.recipe.load import dump_recipe, json_schema, load_recipe
 from finetune.recipe.schema import Shape, every_key, shape_at
-from finetune.recipe.yaml_source import MAX_PROBLEMS, KeyPath, dotted
+from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
 
 from .conftest import Load, Problems
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.recipe import rivals
+from finetune.recipe import other_tools
 from finetune.recipe.schema import every_key, whole
 
 from .conftest import Load, Problems
@@ -12,45 +12,45 @@ OUR_KEYS = {
 }
 
 
-@pytest.mark.parametrize("spelling", rivals.KEYS)
+@pytest.mark.parametrize("spelling", other_tools.KEYS)
 def test_a_rivals_key_is_translated_to_a_key_of_ours(spelling: str) -> None:
-    assert rivals.KEYS[spelling] in OUR_KEYS
+    assert other_tools.KEYS[spelling] in OUR_KEYS
 
 
-@pytest.mark.parametrize("spelling", rivals.SNIPPETS)
+@pytest.mark.parametrize("spelling", other_tools.SNIPPETS)
 def test_a_rivals_switch_is_translated_to_what_can_be_loaded(spelling: str, good: str, load: Load) -> None:
-    key, _, value = rivals.SNIPPETS[spelling].partition(": ")
+    key, _, value = other_tools.SNIPPETS[spelling].partition(": ")
     assert key in OUR_KEYS
     assert load(good, f"{key}={value}").recipe
 
 
-@pytest.mark.parametrize("key", rivals.VALUES)
+@pytest.mark.parametrize("key", other_tools.VALUES)
 def test_a_rivals_value_is_translated_to_a_choice_of_ours(key: str) -> None:
     choices = OUR_KEYS[key].choices
     assert choices
-    for spelling, ours in rivals.VALUES[key].items():
+    for spelling, ours in other_tools.VALUES[key].items():
         assert ours in choices, spelling
         assert spelling not in choices
         assert spelling == spelling.lower()
 
 
 def test_no_spelling_is_in_two_tables_or_the_same_as_ours() -> None:
-    tables = [set(rivals.KEYS), set(rivals.SNIPPETS), set(rivals.NOTES)]
+    tables = [set(other_tools.KEYS), set(other_tools.SNIPPETS), set(other_tools.NOTES)]
     assert sum(map(len, tables)) == len(set.union(*tables))
     assert not set.union(*tables) & set(whole().fields())
-    assert all(target.rpartition(".")[2] != spelling for spelling, target in rivals.KEYS.items())
+    assert all(target.rpartition(".")[2] != spelling for spelling, target in other_tools.KEYS.items())
 
 
 def test_advice_belongs_to_a_translated_value_and_can_be_loaded(good: str, load: Load) -> None:
-    for (key, spelling), advice in rivals.ADVICE.items():
-        assert spelling in rivals.VALUES[key]
+    for (key, spelling), advice in other_tools.ADVICE.items():
+        assert spelling in other_tools.VALUES[key]
         section, _, value = advice.partition(": ")
         assert load(good, f"{section}={value}").recipe
 
 
 @pytest.mark.parametrize("spelling", ["lora_r", "lora-r", "LORA_R"])
 def test_case_and_dashes_of_a_rivals_key_do_not_matter(spelling: str) -> None:
-    assert rivals.translated_key(spelling) == "here it is `adapter.r`"
+    assert other_tools.translated_key(spelling) == "here it is `adapter.r`"
 
 
 @pytest.mark.parametrize(

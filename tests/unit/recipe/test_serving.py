@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.serving import serving
+from finetune.recipe.vllm_support import serving
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from finetune.errors import Problem, RecipeError
-from finetune.recipe import yaml_source
-from finetune.recipe.yaml_source import MAX_DEPTH, MAX_NODES, is_plain_text, read_yaml
+from finetune.recipe.yaml import document
+from finetune.recipe.yaml.document import MAX_DEPTH, MAX_NODES, is_plain_text, read_yaml
 
 
 @pytest.fixture(params=["CSafeLoader", "SafeLoader"], autouse=True)
@@ -15,7 +15,7 @@ def _with_either_parser(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """libyaml is not everywhere, and words its complaints in another way."""
     if not hasattr(yaml, request.param):
         pytest.skip("PyYAML was built without libyaml")
-    monkeypatch.setattr(yaml_source, "_LOADER", getattr(yaml, request.param))
+    monkeypatch.setattr(document, "_LOADER", getattr(yaml, request.param))
 
 
 def refusals(source: str | bytes) -> list[Problem]:

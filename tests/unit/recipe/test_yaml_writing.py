@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.recipe.yaml_source import read_yaml
-from finetune.recipe.yaml_writing import WIDTH, block, commented, flow
+from finetune.recipe.yaml.document import read_yaml
+from finetune.recipe.yaml.writer import WIDTH, block, commented, flow
 
 TEXTS = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=30),

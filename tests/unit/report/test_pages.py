@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe.sweep import Choice, Sweep, Uniform
+from finetune.recipe.sections.sweep import Choice, Sweep, Uniform
 from finetune.report.comparison_page import comparison_page
 from finetune.report.facts import RunFacts
 from finetune.report.run_page import reported, run_page

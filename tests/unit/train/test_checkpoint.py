@@ -20,9 +20,9 @@ from finetune.data.batches import BatchOrder
 from finetune.data.encode import Example
 from finetune.data.layout import Layout
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.optimizer import Optimizer, OptimizerSection
-from finetune.recipe.training import Training
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.optimizer import Optimizer, OptimizerSection
+from finetune.recipe.sections.training import Training
 from finetune.resolve import build
 from finetune.train import checkpoint as module
 from finetune.train.checkpoint import COUNTERS, OPTIMIZER, STATE, TRAINED, read_state, write_state

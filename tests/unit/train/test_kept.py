@@ -17,7 +17,7 @@ from finetune.data.encode import Example
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import keep_apart
 from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
-from finetune.recipe.adapter import Adapter
+from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.kept import bytes_kept

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from finetune.recipe.optimizer import Optimizer
+from finetune.recipe.sections.optimizer import Optimizer
 from finetune.train.optimizers import make_optimizer, parameter_groups, state_bytes
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "sgd", "adafactor"]

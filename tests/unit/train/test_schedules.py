@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.recipe.optimizer import AdamW
+from finetune.recipe.sections.optimizer import AdamW
 from finetune.train.schedules import learning_rate, warmup_steps
 
 

@@ -13,7 +13,7 @@ from finetune.adapters.full import FullMethod
 from finetune.data.batches import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import DivergedError
-from finetune.recipe.adapter import Full
+from finetune.recipe.sections.adapter import Full
 from finetune.train.loss import summed_cross_entropy
 from finetune.train.state import TrainState
 from finetune.train.step import train_step

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.data.readers.content import LONGEST_LINE_BYTES
 from finetune.data.readers.options import Options
-from finetune.recipe.data import TextSplit
+from finetune.recipe.sections.data import TextSplit
 
 from .reading import error_of, rows_of, write
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import FinetuneError, RecipeError, UnsupportedError, UsageError
-from finetune.recipe.importing.imported import PLACEHOLDER, TOOLS, Imported, imported
+from finetune.recipe.importing.convert import PLACEHOLDER, TOOLS, Imported, imported
 from finetune.recipe.importing.translation import Switch, To
 from finetune.recipe.load import recipe_of
 from finetune.recipe.recipe import Recipe

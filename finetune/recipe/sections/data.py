@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from finetune.recipe.section import FilePath, OnResume, Section
+from finetune.recipe.sections.section import FilePath, OnResume, Section
 
 Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
 

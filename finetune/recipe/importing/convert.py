@@ -14,8 +14,8 @@ from finetune.recipe.load import recipe_of
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import whole
-from finetune.recipe.yaml_source import Document, decode, read_yaml
-from finetune.recipe.yaml_writing import commented
+from finetune.recipe.yaml.document import Document, decode, read_yaml
+from finetune.recipe.yaml.writer import commented
 
 TOOLS: Mapping[str, Tool] = {
     "axolotl": axolotl.TOOL,

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from finetune.recipe.data import Source
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sections.data import Source
+from finetune.recipe.sections.section import OnResume, Section
 
 MetricName = Literal["exact_match", "f1", "accuracy", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid"]
 

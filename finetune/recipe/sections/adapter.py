@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from finetune.recipe.section import FilePath, OnResume, Section
+from finetune.recipe.sections.section import FilePath, OnResume, Section
 
 
 class AdapterSection(Section):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import Problem
-from finetune.recipe.yaml_source import Document, KeyPath, Position
+from finetune.recipe.yaml.document import Document, KeyPath, Position
 
 
 @dataclass(frozen=True, order=True)

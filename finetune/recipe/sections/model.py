@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from finetune.recipe.section import OnResume, Section, anchored
+from finetune.recipe.sections.section import OnResume, Section, anchored
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

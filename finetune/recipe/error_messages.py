@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.errors import Problem
-from finetune.recipe.rivals import further_advice, translated_key, translated_value
+from finetune.recipe.other_tools import further_advice, translated_key, translated_value
 from finetune.recipe.schema import Shape, every_key, shape_at, whole
-from finetune.recipe.written import Placed, Written
-from finetune.recipe.yaml_source import MAX_PROBLEMS, KeyPath, dotted
+from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
+from finetune.recipe.yaml.origins import Placed, Written
 
 LONGEST_EXCERPT = 60
 

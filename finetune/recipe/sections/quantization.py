@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sections.section import OnResume, Section
 
 
 class QuantizationSection(Section):

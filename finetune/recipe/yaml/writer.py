@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from finetune.recipe.yaml_source import is_plain_text
+from finetune.recipe.yaml.document import is_plain_text
 
 WIDTH = 120
 

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sections.section import OnResume, Section
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from finetune.errors import RecipeError, UsageError
-from finetune.recipe import rivals
-from finetune.recipe.changes import on_resume
-from finetune.recipe.problems import nearest
+from finetune.recipe import other_tools
+from finetune.recipe.diff import on_resume
+from finetune.recipe.error_messages import nearest
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import Shape, whole
-from finetune.recipe.section import Section
-from finetune.recipe.yaml_source import decode, read_yaml
-from finetune.recipe.yaml_writing import flow
+from finetune.recipe.sections.section import Section
+from finetune.recipe.yaml.document import decode, read_yaml
+from finetune.recipe.yaml.writer import flow
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _of_key(key: str) -> Explanation:
         (_choice(chosen),) if is_tag else _merged((_meaning(*home) for home in homes), every_kind),
         {word: _first_line(kind.section) for kind in chosen for word in kind.words},
         {} if inner and inner[0].tag else {name: what for kind in inner for name, what in kind.keys().items()},
-        tuple(spelling for spelling, ours in rivals.KEYS.items() if ours == key),
+        tuple(spelling for spelling, ours in other_tools.KEYS.items() if ours == key),
     )
 
 
@@ -270,7 +270,7 @@ def _in_yaml(value: Any) -> str:
 def _meant(wanted: str) -> str:
     """What to ask for instead."""
     last = wanted.rpartition(".")[2]
-    if translation := rivals.translated_key(last):
+    if translation := other_tools.translated_key(last):
         return translation
     names = [
         *_keys(),

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sections.section import OnResume, Section
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 

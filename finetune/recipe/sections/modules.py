@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.recipe.quantization import Quantization
-from finetune.recipe.section import OnResume, Section
+from finetune.recipe.sections.quantization import Quantization
+from finetune.recipe.sections.section import OnResume, Section
 
 
 class ModuleAdapter(Section):

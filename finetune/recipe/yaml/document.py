@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from finetune.errors import Problem, RecipeError
-from finetune.recipe.yaml_syntax import explain_syntax
+from finetune.recipe.yaml.syntax import explain_syntax
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000

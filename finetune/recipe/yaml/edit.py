@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from finetune.recipe.yaml_source import Position, is_plain_text, read_yaml
+from finetune.recipe.yaml.document import Position, is_plain_text, read_yaml
 
 _VALUE = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'|[^\s,}\]]+')
 """A scalar as it stands in a text: quoted, or plain and without blanks."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from finetune.recipe.adapter import Adapter
-from finetune.recipe.quantization import Quantization
+from finetune.recipe.sections.adapter import Adapter
+from finetune.recipe.sections.quantization import Quantization
 
 
 @dataclass(frozen=True)

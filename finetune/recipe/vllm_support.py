@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.errors import UnsupportedError
-from finetune.recipe.adapter import AdapterSection, LowRank, QaLora
-from finetune.recipe.modules import ModuleRule
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.adapter import AdapterSection, LowRank, QaLora
+from finetune.recipe.sections.modules import ModuleRule
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be, from its configuration's MaxLoRARanks."""
