@@ -14,7 +14,7 @@ from . import console
 from .options import HERE, AsJson, Overwrite, Quiet
 
 if TYPE_CHECKING:
-    from finetune.plan.cards import Card
+    from finetune.plan.gpu_specs import Card
 
 
 def init(
@@ -82,7 +82,7 @@ def _column(argument: str) -> tuple[str, str]:
 
 def _gpu(text: str) -> Card | None:
     """The GPU to fit into; None for this machine."""
-    from finetune.plan.cards import card
+    from finetune.plan.gpu_specs import card
 
     return None if text == HERE else card(text)
 

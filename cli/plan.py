@@ -44,7 +44,7 @@ def plan(
         from finetune.jobs.plan.estimate import Planner
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write
-        from finetune.plan.cards import card
+        from finetune.plan.gpu_specs import card
 
         wanted = gpu or fit
         planner = Planner.of(loaded.recipe, card(wanted) if wanted and wanted != HERE else None, report)

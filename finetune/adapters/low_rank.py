@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetune.adapters.adapted_product import Branch, adapted_product, is_one_step, plain_update
+from finetune.adapters.lora_linear import Branch, adapted_product, is_one_step, plain_update
 from finetune.errors import UnsupportedError
 from finetune.models.fsdp import is_share, with_whole_weights
 from finetune.quantizers.base import Capabilities, is_quantized

@@ -9,8 +9,8 @@ from peft import PromptEncoder, PromptEncoderConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.adapters.prompted import EncodedPrompt
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
+from finetune.adapters.soft_prompt_model import EncodedPrompt
 from finetune.recipe.sections.adapter import PTuning
 
 

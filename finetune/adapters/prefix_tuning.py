@@ -13,8 +13,8 @@ from peft import PrefixEncoder, PrefixTuningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.adapters.prompted import EncodedPrompt, FixedPrompt, KeyShape, PrefixedModel, prefix_of_tokens
 from finetune.adapters.soft_prompt import SoftPromptMethod
+from finetune.adapters.soft_prompt_model import EncodedPrompt, FixedPrompt, KeyShape, PrefixedModel, prefix_of_tokens
 from finetune.errors import UnsupportedError
 from finetune.recipe.sections.adapter import PrefixTuning
 

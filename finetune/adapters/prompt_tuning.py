@@ -14,8 +14,8 @@ from peft import PeftConfig, PromptTuningConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.adapters.prompted import FixedPrompt, PromptedModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
+from finetune.adapters.soft_prompt_model import FixedPrompt, PromptedModel
 from finetune.errors import UnsupportedError
 from finetune.models.fsdp import with_whole_surroundings
 from finetune.recipe.sections.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart

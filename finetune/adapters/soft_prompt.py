@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod, BakedPrompt
-from finetune.adapters.prompted import EmbeddedPromptModel, FixedPrompt, PromptedModel
+from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, FixedPrompt, PromptedModel
 from finetune.errors import UnsupportedError
 from finetune.recipe.sections.adapter import SoftPrompt
 

@@ -16,8 +16,8 @@ from finetune.data.documents import Document
 from finetune.data.encode import Example
 from finetune.data.mixing import drawn, shares
 from finetune.data.seeds import derived_seed
-from finetune.data.store import RowCounts
-from finetune.data.stored import StoredSource, rows_at
+from finetune.data.token_store import RowCounts
+from finetune.data.tokenized_source import StoredSource, rows_at
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import Format
 from finetune.data.encode import Encoder
-from finetune.data.fitting import Fitting
 from finetune.data.rows import Row
-from finetune.data.store import Encoded, StoreWriter
+from finetune.data.token_store import Encoded, StoreWriter
+from finetune.data.truncation import Fitting
 from finetune.errors import EnvironmentFault
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build

@@ -1,7 +1,7 @@
 """A model that is asked row by row and answers in batches, and what it said before is not asked again.
 
 Likelihoods are computed here, for every model and in one way. Answers are written by a `Writer`: by our own generation
-(`OwnWriter`), or by vLLM (`finetune.evaluation.vllm_writer`, which is imported only if it is asked for).
+(`OwnWriter`), or by vLLM (`finetune.evaluation.vllm_generator`, which is imported only if it is asked for).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encode import Example
 from finetune.evaluation.generation import Sampling, generate
-from finetune.evaluation.kept import KeptResults, digest
 from finetune.evaluation.likelihood import Likelihood, likelihoods
+from finetune.evaluation.prediction_cache import KeptResults, digest
 
 Tell = Callable[[int, int], None]
 """Told how many rows are done, and of how many."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batches import Batch, joined, padded, shared_tokens
+from finetune.data.collate import Batch, joined, padded, shared_tokens
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
 from finetune.models.loading.dtype import autocast

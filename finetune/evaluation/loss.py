@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.data.batches import Batch
+from finetune.data.collate import Batch
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.batching import in_batches

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from finetune.data.dataset import LocatedDocument, Split
 from finetune.data.documents import Conversation
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
-from finetune.data.stored import numbered_rows
+from finetune.data.tokenized_source import numbered_rows
 from finetune.errors import DataError
 from finetune.evaluation.engine import Engine, Tell
 from finetune.evaluation.generation import Sampling

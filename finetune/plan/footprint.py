@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod, trainable
-from finetune.data.batches import Batch
+from finetune.data.collate import Batch
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse, passes_on
@@ -22,8 +22,8 @@ from finetune.models.kernels.selective_checkpointing import compute_again, widen
 from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
 from finetune.models.loading.dtype import autocast
 from finetune.models.loading.meta_model import skeleton, with_blocks
+from finetune.plan.fake_layers import quantize_shapes
 from finetune.plan.speed import layer_shapes
-from finetune.plan.stand_ins import quantize_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.sections.model import Model

@@ -7,7 +7,7 @@ import os
 import torch
 
 from finetune.malloc import give_back
-from finetune.plan.cards import Card
+from finetune.plan.gpu_specs import Card
 
 KERNELS_IN_16_BITS = 165_000_000
 """Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See

@@ -1,3 +1,3 @@
 """How a linear layer's frozen weight is stored, and how to have it back."""
 
-import finetune.quantizers.compiled_later  # noqa: F401  before PEFT and others import bitsandbytes
+import finetune.quantizers.lazy_compile  # noqa: F401  before PEFT and others import bitsandbytes

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from finetune.formatting import count, duration, memory
-from finetune.report import course
+from finetune.report import training_curves
 from finetune.report.facts import RunFacts
 from finetune.report.page import document, section, table
 from finetune.report.run_page import SCORES, SHOWN_ANSWERS, asked, device, score
@@ -26,11 +26,11 @@ def comparison_page(runs: Sequence[RunFacts], differences: Sequence[Sequence[Dif
     first, *others = names
     return document(
         " and ".join(names),
-        course.STYLE + RUN_STYLE,
+        training_curves.STYLE + RUN_STYLE,
         [
             f"<header><h1>{escape(' and '.join(names))}</h1><p>{len(runs)} training runs side by side</p></header>",
             section("Results", _results(runs)),
-            section("How they went", course.compared([(run.name, run.history) for run in runs])),
+            section("How they went", training_curves.compared([(run.name, run.history) for run in runs])),
             section("Answers", _answers(runs)),
             section(
                 "What differs",

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.formatting import count, duration, memory
-from finetune.report import course, ranks
+from finetune.report import lora_ranks, training_curves
 from finetune.report.facts import RunFacts, public
 from finetune.report.page import document, folded, section, table
 from finetune.run.directory import RunDirectory, write_text
@@ -77,12 +77,12 @@ def run_page(facts: RunFacts) -> str:
     """The page."""
     return document(
         f"{facts.name}: report of a training run",
-        course.STYLE + STYLE,
+        training_curves.STYLE + STYLE,
         [
             _head(facts),
             _tiles(facts),
             _remarks(facts),
-            section("How it went", course.course(facts.history)),
+            section("How it went", training_curves.course(facts.history)),
             section("Before and after", _evaluation(facts.evaluation), _answers(facts)),
             section("Answers on the way", _samples(facts)),
             section("The data", _ledger(facts.ledger)),
@@ -297,7 +297,7 @@ def _ranks(facts: RunFacts) -> str:
     history = facts.history
     if not history.ranks or not history.steps:
         return ""
-    return f'<div class="scroll">{ranks.picture(history.ranks, history.steps[-1].total_steps)}</div>'
+    return f'<div class="scroll">{lora_ranks.picture(history.ranks, history.steps[-1].total_steps)}</div>'
 
 
 def _certificate(found: tuple[str, Mapping[str, Any]]) -> str:

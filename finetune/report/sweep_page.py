@@ -9,7 +9,7 @@ from itertools import accumulate
 from finetune.formatting import value as in_words
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.sweep import Choice, LogUniform, Swept
-from finetune.report import course
+from finetune.report import training_curves
 from finetune.report.chart import Axis, Series, chart
 from finetune.report.page import document, section, table
 from finetune.report.run_page import STYLE
@@ -35,14 +35,14 @@ def sweep_page(directory: SweepDirectory, recipe: Recipe) -> str:
     name = directory.path.name
     return document(
         f"{name}: sweep",
-        course.STYLE + STYLE,
+        training_curves.STYLE + STYLE,
         [
             f"<header><h1>{escape(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a run; "
             f"sampler {recipe.sweep.sampler}, seed {recipe.sweep.seed}</p></header>",
             _best(trials),
             section("What each value did", _effects(recipe.sweep.keys, done)),
             section("Trials, the best first", table(*trial_table(trials))),
-            section("Curves of the best", course.compared(histories) if histories else ""),
+            section("Curves of the best", training_curves.compared(histories) if histories else ""),
         ],
     )
 
@@ -64,10 +64,10 @@ def _effects(keys: Sequence[Swept], done: Sequence[Trial]) -> str:
             Series("trial", losses, dotted=True, joined=False),
             Series("lowest so far", list(lowest), color=2),
         ],
-        course.LOSS,
+        training_curves.LOSS,
         Axis(lambda number: f"{number:.0f}", name="trial", whole=True),
     )
-    return course.charts([in_time], [_effect(swept, done) for swept in keys])
+    return training_curves.charts([in_time], [_effect(swept, done) for swept in keys])
 
 
 def _effect(swept: Swept, done: Sequence[Trial]) -> str:
@@ -80,4 +80,4 @@ def _effect(swept: Swept, done: Sequence[Trial]) -> str:
     else:
         along = Axis(in_words, may_be_logarithmic=isinstance(swept, LogUniform), name=swept.key)
         points = [(float(trial.values[swept.key]), trial.loss or 0.0) for trial in done]
-    return chart(swept.key, [Series(swept.key, sorted(points), dotted=True, joined=False)], course.LOSS, along)
+    return chart(swept.key, [Series(swept.key, sorted(points), dotted=True, joined=False)], training_curves.LOSS, along)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from finetune.data.batches import BatchOrder
+from finetune.data.batch_plan import Layout
+from finetune.data.collate import BatchOrder
 from finetune.data.encode import Example
-from finetune.data.layout import Layout
 from finetune.data.seeds import derived_seed
 from finetune.malloc import give_back
 from finetune.recipe.sections.optimizer import OptimizerSection

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from finetune.data.batches import IGNORED, Batch
+from finetune.data.collate import IGNORED, Batch
 from finetune.models.kernels.packing_check import mask_for
 from finetune.models.kernels.recompute import keeping_little
 from finetune.train.noise import embedding_noise

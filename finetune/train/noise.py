@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batches import Batch
+from finetune.data.collate import Batch
 
 
 @contextmanager

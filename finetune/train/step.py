@@ -8,11 +8,11 @@ from contextlib import nullcontext
 
 import torch
 
-from finetune.data.batches import Batch
+from finetune.data.collate import Batch
 from finetune.errors import DivergedError
+from finetune.train.grad_sync import accumulating, average_beside_shares, gradient_norm
 from finetune.train.loss import summed_cross_entropy
 from finetune.train.state import TrainState
-from finetune.train.together import accumulating, average_beside_shares, gradient_norm
 
 logger = logging.getLogger(__name__)
 

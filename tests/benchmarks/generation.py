@@ -25,7 +25,7 @@ from finetune.data.formats.chat import ChatFormat
 from finetune.data.sources import read_rows
 from finetune.evaluation.engine import Engine, OwnWriter
 from finetune.evaluation.generation import Sampling, end_tokens
-from finetune.evaluation.kept import KeptResults
+from finetune.evaluation.prediction_cache import KeptResults
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase, Tuned
 from finetune.recipe.sections.data import ChatSource

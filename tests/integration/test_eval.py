@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from finetune.data.batches import Batch, joined
+from finetune.data.collate import Batch, joined
 from finetune.data.encode import Example
 from finetune.errors import DataError, RefusedError, UsageError
 from finetune.evaluation import engine, likelihood

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from cli.main import app
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
-from finetune.evaluation.vllm_writer import VllmWriter
+from finetune.evaluation.vllm_generator import VllmWriter
 from finetune.jobs.export.merge import merge
 from tests.fixtures.evaluating import evaluated, values
 from tests.fixtures.stand_in_vllm import RequestOutputKind, Told, stand_in

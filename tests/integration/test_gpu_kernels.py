@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune.data.batches import Batch, joined, padded
+from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse

@@ -15,8 +15,8 @@ import yaml
 
 from finetune.errors import UnsupportedError, UsageError
 from finetune.evaluation.engine import Engine, OwnWriter
-from finetune.evaluation.kept import KeptResults
 from finetune.evaluation.measurement import Measurement
+from finetune.evaluation.prediction_cache import KeptResults
 from finetune.jobs.load.finetuned_model import SharedBase, Tuned
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train

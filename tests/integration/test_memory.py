@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.data.batches import Batch, padded
+from finetune.data.collate import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.loss import HeldOutLoss, held_out_loss

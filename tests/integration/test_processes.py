@@ -25,9 +25,9 @@ import torch
 from accelerate import Accelerator
 from finetune.adapters.adalora import AdaLoraMethod
 from finetune.adapters.full import FullMethod
-from finetune.data.batches import BatchOrder, padded
+from finetune.data.collate import BatchOrder, padded
 from finetune.data.encode import Example
-from finetune.data.layout import Layout
+from finetune.data.batch_plan import Layout
 from finetune.evaluation.loss import held_out_loss
 from finetune.recipe.sections.adapter import AdaLora, Full
 from finetune.recipe.sections.optimizer import Sgd
@@ -164,7 +164,7 @@ from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.signals import Interruption
 from finetune.train.loop import fit
-from finetune.train.together import prepared
+from finetune.train.grad_sync import prepared
 
 recipe = load_recipe(Path(sys.argv[1])).recipe
 told = []

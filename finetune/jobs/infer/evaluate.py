@@ -23,9 +23,9 @@ import finetune.train
 from finetune.errors import CheckFailedError, DataError, RefusedError, UsageError
 from finetune.evaluation.engine import Engine, OwnWriter, Writer
 from finetune.evaluation.gates import Gate
-from finetune.evaluation.kept import KeptResults
 from finetune.evaluation.measurement import CONFIDENCE, Difference, Interval, Measurement, difference, interval
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, Form
+from finetune.evaluation.prediction_cache import KeptResults
 from finetune.evaluation.tasks import HeldOut, Task
 from finetune.jobs.load.context import Workbench
 from finetune.jobs.load.finetuned_model import SharedBase, Trained, Tuned

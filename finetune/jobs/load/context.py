@@ -14,9 +14,9 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.base import AdapterMethod
+from finetune.data.batch_plan import Layout
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
-from finetune.data.layout import Layout
 from finetune.errors import DataError, UnsupportedError, UsageError
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
-from finetune.adapters.prompted import EmbeddedPromptModel, PromptChoiceModel
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
+from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, PromptChoiceModel
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.jobs.load.context import ModelSetup, Workbench
 from finetune.jobs.load.model_ref import Kind, Named

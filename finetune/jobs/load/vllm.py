@@ -37,7 +37,7 @@ def vllm_writer(tuned: Tuned, report: Report) -> Writer:
                 hint="name the run when it has finished, or leave --engine out",
             )
         folder, adapter = (trained.weights, None) if section.trains_base else (folder, trained.weights)
-    from finetune.evaluation.vllm_writer import VllmWriter
+    from finetune.evaluation.vllm_generator import VllmWriter
 
     return VllmWriter(
         tuned.label,

@@ -11,19 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from finetune.data.batches import Batch, BatchOrder
+from finetune.data.batch_plan import Layout
+from finetune.data.collate import Batch, BatchOrder
 from finetune.data.dataset import Rows
-from finetune.data.layout import Layout
 from finetune.jobs.load.context import Workbench, layout_of
 from finetune.malloc import is_tcmalloc
 from finetune.models.loading.dtype import file_dtype, weight_dtype
 from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.safetensors_io import stored_tensors
-from finetune.plan.cards import Card
 from finetune.plan.footprint import Base, Passes, Resident, Setting, passes, resident
+from finetune.plan.gpu_specs import Card
 from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_bytes
-from finetune.plan.shares import held_by_one
+from finetune.plan.shards import held_by_one
 from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.on_load import OnLoadConfig

@@ -13,16 +13,16 @@ from types import MappingProxyType
 
 from pydantic import TypeAdapter
 
+from finetune.data.inspect import Survey, estimated_longest_row, longest_row, survey
 from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
-from finetune.data.survey import Survey, estimated_longest_row, longest_row, survey
 from finetune.errors import DataError, UsageError
 from finetune.jobs.plan.estimate import Planner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
 from finetune.jobs.plan.starter_recipe import AIMS, Facts, first_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder, find_model
-from finetune.plan.cards import Card
+from finetune.plan.gpu_specs import Card
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
 from finetune.recipe.load import recipe_of

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.batch_plan import Layout, Unit
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
-from finetune.data.layout import Layout, Unit
-from finetune.data.ledger import ledger
+from finetune.data.report import ledger
 from finetune.jobs.load.context import layout_of
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from finetune.data.survey import SAMPLED_ROWS, Survey
+from finetune.data.inspect import SAMPLED_ROWS, Survey
 from finetune.formatting import count, memory
 from finetune.jobs.plan.fit_to_memory import Fitted
 from finetune.recipe.paths import model_from, reached_from

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from itertools import islice
 
+from finetune.data.batch_plan import Layout
 from finetune.data.dataset import Split
 from finetune.data.encode import Prompt
-from finetune.data.layout import Layout
 from finetune.errors import OutOfMemoryError, as_out_of_memory
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import held_out_loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.report.ranks import picture
+from finetune.report.lora_ranks import picture
 from finetune.run.directory import RunDirectory, write_text
 from finetune.run.events import RanksChosen, Report
 from finetune.run.history import History

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Recorded, Report, StepMetrics, Validated
-from finetune.train.symptoms import Symptoms
+from finetune.train.diagnostics import Symptoms
 
 
 class Recorder:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.data.batches import BatchOrder
+from finetune.data.batch_plan import Layout
+from finetune.data.collate import BatchOrder
 from finetune.data.dataset import Rows
 from finetune.data.documents import Conversation
-from finetune.data.layout import Layout
-from finetune.data.ledger import ledger
+from finetune.data.report import ledger
 from finetune.errors import UnsupportedError, UsageError
 from finetune.jobs.load.context import Workbench, layout_of
 from finetune.jobs.load.training_record import TrainedRecord
@@ -37,10 +37,10 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import DataRead, Event, Phase, Report
 from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state
+from finetune.train.grad_sync import prepared
 from finetune.train.loop import batch_order
 from finetune.train.optimizers import make_optimizer
 from finetune.train.state import TrainState
-from finetune.train.together import prepared
 
 logger = logging.getLogger(__name__)
 

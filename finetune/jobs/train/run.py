@@ -40,9 +40,9 @@ from finetune.run.history import History
 from finetune.run.provenance import provenance
 from finetune.run.signals import Interruption, StopRequested
 from finetune.run.trackers.process import refuse_missing_packages, tracked
+from finetune.train.diagnostics import Symptoms
 from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes
-from finetune.train.symptoms import Symptoms
 
 logger = logging.getLogger(__name__)
 

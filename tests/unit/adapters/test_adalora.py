@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.adapters.adalora import AdaLoraLinear, AdaLoraMethod
-from finetune.data.batches import Batch, padded
+from finetune.data.collate import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.loss import held_out_loss

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.adapters import low_rank
-from finetune.adapters.adapted_product import Branch, adapted_product, is_one_step, plain_product
 from finetune.adapters.base import trainable
+from finetune.adapters.lora_linear import Branch, adapted_product, is_one_step, plain_product
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build

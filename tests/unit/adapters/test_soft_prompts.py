@@ -26,7 +26,7 @@ from finetune.adapters.p_tuning import PTuningMethod
 from finetune.adapters.prefix_tuning import PrefixTuningMethod
 from finetune.adapters.prompt_tuning import PromptTuningMethod
 from finetune.adapters.soft_prompt import common_tokens
-from finetune.data.batches import padded
+from finetune.data.collate import padded
 from finetune.data.encode import Example
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.generation import Sampling, generate

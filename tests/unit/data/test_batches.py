@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finetune.data.batches import IGNORED, Batch, BatchOrder, joined, padded
+from finetune.data.collate import IGNORED, Batch, BatchOrder, joined, padded
 from finetune.data.encode import Example
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from finetune.data.batch_plan import Layout, Unit, share_of
 from finetune.data.encode import Example
-from finetune.data.layout import Layout, Unit, share_of
 from finetune.recipe.sections.training import Training
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from finetune.data.batch_plan import Layout
 from finetune.data.dataset import read_data
-from finetune.data.layout import Layout
-from finetune.data.ledger import ledger
+from finetune.data.report import ledger
 from finetune.recipe.sections.data import Data
 from finetune.recipe.sections.training import Training
 from finetune.run.provenance import file_digest

@@ -11,10 +11,10 @@ import pytest
 from finetune.data.dataset import Split, refuse_losses
 from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder, Example
-from finetune.data.fitting import Fitting
 from finetune.data.lengths import chunks, without_prompt_head
-from finetune.data.store import Store, StoreWriter
-from finetune.data.stored import StoredSource
+from finetune.data.token_store import Store, StoreWriter
+from finetune.data.tokenized_source import StoredSource
+from finetune.data.truncation import Fitting
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data
 from tests.fixtures.tiny import tiny_tokenizer

@@ -16,8 +16,8 @@ from finetune.data.dataset import read_data
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.rows import Row
-from finetune.data.store import Store
-from finetune.data.stored import StoredSource
+from finetune.data.token_store import Store
+from finetune.data.tokenized_source import StoredSource
 from finetune.errors import DataError, ModelError
 from finetune.recipe.sections.data import Data
 from finetune.run.events import Event, Progress
@@ -183,7 +183,7 @@ def test_a_drawn_part_depends_on_the_seed_and_is_a_part_of_the_whole(tmp_path: P
 
 def test_a_pinned_commit_that_the_local_cache_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
     pinned, held = "a" * 40, "b" * 40
-    monkeypatch.setattr("finetune.data.stored.revision_of", lambda hub: held)
+    monkeypatch.setattr("finetune.data.tokenized_source.revision_of", lambda hub: held)
     section = Data.model_validate({"train": [{"hub": {"name": "org/name", "revision": pinned}, "format": "chat"}]})
     with pytest.raises(DataError, match=f"holds commit {held}, not {pinned}"):
         StoredSource.of(section.train[0], section, TOKENIZER, 1, lambda event: None)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data import survey as module
-from finetune.data.survey import Survey, estimated_longest_row, longest_row, survey
+from finetune.data import inspect as module
+from finetune.data.inspect import Survey, estimated_longest_row, longest_row, survey
 from finetune.errors import DataError
 from finetune.recipe.sections.data import AutoSource, ClassificationSource
 from tests.fixtures.templates import family_tokenizer

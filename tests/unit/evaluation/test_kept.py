@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import EnvironmentFault
-from finetune.evaluation import kept
-from finetune.evaluation.kept import KeptResults
+from finetune.evaluation import prediction_cache
+from finetune.evaluation.prediction_cache import KeptResults
 from finetune.storage.cache import cache_folder
 
 FACTS = {"base": "abc"}
@@ -58,7 +58,7 @@ def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: 
     def full(path: Path) -> Any:
         raise EnvironmentFault("cannot be written: no space left", where=str(path))
 
-    monkeypatch.setattr(kept, "disk_faults", full)
+    monkeypatch.setattr(prediction_cache, "disk_faults", full)
     results.add({"a": "one"})
     results.add({"b": "two"})
     assert [results.get(key) for key in "ab"] == ["one", "two"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.data.batches import padded
+from finetune.data.collate import padded
 from finetune.data.encode import Example
 from finetune.evaluation import likelihood
 from finetune.evaluation.likelihood import Likelihood, likelihoods

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from finetune.data.batches import Batch, joined, padded
+from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.models.kernels.packing_check import keep_apart
 from finetune.recipe.sections.adapter import Adapter

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, GPT2Config, MistralConfig, PretrainedConfig, Qwen3Config
 
-from finetune.data.batches import joined, padded
+from finetune.data.collate import joined, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.errors import UsageError
-from finetune.plan.cards import CARDS, GB, card
+from finetune.plan.gpu_specs import CARDS, GB, card
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from pydantic import TypeAdapter
 from transformers import GPT2Config, LlamaConfig
 
 from finetune.adapters.base import trainable
-from finetune.data.batches import joined, padded
+from finetune.data.collate import joined, padded
 from finetune.data.encode import Example
 from finetune.models.linear_layers import count_parameters
 from finetune.plan import footprint
-from finetune.plan.cards import GB
 from finetune.plan.footprint import Setting, passes, resident
+from finetune.plan.gpu_specs import GB
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.model import Model

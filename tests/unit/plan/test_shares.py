@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.jobs.plan.estimate import Plan, Planner
-from finetune.plan.cards import card
 from finetune.plan.footprint import Base
+from finetune.plan.gpu_specs import card
 from tests.fixtures.recipes import as_recipe
 
 

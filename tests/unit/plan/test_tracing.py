@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, joined, padded
+from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.models.kernels import packed_attention
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.data.batches import padded
+from finetune.data.collate import padded
 from finetune.data.encode import Example
 from finetune.models.calibration import quantize_by_inputs
 from finetune.models.loading.load import load_model

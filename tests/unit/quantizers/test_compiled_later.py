@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from finetune.quantizers.compiled_later import _when_called
+from finetune.quantizers.lazy_compile import _when_called
 
 SCRIPT = "import sys, finetune.jobs.train.run; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
 

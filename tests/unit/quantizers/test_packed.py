@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from finetune.data.batches import padded
+from finetune.data.collate import padded
 from finetune.errors import UnsupportedError
 from finetune.evaluation.loss import held_out_loss
 from finetune.models.linear_layers import count_parameters, dequantize_model

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from finetune.report.ranks import picture
+from finetune.report.lora_ranks import picture
 from finetune.run.events import RanksChosen
 
 SVG = "{http://www.w3.org/2000/svg}"

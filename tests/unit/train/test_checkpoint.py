@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.adapters.base import AdapterMethod
-from finetune.data.batches import BatchOrder
+from finetune.data.batch_plan import Layout
+from finetune.data.collate import BatchOrder
 from finetune.data.encode import Example
-from finetune.data.layout import Layout
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.optimizer import Optimizer, OptimizerSection

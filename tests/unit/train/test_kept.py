@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter
 from torch import nn
 
-from finetune.data.batches import joined
+from finetune.data.collate import joined
 from finetune.data.encode import Example
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import keep_apart

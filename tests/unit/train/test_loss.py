@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
-from finetune.data.batches import Batch, joined, padded
+from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.train import loss as loss_module
 from finetune.train.loss import Chunks, chunked_cross_entropy, summed_cross_entropy, whole_cross_entropy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.data.batches import Batch, joined, padded
+from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.train.noise import embedding_noise
 from tests.fixtures.tiny import tiny_llama

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.full import FullMethod
-from finetune.data.batches import Batch, padded
+from finetune.data.collate import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import DivergedError
 from finetune.recipe.sections.adapter import Full

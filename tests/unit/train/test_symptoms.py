@@ -10,7 +10,7 @@ import pytest
 
 from finetune.run.events import StepMetrics, Validated, Warned
 from finetune.run.history import History
-from finetune.train.symptoms import Symptoms
+from finetune.train.diagnostics import Symptoms
 from tests.fixtures.runs import steps
 
 

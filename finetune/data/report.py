@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.batch_plan import Layout
 from finetune.data.dataset import Rows, Split
-from finetune.data.layout import Layout
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -20,7 +20,7 @@ from finetune.data.hub import revision_of
 from finetune.data.mixing import drawn
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
-from finetune.data.store import Store, StoreWriter
+from finetune.data.token_store import Store, StoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, Hub, SourceSection

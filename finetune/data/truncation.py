@@ -10,7 +10,7 @@ import numpy as np
 from finetune.data.documents import Conversation, Document, PlainText, Tokens
 from finetune.data.encode import Encoder, Example
 from finetune.data.lengths import chunks, without_end, without_prompt_head
-from finetune.data.store import Encoded, RowCounts
+from finetune.data.token_store import Encoded, RowCounts
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data
 
