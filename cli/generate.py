@@ -85,7 +85,7 @@ def generate(
         for (columns, question), text in zip(asked, answers, strict=True)
     ]
     if output:
-        from finetune.run.directory import write_text
+        from finetune.storage.files import write_text
 
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         console.show_written(output, len(rows), as_json)

@@ -22,7 +22,7 @@ def import_recipe(
 ) -> None:
     """Translate another tool's configuration. Lists every key that was not carried over."""
     from finetune.recipe.importing.convert import imported
-    from finetune.run.directory import write_file
+    from finetune.storage.files import write_file
 
     if output.exists() and not overwrite:
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")

@@ -25,7 +25,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the page of a run, or of several and what differs. Curves, data, answers, proofs, provenance."""
-    from finetune.run.directory import RunDirectory, write_text
+    from finetune.run.directory import RunDirectory
+    from finetune.storage.files import write_text
 
     directories = [RunDirectory.open(run) for run in runs]
     if output is None and len(runs) > 1:

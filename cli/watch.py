@@ -16,9 +16,10 @@ def watch(
     as_json: AsJson = False,
 ) -> None:
     """Follow a run from its files until nobody trains it any more. Ctrl-C leaves, and the run goes on."""
-    from finetune.run.directory import RunDirectory, read_json
+    from finetune.run.directory import RunDirectory
     from finetune.run.index import summarize
     from finetune.run.watch import watched
+    from finetune.storage.files import read_json
 
     directory = RunDirectory.open(run)
     with console.following(quiet=False, as_json=as_json) as follower:

@@ -19,7 +19,7 @@ from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import with_whole_surroundings
 from finetune.models.linear_layers import linear_layers
-from finetune.models.shared_memory import apart
+from finetune.models.safetensors_io import apart
 
 ADAPTER_NAME = "default"
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.encode import Example
-from finetune.run.directory import write_json
+from finetune.storage.files import write_json
 
 SHOWN_PLACES = 5
 """Places that are kept of rows that were left out, for messages."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EnvironmentFault
-from finetune.run.directory import disk_faults
 from finetune.storage.cache import cached
+from finetune.storage.files import disk_faults
 
 logger = logging.getLogger(__name__)
 

@@ -222,3 +222,17 @@ def _lay_out(stream: BinaryIO, shard: Mapping[str, Planned]) -> dict[str, tuple[
     stream.write(struct.pack("<Q", len(text)) + text)
     stream.truncate(8 + len(text) + end)
     return {name: (stream, 8 + len(text) + offset, shard[name]) for name, offset in offsets.items()}
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that safetensors takes: contiguous, and no two in the same memory.
+
+    Tied weights share it, and so do bitsandbytes' code tables.
+    """
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return own

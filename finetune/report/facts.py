@@ -13,9 +13,10 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.recipe.sections.evaluation import HELD_OUT
-from finetune.run.directory import RunDirectory, read_json
+from finetune.run.directory import RunDirectory
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of
+from finetune.storage.files import read_json
 
 
 @dataclass(frozen=True)

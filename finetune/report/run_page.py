@@ -13,7 +13,8 @@ from finetune.formatting import count, duration, memory
 from finetune.report import lora_ranks, training_curves
 from finetune.report.facts import RunFacts, public
 from finetune.report.page import document, folded, section, table
-from finetune.run.directory import RunDirectory, write_text
+from finetune.run.directory import RunDirectory
+from finetune.storage.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RefusedError
-from finetune.run.directory import disk_faults, open_to_readers, sync
 from finetune.run.provenance import file_digest
+from finetune.storage.files import disk_faults, open_to_readers, sync
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from finetune.recipe.diff import changes
 from finetune.recipe.load import load_recipe
-from finetune.run.directory import RunDirectory, read_json
+from finetune.run.directory import RunDirectory
 from finetune.run.index import summarize
+from finetune.storage.files import read_json
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.formatting import value as in_words
-from finetune.run.directory import RunDirectory, disk_faults
+from finetune.run.directory import RunDirectory
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of
+from finetune.storage.files import disk_faults
 
 Values = Mapping[str, Any]
 """A value for each swept key."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from finetune.run.directory import RunDirectory, read_json
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, TrainingStarted
 from finetune.run.history import events, parsed
+from finetune.storage.files import read_json
 
 POLL_SECONDS = 1.0
 """Between two looks at the files."""

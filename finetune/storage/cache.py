@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from finetune.run.directory import disk_faults, written_aside
+from finetune.storage.files import disk_faults, written_aside
 
 KEPT_DAYS = 30
 """Days after its last use that an entry may be removed to make room."""

@@ -21,8 +21,8 @@ from finetune.data.encode import Example
 from finetune.errors import DataError, RefusedError, UsageError
 from finetune.evaluation import engine, likelihood
 from finetune.evaluation.gates import Gate
+from finetune.jobs.export import model_card
 from finetune.jobs.export.merge import merge
-from finetune.jobs.export.prompt_tokens import model_card
 from finetune.jobs.infer import evaluate as job
 from finetune.jobs.infer.evaluate import Asked, evaluate
 from finetune.jobs.load.context import ModelSetup

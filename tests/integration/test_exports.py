@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import RefusedError, UnsupportedError
+from finetune.jobs.export import gguf as export_module
 from finetune.jobs.export.gguf import export_gguf, export_gguf_adapter
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.ollama import modelfile, turns_of
 from finetune.jobs.export.peft_adapter import export_adapter
-from finetune.jobs.export.prompt_tokens import gguf as export_module
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Validated
 from tests.fixtures.tiny import byte_tokenizer, tiny_tokenizer

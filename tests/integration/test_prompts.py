@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import DataError, RefusedError, UnsupportedError
+from finetune.jobs.export import prompt_tokens as export_module
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
-from finetune.jobs.export.prompt_tokens import prompt_tokens as export_module
 from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
 from tests.fixtures.generating import answers

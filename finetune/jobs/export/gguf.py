@@ -28,8 +28,9 @@ from finetune.models.writing.gguf import GgufType, write_gguf, write_gguf_adapte
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import reported
-from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.files import write_json, written_aside
 
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding to a type explains; q4_1 rounds

@@ -26,8 +26,9 @@ from finetune.models.writing.rewrite import write_folded, write_folded_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import reported
-from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.files import write_json, written_aside
 
 QUANTIZED = "quantized"
 """In the place of a dtype: the base's own codes and scales, its minimums moved."""

@@ -20,8 +20,9 @@ from finetune.jobs.load.trained_run import TrainedRun
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.writing.rewrite import write_folded
 from finetune.models.writing.weight_merging import Combination, combine_folders
-from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.files import write_json, written_aside
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from finetune.jobs.load.trained_run import TrainedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
 from finetune.report.run_page import answered_by
-from finetune.run.directory import read_json
 from finetune.run.history import History
+from finetune.storage.files import read_json
 
 CARD = "README.md"
 SECTIONS = ("quantization", "adapter", "optimizer", "training")

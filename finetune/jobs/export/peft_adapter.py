@@ -9,8 +9,9 @@ from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import TrainedRun
 from finetune.recipe.vllm_support import served_rank
-from finetune.run.directory import TRAINED_RECORD, RunDirectory, written_aside
+from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import Report, ignore
+from finetune.storage.files import written_aside
 
 
 def export_adapter(

@@ -21,8 +21,9 @@ from finetune.jobs.load.trained_run import TrainedRun
 from finetune.models.linear_layers import dequantize_model, rounds_activations
 from finetune.models.loading.dtype import DTYPES
 from finetune.report.run_page import reported
-from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.files import write_json, written_aside
 
 
 @dataclass(frozen=True)

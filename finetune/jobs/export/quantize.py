@@ -25,8 +25,8 @@ from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.run.directory import write_json, written_aside
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.files import write_json, written_aside
 
 RECORD = "quantize.json"
 

@@ -36,10 +36,11 @@ from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSection
 from finetune.report.run_page import reported
 from finetune.resolve import build
-from finetune.run.directory import RunDirectory, write_json, written_aside
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Report, ignore
 from finetune.run.provenance import file_digest
 from finetune.storage.cache import sources_digest
+from finetune.storage.files import write_json, written_aside
 
 COMPUTING = (finetune.adapters, finetune.evaluation, finetune.models, finetune.quantizers, finetune.train)
 """Packages of ours whose code decides what a model says."""

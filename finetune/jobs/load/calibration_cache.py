@@ -21,9 +21,9 @@ from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.optq import ALGORITHM
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.run.directory import write_json
 from finetune.run.events import Progress, Report
 from finetune.storage.cache import cached
+from finetune.storage.files import write_json
 
 RECORD = "calibration.json"
 """In the folder: the rows' number and tokens, and by layer its outputs' error and that of rounding to nearest."""

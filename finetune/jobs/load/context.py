@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +18,9 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.batch_plan import Layout
 from finetune.data.dataset import Rows, read_data
 from finetune.data.encode import Encoder
-from finetune.errors import DataError, UnsupportedError, UsageError
+from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
-from finetune.jobs.train.oom import loading_base
 from finetune.models.kernels.packing_check import may_share_prefixes
 from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
@@ -140,7 +140,7 @@ class ModelSetup:
         folder = self.base_folder(report)
         kind = self.quantizers.section.kind
         report(Phase(f"loading {self.section.name}" + (f" in {kind}" if kind != "none" else "")))
-        with loading_base(self.section.name):
+        with _loading(self.section.name):
             base = load_model(
                 folder,
                 self.section,
@@ -214,7 +214,7 @@ class Workbench(ModelSetup):
             return super().load_base(report, dtype)
         folder = self.base_folder(report)
         report(Phase(f"loading shares of {self.section.name}"))
-        with loading_base(self.section.name):
+        with _loading(self.section.name):
             base = load_sharded_model(
                 folder,
                 self.section,
@@ -263,6 +263,24 @@ def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64
     is_ours = recipe.model.attention == "auto" and may_share_prefixes(read_config(folder))
     may_share = is_ours and not draws_for_each_row
     return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """In the block a base loads: where memory runs out, the error names what makes a base smaller.
+
+    Raises:
+        OutOfMemoryError: It did.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if as_out_of_memory(error) is None:
+            raise
+        raise OutOfMemoryError(
+            f"out of memory while {name} loads",
+            hint="free memory that other programs hold, set quantization.kind to nf4, or take a smaller model",
+        ) from error
 
 
 def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:

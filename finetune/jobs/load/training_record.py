@@ -20,7 +20,8 @@ from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.quantization import Quantization
 from finetune.recipe.sections.section import Section
 from finetune.recipe.sections.training import Precision
-from finetune.run.directory import TRAINED_RECORD, write_json
+from finetune.run.directory import TRAINED_RECORD
+from finetune.storage.files import write_json
 
 
 class BaseRecord(Section):

@@ -31,8 +31,8 @@ from finetune.recipe.schema import every_key
 from finetune.recipe.sections.data import Source, SourceSection, TextSource, TokenizedSource
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.section import anchored
-from finetune.run.directory import write_file
 from finetune.run.events import Phase, Report, ignore
+from finetune.storage.files import write_file
 
 FEW_TEXTS = 20
 """Text of fewer files is taken apart into paragraphs, so that some of it can be held out."""

@@ -25,10 +25,11 @@ from finetune.recipe.diff import changes
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.sweep_page import sweep_page
-from finetune.run.directory import RunDirectory, disk_faults, write_text
+from finetune.run.directory import RunDirectory
 from finetune.run.events import Report
 from finetune.run.signals import Interruption
 from finetune.run.sweep_trials import SweepDirectory, Trial, Values
+from finetune.storage.files import disk_faults, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from finetune.report.lora_ranks import picture
-from finetune.run.directory import RunDirectory, write_text
+from finetune.run.directory import RunDirectory
 from finetune.run.events import RanksChosen, Report
 from finetune.run.history import History
+from finetune.storage.files import write_text
 from finetune.train.state import TrainState
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
-from finetune.errors import OutOfMemoryError, as_out_of_memory
+from finetune.errors import OutOfMemoryError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import RULES
 
@@ -28,24 +25,6 @@ def step_is_too_large(recipe: Recipe, step: int, how_to_resume: str | None) -> O
     else:
         hint = " ".join([how_to_resume, *(f"--set {key}={value}" for key, value in smaller.items())])
     return OutOfMemoryError(f"out of memory in step {step}", hint=hint)
-
-
-@contextmanager
-def loading_base(name: str) -> Iterator[None]:
-    """In the block a base loads: where memory runs out, the error names what makes a base smaller.
-
-    Raises:
-        OutOfMemoryError: It did.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if as_out_of_memory(error) is None:
-            raise
-        raise OutOfMemoryError(
-            f"out of memory while {name} loads",
-            hint="free memory that other programs hold, set quantization.kind to nf4, or take a smaller model",
-        ) from error
 
 
 def less_memory(recipe: Recipe) -> dict[str, str] | None:

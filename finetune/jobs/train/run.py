@@ -26,7 +26,7 @@ from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.run_page import reported
 from finetune.run.checkpoints import Checkpoint, Checkpoints
-from finetune.run.directory import Attempt, RunDirectory, write_json, write_text, written_aside
+from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import (
     DataRead,
     Phase,
@@ -40,6 +40,7 @@ from finetune.run.history import History
 from finetune.run.provenance import provenance
 from finetune.run.signals import Interruption, StopRequested
 from finetune.run.trackers.process import refuse_missing_packages, tracked
+from finetune.storage.files import write_json, write_text, written_aside
 from finetune.train.diagnostics import Symptoms
 from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes

@@ -81,7 +81,7 @@ def _liger_passes() -> _Passes | None:
     """Liger's passes; None where liger-kernel is not installed.
 
     Its rotary embedding is left out. It writes into the memory of the query, which no version counter shows, so that a
-    query that is recomputed in backward (`models/kernels/selective_checkpointing.py`) would come back without its rotation.
+    query that is recomputed in backward (`selective_checkpointing.py`) would come back without its rotation.
     """
     try:
         from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction

@@ -20,9 +20,8 @@ from finetune.models.loading.chat_template_guard import refuse_endless_template
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import first_line, read_config, told_as_ours
-from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
 from finetune.models.loading.quantized_checkpoint import refuse_other_quantization, stored_quantization
-from finetune.models.writing.rewrite import GENERATION_CONFIG
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.model import Model

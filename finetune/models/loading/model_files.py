@@ -33,6 +33,8 @@ SMALL_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class ModelFolder:

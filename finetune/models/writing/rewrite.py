@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.models.fsdp import put_together
 from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.model_files import GENERATION_CONFIG
 from finetune.models.loading.quantized_checkpoint import config_of
 from finetune.models.safetensors_io import DTYPES, Planned, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
@@ -24,8 +25,6 @@ from finetune.quantizers.layer import QuantizedLinear
 
 Fold = Callable[[nn.Module], nn.Module]
 """From what stands in the place of a layer to the layer that it becomes, its tensors named and shaped as before."""
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def write_folded(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder: Path) -> None:

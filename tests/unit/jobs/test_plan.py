@@ -13,7 +13,7 @@ from cli.main import app
 from finetune.errors import OutOfMemoryError
 from finetune.jobs.plan.estimate import WATCHED_FROM, Planner
 from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
-from finetune.jobs.train.run import prepare
+from finetune.jobs.train import prepare
 from finetune.plan.gpu_specs import Card
 from finetune.recipe.load import load_recipe
 from tests.fixtures.recipes import as_recipe, write_recipe

@@ -9,7 +9,8 @@ import torch
 
 from finetune.quantizers.lazy_compile import _when_called
 
-SCRIPT = "import sys, finetune.jobs.train.run; print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
+MODULES = ("bitsandbytes", "torch._inductor.compile_fx")
+SCRIPT = f"import sys, finetune.jobs.train.run; print(*(name in sys.modules for name in {MODULES}))"
 
 
 def test_no_command_imports_the_compiler():

@@ -29,9 +29,10 @@ from finetune.errors import (
     UsageError,
 )
 from finetune.run import directory as module
-from finetune.run.directory import INTERRUPTED, RunDirectory, write_json, written_aside
+from finetune.run.directory import INTERRUPTED, RunDirectory
 from finetune.run.events import StepMetrics, Validated
 from finetune.run.signals import StopRequested
+from finetune.storage.files import write_json, written_aside
 
 
 def names_in(folder: Path) -> list[str]:

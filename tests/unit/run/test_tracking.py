@@ -15,7 +15,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, StepMetrics, Validated
-from finetune.run.trackers.clients import process
+from finetune.run.trackers import process
 from finetune.run.trackers.process import refuse_missing_packages, tracked
 from tests.fixtures.trackers import Fakes
 

@@ -1,0 +1,113 @@
+"""Writing files so that readers never see a part of one, and reading them back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from finetune.errors import EnvironmentFault
+
+UNFINISHED = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
+"""Names of what `written_aside` and `write_text` have not yet put in its place."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record of ours; empty where it was not written, or is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that readers see the old one or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part, even if the machine stops."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with disk_faults(path):
+            aside.write_text(text, encoding="utf-8")
+            sync(aside)
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """The same for a file whose folder may not be there yet."""
+    with disk_faults(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Folder and files get the permissions that the umask allows, whatever a library gave them.
+
+    Raises:
+        EnvironmentFault: The disk is full or the folder cannot be written.
+    """
+    aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    try:
+        with disk_faults(target):
+            aside.mkdir(parents=True)
+            yield aside
+            open_to_readers(aside)
+            _put_in_place(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn what the operating system and safetensors say of a full or closed disk into an EnvironmentFault."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise EnvironmentFault(
+            f"cannot be written: {reason}", where=str(path), hint="check free space and permissions"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give every file the permissions of a new one: those of `folder`, which is new, without the right to search."""
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(allowed)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; a folder that is there is removed only after that."""
+    if target.is_symlink() or not target.is_dir():
+        folder.rename(target)
+        return
+    retired = folder.with_name(f"{folder.name}-old")
+    target.rename(retired)
+    folder.rename(target)
+    shutil.rmtree(retired, ignore_errors=True)
