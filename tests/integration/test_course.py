@@ -15,7 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.errors import Stopped
-from finetune.jobs.train.run import evaluator, train
+from finetune.jobs.train import evaluator
+from finetune.jobs.train.run import train
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import BestKept, Event, Sampled, StepMetrics, TrainingFinished, Validated

@@ -26,7 +26,8 @@ from finetune.jobs.export.quantize import quantize
 from finetune.jobs.load import finetuned_model
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.plan.estimate import Planner
-from finetune.jobs.train.run import prepare, train
+from finetune.jobs.train import prepare
+from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingFinished

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError, RefusedError
-from finetune.jobs.train.run import dry_run, train
+from finetune.jobs.train import dry_run
+from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Rehearsed
 from tests.fixtures.recipes import as_recipe, write_recipe

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.errors import EnvironmentFault, Interrupted, RefusedError, Stopped
-from finetune.jobs.train.run import checkpointing, train
+from finetune.jobs.train import checkpointing
+from finetune.jobs.train.run import train
 from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, Resumed, Saved, StepMetrics

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from finetune.errors import RefusedError, Stopped
-from finetune.jobs.sweep.run import Sweep, sampler
+from finetune.jobs.sweep import sampler
+from finetune.jobs.sweep.run import Sweep
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics

@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel, modeling_utils
 
 from finetune.data.encode import Example
+from finetune.jobs.train import prepare
 from finetune.jobs.train.prepare import Ready
-from finetune.jobs.train.run import prepare, train
+from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention, packing_check
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
