@@ -28,14 +28,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from finetune.plan.cards import CARDS
-from tests.benchmarks.gpu_cases import PARTS, ROWS, SHAPES, STEPS, TINY, TINY_STEPS, Case
+from tests.benchmarks.gpu_cases import PARTS, ROWS, SHAPES, STEPS, TINY, TINY_STEPS, Case, Rows
 from tests.benchmarks.gpu_page import page, table
 from tests.benchmarks.gpu_processes import ROOT, ProcessFailure, call, command, last_lines
+from tests.benchmarks.rival import RATES
 
 SCHEMA = "bench-gpu/1"
 
@@ -106,11 +106,12 @@ class Part:
             "is_tiny": options.tiny,
             "precision": "bfloat16" if is_cuda else "float32",
             "optimizer": OPTIMIZERS[case.kind] if is_cuda else "adamw",  # paged memory needs CUDA
-            "liger": is_cuda and case.kernels != "plain" and find_spec("liger_kernel") is not None,
+            "liger": is_cuda and case.kernels != "plain",
             "scratch": str(scratch),
             "cache": str(scratch / "cache"),
             "model": str(scratch / case.shape),
             "data": str(scratch / f"{case.shape}-{case.rows}.jsonl"),
+            "ordered": str(scratch / f"{case.shape}-{case.rows}.ordered.json"),
             "log": str(scratch / f"{name}.log"),
             "result": str(scratch / f"{name}.result.json"),
             "plan": str(scratch / f"{name}.plan.json"),
@@ -148,7 +149,8 @@ class Part:
             return {"status": "skipped", "reason": f"the part's {self._options.budget:.0f} s are over"}
         log = Path(task["log"])
         try:
-            call("prepare", task, log, self._seconds_left, self._options.device)
+            if not all(Path(task[key]).exists() for key in ("model", "data", "ordered")):
+                call("prepare", task, log, self._seconds_left, self._options.device)
             self._train(case, task, log)
         except ProcessFailure as failure:
             if not Path(task["model"]).is_dir():
@@ -162,6 +164,7 @@ class Part:
         if case.side == "ft":
             call("run_ft", task, log, timeout, self._options.device)
         else:
+            Path(task["trl_task"]).write_text(json.dumps(_trl_task(case, task)), encoding="utf-8")
             command([self._options.trl, "-m", "tests.benchmarks.rival_trl", task["trl_task"]], log, timeout)
 
     def _measured(self, case: Case, task: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +197,24 @@ class Part:
         return found
 
 
+def _trl_task(case: Case, task: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a case as `rival_trl` reads them."""
+    optimizers = {"adamw": "adamw_torch_fused" if task["device"] == "cuda" else "adamw_torch"}
+    rows = Rows(**task["rows"])
+    return {
+        **{key: task[key] for key in ("precision", "model", "steps", "device", "liger", "result", "trace")},
+        "kind": case.kind,
+        "micro": rows.micro_batch,
+        "rows_per_step": rows.rows_per_step,
+        "rows_file": task["ordered"],
+        "learning_rate": RATES[case.kind],
+        "optimizer": optimizers.get(task["optimizer"], task["optimizer"]),
+        "checkpointing": bool(case.checkpointing),
+        "traced_step": task["steps"],
+        "folder": str(Path(task["scratch"]) / "trl"),
+    }
+
+
 def peak_flops(device: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device as its maker states it; None where its name is not known."""
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
@@ -220,8 +241,8 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run parts, or make the page; returns the exit status."""
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command; by default of this process's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, nargs="+", choices=PARTS, default=[], help="parts to run")
     parser.add_argument("--page", action="store_true", help="write benchmark.md from the JSON files of --output")
@@ -239,8 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("name a part, or --page")
     options.output = options.output.absolute()
     options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run parts, or make the page; returns the exit status."""
+    options = options_of(arguments)
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     records = []
     for number in options.part:
         scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-", dir=options.scratch))

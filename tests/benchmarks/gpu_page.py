@@ -71,7 +71,7 @@ def _row(record: Record, counterpart: Record | None) -> list[str]:
         case["shape"],
         case["kind"],
         case["rows"],
-        _settings(case),
+        _settings(record),
         SIDES[case["side"]],
         f"{speed:,.0f}" if speed else "",
         f"{speed / other:.2f}x" if speed and other and case["side"] == "ft" else "",
@@ -158,10 +158,14 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _settings(case: Record) -> str:
-    checkpointing = case["checkpointing"]
+def _settings(record: Record) -> str:
+    case = record["case"]
     settings = [f"kernels {case['kernels']}"] if case["kernels"] != "auto" else []
-    return ", ".join([*settings, *([f"checkpointing {checkpointing}".lower()] if checkpointing else [])])
+    if case["checkpointing"]:
+        settings.append(f"checkpointing {case['checkpointing']}".lower())
+    if record["settings"].get("liger") and "liger-kernel" in record.get("versions", {}):
+        settings.append("Liger")
+    return ", ".join(settings)
 
 
 def _memory(peaks: dict[str, int] | None) -> str:

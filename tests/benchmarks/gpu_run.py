@@ -35,6 +35,27 @@ class AllMeasured(Exception):
     """Ends a run after its last measured step, before anything is saved."""
 
 
+def parameters_of(shape: str, is_tiny: bool) -> tuple[Any, dict[str, torch.Size]]:
+    """The config of a shape, and the shapes of its parameters by name; tied ones come once."""
+    settings = {**SHAPES[shape], **(TINY if is_tiny else {})}
+    model_type = settings.pop("model_type")
+    config = AutoConfig.for_model(
+        model_type, **settings, max_position_embeddings=8192, bos_token_id=256, eos_token_id=257, pad_token_id=257
+    )
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    return config, {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def counts_of(config: Any, shapes: dict[str, torch.Size]) -> dict[str, int]:
+    """Numbers of parameters: of all, and without the input embedding, where the output head counts in any case."""
+    total = sum(size.numel() for size in shapes.values())
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return {"parameters": total, "parameters_in_products": total - embedding}
+
+
 def write_model(shape: str, folder: Path, device: str, is_tiny: bool) -> None:
     """Write a folder with a config, a tokenizer, and random weights in bfloat16.
 
@@ -47,16 +68,7 @@ def write_model(shape: str, folder: Path, device: str, is_tiny: bool) -> None:
         device: Where numbers are drawn.
         is_tiny: Whether the sizes are those of `TINY`.
     """
-    settings = {**SHAPES[shape], **(TINY if is_tiny else {})}
-    model_type = settings.pop("model_type")
-    config = AutoConfig.for_model(
-        model_type, **settings, max_position_embeddings=8192, bos_token_id=256, eos_token_id=257, pad_token_id=257
-    )
-    config.dtype = torch.bfloat16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # tied weights come once
+    config, shapes = parameters_of(shape, is_tiny)
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     _write_tokenizer(folder, config.vocab_size)
@@ -67,12 +79,10 @@ def write_model(shape: str, folder: Path, device: str, is_tiny: bool) -> None:
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({name: _drawn(shapes[name], generator) for name in names}, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(names, file))
-    total = sum(size.numel() for size in shapes.values())
-    index = {"metadata": {"total_size": 2 * total}, "weight_map": places}
+    counts = counts_of(config, shapes)
+    index = {"metadata": {"total_size": 2 * counts["parameters"]}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    embedding = config.vocab_size * config.hidden_size
-    facts = {"parameters": total, "parameters_in_products": total if config.tie_word_embeddings else total - embedding}
-    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -157,7 +167,9 @@ def recipe_of(task: dict[str, Any], folder: Path) -> Recipe:
 
 
 def prepare(task: dict[str, Any]) -> None:
-    """Write the rows and the model of a case where they are not there yet, and for TRL its settings.
+    """Write the model and the rows of a case, and the rows once more in the order in which ft takes them.
+
+    What an earlier case has written stays.
 
     Args:
         task: As `gpu.task_of` makes it.
@@ -171,8 +183,10 @@ def prepare(task: dict[str, Any]) -> None:
     if not Path(task["data"]).is_file():
         vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         write_rows(rows, task["steps"], vocabulary, Path(task["data"]))
-    if case.side == "trl":
-        _write_trl_task(task)
+    if not Path(task["ordered"]).is_file():
+        with TemporaryDirectory(dir=task["scratch"]) as folder:
+            ordered = in_order(recipe_of(task, Path(folder)))
+        Path(task["ordered"]).write_text(json.dumps(ordered.rows), encoding="utf-8")
 
 
 def run_ft(task: dict[str, Any]) -> None:
@@ -207,34 +221,3 @@ def run_ft(task: dict[str, Any]) -> None:
             train(recipe, RunDirectory.create(folder / "run"), record)
         except AllMeasured:
             return
-
-
-def _write_trl_task(task: dict[str, Any]) -> None:
-    """Write what `rival_trl` reads: the same settings, and the rows in the order in which ft takes them.
-
-    Args:
-        task: As `gpu.task_of` makes it.
-    """
-    case, rows = Case(**task["case"]), Rows(**task["rows"])
-    with TemporaryDirectory(dir=task["scratch"]) as folder:
-        ordered = in_order(recipe_of(task, Path(folder)))
-    optimizers = {"adamw": "adamw_torch_fused" if task["device"] == "cuda" else "adamw_torch"}
-    content = {
-        "kind": case.kind,
-        "precision": task["precision"],
-        "model": task["model"],
-        "steps": task["steps"],
-        "micro": rows.micro_batch,
-        "rows_per_step": rows.rows_per_step,
-        "learning_rate": RATES[case.kind],
-        "folder": str(Path(task["scratch"]) / "trl"),
-        "rows": ordered.rows,
-        "device": task["device"],
-        "optimizer": optimizers.get(task["optimizer"], task["optimizer"]),
-        "checkpointing": bool(case.checkpointing),
-        "liger": task["liger"],
-        "result": task["result"],
-        "traced_step": task["steps"],
-        "trace": task["trace"],
-    }
-    Path(task["trl_task"]).write_text(json.dumps(content), encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,12 @@ class InOrder(SFTTrainer):
 def main() -> None:
     """Train and print.
 
-    Keys of the task that `make bench-gpu` adds: `device`, `optimizer`, `checkpointing`, `liger`, and for the recorder
-    `result`, `traced_step`, `trace`.
+    Keys of the task that `make bench-gpu` adds: `device`, `optimizer`, `checkpointing`, `liger` for Liger's kernels
+    where they are installed, `rows_file` instead of `rows`, and for the recorder `result`, `traced_step`, `trace`.
     """
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if "rows_file" in task:
+        task["rows"] = json.loads(Path(task["rows_file"]).read_text(encoding="utf-8"))
     device = task.get("device", "cpu")
     result, trace = task.get("result"), task.get("trace")
     recorder = StepRecorder(
@@ -99,7 +102,7 @@ def main() -> None:
             weight_decay=0.0,
             max_grad_norm=1.0,
             gradient_checkpointing=task.get("checkpointing", False),
-            use_liger_kernel=task.get("liger", False),
+            use_liger_kernel=task.get("liger", False) and find_spec("liger_kernel") is not None,
             bf16=dtype is torch.bfloat16,
             use_cpu=device == "cpu",
             logging_steps=1,

@@ -186,7 +186,9 @@ def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "gpu_busy_seconds": busy / 1e6 if on_device else None,
         "gpu_idle_share": 1 - busy / step["dur"] if on_device else None,
         "kernels": len(kernels),
-        "kernel_launches": dict(Counter(event["name"] for event in calls if "Launch" in event["name"])),
+        "kernel_launches": dict(
+            Counter(event["name"] for event in calls if "Launch" in event["name"] and "HostFunc" not in event["name"])
+        ),
         "synchronizations": dict(Counter(event["name"] for event in waits)),
         "synchronization_seconds": sum(event["dur"] for event in waits) / 1e6,
         "top_kernels": _top(kernels),
