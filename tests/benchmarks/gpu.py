@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,7 +47,8 @@ FLOP_PER_PARAMETER = {"lora": 4, "qlora": 4, "full": 6}
 
 FORMULA = (
     "MFU = tokens/s * F * N / peak; F = 4 for LoRA and QLoRA, 6 for full fine-tuning; "
-    "N = parameters without the input embedding, with the output head; attention's own matmuls are left out"
+    "N = parameters without the input embedding, with the output head for every token; "
+    "attention's own matmuls are left out"
 )
 
 LEAST_SECONDS = 10.0
@@ -284,4 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # So that a job that is stopped leaves neither processes nor weights behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     raise SystemExit(main())

@@ -35,12 +35,14 @@ def call(function: str, task: dict[str, Any], log: Path, timeout: float, device:
         context.set_forkserver_preload([MODULE])
     process = context.Process(target=_run, args=(function, task, str(log)))
     process.start()
-    process.join(timeout)
-    is_late = process.is_alive()
     assert process.pid is not None
-    _kill_group(process.pid)
-    process.kill()  # it may not lead a group yet
-    process.join()
+    try:
+        process.join(timeout)
+        is_late = process.is_alive()
+    finally:  # after Ctrl-C too: the process is in a session of its own
+        _kill_group(process.pid)
+        process.kill()  # it may not lead a group yet
+        process.join()
     if is_late:
         raise ProcessFailure(f"timed out after {timeout:.0f} s")
     if process.exitcode != 0:

@@ -87,6 +87,24 @@ def test_case_that_takes_too_long_is_stopped_and_recorded_as_failed(tmp_path: Pa
     assert record["reason"] == "timed out after 0 s"
 
 
+def test_model_in_several_shards_loads_with_all_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.benchmarks import gpu_run
+
+    monkeypatch.setattr(gpu_run, "SHARD_BYTES", 50_000)
+    gpu_run.write_model("llama-3.1-8b", tmp_path / "model", "cpu", is_tiny=True)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    head, embedding = model.lm_head.weight.detach(), model.model.embed_tokens.weight
+    assert head.dtype is torch.bfloat16
+    assert float(head.float().std()) == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(head, embedding)
+
+
 def test_names_of_cases_are_distinct_within_a_part():
     for cases in PARTS.values():
         assert len({case.name for case in cases}) == len(cases)
