@@ -9,10 +9,10 @@ from itertools import pairwise
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from finetune.run.events import Event, Sampled, StepMetrics, TrainingStarted, Validated
+from finetune.run.events import Event, SampleGenerated, StepMetrics, TrainingStarted, ValidationResult
 
 from . import wording
-from .harmless import harmless
+from .sanitize import sanitize
 
 HEIGHT = 6
 """Lines of the curve."""
@@ -60,15 +60,15 @@ class Losses:
         return (step - self.first_step) / (last - self.first_step)
 
 
-class Board:
+class LivePanel:
     """Follows events, and is drawn by rich."""
 
     def __init__(self) -> None:
         self.losses = Losses()
-        self.validations: list[Validated] = []
+        self.validations: list[ValidationResult] = []
         self.step: StepMetrics | None = None
         self.planned_bytes: int | None = None
-        self.sample: Sampled | None = None
+        self.sample: SampleGenerated | None = None
 
     def see(self, event: Event) -> None:
         """Take an event; most say nothing that is shown here."""
@@ -78,9 +78,9 @@ class Board:
             case StepMetrics():
                 self.losses.add(event)
                 self.step = event
-            case Validated():
+            case ValidationResult():
                 self.validations.append(event)
-            case Sampled() if self.sample is None or event.step > self.sample.step:
+            case SampleGenerated() if self.sample is None or event.step > self.sample.step:
                 self.sample = event  # of several the first, to compare with itself as the run goes on
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -91,12 +91,12 @@ class Board:
         if console.height >= LEAST_HEIGHT and len(self.losses.means) > 1:
             yield from curve(self.losses, self.validations, min(options.max_width, WIDEST))
         if self.sample is not None:
-            said = f"answer after step {self.sample.step}: {harmless(self.sample.answer)}"
+            said = f"answer after step {self.sample.step}: {sanitize(self.sample.answer)}"
             yield _line(said, options.max_width)
-            yield _line(f"it should have been: {harmless(self.sample.reference)}", options.max_width, "dim")
+            yield _line(f"it should have been: {sanitize(self.sample.reference)}", options.max_width, "dim")
 
 
-def curve(losses: Losses, validations: Sequence[Validated], width: int) -> list[Text]:
+def curve(losses: Losses, validations: Sequence[ValidationResult], width: int) -> list[Text]:
     """Losses as dots in braille, the held-out ones among them as circles; as many letters wide as `width`."""
     columns = 2 * (width - LABELS)
     line = _resampled(losses.means, columns)

@@ -65,7 +65,7 @@ def _say(talk: Chat, text: str) -> None:
     """
     interruption = Interruption()
     try:
-        with interruption.listening(console.leave_at_once), console.words() as tell:
+        with interruption.listening(console.exit_immediately), console.words() as tell:
 
             def tell_or_stop(piece: str) -> None:
                 tell(piece)

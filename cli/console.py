@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from finetune.errors import CheckFailedError, FinetuneError, Interrupted, RecipeError, Stopped
 
-from .harmless import harmless
+from .sanitize import sanitize
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +75,7 @@ def show_error(error: FinetuneError) -> None:
         show_note(_styled(line, "33") if line.startswith("  ->") else f"{title}: {line}")
 
 
-def leave_at_once() -> NoReturn:
+def exit_immediately() -> NoReturn:
     """End the process here and now, with the cursor that a moving line hides."""
     if sys.stderr.isatty():
         os.write(sys.stderr.fileno(), b"\033[?25h\n")
@@ -365,7 +365,7 @@ def show_export(
     if format == "prompt" and certificate:
         begins = (
             "the folder's chat template begins with them"
-            if certificate["in_conversation"]
+            if certificate["uses_chat_template"]
             else "begin every text with `prompt` of export.json, and add no special tokens to it"
         )
         lines.append(f"the trained prompt is new tokens of the vocabulary: {begins}")
@@ -447,7 +447,7 @@ def words() -> Iterator[Callable[[str], None]]:
     """Print an answer while it is written: yields the function that takes its pieces, and ends the line."""
 
     def write(piece: str) -> None:
-        sys.stdout.write(_harmless(piece))
+        sys.stdout.write(_sanitize(piece))
         sys.stdout.flush()
 
     try:
@@ -483,7 +483,7 @@ def show_answers(rows: list[dict[str, Any]], as_json: bool) -> None:
             show_result(json.dumps(row, ensure_ascii=False))
         return
     if len(rows) == 1:
-        show_result(_harmless(rows[0]["generated"]))
+        show_result(_sanitize(rows[0]["generated"]))
         return
     has_prompts, has_names = (len({row[key] for row in rows}) > 1 for key in ("prompt", "adapter"))
     blocks = []
@@ -493,17 +493,17 @@ def show_answers(rows: list[dict[str, Any]], as_json: bool) -> None:
             lines.append(_titled(f"> {row['prompt']}"))
         if has_names:
             lines.append(_titled(f"{row['adapter']}:"))
-        blocks.append("\n".join([*lines, _harmless(row["generated"])]))
+        blocks.append("\n".join([*lines, _sanitize(row["generated"])]))
     show_result("\n\n".join(blocks))
 
 
 def _titled(text: str) -> str:
-    return _styled(_harmless(text), "1", sys.stdout)
+    return _styled(_sanitize(text), "1", sys.stdout)
 
 
-def _harmless(text: str) -> str:
+def _sanitize(text: str) -> str:
     """What a model writes: to a pipe as it is."""
-    return harmless(text) if is_watched() else text
+    return sanitize(text) if is_watched() else text
 
 
 def show_written(file: Path, answers: int, as_json: bool) -> None:

@@ -83,8 +83,8 @@ def export(
         if format is ExportFormat.prompt:
             from finetune.jobs.export.prompt_tokens import export as export_prompt
 
-            baked = export_prompt(directory, output, kind, overwrite, report)
-            folder, certificate = baked.folder, baked.to_json()
+            exported_prompt = export_prompt(directory, output, kind, overwrite, report)
+            folder, certificate = exported_prompt.folder, exported_prompt.to_json()
         elif format is ExportFormat.gguf:
             from finetune.jobs.export.gguf import export_gguf
 

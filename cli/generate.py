@@ -61,10 +61,10 @@ def generate(
     with console.reporting(quiet, as_json) as report:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.generate import answer, questions_in, questions_of
-        from finetune.jobs.load.finetuned_model import SharedBase, Tuned
+        from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        tuned = [Tuned.find(each, report) for each in found]
+        tuned = [FineTunedModel.find(each, report) for each in found]
         if base:
             tuned.insert(0, tuned[0].untuned)
         if file:

@@ -47,7 +47,7 @@ class Commands(TyperGroup):
         except FinetuneError as error:
             raise typer.Exit(_tell(error)) from None
         except KeyboardInterrupt as interrupt:
-            if not distributed.is_supervised():
+            if not distributed.has_launcher():
                 console.show_note("interrupted")
             raise typer.Exit(_leave_word(interrupt, Interrupted.exit_code)) from None
         except typer.Exit:
@@ -56,7 +56,7 @@ class Commands(TyperGroup):
             known = as_out_of_memory(error) or as_lost_process(error)
             if known is not None:
                 raise typer.Exit(_tell(known)) from None
-            if not distributed.is_supervised():
+            if not distributed.has_launcher():
                 raise
             raise typer.Exit(_leave_word(error, 1)) from None
 
@@ -64,16 +64,16 @@ class Commands(TyperGroup):
 def _tell(error: FinetuneError) -> int:
     """Show an error, unless the run's supervisor or its main process does; returns the exit code."""
     speaks = distributed.Rank.here().is_main or not isinstance(error, Stopped | Interrupted | ProcessLost)
-    if speaks and not distributed.is_supervised():
+    if speaks and not distributed.has_launcher():
         console.show_error(error)
     return _leave_word(error, error.exit_code)
 
 
 def _leave_word(error: BaseException, code: int) -> int:
     """Tell a launcher what ended this process; to its supervisor a stop is no failure after which to start again."""
-    ending = distributed.Ending.of(error)
+    ending = distributed.RankExit.of(error)
     ending.write()
-    return 0 if ending.is_stop and distributed.is_supervised() else code
+    return 0 if ending.is_stop and distributed.has_launcher() else code
 
 
 app = typer.Typer(

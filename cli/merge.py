@@ -82,9 +82,9 @@ def merge(
     shares = _weights(weights, len(directories))
     with console.reporting(quiet, as_json) as report:
         from finetune.jobs.export.merge_models import combine as combine_job
-        from finetune.models.writing.weight_merging import Combination
+        from finetune.models.writing.weight_merging import WeightMerge
 
-        combination = Combination(combine.value, shares, density, rank, seed)
+        combination = WeightMerge(combine.value, shares, density, rank, seed)
         combined = combine_job(directories, combination, output, chosen or "float32", overwrite, report)
     console.show_combination(combined.to_json(), combined.folder, as_json)
 

@@ -41,13 +41,13 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet=False, as_json=as_json) as report:
-        from finetune.jobs.plan.estimate import Planner
+        from finetune.jobs.plan.estimate import MemoryPlanner
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write
         from finetune.plan.gpu_specs import card
 
         wanted = gpu or fit
-        planner = Planner.of(loaded.recipe, card(wanted) if wanted and wanted != HERE else None, report)
+        planner = MemoryPlanner.of(loaded.recipe, card(wanted) if wanted and wanted != HERE else None, report)
         fitted = fit_job(planner, loaded) if fit else None
         planned = planner.plan(fitted.recipe if fitted else loaded.recipe)
         if fitted and output:

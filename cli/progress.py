@@ -16,20 +16,20 @@ from rich.text import Text
 
 from finetune.formatting import duration
 from finetune.run.events import (
-    BestKept,
+    BestCheckpoint,
     DataRead,
     Event,
     Phase,
     Progress,
-    Resumed,
+    RunResumed,
     StepMetrics,
     TrainingStarted,
-    Validated,
-    Warned,
+    TrainingWarning,
+    ValidationResult,
 )
 
 from . import wording
-from .board import Board
+from .board import LivePanel
 
 
 class Follower(ABC):
@@ -56,7 +56,7 @@ class Silent(Follower):
 
     def event(self, event: Event) -> None:
         """Show what is worth acting on."""
-        if isinstance(event, Warned):
+        if isinstance(event, TrainingWarning):
             self.note(str(wording.line(event)))
 
     def note(self, text: str) -> None:
@@ -106,7 +106,7 @@ class CountColumn(MofNCompleteColumn):
 class Display(LiveProgress):
     """A moving line with a board below it."""
 
-    def __init__(self, board: Board, console: Console) -> None:
+    def __init__(self, board: LivePanel, console: Console) -> None:
         self.board = board
         super().__init__(
             TextColumn("{task.description}", style="cyan", markup=False),
@@ -128,7 +128,7 @@ class Live(Follower):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.board = Board()
+        self.board = LivePanel()
         self.display = Display(self.board, console)
         self.display.start()
         self.task: TaskID | None = None
@@ -141,15 +141,15 @@ class Live(Follower):
         match event:
             case Phase():
                 self._show(event.doing, total=None)
-            case DataRead() | TrainingStarted() | Resumed():
+            case DataRead() | TrainingStarted() | RunResumed():
                 self._print(wording.line(event), style="dim")
             case StepMetrics():
                 self._show("training", event.total_steps, event.step, wording.pace(event))
             case Progress():
                 self._show(event.doing, event.total, event.done, self._estimate(event))
-            case Validated() | BestKept():
+            case ValidationResult() | BestCheckpoint():
                 self._print(wording.line(event))
-            case Warned():
+            case TrainingWarning():
                 self.note(str(wording.line(event)))
 
     def _estimate(self, event: Progress) -> str:

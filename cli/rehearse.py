@@ -17,12 +17,12 @@ def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = Fal
 
     loaded = load_recipe(recipe, overrides or ())
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.train.dry_run import rehearse_alone
+        from finetune.jobs.train.dry_run import dry_run_only
 
         interruption = Interruption()
         try:
-            with interruption.listening(console.leave_at_once):
-                rehearse_alone(loaded.recipe, report, interruption)
+            with interruption.listening(console.exit_immediately):
+                dry_run_only(loaded.recipe, report, interruption)
         except StopRequested as request:
             raise Interrupted(f"{request}; nothing is left of it", number=request.number) from None
     console.show_result(json.dumps({"event": "done"}) if as_json else f"next: ft train {recipe}")

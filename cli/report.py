@@ -33,9 +33,9 @@ def report(
         raise UsageError("several runs need a file to write to", where="--output", hint="add --output comparison.html")
     if output and (output.is_dir() or (output.exists() and not overwrite)):
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
-    from finetune.report.facts import RunFacts
+    from finetune.report.facts import RunMetadata
 
-    facts = [RunFacts.of(run) for run in directories]
+    facts = [RunMetadata.of(run) for run in directories]
     if len(directories) == 1:
         from finetune.report.run_page import run_page
 

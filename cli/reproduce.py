@@ -31,7 +31,7 @@ def reproduce(
         from finetune.run.signals import Interruption
 
         interruption = Interruption()
-        with interruption.listening(console.leave_at_once):
+        with interruption.listening(console.exit_immediately):
             result = reproduce_job(first, again, report, interruption)
     console.show_reproduction(result, as_json)
     if not result.is_identical:

@@ -14,13 +14,13 @@ BETTER_ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 
 def run() -> None:
     """Run the command that was given."""
-    settle_allocator()
+    reexec_with_allocator()
     from .main import app
 
     app()
 
 
-def settle_allocator() -> None:
+def reexec_with_allocator() -> None:
     """Start this process anew, once, with tcmalloc where it is installed, and a glibc that keeps no small chunks back.
 
     A tensor is asked for with an alignment: glibc takes a larger place, and cuts off its ends. What it keeps back for

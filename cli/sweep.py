@@ -31,7 +31,7 @@ def sweep(
 
     trials = Sweep(loaded, folder)
     interruption = Interruption()
-    with interruption.listening(console.leave_at_once):
+    with interruption.listening(console.exit_immediately):
         while (trial := trials.next_trial()) is not None:
             console.show_trial(trial, trials.section.trials, as_json)
             run = trials.run_of(trial)

@@ -75,18 +75,18 @@ def train(
         _smoke(recipe, overrides, run_dir or resume, quiet, as_json)
         return
     from finetune.recipe.load import load_recipe
-    from finetune.run.distributed import Rank, end_with_supervisor
+    from finetune.run.distributed import Rank, exit_with_launcher
 
-    end_with_supervisor()
+    exit_with_launcher()
     loaded = None if recipe is None else load_recipe(recipe, overrides or ())
     rank = Rank.here()
     if rank.count == 1:
         settings = (loaded.recipe if loaded else _recipe_to_resume(Path(str(resume)), overrides)).distributed
         if (count := processes or settings.processes) > 1 or nodes > 1 or rendezvous is not None:
-            from finetune.jobs.train.launcher import Meeting, rank_command, supervise
+            from finetune.jobs.train.launcher import RendezvousConfig, launch_ranks, rank_command
 
-            meeting = Meeting.at(nodes, rendezvous)
-            supervise(rank_command(str(__package__)), count, settings.restarts, console.leave_at_once, meeting)
+            meeting = RendezvousConfig.at(nodes, rendezvous)
+            launch_ranks(rank_command(str(__package__)), count, settings.restarts, console.exit_immediately, meeting)
             return
 
     def claim() -> tuple[RunDirectory, Recipe | None]:
@@ -97,9 +97,9 @@ def train(
     run, trains = claim() if rank.count == 1 else _claimed_together(rank, claim, loaded, overrides)
     if trains is None:
         if rank.is_main:
-            from finetune.report.run_page import reported
+            from finetune.report.run_page import recording_errors
 
-            with reported(run):  # it may have been killed after its last step, before its page was there
+            with recording_errors(run):  # it may have been killed after its last step, before its page was there
                 run.remove_leftovers()
             console.show_nothing_left(run.path, as_json)
         return
@@ -108,7 +108,7 @@ def train(
         from finetune.run.signals import Interruption
 
         interruption = Interruption()
-        with interruption.listening(console.leave_at_once):
+        with interruption.listening(console.exit_immediately):
             finished = train_job(trains, run, report, interruption)
     if rank.is_main:
         console.show_training(finished, run.path, as_json)
@@ -163,10 +163,10 @@ def _run_of(
 ) -> tuple[RunDirectory, Recipe | None]:
     """The run of a recipe, made if it is not there, and what to train in it, if anything."""
     from finetune.run.directory import RunDirectory
-    from finetune.run.distributed import choose_run, chosen_run, launch_folder
+    from finetune.run.distributed import launch_folder, publish_run_dir, published_run_dir
 
     launch = launch_folder()
-    chosen = chosen_run(launch) if launch else None
+    chosen = published_run_dir(launch) if launch else None
     if chosen is not None and RunDirectory(chosen).marker.is_file():  # a process has died since
         return RunDirectory(chosen), loaded.recipe
     wanted = run_dir or Path(loaded.recipe.run.directory) / str(loaded.recipe.run.name)
@@ -178,7 +178,7 @@ def _run_of(
         run, trains = RunDirectory.create(path, overwrite), loaded.recipe
         run.recipe_as_written.write_text(loaded.text, encoding="utf-8")
     if launch is not None:
-        choose_run(launch, run.path)
+        publish_run_dir(launch, run.path)
     return run, trains
 
 
@@ -201,22 +201,22 @@ def _claimed_together(
         ProcessLost: The main one was refused, and says why.
     """
     from finetune.errors import ProcessLost
-    from finetune.jobs.train.rank_consistency import told_by_main
+    from finetune.jobs.train.rank_consistency import broadcast_from_main
     from finetune.run.directory import RunDirectory
-    from finetune.run.distributed import choose_run, launch_folder
+    from finetune.run.distributed import launch_folder, publish_run_dir
 
     if rank.is_main:
         try:
             run, trains = claim()
         except BaseException:
-            told_by_main(None)
+            broadcast_from_main(None)
             raise
-        told_by_main({"run": str(run.path), "trains": trains is not None})
+        broadcast_from_main({"run": str(run.path), "trains": trains is not None})
         return run, trains
-    if (told := told_by_main(None)) is None:
+    if (told := broadcast_from_main(None)) is None:
         raise ProcessLost("the main process could not begin", hint="see what it says")
     path = Path(told["run"])
     if (launch := launch_folder()) is not None:  # of this machine: after a death the main process may be here
-        choose_run(launch, path)
+        publish_run_dir(launch, path)
     recipe = loaded.recipe if loaded else _recipe_to_resume(path, overrides)
     return RunDirectory.open(path, is_writer=False), recipe if told["trains"] else None

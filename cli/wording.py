@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.formatting import count, duration, memory, size
 from finetune.run.events import (
-    BestKept,
+    BestCheckpoint,
+    CheckpointSaved,
     DataRead,
+    DryRunPassed,
     Event,
     Phase,
     Progress,
-    Rehearsed,
-    Resumed,
-    Sampled,
-    Saved,
+    RunResumed,
+    SampleGenerated,
     StepMetrics,
     TrainingFinished,
     TrainingStarted,
-    Validated,
-    Warned,
+    TrainingWarning,
+    ValidationResult,
 )
 from finetune.run.lora_ranks import table
 
-from .harmless import harmless
+from .sanitize import sanitize
 
 if TYPE_CHECKING:
     from finetune.evaluation.measurement import Difference, Interval
@@ -47,7 +47,7 @@ def seconds_left(event: StepMetrics) -> float:
     return event.seconds / event.step * (event.total_steps - event.step)
 
 
-def figures(event: StepMetrics, validations: Sequence[Validated] = (), planned_bytes: int | None = None) -> str:
+def figures(event: StepMetrics, validations: Sequence[ValidationResult] = (), planned_bytes: int | None = None) -> str:
     """The figures of a step that one watches, with the last held-out loss and the memory that the run was to take."""
     held_out = f"held out {validations[-1].loss:.4f}  " if validations else ""
     taken = memory(event.peak_memory_bytes)
@@ -70,11 +70,11 @@ def line(event: Event) -> str | None:
             return "\n".join(ledger(event.ledger))
         case TrainingStarted():
             return _start(event)
-        case Resumed():
+        case RunResumed():
             return f"going on after step {event.step} of {event.total_steps} ({event.checkpoint})"
-        case Saved():
+        case CheckpointSaved():
             return f"saved step {event.step}: {size(event.size_bytes)} in {event.seconds:.1f} s"
-        case Rehearsed():
+        case DryRunPassed():
             merged = ", a layer merged" if event.folded else ""
             return (
                 f"rehearsed in {duration(event.seconds)}: {event.tokens} tokens at once, peak memory "
@@ -82,15 +82,15 @@ def line(event: Event) -> str | None:
             )
         case StepMetrics():
             return f"step {event.step}/{event.total_steps}  {figures(event)}  {pace(event)}"
-        case Validated():
+        case ValidationResult():
             measured = f"held-out loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
             return f"{measured} (step {event.step}, {event.rows} rows)"
-        case Sampled():
-            said, reference = harmless(event.answer), harmless(event.reference)
+        case SampleGenerated():
+            said, reference = sanitize(event.answer), sanitize(event.reference)
             return f"answer after step {event.step}: {said}\nit should have been: {reference}"
-        case Warned():
+        case TrainingWarning():
             return f"warning: step {event.step}: {event.what}\n  -> {event.hint}"
-        case BestKept():
+        case BestCheckpoint():
             early = ", and training stopped early" if event.stopped_early else ""
             return f"the weights of step {event.best_step} are kept: held-out loss {event.loss:.4f}, the lowest{early}"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:

@@ -13,7 +13,7 @@ BYTES_BETWEEN = 8 << 20
 """Bytes of weights after which the allocator is asked to give back what it holds free."""
 
 
-class FreedMemory:
+class HeapTrimmer:
     """Counts weights that were read and dropped, and now and then has the C library return their memory.
 
     glibc keeps what is freed for later: after the first large tensors it takes the next ones from its heap, whose holes
@@ -28,10 +28,10 @@ class FreedMemory:
         self.bytes += weight.nbytes
         if self.bytes >= BYTES_BETWEEN:
             self.bytes = 0
-            give_back()
+            trim_heap()
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Have the allocator return what it holds free, wherever in its heap that is; takes some hundredths of a second."""
     if release := _release():
         release()

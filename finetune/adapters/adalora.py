@@ -131,7 +131,7 @@ class AdaLoraMethod(LowRankMethod):
         rank = max(1, *(len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers.values()))
         peft_bridge.save_as_lora(model, self._one_rank(layers, rank), folder, rank)
 
-    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+    def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Add the plain LoRA that `save` wrote to W."""
         config = self._one_rank(linear_layers(model), peft_bridge.stock_rank(folder))
         return peft_bridge.load_stock(model, config, folder)

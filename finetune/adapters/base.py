@@ -15,7 +15,7 @@ from finetune.errors import RefusedError, UnsupportedError
 from finetune.recipe.sections.modules import ModuleRule
 
 
-class BakedPrompt(NamedTuple):
+class PromptTokens(NamedTuple):
     """A soft prompt that has become tokens of a model."""
 
     model: PreTrainedModel
@@ -65,7 +65,7 @@ class AdapterMethod(ABC):
         """
         return None
 
-    def take_over(self, model: nn.Module, folder: Path) -> None:
+    def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
         """Start from what `save` wrote in an earlier run; called after `initialize`, where the recipe asks for it.
 
         Raises:
@@ -77,7 +77,7 @@ class AdapterMethod(ABC):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained into `folder`, as safetensors and JSON."""
 
-    def help_save(self, model: nn.Module) -> None:
+    def gather_for_save(self, model: nn.Module) -> None:
         """The part of the other processes in `save`, where each holds a share of what was trained."""
         return None
 
@@ -102,14 +102,14 @@ class AdapterMethod(ABC):
         return None
 
     @abstractmethod
-    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+    def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Put what `save` wrote on a dequantized base, as layers that `peft_bridge.fold` turns into ordinary ones.
 
         Raises:
             UnsupportedError: The method has no form without an adapter.
         """
 
-    def fold_quantized(self, layer: nn.Module) -> nn.Module:
+    def merge_quantized(self, layer: nn.Module) -> nn.Module:
         """The quantized layer below one that `load` has put there, with the update in its own tensors, unrounded.
 
         Raises:
@@ -121,7 +121,7 @@ class AdapterMethod(ABC):
             hint="choose float32, bfloat16 or float16; adapter.method: qa_lora merges into quantized weights",
         )
 
-    def check_bake(self) -> None:
+    def check_prompt_export(self) -> None:
         """Refuse to bake what cannot be baked, before any weight is loaded.
 
         Raises:
@@ -133,9 +133,9 @@ class AdapterMethod(ABC):
             hint="ft merge folds it into the weights",
         )
 
-    def bake(
+    def export_prompt(
         self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
-    ) -> BakedPrompt:
+    ) -> PromptTokens:
         """Make what `save` wrote new tokens of a dequantized base and its tokenizer; both are changed.
 
         Args:
@@ -145,12 +145,12 @@ class AdapterMethod(ABC):
             unlikely: A token that the model does not write; the new ones will be as unlikely.
 
         Raises:
-            UnsupportedError: As `check_bake`.
+            UnsupportedError: As `check_prompt_export`.
         """
-        self.check_bake()
+        self.check_prompt_export()
         raise NotImplementedError
 
-    def rate_factor(self, parameter: str) -> float:
+    def lr_multiplier(self, parameter: str) -> float:
         """The learning rate of a parameter, by its name, as a multiple of the schedule's."""
         return 1.0
 

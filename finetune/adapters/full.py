@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import put_together, sharded_base
-from finetune.models.writing.rewrite import saved_tensors, write_shares
+from finetune.models.writing.rewrite import saved_tensors, write_from_shards
 
 WEIGHTS = "model.safetensors"
 
@@ -59,9 +59,9 @@ class FullMethod(AdapterMethod):
         if sharded_base(model) is None:
             model.save_pretrained(folder, max_shard_size="1TB")
         else:
-            write_shares(model, folder)
+            write_from_shards(model, folder)
 
-    def help_save(self, model: nn.Module) -> None:
+    def gather_for_save(self, model: nn.Module) -> None:
         """Put the weights together."""
         with put_together(saved_tensors(model)):
             pass
@@ -100,7 +100,7 @@ class FullMethod(AdapterMethod):
             hint="use the run by itself",
         )
 
-    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+    def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Nothing to fold in: the trained weights are the model's own."""
         return self.load(model, folder)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.initialization import orthonormal, principal
-from finetune.adapters.low_rank import AnchoredLinear, ElasticLinear, LowRankLinear
+from finetune.adapters.low_rank import DifferenceLinear, IecLinear, LowRankLinear
 from finetune.models.linear_layers import LINEAR_TYPES, linear_layers
 from finetune.recipe.sections.adapter import Lora, LowRank
 from finetune.recipe.sections.modules import setting_for
@@ -37,9 +37,9 @@ class LowRankMethod(AdapterMethod):
         """Add an update of rank r beside each target layer."""
         return peft_bridge.attach(model, self._config(linear_layers(model)), self.section.target_modules)
 
-    def take_over(self, model: nn.Module, folder: Path) -> None:
+    def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
         """Start from a saved adapter of the same form."""
-        peft_bridge.take_over(model, folder)
+        peft_bridge.load_initial_adapter(model, folder)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapter as stock PEFT reads it; beside it the native tensors where they are others."""
@@ -56,7 +56,7 @@ class LowRankMethod(AdapterMethod):
         """Drop the adapter."""
         return peft_bridge.unload(model)
 
-    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+    def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """W + (alpha / r) B A: exact but for the rounding of W's dtype."""
         return peft_bridge.load_stock(model, self._stock_config(linear_layers(model)), folder)
 
@@ -112,8 +112,8 @@ class LoraMethod(LowRankMethod):
     def layer(self) -> type[LowRankLinear]:
         """The form of the update."""
         if self.section.iec:
-            return ElasticLinear
-        return AnchoredLinear if self.section.initialization in ("pissa", "olora") else LowRankLinear
+            return IecLinear
+        return DifferenceLinear if self.section.initialization in ("pissa", "olora") else LowRankLinear
 
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """And what anchored layers started from: a singular value decomposition differs with the number of threads."""
@@ -140,7 +140,7 @@ class LoraMethod(LowRankMethod):
                         error_OI = original(name).to(weight_OI) - weight_OI
                         layer.start_from(adapter, principal(error_OI / scaling, r))
 
-    def rate_factor(self, parameter: str) -> float:
+    def lr_multiplier(self, parameter: str) -> float:
         """LoRA+: B learns faster than A. Source: Hayou et al. 2024, arXiv 2402.12354, section 5."""
         return self.section.loraplus_ratio if ".lora_B." in parameter else 1.0
 

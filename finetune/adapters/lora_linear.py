@@ -37,7 +37,7 @@ def is_one_step(base: nn.Module) -> bool:
     return known and not hooked and not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def adapted_product(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
+def lora_linear(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
     """W x + s B A z, in autocast's type, or else in that of x.
 
     Args:
@@ -48,17 +48,17 @@ def adapted_product(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
     Returns:
         (..., O).
     """
-    product: Tensor = _AdaptedProduct.apply(x, z, *branch)
+    product: Tensor = _LoraLinear.apply(x, z, *branch)
     return product
 
 
-def plain_product(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
+def lora_linear_reference(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
     """The same as the formula says it, the base by its own forward pass: the plain twin."""
     product: Tensor = branch.base(x)
-    return product + plain_update(x if z is None else z, branch).to(product.dtype)
+    return product + lora_update_reference(x if z is None else z, branch).to(product.dtype)
 
 
-def plain_update(z: Tensor, branch: Branch) -> Tensor:
+def lora_update_reference(z: Tensor, branch: Branch) -> Tensor:
     """The product s B A z, in the type of z: (..., J) -> (..., O)."""
     inner = functional.linear(z, branch.a_RJ.to(z.dtype))
     return functional.linear(inner, (branch.b_OR * branch.scale).to(z.dtype))
@@ -72,7 +72,7 @@ def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     return weight.T if isinstance(base, Conv1D) else weight
 
 
-class _AdaptedProduct(torch.autograd.Function):
+class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, base: Any, a_RJ: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         device = x.device.type

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetune.adapters.lora_linear import Branch, adapted_product, is_one_step, plain_update
+from finetune.adapters.lora_linear import Branch, is_one_step, lora_linear, lora_update_reference
 from finetune.errors import UnsupportedError
-from finetune.models.fsdp import is_share, with_whole_weights
+from finetune.models.fsdp import is_sharded_tensor, unsharded_weights
 from finetune.quantizers.base import Capabilities, is_quantized
 
 
@@ -53,7 +53,7 @@ class LowRankLinear(lora.Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
         self.pooled_inputs = _group_size(base_layer, settings.get("target_name", "")) if self.pooled else 1
-        self.base_lengths: dict[str, Tensor] = {}
+        self.base_row_norms: dict[str, Tensor] = {}
         super().__init__(base_layer, adapter_name, config, **settings)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
@@ -85,7 +85,7 @@ class LowRankLinear(lora.Linear):
                 values = torch.zeros_like(factor[adapter_name].weight, dtype=torch.float32)
                 start[adapter_name] = nn.Parameter(values, requires_grad=False)
         if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = Magnitude(self._row_lengths(adapter_name))
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self._row_norms(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -107,11 +107,11 @@ class LowRankLinear(lora.Linear):
         """The product with W and every active update, in the type of the base's product; (..., I) -> (..., O)."""
         adapters = self._adapters_in_use()
         if len(adapters) == 1 and torch.is_grad_enabled() and self._is_one_step(adapters[0]):
-            product = adapted_product(x, self._input_of_update(adapters[0], x), self.branch(adapters[0]))
-            return self._to_length(adapters[0], product)
+            product = lora_linear(x, self._input_of_update(adapters[0], x), self.branch(adapters[0]))
+            return self._to_norm(adapters[0], product)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            result = self._to_length(adapter, result + self.update(adapter, x).to(result.dtype))
+            result = self._to_norm(adapter, result + self.update(adapter, x).to(result.dtype))
         return result
 
     def _adapters_in_use(self) -> list[str]:
@@ -119,14 +119,14 @@ class LowRankLinear(lora.Linear):
             return []
         return [adapter for adapter in self.active_adapters if adapter in self.lora_A]
 
-    def _to_length(self, adapter: str, product: Tensor) -> Tensor:
+    def _to_norm(self, adapter: str, product: Tensor) -> Tensor:
         """What DoRA makes of (W + s B A) x: m (W + s B A) x / |W + s B A| by rows, the lengths taken as constants.
 
         Source: Liu et al. 2024, arXiv 2402.09353, equations 5 and 11.
         """
         if adapter not in self.lora_magnitude_vector:
             return product
-        scale_O = (self.lora_magnitude_vector[adapter].weight / self._row_lengths(adapter)).to(product.dtype)
+        scale_O = (self.lora_magnitude_vector[adapter].weight / self._row_norms(adapter)).to(product.dtype)
         bias = self.get_base_layer().bias
         return product * scale_O if bias is None else (product - bias) * scale_O + bias
 
@@ -141,12 +141,12 @@ class LowRankLinear(lora.Linear):
         means repeated element by element as in equation 16.
         """
         if not self._drops(adapter):
-            return plain_update(self._pool(x), self.branch(adapter))
+            return lora_update_reference(self._pool(x), self.branch(adapter))
         base, scale = self.base_layer, self.scaling[adapter]
         learned, *fixed = (Branch(base, *part, scale) for part in self._parts(adapter))
-        result = plain_update(self._pool(self.lora_dropout[adapter](x)), learned)
+        result = lora_update_reference(self._pool(self.lora_dropout[adapter](x)), learned)
         for part in fixed:
-            result = result + plain_update(self._pool(x), part)
+            result = result + lora_update_reference(self._pool(x), part)
         return result
 
     def _is_one_step(self, adapter: str) -> bool:
@@ -159,7 +159,7 @@ class LowRankLinear(lora.Linear):
 
     def branch(self, adapter: str) -> Branch:
         """The base with one update."""
-        return Branch(self.base_layer, *self.pooled_factors(adapter), self.scaling[adapter])
+        return Branch(self.base_layer, *self.expanded_factors(adapter), self.scaling[adapter])
 
     def _input_of_update(self, adapter: str, x: Tensor) -> Tensor | None:
         """What A sees; None if that is x itself."""
@@ -168,10 +168,10 @@ class LowRankLinear(lora.Linear):
 
     def factors(self, adapter: str) -> Factors:
         """The plain LoRA that this adapter is: elastic paths folded in, a pooled A repeated over its groups."""
-        a, b = self.pooled_factors(adapter)
+        a, b = self.expanded_factors(adapter)
         return Factors(a.repeat_interleave(self.pooled_inputs, dim=1), b)
 
-    def pooled_factors(self, adapter: str) -> Factors:
+    def expanded_factors(self, adapter: str) -> Factors:
         """The same with A of shape (R, L); with starting values that are taken off again, R is twice the rank."""
         (a_RL, b_OR), *fixed = self._parts(adapter)
         for part in fixed:
@@ -205,50 +205,50 @@ class LowRankLinear(lora.Linear):
     def base_weight(self) -> Tensor:
         """W as the base computes with it, shape (O, I), float32; of shares, every process must ask for it."""
         base = self.get_base_layer()
-        with with_whole_weights(base):
+        with unsharded_weights(base):
             if is_quantized(base):
                 return base.quantizer.dequantize(base, torch.float32)
             return (base.weight.T if isinstance(base, Conv1D) else base.weight).float()
 
     @torch.no_grad()
-    def _row_lengths(self, adapter: str) -> Tensor:
+    def _row_norms(self, adapter: str) -> Tensor:
         """Of W + s B A, shape (O,), float32: |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A^T b for each row."""
         base, scale = self.get_base_layer(), self.scaling[adapter]
         a_RI, b_OR = (factor.float() for factor in self.factors(adapter))
         # Products in the type that W is stored in: what is lost is a small part of the small terms.
-        is_plain = not is_quantized(base) and not isinstance(base, Conv1D) and not is_share(base.weight)
+        is_plain = not is_quantized(base) and not isinstance(base, Conv1D) and not is_sharded_tensor(base.weight)
         weight_OI = base.weight if is_plain else self.base_weight()
-        if adapter not in self.base_lengths:
-            self.base_lengths[adapter] = self.base_weight().square().sum(1)
+        if adapter not in self.base_row_norms:
+            self.base_row_norms[adapter] = self.base_weight().square().sum(1)
         with torch.autocast(a_RI.device.type, enabled=False):
             crossed_OR = (weight_OI @ a_RI.T.to(weight_OI.dtype)).float()
             changed_OR = b_OR * (2 * scale * crossed_OR + scale**2 * b_OR @ (a_RI @ a_RI.T))
-        return (self.base_lengths[adapter] + changed_OR.sum(1)).clamp(min=0).sqrt()
+        return (self.base_row_norms[adapter] + changed_OR.sum(1)).clamp(min=0).sqrt()
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.pooled_inputs)).sum(-1) if self.pooled_inputs > 1 else x
 
 
-class PooledLinear(LowRankLinear):
+class GroupedLinear(LowRankLinear):
     """QA-LoRA's update: constant within each group of the base's quantizer."""
 
     pooled = True
 
 
-class ElasticLinear(LowRankLinear):
+class IecLinear(LowRankLinear):
     """IR-QLoRA's update."""
 
     elastic = True
 
 
-class PooledElasticLinear(LowRankLinear):
+class GroupedIecLinear(LowRankLinear):
     """Both: the elastic path starts at the pooled input, so that the update stays constant within groups."""
 
     pooled = True
     elastic = True
 
 
-class AnchoredLinear(LowRankLinear):
+class DifferenceLinear(LowRankLinear):
     """An update that starts from a part of W and at zero all the same."""
 
     anchored = True

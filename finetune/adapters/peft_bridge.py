@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.models.fsdp import with_whole_surroundings
+from finetune.models.fsdp import unsharded_non_block
 from finetune.models.linear_layers import linear_layers
 from finetune.models.safetensors_io import apart
 
@@ -56,7 +56,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
     """
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     try:
-        with with_whole_surroundings(model):  # which may be copied, to train
+        with unsharded_non_block(model):  # which may be copied, to train
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         if not any(words in str(error) for words in NO_LAYER_FOUND):
@@ -93,7 +93,7 @@ def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, 
     return ids
 
 
-def take_over(model: PeftModel, folder: Path) -> None:
+def load_initial_adapter(model: PeftModel, folder: Path) -> None:
     """Put saved tensors into an adapter that trains.
 
     Raises:
@@ -198,7 +198,7 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
                 parameter.data = parameter.data.contiguous()
     _put(wrapped, file)
     for layer in low_rank_layers(wrapped).values():
-        layer.base_lengths.clear()  # taken when the weights may not have been there
+        layer.base_row_norms.clear()  # taken when the weights may not have been there
     wrapped.requires_grad_(False)
     return wrapped
 

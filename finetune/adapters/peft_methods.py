@@ -23,9 +23,9 @@ class PeftMethod(AdapterMethod):
         """Wrap the target layers."""
         return peft_bridge.attach(model, self.config(), self.section.target_modules)
 
-    def take_over(self, model: nn.Module, folder: Path) -> None:
+    def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
         """Start from a saved adapter of the same form."""
-        peft_bridge.take_over(model, folder)
+        peft_bridge.load_initial_adapter(model, folder)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapter as stock PEFT reads it."""
@@ -39,7 +39,7 @@ class PeftMethod(AdapterMethod):
         """Drop the adapter."""
         return peft_bridge.unload(model)
 
-    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+    def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Into the weights: exact but for the rounding of their dtype."""
         return peft_bridge.load_stock(model, self.config(), folder)
 

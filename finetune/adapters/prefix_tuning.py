@@ -41,7 +41,7 @@ class PrefixTuningMethod(SoftPromptMethod):
             hint="load the run's adapter/ with PEFT, or train prompt_tuning, which ft export turns into tokens",
         )
 
-    def check_bake(self) -> None:
+    def check_prompt_export(self) -> None:
         """Refuse, for the same reason."""
         self.check_merge()
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
-from finetune.adapters.soft_prompt_model import FixedPrompt, PromptedModel
+from finetune.adapters.soft_prompt_model import FixedPrompt, SoftPromptModel
 from finetune.errors import UnsupportedError
-from finetune.models.fsdp import with_whole_surroundings
+from finetune.models.fsdp import unsharded_non_block
 from finetune.recipe.sections.adapter import LabelsStart, PromptTuning, TextStart, UniformStart, VocabularyStart
 
 
@@ -27,9 +27,9 @@ class PromptTuningMethod(EmbeddedPromptMethod):
     section: PromptTuning
 
     @torch.no_grad()
-    def take_over(self, model: nn.Module, folder: Path) -> None:
+    def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
         """Start from a saved prompt of the same length."""
-        assert isinstance(model, PromptedModel)
+        assert isinstance(model, SoftPromptModel)
         model.prompt.embedding.copy_(self._saved_prompt(model.base, folder))
 
     @torch.no_grad()
@@ -70,6 +70,6 @@ class PromptTuningMethod(EmbeddedPromptMethod):
 
 def _embedded(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The embeddings of tokens, as the first layer reads them; float32."""
-    with with_whole_surroundings(model):
+    with unsharded_non_block(model):
         embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
         return embedded.float().clone()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.lora import LowRankMethod
-from finetune.adapters.low_rank import LowRankLinear, PooledElasticLinear, PooledLinear
+from finetune.adapters.low_rank import GroupedIecLinear, GroupedLinear, LowRankLinear
 from finetune.quantizers.base import Quantized
 from finetune.recipe.sections.adapter import QaLora
 
@@ -30,14 +30,14 @@ class QaLoraMethod(LowRankMethod):
     @property
     def layer(self) -> type[LowRankLinear]:
         """The form of the update."""
-        return PooledElasticLinear if self.section.iec else PooledLinear
+        return GroupedIecLinear if self.section.iec else GroupedLinear
 
     @torch.no_grad()
-    def fold_quantized(self, layer: nn.Module) -> nn.Module:
+    def merge_quantized(self, layer: nn.Module) -> nn.Module:
         """Add (alpha / r) B A to the minimums, which are float32 from then on; codes and scales stay bit for bit."""
         assert isinstance(layer, LowRankLinear)
         base: Quantized = layer.get_base_layer()
         for adapter in layer.active_adapters:
-            a_RL, b_OR = layer.pooled_factors(adapter)
+            a_RL, b_OR = layer.expanded_factors(adapter)
             base.quantizer.shift_minimums(base, b_OR @ a_RL * layer.scaling[adapter])
         return base

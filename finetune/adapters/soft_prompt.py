@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters import peft_bridge
-from finetune.adapters.base import AdapterMethod, BakedPrompt
-from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, FixedPrompt, PromptedModel
+from finetune.adapters.base import AdapterMethod, PromptTokens
+from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, FixedPrompt, SoftPromptModel
 from finetune.errors import UnsupportedError
 from finetune.recipe.sections.adapter import SoftPrompt
 
@@ -36,7 +36,7 @@ class SoftPromptMethod(AdapterMethod):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the prompt as stock PEFT reads it; a network that made it is not needed any more."""
-        assert isinstance(model, PromptedModel)
+        assert isinstance(model, SoftPromptModel)
         with torch.no_grad():
             config = self._peft_config(model.base)
             config.task_type, config.base_model_name_or_path = "CAUSAL_LM", model.base.name_or_path
@@ -48,10 +48,10 @@ class SoftPromptMethod(AdapterMethod):
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """The model that the prompt stands before."""
-        assert isinstance(model, PromptedModel)
+        assert isinstance(model, SoftPromptModel)
         return model.base
 
-    def foldable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
+    def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Refuse: see `check_merge`."""
         self.check_merge()
         raise NotImplementedError
@@ -69,7 +69,7 @@ class SoftPromptMethod(AdapterMethod):
         """W."""
 
     @abstractmethod
-    def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> PromptedModel:
+    def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> SoftPromptModel:
         """The model with the prompt before it."""
 
     @abstractmethod
@@ -104,14 +104,14 @@ class EmbeddedPromptMethod(SoftPromptMethod):
             hint="ft export writes a model that has the prompt as tokens of its vocabulary",
         )
 
-    def check_bake(self) -> None:
+    def check_prompt_export(self) -> None:
         """Nothing to refuse."""
         return None
 
     @torch.no_grad()
-    def bake(
+    def export_prompt(
         self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
-    ) -> BakedPrompt:
+    ) -> PromptTokens:
         """Give the base a token for each vector of the prompt, and let its chat template begin with them.
 
         Input and output embeddings are untied. The output rows of the new tokens are copies of an unlikely one's, and
@@ -145,13 +145,13 @@ class EmbeddedPromptMethod(SoftPromptMethod):
         text = "".join(names)
         if tokenizer.chat_template is not None:
             tokenizer.chat_template = _begun(tokenizer.chat_template, text)
-        return BakedPrompt(model, ids, text)
+        return PromptTokens(model, ids, text)
 
     def _width(self, model: PreTrainedModel) -> int:
         width: int = model.get_input_embeddings().embedding_dim
         return width
 
-    def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> PromptedModel:
+    def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> SoftPromptModel:
         return EmbeddedPromptModel(model, prompt)
 
 

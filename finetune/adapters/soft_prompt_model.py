@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
-from finetune.models.fsdp import put_surroundings_together
+from finetune.models.fsdp import unshard_non_block
 
 
 class FixedPrompt(nn.Module):
@@ -56,7 +56,7 @@ class EncodedPrompt(nn.Module):
         return prompt_PW
 
 
-class PromptedModel(nn.Module, ABC):
+class SoftPromptModel(nn.Module, ABC):
     """A causal language model with a prompt before every row; called as the model itself, and answers as it does.
 
     Args:
@@ -112,7 +112,7 @@ class PromptedModel(nn.Module, ABC):
         """
 
 
-class EmbeddedPromptModel(PromptedModel):
+class EmbeddedPromptModel(SoftPromptModel):
     """The prompt is P more embeddings between a row's padding and its first token (W = E).
 
     Source: Lester et al. 2021, arXiv 2104.08691, section 2: Pr(Y | [P; X]).
@@ -175,7 +175,7 @@ class PromptChoiceModel(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_of_row: Sequence[int], **options: Any
     ) -> Tensor:
-        """As `PromptedModel.generate`, each row behind the prompt of the number that stands for it."""
+        """As `SoftPromptModel.generate`, each row behind the prompt of the number that stands for it."""
         chosen = [self.prompts[number]() for number in prompt_of_row]
         longest = max(map(len, chosen))
         prompts = _Prompts(
@@ -186,7 +186,7 @@ class PromptChoiceModel(nn.Module):
         return _generated(self.base, input_ids, rows, **options)
 
 
-class PrefixedModel(PromptedModel):
+class PrefixedModel(SoftPromptModel):
     """The prompt is P keys and values before each row's own in every layer (W = 2 L H D).
 
     A place holds, layer by layer, its key and then its value, head by head: the layout of PEFT's files.
@@ -314,7 +314,7 @@ def _prompted(base: PreTrainedModel, prompts: _Prompts, ids_BT: Tensor, mask_BT:
 
     Were the padding between prompt and row, sliding windows and biases by distance would count it.
     """
-    put_surroundings_together(base)
+    unshard_non_block(base)
     embeddings_BTE = base.get_input_embeddings()(ids_BT)
     places = prompts.mask_BP.shape[1]
     begin_B1 = _first_column(mask_BT)
@@ -323,9 +323,9 @@ def _prompted(base: PreTrainedModel, prompts: _Prompts, ids_BT: Tensor, mask_BT:
     source = torch.where(column < begin_B1 + places, column - begin_B1, column)
     source = torch.where(column < begin_B1, column + places, source)
     embeddings = torch.cat([prompts.embeddings_BPE.to(embeddings_BTE.dtype), embeddings_BTE], dim=1)
-    stand_ins_BP = ids_BT.gather(1, begin_B1).expand(-1, places)
+    fillers_BP = ids_BT.gather(1, begin_B1).expand(-1, places)
     return _Rows(
-        ids=torch.cat([stand_ins_BP, ids_BT], dim=1).gather(1, source),
+        ids=torch.cat([fillers_BP, ids_BT], dim=1).gather(1, source),
         embeddings=embeddings.gather(1, source[..., None].expand_as(embeddings)),
         mask=torch.cat([prompts.mask_BP, mask_BT], dim=1).gather(1, source),
     )

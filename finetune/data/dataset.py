@@ -17,7 +17,7 @@ from finetune.data.encode import Example
 from finetune.data.mixing import drawn, shares
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
-from finetune.data.tokenized_source import StoredSource, rows_at
+from finetune.data.tokenized_source import TokenizedSource, rows_at
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
@@ -44,13 +44,13 @@ class Split(Sequence[Example]):
         chosen: Which of them: numbers of examples, counted on through all sources, ascending.
     """
 
-    def __init__(self, sources: Sequence[StoredSource], chosen: Numbers) -> None:
+    def __init__(self, sources: Sequence[TokenizedSource], chosen: Numbers) -> None:
         self.sources = sources
         self._chosen = chosen
         self._begins = np.cumsum([0, *(len(source.store) for source in sources)])
 
     @classmethod
-    def whole(cls, sources: Sequence[StoredSource]) -> Split:
+    def whole(cls, sources: Sequence[TokenizedSource]) -> Split:
         """Every row of the sources."""
         return cls(sources, np.arange(sum(len(source.store) for source in sources)))
 
@@ -126,7 +126,7 @@ class Split(Sequence[Example]):
         numbers: Numbers = np.cumsum(is_new) - 1
         return numbers
 
-    def _find(self, index: int) -> tuple[StoredSource, int]:
+    def _find(self, index: int) -> tuple[TokenizedSource, int]:
         number = self._chosen[index]
         source = int(np.searchsorted(self._begins, number, side="right")) - 1
         return self.sources[source], int(number - self._begins[source])
@@ -169,9 +169,9 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
         DataError: A file or row cannot be used, too many rows are lost, or there are none to train on.
     """
 
-    def tokenized(sources: Sequence[SourceSection]) -> list[StoredSource]:
+    def tokenized(sources: Sequence[SourceSection]) -> list[TokenizedSource]:
         return [
-            StoredSource.of(source, section, tokenizer, derived_seed(seed, index), report)
+            TokenizedSource.of(source, section, tokenizer, derived_seed(seed, index), report)
             for index, source in enumerate(sources)
         ]
 
@@ -192,7 +192,7 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
     return Rows(train, validation)
 
 
-def _mixed(sources: list[StoredSource]) -> Split:
+def _mixed(sources: list[TokenizedSource]) -> Split:
     """The rows of all sources, one source after the other; of each as many as its weight says."""
     split = Split.whole(sources)
     weights = [source.section.weight for source in sources if source.section.weight is not None]

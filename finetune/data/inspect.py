@@ -27,7 +27,7 @@ BYTES_A_TOKEN = 3
 
 
 @dataclass(frozen=True)
-class Survey:
+class DatasetSummary:
     """What was seen of a data set.
 
     Attributes:
@@ -62,7 +62,7 @@ class Survey:
         return self.format in ("text", "tokenized")
 
 
-def survey(source: SourceSection) -> Survey:
+def survey(source: SourceSection) -> DatasetSummary:
     """Look at a source.
 
     Raises:
@@ -81,7 +81,7 @@ def survey(source: SourceSection) -> Survey:
     to_document = build(section).document
     sample = [(to_document(row), row.where) for row in first]
     answers = [answer for document, _ in sample if (answer := _last_answer(document)) is not None]
-    return Survey(
+    return DatasetSummary(
         source=section,
         rows=count,
         labels=tuple(labels.seen) if are_all else (),

@@ -96,7 +96,7 @@ class Encoded:
     remarks: list[str] = field(default_factory=list)
 
 
-class StoreWriter:
+class TokenStoreWriter:
     """Appends encoded rows to a store's files.
 
     Args:

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.documents import Format
 from finetune.data.encode import Encoder
 from finetune.data.rows import Row
-from finetune.data.token_store import Encoded, StoreWriter
-from finetune.data.truncation import Fitting
+from finetune.data.token_store import Encoded, TokenStoreWriter
+from finetune.data.truncation import Truncation
 from finetune.errors import EnvironmentFault
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
@@ -61,7 +61,7 @@ class Tokenizing:
         encoder = Encoder(self.tokenizer, self.section.train_on)
 
         def encode(rows: list[NumberedRow]) -> Encoded:
-            fitting = Fitting(encoder, self.section)
+            fitting = Truncation(encoder, self.section)
             for number, row in rows:
                 fitting.add(row_format.document(row), number, row.where)
             return fitting.encoded()
@@ -74,7 +74,7 @@ def tokenize(
     source: SourceSection,
     section: Data,
     tokenizer: PreTrainedTokenizerBase,
-    writer: StoreWriter,
+    writer: TokenStoreWriter,
     report_rows: Callable[[int], None],
 ) -> None:
     """Tokenize `rows` into a store.
@@ -104,7 +104,7 @@ def tokenize(
             _write(encoded, writer, report_rows)
 
 
-def _write(encoded: Encoded, writer: StoreWriter, report_rows: Callable[[int], None]) -> None:
+def _write(encoded: Encoded, writer: TokenStoreWriter, report_rows: Callable[[int], None]) -> None:
     writer.add(encoded)
     report_rows(writer.counts.read)
 

@@ -20,7 +20,7 @@ from finetune.data.hub import revision_of
 from finetune.data.mixing import drawn
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
-from finetune.data.token_store import Store, StoreWriter
+from finetune.data.token_store import Store, TokenStoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, Hub, SourceSection
@@ -35,7 +35,7 @@ SHAPING_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
 
 
 @dataclass(frozen=True)
-class StoredSource:
+class TokenizedSource:
     """One source of a recipe.
 
     Attributes:
@@ -53,7 +53,7 @@ class StoredSource:
     @classmethod
     def of(
         cls, source: SourceSection, section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report
-    ) -> StoredSource:
+    ) -> TokenizedSource:
         """Tokenize a source, or find it tokenized.
 
         Raises:
@@ -64,7 +64,7 @@ class StoredSource:
 
         def make(folder: Path) -> None:
             doing = f"tokenizing {source.place}"
-            with StoreWriter(folder) as writer:
+            with TokenStoreWriter(folder) as writer:
                 rows = numbered_rows(source, seed)
                 tokenize(
                     rows, source, section, tokenizer, writer, lambda done: report(Progress(doing, done, total=None))

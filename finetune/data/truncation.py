@@ -15,7 +15,7 @@ from finetune.errors import DataError
 from finetune.recipe.sections.data import Data
 
 
-class Fitting:
+class Truncation:
     """Collects some rows of a source as a store keeps them.
 
     Args:

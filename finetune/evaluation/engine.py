@@ -1,7 +1,7 @@
 """A model that is asked row by row and answers in batches, and what it said before is not asked again.
 
 Likelihoods are computed here, for every model and in one way. Answers are written by a `Writer`: by our own generation
-(`OwnWriter`), or by vLLM (`finetune.evaluation.vllm_generator`, which is imported only if it is asked for).
+(`ModelGenerator`), or by vLLM (`finetune.evaluation.vllm_generator`, which is imported only if it is asked for).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.encode import Example
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.likelihood import Likelihood, likelihoods
-from finetune.evaluation.prediction_cache import KeptResults, digest
+from finetune.evaluation.prediction_cache import PredictionCache, digest
 
 Tell = Callable[[int, int], None]
 """Told how many rows are done, and of how many."""
@@ -55,7 +55,7 @@ class Writer(ABC):
 
 
 @dataclass(frozen=True)
-class OwnWriter(Writer):
+class ModelGenerator(Writer):
     """Our own generation, by the model that likelihoods are computed with.
 
     Attributes:
@@ -95,7 +95,7 @@ class Engine:
     Attributes:
         label: What it is called.
         tokenizer: Its tokenizer.
-        in_conversation: Whether it was trained on conversations.
+        uses_chat_template: Whether it was trained on conversations.
         load: Loads the model, or gives the loaded one; called only if something is asked that is not kept.
         writer: Writes its answers.
         kept: What it said before.
@@ -108,10 +108,10 @@ class Engine:
 
     label: str
     tokenizer: PreTrainedTokenizerBase
-    in_conversation: bool
+    uses_chat_template: bool
     load: Callable[[], nn.Module]
     writer: Writer
-    kept: KeptResults
+    kept: PredictionCache
     compute_dtype: torch.dtype
     batch_size: int
     padding: int

@@ -74,7 +74,7 @@ class Harness(Task):
                 lm=InMemory(engine, self._tell(engine, "requests", report)),
                 task_dict=tasks,
                 limit=limit,
-                apply_chat_template=engine.in_conversation if told is None else told,
+                apply_chat_template=engine.uses_chat_template if told is None else told,
                 fewshot_as_multiturn=True,
                 bootstrap_iters=0,
             )
@@ -139,9 +139,9 @@ def _column(
     places, scores = [place for place, _ in measured], [float(score) for _, score in measured]
     if not math.isclose(fmean(scores), value, rel_tol=1e-9, abs_tol=1e-12):
         return None
-    is_verdict = set(scores) <= {0.0, 1.0}
+    is_binary = set(scores) <= {0.0, 1.0}
     form: Form = "share" if all(0 <= score <= 1 for score in scores) else "nats"
-    return Column.of(Metric(title, mean, form, is_verdict), places, [(score, 1) for score in scores])
+    return Column.of(Metric(title, mean, form, is_binary), places, [(score, 1) for score in scores])
 
 
 def _record(task: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class InMemory(TemplateLM):  # type: ignore[misc]
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is not read
             before = max(1, len(ids) - len(continuation))  # the first token has nothing before it
             examples.append(Example(ids, [False] * before + [True] * (len(ids) - before)))
-        return [(each.log_chance, each.is_greedy) for each in self.engine.likelihoods(examples, self._tell)]
+        return [(each.log_prob, each.is_greedy) for each in self.engine.likelihoods(examples, self._tell)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """How likely each continuation is after its context, and whether it is what the model would write."""

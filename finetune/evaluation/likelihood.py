@@ -14,7 +14,7 @@ from finetune.data.collate import Batch, joined, padded, shared_tokens
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
 from finetune.models.loading.dtype import autocast
-from finetune.train.loss import visit_log_chances
+from finetune.train.loss import visit_log_probs
 
 WORTH_SHARING = 2000
 """Tokens that rows must begin with alike for a model to be asked whether it computes them once: ten small passes."""
@@ -25,12 +25,12 @@ class Likelihood:
     """What a model makes of the trained tokens of a row.
 
     Attributes:
-        log_chance: The logarithm of their probability, in nats.
+        log_prob: The logarithm of their probability, in nats.
         tokens: Their number.
         is_greedy: Whether each of them is the likeliest.
     """
 
-    log_chance: float
+    log_prob: float
     tokens: int
     is_greedy: bool
 
@@ -104,19 +104,19 @@ def _of_batch(
     of_ends: dict[int, tuple[Tensor, int]] = {}
     seen = 0
 
-    def visit(log_chances_NV: Tensor, labels_N: Tensor) -> None:
+    def visit(log_probs_NV: Tensor, labels_N: Tensor) -> None:
         nonlocal seen
-        likeliest_N = log_chances_NV.argmax(-1)
-        of_label.append(log_chances_NV.gather(1, labels_N[:, None]).squeeze(1))
-        is_greedy.append(likeliest_N == labels_N)
+        top1_N = log_probs_NV.argmax(-1)
+        of_label.append(log_probs_NV.gather(1, labels_N[:, None]).squeeze(1))
+        is_greedy.append(top1_N == labels_N)
         for place in range(seen, seen + len(labels_N)):
             if place in ends and len(group := groups[ends[place]]) > 1:
                 last = torch.tensor([examples[number].ids[-1] for number in group], device=device)
-                of_ends[ends[place]] = log_chances_NV[place - seen, last], int(likeliest_N[place - seen])
+                of_ends[ends[place]] = log_probs_NV[place - seen, last], int(top1_N[place - seen])
         seen += len(labels_N)
 
     with autocast(device, compute_dtype):
-        visit_log_chances(model, batch, visit)
+        visit_log_probs(model, batch, visit)
     chances, greedy = torch.cat(of_label).double().tolist(), torch.cat(is_greedy).tolist()
     found, begin = {}, 0
     for row, group in enumerate(groups):

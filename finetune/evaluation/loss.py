@@ -21,7 +21,7 @@ from finetune.train.loss import summed_cross_entropy
 
 
 @dataclass(frozen=True)
-class HeldOutLoss:
+class ValidationLoss:
     """Loss over held-out rows.
 
     Attributes:
@@ -41,7 +41,7 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(
+def compute_validation_loss(
     model: nn.Module,
     examples: Sequence[Example],
     *,
@@ -50,7 +50,7 @@ def held_out_loss(
     batch_size: int,
     make_batch: Callable[[Sequence[Example]], Batch],
     report_rows: Callable[[int], None] = lambda rows: None,
-) -> HeldOutLoss:
+) -> ValidationLoss:
     """The mean loss per trained token over `examples`, shared out over all processes.
 
     Where memory is short, passes are halved until they fit; see `in_batches`. Not so where processes hold shares of the
@@ -102,4 +102,4 @@ def held_out_loss(
             where="evaluation",
             hint="hold out shorter rows, or lower data.max_length",
         )
-    return HeldOutLoss(loss=total / count, rows=len(examples), tokens=int(count))
+    return ValidationLoss(loss=total / count, rows=len(examples), tokens=int(count))

@@ -95,7 +95,7 @@ def interval(column: Column) -> Interval:
 
     Source: Wilson 1927, Probable Inference; Efron 1979, Bootstrap Methods; for scores of corpora Koehn 2004, section 3.
     """
-    if column.metric.is_verdict:
+    if column.metric.is_binary:
         return _wilson(column.value, len(column.rows))
     return _spread(column.value, [column.metric.score(sum_C) for sum_C in _resampled(column.counts_NC)])
 
@@ -111,7 +111,7 @@ def difference(ours: Column, theirs: Column) -> Difference:
     both = np.hstack([ours.counts_NC, theirs.counts_NC])
     changes = [score(sum_C[:split]) - score(sum_C[split:]) for sum_C in _resampled(both)]
     flips = [ours.row_score(row) - theirs.row_score(row) for row in range(len(ours.rows))]
-    places = list(zip(ours.rows, flips, strict=True)) if ours.metric.is_verdict else []
+    places = list(zip(ours.rows, flips, strict=True)) if ours.metric.is_binary else []
     return Difference(
         change=_spread(ours.value - theirs.value, changes),
         better=tuple(row for row, flip in places if flip > 0),

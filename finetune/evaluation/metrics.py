@@ -35,13 +35,13 @@ class Metric:
         name: In results and gates.
         score: The score, of the sum of the rows' counts, shape (C,).
         form: Its unit.
-        is_verdict: Whether a row by itself is right or wrong, so that two models can be compared row by row.
+        is_binary: Whether a row by itself is right or wrong, so that two models can be compared row by row.
     """
 
     name: str
     score: Callable[[Numbers], float]
     form: Form = "share"
-    is_verdict: bool = False
+    is_binary: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def answer_metrics(section: Answers) -> list[AnswerMetric]:
     """The metrics that a section asks for, in its order."""
     asked = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
     if section.pattern is not None:
-        asked.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_verdict=True))
+        asked.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_binary=True))
     return asked
 
 
@@ -135,21 +135,21 @@ def _is_found(pattern: re.Pattern[str], answer: str, references: Sequence[str]) 
     return float(pattern.search(answer) is not None)
 
 
-def _mean_of(name: str, score: Callable[[str, Sequence[str]], float], *, is_verdict: bool = False) -> AnswerMetric:
-    return AnswerMetric(name, mean, is_verdict=is_verdict, count=lambda *row: (score(*row), 1.0))
+def _mean_of(name: str, score: Callable[[str, Sequence[str]], float], *, is_binary: bool = False) -> AnswerMetric:
+    return AnswerMetric(name, mean, is_binary=is_binary, count=lambda *row: (score(*row), 1.0))
 
 
 _METRICS = {
     metric.name: metric
     for metric in (
-        _mean_of("exact_match", partial(best_of, exact_match), is_verdict=True),
+        _mean_of("exact_match", partial(best_of, exact_match), is_binary=True),
         _mean_of("f1", partial(best_of, token_f1)),
-        _mean_of("accuracy", partial(best_of, accuracy), is_verdict=True),
+        _mean_of("accuracy", partial(best_of, accuracy), is_binary=True),
         _mean_of("rouge1", partial(best_of, partial(overlap.rouge_n, order=1))),
         _mean_of("rouge2", partial(best_of, partial(overlap.rouge_n, order=2))),
         _mean_of("rouge_l", partial(best_of, overlap.rouge_l)),
         AnswerMetric("bleu", overlap.bleu, form="points", count=overlap.bleu_counts),
         AnswerMetric("chrf", overlap.chrf, form="points", count=overlap.chrf_counts),
-        _mean_of("json_valid", lambda answer, references: json_valid(answer), is_verdict=True),
+        _mean_of("json_valid", lambda answer, references: json_valid(answer), is_binary=True),
     )
 }

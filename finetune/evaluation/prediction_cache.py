@@ -17,7 +17,7 @@ from finetune.storage.files import disk_faults
 logger = logging.getLogger(__name__)
 
 
-class KeptResults:
+class PredictionCache:
     """The results of one model.
 
     A file of one JSON object a line, which several processes may add to. A line that is cut off is no result.

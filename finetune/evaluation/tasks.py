@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 SEED = 0
 """Of the draw of a source's `rows`: the same rows for every model."""
 
-ACCURACY = Metric("accuracy", mean, is_verdict=True)
-ACCURACY_BY_LENGTH = Metric("accuracy_norm", mean, is_verdict=True)
+ACCURACY = Metric("accuracy", mean, is_binary=True)
+ACCURACY_BY_LENGTH = Metric("accuracy_norm", mean, is_binary=True)
 
 S = TypeVar("S", bound=TaskSection)
 R = TypeVar("R", bound=RowsTask)
@@ -178,7 +178,7 @@ class Choose(_OnRows[ChooseTask]):
         found = iter(engine.likelihoods(examples, self._tell(engine, "choices", report)))
         rows, scores, records = [], [], []
         for each, choices in asked:
-            chances = {choice: next(found).log_chance for choice in choices}
+            chances = {choice: next(found).log_prob for choice in choices}
             by_length = {choice: chance / max(1, len(choice)) for choice, chance in chances.items()}
             chosen = max(chances, key=chances.__getitem__)
             right = _references(each.document)
@@ -289,7 +289,7 @@ def _asked(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_
 
 def _losses(rows: Sequence[str], examples: Sequence[Example], engine: Engine, tell: Tell) -> tuple[Column, ...]:
     found = engine.likelihoods(examples, tell)
-    counts = [(-each.log_chance, each.tokens) for each in found]
+    counts = [(-each.log_prob, each.tokens) for each in found]
     return tuple(Column.of(metric, rows, counts) for metric in (LOSS, PERPLEXITY))
 
 

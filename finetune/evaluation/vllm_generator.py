@@ -59,7 +59,7 @@ TOP_K = 50
 """transformers draws from so many tokens where a model does not say."""
 
 
-class VllmWriter(Writer):
+class VllmGenerator(Writer):
     """A model that vLLM loads when it is first asked.
 
     Args:

@@ -21,9 +21,9 @@ from finetune.jobs.infer.evaluate import evaluate
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train
 from finetune.models.linear_layers import linear_layers
-from finetune.models.loading.meta_model import read_config, skeleton, with_blocks
+from finetune.models.loading.meta_model import meta_model, read_config, with_blocks
 from finetune.models.loading.model_files import ModelFolder, find_model
-from finetune.models.loading.tiny_model import BLOCKS, write_shallow
+from finetune.models.loading.tiny_model import BLOCKS, write_truncated_model
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import AdaLora
 from finetune.recipe.sections.data import SourceSection
@@ -70,7 +70,7 @@ def smoke(recipe: Recipe, report: Report = ignore) -> Smoke:
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ft-smoke-") as folder:
-        small = shrunk(recipe, Path(folder), report)
+        small = truncated_recipe(recipe, Path(folder), report)
         run = RunDirectory.create(Path(folder) / "run")
         finished = train(small, run, report)
         has_rows = bool(small.data.validation or small.data.validation_fraction)
@@ -99,7 +99,7 @@ def _is_exported(run: RunDirectory, folder: Path, report: Report) -> bool:
     return True
 
 
-def shrunk(recipe: Recipe, folder: Path, report: Report) -> Recipe:
+def truncated_recipe(recipe: Recipe, folder: Path, report: Report) -> Recipe:
     """The recipe on a random model of two blocks, with a few rows, a few steps, and no tracker.
 
     Args:
@@ -109,7 +109,7 @@ def shrunk(recipe: Recipe, folder: Path, report: Report) -> Recipe:
     """
     original = find_model(recipe.model, lambda doing: report(Phase(doing)), weights=False)
     report(Phase(f"making a random model of {BLOCKS} blocks"))
-    write_shallow(original, folder / "model", recipe.training.seed)
+    write_truncated_model(original, folder / "model", recipe.training.seed)
     model: dict[str, Any] = {"name": str(folder / "model"), "revision": None}
     training: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 1}
     adapter: dict[str, Any] = {}
@@ -149,6 +149,6 @@ def _rules(recipe: Recipe, folder: ModelFolder) -> list[ModuleRule]:
     """The rules for single layers but for those about blocks that are left out; one about no layer at all stays."""
     config = read_config(folder)
     few, all_layers = (
-        linear_layers(skeleton(each, recipe.model, torch.float32)) for each in (with_blocks(config, BLOCKS), config)
+        linear_layers(meta_model(each, recipe.model, torch.float32)) for each in (with_blocks(config, BLOCKS), config)
     )
     return [rule for rule in recipe.modules if any(map(rule.matches, few)) or not any(map(rule.matches, all_layers))]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.malloc import FreedMemory
+from finetune.malloc import HeapTrimmer
 from finetune.models.linear_layers import list_of_blocks, shape_of
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import PackedQuantizer
@@ -85,7 +85,7 @@ def quantize_by_inputs(
     hand_on = chain.prove(rows[0][:PROBE_TOKENS])
     hidden, rests = chain.inputs(rows, device, hand_on)
     errors: dict[str, OutputError] = {}
-    freed = FreedMemory()
+    freed = HeapTrimmer()
     for index, module in enumerate(chain.blocks):
         block = _Block(module, hidden, [rests_of_row[index] for rests_of_row in rests])
         linears = chain.linears(model, index)

@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune.malloc import give_back
+from finetune.malloc import trim_heap
 from finetune.models.safetensors_io import StoredTensor
 
 
-def share_out(model: nn.Module, blocks: Iterable[str], fill: Callable[[str], None], device: torch.device) -> None:
+def shard_model(model: nn.Module, blocks: Iterable[str], fill: Callable[[str], None], device: torch.device) -> None:
     """Leave of every parameter the rows of this process, the same number in each but for the last ones.
 
     Passes compute in the types that they compute in without shares: weights are put together in their own, and autocast
@@ -40,11 +40,11 @@ def share_out(model: nn.Module, blocks: Iterable[str], fill: Callable[[str], Non
         fill(name)
         fully_shard(model.get_submodule(name), mesh=mesh)
         if device.type == "cpu":
-            give_back()  # the other processes' rows
-    model.register_forward_hook(_part_outside_of_training)
+            trim_heap()  # the other processes' rows
+    model.register_forward_hook(_reshard_outside_of_training)
 
 
-def _part_outside_of_training(model: Any, args: Any, output: Any) -> None:
+def _reshard_outside_of_training(model: Any, args: Any, output: Any) -> None:
     if not torch.is_grad_enabled():
         model.reshard()
 
@@ -54,14 +54,14 @@ def sharded_base(model: nn.Module) -> FSDPModule | None:
     return next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
 
 
-def is_share(tensor: Tensor | None) -> bool:
+def is_sharded_tensor(tensor: Tensor | None) -> bool:
     """Whether this process holds a share of the tensor, and not all of it."""
     return isinstance(tensor, DTensor)
 
 
-def trained_shares(model: nn.Module) -> list[nn.Parameter]:
+def sharded_trainable_params(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train and of which this process holds a share."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad and is_share(parameter)]
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and is_sharded_tensor(parameter)]
 
 
 def trains_through_blocks(base: Any) -> bool:
@@ -72,7 +72,7 @@ def trains_through_blocks(base: Any) -> bool:
     )
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -98,13 +98,13 @@ def put_together(tensors: Mapping[str, Tensor]) -> Iterator[Iterator[tuple[str, 
 
 
 @contextmanager
-def with_whole_weights(module: nn.Module) -> Iterator[None]:
+def unsharded_weights(module: nn.Module) -> Iterator[None]:
     """The time in which a module's weights are whole in this process; of shares, every process must come here."""
     shares = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
-        if parameter is not None and is_share(parameter)
+        if parameter is not None and is_sharded_tensor(parameter)
     ]
     for owner, name, share in shares:
         owner._parameters[name] = nn.Parameter(whole(share), requires_grad=False)
@@ -116,7 +116,7 @@ def with_whole_weights(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def with_whole_surroundings(model: nn.Module) -> Iterator[None]:
+def unsharded_non_block(model: nn.Module) -> Iterator[None]:
     """The time in which what stands around the blocks is whole, as embeddings are; every process must come here."""
     base = sharded_base(model)
     if base is None:
@@ -129,7 +129,7 @@ def with_whole_surroundings(model: nn.Module) -> Iterator[None]:
         base.reshard()
 
 
-def put_surroundings_together(model: nn.Module) -> None:
+def unshard_non_block(model: nn.Module) -> None:
     """Make what stands around the blocks whole now, which a pass of the base would do a moment later."""
     if (base := sharded_base(model)) is not None:
         base.unshard()
@@ -139,7 +139,7 @@ def read_like(stored: StoredTensor, like: Tensor | None) -> Tensor:
     """A tensor from a file; where `like` is a share of such a tensor, the same share, and no more of it is read."""
     if not isinstance(like, DTensor) or tuple(like.shape) != stored.shape:
         return stored.read()
-    share, mesh = own_part(like), like.device_mesh
+    share, mesh = local_shard(like), like.device_mesh
     first = min(-(-stored.shape[0] // mesh.size()) * mesh.get_local_rank(), stored.shape[0])
     rows = stored.rows(first, first + len(share)).read()
     return DTensor.from_local(

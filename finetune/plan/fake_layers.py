@@ -16,7 +16,7 @@ from finetune.quantizers.layer import PackedQuantizer, TensorSpec
 from finetune.quantizers.on_load import quantizable_layers, replacement
 
 
-class StandIn(PackedQuantizer):
+class FakeQuantizer(PackedQuantizer):
     """A quantizer's sizes: what a layer stores, and what rebuilding its weight takes.
 
     Args:
@@ -85,16 +85,16 @@ def quantize_shapes(
         choose: From a layer's name to its quantizer, None for a layer that keeps its weight.
         with_head: Whether the output head may be among them.
         dtype: In which layers multiply.
-        kernels_dtype: As for `StandIn`.
+        kernels_dtype: As for `FakeQuantizer`.
 
     Raises:
         UnsupportedError: A quantizer cannot take a layer.
     """
-    stand_ins: dict[int, StandIn] = {}
+    fake_quantizers: dict[int, FakeQuantizer] = {}
     layer: Any
     for name, layer in quantizable_layers(model, with_head).items():
         quantizer = choose(name)
         if quantizer is None:
             continue
-        stand_in = stand_ins.setdefault(id(quantizer), StandIn(quantizer, kernels_dtype))
-        model.set_submodule(name, replacement(name, layer, stand_in, dtype))
+        fake_quantizer = fake_quantizers.setdefault(id(quantizer), FakeQuantizer(quantizer, kernels_dtype))
+        model.set_submodule(name, replacement(name, layer, fake_quantizer, dtype))

@@ -16,12 +16,12 @@ from finetune.data.collate import Batch
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse, passes_on
-from finetune.models.kernels.packing_check import is_without_masks
-from finetune.models.kernels.recompute import keeping_all
-from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.kernels.packing_check import takes_packed_attention
+from finetune.models.kernels.recompute import saving_everything
+from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
 from finetune.models.loading.dtype import autocast
-from finetune.models.loading.meta_model import skeleton, with_blocks
+from finetune.models.loading.meta_model import meta_model, with_blocks
 from finetune.plan.fake_layers import quantize_shapes
 from finetune.plan.speed import layer_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
@@ -53,7 +53,7 @@ class Setting:
         optimizer: The recipe's section.
         checkpointing: What is computed again in backward, as the recipe says it.
         noise: On embeddings, if any.
-        joins_rows: Whether rows stand in one line.
+        flattens_rows: Whether rows stand in one line.
         gpu_memory: Bytes of the GPU that the run is for; None for a CPU.
     """
 
@@ -68,7 +68,7 @@ class Setting:
     optimizer: Any
     checkpointing: Checkpointing
     noise: float | None
-    joins_rows: bool
+    flattens_rows: bool
     gpu_memory: int | None
 
     @property
@@ -151,7 +151,7 @@ def resident(setting: Setting) -> Resident:
     Raises:
         UnsupportedError: The method or a quantizer cannot take the model.
     """
-    plain = skeleton(setting.config, setting.model, setting.weight_dtype)
+    plain = meta_model(setting.config, setting.model, setting.weight_dtype)
     vocabulary, width = plain.get_output_embeddings().weight.shape
     model, _, base = _attached(setting, setting.config)
     trained = trainable(model)
@@ -242,25 +242,25 @@ def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None)
 
 def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Base]:
     """The trainable model without memory, what its tensors belong to, and the bytes of its base."""
-    model, fakes = skeleton(config, setting.model, setting.weight_dtype), FakeTensors()
+    model, fakes = meta_model(config, setting.model, setting.weight_dtype), FakeTensors()
     kernels = setting.compute_dtype if setting.on_gpu else None
     quantize_shapes(model, setting.choose, setting.quantizes_head, setting.compute_dtype, kernels)
-    fakes.hollow_out(model, vectors_too=False)
+    fakes.to_placeholders(model, vectors_too=False)
     if setting.model.kernels == "compiled" or (setting.model.kernels != "plain" and _fuses(setting)):
         fuse(model)
         # Liger's passes save their inputs and outputs for backward, as compiled ones do.
         if setting.model.kernels == "compiled" or setting.on_gpu:
             _keep_as_compiled(model)
-    if setting.joins_rows and setting.model.attention == "auto" and is_without_masks(model.config):
+    if setting.flattens_rows and setting.model.attention == "auto" and takes_packed_attention(model.config):
         model.set_attn_implementation(packed_attention.NAME)
     if recomputes_blocks(setting.checkpointing):
         model.activation_checkpointing_enable({"use_reentrant": False})
     base = _base(model)
-    widening = widening_layers(model) if setting.checkpointing == "selective" else []
+    widening = up_projections(model) if setting.checkpointing == "selective" else []
     with Unfilled(fakes):
         attached = setting.method.attach(model, setting.total_steps)
-    compute_again(model, widening)
-    fakes.hollow_out(attached, vectors_too=True)
+    recompute_outputs(model, widening)
+    fakes.to_placeholders(attached, vectors_too=True)
     return attached, fakes, base
 
 
@@ -273,7 +273,7 @@ def _keep_as_compiled(model: PreTrainedModel) -> None:
     """Have fused blocks keep what compiled ones do: as little of each function, but its result too."""
     blocks = list_of_blocks(model, linear_layers(model))
     for block in model.get_submodule(blocks).children() if blocks else ():
-        block.forward = keeping_all()(block.forward)  # type: ignore[method-assign]
+        block.forward = saving_everything()(block.forward)  # type: ignore[method-assign]
 
 
 def _base(model: nn.Module) -> Base:

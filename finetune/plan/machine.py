@@ -6,18 +6,18 @@ import os
 
 import torch
 
-from finetune.malloc import give_back
+from finetune.malloc import trim_heap
 from finetune.plan.gpu_specs import Card
 
-KERNELS_IN_16_BITS = 165_000_000
+WORKSPACE_IN_16_BITS = 165_000_000
 """Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See
 `bound_kernel_caches`."""
 
-KERNELS_IN_FLOAT32 = 40_000_000
+WORKSPACE_IN_FLOAT32 = 40_000_000
 """Bytes that MKL's products keep for their work, with what else the first step takes; measured."""
 
 
-def cuda_card() -> Card | None:
+def local_gpu() -> Card | None:
     """The GPU that training would take here; None where there is none."""
     if not torch.cuda.is_available():
         return None
@@ -33,9 +33,9 @@ def memory_bytes(processes: int = 1) -> int | None:
         return None
 
 
-def held_bytes() -> int:
+def rss_bytes() -> int:
     """What this process holds now, with all libraries loaded that training needs; 0 where the system does not tell."""
-    give_back()  # what converting a model or tokenizing rows has left
+    trim_heap()  # what converting a model or tokenizing rows has left
     try:
         with open("/proc/self/statm", encoding="ascii") as numbers:
             return int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -43,6 +43,6 @@ def held_bytes() -> int:
         return 0
 
 
-def kernels_bytes(compute_dtype: torch.dtype) -> int:
+def matmul_workspace_bytes(compute_dtype: torch.dtype) -> int:
     """What the first step adds to the libraries on a CPU."""
-    return KERNELS_IN_16_BITS if compute_dtype.itemsize == 2 else KERNELS_IN_FLOAT32
+    return WORKSPACE_IN_16_BITS if compute_dtype.itemsize == 2 else WORKSPACE_IN_FLOAT32

@@ -24,7 +24,7 @@ class Held(NamedTuple):
     together: int
 
 
-def held_by_one(held: Resident, recipe: Recipe) -> Held:
+def per_process(held: Resident, recipe: Recipe) -> Held:
     """What one process of a recipe's run holds, of what a run in one process would.
 
     DDP lays gradients out a second time, in the buckets that it sums. Of shares, what stands around the blocks is whole

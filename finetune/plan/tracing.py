@@ -179,7 +179,7 @@ class FakeTensors:
         is_new = isinstance(made, Tensor) and not isinstance(made, FakeTensor)
         return FakeTensor(self.mode, made, _CPU) if is_new else made
 
-    def hollow_out(self, model: nn.Module, vectors_too: bool) -> None:
+    def to_placeholders(self, model: nn.Module, vectors_too: bool) -> None:
         """Put tensors without memory in the place of a model's parameters, and of its buffers on the meta device.
 
         Args:

@@ -56,5 +56,5 @@ class HqqQuantizer(AffineQuantizer):
 def _soft_threshold(error: Tensor, penalty: float) -> Tensor:
     """sign(e) * relu(|e| - |e|^(p-1) / beta), equation 3; 0 where the error is."""
     size = error.abs()
-    shrunk = size - size.clamp(min=1e-12) ** (NORM - 1) / penalty
-    return error.sign() * shrunk.clamp_(min=0)
+    truncated_recipe = size - size.clamp(min=1e-12) ** (NORM - 1) / penalty
+    return error.sign() * truncated_recipe.clamp_(min=0)

@@ -23,7 +23,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.malloc import FreedMemory
+from finetune.malloc import HeapTrimmer
 from finetune.quantizers.base import Quantizer, is_quantized
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.recipe.sections.quantization import StoredQuantization
@@ -96,7 +96,7 @@ class OnLoadQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: OnLoadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.freed = FreedMemory()
+        self.freed = HeapTrimmer()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor is the weight of a replaced layer."""
@@ -148,7 +148,7 @@ class OnLoadQuantizer(HfQuantizer):
 class QuantizeOp(ConversionOps):
     """One weight of the checkpoint -> the tensors of its quantized layer."""
 
-    def __init__(self, freed: FreedMemory) -> None:
+    def __init__(self, freed: HeapTrimmer) -> None:
         self.freed = freed
 
     def convert(

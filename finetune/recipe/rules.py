@@ -459,7 +459,7 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
     return None
 
 
-def a_sweep_needs_held_out_rows(recipe: Recipe) -> Violation | None:
+def a_sweep_needs_validation_rows(recipe: Recipe) -> Violation | None:
     """Trials are compared by their held-out loss."""
     if recipe.sweep and not (recipe.data.validation or recipe.data.validation_fraction):
         return Violation(
@@ -500,7 +500,7 @@ def a_key_is_swept_once(recipe: Recipe) -> Violation | None:
     return None
 
 
-def shares_are_of_single_tensors(recipe: Recipe) -> Violation | None:
+def shards_are_of_single_tensors(recipe: Recipe) -> Violation | None:
     """int8's scales travel with the parameter object of bitsandbytes, which a share of its codes is not."""
     sections = {"quantization": recipe.quantization} | {
         f"modules.{index}.quantization": rule.quantization
@@ -517,7 +517,7 @@ def shares_are_of_single_tensors(recipe: Recipe) -> Violation | None:
     return None
 
 
-def shares_need_moments_by_number(recipe: Recipe) -> Violation | None:
+def shards_need_elementwise_moments(recipe: Recipe) -> Violation | None:
     """Moments must be of single numbers for a share's to be the whole's: not of blocks of 256, rows or columns."""
     is_sharded = recipe.distributed.strategy == "fsdp" and recipe.adapter.trains_base
     if is_sharded and recipe.optimizer.name not in ("adamw", "sgd"):
@@ -557,12 +557,12 @@ RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
     a_source_has_one_place,
     file_options_are_for_files,
     all_sources_have_weights_or_none,
-    a_sweep_needs_held_out_rows,
+    a_sweep_needs_validation_rows,
     swept_keys_are_keys_of_a_run,
     a_swept_range_is_not_empty,
     a_key_is_swept_once,
     tasks_have_names_of_their_own,
     a_task_has_one_source,
-    shares_are_of_single_tensors,
-    shares_need_moments_by_number,
+    shards_are_of_single_tensors,
+    shards_need_elementwise_moments,
 )

@@ -8,14 +8,14 @@ from typing import Any
 
 from finetune.formatting import count, duration, memory
 from finetune.report import training_curves
-from finetune.report.facts import RunFacts
+from finetune.report.facts import RunMetadata
 from finetune.report.page import document, section, table
 from finetune.report.run_page import SCORES, SHOWN_ANSWERS, asked, device, score
 from finetune.report.run_page import STYLE as RUN_STYLE
 from finetune.run.comparison import Difference
 
 
-def comparison_page(runs: Sequence[RunFacts], differences: Sequence[Sequence[Difference]]) -> str:
+def comparison_page(runs: Sequence[RunMetadata], differences: Sequence[Sequence[Difference]]) -> str:
     """The page.
 
     Args:
@@ -40,9 +40,9 @@ def comparison_page(runs: Sequence[RunFacts], differences: Sequence[Sequence[Dif
     )
 
 
-def _results(runs: Sequence[RunFacts]) -> str:
+def _results(runs: Sequence[RunMetadata]) -> str:
     """A line a figure, a column a run."""
-    rows: list[tuple[str, Callable[[RunFacts], str]]] = [
+    rows: list[tuple[str, Callable[[RunMetadata], str]]] = [
         ("state", lambda run: run.state),
         ("base", lambda run: run.base),
         ("trained", lambda run: run.method),
@@ -60,33 +60,33 @@ def _results(runs: Sequence[RunFacts]) -> str:
     return table(["", *(run.name for run in runs)], [row for row in cells if any(row[1:])])
 
 
-def _before(run: RunFacts) -> str:
+def _before(run: RunMetadata) -> str:
     found = run.history.validations
     return f"{found[0].loss:.4f}" if found and found[0].step == 0 else ""
 
 
-def _after(run: RunFacts) -> str:
+def _after(run: RunMetadata) -> str:
     return f"{run.history.result[1]:.4f}" if run.history.result else ""
 
 
-def _scored(name: str) -> Callable[[RunFacts], str]:
-    def of(run: RunFacts) -> str:
-        found = run.held_out_scores.get(name, {})
+def _scored(name: str) -> Callable[[RunMetadata], str]:
+    def of(run: RunMetadata) -> str:
+        found = run.validation_scores.get(name, {})
         return score(found.get("unit"), found.get("value"))
 
     return of
 
 
-def _trained_numbers(run: RunFacts) -> str:
+def _trained_numbers(run: RunMetadata) -> str:
     started = run.provenance.get("started")
     return count(started["trainable_parameters"]) if started else ""
 
 
-def _of_last(run: RunFacts, name: str, words: Callable[[Any], str]) -> str:
+def _of_last(run: RunMetadata, name: str, words: Callable[[Any], str]) -> str:
     return words(getattr(run.history.steps[-1], name)) if run.history.steps else ""
 
 
-def _answers(runs: Sequence[RunFacts]) -> str:
+def _answers(runs: Sequence[RunMetadata]) -> str:
     """What the runs that were evaluated say to prompts that all of them were asked."""
     said = [(run.name, {str(each.get("prompt")): each for each in run.answers}) for run in runs if run.answers]
     if len(said) < 2:

@@ -20,7 +20,7 @@ from finetune.storage.files import read_json
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunMetadata:
     """A run's files, read.
 
     Attributes:
@@ -50,7 +50,7 @@ class RunFacts:
     attempts: int
 
     @classmethod
-    def of(cls, run: RunDirectory) -> RunFacts:
+    def of(cls, run: RunDirectory) -> RunMetadata:
         """Read a run, whatever it has come to.
 
         Raises:
@@ -75,7 +75,7 @@ class RunFacts:
         )
 
     @property
-    def held_out_scores(self) -> Mapping[str, Any]:
+    def validation_scores(self) -> Mapping[str, Any]:
         """What `ft eval` measured on the held-out rows, by metric."""
         found: Mapping[str, Any] = self.evaluation.get("tasks", {}).get(HELD_OUT, {})
         return found

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.formatting import count, duration, memory
 from finetune.report import lora_ranks, training_curves
-from finetune.report.facts import RunFacts, public
+from finetune.report.facts import RunMetadata, public
 from finetune.report.page import document, folded, section, table
 from finetune.run.directory import RunDirectory
 from finetune.storage.files import write_text
@@ -58,11 +58,11 @@ def write_report(run: RunDirectory) -> None:
         EnvironmentFault: It cannot be written.
         RecipeError: The run's recipe cannot be read.
     """
-    write_text(run.report, run_page(RunFacts.of(run)))
+    write_text(run.report, run_page(RunMetadata.of(run)))
 
 
 @contextmanager
-def reported(run: RunDirectory) -> Iterator[None]:
+def recording_errors(run: RunDirectory) -> Iterator[None]:
     """Leave a report when the block ends, however it does; a page that cannot be written is not worth a run."""
     try:
         yield
@@ -74,7 +74,7 @@ def reported(run: RunDirectory) -> Iterator[None]:
                 logger.warning("%s is not written: %s", run.report.name, fault.what)
 
 
-def run_page(facts: RunFacts) -> str:
+def run_page(facts: RunMetadata) -> str:
     """The page."""
     return document(
         f"{facts.name}: report of a training run",
@@ -95,7 +95,7 @@ def run_page(facts: RunFacts) -> str:
     )
 
 
-def _head(facts: RunFacts) -> str:
+def _head(facts: RunMetadata) -> str:
     kind = {"finished": " finished", "failed": " failed"}.get(facts.state, "")
     ended = str(facts.outcome.get("ended", "")).replace("T", " ").replace("+00:00", " UTC")
     message = str(facts.outcome.get("message", ""))
@@ -106,7 +106,7 @@ def _head(facts: RunFacts) -> str:
     )
 
 
-def _tiles(facts: RunFacts) -> str:
+def _tiles(facts: RunMetadata) -> str:
     """The figures that one asks for first."""
     history, tiles = facts.history, []
     if history.result:
@@ -114,7 +114,7 @@ def _tiles(facts: RunFacts) -> str:
         first = history.validations[0]
         before = f"before: {first.loss:.4f}" if first.step == 0 and after else f"after step {after}"
         tiles.append(("held-out loss", f"{loss:.4f}", before))
-    scores, against = facts.held_out_scores, facts.evaluation.get("against")
+    scores, against = facts.validation_scores, facts.evaluation.get("against")
     for name, title in SCORES.items():
         if name in scores:
             beside = score("share", scores[name]["against"]["value"]) if "against" in scores[name] else ""
@@ -136,19 +136,19 @@ def _tiles(facts: RunFacts) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _planned(facts: RunFacts) -> str:
+def _planned(facts: RunMetadata) -> str:
     """What the memory was to be, and of what."""
     planned = facts.provenance.get("started", {}).get("planned_memory_bytes")
     return device(facts) + (f" · planned: {memory(planned)}" if planned else "")
 
 
-def device(facts: RunFacts) -> str:
+def device(facts: RunMetadata) -> str:
     """Device and number of processes of a run."""
     processes = facts.provenance.get("processes", 1)
     return str(facts.provenance.get("device", "")) + (f", {processes} processes" if processes != 1 else "")
 
 
-def _remarks(facts: RunFacts) -> str:
+def _remarks(facts: RunMetadata) -> str:
     """Which weights are the result where they are not the last, and what was worth acting on."""
     kept = [
         f'<p class="kept">The result is the weights of <b>step {best.best_step}</b>, whose held-out loss of '
@@ -174,7 +174,7 @@ def _evaluation(results: Mapping[str, Any]) -> str:
 
 def answered_by(results: Mapping[str, Any]) -> str:
     """A sentence where another engine has written the answers of `results.json`; empty where ft has."""
-    writer = results.get("answers_by", "ft")
+    writer = results.get("generation_backend", "ft")
     return "" if writer == "ft" else f"Answers were written by {writer}; losses and choices are ft's."
 
 
@@ -200,7 +200,7 @@ def score(unit: str | None, value: float | None, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f} %" if unit == "share" else f"{value:{sign}.4f}"
 
 
-def _answers(facts: RunFacts) -> str:
+def _answers(facts: RunMetadata) -> str:
     against = facts.evaluation.get("against")
     cards = [_card(answer, against) for answer in facts.answers[:MOST_ANSWERS]]
     more, left_out = cards[SHOWN_ANSWERS:], len(facts.answers) - len(cards)
@@ -233,7 +233,7 @@ def asked(prompt: str, said: Sequence[tuple[str, str, bool]]) -> str:
     )
 
 
-def _samples(facts: RunFacts) -> str:
+def _samples(facts: RunMetadata) -> str:
     """Of each prompt the answers by step."""
     by_prompt: dict[str, list[tuple[str, str, bool]]] = {}
     for sample in facts.history.samples:
@@ -294,7 +294,7 @@ def _cell(value: Any) -> str:
     )
 
 
-def _ranks(facts: RunFacts) -> str:
+def _ranks(facts: RunMetadata) -> str:
     history = facts.history
     if not history.ranks or not history.steps:
         return ""
@@ -324,7 +324,7 @@ def _certificate(found: tuple[str, Mapping[str, Any]]) -> str:
     return f"<h3>{escape(folder)}/ <small>{escape(str(kind))}</small></h3>" + table(["", ""], rows, numbers=False)
 
 
-def _provenance(facts: RunFacts) -> str:
+def _provenance(facts: RunMetadata) -> str:
     found = facts.provenance
     if not found:
         return ""
@@ -346,5 +346,5 @@ def _provenance(facts: RunFacts) -> str:
     return table(["", ""], rows, numbers=False)
 
 
-def _recipe(facts: RunFacts) -> str:
+def _recipe(facts: RunMetadata) -> str:
     return folded("The recipe: what it sets beside defaults", f"<pre>{escape(facts.recipe_text())}</pre>", printed=True)

@@ -49,7 +49,7 @@ def course(history: History) -> str:
     lines = [
         Series("each step", loss, faint=True),
         Series("training, smoothed", smoothed(loss)),
-        Series("held out", _held_out(history), color=2, dotted=True),
+        Series("held out", _validation(history), color=2, dotted=True),
     ]
     figures = [chart(each.title, [Series(each.title, _points(history, each.of))], each.axis) for each in _FIGURES]
     return charts([chart("Loss, nats per trained token", lines, LOSS)], figures)
@@ -66,7 +66,7 @@ def compared(histories: Sequence[tuple[str, History]]) -> str:
         return chart(title, lines, axis)
 
     losses = [
-        figure("Held-out loss, nats per trained token", _held_out, LOSS, dotted=True),
+        figure("Held-out loss, nats per trained token", _validation, LOSS, dotted=True),
         figure("Training loss, smoothed", lambda each: smoothed(_points(each, lambda step: step.loss)), LOSS),
     ]
     return charts(losses, [figure(each.title, partial(_points, of=each.of), each.axis) for each in _FIGURES])
@@ -76,7 +76,7 @@ def _points(history: History, of: Callable[[StepMetrics], float]) -> list[Point]
     return [(step.step, of(step)) for step in history.steps]
 
 
-def _held_out(history: History) -> list[Point]:
+def _validation(history: History) -> list[Point]:
     return [(each.step, each.loss) for each in history.validations]
 
 

@@ -295,7 +295,7 @@ class RunDirectory:
         if attempt.checkpoint is not None:
             attempt.steps = attempt.checkpoint
             self._write_outcome(attempt, Stopped.exit_code, f"stopped {request}")
-            return Stopped(f"{request} after step {attempt.checkpoint}, which is saved", hint=self.how_to_resume)
+            return Stopped(f"{request} after step {attempt.checkpoint}, which is saved", hint=self.resume_command)
         interrupted = Interrupted(f"{request} before anything could be saved", number=request.number)
         self._end(attempt, interrupted.exit_code, interrupted.what, is_new)
         return interrupted
@@ -310,7 +310,7 @@ class RunDirectory:
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})
 
     @property
-    def how_to_resume(self) -> str:
+    def resume_command(self) -> str:
         """The command that goes on with the run, in as many processes."""
         here = Path.cwd()
         path = self.path.relative_to(here) if here in self.path.parents else self.path

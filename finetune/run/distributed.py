@@ -74,14 +74,14 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges.group(1))[0], name)
 
 
-def is_supervised() -> bool:
+def has_launcher() -> bool:
     """Whether an `ft train` started this process, and tells its errors."""
     return SUPERVISOR in os.environ
 
 
-def end_with_supervisor() -> None:
+def exit_with_launcher() -> None:
     """Let the system kill this process when its supervisor ends, however that ends; on Linux alone."""
-    if not is_supervised() or sys.platform != "linux":
+    if not has_launcher() or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[SUPERVISOR]):  # it had ended already
@@ -90,10 +90,10 @@ def end_with_supervisor() -> None:
 
 def launch_folder() -> Path | None:
     """A folder of this process's supervisor, for as long as that lives."""
-    return Path(os.environ[LAUNCH]) if is_supervised() else None
+    return Path(os.environ[LAUNCH]) if has_launcher() else None
 
 
-def chosen_run(launch: Path) -> Path | None:
+def published_run_dir(launch: Path) -> Path | None:
     """The run directory that the main process of a launch chose; None before it did."""
     try:
         return Path((launch / "run").read_text(encoding="utf-8"))
@@ -101,13 +101,13 @@ def chosen_run(launch: Path) -> Path | None:
         return None
 
 
-def choose_run(launch: Path, directory: Path) -> None:
+def publish_run_dir(launch: Path, directory: Path) -> None:
     """Let later starts of the same launch go on in this directory, and the supervisor know it."""
     (launch / "run").write_text(str(directory), encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Ending:
+class RankExit:
     """What ended a rank, as it stands in the file that launchers read.
 
     Attributes:
@@ -133,7 +133,7 @@ class Ending:
     timestamp: float = 0.0
 
     @classmethod
-    def of(cls, error: BaseException) -> Ending:
+    def of(cls, error: BaseException) -> RankExit:
         """What an error that leaves the command comes to."""
         rank, now = Rank.here().number, time.time()
         if isinstance(error, KeyboardInterrupt):
@@ -154,7 +154,7 @@ class Ending:
         )
 
     @classmethod
-    def read(cls, file: Path) -> Ending | None:
+    def read(cls, file: Path) -> RankExit | None:
         """What `write` wrote; None where nothing is."""
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8"))["ending"])

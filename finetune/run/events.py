@@ -67,7 +67,7 @@ class TrainingStarted(Event):
 
 
 @dataclass(frozen=True)
-class Resumed(Event):
+class RunResumed(Event):
     """The state of a checkpoint is back in place; the step after `step` comes next."""
 
     kind: ClassVar[str] = "resumed"
@@ -77,7 +77,7 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
-class Saved(Event):
+class CheckpointSaved(Event):
     """A checkpoint is committed: whatever happens now, the run can go on from here."""
 
     kind: ClassVar[str] = "saved"
@@ -88,7 +88,7 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
-class Rehearsed(Event):
+class DryRunPassed(Event):
     """The whole path was walked once, on the longest rows, and everything put back.
 
     Attributes:
@@ -138,7 +138,7 @@ class StepMetrics(Event):
 
 
 @dataclass(frozen=True)
-class Validated(Event):
+class ValidationResult(Event):
     """The held-out loss after `step` steps, in nats per trained token."""
 
     kind: ClassVar[str] = "validation"
@@ -158,7 +158,7 @@ class RanksChosen(Event):
 
 
 @dataclass(frozen=True)
-class Sampled(Event):
+class SampleGenerated(Event):
     """What the model answers to a held-out prompt after `step` steps, and what it should have answered."""
 
     kind: ClassVar[str] = "sample"
@@ -169,7 +169,7 @@ class Sampled(Event):
 
 
 @dataclass(frozen=True)
-class Warned(Event):
+class TrainingWarning(Event):
     """Something that is worth acting on while the run goes on.
 
     Attributes:
@@ -185,7 +185,7 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
-class BestKept(Event):
+class BestCheckpoint(Event):
     """The result is the weights after an earlier step, whose held-out loss was the lowest.
 
     Attributes:
@@ -244,7 +244,7 @@ class TrainingFinished(Event):
     best_step: int | None = None
 
 
-Recorded = StepMetrics | Validated | RanksChosen | Sampled | Warned | BestKept
+Recorded = StepMetrics | ValidationResult | RanksChosen | SampleGenerated | TrainingWarning | BestCheckpoint
 """What `metrics.jsonl` keeps: all that the course of a run is told by."""
 
 Report = Callable[[Event], None]

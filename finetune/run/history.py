@@ -13,7 +13,15 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.run.directory import RunDirectory
-from finetune.run.events import BestKept, RanksChosen, Recorded, Sampled, StepMetrics, Validated, Warned
+from finetune.run.events import (
+    BestCheckpoint,
+    RanksChosen,
+    Recorded,
+    SampleGenerated,
+    StepMetrics,
+    TrainingWarning,
+    ValidationResult,
+)
 
 
 @dataclass
@@ -30,11 +38,11 @@ class History:
     """
 
     steps: list[StepMetrics] = field(default_factory=list)
-    validations: list[Validated] = field(default_factory=list)
+    validations: list[ValidationResult] = field(default_factory=list)
     ranks: list[RanksChosen] = field(default_factory=list)
-    samples: list[Sampled] = field(default_factory=list)
-    warnings: list[Warned] = field(default_factory=list)
-    best: list[BestKept] = field(default_factory=list)
+    samples: list[SampleGenerated] = field(default_factory=list)
+    warnings: list[TrainingWarning] = field(default_factory=list)
+    best: list[BestCheckpoint] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: RunDirectory) -> History:
@@ -55,11 +63,11 @@ class History:
         """Append an event to its kind."""
         kinds: dict[type, list[Any]] = {
             StepMetrics: self.steps,
-            Validated: self.validations,
+            ValidationResult: self.validations,
             RanksChosen: self.ranks,
-            Sampled: self.samples,
-            Warned: self.warnings,
-            BestKept: self.best,
+            SampleGenerated: self.samples,
+            TrainingWarning: self.warnings,
+            BestCheckpoint: self.best,
         }
         kinds[type(event)].append(event)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
-from finetune.run.events import BestKept, StepMetrics, Validated
+from finetune.run.events import BestCheckpoint, StepMetrics, ValidationResult
 from finetune.run.history import records
 
 State = Literal["training", "finished", "can go on", "failed", "never started"]
@@ -113,7 +113,7 @@ def state_of(run: RunDirectory) -> State:
 def _last_lines(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last step of `metrics.jsonl`, and where the held-out loss of the result stands; empty where there is none."""
     last = {str(line.get("event")): line for line in records(run.metrics)}
-    return last.get(StepMetrics.kind, {}), last.get(BestKept.kind) or last.get(Validated.kind, {})
+    return last.get(StepMetrics.kind, {}), last.get(BestCheckpoint.kind) or last.get(ValidationResult.kind, {})
 
 
 def _size(path: Path) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
-from finetune.models.fsdp import own_part, put_together, read_like
+from finetune.models.fsdp import local_shard, put_together, read_like
 from finetune.models.safetensors_io import Planned, file_writer, tensors_in
 from finetune.train.state import TrainState
 
@@ -25,8 +25,11 @@ TRAINED = "trained.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
-COUNTERS = ("step", "tokens", "seconds", "loss", "held_out_step", "held_out_before")
+COUNTERS = ("step", "tokens", "seconds", "loss", "validation_step", "validation_loss_before")
 """Attributes of TrainState that are plain numbers."""
+
+EARLIER_COUNTERS = {"validation_step": "held_out_step", "validation_loss_before": "held_out_before"}
+"""What they are called in checkpoints of version 0.1."""
 
 
 def write_state(state: TrainState, folder: Path | None) -> None:
@@ -74,10 +77,12 @@ def read_state(state: TrainState, folder: Path) -> None:
     for part in ("counters", "scaler", "optimizer"):
         if part not in written:
             raise _lacking(part, folder)
+    counters = written["counters"]
     for name in COUNTERS:
-        if name not in written["counters"]:
+        key = name if name in counters else EARLIER_COUNTERS.get(name, name)
+        if key not in counters:
             raise _lacking(f"the counter {name}", folder)
-        setattr(state, name, written["counters"][name])
+        setattr(state, name, counters[key])
     model = state.bare_model
     state.method.restore(model, _read(folder / TRAINED, state.method.own_tensors(model).get))
     parameters = trainable(model)
@@ -142,8 +147,8 @@ def _read(file: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]
 
 
 def _refuse_non_finite(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-    name = next((name for name, tensor in tensors.items() if not own_part(tensor).isfinite().all()), None)
-    if state.said_by_any(name is not None):
+    name = next((name for name, tensor in tensors.items() if not local_shard(tensor).isfinite().all()), None)
+    if state.agreed_by_any(name is not None):
         raise DivergedError(
             f"{name or 'what another process holds'} is not finite, although loss and gradient were",
             where=f"step {state.step}",

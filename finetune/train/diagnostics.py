@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean, median, variance
 
-from finetune.run.events import StepMetrics, Validated, Warned
+from finetune.run.events import StepMetrics, TrainingWarning, ValidationResult
 from finetune.run.history import History
 
 LEAST_STEPS = 40
@@ -30,7 +30,7 @@ Symptom = tuple[str, str, str]
 """What it is, the numbers that show it, what to do."""
 
 
-class Symptoms:
+class TrainingDiagnostics:
     """Looks at every step and measurement, and tells each symptom once in a run.
 
     What it tells follows from the recorded course alone, so a run that goes on tells what it would have told.
@@ -45,15 +45,15 @@ class Symptoms:
         self._validations = list(history.validations)
         self._told = {warning.what.partition(":")[0] for warning in history.warnings}
 
-    def see(self, event: StepMetrics | Validated) -> Iterator[Warned]:
+    def see(self, event: StepMetrics | ValidationResult) -> Iterator[TrainingWarning]:
         """Take the next record, and tell what it shows."""
-        for title, numbers, hint in filter(None, self._symptoms(event)):
+        for title, numbers, hint in filter(None, self._diagnostics(event)):
             if title not in self._told:
                 self._told.add(title)
-                yield Warned(event.step, f"{title}: {numbers}", hint)
+                yield TrainingWarning(event.step, f"{title}: {numbers}", hint)
 
-    def _symptoms(self, event: StepMetrics | Validated) -> list[Symptom | None]:
-        if isinstance(event, Validated):
+    def _diagnostics(self, event: StepMetrics | ValidationResult) -> list[Symptom | None]:
+        if isinstance(event, ValidationResult):
             self._validations.append(event)
             return [_rising(self._validations)]
         self._losses.append(event.loss)
@@ -112,7 +112,7 @@ def _no_rate(step: StepMetrics) -> Symptom | None:
     )
 
 
-def _rising(validations: Sequence[Validated]) -> Symptom | None:
+def _rising(validations: Sequence[ValidationResult]) -> Symptom | None:
     recent = validations[-RISES - 1 :]
     if len(recent) <= RISES or not all(before.loss < after.loss for before, after in pairwise(recent)):
         return None

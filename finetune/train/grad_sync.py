@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.adapters.base import trainable
-from finetune.models.fsdp import is_share, own_part, sharded_base
+from finetune.models.fsdp import is_sharded_tensor, local_shard, sharded_base
 
 
 def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -31,7 +31,7 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         wrapped: nn.Module = accelerator.prepare_model(model)
         return wrapped
     for parameter in trainable(model).values():
-        if not is_share(parameter):
+        if not is_sharded_tensor(parameter):
             torch.distributed.broadcast(parameter.data, src=0)
     return model
 
@@ -51,12 +51,12 @@ def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         base.set_requires_gradient_sync(True)
 
 
-def average_beside_shares(accelerator: Accelerator, model: nn.Module) -> None:
+def allreduce_replicated_grads(accelerator: Accelerator, model: nn.Module) -> None:
     """After the last backward pass of a step: the mean over processes of the gradients of what is whole in each."""
     if sharded_base(model) is None:
         return
     gradients = [
-        weight.grad for weight in trainable(model).values() if weight.grad is not None and not is_share(weight)
+        weight.grad for weight in trainable(model).values() if weight.grad is not None and not is_sharded_tensor(weight)
     ]
     if not gradients:
         return
@@ -67,9 +67,9 @@ def average_beside_shares(accelerator: Accelerator, model: nn.Module) -> None:
 
 def gradient_norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients as of one vector; of shares, that of all processes' shares."""
-    norm = torch.nn.utils.get_total_norm([own_part(gradient) for gradient in gradients])
-    if not any(map(is_share, gradients)):
+    norm = torch.nn.utils.get_total_norm([local_shard(gradient) for gradient in gradients])
+    if not any(map(is_sharded_tensor, gradients)):
         return norm
-    assert all(map(is_share, gradients)), "what trains is either of the base or beside it"
+    assert all(map(is_sharded_tensor, gradients)), "what trains is either of the base or beside it"
     squares: Tensor = accelerator.reduce(norm.double().square(), "sum")
     return squares.sqrt().to(norm.dtype)

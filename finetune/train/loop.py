@@ -11,7 +11,7 @@ from finetune.data.batch_plan import Layout
 from finetune.data.collate import BatchOrder
 from finetune.data.encode import Example
 from finetune.data.seeds import derived_seed
-from finetune.malloc import give_back
+from finetune.malloc import trim_heap
 from finetune.recipe.sections.optimizer import OptimizerSection
 from finetune.recipe.sections.training import Training
 from finetune.run.events import StepMetrics
@@ -56,7 +56,7 @@ def fit(
     while state.step < order.total_steps:
         step_began = time.perf_counter()
         if accelerator.device.type == "cpu" and state.step % steps_between == 0:
-            give_back()
+            trim_heap()
         tokens_before = state.tokens
         units = [[examples[row] for row in layout.rows_of(unit)] for unit in order.step_units(state.step)]
         own = layout.micro_batches(units, accelerator.process_index, accelerator.num_processes)

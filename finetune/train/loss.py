@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from finetune.data.collate import IGNORED, Batch
 from finetune.models.kernels.packing_check import mask_for
-from finetune.models.kernels.recompute import keeping_little
+from finetune.models.kernels.recompute import saving_inputs_only
 from finetune.train.noise import embedding_noise
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def visit_log_chances(model: nn.Module, batch: Batch, visit: Visit) -> None:
+def visit_log_probs(model: nn.Module, batch: Batch, visit: Visit) -> None:
     """Show the log-probabilities of the whole vocabulary before each trained token, a few positions at a time.
 
     The model is not given what predicts nothing: the last column of padded rows, the last token of examples in a line.
@@ -181,7 +181,7 @@ def _without_ends(batch: Batch, keep_K: Tensor) -> tuple[Batch, Tensor]:
 
 def _run(model: nn.Module, batch: Batch, keep_K: Tensor) -> Any:
     mask = batch.mask_BT if batch.positions_BT is None else mask_for(_bare(model), batch.positions_BT)
-    with keeping_little() if torch.is_grad_enabled() else nullcontext():
+    with saving_inputs_only() if torch.is_grad_enabled() else nullcontext():
         return model(
             input_ids=batch.ids_BT,
             attention_mask=mask,
@@ -288,10 +288,10 @@ def _to_gradient(logits_NV: Tensor, labels_N: Tensor, rows: int) -> Tensor:
     """Put the gradient of the summed loss in the place of logits, some rows at a time; returns the loss, float32."""
     loss = torch.zeros((), device=logits_NV.device)
     for rows_NV, label_N in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
-        log_chances_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
-        loss -= log_chances_NV.gather(1, label_N[:, None]).sum()
-        one_hot = log_chances_NV.new_full((len(label_N), 1), -1.0)
-        rows_NV.copy_(log_chances_NV.exp_().scatter_add_(1, label_N[:, None], one_hot))
+        log_probs_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
+        loss -= log_probs_NV.gather(1, label_N[:, None]).sum()
+        one_hot = log_probs_NV.new_full((len(label_N), 1), -1.0)
+        rows_NV.copy_(log_probs_NV.exp_().scatter_add_(1, label_N[:, None], one_hot))
     return loss
 
 

@@ -20,31 +20,31 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimizer(
-    section: OptimizerSection, model: nn.Module, rate_factor: Callable[[str], float] = lambda name: 1.0
+    section: OptimizerSection, model: nn.Module, lr_multiplier: Callable[[str], float] = lambda name: 1.0
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters of `model`; see `parameter_groups`."""
     optimizer: torch.optim.Optimizer = resolve(type(section).implementation)(
-        section, parameter_groups(model, section.weight_decay, rate_factor)
+        section, parameter_groups(model, section.weight_decay, lr_multiplier)
     )
     return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, rate_factor: Callable[[str], float]) -> Groups:
+def parameter_groups(model: nn.Module, weight_decay: float, lr_multiplier: Callable[[str], float]) -> Groups:
     """Parameters by what they have in common: matrices decay, biases, norms and other vectors do not.
 
     Args:
         model: Its trainable parameters.
         weight_decay: Of matrices.
-        rate_factor: From a parameter's name to its learning rate as a multiple of the schedule's; a group has it as
-            `rate_factor`.
+        lr_multiplier: From a parameter's name to its learning rate as a multiple of the schedule's; a group has it as
+            `lr_multiplier`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((decay, rate_factor(name)), []).append(parameter)
+            groups.setdefault((decay, lr_multiplier(name)), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        {"params": parameters, "weight_decay": decay, "lr_multiplier": factor}
         for (decay, factor), parameters in groups.items()
     ]
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
-from finetune.models.fsdp import trained_shares
+from finetune.models.fsdp import sharded_trainable_params
 from finetune.models.loading.dtype import autocast
 from finetune.run.signals import Interruption
 
@@ -47,8 +47,8 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
-    held_out_step: int | None = None
-    held_out_before: float | None = None
+    validation_step: int | None = None
+    validation_loss_before: float | None = None
 
     def __post_init__(self) -> None:
         device = self.accelerator.device.type
@@ -57,15 +57,15 @@ class TrainState:
     @property
     def is_sharded(self) -> bool:
         """Whether processes hold shares of what trains, so that all of them have to save it together."""
-        return bool(trained_shares(self.bare_model))
+        return bool(sharded_trainable_params(self.bare_model))
 
-    def said_by_main(self, word: bool) -> bool:
+    def agreed_by_main(self, word: bool) -> bool:
         """What the main process says, where processes hold shares and act together; elsewhere `word`."""
         if not self.is_sharded:
             return word
-        return self.said_by_any(word and self.accelerator.is_main_process)
+        return self.agreed_by_any(word and self.accelerator.is_main_process)
 
-    def said_by_any(self, word: bool) -> bool:
+    def agreed_by_any(self, word: bool) -> bool:
         """Whether any process says so, where processes hold shares and act together; elsewhere `word`."""
         if not self.is_sharded:
             return word

@@ -10,7 +10,7 @@ import torch
 
 from finetune.data.collate import Batch
 from finetune.errors import DivergedError
-from finetune.train.grad_sync import accumulating, average_beside_shares, gradient_norm
+from finetune.train.grad_sync import accumulating, allreduce_replicated_grads, gradient_norm
 from finetune.train.loss import summed_cross_entropy
 from finetune.train.state import TrainState
 
@@ -60,13 +60,13 @@ def train_step(
             if is_last and (penalty := state.method.penalty(state.bare_model)) is not None:
                 objective = objective + penalty
             accelerator.backward(state.scaler.scale(objective))
-    average_beside_shares(accelerator, state.model)
+    allreduce_replicated_grads(accelerator, state.model)
     mean_loss = float(accelerator.reduce(loss_sum, "sum")) / targets
     state.scaler.unscale_(state.optimizer)
     norm = _clip(state, max_grad_norm)
     _refuse_non_finite(state, mean_loss, norm, learning_rate)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
+        group["lr"] = learning_rate * group.get("lr_multiplier", 1.0)
     state.scaler.step(state.optimizer)  # leaves the update out where float16 gradients overflowed
     state.scaler.update()
     state.step += 1

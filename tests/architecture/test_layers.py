@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,12 +16,12 @@ def test_the_contracts_hold():
     command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "2 kept, 0 broken" in result.stdout
+    assert re.search(r"Contracts: \d+ kept, 0 broken", result.stdout)
 
 
 def test_every_room_has_its_place_in_the_chain():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    (layers,) = (contract["layers"] for contract in contracts if "finetune.jobs" in contract.get("layers", ()))
     placed = {name.strip() for layer in layers for name in layer.split("|")}
     rooms = {f"finetune.{path.stem}" for path in (ROOT / "finetune").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert placed == {"cli", *rooms} - {"finetune.__init__", "finetune.__pycache__"}

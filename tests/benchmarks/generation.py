@@ -23,11 +23,11 @@ import yaml
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.sources import read_rows
-from finetune.evaluation.engine import Engine, OwnWriter
+from finetune.evaluation.engine import Engine, ModelGenerator
 from finetune.evaluation.generation import Sampling, end_tokens
-from finetune.evaluation.prediction_cache import KeptResults
+from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.jobs.load.context import ModelSetup
-from finetune.jobs.load.finetuned_model import SharedBase, Tuned
+from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.recipe.sections.data import ChatSource
 from finetune.recipe.sections.evaluation import HarnessTask
 from finetune.recipe.sections.model import Model
@@ -50,19 +50,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["FT_CACHE"] = os.environ.get("FT_CACHE", cache)
         setup = ModelSetup.find(Model(name=arguments.model, dtype="float32"), ignore, precision="float32")
-        base = SharedBase([Tuned(arguments.model, setup, None, in_conversation=True)], ignore)
+        base = SharedBase([FineTunedModel(arguments.model, setup, None, uses_chat_template=True)], ignore)
         model = base.model(0).eval()
         engine = Engine(
             label=arguments.model,
             tokenizer=setup.tokenizer,
-            in_conversation=True,
+            uses_chat_template=True,
             load=lambda: model,
-            writer=OwnWriter(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
-            kept=KeptResults({"benchmark": time.time()}),
+            writer=ModelGenerator(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
+            kept=PredictionCache({"benchmark": time.time()}),
             compute_dtype=torch.float32,
             batch_size=arguments.batch_size,
             padding=setup.padding,
-            may_share=partial(base.may_share_prefixes, 0),
+            may_share=partial(base.supports_prefix_sharing, 0),
             positions=setup.positions,
         )
         answers(engine, model, arguments)

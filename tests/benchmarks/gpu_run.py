@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.jobs.plan.estimate import Planner
+from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.train.run import train
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
@@ -201,7 +201,7 @@ def run_ft(task: dict[str, Any]) -> None:
         recipe = recipe_of(task, folder)
         if task["case"]["plans"]:
             # Before the base is loaded: what the process holds now counts as libraries.
-            plan = Planner.of(recipe, None).plan(recipe, measures_time=False)
+            plan = MemoryPlanner.of(recipe, None).plan(recipe, measures_time=False)
             Path(task["plan"]).write_text(json.dumps(plan.to_json()), encoding="utf-8")
         trace = Path(task["trace"]) if task["trace"] else None
         recorder = StepRecorder(task["device"], Path(task["result"]), task["steps"], trace)

@@ -20,7 +20,7 @@ from typing import Any
 
 from yaml import safe_load
 
-from cli.start import settle_allocator
+from cli.start import reexec_with_allocator
 
 WIDTH, INNER, BLOCKS, HEADS, KEY_HEADS = 576, 1536, 6, 9, 3
 RANK = 16
@@ -80,7 +80,7 @@ def write_model(folder: Path, vocabulary: int, blocks: int, positions: int) -> N
 def measure_step(vocabulary: int, context: int, checkpointing: str, folder: Path) -> dict[str, Any]:
     """Two steps on rows of the context's length."""
     from finetune.jobs.train.run import train
-    from finetune.malloc import give_back
+    from finetune.malloc import trim_heap
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
     from tests.fixtures.recipes import as_recipe
@@ -111,7 +111,7 @@ def measure_step(vocabulary: int, context: int, checkpointing: str, folder: Path
     def note(event: object) -> None:
         nonlocal held, tokens
         if isinstance(event, TrainingStarted):
-            give_back()  # what loading has left free would be counted as held
+            trim_heap()  # what loading has left free would be counted as held
             forget_peak()
             held = resident("VmRSS")
         if isinstance(event, TrainingStarted | StepMetrics):
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--files", choices=ACTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    settle_allocator()  # as the command does
+    reexec_with_allocator()  # as the command does
     if arguments.folder is None:
         print_steps()
         print_files()

@@ -152,13 +152,13 @@ def layer_facts(bench: Any, model: torch.nn.Module) -> dict[str, float | None]:
 
 def measure(name: str, model: str, folder: Path, steps: int) -> None:
     """Quantize, train and measure one kind, and print a row of the table."""
-    from finetune.jobs.load.context import Workbench
+    from finetune.jobs.load.context import TrainingContext
     from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, ignore
 
     recipe = recipe_of(model, folder, KINDS[name], steps)
-    bench = Workbench.of(recipe, ignore)
+    bench = TrainingContext.of(recipe, ignore)
     facts = layer_facts(bench, bench.load_base(ignore))
     ended: list[float] = []
 

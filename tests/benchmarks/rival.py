@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yaml import safe_load
 
-from cli.start import PRELOADED, better_allocator, settle_allocator
+from cli.start import PRELOADED, better_allocator, reexec_with_allocator
 
 if TYPE_CHECKING:
     from finetune.data.batch_plan import Layout
@@ -139,11 +139,11 @@ class Ordered(NamedTuple):
 
 def in_order(recipe: Recipe) -> Ordered:
     """Tokenize the rows of a recipe, and order them as its run does."""
-    from finetune.jobs.load.context import Workbench, layout_of
+    from finetune.jobs.load.context import TrainingContext, layout_of
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 
-    bench = Workbench.of(recipe, ignore)
+    bench = TrainingContext.of(recipe, ignore)
     rows = bench.read_data(ignore).train
     layout = layout_of(recipe, bench.folder, rows.lengths, bench.padding)
     order = batch_order(layout.units, recipe.training)
@@ -305,7 +305,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.data = arguments.data.absolute()
     if arguments.ours:
-        settle_allocator()  # as the command does
+        reexec_with_allocator()  # as the command does
         ours(arguments)
         return
     precision = arguments.precision

@@ -84,8 +84,8 @@ def measure() -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    from finetune.jobs.load.context import Workbench
-    from finetune.jobs.plan.estimate import Planner
+    from finetune.jobs.load.context import TrainingContext
+    from finetune.jobs.plan.estimate import MemoryPlanner
     from finetune.jobs.train.prepare import Ready
     from finetune.recipe.load import load_recipe
     from finetune.run.events import ignore
@@ -97,7 +97,7 @@ def measure() -> None:
         step.accumulating = lambda accelerator, model: nullcontext()
     torch.manual_seed(0)
     recipe = load_recipe(Path(sys.argv[1])).recipe
-    bench = Workbench.of(recipe, ignore)
+    bench = TrainingContext.of(recipe, ignore)
     bench.read_data(ignore)
     before = resident("VmRSS")
     forget_peak()
@@ -124,7 +124,7 @@ def measure() -> None:
     most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
     if bench.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
-        plan = Planner(bench, ready.rows, None).plan(recipe, measures_time=False)
+        plan = MemoryPlanner(bench, ready.rows, None).plan(recipe, measures_time=False)
         planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["holes"]
         about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes, "wire": wire}
         print(json.dumps({**memory, **about}))

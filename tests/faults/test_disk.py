@@ -24,7 +24,7 @@ from finetune.errors import DivergedError, EnvironmentFault, Stopped
 from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Saved, StepMetrics
+from finetune.run.events import CheckpointSaved, Event, StepMetrics
 from finetune.run.signals import Interruption
 
 from .conftest import ROOT, Result, Server
@@ -59,7 +59,7 @@ def stopped(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     interruption = Interruption()
 
     def stop(event: Event) -> None:
-        if isinstance(event, Saved) and event.step == 6:
+        if isinstance(event, CheckpointSaved) and event.step == 6:
             interruption.number = 15
 
     with pytest.raises(Stopped):

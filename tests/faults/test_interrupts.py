@@ -17,7 +17,7 @@ PHASES = {
     "data": "finetune.jobs.load.context.read_data",
     "loading": "finetune.jobs.load.context.load_model",
     "step": "finetune.train.loop.train_step",
-    "evaluation": "finetune.jobs.train.evaluator.held_out_loss",
+    "evaluation": "finetune.jobs.train.evaluator.compute_validation_loss",
     "checkpoint": "finetune.jobs.train.checkpointing.write_state",
     "saving": "finetune.jobs.train.run._save",
 }

@@ -15,7 +15,7 @@ from cli.main import app
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.merge_models import combine
 from finetune.jobs.train.run import train
-from finetune.models.writing.weight_merging import Combination
+from finetune.models.writing.weight_merging import WeightMerge
 from finetune.run.directory import RunDirectory
 from tests.fixtures.recipes import as_recipe
 from tests.integration.test_road import logits
@@ -32,7 +32,7 @@ def test_of_a_run_and_nothing_of_another_is_the_run(tiny_recipe: dict[str, Any],
     sections = {**tiny_recipe, "quantization": {"kind": kind}}
     one = run_of(sections, tmp_path, "one")
     two = run_of(sections, tmp_path, "two", "adapter={method: lora, r: 2}", "training.seed=7")
-    result = combine([one, two], Combination("linear", (1.0, 0.0)), tmp_path / "out")
+    result = combine([one, two], WeightMerge("linear", (1.0, 0.0)), tmp_path / "out")
     alone = logits(AutoModelForCausalLM.from_pretrained(merge(one).folder))
     together = logits(AutoModelForCausalLM.from_pretrained(result.folder))
     assert (alone - together).abs().max() <= 1e-5 * alone.abs().max()
@@ -80,5 +80,5 @@ def test_runs_over_another_base_are_refused(tiny_recipe: dict[str, Any], tmp_pat
     from finetune.errors import RefusedError
 
     with pytest.raises(RefusedError, match="another base"):
-        combine([plain, quantized], Combination("linear", (1.0, 1.0)), tmp_path / "out")
+        combine([plain, quantized], WeightMerge("linear", (1.0, 1.0)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from finetune.jobs.train import evaluator
 from finetune.jobs.train.run import train
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
-from finetune.run.events import BestKept, Event, Sampled, StepMetrics, TrainingFinished, Validated
+from finetune.run.events import BestCheckpoint, Event, SampleGenerated, StepMetrics, TrainingFinished, ValidationResult
 from finetune.run.history import History
 from finetune.run.signals import Interruption
 from tests.fixtures.recipes import write_recipe
@@ -56,8 +56,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """Held-out losses by step that are told in the place of those that are measured."""
     script: dict[int, float] = {}
 
-    def told(step: int, loss: float, perplexity: float, rows: int) -> Validated:
-        return Validated(step, script.get(step, loss), perplexity, rows)
+    def told(step: int, loss: float, perplexity: float, rows: int) -> ValidationResult:
+        return ValidationResult(step, script.get(step, loss), perplexity, rows)
 
     monkeypatch.setattr(evaluator, "Validated", told)
     return script
@@ -68,7 +68,7 @@ def test_answers_and_measurements_change_nothing_that_is_learned(tiny_recipe: di
     trained(made(tiny_recipe, steps=3, every_steps=None), plain)
     _, events = trained(made(tiny_recipe, steps=3, sample_rows=2), asked)
     assert weights(plain) == weights(asked)
-    samples = [event for event in events if isinstance(event, Sampled)]
+    samples = [event for event in events if isinstance(event, SampleGenerated)]
     assert [sample.step for sample in samples] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert History.of(asked).samples == samples
     assert all(sample.reference and sample.prompt for sample in samples)
@@ -83,7 +83,7 @@ def test_a_run_stops_when_patience_is_over_and_its_result_is_the_best_weights(
     scripted.update(BEST_AT_TWO)
     finished, events = trained(made(tiny_recipe, patience=2), patient)
     assert [event.step for event in events if isinstance(event, StepMetrics)] == [1, 2, 3, 4]
-    best = BestKept(step=4, best_step=2, loss=4.0, stopped_early=True)
+    best = BestCheckpoint(step=4, best_step=2, loss=4.0, stopped_early=True)
     assert best in events
     assert History.of(patient).best == [best]
     assert (finished.steps, finished.best_step, finished.validation_loss) == (4, 2, 4.0)

@@ -131,8 +131,8 @@ def test_a_choice_is_the_likeliest_answer_of_the_model_itself(base: Path, tasks:
     for record in [record for record in records if record["task"] == "colours"]:
         ids = tokenizer(record["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            log_chances = model(ids).logits[0, -1].log_softmax(-1)
-        letters = {letter: float(log_chances[tokenizer.convert_tokens_to_ids(letter)]) for letter in "ABC"}
+            log_probs = model(ids).logits[0, -1].log_softmax(-1)
+        letters = {letter: float(log_probs[tokenizer.convert_tokens_to_ids(letter)]) for letter in "ABC"}
         assert record["choices"] == pytest.approx(letters, abs=1e-4)
         assert record["answer"] == max(letters, key=letters.__getitem__)
         right += record["answer"] in record["references"]
@@ -218,7 +218,7 @@ def test_choices_are_the_same_whether_or_not_what_rows_begin_with_alike_is_compu
     monkeypatch.setattr(likelihood, "WORTH_SHARING", 1)
     once = choices("once")
     assert bool(passes) == shares
-    monkeypatch.setattr(SharedBase, "may_share_prefixes", lambda self, number: False)
+    monkeypatch.setattr(SharedBase, "supports_prefix_sharing", lambda self, number: False)
     for found, expected in zip(once, choices("each"), strict=True):
         assert found == pytest.approx(expected, abs=1e-4)
 

@@ -17,14 +17,14 @@ from typer.testing import CliRunner, Result
 from cli.main import app
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
-from finetune.evaluation.vllm_generator import VllmWriter
+from finetune.evaluation.vllm_generator import VllmGenerator
 from finetune.jobs.export.merge import merge
 from tests.fixtures.evaluating import evaluated, values
-from tests.fixtures.stand_in_vllm import RequestOutputKind, Told, stand_in
+from tests.fixtures.fake_vllm import RequestOutputKind, Told, fake_vllm
 from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import run_of
 
-__all__ = ["stand_in"]
+__all__ = ["fake_vllm"]
 WRITER = "vLLM 0.0.1"
 
 
@@ -68,20 +68,20 @@ def answered(engine: Any) -> list[SimpleNamespace]:
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 12}, {"method": "full"}])
 def test_answers_are_asked_of_vllm_and_losses_and_choices_of_ft(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told, adapter: dict[str, Any]
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told, adapter: dict[str, Any]
 ):
     run = run_of({**sections, "adapter": adapter}, tmp_path)
     names = ("held_out", str(tasks))
     ours = evaluated(run, tasks=names, output=tmp_path / "ours")
-    assert not stand_in.asked
+    assert not fake_vllm.asked
     found = evaluated(run, tasks=names, output=tmp_path / "theirs", engine="vllm")
-    assert (ours.answers_by, found.answers_by) == ("ft", WRITER)
+    assert (ours.generation_backend, found.generation_backend) == ("ft", WRITER)
     assert found.scores == ours.scores
     assert answers(tmp_path / "theirs") == answers(tmp_path / "ours")
     assert len(set(answers(tmp_path / "ours"))) > 4
-    assert len(stand_in.asked) == 4 + 6  # and no choice
-    (arguments,) = stand_in.loaded
-    served = [adapter for _, _, adapter in stand_in.asked]
+    assert len(fake_vllm.asked) == 4 + 6  # and no choice
+    (arguments,) = fake_vllm.loaded
+    served = [adapter for _, _, adapter in fake_vllm.asked]
     if adapter["method"] == "full":
         assert arguments.model == str(run.trained(True))
         assert served == [None] * 10
@@ -93,59 +93,61 @@ def test_answers_are_asked_of_vllm_and_losses_and_choices_of_ft(
     assert arguments.dtype == "float32"
     assert arguments.trust_remote_code is False
     assert arguments.load_format == "safetensors"
-    assert stand_in.ended == 1
+    assert fake_vllm.ended == 1
 
 
 def test_the_base_beside_it_is_asked_without_the_adapter(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told
 ):
     run = run_of(sections, tmp_path)
     found = evaluated(run, "base", tasks=(str(tasks),), engine="vllm")
     assert found.scores == evaluated(run, "base", tasks=(str(tasks),)).scores
-    assert [bool(adapter) for _, _, adapter in stand_in.asked] == [False] * 6 + [True] * 6
-    assert stand_in.ended == len(stand_in.loaded) == 2
+    assert [bool(adapter) for _, _, adapter in fake_vllm.asked] == [False] * 6 + [True] * 6
+    assert fake_vllm.ended == len(fake_vllm.loaded) == 2
 
 
-def test_a_model_is_asked_as_it_is(sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told):
+def test_a_model_is_asked_as_it_is(sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told):
     folder = merge(run_of(sections, tmp_path)).folder
     found = evaluated(folder, tasks=(str(tasks),), engine="vllm")
     assert found.scores == evaluated(folder, tasks=(str(tasks),)).scores
-    assert stand_in.loaded[0].model == str(folder)
+    assert fake_vllm.loaded[0].model == str(folder)
 
 
 def test_what_was_answered_is_kept_by_engine(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told, monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(sections, tmp_path)
     evaluated(run, tasks=(str(tasks),), engine="vllm")
-    assert len(stand_in.asked) == 6
+    assert len(fake_vllm.asked) == 6
     evaluated(run, tasks=(str(tasks),), engine="vllm")
-    assert len(stand_in.asked) == 6
+    assert len(fake_vllm.asked) == 6
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.0.2")
     evaluated(run, tasks=(str(tasks),), engine="vllm")
-    assert len(stand_in.asked) == 12
+    assert len(fake_vllm.asked) == 12
 
 
-def test_the_model_is_loaded_anew_for_longer_rows_only(tmp_path: Path, stand_in: Told, monkeypatch: pytest.MonkeyPatch):
+def test_the_model_is_loaded_anew_for_longer_rows_only(
+    tmp_path: Path, fake_vllm: Told, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sys.modules["vllm"].LLMEngine, "step", answered)  # type: ignore[attr-defined]
     writer = written(tmp_path / "model")
     for length in (4, 2046, 2047, 3000):
         writer.write([[1] * length], Sampling(2), lambda answers: None)
-    assert [arguments.max_model_len for arguments in stand_in.loaded] == [2048, 4096]
-    assert stand_in.ended == 1
+    assert [arguments.max_model_len for arguments in fake_vllm.loaded] == [2048, 4096]
+    assert fake_vllm.ended == 1
     writer.positions = 4500
     writer.write([[1] * 4200], Sampling(2), lambda answers: None)
-    assert stand_in.loaded[-1].max_model_len == 4500
+    assert fake_vllm.loaded[-1].max_model_len == 4500
 
 
 # --- how it is asked
 
 
-def written(folder: Path, **settings: Any) -> VllmWriter:
+def written(folder: Path, **settings: Any) -> VllmGenerator:
     """A model with generation settings of its own."""
     write_tiny_model(folder)
     GenerationConfig(**{"eos_token_id": 257, **settings}).save_pretrained(folder)
-    return VllmWriter("model", folder, tiny_tokenizer(), torch.float32, "cpu", None)
+    return VllmGenerator("model", folder, tiny_tokenizer(), torch.float32, "cpu", None)
 
 
 GREEDY = {
@@ -184,19 +186,19 @@ GREEDY = {
     ],
 )
 def test_vllm_is_told_what_transformers_would_do(
-    tmp_path: Path, stand_in: Told, settings: dict[str, Any], sampling: Sampling, changes: dict[str, Any]
+    tmp_path: Path, fake_vllm: Told, settings: dict[str, Any], sampling: Sampling, changes: dict[str, Any]
 ):
     assert vars(written(tmp_path / "model", **settings).parameters(sampling)) == {**GREEDY, **changes}
 
 
-def test_an_answer_ends_before_the_first_stop_in_the_text(tmp_path: Path, stand_in: Told):
+def test_an_answer_ends_before_the_first_stop_in_the_text(tmp_path: Path, fake_vllm: Told):
     writer = written(tmp_path / "model")
     ids = tiny_tokenizer().encode("one, two; three")
     assert writer._text([*ids, 257], Sampling(20, stops=(";", ","))) == "one"
     assert writer._text([*ids, 257], Sampling(20)) == "one, two; three"
 
 
-def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, stand_in: Told):
+def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, fake_vllm: Told):
     with pytest.raises(UnsupportedError, match="no_repeat_ngram_size"):
         written(tmp_path / "model", no_repeat_ngram_size=2)
 
@@ -215,7 +217,7 @@ def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, stand_in: Told):
     ],
 )
 def test_what_vllm_would_not_serve_is_refused_before_anything_is_measured(
-    sections: dict[str, Any], tmp_path: Path, stand_in: Told, changes: dict[str, Any], what: str, remedy: str
+    sections: dict[str, Any], tmp_path: Path, fake_vllm: Told, changes: dict[str, Any], what: str, remedy: str
 ):
     run = run_of({**sections, **changes}, tmp_path)
     with pytest.raises(UnsupportedError, match=what) as caught:
@@ -226,7 +228,7 @@ def test_what_vllm_would_not_serve_is_refused_before_anything_is_measured(
 
 
 def test_weights_that_ft_has_quantized_are_refused(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, stand_in: Told
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told
 ):
     four_bits = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora"}}
     run = run_of({**sections, **four_bits}, tmp_path)
@@ -234,19 +236,19 @@ def test_weights_that_ft_has_quantized_are_refused(
     with pytest.raises(UnsupportedError, match="quantized") as caught:
         evaluated(packed, tasks=(str(tasks),), engine="vllm")
     assert "--dtype bfloat16" in str(caught.value.hint)
-    assert evaluated(plain, tasks=(str(tasks),), engine="vllm").answers_by == WRITER
+    assert evaluated(plain, tasks=(str(tasks),), engine="vllm").generation_backend == WRITER
 
 
-def test_a_checkpoint_is_refused(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+def test_a_checkpoint_is_refused(sections: dict[str, Any], tmp_path: Path, fake_vllm: Told):
     run = run_of(sections, tmp_path)
     (checkpoint,) = run.checkpoints.glob("step-*3")
     with pytest.raises(UnsupportedError, match="no checkpoint"):
         evaluated(checkpoint, engine="vllm")
 
 
-def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_path: Path, fake_vllm: Told):
     run = run_of(sections, tmp_path)
-    stand_in.fails = ValueError("no such architecture\nTraceback")
+    fake_vllm.fails = ValueError("no such architecture\nTraceback")
     with pytest.raises(EnvironmentFault, match="does not load the model: no such architecture\n") as caught:
         evaluated(run, engine="vllm")
     assert caught.value.where == "run"
@@ -254,7 +256,7 @@ def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_p
 
 
 def test_an_engine_that_dies_is_told_and_what_it_answered_is_kept(
-    sections: dict[str, Any], tmp_path: Path, stand_in: Told, monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Any], tmp_path: Path, fake_vllm: Told, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(sections, tmp_path)
     engine = sys.modules["vllm"].LLMEngine  # type: ignore[attr-defined]
@@ -268,10 +270,10 @@ def test_an_engine_that_dies_is_told_and_what_it_answered_is_kept(
     monkeypatch.setattr(engine, "step", dying)
     with pytest.raises(EnvironmentFault, match="vLLM stopped: EngineCore"):
         evaluated(run, engine="vllm")
-    assert stand_in.ended == 1
+    assert fake_vllm.ended == 1
     monkeypatch.setattr(engine, "step", whole)
     evaluated(run, engine="vllm")
-    assert len(stand_in.asked) == 4 + 1
+    assert len(fake_vllm.asked) == 4 + 1
 
 
 def test_without_vllm_the_remedy_is_told(sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -280,16 +282,16 @@ def test_without_vllm_the_remedy_is_told(sections: dict[str, Any], tmp_path: Pat
     with pytest.raises(UsageError, match="vllm is missing") as caught:
         evaluated(run, engine="vllm")
     assert "README" in str(caught.value.hint)
-    assert evaluated(run).answers_by == "ft"
+    assert evaluated(run).generation_backend == "ft"
 
 
-def test_results_say_who_has_answered(sections: dict[str, Any], tmp_path: Path, stand_in: Told):
+def test_results_say_who_has_answered(sections: dict[str, Any], tmp_path: Path, fake_vllm: Told):
     run = run_of(sections, tmp_path)
     said = f"Answers were written by {WRITER}; losses and choices are ft's."
     result = ft("eval", run.path, "--engine", "vllm")
     assert result.exit_code == 0
     assert said in result.stdout
-    assert json.loads((run.evaluation / "results.json").read_text())["answers_by"] == WRITER
+    assert json.loads((run.evaluation / "results.json").read_text())["generation_backend"] == WRITER
     assert said in run.report.read_text().replace("&#x27;", "'")
     merge(run)
     assert said in (run.merged / "README.md").read_text()

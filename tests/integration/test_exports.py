@@ -25,7 +25,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.ollama import modelfile, turns_of
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Validated
+from finetune.run.events import ValidationResult
 from tests.fixtures.tiny import byte_tokenizer, tiny_tokenizer
 from tests.integration.test_merging import ARCHITECTURES, run_of, write_model
 
@@ -147,7 +147,7 @@ def test_a_card_tells_the_runs_facts_and_no_path(tiny_recipe: dict[str, Any], ti
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"pipeline_tag": "text-generation", "tags": ["ft", "lora"]}
     losses = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    held_out = [line["loss"] for line in losses if line["event"] == Validated.kind]
+    held_out = [line["loss"] for line in losses if line["event"] == ValidationResult.kind]
     for fact in (
         result.base["fingerprint"],
         "Training: 24 rows.",

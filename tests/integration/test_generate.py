@@ -151,8 +151,8 @@ def test_the_merged_model_of_plain_text_goes_on_with_plain_text(tiny_recipe: dic
     tiny_recipe["data"] = {"train": [{"path": str(file)}], "max_length": 64}
     run = RunDirectory.create(tmp_path / "run")
     train(as_recipe(tiny_recipe, tmp_path), run)
-    assert [each.in_conversation for each in tuned(run.path, tiny_recipe["model"]["name"])] == [False, True]
-    assert [each.in_conversation for each in tuned(merge(run).folder)] == [False]
+    assert [each.uses_chat_template for each in tuned(run.path, tiny_recipe["model"]["name"])] == [False, True]
+    assert [each.uses_chat_template for each in tuned(merge(run).folder)] == [False]
     refused = ft("generate", run.path, "-p", "Hi", "--system", "Be brief.")
     assert refused.exit_code == 3
     assert "knows no system message" in refused.stderr

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from tests.fixtures.make_golden_run import FOLDER, PLACE, STEPS, STOPPED_AFTER, held_out_loss, recorded
+from tests.fixtures.make_golden_run import FOLDER, PLACE, STEPS, STOPPED_AFTER, compute_validation_loss, recorded
 
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
 
@@ -48,7 +48,7 @@ def test_merge_of_golden_run_equals_its_merged_weights(golden: Path):
 
 def test_eval_of_golden_run_equals_recorded_loss(golden: Path):
     ft("eval", golden / "finished", "--overwrite", "--quiet")
-    assert held_out_loss(golden / "finished") == pytest.approx(EXPECTED["finished"]["held_out"], rel=1e-4)
+    assert compute_validation_loss(golden / "finished") == pytest.approx(EXPECTED["finished"]["held_out"], rel=1e-4)
 
 
 def test_report_of_golden_run_writes_page_with_its_scores(golden: Path):
@@ -83,7 +83,7 @@ def test_stopped_golden_run_resumed_ends_with_recorded_losses(golden: Path):
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     assert found["validation_losses"] == pytest.approx(expected["validation_losses"], rel=1e-4)
     ft("eval", golden / "stopped", "--quiet")
-    assert held_out_loss(golden / "stopped") == pytest.approx(expected["held_out"], rel=1e-4)
+    assert compute_validation_loss(golden / "stopped") == pytest.approx(expected["held_out"], rel=1e-4)
 
 
 def test_finished_golden_run_with_more_steps_is_resumed(golden: Path):

@@ -25,7 +25,7 @@ from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.export.quantize import quantize
 from finetune.jobs.load import finetuned_model
 from finetune.jobs.load.finetuned_model import SharedBase
-from finetune.jobs.plan.estimate import Planner
+from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.train import prepare
 from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention
@@ -68,11 +68,13 @@ def attention_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     for module in (prepare, finetuned_model):
 
-        def chosen(model: Any, may_choose: bool, keep_apart: Callable[..., None] = module.keep_apart) -> None:
-            keep_apart(model, may_choose)
+        def chosen(
+            model: Any, may_choose: bool, use_packing_attention: Callable[..., None] = module.use_packing_attention
+        ) -> None:
+            use_packing_attention(model, may_choose)
             found.append(model.config._attn_implementation)
 
-        monkeypatch.setattr(module, "keep_apart", chosen)
+        monkeypatch.setattr(module, "use_packing_attention", chosen)
     return found
 
 
@@ -402,7 +404,7 @@ def test_planned_memory_is_near_measured_peak(
     }
     overrides = [f"training.micro_batch_size={8 if is_gpu else 1}", "training.max_steps=2", "training.rehearsal=false"]
     recipe = as_recipe(sections, tmp_path, ["training.precision=bfloat16", *overrides])
-    plan = Planner.of(recipe, None).plan(recipe, measures_time=False)
+    plan = MemoryPlanner.of(recipe, None).plan(recipe, measures_time=False)
     planned = sum(plan.parts.values()) - plan.parts["libraries"]
     empty_cache()
     before = 0
@@ -495,7 +497,7 @@ def test_choices_with_shared_question_have_likelihoods_of_choices_alone(
     for name in ("once", "each"):
         monkeypatch.setenv("FT_CACHE", str(tmp_path / f"cache-{name}"))
         if name == "each":
-            monkeypatch.setattr(SharedBase, "may_share_prefixes", lambda self, number: False)
+            monkeypatch.setattr(SharedBase, "supports_prefix_sharing", lambda self, number: False)
         evaluated(run, tasks=(str(tmp_path / "tasks.yaml"),), output=tmp_path / name)
         lines = (tmp_path / name / "generations.jsonl").read_text().splitlines()
         found[name] = [json.loads(line)["choices"] for line in lines]

@@ -31,9 +31,9 @@ from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.packed_attention import bounds_of
-from finetune.models.kernels.packing_check import keep_apart
-from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.kernels.packed_attention import example_bounds
+from finetune.models.kernels.packing_check import use_packing_attention
+from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.choice import Quantizers
@@ -101,7 +101,7 @@ def test_packed_attention_in_16_bits_matches_float64_reference(
     expected = reference(tensors, LENGTHS, window)
     given = [tensor.to(device).requires_grad_() for tensor in tensors]
     positions_BT = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    mask = bounds_of(positions_BT.to(device))
+    mask = example_bounds(positions_BT.to(device))
     output, _ = packed_attention.packed_attention(nn.Module(), *given, mask, sliding_window=window)
     (output * weights_like(output)).sum().backward()
     for found, exact in zip([output, *(tensor.grad for tensor in given)], expected, strict=True):
@@ -124,7 +124,7 @@ def test_packed_attention_over_shared_tokens_matches_float32_on_cpu(
     results = []
     for where, dtype in ((torch.device("cpu"), torch.float32), (device, torch.bfloat16)):
         given = [tensor.to(where, dtype).requires_grad_() for tensor in tensors]
-        mask = bounds_of(positions_BT.to(where))
+        mask = example_bounds(positions_BT.to(where))
         output, _ = packed_attention.packed_attention(nn.Module(), *given, mask, sliding_window=window)
         (output * weights_like(output)).sum().backward()
         results.append([output.detach(), *(tensor.grad for tensor in given)])
@@ -138,7 +138,7 @@ def test_model_in_16_bits_takes_packed_attention(dtype: torch.dtype, device: tor
         pytest.skip("float16 needs a GPU")
     skip_without_flash(device)
     model = tiny_llama().to(device, dtype)
-    keep_apart(model, may_choose=True)
+    use_packing_attention(model, may_choose=True)
     assert model.config._attn_implementation == packed_attention.NAME
 
 
@@ -190,11 +190,11 @@ def test_fused_kernels_match_plain_loss_and_gradients(
         model = family_model(family, dtype, device)
         if fused:
             fuse(model)
-        names = widening_layers(model)
-        keep_apart(model, may_choose=True)
+        names = up_projections(model)
+        use_packing_attention(model, may_choose=True)
         if fused and selective:
             assert family != "llama" or "model.layers.0.self_attn.q_proj" in names
-            compute_again(model, names)
+            recompute_outputs(model, names)
         results.append(outcome(model, batch, device))
     (loss, expected), (fused_loss, found) = results
     assert fused_loss == pytest.approx(loss, rel=2e-2 if dtype is torch.bfloat16 else 1e-4)
@@ -236,8 +236,8 @@ def test_method_on_device_matches_loss_and_gradients_of_cpu(method: str, autocas
     batch = padded(rows, 0) if section.prompt_tokens else joined(rows)
     on_device = deepcopy(model).to(device)
     if not section.prompt_tokens:
-        keep_apart(base_of(model), may_choose=True)
-        keep_apart(base_of(on_device), may_choose=True)
+        use_packing_attention(base_of(model), may_choose=True)
+        use_packing_attention(base_of(on_device), may_choose=True)
     loss, expected = outcome(model, batch, torch.device("cpu"))
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         found_loss, found = outcome(on_device, batch, device)

@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from finetune.errors import UnsupportedError, UsageError
-from finetune.evaluation.engine import Engine, OwnWriter
+from finetune.evaluation.engine import Engine, ModelGenerator
 from finetune.evaluation.measurement import Measurement
-from finetune.evaluation.prediction_cache import KeptResults
-from finetune.jobs.load.finetuned_model import SharedBase, Tuned
+from finetune.evaluation.prediction_cache import PredictionCache
+from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.jobs.load.model_ref import named
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
@@ -100,19 +100,19 @@ def base(tmp_path: Path) -> Path:
 
 
 def engine_of(who: Path, batch_size: int = 4) -> Engine:
-    tuned = Tuned.find(named([str(who)])[0], ignore)
+    tuned = FineTunedModel.find(named([str(who)])[0], ignore)
     shared = SharedBase([tuned], ignore)
     return Engine(
         label=tuned.label,
         tokenizer=tuned.setup.tokenizer,
-        in_conversation=tuned.in_conversation,
+        uses_chat_template=tuned.uses_chat_template,
         load=lambda: shared.model(0),
-        writer=OwnWriter(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
-        kept=KeptResults({"who": str(who), "batch": batch_size}),
+        writer=ModelGenerator(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
+        kept=PredictionCache({"who": str(who), "batch": batch_size}),
         compute_dtype=torch.float32,
         batch_size=batch_size,
         padding=tuned.setup.padding,
-        may_share=partial(shared.may_share_prefixes, 0),
+        may_share=partial(shared.supports_prefix_sharing, 0),
         positions=512,
     )
 

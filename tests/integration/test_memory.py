@@ -23,7 +23,7 @@ from cli.main import app
 from finetune.data.collate import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
-from finetune.evaluation.loss import HeldOutLoss, held_out_loss
+from finetune.evaluation.loss import ValidationLoss, compute_validation_loss
 from finetune.jobs.train.oom import less_memory
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.recipes import as_recipe, write_recipe
@@ -61,11 +61,11 @@ def refusing(
     return passes
 
 
-def held_out(batch_size: int) -> HeldOutLoss:
+def held_out(batch_size: int) -> ValidationLoss:
     rows = [Example(list(range(1, 5 + length)), [True] * (4 + length)) for length in range(11)]
     settings: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "compute_dtype": torch.float32}
     make_batch = partial(padded, padding=0)
-    return held_out_loss(tiny_llama(), rows, batch_size=batch_size, make_batch=make_batch, **settings)
+    return compute_validation_loss(tiny_llama(), rows, batch_size=batch_size, make_batch=make_batch, **settings)
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: type(shortage).__name__)
@@ -123,7 +123,7 @@ def test_eval_says_that_it_is_out_of_memory(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert ft("train", write_recipe(tiny_recipe, tmp_path), "--run-dir", tmp_path / "run", "--quiet")[0] == 0
-    monkeypatch.setattr("finetune.evaluation.likelihood.visit_log_chances", Mock(side_effect=SHORTAGES[0]))
+    monkeypatch.setattr("finetune.evaluation.likelihood.visit_log_probs", Mock(side_effect=SHORTAGES[0]))
     code, said = ft("eval", tmp_path / "run", "--quiet")
     assert code == 4
     assert "does not fit by itself" in said

@@ -28,7 +28,7 @@ from finetune.adapters.full import FullMethod
 from finetune.data.collate import BatchOrder, padded
 from finetune.data.encode import Example
 from finetune.data.batch_plan import Layout
-from finetune.evaluation.loss import held_out_loss
+from finetune.evaluation.loss import compute_validation_loss
 from finetune.recipe.sections.adapter import AdaLora, Full
 from finetune.recipe.sections.optimizer import Sgd
 from finetune.recipe.sections.training import Training
@@ -63,7 +63,7 @@ try:
 except StopRequested:
     stopped_after = accelerator.gather(torch.tensor([state.step])).tolist()
 settings = {"compute_dtype": torch.float32, "batch_size": 2, "make_batch": partial(padded, padding=0)}
-held_out = held_out_loss(model, rows, accelerator=accelerator, **settings)
+held_out = compute_validation_loss(model, rows, accelerator=accelerator, **settings)
 
 method = AdaLoraMethod(AdaLora(method="adalora", r=4, target_r=2))
 torch.manual_seed(0)
@@ -159,7 +159,7 @@ from pathlib import Path
 import torch
 from finetune.errors import EnvironmentFault
 from finetune.jobs.train.prepare import Ready
-from finetune.jobs.train.rank_consistency import refuse_disagreement
+from finetune.jobs.train.rank_consistency import check_same_on_all_ranks
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.signals import Interruption
@@ -187,7 +187,7 @@ found = {
     "planned": accelerator.gather(torch.tensor([ready.planned_memory or 0])).tolist(),
 }
 try:
-    refuse_disagreement({**ready.facts, "data": "rows of " + "ab"[rank]})
+    check_same_on_all_ranks({**ready.facts, "data": "rows of " + "ab"[rank]})
 except EnvironmentFault as error:
     found["refused"] = str(error)
 if accelerator.is_main_process:

@@ -15,7 +15,7 @@ from finetune.errors import OutOfMemoryError, RefusedError
 from finetune.jobs.train import dry_run
 from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Rehearsed
+from finetune.run.events import DryRunPassed, Event
 from tests.fixtures.recipes import as_recipe, write_recipe
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -57,11 +57,11 @@ def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat
     plain = result(sections(tiny_model, chat_file, kind, rehearsal=False), tmp_path / "plain")
     rehearsed = result(sections(tiny_model, chat_file, kind, rehearsal=True), tmp_path / "rehearsed")
     assert rehearsed[:2] == plain[:2]
-    (event,) = [event for event in rehearsed[2] if isinstance(event, Rehearsed)]
+    (event,) = [event for event in rehearsed[2] if isinstance(event, DryRunPassed)]
     assert event.folded == (kind in FOLDED)
     assert event.tokens > 0
     assert event.checkpoint_bytes > 0
-    assert not any(isinstance(event, Rehearsed) for event in plain[2])
+    assert not any(isinstance(event, DryRunPassed) for event in plain[2])
     assert not list((tmp_path / "rehearsed" / "run").glob(".*"))
 
 

@@ -20,7 +20,7 @@ from finetune.jobs.train import checkpointing
 from finetune.jobs.train.run import train
 from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Phase, Resumed, Saved, StepMetrics
+from finetune.run.events import CheckpointSaved, Event, Phase, RunResumed, StepMetrics
 from finetune.run.signals import Interruption
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
@@ -96,7 +96,7 @@ def test_stopped_after_any_step_it_ends_as_if_it_never_was(
     assert (outcome["code"], outcome["resumable"], outcome["step"]) == (75, True, step)
     events: list[Event] = []
     train(as_recipe(tiny_recipe, tmp_path, EPOCHS), run, events.append)
-    assert [event.step for event in events if isinstance(event, Resumed)] == [step]
+    assert [event.step for event in events if isinstance(event, RunResumed)] == [step]
     assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
     assert [line["step"] for line in results(run)["metrics"] if line["event"] == "step"] == list(range(1, 13))
 
@@ -352,7 +352,7 @@ def saved_steps(sections: dict[str, Any], folder: Path, *overrides: str) -> list
     events: list[Event] = []
     run = RunDirectory.create(folder / "run")
     train(as_recipe(sections, folder, overrides), run, events.append)
-    return [event.step for event in events if isinstance(event, Saved)]
+    return [event.step for event in events if isinstance(event, CheckpointSaved)]
 
 
 def test_checkpoints_come_when_the_recipe_says_and_at_the_end(tiny_recipe: dict[str, Any], tmp_path: Path):

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.data.encode import Encoder
 from finetune.errors import DivergedError, RefusedError, UnsupportedError, UsageError
 from finetune.jobs.export.merge import merge
-from finetune.jobs.load.context import Workbench
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.plan.preview import preview
 from finetune.jobs.train.run import train
 from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.run.directory import RunDirectory
-from finetune.run.events import RanksChosen, StepMetrics, Validated, ignore
+from finetune.run.events import RanksChosen, StepMetrics, ValidationResult, ignore
 from tests.fixtures.evaluating import evaluated, values
 from tests.fixtures.generating import answers
 from tests.fixtures.recipes import as_recipe
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: P
     }  # fmt: skip
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == StepMetrics.kind] == [1, 2, 3]
-    assert [line["step"] for line in lines if line["event"] == Validated.kind] == [0, 3]
+    assert [line["step"] for line in lines if line["event"] == ValidationResult.kind] == [0, 3]
     assert json.loads(run.outcome.read_text())["code"] == 0
     assert json.loads(run.data_report.read_text())["train"]["used"] == 24
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
@@ -313,7 +313,7 @@ def test_a_prompt_takes_the_form_of_the_training_rows(tiny_recipe: dict[str, Any
     tiny_recipe["data"]["train"] = [{"path": str(file)}]  # the format is detected
     run = run_of(tiny_recipe, tmp_path)
     record = json.loads((run.trained(False) / "ft_adapter.json").read_text())
-    assert record["in_conversation"] is (format == "instruction")
+    assert record["uses_chat_template"] is (format == "instruction")
     assert len(answers(run.path, prompts=["2+2="], tokens=4)) == 1
 
 
@@ -395,7 +395,7 @@ def test_a_folder_of_quantized_weights_trains_as_the_model_that_it_was_made_from
 ):
     recipe = as_recipe({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
     quantized = tmp_path / "quantized"
-    save_quantized(Workbench.of(recipe, ignore).load_base(ignore), quantized)
+    save_quantized(TrainingContext.of(recipe, ignore).load_base(ignore), quantized)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(quantized)
     losses = []
     for sections in ({"quantization": QUANTIZED[kind]}, {"model": {"name": str(quantized)}}):

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 from finetune.evaluation.generation import Sampling, generate
-from finetune.evaluation.loss import held_out_loss
+from finetune.evaluation.loss import compute_validation_loss
 from finetune.jobs.train.prepare import Ready
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
@@ -39,7 +39,7 @@ from finetune.train.loop import fit
 
 recipes, written, resumed = (Path(folder) for folder in sys.argv[1:4])
 if sys.argv[4] == "without the others":
-    step.average_beside_shares = lambda accelerator, model: None
+    step.allreduce_replicated_grads = lambda accelerator, model: None
 logging.disable_progress_bar()
 found = {}
 for file in sorted(recipes.iterdir()):
@@ -53,7 +53,7 @@ for file in sorted(recipes.iterdir()):
         [metrics.loss, metrics.gradient_norm]
         for metrics in fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout)
     ]
-    loss = held_out_loss(
+    loss = compute_validation_loss(
         state.bare_model, ready.rows.train[:5], accelerator=ready.bench.accelerator, compute_dtype=torch.float32,
         batch_size=2, make_batch=ready.layout.batch,
     )
@@ -75,7 +75,7 @@ for file in sorted(recipes.iterdir()):
         ready.bench.method.save(state.bare_model, target / "trained")
     elif state.is_sharded:
         write_state(state, None)
-        ready.bench.method.help_save(state.bare_model)
+        ready.bench.method.gather_for_save(state.bare_model)
     fresh = Ready.of(recipe, ignore, Interruption()).state
     ready.bench.accelerator.wait_for_everyone()
     read_state(fresh, target)

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.jobs.smoke_test import shrunk
+from finetune.jobs.smoke_test import truncated_recipe
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from tests.fixtures.recipes import as_recipe, write_recipe
@@ -45,7 +45,7 @@ def test_it_trains_evaluates_merges_and_exports_and_leaves_nothing(deep_recipe: 
 
 
 def test_the_model_has_two_blocks_and_the_rows_are_few(deep_recipe: dict[str, Any], tmp_path: Path):
-    small = shrunk(as_recipe(deep_recipe, tmp_path), tmp_path / "small", ignore)
+    small = truncated_recipe(as_recipe(deep_recipe, tmp_path), tmp_path / "small", ignore)
     config = json.loads((tmp_path / "small" / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
     assert [source.rows for source in small.data.train] == [16]

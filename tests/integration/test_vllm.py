@@ -108,7 +108,7 @@ def test_ft_eval_reaches_the_same_by_vllm(run_of: Callable[[str], RunDirectory],
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["answers_by"].startswith("vLLM ")
+    assert told["generation_backend"].startswith("vLLM ")
     answers = [_answers(tmp_path / name) for name in ("ours", "theirs")]
     agreeing = [same(*each) for each in zip(*answers, strict=True)]
     print("ft eval", agreeing)  # noqa: T201

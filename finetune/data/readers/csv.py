@@ -79,7 +79,7 @@ class _Scanner:
     def __init__(self, path: Path, delimiter: str | None) -> None:
         self._path = path
         self._delimiter = delimiter
-        self._lines = numbered_lines(path)
+        self._varlen_meta = numbered_lines(path)
         self._number, self._line, self._at = 0, "", 0
 
     def records(self) -> Iterator[list[_Cell]]:
@@ -90,7 +90,7 @@ class _Scanner:
                 yield self._record(self._delimiter)
 
     def _next_line(self) -> bool:
-        line = next(self._lines, None)
+        line = next(self._varlen_meta, None)
         if line is None:
             return False
         (self._number, self._line), self._at = line, 0

@@ -18,16 +18,16 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import QUANTIZED, merge, proof_rows, refuse_taken, written_logits
+from finetune.jobs.export.merge import QUANTIZED, merge, refuse_taken, verification_rows, written_logits
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import modelfile
-from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.writing.gguf import GgufType, write_gguf, write_gguf_adapter
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.report.run_page import reported
+from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
 from finetune.storage.files import write_json, written_aside
@@ -60,8 +60,8 @@ class GgufResult:
     def to_json(self) -> dict[str, Any]:
         """The certificate that stands in `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        in_conversation = self.merge["in_conversation"]
-        facts = {"format": "gguf", "type": self.type, "in_conversation": in_conversation, "bound": self.bound}
+        uses_chat_template = self.merge["uses_chat_template"]
+        facts = {"format": "gguf", "type": self.type, "uses_chat_template": uses_chat_template, "bound": self.bound}
         return {**facts, **numbers, "merge": self.merge}
 
 
@@ -87,18 +87,18 @@ def export_gguf(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    with reported(run), written_aside(target) as folder:
+    with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", report=report)
         report(Phase(f"writing {MODEL} in {kind}"))
-        trained = TrainedRun.open(run, report)
+        trained = FineTunedRun.open(run, report)
         bench = trained.bench
         source = ModelFolder(part, bench.folder.name)
         nothing = Quantizers(NoQuantization())
         streamed = StreamedModel(source, bench.section, nothing, torch.device("cpu"), dequantized=False)
         write_gguf(streamed, bench.tokenizer, kind, folder / MODEL, run.path.name)
         report(Phase("comparing the file's and the merged model's logits"))
-        rows = proof_rows(trained, report).rows
+        rows = verification_rows(trained, report).rows
         found = agreement(
             written_logits(trained, part, rows), logits_of(_read_back(folder, streamed.model.config), rows)
         )
@@ -131,7 +131,7 @@ def export_gguf_adapter(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    trained = TrainedRun.open(run, report)
+    trained = FineTunedRun.open(run, report)
     method, section = trained.bench.method, trained.bench.recipe.adapter
     further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]
     if not isinstance(method, LowRankMethod) or further:
@@ -148,7 +148,7 @@ def export_gguf_adapter(
     for name, layer in layers.items():
         a_RI, b_OR = layer.factors(peft_bridge.ADAPTER_NAME)
         factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
-    with reported(run), written_aside(target) as folder:
+    with recording_errors(run), written_aside(target) as folder:
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
         what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.bench.section)}."
         write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")

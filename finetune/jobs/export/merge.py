@@ -17,15 +17,15 @@ from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.export.model_card import public_name, write_card
-from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
-from finetune.models.writing.rewrite import write_folded, write_folded_quantized
+from finetune.models.writing.rewrite import write_merged, write_merged_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.report.run_page import reported
+from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
 from finetune.storage.files import write_json, written_aside
@@ -36,7 +36,7 @@ QUANTIZED = "quantized"
 BOUNDS = {QUANTIZED: 2e-5, "float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding weights to a dtype explains."""
 
-PROOF_TOKENS = 512
+VERIFICATION_TOKENS = 512
 """Positions at which merged and unmerged logits are compared, padding included."""
 
 ROW_TOKENS = 256
@@ -63,7 +63,7 @@ class MergeResult:
     Attributes:
         folder: A model folder: one that plain transformers loads, or of quantized weights.
         dtype: Of its weights, or QUANTIZED.
-        in_conversation: Whether the run was trained through the chat template.
+        uses_chat_template: Whether the run was trained through the chat template.
         base: Name, commit and fingerprint of the base.
         adapter: Method and fingerprint of what was trained.
         held_out: Whether the compared rows were kept out of training.
@@ -73,7 +73,7 @@ class MergeResult:
 
     folder: Path
     dtype: str
-    in_conversation: bool
+    uses_chat_template: bool
     base: dict[str, Any]
     adapter: dict[str, Any]
     held_out: bool
@@ -113,19 +113,19 @@ def merge(
     """
     target = (output or run.merged).absolute()
     refuse_taken(target, overwrite)
-    trained = TrainedRun.open(run, report)
+    trained = FineTunedRun.open(run, report)
     bench = trained.bench
     bench.method.check_merge()
     dtype = dtype or (QUANTIZED if bench.method.fits_quantized else "float32")
-    proof = proof_rows(trained, report)
+    proof = verification_rows(trained, report)
     reference = _trained_logits(trained, proof.rows, report)
-    with reported(run), written_aside(target) as folder:
+    with recording_errors(run), written_aside(target) as folder:
         _write(trained, folder, dtype, report)
         report(Phase("comparing merged and trained logits"))
         result = MergeResult(
             folder=target,
             dtype=dtype,
-            in_conversation=trained.record.in_conversation,
+            uses_chat_template=trained.record.uses_chat_template,
             base={**trained.record.base.model_dump(), "name": public_name(bench.section)},
             adapter={"method": bench.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
             held_out=proof.held_out,
@@ -156,8 +156,8 @@ def refuse_taken(target: Path, overwrite: bool) -> None:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
-def proof_rows(trained: TrainedRun, report: Report) -> Proof:
-    """Real rows, held-out ones if there are any, as many as fill a batch of PROOF_TOKENS."""
+def verification_rows(trained: FineTunedRun, report: Report) -> Proof:
+    """Real rows, held-out ones if there are any, as many as fill a batch of VERIFICATION_TOKENS."""
     split = trained.bench.read_data(report)
     held_out = len(split.validation) > 0
     rows: list[Example] = []
@@ -165,7 +165,7 @@ def proof_rows(trained: TrainedRun, report: Report) -> Proof:
     for example in split.validation if held_out else split.train:
         cut = Example(example.ids[:ROW_TOKENS], example.is_target[:ROW_TOKENS])
         longest = max(longest, len(cut.ids))
-        if (len(rows) + 1) * longest > PROOF_TOKENS:
+        if (len(rows) + 1) * longest > VERIFICATION_TOKENS:
             break
         rows.append(cut)
     return Proof(held_out, rows)
@@ -185,7 +185,7 @@ def streamed_logits(streamed: StreamedModel, model: nn.Module, examples: Sequenc
         return logits_of(model, examples)
 
 
-def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
     """Logits of base plus trained weights in float32, as they were trained.
 
     A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.
@@ -198,23 +198,23 @@ def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Re
     return streamed_logits(base, model, examples)
 
 
-def _write(trained: TrainedRun, folder: Path, dtype: str, report: Report) -> None:
+def _write(trained: FineTunedRun, folder: Path, dtype: str, report: Report) -> None:
     bench = trained.bench
     if dtype == QUANTIZED:
         base = trained.stream_base(report, dequantized=False)
         report(Phase("merging into the quantized weights"))
         bench.method.load(base.model, trained.weights)
-        write_folded_quantized(base, bench.method.fold_quantized, folder)
+        write_merged_quantized(base, bench.method.merge_quantized, folder)
     else:
         base = trained.stream_base(report, dequantized=True)
         report(Phase(f"merging in {dtype}"))
         if not bench.recipe.adapter.trains_base:
-            bench.method.foldable(base.model, trained.weights)
-        write_folded(base, peft_bridge.fold, DTYPES[dtype], folder)
+            bench.method.mergeable(base.model, trained.weights)
+        write_merged(base, peft_bridge.fold, DTYPES[dtype], folder)
     bench.tokenizer.save_pretrained(folder)
 
 
-def written_logits(trained: TrainedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
+def written_logits(trained: FineTunedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
     """Logits in float32 of a model that was written from a run, read back from the disk."""
     bench = trained.bench
     written = StreamedModel(

@@ -14,40 +14,40 @@ import torch
 from finetune.adapters import peft_bridge
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement
-from finetune.jobs.export.merge import merge, proof_rows, refuse_taken, written_logits
+from finetune.jobs.export.merge import merge, refuse_taken, verification_rows, written_logits
 from finetune.jobs.export.model_card import CARD
-from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.dtype import DTYPES
-from finetune.models.writing.rewrite import write_folded
-from finetune.models.writing.weight_merging import Combination, combine_folders
+from finetune.models.writing.rewrite import write_merged
+from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
 from finetune.storage.files import write_json, written_aside
 
 
 @dataclass(frozen=True)
-class CombineResult:
+class ModelMergeResult:
     """Where the combined model is, and how much of each run is in it.
 
     Attributes:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
-        in_conversation: Whether every run was trained through the chat template.
+        uses_chat_template: Whether every run was trained through the chat template.
         combination: The rule.
         agreements: Of each run, by its name: combined logits against the run's own, on the run's own rows.
     """
 
     folder: Path
     dtype: str
-    in_conversation: bool
-    combination: Combination
+    uses_chat_template: bool
+    combination: WeightMerge
     agreements: dict[str, Agreement]
 
     def to_json(self) -> dict[str, Any]:
         """What stands in `merge.json`."""
         return {
             "dtype": self.dtype,
-            "in_conversation": self.in_conversation,
+            "uses_chat_template": self.uses_chat_template,
             "combination": asdict(self.combination),
             "runs": {name: asdict(found) for name, found in self.agreements.items()},
         }
@@ -55,12 +55,12 @@ class CombineResult:
 
 def combine(
     runs: Sequence[RunDirectory],
-    combination: Combination,
+    combination: WeightMerge,
     output: Path,
     dtype: str = "float32",
     overwrite: bool = False,
     report: Report = ignore,
-) -> CombineResult:
+) -> ModelMergeResult:
     """Write one model that has what several runs over one base have learned.
 
     Each run is merged by itself first, with its own certificate; what it has changed is its difference from the base.
@@ -79,7 +79,7 @@ def combine(
     """
     target = output.absolute()
     refuse_taken(target, overwrite)
-    opened = [TrainedRun.open(run, report) for run in runs]
+    opened = [FineTunedRun.open(run, report) for run in runs]
     _refuse_other_bases(opened)
     with written_aside(target) as folder:
         parts = [folder / f"part-{index}" for index in range(len(runs))]
@@ -87,9 +87,9 @@ def combine(
             merge(run, part, "float32", report=report)
         start = folder / "base"
         start.mkdir()
-        write_folded(opened[0].stream_base(report, dequantized=True), peft_bridge.fold, torch.float32, start)
+        write_merged(opened[0].stream_base(report, dequantized=True), peft_bridge.fold, torch.float32, start)
         report(Phase(f"combining {len(runs)} runs by {combination.rule}"))
-        combine_folders(start, parts, combination, DTYPES[dtype], folder)
+        merge_weights(start, parts, combination, DTYPES[dtype], folder)
         for file in parts[0].iterdir():
             if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
@@ -98,18 +98,18 @@ def combine(
         report(Phase("comparing the combined model with each run"))
         agreements = {}
         for trained, part in zip(opened, parts, strict=True):
-            examples = proof_rows(trained, report).rows
+            examples = verification_rows(trained, report).rows
             own, combined = (written_logits(trained, each, examples) for each in (part, folder))
             agreements[trained.run.path.name] = agreement(own, combined)
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
-        in_conversation = all(trained.record.in_conversation for trained in opened)
-        result = CombineResult(target, dtype, in_conversation, combination, agreements)
+        uses_chat_template = all(trained.record.uses_chat_template for trained in opened)
+        result = ModelMergeResult(target, dtype, uses_chat_template, combination, agreements)
         write_json(folder / "merge.json", result.to_json())
     return result
 
 
-def _refuse_other_bases(opened: Sequence[TrainedRun]) -> None:
+def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:
     first = opened[0]
     for other in opened[1:]:
         same = (other.record.base.fingerprint, other.record.quantized_base) == (

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import yaml
 
-from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
 from finetune.report.run_page import answered_by
@@ -25,7 +25,7 @@ SECTIONS = ("quantization", "adapter", "optimizer", "training")
 
 
 def write_card(
-    trained: TrainedRun,
+    trained: FineTunedRun,
     folder: Path,
     what: str,
     use: Sequence[str],
@@ -70,7 +70,7 @@ def write_card(
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def section_method(trained: TrainedRun) -> str:
+def section_method(trained: FineTunedRun) -> str:
     """The name of the method."""
     return str(trained.bench.recipe.adapter.method)
 
@@ -95,7 +95,7 @@ def licence_of(folder: ModelFolder, section: Model) -> str | None:
     return None
 
 
-def _data(trained: TrainedRun) -> str:
+def _data(trained: FineTunedRun) -> str:
     report = read_json(trained.run.data_report)
     lines = []
     for split, title in (("train", "Training"), ("validation", "Held out")):
@@ -110,7 +110,7 @@ def _data(trained: TrainedRun) -> str:
     return "\n".join([*lines, *sorted(files)]) or "Not recorded."
 
 
-def _recipe(trained: TrainedRun) -> str:
+def _recipe(trained: FineTunedRun) -> str:
     recipe = trained.bench.recipe
     shown = {}
     for name in SECTIONS:
@@ -120,7 +120,7 @@ def _recipe(trained: TrainedRun) -> str:
     return str(yaml.safe_dump(shown, sort_keys=False))
 
 
-def _metrics(trained: TrainedRun) -> str:
+def _metrics(trained: FineTunedRun) -> str:
     run = trained.run
     lines = []
     history = History.of(run)

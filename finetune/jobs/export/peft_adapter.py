@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
-from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.recipe.vllm_support import served_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import Report, ignore
@@ -25,7 +25,7 @@ def export_adapter(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    trained = TrainedRun.open(run, report)
+    trained = FineTunedRun.open(run, report)
     rank = served_rank(trained.bench.recipe.adapter, trained.bench.recipe.modules)
     base = public_name(trained.bench.section)
     name = run.path.name

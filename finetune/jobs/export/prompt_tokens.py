@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from finetune.adapters.base import BakedPrompt
+from finetune.adapters.base import PromptTokens
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import BOUNDS, proof_rows, refuse_taken
-from finetune.jobs.load.trained_run import TrainedRun
+from finetune.jobs.export.merge import BOUNDS, refuse_taken, verification_rows
+from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.linear_layers import dequantize_model, rounds_activations
 from finetune.models.loading.dtype import DTYPES
-from finetune.report.run_page import reported
+from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase, Report, ignore
 from finetune.storage.files import write_json, written_aside
@@ -34,7 +34,7 @@ class ExportResult:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
         prompt: What the model's input has to begin with, as a text that is tokenized without adding special tokens.
-        in_conversation: Whether the run was trained through the chat template, which then begins with the prompt.
+        uses_chat_template: Whether the run was trained through the chat template, which then begins with the prompt.
         bound: What `agreement.relative_difference` had to stay below.
         agreement: Logits read back from disk, behind the new tokens, against those of the base with its prompt, both in
             float32 and over the tokens that the base's tokenizer knows.
@@ -43,7 +43,7 @@ class ExportResult:
     folder: Path
     dtype: str
     prompt: str
-    in_conversation: bool
+    uses_chat_template: bool
     bound: float
     agreement: Agreement
 
@@ -53,7 +53,7 @@ class ExportResult:
         return {
             "dtype": self.dtype,
             "prompt": self.prompt,
-            "in_conversation": self.in_conversation,
+            "uses_chat_template": self.uses_chat_template,
             "bound": self.bound,
             **numbers,
         }
@@ -82,28 +82,31 @@ def export(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    trained = TrainedRun.open(run, report)
-    trained.bench.method.check_bake()
+    trained = FineTunedRun.open(run, report)
+    trained.bench.method.check_prompt_export()
     known = len(trained.bench.tokenizer)
-    examples = proof_rows(trained, report).rows
+    examples = verification_rows(trained, report).rows
     report(Phase("computing the trained model's logits"))
     reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, report)]
     gc.collect()
-    with reported(run), written_aside(target) as folder:
+    with recording_errors(run), written_aside(target) as folder:
         report(Phase(f"writing the prompt as tokens in {dtype}"))
-        baked = _write_baked(trained, folder, DTYPES[dtype], _least_likely(reference), report)
+        exported_prompt = _write_prompt_tokens(trained, folder, DTYPES[dtype], _least_likely_token(reference), report)
         gc.collect()
         report(Phase("comparing exported and trained logits"))
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        behind = [Example(baked.ids + row.ids, [False] * len(baked.ids) + row.is_target) for row in examples]
-        found = [logits_KV[len(baked.ids) :, :known] for logits_KV in logits_of(reloaded, behind)]
+        behind = [
+            Example(exported_prompt.ids + row.ids, [False] * len(exported_prompt.ids) + row.is_target)
+            for row in examples
+        ]
+        found = [logits_KV[len(exported_prompt.ids) :, :known] for logits_KV in logits_of(reloaded, behind)]
         result = ExportResult(
             folder=target,
             dtype=dtype,
-            prompt=baked.text
-            if trained.record.in_conversation
-            else baked.text + _begin_of_text(trained.bench.tokenizer),
-            in_conversation=trained.record.in_conversation,
+            prompt=exported_prompt.text
+            if trained.record.uses_chat_template
+            else exported_prompt.text + _begin_of_text(trained.bench.tokenizer),
+            uses_chat_template=trained.record.uses_chat_template,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
         )
@@ -118,7 +121,7 @@ def export(
     return result
 
 
-def _trained_logits(trained: TrainedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
     """Logits of the base behind its prompt in float32; a quantizer that rounds inputs too is left out of it."""
     base = trained.load_base(report, torch.float32)
     if rounds_activations(base):
@@ -132,17 +135,19 @@ def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.bos_token) if begins else ""
 
 
-def _least_likely(logits: Sequence[Tensor]) -> int:
+def _least_likely_token(logits: Sequence[Tensor]) -> int:
     """The token that these rows come least near to."""
     return int(torch.cat(list(logits)).amax(dim=0).argmin())
 
 
-def _write_baked(trained: TrainedRun, folder: Path, dtype: torch.dtype, unlikely: int, report: Report) -> BakedPrompt:
+def _write_prompt_tokens(
+    trained: FineTunedRun, folder: Path, dtype: torch.dtype, unlikely: int, report: Report
+) -> PromptTokens:
     bench = trained.bench
     base = dequantize_model(trained.load_base(report, torch.float32), torch.float32)
-    baked = bench.method.bake(base, trained.weights, bench.tokenizer, unlikely)
-    model = baked.model.to(dtype)
+    exported_prompt = bench.method.export_prompt(base, trained.weights, bench.tokenizer, unlikely)
+    model = exported_prompt.model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)
     bench.tokenizer.save_pretrained(folder)
-    return baked
+    return exported_prompt

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from finetune.errors import ModelError, RefusedError
 from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
-from finetune.jobs.load.context import Workbench
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.training_record import base_record
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.load import load_model
@@ -105,7 +105,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Repo
     target = output.absolute()
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
-    bench = Workbench.of(recipe, report)
+    bench = TrainingContext.of(recipe, report)
     refuse_without_form_on_disk(bench.quantizers.in_use)
     if stored_quantization(bench.folder):
         raise ModelError(
@@ -139,7 +139,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Repo
 
 @torch.no_grad()
 def _measured(
-    bench: Workbench, model: PreTrainedModel, dtype: torch.dtype, report: Report
+    bench: TrainingContext, model: PreTrainedModel, dtype: torch.dtype, report: Report
 ) -> dict[str, QuantizedLayer]:
     """Every quantized layer beside its weight in the base's files, of which one is read at a time."""
     plain = load_model(

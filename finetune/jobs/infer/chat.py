@@ -6,7 +6,7 @@ from finetune.data.documents import Conversation, Message
 from finetune.errors import UsageError
 from finetune.evaluation.generation import Sampling, Tell
 from finetune.jobs.infer.generate import Question, answer
-from finetune.jobs.load.finetuned_model import SharedBase, Tuned
+from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.jobs.load.model_ref import Named
 from finetune.run.events import Report
 
@@ -36,8 +36,8 @@ class Chat:
             UsageError: It knows no turns.
             FinetuneError: It cannot be opened.
         """
-        tuned = Tuned.find(named, report)
-        if not tuned.in_conversation:
+        tuned = FineTunedModel.find(named, report)
+        if not tuned.uses_chat_template:
             raise UsageError(
                 "it goes on with plain text and knows no turns",
                 where=named.given,

@@ -21,20 +21,20 @@ import finetune.models
 import finetune.quantizers
 import finetune.train
 from finetune.errors import CheckFailedError, DataError, RefusedError, UsageError
-from finetune.evaluation.engine import Engine, OwnWriter, Writer
+from finetune.evaluation.engine import Engine, ModelGenerator, Writer
 from finetune.evaluation.gates import Gate
 from finetune.evaluation.measurement import CONFIDENCE, Difference, Interval, Measurement, difference, interval
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, Form
-from finetune.evaluation.prediction_cache import KeptResults
+from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.evaluation.tasks import HeldOut, Task
-from finetune.jobs.load.context import Workbench
-from finetune.jobs.load.finetuned_model import SharedBase, Trained, Tuned
+from finetune.jobs.load.context import TrainingContext
+from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase, Trained
 from finetune.jobs.load.model_ref import Kind, Named
-from finetune.jobs.load.vllm import vllm_writer
+from finetune.jobs.load.vllm import vllm_generator
 from finetune.models.fingerprint import fingerprint
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSection
-from finetune.report.run_page import reported
+from finetune.report.run_page import recording_errors
 from finetune.resolve import build
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Report, ignore
@@ -131,7 +131,7 @@ class Evaluated:
     Attributes:
         label: What was measured.
         against: What it was compared with.
-        answers_by: What wrote the answers: ft, or another engine with its version; all else is ft's.
+        generation_backend: What wrote the answers: ft, or another engine with its version; all else is ft's.
         scores: By task and metric.
         gates: What became of the conditions.
         folder: Where results and answers are; None where they were not written.
@@ -139,7 +139,7 @@ class Evaluated:
 
     label: str
     against: str | None
-    answers_by: str
+    generation_backend: str
     scores: dict[str, dict[str, Score]]
     gates: list[GateResult] = field(default_factory=list)
     folder: Path | None = None
@@ -158,7 +158,7 @@ class Evaluated:
         return {
             "model": self.label,
             "against": self.against,
-            "answers_by": self.answers_by,
+            "generation_backend": self.generation_backend,
             "confidence": CONFIDENCE,
             "tasks": tasks,
             "gates": [
@@ -194,30 +194,30 @@ def evaluate(
         UnsupportedError: Losses of models with different tokens were to be compared.
         FinetuneError: A model cannot be opened.
     """
-    tuned = Tuned.find(named, report)
+    tuned = FineTunedModel.find(named, report)
     other = _other(tuned, against, report)
     tasks = _tasks(named, tuned, asked.tasks, report)
     _refuse_idle_gates(asked.gates, tasks)
     if other:
         _refuse_other_tokens(tuned, other, tasks)
     by_vllm = asked.engine == "vllm"
-    compared = [(each, vllm_writer(each, report) if by_vllm else None) for each in (other, tuned) if each]
+    compared = [(each, vllm_generator(each, report) if by_vllm else None) for each in (other, tuned) if each]
     measured = _measured(compared, tasks, asked, report)
     ours, theirs = measured[-1], measured[0] if other else None
-    answers_by = (compared[-1][1] or OwnWriter).name
-    evaluated = Evaluated(named.label, other.label if other else None, answers_by, _scores(tasks, ours, theirs))
+    generation_backend = (compared[-1][1] or ModelGenerator).name
+    evaluated = Evaluated(named.label, other.label if other else None, generation_backend, _scores(tasks, ours, theirs))
     evaluated.gates.extend(_results_of(asked.gates, evaluated))
     run = RunDirectory(named.path) if named.kind is Kind.RUN else None
     folder = asked.output or (run.evaluation if run else None)
     if folder is not None:
-        with reported(run) if run else nullcontext():
+        with recording_errors(run) if run else nullcontext():
             _write(folder, evaluated, tasks, ours, theirs)
     return replace(evaluated, folder=folder)
 
 
-def _other(tuned: Tuned, against: Named | Literal["base"] | None, report: Report) -> Tuned | None:
+def _other(tuned: FineTunedModel, against: Named | Literal["base"] | None, report: Report) -> FineTunedModel | None:
     if isinstance(against, Named):
-        return Tuned.find(against, report)
+        return FineTunedModel.find(against, report)
     if against == "base" and tuned.trained is None:
         raise UsageError(
             "this is a model as it is, which has no base",
@@ -227,19 +227,19 @@ def _other(tuned: Tuned, against: Named | Literal["base"] | None, report: Report
     return tuned.untuned if against else None
 
 
-def _tasks(named: Named, tuned: Tuned, names: Sequence[str], report: Report) -> list[Task]:
+def _tasks(named: Named, tuned: FineTunedModel, names: Sequence[str], report: Report) -> list[Task]:
     """The tasks of these names; without any, all of the recipe."""
-    bench = tuned.setup if isinstance(tuned.setup, Workbench) else None
+    bench = tuned.setup if isinstance(tuned.setup, TrainingContext) else None
     own = {section.name: section for section in bench.recipe.evaluation.tasks} if bench else {}
     if not names:
-        held_out = [task for task in [_held_out(bench, report)] if task]
+        held_out = [task for task in [_validation(bench, report)] if task]
         if not held_out and not own:
             raise _nothing_to_measure(named, bench)
         return [*held_out, *map(build, own.values())]
     tasks: list[Task] = []
     for name in names:
         if name == HELD_OUT:
-            held = _held_out(bench, report)
+            held = _validation(bench, report)
             if held is None:
                 raise _nothing_to_measure(named, bench)
             tasks.append(held)
@@ -259,14 +259,14 @@ def _named_elsewhere(name: str) -> list[TaskSection]:
     return [HarnessTask(name=name, kind="lm_eval")]
 
 
-def _held_out(bench: Workbench | None, report: Report) -> HeldOut | None:
+def _validation(bench: TrainingContext | None, report: Report) -> HeldOut | None:
     if bench is None or not (bench.recipe.data.validation or bench.recipe.data.validation_fraction):
         return None
     rows = bench.read_data(report).validation
     return HeldOut(rows, bench.recipe.evaluation, bench.recipe.data.train_on) if len(rows) else None
 
 
-def _nothing_to_measure(named: Named, bench: Workbench | None) -> DataError | UsageError:
+def _nothing_to_measure(named: Named, bench: TrainingContext | None) -> DataError | UsageError:
     if bench is None:
         return UsageError(
             "a recipe's held-out rows are known of its runs and their checkpoints only",
@@ -288,7 +288,7 @@ def _refuse_idle_gates(gates: Sequence[Gate], tasks: Sequence[Task]) -> None:
             gate.concerned(names)
 
 
-def _refuse_other_tokens(tuned: Tuned, other: Tuned, tasks: Sequence[Task]) -> None:
+def _refuse_other_tokens(tuned: FineTunedModel, other: FineTunedModel, tasks: Sequence[Task]) -> None:
     ours, theirs = (each.setup.tokenizer.backend_tokenizer.to_str() for each in (tuned, other))
     losses = [task.name for task in tasks if task.has_loss]
     if losses and ours != theirs:
@@ -300,13 +300,13 @@ def _refuse_other_tokens(tuned: Tuned, other: Tuned, tasks: Sequence[Task]) -> N
 
 
 def _measured(
-    compared: Sequence[tuple[Tuned, Writer | None]], tasks: Sequence[Task], asked: Asked, report: Report
+    compared: Sequence[tuple[FineTunedModel, Writer | None]], tasks: Sequence[Task], asked: Asked, report: Report
 ) -> list[list[Measurement]]:
     """What each model reached, one after the other; what stands on the same base is put on it in turn."""
     shares = len({id(tuned.setup) for tuned, _ in compared}) == 1
     found = []
     for group in [compared] if shares else [[each] for each in compared]:
-        base = _LateBase([tuned for tuned, _ in group], report)
+        base = _LazyBase([tuned for tuned, _ in group], report)
         for number, (tuned, writer) in enumerate(group):
             engine = _engine(tuned, base, number, writer, asked, report)
             with closing(engine.writer):
@@ -314,10 +314,10 @@ def _measured(
     return found
 
 
-class _LateBase:
+class _LazyBase:
     """A base with what goes on it, loaded once something is asked that is not kept."""
 
-    def __init__(self, tuned: Sequence[Tuned], report: Report) -> None:
+    def __init__(self, tuned: Sequence[FineTunedModel], report: Report) -> None:
         self._tuned, self._report = tuned, report
 
     @cached_property
@@ -328,32 +328,34 @@ class _LateBase:
         """See `SharedBase.model`."""
         return self._loaded.model(number)
 
-    def may_share_prefixes(self, number: int) -> bool:
-        """See `SharedBase.may_share_prefixes`."""
-        return self._loaded.may_share_prefixes(number)
+    def supports_prefix_sharing(self, number: int) -> bool:
+        """See `SharedBase.supports_prefix_sharing`."""
+        return self._loaded.supports_prefix_sharing(number)
 
 
-def _engine(tuned: Tuned, base: _LateBase, number: int, writer: Writer | None, asked: Asked, report: Report) -> Engine:
+def _engine(
+    tuned: FineTunedModel, base: _LazyBase, number: int, writer: Writer | None, asked: Asked, report: Report
+) -> Engine:
     """What is asked; without a writer of its own answers are ours."""
     setup, load = tuned.setup, partial(base.model, number)
-    section = setup.recipe.evaluation if isinstance(setup, Workbench) else Evaluation()
+    section = setup.recipe.evaluation if isinstance(setup, TrainingContext) else Evaluation()
     batch_size = asked.batch_size or section.batch_size
     return Engine(
         label=tuned.label,
         tokenizer=setup.tokenizer,
-        in_conversation=tuned.in_conversation,
+        uses_chat_template=tuned.uses_chat_template,
         load=load,
-        writer=writer or OwnWriter(load, setup.tokenizer, batch_size, setup.padding),
-        kept=KeptResults(_identity(tuned, report)),
+        writer=writer or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding),
+        kept=PredictionCache(_identity(tuned, report)),
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,
         padding=setup.padding,
-        may_share=partial(base.may_share_prefixes, number),
+        may_share=partial(base.supports_prefix_sharing, number),
         positions=setup.positions and setup.positions - tuned.prompt_tokens,
     )
 
 
-def _identity(tuned: Tuned, report: Report) -> dict[str, Any]:
+def _identity(tuned: FineTunedModel, report: Report) -> dict[str, Any]:
     """All that decides what a model says."""
     setup = tuned.setup
     folder = setup.base_folder(report).path

@@ -17,7 +17,7 @@ from finetune.data.readers.options import Options
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling, Tell, generate
-from finetune.jobs.load.finetuned_model import SharedBase, Tuned
+from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.recipe.sections.data import ChatSource
 from finetune.run.events import Progress, Report, ignore
 
@@ -56,12 +56,12 @@ class FileQuestion:
     question: Question
 
 
-def questions_of(prompt: str, system: str | None, tuned: Sequence[Tuned]) -> list[Question]:
+def questions_of(prompt: str, system: str | None, tuned: Sequence[FineTunedModel]) -> list[Question]:
     """One prompt to each."""
     return [Question(_opened(prompt, system), number) for number in range(len(tuned))]
 
 
-def questions_in(file: Path, system: str | None, tuned: Sequence[Tuned]) -> list[FileQuestion]:
+def questions_in(file: Path, system: str | None, tuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
     """The questions of a file, in its order: each row to whom its column `adapter` names, or else to all.
 
     A row has a column `prompt`, `text`, or `messages` as for training, where an answer that stands last is left out.
@@ -172,7 +172,7 @@ def _asked(row: Row, labels: Sequence[str]) -> Sequence[int]:
     return [labels.index(wanted)]
 
 
-def _encoded(tuned: Tuned, encoder: Encoder, question: Question, longest: int) -> list[int]:
+def _encoded(tuned: FineTunedModel, encoder: Encoder, question: Question, longest: int) -> list[int]:
     """The tokens that a model is to go on from.
 
     Raises:
@@ -200,10 +200,10 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _document(tuned: Tuned, question: Question) -> Document:
+def _document(tuned: FineTunedModel, question: Question) -> Document:
     """The question in the form of the training rows: turns, or plain text."""
     messages = question.conversation.messages
-    if tuned.in_conversation:
+    if tuned.uses_chat_template:
         return replace(question.conversation, messages=(*messages, Message("assistant", "")))
     if [message.role for message in messages] != ["user"]:
         raise DataError(

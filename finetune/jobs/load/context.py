@@ -21,7 +21,7 @@ from finetune.data.encode import Encoder
 from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
-from finetune.models.kernels.packing_check import may_share_prefixes
+from finetune.models.kernels.packing_check import supports_prefix_sharing
 from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
 from finetune.models.loading.load import load_model, load_sharded_model, load_tokenizer, padding_id
@@ -155,7 +155,7 @@ class ModelSetup:
 
 
 @dataclass(frozen=True)
-class Workbench(ModelSetup):
+class TrainingContext(ModelSetup):
     """The parts that a recipe names, before any weight is loaded.
 
     Attributes:
@@ -168,7 +168,7 @@ class Workbench(ModelSetup):
     _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, recipe: Recipe, report: Report, weights: bool = True) -> Workbench:
+    def of(cls, recipe: Recipe, report: Report, weights: bool = True) -> TrainingContext:
         """Find and build the parts.
 
         Args:
@@ -204,13 +204,13 @@ class Workbench(ModelSetup):
         return Encoder(self.tokenizer, self.recipe.data.train_on)
 
     @property
-    def shares_base(self) -> bool:
+    def shards_base(self) -> bool:
         """Whether processes of the run hold shares of the base."""
         return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
 
     def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The frozen model on the device, or this process's share of it; see `ModelSetup.load_base`."""
-        if not self.shares_base:
+        if not self.shards_base:
             return super().load_base(report, dtype)
         folder = self.base_folder(report)
         report(Phase(f"loading shares of {self.section.name}"))
@@ -260,7 +260,7 @@ def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64
     """
     may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
     draws_for_each_row = recipe.training.neftune_alpha or getattr(recipe.adapter, "dropout", 0)
-    is_ours = recipe.model.attention == "auto" and may_share_prefixes(read_config(folder))
+    is_ours = recipe.model.attention == "auto" and supports_prefix_sharing(read_config(folder))
     may_share = is_ours and not draws_for_each_row
     return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
 

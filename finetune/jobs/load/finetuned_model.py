@@ -19,12 +19,18 @@ from finetune.adapters.base import AdapterMethod
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, PromptChoiceModel
 from finetune.errors import RefusedError, UnsupportedError
-from finetune.jobs.load.context import ModelSetup, Workbench
+from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.jobs.load.model_ref import Kind, Named
-from finetune.jobs.load.trained_run import TrainedRun
-from finetune.jobs.load.training_record import QuantizedRecord, TrainedRecord, refuse_other_base, refuse_other_codes
+from finetune.jobs.load.trained_run import FineTunedRun
+from finetune.jobs.load.training_record import (
+    QuantizedRecord,
+    TrainingRecord,
+    check_same_quantized_weights,
+    recorded_chat_template,
+    refuse_other_base,
+)
 from finetune.models.fingerprint import fingerprint
-from finetune.models.kernels.packing_check import keep_apart, objection_to_sharing
+from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
 from finetune.models.loading.dtype import autocast
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
@@ -38,7 +44,7 @@ from finetune.train.checkpoint import TRAINED
 
 logger = logging.getLogger(__name__)
 
-CERTIFICATES = ("merge.json", "export.json")
+VERIFICATION_REPORTS = ("merge.json", "export.json")
 """Files of ours in a model's folder that say whether it was trained on conversations."""
 
 
@@ -56,29 +62,29 @@ class Trained:
 
     method: AdapterMethod
     codes: QuantizedRecord | None
-    put_on: Callable[[PreTrainedModel], nn.Module]
+    attach_to: Callable[[PreTrainedModel], nn.Module]
     prompt_tokens: int
     weights: Path
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FineTunedModel:
     """Something that answers, not yet loaded.
 
     Attributes:
         label: What it is called.
         setup: Its base.
         trained: What goes on it; None for the base as it is.
-        in_conversation: Whether prompts go through the chat template, as the rows of the training did.
+        uses_chat_template: Whether prompts go through the chat template, as the rows of the training did.
     """
 
     label: str
     setup: ModelSetup
     trained: Trained | None
-    in_conversation: bool
+    uses_chat_template: bool
 
     @classmethod
-    def find(cls, named: Named, report: Report) -> Tuned:
+    def find(cls, named: Named, report: Report) -> FineTunedModel:
         """Find what a name means, and make sure that its base is the one that it was trained on.
 
         Raises:
@@ -90,14 +96,14 @@ class Tuned:
             case Kind.CHECKPOINT:
                 return _of_checkpoint(named, report)
             case Kind.WEIGHTS:
-                return _of_weights(named, report)
+                return _from_weights(named, report)
             case Kind.MODEL:
                 return _of_model(named, report)
 
     @property
-    def untuned(self) -> Tuned:
+    def untuned(self) -> FineTunedModel:
         """The base by itself."""
-        return Tuned("base", self.setup, None, self.in_conversation)
+        return FineTunedModel("base", self.setup, None, self.uses_chat_template)
 
     @property
     def prompt_tokens(self) -> int:
@@ -110,18 +116,18 @@ class Tuned:
         return self.trained is not None and isinstance(self.trained.method, EmbeddedPromptMethod)
 
 
-def _of_run(named: Named, report: Report) -> Tuned:
-    run = TrainedRun.open(RunDirectory.open(named.path), report)
+def _of_run(named: Named, report: Report) -> FineTunedModel:
+    run = FineTunedRun.open(RunDirectory.open(named.path), report)
     return _with_record(named.label, run.bench, run.bench.method, run.record, run.weights)
 
 
-def _of_weights(named: Named, report: Report) -> Tuned:
+def _from_weights(named: Named, report: Report) -> FineTunedModel:
     """The base is found as the record names it, wherever the folder lies now."""
-    record = TrainedRecord.read(named.path)
+    record = TrainingRecord.read(named.path)
     if record.adapter.trains_base:  # a whole model
         section = record.model.model_copy(update={"name": str(named.path), "revision": None})
         setup = ModelSetup.find(section, report, precision=record.precision, trains_base=True)
-        return Tuned(named.label, setup, None, record.in_conversation)
+        return FineTunedModel(named.label, setup, None, record.uses_chat_template)
     quantizers = Quantizers(record.quantization, record.modules)
     setup = ModelSetup.find(record.model, report, quantizers, record.precision)
     method = build(record.adapter, record.modules, setup.tokenizer)
@@ -129,22 +135,24 @@ def _of_weights(named: Named, report: Report) -> Tuned:
     return _with_record(named.label, setup, method, record, named.path)
 
 
-def _with_record(label: str, setup: ModelSetup, method: AdapterMethod, record: TrainedRecord, weights: Path) -> Tuned:
-    def put_on(base: PreTrainedModel) -> nn.Module:
+def _with_record(
+    label: str, setup: ModelSetup, method: AdapterMethod, record: TrainingRecord, weights: Path
+) -> FineTunedModel:
+    def attach_to(base: PreTrainedModel) -> nn.Module:
         return method.load(base, weights)
 
-    trained = Trained(method, record.quantized_base, put_on, record.adapter.prompt_tokens, weights)
-    return Tuned(label, setup, trained, record.in_conversation)
+    trained = Trained(method, record.quantized_base, attach_to, record.adapter.prompt_tokens, weights)
+    return FineTunedModel(label, setup, trained, record.uses_chat_template)
 
 
-def _of_checkpoint(named: Named, report: Report) -> Tuned:
+def _of_checkpoint(named: Named, report: Report) -> FineTunedModel:
     checkpoint = read_checkpoint(named.path)
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
-    bench = Workbench.of(recipe, report)
+    bench = TrainingContext.of(recipe, report)
     refuse_other_base(facts["base"], bench.folder)
 
-    def put_on(base: PreTrainedModel) -> nn.Module:
+    def attach_to(base: PreTrainedModel) -> nn.Module:
         bench.seed()
         model: nn.Module = bench.method.attach(base, facts["total_steps"])
         bench.method.initialize(model, bench.folder.weight)
@@ -153,23 +161,23 @@ def _of_checkpoint(named: Named, report: Report) -> Tuned:
         return model.requires_grad_(False)
 
     codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
-    trained = Trained(bench.method, codes, put_on, recipe.adapter.prompt_tokens, named.path)
-    return Tuned(named.label, bench, trained, facts["in_conversation"])
+    trained = Trained(bench.method, codes, attach_to, recipe.adapter.prompt_tokens, named.path)
+    return FineTunedModel(named.label, bench, trained, recorded_chat_template(facts))
 
 
-def _of_model(named: Named, report: Report) -> Tuned:
+def _of_model(named: Named, report: Report) -> FineTunedModel:
     section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
     setup = ModelSetup.find(section, report)
-    told = _told_by_certificate(named.path)
-    return Tuned(named.label, setup, None, bool(setup.tokenizer.chat_template) if told is None else told)
+    told = _from_verification_report(named.path)
+    return FineTunedModel(named.label, setup, None, bool(setup.tokenizer.chat_template) if told is None else told)
 
 
-def _told_by_certificate(folder: Path) -> bool | None:
+def _from_verification_report(folder: Path) -> bool | None:
     """What a file of ours says in the folder of a model that a run became; None where there is none."""
-    for name in CERTIFICATES:
+    for name in VERIFICATION_REPORTS:
         with suppress(OSError, ValueError):
             certificate = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(certificate, dict) and isinstance(told := certificate.get("in_conversation"), bool):
+            if isinstance(certificate, dict) and isinstance(told := recorded_chat_template(certificate), bool):
                 return told
     return None
 
@@ -189,13 +197,13 @@ class SharedBase:
         UnsupportedError: One has no adapter that could be put on a base and taken off.
     """
 
-    def __init__(self, tuned: Sequence[Tuned], report: Report) -> None:
+    def __init__(self, tuned: Sequence[FineTunedModel], report: Report) -> None:
         _refuse_other_bases(tuned)
         self.tuned = list(tuned)
         self._base = tuned[0].setup.load_base(report)
         for each in tuned:
             if each.trained is not None:
-                refuse_other_codes(each.trained.codes, each.setup, self._base)
+                check_same_quantized_weights(each.trained.codes, each.setup, self._base)
         self._on_it: tuple[Trained, nn.Module] | None = None
 
     def model(self, number: int) -> nn.Module:
@@ -209,11 +217,11 @@ class SharedBase:
         if trained is None:
             base: nn.Module = self._base  # transformers has no types
             return base
-        model = trained.put_on(self._base)
+        model = trained.attach_to(self._base)
         self._on_it = (trained, model)
         return model
 
-    def may_share_prefixes(self, number: int) -> bool:
+    def supports_prefix_sharing(self, number: int) -> bool:
         """Whether one computes once what rows in one line begin with alike; its attention may become that which can.
 
         A prompt that was trained stands before every row, which none then has in common with another.
@@ -228,8 +236,8 @@ class SharedBase:
         try:
             setup = self.tuned[0].setup
             with autocast(setup.accelerator.device, setup.compute_dtype):
-                keep_apart(self._base, may_choose=True)
-                objection = objection_to_sharing(self._base)
+                use_packing_attention(self._base, may_choose=True)
+                objection = prefix_sharing_blocker(self._base)
         except UnsupportedError as error:
             objection = str(error)
         if objection:
@@ -243,7 +251,7 @@ class SharedBase:
         return PromptChoiceModel([model for model in prompted if isinstance(model, EmbeddedPromptModel)])
 
 
-def _refuse_other_bases(tuned: Sequence[Tuned]) -> None:
+def _refuse_other_bases(tuned: Sequence[FineTunedModel]) -> None:
     first = tuned[0]
     for other in tuned[1:]:
         ours, theirs = _base_facts(first), _base_facts(other)
@@ -263,7 +271,7 @@ def _refuse_other_bases(tuned: Sequence[Tuned]) -> None:
         )
 
 
-def _base_facts(tuned: Tuned) -> dict[str, str]:
+def _base_facts(tuned: FineTunedModel) -> dict[str, str]:
     """What must be the same for two to answer over one base as each does over its own."""
     setup = tuned.setup
     quantizers = setup.quantizers

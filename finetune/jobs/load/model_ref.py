@@ -91,5 +91,5 @@ def _refuse_unfinished(run: RunDirectory) -> None:
     raise UsageError(
         "the run has no trained weights: it did not finish",
         where=str(run.path),
-        hint=run.how_to_resume + (f", or name a checkpoint, such as {checkpoints[-1]}" if checkpoints else ""),
+        hint=run.resume_command + (f", or name a checkpoint, such as {checkpoints[-1]}" if checkpoints else ""),
     )

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.errors import UsageError
-from finetune.jobs.load.context import Workbench
-from finetune.jobs.load.training_record import TrainedRecord, as_record, refuse_other_record
+from finetune.jobs.load.context import TrainingContext
+from finetune.jobs.load.training_record import TrainingRecord, as_record, refuse_other_record
 from finetune.models.fingerprint import fingerprint_layers
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
@@ -21,7 +21,7 @@ from finetune.run.events import Phase, Report
 
 
 @dataclass(frozen=True)
-class TrainedRun:
+class FineTunedRun:
     """A run whose weights can be loaded.
 
     Attributes:
@@ -32,12 +32,12 @@ class TrainedRun:
     """
 
     run: RunDirectory
-    bench: Workbench
+    bench: TrainingContext
     weights: Path
-    record: TrainedRecord
+    record: TrainingRecord
 
     @classmethod
-    def open(cls, run: RunDirectory, report: Report) -> TrainedRun:
+    def open(cls, run: RunDirectory, report: Report) -> FineTunedRun:
         """Open a run and make sure that its base is the one that it was trained on.
 
         Raises:
@@ -54,8 +54,8 @@ class TrainedRun:
                 where=str(run.path),
                 hint="go on with it: ft train --resume RUN",
             )
-        bench = Workbench.of(recipe, report)
-        record = TrainedRecord.read(weights)
+        bench = TrainingContext.of(recipe, report)
+        record = TrainingRecord.read(weights)
         record.refuse_others(weights, bench.folder, bench.method)
         return cls(run, bench, weights, record)
 

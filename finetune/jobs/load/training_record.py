@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import RefusedError, UsageError
-from finetune.jobs.load.context import ModelSetup, Workbench
+from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.adapter import Adapter
@@ -39,7 +40,7 @@ class QuantizedRecord(Section):
     fingerprint: str
 
 
-class TrainedRecord(Section):
+class TrainingRecord(Section):
     """What stands beside trained weights.
 
     Attributes:
@@ -51,7 +52,7 @@ class TrainedRecord(Section):
         precision: What the forward pass was computed in.
         base: What it was trained on.
         quantized_base: The same as stored; None where no layer was quantized.
-        in_conversation: Whether rows went through the chat template, so that prompts will too.
+        uses_chat_template: Whether rows went through the chat template, so that prompts will too.
     """
 
     format: Literal[1] = 1
@@ -63,10 +64,10 @@ class TrainedRecord(Section):
     precision: Precision
     base: BaseRecord
     quantized_base: QuantizedRecord | None
-    in_conversation: bool
+    uses_chat_template: bool = Field(validation_alias=AliasChoices("uses_chat_template", "in_conversation"))
 
     @classmethod
-    def of(cls, bench: Workbench, quantized_base: str | None, in_conversation: bool) -> TrainedRecord:
+    def of(cls, bench: TrainingContext, quantized_base: str | None, uses_chat_template: bool) -> TrainingRecord:
         """The record of what was trained in this process, over a base of that fingerprint as it was quantized."""
         recipe = bench.recipe
         return cls(
@@ -78,7 +79,7 @@ class TrainedRecord(Section):
             precision=recipe.training.precision,
             base=base_record(bench),
             quantized_base=as_record(bench, quantized_base),
-            in_conversation=in_conversation,
+            uses_chat_template=uses_chat_template,
         )
 
     def write(self, folder: Path) -> None:
@@ -86,7 +87,7 @@ class TrainedRecord(Section):
         write_json(folder / TRAINED_RECORD, self.model_dump(mode="json"))
 
     @classmethod
-    def read(cls, folder: Path) -> TrainedRecord:
+    def read(cls, folder: Path) -> TrainingRecord:
         """The record in `folder`.
 
         Raises:
@@ -127,11 +128,11 @@ class TrainedRecord(Section):
             )
 
     def refuse_other_quantization(self, setup: ModelSetup, base: nn.Module) -> None:
-        """See `refuse_other_codes`."""
-        refuse_other_codes(self.quantized_base, setup, base)
+        """See `check_same_quantized_weights`."""
+        check_same_quantized_weights(self.quantized_base, setup, base)
 
 
-def base_record(bench: Workbench) -> BaseRecord:
+def base_record(bench: TrainingContext) -> BaseRecord:
     """The base of a recipe."""
     folder = bench.folder
     return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
@@ -153,7 +154,7 @@ def refuse_other_base(known: str, base: ModelFolder) -> None:
         )
 
 
-def refuse_other_codes(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:
+def check_same_quantized_weights(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:
     """The loaded base must be quantized to the very tensors that were trained on.
 
     Another kind of device may round a tie the other way, so only the same kind is held to it.
@@ -180,3 +181,11 @@ def as_record(setup: ModelSetup, fingerprint: str | None) -> QuantizedRecord | N
     if fingerprint is None:
         return None
     return QuantizedRecord(device=setup.accelerator.device.type, fingerprint=fingerprint)
+
+
+def recorded_chat_template(record: Mapping[str, Any]) -> Any:
+    """Whether training used the chat template, as a JSON record says it; None where it does not.
+
+    Version 0.1 wrote the key as `in_conversation`.
+    """
+    return record.get("uses_chat_template", record.get("in_conversation"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from finetune.errors import UnsupportedError
 from finetune.evaluation.engine import Writer
-from finetune.jobs.load.finetuned_model import Tuned
+from finetune.jobs.load.finetuned_model import FineTunedModel
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.recipe.vllm_support import served_rank
 from finetune.run.events import Report
 
 
-def vllm_writer(tuned: Tuned, report: Report) -> Writer:
+def vllm_generator(tuned: FineTunedModel, report: Report) -> Writer:
     """Answers of `tuned` by vLLM, which loads it when it is first asked, and tells `report` so.
 
     Raises:
@@ -37,9 +37,9 @@ def vllm_writer(tuned: Tuned, report: Report) -> Writer:
                 hint="name the run when it has finished, or leave --engine out",
             )
         folder, adapter = (trained.weights, None) if section.trains_base else (folder, trained.weights)
-    from finetune.evaluation.vllm_generator import VllmWriter
+    from finetune.evaluation.vllm_generator import VllmGenerator
 
-    return VllmWriter(
+    return VllmGenerator(
         tuned.label,
         folder,
         setup.tokenizer,

@@ -14,7 +14,7 @@ import torch
 from finetune.data.batch_plan import Layout
 from finetune.data.collate import Batch, BatchOrder
 from finetune.data.dataset import Rows
-from finetune.jobs.load.context import Workbench, layout_of
+from finetune.jobs.load.context import TrainingContext, layout_of
 from finetune.malloc import is_tcmalloc
 from finetune.models.loading.dtype import file_dtype, weight_dtype
 from finetune.models.loading.meta_model import read_config
@@ -22,8 +22,8 @@ from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.safetensors_io import stored_tensors
 from finetune.plan.footprint import Base, Passes, Resident, Setting, passes, resident
 from finetune.plan.gpu_specs import Card
-from finetune.plan.machine import cuda_card, held_bytes, kernels_bytes, memory_bytes
-from finetune.plan.shards import held_by_one
+from finetune.plan.machine import local_gpu, matmul_workspace_bytes, memory_bytes, rss_bytes
+from finetune.plan.shards import per_process
 from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.on_load import OnLoadConfig
@@ -43,14 +43,14 @@ LARGEST_LOOKED_AT = 8
 STEPS_LOOKED_AT = 16
 """Steps in which it is counted how many tokens rows share."""
 
-HOLES_OF_GLIBC = 0.3
+FRAGMENTATION_OF_GLIBC = 0.3
 """Memory that the C library holds between tensors, as a share of what passes take: from float32 steps of a few recipes.
 Those of long rows leave more."""
 
-HOLES_OF_TCMALLOC = 0.15
+FRAGMENTATION_OF_TCMALLOC = 0.15
 """The same of tcmalloc: from bfloat16 steps of the shipped recipes."""
 
-HOLES_ON_GPU = 0.1
+FRAGMENTATION_ON_GPU = 0.1
 """The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
 
 CONTEXT_ON_GPU = 600_000_000
@@ -148,7 +148,7 @@ class Plan:
         return {**asdict(self), "peak": self.peak, "needed": self.needed, "fits": self.fits}
 
 
-class Planner:
+class MemoryPlanner:
     """Plans recipes that differ in settings and have rows and model in common.
 
     Args:
@@ -161,10 +161,10 @@ class Planner:
         FinetuneError: What would stop the training too.
     """
 
-    def __init__(self, bench: Workbench, rows: Rows, card: Card | None, report: Report = ignore) -> None:
-        self._report, self._card = report, card or cuda_card()
+    def __init__(self, bench: TrainingContext, rows: Rows, card: Card | None, report: Report = ignore) -> None:
+        self._report, self._card = report, card or local_gpu()
         self._bench, self._rows = bench, rows
-        self._held = held_bytes()
+        self._held = rss_bytes()
         self._resident: dict[str, Resident] = {}
 
     @property
@@ -173,13 +173,13 @@ class Planner:
         return self._card is not None
 
     @classmethod
-    def of(cls, recipe: Recipe, card: Card | None, report: Report = ignore) -> Planner:
+    def of(cls, recipe: Recipe, card: Card | None, report: Report = ignore) -> MemoryPlanner:
         """A planner for recipes like this one; needs no weights.
 
         Raises:
             FinetuneError: What would stop the training too.
         """
-        bench = Workbench.of(recipe, report, weights=False)
+        bench = TrainingContext.of(recipe, report, weights=False)
         return cls(bench, bench.read_data(report), card, report)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
@@ -199,8 +199,8 @@ class Planner:
         self._report(Phase("counting what stays in memory"))
         held = self._held_by(recipe, setting)
         self._report(Phase("tracing the largest passes"))
-        traced = passes(setting, batch, _held_out(self._rows, recipe, layout))
-        return self._put_together(bench, setting, held, traced, work, measures_time)
+        traced = passes(setting, batch, _validation(self._rows, recipe, layout))
+        return self._assembled(bench, setting, held, traced, work, measures_time)
 
     def least(self, recipe: Recipe) -> int:
         """Bytes that such a run holds from step to step, and so must be there; to count them no pass is traced.
@@ -209,11 +209,11 @@ class Planner:
             FinetuneError: The settings do not go with the model.
         """
         held = self._held_by(recipe, self._setting(*self._laid_out(recipe)))
-        libraries, own = self._held if self._card is None else CONTEXT_ON_GPU, held_by_one(held, recipe)
+        libraries, own = self._held if self._card is None else CONTEXT_ON_GPU, per_process(held, recipe)
         moments = 0 if self._pages(recipe) else own.optimizer
         return libraries + own.weights + held.adapter + own.gradients + moments
 
-    def _laid_out(self, recipe: Recipe) -> tuple[Workbench, Layout, BatchOrder]:
+    def _laid_out(self, recipe: Recipe) -> tuple[TrainingContext, Layout, BatchOrder]:
         bench = replace(
             self._bench,
             recipe=recipe,
@@ -234,7 +234,7 @@ class Planner:
         """Whether the optimizer's part moves to the CPU's memory where the GPU's is short."""
         return self._card is not None and recipe.optimizer.name.startswith("paged")
 
-    def _setting(self, bench: Workbench, layout: Layout, order: BatchOrder) -> Setting:
+    def _setting(self, bench: TrainingContext, layout: Layout, order: BatchOrder) -> Setting:
         recipe, stored = bench.recipe, stored_quantization(bench.folder)
         computes_in = bench.compute_dtype
         if self._card is not None:
@@ -251,19 +251,19 @@ class Planner:
             optimizer=recipe.optimizer,
             checkpointing=recipe.training.gradient_checkpointing,
             noise=recipe.training.neftune_alpha,
-            joins_rows=layout.restarts_positions,
+            flattens_rows=layout.restarts_positions,
             gpu_memory=self._card.memory_bytes if self._card else None,
         )
 
-    def _put_together(
-        self, bench: Workbench, setting: Setting, held: Resident, traced: Passes, work: Work, measures_time: bool
+    def _assembled(
+        self, bench: TrainingContext, setting: Setting, held: Resident, traced: Passes, work: Work, measures_time: bool
     ) -> Plan:
         recipe, card = bench.recipe, self._card
-        libraries = self._held + kernels_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
-        on_cpu = HOLES_OF_TCMALLOC if is_tcmalloc() else HOLES_OF_GLIBC
-        holes = on_cpu if card is None else HOLES_ON_GPU
+        libraries = self._held + matmul_workspace_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
+        on_cpu = FRAGMENTATION_OF_TCMALLOC if is_tcmalloc() else FRAGMENTATION_OF_GLIBC
+        holes = on_cpu if card is None else FRAGMENTATION_ON_GPU
         step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
-        own = held_by_one(held, recipe)
+        own = per_process(held, recipe)
         is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
         is_mapped = card is None and not is_sharded
         if is_mapped:
@@ -317,7 +317,7 @@ class Planner:
         )
 
 
-def foreseen_peak(bench: Workbench, rows: Rows, total_steps: int) -> int | None:
+def estimated_peak(bench: TrainingContext, rows: Rows, total_steps: int) -> int | None:
     """The most memory that a run should take, of several processes the first, in bytes, for whoever watches it.
 
     None in the others, and where it cannot be told, for a model whose passes cannot be traced. It is no reason to stop
@@ -334,7 +334,7 @@ def foreseen_peak(bench: Workbench, rows: Rows, total_steps: int) -> int | None:
     shared = bench.recipe.distributed.model_copy(update={"processes": bench.accelerator.num_processes})
     recipe = bench.recipe.model_copy(update={"distributed": shared})
     try:
-        return Planner(bench, rows, None).plan(recipe, measures_time=False).peak
+        return MemoryPlanner(bench, rows, None).plan(recipe, measures_time=False).peak
     except Exception as error:
         logger.debug("the memory of the run is not foreseen: %s", error)
         return None
@@ -380,7 +380,7 @@ def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:
     return int(lengths.sum() if in_one_line else len(lengths) * lengths.max())
 
 
-def _held_out(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
+def _validation(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
     """The largest batch of held-out rows; those of like length stand together."""
     examples = rows.validation[: recipe.evaluation.max_rows]
     if not len(examples):
@@ -389,13 +389,13 @@ def _held_out(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
     return layout.batch([examples[int(row)] for row in longest])
 
 
-def _left_mapped(bench: Workbench, base: Base, dtype: torch.dtype) -> int:
+def _left_mapped(bench: TrainingContext, base: Base, dtype: torch.dtype) -> int:
     """Bytes of a file that stay mapped after weights of another type were made of them: for codes beside them stay."""
     in_file = file_dtype(bench.folder.path)
     return base.around * in_file.itemsize // dtype.itemsize if _reads_codes(bench) and in_file is not dtype else 0
 
 
-def _mapped_bytes(bench: Workbench, dtype: torch.dtype) -> int:
+def _mapped_bytes(bench: TrainingContext, dtype: torch.dtype) -> int:
     """Bytes of the base's files, which are mapped into memory while weights of another type are made of them.
 
     Weights of the files' own type stay in their mapping, and so take nothing beside it; so do codes.
@@ -408,6 +408,6 @@ def _mapped_bytes(bench: Workbench, dtype: torch.dtype) -> int:
     return 0 if stay else files
 
 
-def _reads_codes(bench: Workbench) -> bool:
+def _reads_codes(bench: TrainingContext) -> bool:
     """Whether the base's codes stand in files, as calibration or `ft quantize` has written them."""
     return bool(bench.quantizers.calibrated) or stored_quantization(bench.folder) is not None

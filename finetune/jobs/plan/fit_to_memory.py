@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from finetune.errors import OutOfMemoryError, RecipeError, UnsupportedError
-from finetune.jobs.plan.estimate import Plan, Planner
+from finetune.jobs.plan.estimate import MemoryPlanner, Plan
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe, recipe_of
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import LowRank
@@ -48,7 +48,7 @@ class Fitted:
         return changed if not loaded.overrides else dump_recipe(self.recipe)
 
 
-def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
+def fit(planner: MemoryPlanner, loaded: LoadedRecipe) -> Fitted:
     """Find the smallest change with which a run fits into the memory that is planned for.
 
     In this order, each only where what comes before does not suffice: smaller micro-batches, as many more of which keep
@@ -78,7 +78,7 @@ def fit(planner: Planner, loaded: LoadedRecipe) -> Fitted:
     )
 
 
-def _fitting(planner: Planner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
+def _fitting(planner: MemoryPlanner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
     """The changed recipe if it fits; None too where the recipe's other settings do not allow the change."""
     overrides = [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]
     try:

@@ -13,13 +13,13 @@ from types import MappingProxyType
 
 from pydantic import TypeAdapter
 
-from finetune.data.inspect import Survey, estimated_longest_row, longest_row, survey
+from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, survey
 from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
 from finetune.errors import DataError, UsageError
-from finetune.jobs.plan.estimate import Planner
+from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
-from finetune.jobs.plan.starter_recipe import AIMS, Facts, first_recipe
+from finetune.jobs.plan.starter_recipe import AIMS, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.plan.gpu_specs import Card
@@ -41,7 +41,9 @@ LONG_ROW_TOKENS = 4096
 TEXT_ROW_TOKENS = 2048
 
 
-def look_at(data: str, data_format: str = "auto", columns: Mapping[str, str] = MappingProxyType({})) -> Survey:
+def inspect_dataset(
+    data: str, data_format: str = "auto", columns: Mapping[str, str] = MappingProxyType({})
+) -> DatasetSummary:
     """Look at a data set.
 
     Args:
@@ -85,7 +87,7 @@ def _one_of(found: str, known: Sequence[str], what: str) -> str:
     return f"did you mean `{near}`?" if near else f"{what}: {', '.join(known) or 'none; add --format'}"
 
 
-def likely_aim(seen: Survey) -> str:
+def likely_objective(seen: DatasetSummary) -> str:
     """What data of this kind is usually for."""
     if seen.is_text:
         return "pretraining"
@@ -101,7 +103,7 @@ def likely_aim(seen: Survey) -> str:
 
 
 def write_recipe(
-    seen: Survey, model: str, aim: str, card: Card | None, output: Path, report: Report = ignore
+    seen: DatasetSummary, model: str, aim: str, card: Card | None, output: Path, report: Report = ignore
 ) -> Fitted:
     """Write a recipe that is valid, and that fits by the plan whatever rows come, if they are no longer than it allows.
 
@@ -125,11 +127,11 @@ def write_recipe(
     """
     _refuse_mismatch(seen, aim)
     facts = _facts(seen, model, aim, report)
-    loaded = recipe_of(first_recipe(facts, output), output)
+    loaded = recipe_of(starter_recipe(facts, output), output)
     with tempfile.TemporaryDirectory(prefix="ft-init-") as folder:
-        planner = Planner.of(_on_longest_rows(loaded.recipe, Path(folder)), card, report)
+        planner = MemoryPlanner.of(_on_longest_rows(loaded.recipe, Path(folder)), card, report)
         fitted = fit(planner, loaded)
-    text = first_recipe(facts, output, fitted)
+    text = starter_recipe(facts, output, fitted)
     recipe_of(text, output)
     write_file(output, text)
     return fitted
@@ -146,7 +148,7 @@ def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
 
 
-def _refuse_mismatch(seen: Survey, aim: str) -> None:
+def _refuse_mismatch(seen: DatasetSummary, aim: str) -> None:
     if aim not in AIMS:
         raise UsageError(f"there is no aim {aim!r}", hint=f"aims: {', '.join(AIMS)}")
     if seen.is_text and aim not in ("pretraining", "long-context"):
@@ -163,7 +165,7 @@ def _refuse_mismatch(seen: Survey, aim: str) -> None:
         )
 
 
-def _facts(seen: Survey, model: str, aim: str, report: Report) -> Facts:
+def _facts(seen: DatasetSummary, model: str, aim: str, report: Report) -> Facts:
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
     folder = find_model(section, lambda doing: report(Phase(doing)), weights=False)
     report(Phase("looking at the data"))

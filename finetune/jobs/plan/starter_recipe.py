@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from finetune.data.inspect import SAMPLED_ROWS, Survey
+from finetune.data.inspect import SAMPLED_ROWS, DatasetSummary
 from finetune.formatting import count, memory
 from finetune.jobs.plan.fit_to_memory import Fitted
 from finetune.recipe.paths import model_from, reached_from
@@ -25,7 +25,7 @@ FEW_ROWS = 500
 MANY_ROWS = 5000
 """Rows from which one epoch is enough to begin with."""
 
-HELD_OUT_SHARE = 0.05
+VALIDATION_FRACTION = 0.05
 CHECKS_AN_EPOCH = 4
 
 
@@ -66,7 +66,7 @@ class Facts:
         splits_turns: Whether each answer needs a row of its own.
     """
 
-    seen: Survey
+    seen: DatasetSummary
     model: str
     aim: str
     longest_row: int
@@ -79,7 +79,7 @@ def batch_size(rows: int) -> int:
     return BATCH_SIZE if rows >= FEW_ROWS else SMALL_BATCH_SIZE
 
 
-def first_recipe(facts: Facts, file: Path, fitted: Fitted | None = None) -> str:
+def starter_recipe(facts: Facts, file: Path, fitted: Fitted | None = None) -> str:
     """The recipe as text, for the place where it will be.
 
     Args:
@@ -137,8 +137,8 @@ def _data(facts: Facts, folder: Path) -> dict[str, Any]:
         else {"hub": {"name": seen.source.hub.name if seen.source.hub else ""}}
     )
     data: dict[str, Any] = {"train": [{**place, **source}]}
-    if _held_out(facts):
-        data["validation_fraction"] = HELD_OUT_SHARE
+    if _validation(facts):
+        data["validation_fraction"] = VALIDATION_FRACTION
     data["max_length"] = facts.row_tokens
     if seen.format == "text":
         data["overlength"] = "split"
@@ -149,9 +149,9 @@ def _data(facts: Facts, folder: Path) -> dict[str, Any]:
     return data
 
 
-def _held_out(facts: Facts) -> int:
+def _validation(facts: Facts) -> int:
     """Rows that are held out; a source of one row has none to spare."""
-    return max(1, round(HELD_OUT_SHARE * facts.seen.rows)) if facts.seen.rows > 1 else 0
+    return max(1, round(VALIDATION_FRACTION * facts.seen.rows)) if facts.seen.rows > 1 else 0
 
 
 def _training(facts: Facts) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _training(facts: Facts) -> dict[str, Any]:
 def _evaluation(facts: Facts) -> dict[str, Any]:
     evaluation: dict[str, Any] = {}
     steps_an_epoch = facts.seen.rows // batch_size(facts.seen.rows)
-    if _held_out(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
+    if _validation(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
         evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
     return {**evaluation, "max_new_tokens": AIMS[facts.aim].max_new_tokens}
 

@@ -12,7 +12,7 @@ from finetune.errors import EnvironmentFault
 from finetune.recipe.sections.training import Training
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
-from finetune.run.events import Report, Saved
+from finetune.run.events import CheckpointSaved, Report
 from finetune.train.checkpoint import write_state
 from finetune.train.state import TrainState
 
@@ -25,7 +25,7 @@ LARGEST_SHARE = 0.05
 """Of the time that may be spent saving: checkpoints that take long to write are written more seldom."""
 
 
-class Saver:
+class CheckpointManager:
     """Commits checkpoints of a run when they are due.
 
     Only the main process needs one: what trains is the same in all, so the others do not wait for it. Where they hold
@@ -66,7 +66,7 @@ class Saver:
         """
         every = self._training.checkpoint_every_steps
         is_due = state.step % every == 0 if every else time.monotonic() >= self._due
-        if state.said_by_main(is_due or state.step == self._facts["total_steps"]):
+        if state.agreed_by_main(is_due or state.step == self._facts["total_steps"]):
             self._save_if_there_is_room(state)
 
     def save_best(self, state: TrainState) -> None:
@@ -94,7 +94,7 @@ class Saver:
             DivergedError: A number in it is not finite.
             EnvironmentFault: It cannot be written.
         """
-        if not state.said_by_main(state.step not in (0, self._attempt.checkpoint)):
+        if not state.agreed_by_main(state.step not in (0, self._attempt.checkpoint)):
             return
         if not state.accelerator.is_main_process:
             write_state(state, None)
@@ -111,4 +111,4 @@ class Saver:
         self._checkpoints.retain(self._training.checkpoints_kept, self._best)
         seconds = time.monotonic() - began
         self._due = time.monotonic() + max(SECONDS_BETWEEN, seconds / LARGEST_SHARE)
-        self._report(Saved(committed.path.name, state.step, committed.size_bytes, seconds))
+        self._report(CheckpointSaved(committed.path.name, state.step, committed.size_bytes, seconds))

@@ -18,15 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from finetune.adapters import peft_bridge
 from finetune.data.encode import Example
 from finetune.errors import RefusedError, as_out_of_memory
-from finetune.evaluation.loss import held_out_loss
-from finetune.jobs.train.oom import step_is_too_large
+from finetune.evaluation.loss import compute_validation_loss
+from finetune.jobs.train.oom import oom_error_with_hints
 from finetune.jobs.train.prepare import Ready
-from finetune.models.fsdp import with_whole_weights
+from finetune.models.fsdp import unsharded_weights
 from finetune.models.linear_layers import plain_layer
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Rehearsed, Report
+from finetune.run.events import DryRunPassed, Phase, Report
 from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state, write_state
 from finetune.train.memory import peak_memory_bytes
@@ -36,7 +36,7 @@ from finetune.train.step import train_step
 STEPS_WORTH_IT = 200
 """Steps of a run from which on a rehearsal, which costs about as much as three, is less than a fiftieth of it."""
 
-FOLDED_IS_CLOSE = 1e-4
+MERGED_TOLERANCE = 1e-4
 """Most that outputs of a merged layer may differ, relative to the largest, in float32."""
 
 
@@ -46,7 +46,7 @@ def is_worth_it(recipe: Recipe, total_steps: int) -> bool:
     return total_steps >= STEPS_WORTH_IT if wanted == "auto" else wanted
 
 
-def rehearse_alone(recipe: Recipe, report: Report, interruption: Interruption) -> None:
+def dry_run_only(recipe: Recipe, report: Report, interruption: Interruption) -> None:
     """A rehearsal that nothing follows: of the run's directory, which is made for it, nothing is left.
 
     Raises:
@@ -92,7 +92,7 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
         except (MemoryError, RuntimeError) as error:
             if as_out_of_memory(error) is None:
                 raise
-            raise step_is_too_large(bench.recipe, 1, None) from error
+            raise oom_error_with_hints(bench.recipe, 1, None) from error
         _measure(ready)
         size = 0
         if accelerator.is_main_process:
@@ -101,7 +101,7 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
             size = sum(file.stat().st_size for file in after.iterdir())
         elif state.is_sharded:
             write_state(state, None)
-            bench.method.help_save(state.bare_model)
+            bench.method.gather_for_save(state.bare_model)
         folded = bench.recipe.adapter.standalone_by == "merge" and _fold(ready)
         accelerator.wait_for_everyone()
         for folder in (after, before):
@@ -113,7 +113,7 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - began
-    report(Rehearsed(tokens, peak_memory_bytes(accelerator.device), size, folded, seconds))
+    report(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, folded, seconds))
 
 
 def _step(ready: Ready) -> int:
@@ -141,7 +141,7 @@ def _measure(ready: Ready) -> None:
         return
     count = settings.batch_size * ready.bench.accelerator.num_processes
     longest: list[Example] = [held_out[int(row)] for row in np.argsort(-np.asarray(held_out.lengths))[:count]]
-    held_out_loss(
+    compute_validation_loss(
         ready.state.bare_model,
         longest,
         accelerator=ready.bench.accelerator,
@@ -163,7 +163,7 @@ def _fold(ready: Ready) -> bool:
     linear = [layer for layer in layers if hasattr(layer.get_base_layer(), "in_features")]
     if not linear:
         return False
-    with with_whole_weights(linear[0]):
+    with unsharded_weights(linear[0]):
         copied = deepcopy(linear[0]).eval()
     if is_quantized(copied.base_layer):
         copied.base_layer = plain_layer(copied.base_layer, torch.float32)
@@ -173,7 +173,7 @@ def _fold(ready: Ready) -> bool:
     with torch.no_grad():
         expected = copied(inputs)
         difference = (peft_bridge.fold(copied)(inputs) - expected).abs().max() / expected.abs().max()
-    if not difference <= FOLDED_IS_CLOSE:
+    if not difference <= MERGED_TOLERANCE:
         raise RefusedError(
             f"a merged layer's outputs differ by {difference:.2g} of the largest", hint="do not merge this run"
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from finetune.jobs.train.checkpointing import Saver
+from finetune.jobs.train.checkpointing import CheckpointManager
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
-from finetune.run.events import BestKept, Validated
+from finetune.run.events import BestCheckpoint, ValidationResult
 from finetune.run.history import History
 from finetune.train.checkpoint import read_state
 from finetune.train.state import TrainState
@@ -15,7 +15,7 @@ from finetune.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-class Patience:
+class EarlyStopping:
     """Follows the held-out loss of a run; idle where the recipe has no patience.
 
     Args:
@@ -25,7 +25,7 @@ class Patience:
 
     def __init__(self, limit: int | None, history: History) -> None:
         self._limit = limit
-        self._best: Validated | None = None
+        self._best: ValidationResult | None = None
         self._without = 0
         for validated in history.validations:
             self._take(validated)
@@ -40,7 +40,7 @@ class Patience:
         """Whether the run has waited long enough."""
         return self._limit is not None and self._without >= self._limit
 
-    def see(self, validated: Validated | None, state: TrainState, saver: Saver | None) -> None:
+    def see(self, validated: ValidationResult | None, state: TrainState, saver: CheckpointManager | None) -> None:
         """Take a measurement, and keep a checkpoint of the state if it is the best so far.
 
         Args:
@@ -51,7 +51,7 @@ class Patience:
         if self._limit is not None and validated is not None and self._take(validated) and saver is not None:
             saver.save_best(state)
 
-    def restore(self, state: TrainState, run: RunDirectory, total_steps: int) -> BestKept | None:
+    def restore(self, state: TrainState, run: RunDirectory, total_steps: int) -> BestCheckpoint | None:
         """Put the best weights into the state, unless it has them; None where they are those of the last step."""
         best, step = self._best, state.step
         if self._limit is None or best is None or best.step == step:
@@ -66,9 +66,9 @@ class Patience:
             )
             return None
         read_state(state, checkpoint.path)
-        return BestKept(step, best.step, best.loss, stopped_early=step < total_steps)
+        return BestCheckpoint(step, best.step, best.loss, stopped_early=step < total_steps)
 
-    def _take(self, validated: Validated) -> bool:
+    def _take(self, validated: ValidationResult) -> bool:
         """Whether a measurement is the lowest so far."""
         if self._best is None or validated.loss < self._best.loss:
             self._best, self._without = validated, 0

@@ -10,15 +10,15 @@ from finetune.data.dataset import Split
 from finetune.data.encode import Prompt
 from finetune.errors import OutOfMemoryError, as_out_of_memory
 from finetune.evaluation.generation import Sampling, generate
-from finetune.evaluation.loss import held_out_loss
-from finetune.jobs.load.context import Workbench
-from finetune.run.events import Phase, Report, Sampled, Validated
+from finetune.evaluation.loss import compute_validation_loss
+from finetune.jobs.load.context import TrainingContext
+from finetune.run.events import Phase, Report, SampleGenerated, ValidationResult
 from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-class Examiner:
+class Evaluator:
     """Measures when it is time to; whatever does not fit into memory is left out, for training is worth more.
 
     Args:
@@ -33,7 +33,7 @@ class Examiner:
 
     def __init__(
         self,
-        bench: Workbench,
+        bench: TrainingContext,
         state: TrainState,
         layout: Layout,
         held_out: Split,
@@ -46,21 +46,21 @@ class Examiner:
         self._settings = bench.recipe.evaluation
         self._examples = held_out[: self._settings.max_rows]
         self._is_main = bench.accelerator.is_main_process
-        answers = self._is_main or bench.shares_base  # a pass puts weights together with all processes
+        answers = self._is_main or bench.shards_base  # a pass puts weights together with all processes
         self._prompts = self._first_prompts(held_out) if answers else []
 
-    def measure_if_due(self) -> Validated | None:
+    def measure_if_due(self) -> ValidationResult | None:
         """Measure, record and report the held-out loss, and answers beside it.
 
         None where no rows are held out, it is not time for it, or memory does not suffice.
         """
         state, every = self._state, self._settings.every_steps
         is_due = state.step in (0, self._total_steps) or (every and state.step % every == 0)
-        if not self._examples or not is_due or state.held_out_step == state.step:
+        if not self._examples or not is_due or state.validation_step == state.step:
             return None
         self._report(Phase("measuring the held-out loss"))
         try:
-            measured = held_out_loss(
+            measured = compute_validation_loss(
                 state.bare_model,
                 self._examples,
                 accelerator=self._bench.accelerator,
@@ -74,10 +74,12 @@ class Examiner:
                 "the held-out loss of step %d is left out: %s (%s)", state.step, shortage.what, shortage.hint
             )
             return None
-        state.held_out_step = state.step
+        state.validation_step = state.step
         if not state.step:
-            state.held_out_before = measured.loss
-        event = Validated(step=state.step, loss=measured.loss, perplexity=measured.perplexity, rows=measured.rows)
+            state.validation_loss_before = measured.loss
+        event = ValidationResult(
+            step=state.step, loss=measured.loss, perplexity=measured.perplexity, rows=measured.rows
+        )
         self._record(event)
         self._answer()
         return event
@@ -98,13 +100,15 @@ class Examiner:
                     padding=self._bench.padding,
                 )
         except (MemoryError, RuntimeError) as error:
-            if (shortage := as_out_of_memory(error)) is None or self._bench.shares_base:
+            if (shortage := as_out_of_memory(error)) is None or self._bench.shards_base:
                 raise
             logger.warning("the answers of step %d are left out: %s", self._state.step, shortage.what)
             return
         for prompt, answer in zip(self._prompts, answers, strict=True) if self._is_main else ():
             text = self._bench.tokenizer.decode(prompt.ids)
-            self._record(Sampled(step=self._state.step, prompt=text, answer=answer, reference=prompt.references[0]))
+            self._record(
+                SampleGenerated(step=self._state.step, prompt=text, answer=answer, reference=prompt.references[0])
+            )
 
     def _first_prompts(self, held_out: Split) -> list[Prompt]:
         asked = (self._bench.encoder.prompt(row.document, row.where) for row in held_out.documents())

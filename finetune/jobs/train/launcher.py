@@ -29,14 +29,14 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted, ProcessFailed, ProcessLost, UsageError
 from finetune.run.directory import RunDirectory
-from finetune.run.distributed import LAUNCH, SUPERVISOR, Ending, chosen_run
+from finetune.run.distributed import LAUNCH, SUPERVISOR, RankExit, published_run_dir
 from finetune.run.signals import Interruption
 
 LOOK_EVERY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Meeting:
+class RendezvousConfig:
     """Where the machines of a run find each other.
 
     Attributes:
@@ -50,7 +50,7 @@ class Meeting:
     port: int = 0
 
     @classmethod
-    def at(cls, nodes: int, rendezvous: str | None) -> Meeting:
+    def at(cls, nodes: int, rendezvous: str | None) -> RendezvousConfig:
         """As `--nodes` and `--rendezvous HOST:PORT` say.
 
         Raises:
@@ -104,8 +104,12 @@ class Meeting:
             return False
 
 
-def supervise(
-    command: Sequence[str], processes: int, restarts: int, leave: Callable[[], None], meeting: Meeting | None = None
+def launch_ranks(
+    command: Sequence[str],
+    processes: int,
+    restarts: int,
+    leave: Callable[[], None],
+    meeting: RendezvousConfig | None = None,
 ) -> None:
     """Run a command as this machine's processes of one run, and come back when all have ended well.
 
@@ -129,7 +133,7 @@ def supervise(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     with tempfile.TemporaryDirectory(prefix="ft-launch-") as folder:
-        launch = _Launch(_agent(command, processes, restarts, folder, meeting or Meeting()), Path(folder))
+        launch = _Launch(_agent(command, processes, restarts, folder, meeting or RendezvousConfig()), Path(folder))
         interruption = Interruption()
 
         def leave_all() -> None:
@@ -147,13 +151,15 @@ def supervise(
                 del os.environ[name]
         if (error := launch.error(interruption)) is None:
             return
-        run = chosen_run(launch.folder)
+        run = published_run_dir(launch.folder)
         if run is not None and isinstance(error, ProcessFailed):
             RunDirectory(run).correct_outcome(error)
         raise error
 
 
-def _agent(command: Sequence[str], processes: int, restarts: int, folder: str, meeting: Meeting) -> LocalElasticAgent:
+def _agent(
+    command: Sequence[str], processes: int, restarts: int, folder: str, meeting: RendezvousConfig
+) -> LocalElasticAgent:
     parameters = meeting.parameters()
     spec = WorkerSpec(
         role="ft",
@@ -254,10 +260,10 @@ class _Launch:
                 return ProcessFailed("ended without a word", code=failure.exitcode, where=f"process {rank}")
         return ProcessLost("a process of the run on another machine has ended", hint="see there") if failures else None
 
-    def _endings(self) -> list[Ending]:
+    def _endings(self) -> list[RankExit]:
         """Of the last start of the processes."""
         starts = sorted(self.folder.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-        found = [Ending.read(file) for file in starts[-1].rglob("error.json")] if starts else []
+        found = [RankExit.read(file) for file in starts[-1].rglob("error.json")] if starts else []
         return [ending for ending in found if ending is not None]
 
 

@@ -10,7 +10,7 @@ from finetune.storage.files import write_text
 from finetune.train.state import TrainState
 
 
-class RankRecorder:
+class LoraRankLogger:
     """Follows the ranks of a run into `metrics.jsonl`, and draws them in the end; idle where a method chooses none.
 
     Args:

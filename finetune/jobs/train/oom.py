@@ -9,21 +9,21 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import RULES
 
 
-def step_is_too_large(recipe: Recipe, step: int, how_to_resume: str | None) -> OutOfMemoryError:
+def oom_error_with_hints(recipe: Recipe, step: int, resume_command: str | None) -> OutOfMemoryError:
     """The error that names settings for which `step` takes less memory.
 
     Args:
         recipe: Of the run.
         step: From 1.
-        how_to_resume: The command that goes on with the run; None where nothing is saved yet.
+        resume_command: The command that goes on with the run; None where nothing is saved yet.
     """
     smaller = less_memory(recipe)
     if smaller is None:
         hint = "lower data.max_length, or quantize the base to fewer bits"
-    elif how_to_resume is None:
+    elif resume_command is None:
         hint = "set " + " and ".join(f"{key}: {value}" for key, value in smaller.items())
     else:
-        hint = " ".join([how_to_resume, *(f"--set {key}={value}" for key, value in smaller.items())])
+        hint = " ".join([resume_command, *(f"--set {key}={value}" for key, value in smaller.items())])
     return OutOfMemoryError(f"out of memory in step {step}", hint=hint)
 
 

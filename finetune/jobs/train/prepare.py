@@ -19,17 +19,17 @@ from finetune.data.dataset import Rows
 from finetune.data.documents import Conversation
 from finetune.data.report import ledger
 from finetune.errors import UnsupportedError, UsageError
-from finetune.jobs.load.context import Workbench, layout_of
-from finetune.jobs.load.training_record import TrainedRecord
-from finetune.jobs.plan.estimate import foreseen_peak
-from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, refuse_disagreement
-from finetune.jobs.train.resume import refuse_other_codes, refuse_other_inputs
+from finetune.jobs.load.context import TrainingContext, layout_of
+from finetune.jobs.load.training_record import TrainingRecord
+from finetune.jobs.plan.estimate import estimated_peak
+from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, check_same_on_all_ranks
+from finetune.jobs.train.resume import check_same_quantized_weights, refuse_other_inputs
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
-from finetune.models.fsdp import trained_shares, trains_through_blocks
+from finetune.models.fsdp import sharded_trainable_params, trains_through_blocks
 from finetune.models.kernels.compiled import compile_blocks
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.packing_check import keep_apart, objection_to_sharing
-from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
+from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.models.loading.dtype import autocast
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
@@ -63,11 +63,11 @@ class Ready:
         layout: From the units of a step to its micro-batches.
         order: Which units each step sees.
         state: All that changes.
-        planned_memory: The most that the run should take, in bytes; see `foreseen_peak`.
+        planned_memory: The most that the run should take, in bytes; see `estimated_peak`.
         facts: What the run is: much of it must be the same for it to go on from a checkpoint.
     """
 
-    bench: Workbench
+    bench: TrainingContext
     rows: Rows
     read: DataRead
     layout: Layout
@@ -99,26 +99,26 @@ class Ready:
             StopRequested: The run was asked to stop.
         """
         report = _stopping(report, interruption)
-        bench = Workbench.of(recipe, report)
+        bench = TrainingContext.of(recipe, report)
         rows = bench.read_data(report)
         layout = layout_of(recipe, bench.folder, rows.train.lengths, bench.padding)
         order = batch_order(layout.units, recipe.training)
         _refuse_idle_processes(bench, order)
         facts = _facts(bench, rows, order)
-        refuse_disagreement(facts)
+        check_same_on_all_ranks(facts)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
         report(read)
-        planned_memory = foreseen_peak(bench, rows, order.total_steps)
+        planned_memory = estimated_peak(bench, rows, order.total_steps)
         base = bench.load_base(report)
         logger.info("model.kernels: %s", _KERNELS[recipe.model.kernels](base))
         layout = _settle(layout, bench, base, report)
         state = _start(bench, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)
-        refuse_disagreement(facts, QUANTIZED_BASE)
+        check_same_on_all_ranks(facts, QUANTIZED_BASE)
         if checkpoint is not None:
-            refuse_other_codes(checkpoint, facts)
+            check_same_quantized_weights(checkpoint, facts)
             read_state(state, checkpoint.path)
         return cls(bench, rows, read, layout, order, state, planned_memory, facts)
 
@@ -133,7 +133,7 @@ def _stopping(report: Report, interruption: Interruption) -> Report:
     return report_or_stop
 
 
-def _refuse_idle_processes(bench: Workbench, order: BatchOrder) -> None:
+def _refuse_idle_processes(bench: TrainingContext, order: BatchOrder) -> None:
     if order.units_per_step < (processes := bench.accelerator.num_processes):
         raise UsageError(
             f"a step has {order.units_per_step} rows or packs for {processes} processes: some would have nothing to do",
@@ -141,11 +141,11 @@ def _refuse_idle_processes(bench: Workbench, order: BatchOrder) -> None:
         )
 
 
-def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
+def _facts(bench: TrainingContext, rows: Rows, order: BatchOrder) -> dict[str, Any]:
     """What a run is: much of it must be the same for a run to go on from a checkpoint."""
     first = next(rows.train.documents())
     return {
-        "in_conversation": isinstance(first.document, Conversation),
+        "uses_chat_template": isinstance(first.document, Conversation),
         "base": fingerprint(bench.folder.path),
         "data": rows.fingerprint,
         "units_per_step": order.units_per_step,
@@ -156,7 +156,7 @@ def _facts(bench: Workbench, rows: Rows, order: BatchOrder) -> dict[str, Any]:
     }
 
 
-def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Report) -> Layout:
+def _settle(layout: Layout, bench: TrainingContext, base: PreTrainedModel, report: Report) -> Layout:
     """Rows stay in one line where the base keeps them apart; where not, they are padded if the recipe leaves it open.
 
     In one line, what they begin with alike stands once where the base computes the same then.
@@ -171,7 +171,7 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
     computing = partial(autocast, bench.accelerator.device, bench.compute_dtype)
     try:
         with computing():
-            keep_apart(base, may_choose=bench.recipe.model.attention == "auto")
+            use_packing_attention(base, may_choose=bench.recipe.model.attention == "auto")
     except UnsupportedError as error:
         if bench.recipe.training.batching != "auto":
             raise
@@ -180,7 +180,7 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
     if not layout.shares_prefixes:
         return layout
     with computing():
-        objection = objection_to_sharing(base)
+        objection = prefix_sharing_blocker(base)
     if objection:
         logger.info("training.prefix_sharing: auto shares nothing in this model: %s", objection)
         return layout.without_sharing()
@@ -188,7 +188,7 @@ def _settle(layout: Layout, bench: Workbench, base: PreTrainedModel, report: Rep
     return layout
 
 
-def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:
+def _start(bench: TrainingContext, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:
     """Attach the method, and make the optimizer."""
     recipe = bench.recipe
     if recipe.training.recomputes_blocks:
@@ -198,33 +198,33 @@ def _start(bench: Workbench, base: PreTrainedModel, order: BatchOrder, interrupt
             logger.info("training.gradient_checkpointing: offload is true on a CPU: there is no other memory")
         base.activation_checkpointing_enable({"use_reentrant": False}, offload=offloads)
     is_selective = recipe.training.gradient_checkpointing == "selective"
-    widening = widening_layers(base) if is_selective else []
+    widening = up_projections(base) if is_selective else []
     bench.seed()
     model = bench.method.attach(base, order.total_steps)
     if is_selective:
-        logger.info("training.gradient_checkpointing: %s", compute_again(base, widening))
+        logger.info("training.gradient_checkpointing: %s", recompute_outputs(base, widening))
     bench.method.initialize(model, bench.folder.weight)
-    _take_over(bench, model)
-    _refuse_untrainable_shares(bench, base)
+    _load_initial_adapter(bench, model)
+    _check_sharded_training(bench, base)
     return TrainState(
         accelerator=bench.accelerator,
         model=prepared(bench.accelerator, model),
         method=bench.method,
-        optimizer=make_optimizer(recipe.optimizer, model, bench.method.rate_factor),
+        optimizer=make_optimizer(recipe.optimizer, model, bench.method.lr_multiplier),
         compute_dtype=bench.compute_dtype,
         interruption=interruption,
         noise=recipe.training.neftune_alpha,
     )
 
 
-def _refuse_untrainable_shares(bench: Workbench, base: PreTrainedModel) -> None:
+def _check_sharded_training(bench: TrainingContext, base: PreTrainedModel) -> None:
     """What trains of a base that processes hold shares of must go with how they sum and check gradients.
 
     Raises:
         UnsupportedError: They would each skip other steps of float16, or never be told that a backward pass has begun:
             blocks tell them.
     """
-    if not trained_shares(base):
+    if not sharded_trainable_params(base):
         return
     if bench.compute_dtype is torch.float16:
         raise UnsupportedError(
@@ -240,13 +240,13 @@ def _refuse_untrainable_shares(bench: Workbench, base: PreTrainedModel) -> None:
         )
 
 
-def _take_over(bench: Workbench, model: nn.Module) -> None:
+def _load_initial_adapter(bench: TrainingContext, model: nn.Module) -> None:
     """Start from the adapter of an earlier run over the same base, if the recipe says so."""
     earlier = getattr(bench.recipe.adapter, "continue_from", None)
     if earlier is None:
         return
     folder = RunDirectory.open(Path(earlier)).trained(is_whole_model=False)
-    record = TrainedRecord.read(folder)
+    record = TrainingRecord.read(folder)
     record.refuse_others(folder, bench.folder, bench.method)
     record.refuse_other_quantization(bench, model)
-    bench.method.take_over(model, folder)
+    bench.method.load_initial_adapter(model, folder)

@@ -14,7 +14,7 @@ from finetune.jobs.train.resume import SAME_INPUTS, shortened
 QUANTIZED_BASE = {"quantized_base": "the codes of the quantized base (fingerprint)"}
 
 
-def told_by_main(message: dict[str, Any] | None) -> dict[str, Any] | None:
+def broadcast_from_main(message: dict[str, Any] | None) -> dict[str, Any] | None:
     """The main process's message, in every process; what the others bring is not read."""
     join_process_group()
     told = [message]
@@ -22,7 +22,7 @@ def told_by_main(message: dict[str, Any] | None) -> dict[str, Any] | None:
     return told[0]
 
 
-def refuse_disagreement(facts: Mapping[str, Any], words: Mapping[str, str] = SAME_INPUTS) -> None:
+def check_same_on_all_ranks(facts: Mapping[str, Any], words: Mapping[str, str] = SAME_INPUTS) -> None:
     """Make sure that all processes train the same base on the same rows: none sends its own to the others.
 
     All of them must come here, and all of them raise.

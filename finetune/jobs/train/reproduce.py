@@ -50,7 +50,7 @@ def reproduce(
         RefusedError: Data or base are not those of the first run any more.
     """
     if not first.is_finished:
-        raise UsageError("the run is not finished", where=str(first.path), hint=first.how_to_resume)
+        raise UsageError("the run is not finished", where=str(first.path), hint=first.resume_command)
     recipe = load_recipe(first.recipe).recipe
     train(recipe, again, report, interruption)
     found = differences(first, again)

@@ -118,7 +118,7 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
         )
 
 
-def refuse_other_codes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
+def check_same_quantized_weights(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
     """Make sure that the base was quantized to the very codes of the checkpoint.
 
     Another kind of device may round a tie the other way, so only the same kind is held to it.

@@ -10,28 +10,28 @@ from pathlib import Path
 
 from finetune.data.dataset import Rows
 from finetune.errors import as_out_of_memory
-from finetune.jobs.load.context import Workbench
-from finetune.jobs.load.training_record import TrainedRecord, base_record
-from finetune.jobs.train.checkpointing import Saver
+from finetune.jobs.load.context import TrainingContext
+from finetune.jobs.load.training_record import TrainingRecord, base_record
+from finetune.jobs.train.checkpointing import CheckpointManager
 from finetune.jobs.train.dry_run import is_worth_it, rehearse
-from finetune.jobs.train.early_stopping import Patience
-from finetune.jobs.train.evaluator import Examiner
-from finetune.jobs.train.lora_rank_log import RankRecorder
-from finetune.jobs.train.metrics_log import Recorder
-from finetune.jobs.train.oom import step_is_too_large
+from finetune.jobs.train.early_stopping import EarlyStopping
+from finetune.jobs.train.evaluator import Evaluator
+from finetune.jobs.train.lora_rank_log import LoraRankLogger
+from finetune.jobs.train.metrics_log import MetricsLogger
+from finetune.jobs.train.oom import oom_error_with_hints
 from finetune.jobs.train.prepare import Ready
 from finetune.jobs.train.resume import extends, permitted_changes
 from finetune.models.linear_layers import count_parameters
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
-from finetune.report.run_page import reported
+from finetune.report.run_page import recording_errors
 from finetune.run.checkpoints import Checkpoint, Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import (
     DataRead,
     Phase,
     Report,
-    Resumed,
+    RunResumed,
     TrainingFinished,
     TrainingStarted,
     ignore,
@@ -41,7 +41,7 @@ from finetune.run.provenance import provenance
 from finetune.run.signals import Interruption, StopRequested
 from finetune.run.trackers.process import refuse_missing_packages, tracked
 from finetune.storage.files import write_json, write_text, written_aside
-from finetune.train.diagnostics import Symptoms
+from finetune.train.diagnostics import TrainingDiagnostics
 from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes
 
@@ -65,7 +65,7 @@ def train(
         FinetuneError: What the user can mend.
     """
     interruption = interruption or Interruption()
-    with reported(run), run.attempt() as attempt, ExitStack() as stack:
+    with recording_errors(run), run.attempt() as attempt, ExitStack() as stack:
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
         ready = Ready.of(recipe, report, interruption, checkpoint, is_extended)
@@ -82,13 +82,13 @@ def train(
         bench.accelerator.wait_for_everyone()  # the record of an earlier attempt is cut to where this one begins
         history = History.of(run)
         if checkpoint is not None:
-            report(Resumed(checkpoint.path.name, state.step, order.total_steps))
+            report(RunResumed(checkpoint.path.name, state.step, order.total_steps))
 
-        patience = Patience(recipe.evaluation.patience, history)
-        saver = Saver(run, attempt, recipe.training, ready.facts, report, patience.best_step)
-        record = Recorder(run, report, Symptoms(history)) if is_main else report
-        ranks = RankRecorder(state, record)
-        examiner = Examiner(bench, state, ready.layout, rows.validation, order.total_steps, report, record)
+        patience = EarlyStopping(recipe.evaluation.patience, history)
+        saver = CheckpointManager(run, attempt, recipe.training, ready.facts, report, patience.best_step)
+        record = MetricsLogger(run, report, TrainingDiagnostics(history)) if is_main else report
+        ranks = LoraRankLogger(state, record)
+        examiner = Evaluator(bench, state, ready.layout, rows.validation, order.total_steps, report, record)
         try:
             if checkpoint is None and is_worth_it(recipe, order.total_steps):
                 rehearse(ready, run, report)
@@ -115,8 +115,8 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if as_out_of_memory(error) is None:
                 raise
-            resume = None if attempt.checkpoint is None else run.how_to_resume
-            raise step_is_too_large(recipe, state.step + 1, resume) from error
+            resume = None if attempt.checkpoint is None else run.resume_command
+            raise oom_error_with_hints(recipe, state.step + 1, resume) from error
         report(Phase("saving"))
         done = copy(state)
         bench.accelerator.wait_for_everyone()  # the best checkpoint is there for all
@@ -128,7 +128,7 @@ def train(
             _save(ready, trained)
             ranks.draw(run, order.total_steps)
         elif saves:
-            bench.method.help_save(state.bare_model)
+            bench.method.gather_for_save(state.bare_model)
     assert done.loss is not None
     return TrainingFinished(
         run_directory=str(run.path),
@@ -136,7 +136,7 @@ def train(
         standalone_by=recipe.adapter.standalone_by,
         steps=done.step,
         loss=done.loss,
-        validation_loss_before=done.held_out_before,
+        validation_loss_before=done.validation_loss_before,
         validation_loss=best.loss if best else after.loss if after else None,
         tokens=done.tokens,
         seconds=done.seconds,
@@ -170,7 +170,9 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
     return checkpoint, extends(found)
 
 
-def _record_inputs(run: RunDirectory, bench: Workbench, rows: Rows, read: DataRead, started: TrainingStarted) -> None:
+def _record_inputs(
+    run: RunDirectory, bench: TrainingContext, rows: Rows, read: DataRead, started: TrainingStarted
+) -> None:
     """Write what the run starts from: provenance, and what became of the rows."""
     recipe = bench.recipe
     facts = {
@@ -211,4 +213,4 @@ def _save(ready: Ready, folder: Path) -> None:
     with written_aside(folder) as aside:
         bench.method.save(ready.state.bare_model, aside)
         bench.tokenizer.save_pretrained(aside)
-        TrainedRecord.of(bench, facts["quantized_base"], facts["in_conversation"]).write(aside)
+        TrainingRecord.of(bench, facts["quantized_base"], facts["uses_chat_template"]).write(aside)

@@ -23,8 +23,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from finetune.models.fsdp import with_whole_weights
-from finetune.models.kernels.recompute import can_be_made
+from finetune.models.fsdp import unsharded_weights
+from finetune.models.kernels.recompute import recomputable
 
 NUMBERS_A_THREAD = 1 << 17
 """Numbers of a tensor that a thread works on together: half a megabyte in float32, of which caches hold a few."""
@@ -115,7 +115,7 @@ def _fuse_norm(norm: Any, passes: _Passes) -> bool:
     known = (torch.float32, torch.bfloat16, torch.float16)
     if epsilon is None or weight is None or weight.dim() != 1 or weight.dtype not in known:
         return False
-    with torch.no_grad(), with_whole_weights(norm):
+    with torch.no_grad(), unsharded_weights(norm):
         on_cpu = copy(norm)  # shallow: parameters are replaced, not changed
         on_cpu._parameters = {"weight": nn.Parameter(norm.weight.detach().cpu(), requires_grad=False)}
         probe = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
@@ -149,7 +149,7 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x_TE, inverse_T1, weight_E)
         ctx.offset = offset
         sources, make = (x_TE, inverse_T1, weight_E), partial(_scaled, offset=offset)
-        return can_be_made(make(*sources), make, *sources).view(x.shape)
+        return recomputable(make(*sources), make, *sources).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -190,9 +190,9 @@ def _fuse_unit(unit: Any, passes: _Passes) -> bool:
     if gate is None:
         return False
     probe = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    stand_in = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=activation)
+    probe_unit = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=activation)
     try:
-        found = type(unit).forward(stand_in, probe)
+        found = type(unit).forward(probe_unit, probe)
     except (AttributeError, TypeError):  # it asks for more than that
         return False
     if not torch.equal(found, -(activation(probe.sin()) * probe.cos())):
@@ -221,7 +221,7 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.activate = activate
         make = partial(_opened, activate=activate)
-        return can_be_made(make(gate, up), make, gate, up)
+        return recomputable(make(gate, up), make, gate, up)
 
     @staticmethod
     @once_differentiable

@@ -35,7 +35,7 @@ above the diagonal only to be masked; an example up to half longer is one block,
 that go on from the same tokens, or from none."""
 
 
-def bounds_of(positions_BT: Tensor) -> Tensor:
+def example_bounds(positions_BT: Tensor) -> Tensor:
     """Where examples' own tokens begin, as the mask that the kernel takes: int32, shape (1, 1, 2, E + 1).
 
     First their places in the row and its end, then their positions, and 0. It lies on the CPU, where every layer looks
@@ -81,7 +81,9 @@ def packed_attention(
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
     places, firsts = map(tuple, attention_mask[0, 0].tolist())
     if uses_flash(query):
-        output: Any = _flash_attention(query, key, value, _lines(places, firsts, query.device), scale, sliding_window)
+        output: Any = _flash_attention(
+            query, key, value, _varlen_meta(places, firsts, query.device), scale, sliding_window
+        )
     else:
         output = _Packed.apply(query, key, value, _together(places, firsts, sliding_window), scale, sliding_window)
     return output[None], None
@@ -93,7 +95,7 @@ def uses_flash(query: Tensor) -> bool:
 
 
 def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, lines: _Lines, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, lines: _VarlenMeta, scale: float, window: int | None
 ) -> Tensor:
     """Variable-length flash attention over the row: queries (T, H, D), keys and values (T, G, D) -> (T, H, D).
 
@@ -117,10 +119,10 @@ def _flash_attention(
         query,
         key,
         value,
-        lines.own_bounds,
-        lines.seen_bounds,
-        lines.longest_own,
-        lines.longest_seen,
+        lines.cu_seqlens_q,
+        lines.cu_seqlens_k,
+        lines.max_seqlen_q,
+        lines.max_seqlen_k,
         0.0,  # dropout
         window is None,  # causal; with a window, the two sizes below say the same and more
         False,  # no debug mask
@@ -231,11 +233,11 @@ class _Example(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _examples(places: tuple[int, ...], firsts: tuple[int, ...]) -> tuple[_Example, ...]:
-    """The examples of `bounds_of`."""
+    """The examples of `example_bounds`."""
     examples: list[_Example] = []
     seen: tuple[slice, ...] = ()
     for (start, end), first in zip(pairwise(places), firsts, strict=False):
-        seen = (*_first_of(seen, first), slice(start, end))
+        seen = (*_prefix_slices(seen, first), slice(start, end))
         examples.append(_Example(slice(start, end), seen, first + end - start, (end - start,)))
     return tuple(examples)
 
@@ -253,41 +255,43 @@ def _together(places: tuple[int, ...], firsts: tuple[int, ...], window: int | No
     return tuple(found)
 
 
-def _first_of(parts: tuple[slice, ...], count: int) -> Iterator[slice]:
+def _prefix_slices(parts: tuple[slice, ...], count: int) -> Iterator[slice]:
     for part in parts:
         if count > 0:
             yield slice(part.start, min(part.stop, part.start + count))
         count -= part.stop - part.start
 
 
-class _Lines(NamedTuple):
+class _VarlenMeta(NamedTuple):
     """The examples as flash attention takes them.
 
     Attributes:
-        own_bounds: Where the tokens of each begin among the queries, and the end, (E + 1,), int32.
-        seen_bounds: The same among the keys.
-        longest_own: Queries of an example at most.
-        longest_seen: Its keys at most.
+        cu_seqlens_q: Where the tokens of each begin among the queries, and the end, (E + 1,), int32.
+        cu_seqlens_k: The same among the keys.
+        max_seqlen_q: Queries of an example at most.
+        max_seqlen_k: Its keys at most.
         seen: Places of the keys in the row, one example's after the other's; None where these are all places in turn.
     """
 
-    own_bounds: Tensor
-    seen_bounds: Tensor
-    longest_own: int
-    longest_seen: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     seen: Tensor | None
 
 
 @lru_cache(maxsize=64)
-def _lines(places: tuple[int, ...], firsts: tuple[int, ...], device: torch.device) -> _Lines:
+def _varlen_meta(places: tuple[int, ...], firsts: tuple[int, ...], device: torch.device) -> _VarlenMeta:
     examples = _examples(places, firsts)
     own = [example.own.stop - example.own.start for example in examples]
     lengths = [example.length for example in examples]
     seen = [torch.arange(part.start, part.stop) for example in examples for part in example.seen]
-    own_bounds, seen_bounds = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (own, lengths))
-    return _Lines(
-        own_bounds.to(device),
-        seen_bounds.to(device),
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (own, lengths)
+    )
+    return _VarlenMeta(
+        cu_seqlens_q.to(device),
+        cu_seqlens_k.to(device),
         max(own),
         max(lengths),
         None if own == lengths else torch.cat(seen).to(device),
@@ -337,7 +341,7 @@ class _Packed(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.settings = examples, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
-        by_kernel = _kernel_pays(query.dtype)
+        by_kernel = _prefers_kernel(query.dtype)
         for example in examples:
             key_SGD, value_SGD = example.of(key), example.of(value)
             if by_kernel:
@@ -354,7 +358,7 @@ class _Packed(torch.autograd.Function):
                     )
                 else:
                     result_GND = block.scores(query_GND, key_GKD, scale, window) @ value_GKD
-                _put_back(output, block.rows, result_GND)
+                _scatter_rows(output, block.rows, result_GND)
         return output
 
     @staticmethod
@@ -374,16 +378,16 @@ class _Packed(torch.autograd.Function):
                 key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
                 chances = block.scores(query_GND, key_GKD, scale, window)
                 of_value_SGD[block.columns] += (chances.transpose(1, 2) @ gradient_GND).transpose(0, 1)
-                of_chances = gradient_GND @ value_GKD.transpose(1, 2)
-                of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
-                _put_back(of_query, block.rows, of_scores @ key_GKD)
+                of_probs = gradient_GND @ value_GKD.transpose(1, 2)
+                of_scores = torch._softmax_backward_data(of_probs, chances, -1, chances.dtype)
+                _scatter_rows(of_query, block.rows, of_scores @ key_GKD)
                 of_key_SGD[block.columns] += (of_scores.transpose(1, 2) @ query_GND).transpose(0, 1)
             example.add(of_key, of_key_SGD)
             example.add(of_value, of_value_SGD)
         return of_query.mul_(scale), of_key.mul_(scale).to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
-def _kernel_pays(dtype: torch.dtype) -> bool:
+def _prefers_kernel(dtype: torch.dtype) -> bool:
     """Whether PyTorch's kernel is as fast as products one by one: without AMX it multiplies 16 bits as float32."""
     return dtype.itemsize > 2 or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
@@ -393,7 +397,7 @@ def _by_group(heads: Tensor, rows: slice, groups: int) -> Tensor:
     return heads[rows].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def _put_back(heads: Tensor, rows: slice, part_GND: Tensor) -> None:
+def _scatter_rows(heads: Tensor, rows: slice, part_GND: Tensor) -> None:
     """The reverse: (G, R * N, D) into some rows of (T, H, D)."""
     count = rows.stop - rows.start
     heads[rows] = part_GND.unflatten(1, (-1, count)).flatten(0, 1).transpose(0, 1)

@@ -28,10 +28,12 @@ the logits; in bfloat16, transformers' own kernels differ by 0.02."""
 def mask_for(model: nn.Module, positions_BT: Tensor) -> Tensor | None:
     """What a model has to be called with as its mask where positions restart within a row; most look for themselves."""
     config = getattr(model, "module", model).config
-    return packed_attention.bounds_of(positions_BT) if config._attn_implementation == packed_attention.NAME else None
+    return (
+        packed_attention.example_bounds(positions_BT) if config._attn_implementation == packed_attention.NAME else None
+    )
 
 
-def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:
+def use_packing_attention(model: PreTrainedModel, may_choose: bool) -> None:
     """Give a model attention that keeps examples in one row apart, and make sure that it does, on its device.
 
     Args:
@@ -42,13 +44,13 @@ def keep_apart(model: PreTrainedModel, may_choose: bool) -> None:
     Raises:
         UnsupportedError: Examples see each other all the same.
     """
-    if may_choose and _takes_packed_attention(model):
+    if may_choose and _try_packed_attention(model):
         return
-    prove_separation(model)
+    check_no_cross_contamination(model)
 
 
-def is_without_masks(config: PretrainedConfig) -> bool:
-    """Whether `keep_apart` will give a model the kernel without masks, as far as its settings tell."""
+def takes_packed_attention(config: PretrainedConfig) -> bool:
+    """Whether `use_packing_attention` will give a model the kernel without masks, as far as its settings tell."""
     own = config._attn_implementation
     if own is None:  # it is named when the model is made
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -56,17 +58,17 @@ def is_without_masks(config: PretrainedConfig) -> bool:
     return own == "sdpa" and not _drops(config, "att")
 
 
-def may_share_prefixes(config: PretrainedConfig) -> bool:
+def supports_prefix_sharing(config: PretrainedConfig) -> bool:
     """Whether a model will compute once what examples in one row begin with alike, as far as its settings tell."""
-    return is_without_masks(config) and not _drops(config)
+    return takes_packed_attention(config) and not _drops(config)
 
 
-def _takes_packed_attention(model: PreTrainedModel) -> bool:
+def _try_packed_attention(model: PreTrainedModel) -> bool:
     """Switch to the kernel without masks where it is made for the model and the device; the model's own is its twin."""
     own = model.config._attn_implementation
     if own != "sdpa" or not _has_kernel(model.get_input_embeddings().weight):
         return False
-    if not is_without_masks(model.config):
+    if not takes_packed_attention(model.config):
         logger.info("model.attention: auto is %s, which drops out as the model wants it", own)
         return False
     examples = _probe(model)[0].split(PROBE_LENGTHS)
@@ -75,7 +77,7 @@ def _takes_packed_attention(model: PreTrainedModel) -> bool:
     reason = _disagreement(model, torch.cat(examples), _probe(model)[1], alone_TV)
     if reason is None:
         try:
-            prove_separation(model)
+            check_no_cross_contamination(model)
             logger.info("model.attention: auto is ft's own, which needs no masks")
             return True
         except UnsupportedError as error:
@@ -85,11 +87,11 @@ def _takes_packed_attention(model: PreTrainedModel) -> bool:
     return False
 
 
-def objection_to_sharing(model: PreTrainedModel) -> str | None:
+def prefix_sharing_blocker(model: PreTrainedModel) -> str | None:
     """Why what examples in one row begin with alike cannot be computed once for all, which is tried with a few tokens.
 
     Args:
-        model: Which has been through `keep_apart`.
+        model: Which has been through `use_packing_attention`.
 
     Returns:
         The reason in words; None where it can.
@@ -137,7 +139,7 @@ def _has_kernel(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and dtype in AGREEMENT
 
 
-def separation_error(model: PreTrainedModel) -> float:
+def cross_contamination(model: PreTrainedModel) -> float:
     """How much an example's logits move when its neighbour in the row changes, as a share of the largest logit.
 
     Three random examples stand in one row with restarting positions; every token of the second is replaced.
@@ -176,13 +178,13 @@ def _logits(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor) -> Tenso
     return output.logits[0].float().cpu()
 
 
-def prove_separation(model: PreTrainedModel) -> None:
+def check_no_cross_contamination(model: PreTrainedModel) -> None:
     """Make sure that examples in one row do not see each other in this model, with its kernel, on this device.
 
     Raises:
         UnsupportedError: They do.
     """
-    error = separation_error(model)
+    error = cross_contamination(model)
     if not error <= TOLERANCE:
         raise UnsupportedError(
             f"examples in one row see each other in this model ({model.config.model_type}): changing one moves "

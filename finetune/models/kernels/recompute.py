@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 @dataclass
-class _Remade:
+class _Recomputable:
     """A tensor that is not kept.
 
     Attributes:
@@ -49,20 +49,20 @@ class _Remade:
 class _Part(NamedTuple):
     """A view of a tensor that is not kept, or all of it."""
 
-    of: _Remade
+    of: _Recomputable
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int | torch.SymInt
 
 
-_remade: ContextVar[dict[int, _Remade] | None] = ContextVar("_remade", default=None)
+_remade: ContextVar[dict[int, _Recomputable] | None] = ContextVar("_remade", default=None)
 """Of the pass that is under way, by the storages of the tensors."""
 
 
 @contextmanager
-def keeping_little() -> Iterator[None]:
-    """In the block, a forward pass, autograd does not keep what `can_be_made` says of."""
-    known: dict[int, _Remade] = {}
+def saving_inputs_only() -> Iterator[None]:
+    """In the block, a forward pass, autograd does not keep what `recomputable` says of."""
+    known: dict[int, _Recomputable] = {}
     before = _remade.set(known)
     try:
         with saved_tensors_hooks(lambda tensor: _kept(tensor, known), _given):
@@ -72,7 +72,7 @@ def keeping_little() -> Iterator[None]:
 
 
 @contextmanager
-def keeping_all() -> Iterator[None]:
+def saving_everything() -> Iterator[None]:
     """In the block, a part of such a pass, nothing is said of any tensor."""
     before = _remade.set(None)
     try:
@@ -81,7 +81,7 @@ def keeping_all() -> Iterator[None]:
         _remade.reset(before)
 
 
-def can_be_made(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+def recomputable(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """Say of a tensor that has just been made how to make it again, with the same bits.
 
     Args:
@@ -95,12 +95,12 @@ def can_be_made(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -
     if (known := _remade.get()) is not None:
         storage = tensor.untyped_storage()
         kept = tuple(_kept(source.detach(), known) for source in sources)
-        known[storage._cdata] = _Remade(make, kept, tensor.dtype, tensor._version)
+        known[storage._cdata] = _Recomputable(make, kept, tensor.dtype, tensor._version)
         finalize(storage, known.pop, storage._cdata)
     return tensor
 
 
-def _kept(tensor: Tensor, known: dict[int, _Remade]) -> Tensor | _Part:
+def _kept(tensor: Tensor, known: dict[int, _Recomputable]) -> Tensor | _Part:
     found = known.get(tensor.untyped_storage()._cdata)
     if found is None or tensor.dtype != found.dtype or tensor._version != found.version:
         return tensor

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finetune.models.kernels.recompute import can_be_made
+from finetune.models.kernels.recompute import recomputable
 from finetune.models.linear_layers import linear_layers, list_of_blocks, shape_of
 
 
-def widening_layers(base: PreTrainedModel) -> list[str]:
+def up_projections(base: PreTrainedModel) -> list[str]:
     """Names of the linear layers in a model's blocks that have more outputs than inputs; before adapters come."""
     layers = linear_layers(base)
     blocks = list_of_blocks(base, layers)
@@ -30,12 +30,12 @@ def widening_layers(base: PreTrainedModel) -> list[str]:
     return [name for name, (out_features, in_features) in shapes.items() if out_features > in_features]
 
 
-def compute_again(base: PreTrainedModel, names: list[str]) -> str:
+def recompute_outputs(base: PreTrainedModel, names: list[str]) -> str:
     """Have the outputs of layers computed again in backward, by the same products, instead of kept.
 
     Args:
         base: With the adapters that it gets; changed in place.
-        names: Of its layers, as `widening_layers` finds them.
+        names: Of its layers, as `up_projections` finds them.
 
     Returns:
         What was done, in words.
@@ -46,7 +46,7 @@ def compute_again(base: PreTrainedModel, names: list[str]) -> str:
     return f"outputs of {len(names)} widening layers are computed again in backward"
 
 
-class _Circumstances(NamedTuple):
+class _ForwardContext(NamedTuple):
     """What decides about the output of a layer beside its input and its numbers.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Circumstances(NamedTuple):
     gpu: Tensor | None
 
     @classmethod
-    def now(cls, device: torch.device) -> _Circumstances:
+    def now(cls, device: torch.device) -> _ForwardContext:
         """Those before a layer's forward pass."""
         casts = torch.is_autocast_enabled(device.type)
         autocast = torch.get_autocast_dtype(device.type) if casts else None
@@ -81,17 +81,17 @@ class _Circumstances(NamedTuple):
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    """A layer's own pass, with what `can_be_made` has to know of it."""
+    """A layer's own pass, with what `recomputable` has to know of it."""
     own = type(layer).forward
     if not torch.is_grad_enabled():
         inferred: Tensor = own(layer, x)
         return inferred
-    circumstances = _Circumstances.now(x.device)
+    circumstances = _ForwardContext.now(x.device)
     output: Tensor = own(layer, x)
-    return can_be_made(output, partial(_computed, layer, circumstances), x)
+    return recomputable(output, partial(_computed, layer, circumstances), x)
 
 
-def _computed(layer: Any, circumstances: _Circumstances, x: Tensor) -> Tensor:
+def _computed(layer: Any, circumstances: _ForwardContext, x: Tensor) -> Tensor:
     with circumstances.again():
         output: Tensor = type(layer).forward(layer, x).detach()
     return output

@@ -37,7 +37,7 @@ ROOM = 1 << 16
 FINE, TOO_LONG, TOO_LARGE = 0, 3, 4
 
 
-def refuse_endless_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+def check_template_terminates(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Render two short messages in a child that has 10 s, 1 GiB and no more to say than a number.
 
     What the template makes of roles or tools is told later, with the row that it refuses.

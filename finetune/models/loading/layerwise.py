@@ -24,9 +24,9 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
-from finetune.malloc import FreedMemory
+from finetune.malloc import HeapTrimmer
 from finetune.models.linear_layers import shape_of
-from finetune.models.loading.meta_model import read_config, skeleton
+from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.safetensors_io import own_memory, stored_tensors
@@ -86,9 +86,9 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
         in_torch: bool = False,
     ) -> None:
-        self.folder, self.device, self._freed = folder, device, FreedMemory()
+        self.folder, self.device, self._freed = folder, device, HeapTrimmer()
         self.files = stored_tensors(folder.path)
-        self.model = skeleton(read_config(folder), section, dtype).eval()
+        self.model = meta_model(read_config(folder), section, dtype).eval()
         self.model.name_or_path = self.model.config._name_or_path = folder.name
         self._stored = stored_quantization(folder)
         choose = OnLoadConfig.from_dict(self._stored.model_dump()).choose if self._stored else quantizers
@@ -104,7 +104,7 @@ class StreamedModel:
                 packed = getattr(quantizer, "in_torch", quantizer) if in_torch else quantizer
                 if isinstance(packed, PackedQuantizer):
                     self.model.set_submodule(name, replacement(name, layers[name], packed, dtype))
-        self._parts = self._hollow_out(self._kept_in_float32(dtype))
+        self._parts = self._to_placeholders(self._kept_in_float32(dtype))
         self._originals = dict(self.model.named_modules())
 
     def _names_of_codes(self) -> list[str]:
@@ -145,7 +145,7 @@ class StreamedModel:
         patterns = self.model._get_dtype_plan(dtype)
         return re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
 
-    def _hollow_out(self, in_float32: re.Pattern[str] | None) -> dict[str, tuple[nn.Module, list[str]]]:
+    def _to_placeholders(self, in_float32: re.Pattern[str] | None) -> dict[str, tuple[nn.Module, list[str]]]:
         """Take the memory of every tensor that is in files: from a module's name to the names of those."""
         parts: dict[str, tuple[nn.Module, list[str]]] = {}
         hollow: dict[int, nn.Parameter] = {}

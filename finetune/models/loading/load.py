@@ -14,12 +14,12 @@ from transformers import (
 )
 
 from finetune.errors import ModelError, UnsupportedError
-from finetune.models.fsdp import share_out
+from finetune.models.fsdp import shard_model
 from finetune.models.linear_layers import linear_layers, list_of_blocks
-from finetune.models.loading.chat_template_guard import refuse_endless_template
+from finetune.models.loading.chat_template_guard import check_template_terminates
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.layerwise import StreamedModel
-from finetune.models.loading.meta_model import first_line, read_config, told_as_ours
+from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
 from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
 from finetune.models.loading.quantized_checkpoint import refuse_other_quantization, stored_quantization
 from finetune.quantizers.base import is_quantized
@@ -58,7 +58,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
             where=where,
             hint="use the tokenizer that belongs to this model",
         )
-    refuse_endless_template(tokenizer, where)
+    check_template_terminates(tokenizer, where)
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -98,7 +98,7 @@ def load_model(
     where = str(folder.path)
     refuse_other_quantization(folder, quantizers)
     options = {} if stored_quantization(folder) else quantizers.load_options(compute_dtype)
-    with told_as_ours(where):
+    with errors_as_model_error(where):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder.path,
             config=read_config(folder),
@@ -156,7 +156,7 @@ def load_sharded_model(
         UnsupportedError: The model is no list of blocks, or a quantizer's layers are not ours.
     """
     refuse_other_quantization(folder, quantizers)
-    with told_as_ours(str(folder.path)):
+    with errors_as_model_error(str(folder.path)):
         streamed = StreamedModel(
             folder, section, quantizers, device, dequantized=False, dtype=weight_dtype, in_torch=True
         )
@@ -175,7 +175,9 @@ def load_sharded_model(
                 where="quantization.kind",
                 hint="choose nf4, fp4, affine, hqq, optq or icq, or set distributed.strategy to ddp",
             )
-    share_out(model, [f"{blocks}.{index}" for index in range(len(model.get_submodule(blocks)))], streamed.fill, device)
+    shard_model(
+        model, [f"{blocks}.{index}" for index in range(len(model.get_submodule(blocks)))], streamed.fill, device
+    )
     if (folder.path / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
     return model

@@ -23,12 +23,12 @@ def read_config(folder: ModelFolder) -> Any:
     Raises:
         ModelError: transformers does not know the architecture, or would run code of the folder's to know it.
     """
-    with told_as_ours(str(folder.path)):
+    with errors_as_model_error(str(folder.path)):
         return AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager
-def told_as_ours(where: str) -> Iterator[None]:
+def errors_as_model_error(where: str) -> Iterator[None]:
     """What transformers says of a model that it cannot load becomes a ModelError."""
     try:
         yield
@@ -66,7 +66,7 @@ def with_blocks(config: Any, blocks: int) -> Any:
     return config
 
 
-def skeleton(config: Any, section: Model, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(config: Any, section: Model, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen model with its weights on the meta device; what it computes itself, such as frequencies, is there.
 
     Args:

@@ -14,7 +14,7 @@ from finetune.models.loading.model_files import ModelFolder
 BLOCKS = 2
 
 
-def write_shallow(folder: ModelFolder, target: Path, seed: int) -> None:
+def write_truncated_model(folder: ModelFolder, target: Path, seed: int) -> None:
     """Write such a model; of the original only config and tokenizer are read.
 
     Args:

@@ -27,7 +27,7 @@ Fold = Callable[[nn.Module], nn.Module]
 """From what stands in the place of a layer to the layer that it becomes, its tensors named and shaped as before."""
 
 
-def write_folded(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder: Path) -> None:
+def write_merged(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder: Path) -> None:
     """Write a model as plain transformers loads it.
 
     Args:
@@ -37,7 +37,7 @@ def write_folded(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder
         folder: Where to.
     """
     changed = {name for place in streamed.replaced() for name in streamed.tensors(place)}
-    folded = _Folded(streamed, fold)
+    folded = _MergedWeights(streamed, fold)
     untied = folded.untied(changed)
     planned = {}
     for name, tensor in streamed.tensors().items():
@@ -68,7 +68,7 @@ def write_folded(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder
     _write_settings(streamed, folder)
 
 
-def write_folded_quantized(streamed: StreamedModel, fold: Fold, folder: Path) -> None:
+def write_merged_quantized(streamed: StreamedModel, fold: Fold, folder: Path) -> None:
     """Write a model with its codes as they are, as `load_model` loads it; other weights in the types of their files.
 
     Args:
@@ -90,7 +90,7 @@ def write_folded_quantized(streamed: StreamedModel, fold: Fold, folder: Path) ->
             stored = streamed.files[streamed.sources[name].files[0]]
             planned[name] = Planned(DTYPES[stored.dtype], tuple(tensor.shape))
     with tensor_writer(folder, planned) as writer:
-        for name, tensor in _Folded(streamed, fold).tensors():
+        for name, tensor in _MergedWeights(streamed, fold).tensors():
             writer.put(name, tensor)
         for layer in sorted({name.rpartition(".")[0] for name in writer.missing}):
             with streamed.filled(layer):
@@ -101,7 +101,7 @@ def write_folded_quantized(streamed: StreamedModel, fold: Fold, folder: Path) ->
     _write_settings(streamed, folder)
 
 
-def write_shares(model: Any, folder: Path) -> None:
+def write_from_shards(model: Any, folder: Path) -> None:
     """Write a model of which each process holds a share, as plain transformers loads it, into a single file.
 
     The other processes must put `saved_tensors` together meanwhile.
@@ -134,7 +134,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-class _Folded:
+class _MergedWeights:
     """The tensors of layers that were folded, a layer at a time."""
 
     def __init__(self, streamed: StreamedModel, fold: Fold) -> None:

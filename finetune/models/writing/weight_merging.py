@@ -20,7 +20,7 @@ Rule = Literal["linear", "ties", "dare", "svd"]
 
 
 @dataclass(frozen=True)
-class Combination:
+class WeightMerge:
     """How differences are combined.
 
     Attributes:
@@ -59,8 +59,8 @@ class Combination:
         return _of_rank(total, self.rank) if self.rule == "svd" and total.ndim == 2 else total
 
 
-def combine_folders(
-    base: Path, versions: Sequence[Path], combination: Combination, dtype: torch.dtype, target: Path
+def merge_weights(
+    base: Path, versions: Sequence[Path], combination: WeightMerge, dtype: torch.dtype, target: Path
 ) -> None:
     """Write the combined weights as safetensors, with an index where they take more than one file.
 

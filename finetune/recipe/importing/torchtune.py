@@ -98,7 +98,7 @@ def _data_set(context: Context, value: Any) -> Settings:
     return _sources(context, "dataset", value, "train")
 
 
-def _held_out(context: Context, value: Any) -> Settings:
+def _validation(context: Context, value: Any) -> Settings:
     return _sources(context, "dataset_val", value, "validation")
 
 
@@ -215,7 +215,7 @@ RULES: Mapping[str, Rule] = {
     "model._component_": _model,
     "model.lora_attn_modules": _targets,
     "model.apply_lora_to_mlp": values.read_elsewhere,
-    "model.apply_lora_to_output": Without("all linear layers but the output head are adapted", harmless=(False,)),
+    "model.apply_lora_to_output": Without("all linear layers but the output head are adapted", sanitize=(False,)),
     "model.lora_rank": To("adapter.r"),
     "model.lora_alpha": To("adapter.alpha"),
     "model.lora_dropout": To("adapter.dropout"),
@@ -232,14 +232,14 @@ RULES: Mapping[str, Rule] = {
     "checkpointer.model_type": Without("config.json says it"),
     "checkpointer.output_dir": Without("a run keeps its own checkpoints"),
     "checkpointer.recipe_checkpoint": Without("say it when you call it: ft train --resume RUN"),
-    "resume_from_checkpoint": Without("say it when you call it: ft train --resume RUN", harmless=(False,)),
+    "resume_from_checkpoint": Without("say it when you call it: ft train --resume RUN", sanitize=(False,)),
     "save_adapter_weights_only": Without("an adapter is saved as an adapter; ft merge writes a model"),
     "dataset": _data_set,
-    "dataset_val": _held_out,
+    "dataset_val": _validation,
     "run_val_every_n_steps": values.steps("evaluation.every_steps"),
     "batch_size_val": To("evaluation.batch_size"),
     "seed": To("training.seed"),
-    "shuffle": Without("rows are shuffled in every epoch", harmless=(True,)),
+    "shuffle": Without("rows are shuffled in every epoch", sanitize=(True,)),
     "batch_size": To("training.micro_batch_size"),
     "gradient_accumulation_steps": To("training.gradient_accumulation_steps"),
     "epochs": To("training.epochs"),
@@ -251,7 +251,7 @@ RULES: Mapping[str, Rule] = {
     "optimizer.eps": To("optimizer.epsilon"),
     "optimizer.momentum": To("optimizer.momentum"),
     "optimizer.fused": Without("ft chooses the form of the step"),
-    "optimizer_in_bwd": Without("gradients are summed first; optimizer.name: adamw_8bit takes less", harmless=(False,)),
+    "optimizer_in_bwd": Without("gradients are summed first; optimizer.name: adamw_8bit takes less", sanitize=(False,)),
     "lr_scheduler._component_": _schedule,
     "lr_scheduler.num_warmup_steps": values.warmup_steps,
     "clip_grad_norm": To("training.max_grad_norm"),
@@ -261,10 +261,10 @@ RULES: Mapping[str, Rule] = {
     "dtype": _precision,
     "enable_activation_checkpointing": values.checkpointing("enable_activation_offloading"),
     "enable_activation_offloading": values.offloading("enable_activation_checkpointing"),
-    "fsdp_cpu_offload": Without(values.DISTRIBUTED, harmless=(False,)),
+    "fsdp_cpu_offload": Without(values.DISTRIBUTED, sanitize=(False,)),
     "fsdp_reshard_after_forward": Without(values.DISTRIBUTED),
     "custom_sharded_layers": Without(values.DISTRIBUTED),
-    "tensor_parallel_dim": Without(values.DISTRIBUTED, harmless=(1,)),
+    "tensor_parallel_dim": Without(values.DISTRIBUTED, sanitize=(1,)),
     "mixed_precision": Without("training.precision: bfloat16"),
     "output_dir": values.output_dir,
     "name": To("run.name"),

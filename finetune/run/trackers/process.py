@@ -26,7 +26,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.recipe.sections.tracking import TrackerSection
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Phase, Report, StepMetrics, Validated
+from finetune.run.events import Event, Phase, Report, StepMetrics, ValidationResult
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def tracked(recipe: Recipe, run: RunDirectory, report: Report) -> Iterator[Repor
 
     def report_and_track(event: Event) -> None:
         report(event)
-        if isinstance(event, StepMetrics | Validated):
+        if isinstance(event, StepMetrics | ValidationResult):
             for follower in followers:
                 follower.send({"step": event.step, "values": _values(event)})
 
@@ -142,7 +142,7 @@ def _opening(tracker: TrackerSection, recipe: Recipe, run: RunDirectory) -> Open
     )
 
 
-def _values(event: StepMetrics | Validated) -> dict[str, float]:
+def _values(event: StepMetrics | ValidationResult) -> dict[str, float]:
     """An event's finite numbers under the names that trackers group by: `train/loss`, `validation/loss`."""
     group = "train" if isinstance(event, StepMetrics) else "validation"
     left_out = ("event", "step", "total_steps", "seconds", "rows")

@@ -21,7 +21,7 @@ from finetune.adapters.adalora import AdaLoraLinear, AdaLoraMethod
 from finetune.data.collate import Batch, padded
 from finetune.data.encode import Example
 from finetune.errors import RefusedError, UnsupportedError
-from finetune.evaluation.loss import held_out_loss
+from finetune.evaluation.loss import compute_validation_loss
 from finetune.models.linear_layers import dequantize_model
 from finetune.recipe.sections.adapter import AdaLora
 from finetune.recipe.sections.modules import ModuleRule
@@ -161,9 +161,9 @@ def test_neither_the_reported_nor_the_held_out_loss_holds_the_penalty():
         state = state_of(method, tiny_llama())
         rows = [Example(list(range(1, 20)), [position > 3 for position in range(19)])]
         settings = {"compute_dtype": torch.float32, "batch_size": 1, "make_batch": partial(padded, padding=0)}
-        held_out = held_out_loss(state.model, rows, accelerator=state.accelerator, **settings).loss
-        reported, _ = train_step(state, batches(0), 0.0, None)
-        found[weight] = (held_out, reported, float(method.penalty(state.model)))
+        held_out = compute_validation_loss(state.model, rows, accelerator=state.accelerator, **settings).loss
+        recording_errors, _ = train_step(state, batches(0), 0.0, None)
+        found[weight] = (held_out, recording_errors, float(method.penalty(state.model)))
     assert found[0.0][:2] == found[100.0][:2]
     assert found[100.0][2] > 50
 

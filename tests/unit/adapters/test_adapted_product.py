@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.adapters import low_rank
 from finetune.adapters.base import trainable
-from finetune.adapters.lora_linear import Branch, adapted_product, is_one_step, plain_product
+from finetune.adapters.lora_linear import Branch, is_one_step, lora_linear, lora_linear_reference
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
@@ -65,9 +65,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
     def noted(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
         found.append(branch.base)
-        return adapted_product(x, z, branch)
+        return lora_linear(x, z, branch)
 
-    monkeypatch.setattr(low_rank, "adapted_product", noted)
+    monkeypatch.setattr(low_rank, "lora_linear", noted)
     return found
 
 
@@ -109,7 +109,7 @@ def test_dropout_is_before_a_and_nowhere_else(dropout: float):
     base, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(7, 6)
     branch = Branch(base, torch.randn(2, 6), torch.randn(5, 2), 0.5)
     z = nn.functional.dropout(x, dropout) if dropout else None
-    assert torch.allclose(adapted_product(x, z, branch), plain_product(x, z, branch), atol=1e-5)
+    assert torch.allclose(lora_linear(x, z, branch), lora_linear_reference(x, z, branch), atol=1e-5)
 
 
 def test_in_16_bits_factors_have_gradients_of_their_own_type(tiny_model: Path, calls: list[nn.Module]):

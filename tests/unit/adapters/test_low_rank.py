@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.adapters.lora import LoraMethod, LowRankMethod
-from finetune.adapters.low_rank import ElasticLinear, LowRankLinear
+from finetune.adapters.low_rank import IecLinear, LowRankLinear
 from finetune.adapters.qa_lora import QaLoraMethod
 from finetune.errors import UnsupportedError
 from finetune.models.linear_layers import dequantize_model, linear_layers
@@ -54,7 +54,7 @@ def alone(in_features: int, out_features: int, r: int, *, elastic: bool = True, 
     """One adapted layer in float64."""
     torch.manual_seed(3)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout)
-    kind = ElasticLinear if elastic else LowRankLinear
+    kind = IecLinear if elastic else LowRankLinear
     layer = kind(nn.Linear(in_features, out_features), "default", config, r=r, lora_alpha=2 * r)
     return trained(layer).double()
 
@@ -99,7 +99,7 @@ def test_a_layer_in_double_precision_equals_its_merge_to_rounding(tiny_model: Pa
     layer = low_rank_layers(attached)[0]
     base = layer.get_base_layer()
     x = torch.randn(5, base.in_features, dtype=torch.float64)
-    a_RL, b_OR = (factor.double() for factor in layer.double().pooled_factors("default"))
+    a_RL, b_OR = (factor.double() for factor in layer.double().expanded_factors("default"))
     minimum = base.minimum.double() + b_OR @ a_RL * layer.scaling["default"]
     codes_OGK = (base.dequantized(torch.float32).double().unflatten(1, (-1, 32)) - base.minimum.double()[..., None]) / (
         base.scale.double()[..., None]
@@ -148,7 +148,7 @@ def test_a_base_without_groups_is_refused_by_the_layers_name(tiny_model: Path, k
 def test_plain_lora_is_not_merged_into_codes(tiny_model: Path):
     model = lora().attach(load(tiny_model, PACKED["affine-4"]), 1)
     with pytest.raises(UnsupportedError, match="without rounding"):
-        lora().fold_quantized(low_rank_layers(model)[0])
+        lora().merge_quantized(low_rank_layers(model)[0])
 
 
 # IEC

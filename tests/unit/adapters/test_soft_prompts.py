@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune.adapters.base import AdapterMethod, BakedPrompt
+from finetune.adapters.base import AdapterMethod, PromptTokens
 from finetune.adapters.p_tuning import PTuningMethod
 from finetune.adapters.prefix_tuning import PrefixTuningMethod
 from finetune.adapters.prompt_tuning import PromptTuningMethod
@@ -374,19 +374,19 @@ def test_a_prompt_of_another_length_or_width_is_refused(folder: Path, tmp_path: 
 @kinds
 def test_a_merge_is_refused_with_what_to_do_instead(folder: Path, tmp_path: Path, kind: str):
     with pytest.raises(UnsupportedError, match=r"ft export|PEFT"):
-        method(kind).foldable(load(folder), tmp_path)
+        method(kind).mergeable(load(folder), tmp_path)
 
 
 def test_a_prefix_does_not_become_tokens(folder: Path, tmp_path: Path):
     with pytest.raises(UnsupportedError, match="no place"):
-        method("prefix_tuning").bake(load(folder), tmp_path, tiny_tokenizer(), unlikely=7)
+        method("prefix_tuning").export_prompt(load(folder), tmp_path, tiny_tokenizer(), unlikely=7)
 
 
-def baked(kind: str, base: PreTrainedModel, folder: Path, unlikely: int = 7) -> tuple[BakedPrompt, Any]:
+def exported_prompt(kind: str, base: PreTrainedModel, folder: Path, unlikely: int = 7) -> tuple[PromptTokens, Any]:
     """A new prompt as tokens of `base`, and their tokenizer; `folder` is where the prompt goes in between."""
     method(kind).save(prompted(kind, base), folder)
     tokenizer = tiny_tokenizer()
-    return method(kind).bake(base, folder, tokenizer, unlikely), tokenizer
+    return method(kind).export_prompt(base, folder, tokenizer, unlikely), tokenizer
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -398,7 +398,7 @@ def test_baked_tokens_are_the_prompt(tmp_path: Path, kind: str, vocabulary: int,
     base.generation_config.suppress_tokens = list(range(known, vocabulary))  # which only an untrained model would write
     model = prompted(kind, base)
     expected, written = logits(model)[..., :known], answers(model, ROWS, batch_size=1)
-    prompt, tokenizer = baked(kind, base, tmp_path)
+    prompt, tokenizer = exported_prompt(kind, base, tmp_path)
     prompt.model.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
 
@@ -417,7 +417,9 @@ def test_baked_tokens_are_the_prompt(tmp_path: Path, kind: str, vocabulary: int,
 def test_baked_tokens_are_never_written(folder: Path, tmp_path: Path):
     base = load(folder)
     likeliest = int(logits(prompted("prompt_tuning", base))[0, -1].argmax())
-    prompt, _ = baked("prompt_tuning", base, tmp_path, unlikely=likeliest)  # only the settings hold them back then
+    prompt, _ = exported_prompt(
+        "prompt_tuning", base, tmp_path, unlikely=likeliest
+    )  # only the settings hold them back then
     rows = torch.cat([torch.tensor([prompt.ids]), IDS], dim=1).expand(100, -1)
 
     def written() -> set[int]:
@@ -430,9 +432,9 @@ def test_baked_tokens_are_never_written(folder: Path, tmp_path: Path):
 
 
 def test_a_model_with_a_baked_prompt_takes_no_second_one(folder: Path, tmp_path: Path):
-    prompt, tokenizer = baked("prompt_tuning", load(folder), tmp_path)
+    prompt, tokenizer = exported_prompt("prompt_tuning", load(folder), tmp_path)
     with pytest.raises(UnsupportedError, match="already"):
-        method("prompt_tuning").bake(prompt.model, tmp_path, tokenizer, unlikely=7)
+        method("prompt_tuning").export_prompt(prompt.model, tmp_path, tokenizer, unlikely=7)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -444,5 +446,5 @@ def test_prompt_export_of_a_base_on_another_device_reads_the_prompt_from_the_cpu
     monkeypatch.setattr(chosen, "_saved_prompt", lambda model, folder: prompt_PE)
     base.to("meta")
     with OneDevice():
-        prompt = chosen.bake(base, tmp_path, tiny_tokenizer(), unlikely=7)
+        prompt = chosen.export_prompt(base, tmp_path, tiny_tokenizer(), unlikely=7)
     assert {parameter.device.type for parameter in prompt.model.parameters()} == {"meta"}

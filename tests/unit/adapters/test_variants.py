@@ -112,7 +112,7 @@ def test_dora_trains_direction_and_length(tiny_model: Path, bias: bool):
     if bias:
         expected = expected + layer.get_base_layer().bias
     assert is_close(layer(x), expected, 1e-4)
-    assert is_close(adapted.norm(dim=1), layer._row_lengths("default"), 1e-5)
+    assert is_close(adapted.norm(dim=1), layer._row_norms("default"), 1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4"])

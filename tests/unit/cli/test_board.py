@@ -8,15 +8,15 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from cli.board import EMPTY, HEIGHT, MOST_MEANS, Board, Losses, curve
-from finetune.run.events import Event, Sampled, Validated
+from cli.board import EMPTY, HEIGHT, MOST_MEANS, LivePanel, Losses, curve
+from finetune.run.events import Event, SampleGenerated, ValidationResult
 from tests.fixtures.runs import steps
 
 from .test_wording import STARTED
 
 
 def shown(*events: Event, width: int = 80, height: int = 40) -> list[str]:
-    board = Board()
+    board = LivePanel()
     for event in events:
         board.see(event)
     stream = StringIO()
@@ -34,7 +34,7 @@ def dots(lines: list[str]) -> list[int]:
 
 
 def test_before_the_first_step_there_is_nothing():
-    assert shown(Validated(0, 2.0, 7.4, 5)) == []
+    assert shown(ValidationResult(0, 2.0, 7.4, 5)) == []
 
 
 def test_a_falling_loss_goes_down_from_left_to_right():
@@ -51,7 +51,9 @@ def test_a_falling_loss_goes_down_from_left_to_right():
 
 def test_held_out_losses_are_circles_in_their_places():
     course = steps([4.0, 3.0, 2.0, 1.0])
-    figures, *drawn = shown(*course[:2], Validated(2, 4.0, 1.0, 5), *course[2:], Validated(4, 1.0, 1.0, 5))
+    figures, *drawn = shown(
+        *course[:2], ValidationResult(2, 4.0, 1.0, 5), *course[2:], ValidationResult(4, 1.0, 1.0, 5)
+    )
     assert "held out 1.0000" in figures
     assert "".join(drawn).count("●") == 2
     assert drawn[-1].rstrip()[-1] == "●"
@@ -60,7 +62,7 @@ def test_held_out_losses_are_circles_in_their_places():
 
 def test_memory_stands_beside_what_was_planned_if_it_was():
     course = steps([2.0, 1.0])
-    measured = Validated(1, 4.0, 1.0, 5)
+    measured = ValidationResult(1, 4.0, 1.0, 5)
     figures, *_ = shown(replace(STARTED, planned_memory_bytes=1_640_000_000), measured, *course)
     assert figures.endswith("1.0 of 1.6 GB planned")
     figures, *_ = shown(STARTED, measured, *course)
@@ -70,20 +72,20 @@ def test_memory_stands_beside_what_was_planned_if_it_was():
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 @pytest.mark.parametrize("height", [5, 16, 50])
 def test_no_line_is_wider_than_the_terminal_and_a_low_one_has_no_curve(width: int, height: int):
-    sample = Sampled(3, "prompt", "an answer\nin two lines " * 9, "another")
+    sample = SampleGenerated(3, "prompt", "an answer\nin two lines " * 9, "another")
     lines = shown(*steps([4.0, 3.0, 2.0]), sample, width=width, height=height)
     assert all(len(line) <= width for line in lines)
     assert len(lines) == (3 if height < 16 else 3 + HEIGHT)
 
 
 def test_what_a_model_writes_cannot_move_the_cursor():
-    lines = shown(*steps([1.0]), Sampled(1, "", "\x1b[2J\x1b[31mred", "\x07"))
+    lines = shown(*steps([1.0]), SampleGenerated(1, "", "\x1b[2J\x1b[31mred", "\x07"))
     assert "\x1b" not in "".join(lines)
     assert "\x07" not in "".join(lines)
 
 
 def test_of_several_answers_the_first_of_the_last_step_is_shown():
-    samples = [Sampled(step, prompt, f"{prompt}{step}", "") for step in (1, 2) for prompt in "ab"]
+    samples = [SampleGenerated(step, prompt, f"{prompt}{step}", "") for step in (1, 2) for prompt in "ab"]
     assert "a2" in "\n".join(shown(*steps([1.0, 1.0]), *samples))
 
 

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from cli.progress import Follower, JsonLines, Lines, Live, Silent
-from finetune.run.events import BestKept, Event, Phase, Progress, Validated, Warned
+from finetune.run.events import BestCheckpoint, Event, Phase, Progress, TrainingWarning, ValidationResult
 
 from .test_wording import FINISHED, STARTED, STEP
 
-VALIDATED = Validated(step=10, loss=1.25, perplexity=3.49, rows=50)
+VALIDATED = ValidationResult(step=10, loss=1.25, perplexity=3.49, rows=50)
 ONE_OF_EACH: list[Event] = [Phase("saving"), STARTED, STEP, VALIDATED, Progress("answering", 8, 8), FINISHED]
 
 
@@ -61,7 +61,7 @@ def test_silence_is_broken_by_remarks_only():
     assert stream.getvalue() == "warning: left out 2 rows\n"
 
 
-WARNED = Warned(step=7, what="the loss does not fall: 2.0 before, 2.0 since", hint="raise the rate")
+WARNED = TrainingWarning(step=7, what="the loss does not fall: 2.0 before, 2.0 since", hint="raise the rate")
 
 
 @pytest.mark.parametrize("kind", [Silent, Lines])
@@ -72,7 +72,7 @@ def test_what_is_worth_acting_on_is_told_even_where_all_else_is_silent(kind: typ
 
 
 def test_a_terminal_keeps_warnings_and_which_weights_are_the_result_and_leaves_the_board():
-    best = BestKept(step=9, best_step=6, loss=1.5, stopped_early=True)
+    best = BestCheckpoint(step=9, best_step=6, loss=1.5, stopped_early=True)
     follower, stream = terminal()
     shown(follower, stream, STEP, WARNED, best)
     assert "warning: step 7: the loss does not fall" in stream.getvalue()

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[3]
 STARTED = Path("/proc/self/environ")
 SCRIPT = f"""
 import json, os, sys
-from cli.start import settle_allocator
-settle_allocator()
+from cli.start import reexec_with_allocator
+reexec_with_allocator()
 colons = open({str(STARTED)!r}).read().replace(chr(0), ":")  # glibc has cut the value at its own
 found = colons.partition({TUNABLES + "="!r})[2]
 preloaded = os.environ.get({PRELOADED!r})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli import wording
-from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, Validated
+from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, ValidationResult
 
 STARTED = TrainingStarted(
     run_directory="runs/tickets",
@@ -123,7 +123,7 @@ def test_a_step_tells_what_one_watches():
     [
         (Phase("saving"), "saving ..."),
         (
-            Validated(step=60, loss=1.25, perplexity=3.49, rows=50),
+            ValidationResult(step=60, loss=1.25, perplexity=3.49, rows=50),
             "held-out loss 1.2500, perplexity 3.49 (step 60, 50 rows)",
         ),
         (Progress("answering", 3, 8), None),

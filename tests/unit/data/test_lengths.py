@@ -12,9 +12,9 @@ from finetune.data.dataset import Split, refuse_losses
 from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder, Example
 from finetune.data.lengths import chunks, without_prompt_head
-from finetune.data.token_store import Store, StoreWriter
-from finetune.data.tokenized_source import StoredSource
-from finetune.data.truncation import Fitting
+from finetune.data.token_store import Store, TokenStoreWriter
+from finetune.data.tokenized_source import TokenizedSource
+from finetune.data.truncation import Truncation
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data
 from tests.fixtures.tiny import tiny_tokenizer
@@ -26,13 +26,13 @@ LONG_ANSWER = Conversation((Message("user", "a"), Message("assistant", "b" * 60)
 
 def encoded(*documents: Document, **settings: object) -> Split:
     section = Data.model_validate({"train": [{"path": "rows.jsonl"}], "max_dropped": 1, **settings})
-    fitting = Fitting(Encoder(TOKENIZER, section.train_on), section)
+    fitting = Truncation(Encoder(TOKENIZER, section.train_on), section)
     for line, document in enumerate(documents, start=1):
         fitting.add(document, line - 1, f"rows.jsonl:{line}")
     with TemporaryDirectory() as folder:
-        with StoreWriter(Path(folder)) as writer:
+        with TokenStoreWriter(Path(folder)) as writer:
             writer.add(fitting.encoded())
-        split = Split.whole([StoredSource(section.train[0], 0, [], Store(Path(folder)))])
+        split = Split.whole([TokenizedSource(section.train[0], 0, [], Store(Path(folder)))])
     refuse_losses(split, section)
     return split
 

@@ -17,7 +17,7 @@ from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.rows import Row
 from finetune.data.token_store import Store
-from finetune.data.tokenized_source import StoredSource
+from finetune.data.tokenized_source import TokenizedSource
 from finetune.errors import DataError, ModelError
 from finetune.recipe.sections.data import Data
 from finetune.run.events import Event, Progress
@@ -43,7 +43,7 @@ def tokenized(
     events: list[Event] = []
     train = [{"path": str(file), "format": "chat", **(source or {})}]
     section = Data.model_validate({"train": train, "max_dropped": 1, **settings})
-    made = StoredSource.of(section.train[0], section, tokenizer, seed, events.append)
+    made = TokenizedSource.of(section.train[0], section, tokenizer, seed, events.append)
     return made.store, any(isinstance(event, Progress) for event in events)
 
 
@@ -186,7 +186,7 @@ def test_a_pinned_commit_that_the_local_cache_does_not_hold_is_refused(monkeypat
     monkeypatch.setattr("finetune.data.tokenized_source.revision_of", lambda hub: held)
     section = Data.model_validate({"train": [{"hub": {"name": "org/name", "revision": pinned}, "format": "chat"}]})
     with pytest.raises(DataError, match=f"holds commit {held}, not {pinned}"):
-        StoredSource.of(section.train[0], section, TOKENIZER, 1, lambda event: None)
+        TokenizedSource.of(section.train[0], section, TOKENIZER, 1, lambda event: None)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["made", "found"])

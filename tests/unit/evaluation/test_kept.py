@@ -9,7 +9,7 @@ import pytest
 
 from finetune.errors import EnvironmentFault
 from finetune.evaluation import prediction_cache
-from finetune.evaluation.prediction_cache import KeptResults
+from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.storage.cache import cache_folder
 
 FACTS = {"base": "abc"}
@@ -21,39 +21,39 @@ def file() -> Path:
 
 
 def test_what_is_added_is_there_the_next_time_and_for_nobody_else():
-    results = KeptResults(FACTS)
-    results.add({"a": "Grüße\n", "b": {"log_chance": -1.5}})
+    results = PredictionCache(FACTS)
+    results.add({"a": "Grüße\n", "b": {"log_prob": -1.5}})
     assert (results.get("a"), results.get("c")) == ("Grüße\n", None)
-    again = KeptResults(FACTS)
-    assert (again.get("a"), again.get("b")) == ("Grüße\n", {"log_chance": -1.5})
-    assert KeptResults({"base": "abd"}).get("a") is None
+    again = PredictionCache(FACTS)
+    assert (again.get("a"), again.get("b")) == ("Grüße\n", {"log_prob": -1.5})
+    assert PredictionCache({"base": "abd"}).get("a") is None
 
 
 def test_a_line_that_was_cut_off_costs_that_result_and_no_other():
-    KeptResults(FACTS).add({"a": "one", "b": "two"})
+    PredictionCache(FACTS).add({"a": "one", "b": "two"})
     file().write_bytes(file().read_bytes()[:-5])
-    results = KeptResults(FACTS)
+    results = PredictionCache(FACTS)
     assert (results.get("a"), results.get("b")) == ("one", None)
     results.add({"b": "two", "c": "three"})
-    assert [KeptResults(FACTS).get(key) for key in "abc"] == ["one", "two", "three"]
+    assert [PredictionCache(FACTS).get(key) for key in "abc"] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("line", [b"[]", b'"x"', b"{}", b"\xff\xfe", b'{"key": "z"}'])
 def test_what_is_no_result_is_passed_over(line: bytes):
-    KeptResults(FACTS).add({"a": "one"})
+    PredictionCache(FACTS).add({"a": "one"})
     file().write_bytes(line + b"\n" + file().read_bytes())
-    assert KeptResults(FACTS).get("a") == "one"
+    assert PredictionCache(FACTS).get("a") == "one"
 
 
 def test_two_processes_add_to_one_file():
-    first, second = KeptResults(FACTS), KeptResults(FACTS)
+    first, second = PredictionCache(FACTS), PredictionCache(FACTS)
     first.add({"a": "one"})
     second.add({"b": "two"})
-    assert [KeptResults(FACTS).get(key) for key in "ab"] == ["one", "two"]
+    assert [PredictionCache(FACTS).get(key) for key in "ab"] == ["one", "two"]
 
 
 def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    results = KeptResults(FACTS)
+    results = PredictionCache(FACTS)
 
     def full(path: Path) -> Any:
         raise EnvironmentFault("cannot be written: no space left", where=str(path))

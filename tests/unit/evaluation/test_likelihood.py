@@ -14,8 +14,8 @@ from finetune.data.collate import padded
 from finetune.data.encode import Example
 from finetune.evaluation import likelihood
 from finetune.evaluation.likelihood import Likelihood, likelihoods
-from finetune.evaluation.loss import held_out_loss
-from finetune.models.kernels.packing_check import keep_apart, objection_to_sharing
+from finetune.evaluation.loss import compute_validation_loss
+from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
 from tests.fixtures.tiny import tiny_llama
 
 ROWS = [
@@ -45,8 +45,8 @@ def _few_tokens_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def sharing() -> dict[str, Any]:
     """Options for a model that computes once what rows begin with alike."""
     model = tiny_llama()
-    keep_apart(model, may_choose=True)
-    return {"model": model, "may_share": lambda: objection_to_sharing(model) is None}
+    use_packing_attention(model, may_choose=True)
+    return {"model": model, "may_share": lambda: prefix_sharing_blocker(model) is None}
 
 
 def numbers_read(model: Any) -> list[tuple[int, ...]]:
@@ -60,10 +60,10 @@ def numbers_read(model: Any) -> list[tuple[int, ...]]:
 
 def by_hand(row: Example) -> Likelihood:
     with torch.no_grad():
-        log_chances = tiny_llama()(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        log_probs = tiny_llama()(torch.tensor([row.ids])).logits[0].log_softmax(-1)
     places = [place for place in range(1, len(row.ids)) if row.is_target[place]]
-    chance = sum(float(log_chances[place - 1, row.ids[place]]) for place in places)
-    is_greedy = all(int(log_chances[place - 1].argmax()) == row.ids[place] for place in places)
+    chance = sum(float(log_probs[place - 1, row.ids[place]]) for place in places)
+    is_greedy = all(int(log_probs[place - 1].argmax()) == row.ids[place] for place in places)
     return Likelihood(chance, len(places), is_greedy)
 
 
@@ -71,7 +71,7 @@ def by_hand(row: Example) -> Likelihood:
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_they_are_those_of_each_row_by_itself(batch_size: int, options: Any):
     for got, expected in zip(found(ROWS, batch_size=batch_size, **options()), map(by_hand, ROWS), strict=True):
-        assert got.log_chance == pytest.approx(expected.log_chance, abs=1e-4)
+        assert got.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
         assert (got.tokens, got.is_greedy) == (expected.tokens, expected.is_greedy)
 
 
@@ -99,7 +99,7 @@ def test_a_question_is_read_once_for_all_its_answers():
     options = sharing()
     given = numbers_read(options["model"])
     for got, expected in zip(found(rows, **options), map(by_hand, rows), strict=True):
-        assert got.log_chance == pytest.approx(expected.log_chance, abs=1e-4)
+        assert got.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
     # The question but for its last token, which answers follow, and that with each answer, of which the last token is
     # not read; the two that differ in nothing else are one row.
     assert given[-1] == (1, 29 + (1 + 1) + (1 + 2) + (1 + 3))
@@ -116,30 +116,30 @@ def test_rows_that_have_nothing_in_common_are_not_tried():
 def test_their_sum_is_the_held_out_loss():
     total = found(ROWS)
     settings = {"compute_dtype": torch.float32, "batch_size": 4, "make_batch": partial(padded, padding=0)}
-    loss = held_out_loss(tiny_llama(), ROWS, accelerator=Accelerator(cpu=True), **settings)
+    loss = compute_validation_loss(tiny_llama(), ROWS, accelerator=Accelerator(cpu=True), **settings)
     assert sum(each.tokens for each in total) == loss.tokens
-    assert -sum(each.log_chance for each in total) / loss.tokens == pytest.approx(loss.loss, rel=1e-6)
+    assert -sum(each.log_prob for each in total) / loss.tokens == pytest.approx(loss.loss, rel=1e-6)
 
 
 def test_a_head_that_cannot_run_in_chunks_gives_the_same(monkeypatch: pytest.MonkeyPatch):
     in_chunks = found(ROWS)
     monkeypatch.setattr("finetune.train.loss._agrees_in_chunks", lambda model, batch: False)
     for got, expected in zip(found(ROWS), in_chunks, strict=True):
-        assert got.log_chance == pytest.approx(expected.log_chance, abs=1e-5)
+        assert got.log_prob == pytest.approx(expected.log_prob, abs=1e-5)
 
 
 def test_chunks_of_few_positions_give_the_same(monkeypatch: pytest.MonkeyPatch):
     whole = found(ROWS)
     monkeypatch.setattr("finetune.train.loss.LOGITS_AT_ONCE", 700)  # two positions
     for got, expected in zip(found(ROWS), whole, strict=True):
-        assert got == Likelihood(pytest.approx(expected.log_chance, abs=1e-5), expected.tokens, expected.is_greedy)
+        assert got == Likelihood(pytest.approx(expected.log_prob, abs=1e-5), expected.tokens, expected.is_greedy)
 
 
 def test_the_model_trains_on_afterwards_even_where_it_failed(monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama().train()
     found(ROWS, model)
     assert model.training
-    monkeypatch.setattr(likelihood, "visit_log_chances", Mock(side_effect=RuntimeError("shapes")))
+    monkeypatch.setattr(likelihood, "visit_log_probs", Mock(side_effect=RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
         found(ROWS, model)
     assert model.training

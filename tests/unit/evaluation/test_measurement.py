@@ -8,7 +8,7 @@ import pytest
 from finetune.evaluation.measurement import Column, difference, interval
 from finetune.evaluation.metrics import LOSS, Metric, mean
 
-VERDICT = Metric("right", mean, is_verdict=True)
+VERDICT = Metric("right", mean, is_binary=True)
 GRADE = Metric("grade", mean)
 
 

@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from finetune.errors import OutOfMemoryError
 from finetune.jobs.load import context, device
-from finetune.jobs.load.context import Workbench
-from finetune.jobs.train.rank_consistency import told_by_main
+from finetune.jobs.load.context import TrainingContext
+from finetune.jobs.train.rank_consistency import broadcast_from_main
 from finetune.run.events import ignore
 from finetune.train.memory import reset_peak_memory
 from tests.fixtures.recipes import as_recipe
@@ -43,7 +43,9 @@ def group_settings(monkeypatch: pytest.MonkeyPatch) -> Any:
     PartialState._shared_state.update(before)
 
 
-@pytest.mark.parametrize("call", [device.make_accelerator, lambda: told_by_main(None)], ids=["accelerator", "message"])
+@pytest.mark.parametrize(
+    "call", [device.make_accelerator, lambda: broadcast_from_main(None)], ids=["accelerator", "message"]
+)
 def test_process_group_waits_hours_for_a_main_process_that_works_alone(call: Any, group_settings: dict[str, Any]):
     with pytest.raises(Reached):
         call()
@@ -64,7 +66,7 @@ def test_peak_memory_of_a_run_excludes_what_loading_reserved(
     load = context.load_model
     monkeypatch.setattr(context, "load_model", lambda *args, **kwargs: (order.append("load"), load(*args, **kwargs))[1])
     monkeypatch.setattr(context, "reset_peak_memory", lambda device: order.append("reset"))
-    Workbench.of(as_recipe(tiny_recipe, tmp_path), ignore).load_base(ignore)
+    TrainingContext.of(as_recipe(tiny_recipe, tmp_path), ignore).load_base(ignore)
     assert order == ["load", "reset"]
 
 
@@ -83,7 +85,7 @@ def test_out_of_memory_while_the_base_loads_names_what_makes_it_smaller(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 GiB.")
 
     monkeypatch.setattr(context, "load_model", fails)
-    bench = Workbench.of(as_recipe(tiny_recipe, tmp_path), ignore)
+    bench = TrainingContext.of(as_recipe(tiny_recipe, tmp_path), ignore)
     with pytest.raises(OutOfMemoryError) as error:
         bench.load_base(ignore)
     assert "quantization.kind" in str(error.value.hint)

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from finetune.errors import EnvironmentFault
-from finetune.jobs.train.launcher import Meeting, _rendezvous
+from finetune.jobs.train.launcher import RendezvousConfig, _rendezvous
 
 KEEPER = """
 import sys
@@ -31,7 +31,7 @@ def kept() -> Iterator[int]:
 
 
 def at(port: int, is_host: bool) -> RendezvousParameters:
-    parameters = Meeting(2, "127.0.0.1", port).parameters()
+    parameters = RendezvousConfig(2, "127.0.0.1", port).parameters()
     parameters.config |= {"is_host": is_host, "read_timeout": 2}
     return parameters
 

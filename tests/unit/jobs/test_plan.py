@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError
-from finetune.jobs.plan.estimate import WATCHED_FROM, Planner
+from finetune.jobs.plan.estimate import WATCHED_FROM, MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
 from finetune.jobs.train import prepare
 from finetune.plan.gpu_specs import Card
@@ -88,13 +88,13 @@ def test_a_run_that_cannot_be_planned_trains_all_the_same(
     def fail(*arguments: object, **settings: object) -> None:
         raise RuntimeError("cannot be traced")
 
-    monkeypatch.setattr(Planner, "plan", fail)
+    monkeypatch.setattr(MemoryPlanner, "plan", fail)
     assert trained(recipe, WATCHED_FROM, tmp_path / "run")["planned_memory_bytes"] is None
 
 
 def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
-    monkeypatch.setattr(prepare, "foreseen_peak", lambda bench, rows, total_steps: None)
+    monkeypatch.setattr(prepare, "estimated_peak", lambda bench, rows, total_steps: None)
     assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
     planned, unplanned = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")
@@ -111,11 +111,11 @@ def test_held_out_rows_that_alone_do_not_fit_are_measured_fewer_at_a_time(recipe
     assert fitted.after.fits
 
 
-def sized(recipe: Path, share: float, *overrides: str) -> tuple[Planner, Any]:
+def sized(recipe: Path, share: float, *overrides: str) -> tuple[MemoryPlanner, Any]:
     """A planner for a GPU of that share of what the run takes."""
     loaded = load_recipe(recipe, overrides)
-    plan = Planner.of(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
-    return Planner.of(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
+    plan = MemoryPlanner.of(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
+    return MemoryPlanner.of(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
 
 
 def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):

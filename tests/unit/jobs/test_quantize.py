@@ -17,7 +17,7 @@ from cli.main import app
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.quantize import quantize
-from finetune.jobs.load.context import Workbench
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.train.run import train
 from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.layer import QuantizedLinear
@@ -58,7 +58,7 @@ def quantized(sections: dict[str, Any], folder: Path, *overrides: str, name: str
 
 def packed(sections: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """Codes and scales of the base that a recipe loads."""
-    model = Workbench.of(as_recipe(sections, folder), ignore).load_base(ignore)
+    model = TrainingContext.of(as_recipe(sections, folder), ignore).load_base(ignore)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     return {f"{prefix}.{name}": t for prefix, layer in layers.items() for name, t in layer.packed().items()}
 
@@ -109,7 +109,7 @@ def test_the_record_says_what_was_stored_and_how_far_off_it_is(
 def test_the_error_of_a_layer_is_that_of_its_weight(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     sections = {**tiny_recipe, "quantization": KINDS["affine"]}
     record = json.loads((quantized(sections, tmp_path) / "quantize.json").read_text())
-    model = Workbench.of(as_recipe(sections, tmp_path), ignore).load_base(ignore)
+    model = TrainingContext.of(as_recipe(sections, tmp_path), ignore).load_base(ignore)
     name = "model.layers.1.mlp.down_proj"
     weight = load_file(tiny_model / "model.safetensors")[f"{name}.weight"]
     off = model.get_submodule(name).dequantized(torch.float32) - weight
@@ -131,7 +131,9 @@ def test_optqs_folder_loads_as_affine(tiny_recipe: dict[str, Any], tmp_path: Pat
     ]
     (folder / "config.json").write_text(json.dumps(config))
     assert same(packed({**tiny_recipe, "model": {"name": str(folder)}}, tmp_path), before)
-    model = Workbench.of(as_recipe({**tiny_recipe, "model": {"name": str(folder)}}, tmp_path), ignore).load_base(ignore)
+    model = TrainingContext.of(as_recipe({**tiny_recipe, "model": {"name": str(folder)}}, tmp_path), ignore).load_base(
+        ignore
+    )
     assert type(model.get_submodule("model.layers.0.mlp.up_proj").quantizer) is AffineQuantizer
 
 
@@ -204,7 +206,7 @@ def test_a_failed_calibration_leaves_nothing_in_the_cache(tiny_recipe: dict[str,
 def test_what_has_no_form_on_disk_is_refused_before_anything_is_loaded(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Workbench, "load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(TrainingContext, "load_base", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UnsupportedError) as caught:
         quantized({**tiny_recipe, "quantization": {"kind": kind}}, tmp_path)
     assert (caught.value.where, "optq" in str(caught.value.hint)) == ("quantization.kind", True)

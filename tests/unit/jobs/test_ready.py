@@ -48,7 +48,7 @@ def test_rows_share_nothing_where_the_model_cannot(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "finetune")
-    monkeypatch.setattr(prepare, "objection_to_sharing", lambda model: "scores with a cap")
+    monkeypatch.setattr(prepare, "prefix_sharing_blocker", lambda model: "scores with a cap")
     layout = Ready.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
     assert layout.restarts_positions
     assert not layout.shares_prefixes
@@ -119,13 +119,13 @@ def test_attention_of_a_base_that_trains_is_proved_in_the_compute_type(
 ):
     """Its weights are in float32, and under autocast its attention is not: on CUDA flash attention takes 16 bits."""
     found: list[torch.dtype] = []
-    own = packing_check.prove_separation
+    own = packing_check.check_no_cross_contamination
 
     def record(model: PreTrainedModel) -> None:
         found.append(packed_attention.compute_dtype(model.get_input_embeddings().weight))
         own(model)
 
-    monkeypatch.setattr(packing_check, "prove_separation", record)
+    monkeypatch.setattr(packing_check, "check_no_cross_contamination", record)
     sections = {**tiny_recipe, "adapter": {"method": "full"}}
     prepare = Ready.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
     assert prepare.state.bare_model.get_input_embeddings().weight.dtype is torch.float32

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from finetune.data.collate import Batch, joined, padded
 from finetune.data.encode import Example
-from finetune.models.kernels.packing_check import keep_apart
+from finetune.models.kernels.packing_check import use_packing_attention
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
@@ -50,7 +50,7 @@ def base_of(kind: str, folder: Path) -> PreTrainedModel:
 def attached(kind: str, base: PreTrainedModel, folder: Path, **settings: Any) -> nn.Module:
     """The trainable model, none of whose numbers stand where the method starts; `settings` of its section."""
     if kind not in PROMPTS:
-        keep_apart(base, may_choose=True)
+        use_packing_attention(base, may_choose=True)
     words = AutoTokenizer.from_pretrained(folder)
     section = TypeAdapter(Adapter).validate_python(KINDS[kind][0] | settings)
     torch.manual_seed(0)

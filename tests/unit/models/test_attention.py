@@ -12,12 +12,12 @@ from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.packing_check import (
-    is_without_masks,
-    keep_apart,
-    may_share_prefixes,
-    objection_to_sharing,
-    prove_separation,
-    separation_error,
+    check_no_cross_contamination,
+    cross_contamination,
+    prefix_sharing_blocker,
+    supports_prefix_sharing,
+    takes_packed_attention,
+    use_packing_attention,
 )
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.tiny import SIZES, random_model, tiny_llama
@@ -36,8 +36,8 @@ def model_with(attention: str, **changes: object) -> nn.Module:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_neighbours_in_a_row_do_not_move(attention: str):
-    assert separation_error(model_with(attention)) <= 1e-6
-    prove_separation(model_with(attention))
+    assert cross_contamination(model_with(attention)) <= 1e-6
+    check_no_cross_contamination(model_with(attention))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -67,8 +67,8 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
     results = []
     for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
         model = tiny_llama(**changes)
-        keep_apart(model, may_choose=True)
-        assert objection_to_sharing(model) is None
+        use_packing_attention(model, may_choose=True)
+        assert prefix_sharing_blocker(model) is None
         loss = summed_cross_entropy(model, batch)
         loss.backward()
         results.append((loss.item(), [p.grad for p in model.parameters()]))
@@ -79,8 +79,8 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
 @pytest.mark.parametrize("model_type", [MistralConfig, Qwen3Config, Gemma2Config], ids=lambda kind: kind.model_type)
 def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(model_type: type):
     model = random_model(model_type(**SIZES, sliding_window=6))
-    keep_apart(model, may_choose=True)
-    may_share = objection_to_sharing(model) is None
+    use_packing_attention(model, may_choose=True)
+    may_share = prefix_sharing_blocker(model) is None
     assert may_share == (model_type is not Gemma2Config)  # which has its own, for its scores have a cap
     losses = [
         summed_cross_entropy(model, batch).item()
@@ -91,8 +91,8 @@ def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(m
 
 def test_rows_share_nothing_where_attention_is_not_ours():
     model = tiny_llama()
-    keep_apart(model, may_choose=False)
-    assert "its attention" in str(objection_to_sharing(model))
+    use_packing_attention(model, may_choose=False)
+    assert "its attention" in str(prefix_sharing_blocker(model))
 
 
 @pytest.mark.parametrize("drop", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}], ids=str)
@@ -101,8 +101,8 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
     shares = []
     for settings in (none, none | drop):
         model = random_model(GPT2Config(**SMALL_GPT2, **settings))
-        keep_apart(model, may_choose=True)
-        shares.append(objection_to_sharing(model) is None)
+        use_packing_attention(model, may_choose=True)
+        shares.append(prefix_sharing_blocker(model) is None)
     assert shares == [True, False]
 
 
@@ -117,17 +117,17 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
     ids=["usual", "no sdpa", "attention drops", "blocks drop"],
 )
 def test_settings_tell_before_a_model_is_made_what_it_will_take(config: PretrainedConfig, expected: tuple[bool, bool]):
-    assert (is_without_masks(config), may_share_prefixes(config)) == expected
+    assert (takes_packed_attention(config), supports_prefix_sharing(config)) == expected
     model = random_model(config)
-    keep_apart(model, may_choose=True)
+    use_packing_attention(model, may_choose=True)
     is_ours = model.config._attn_implementation == packed_attention.NAME
-    assert (is_ours, objection_to_sharing(model) is None) == expected
+    assert (is_ours, prefix_sharing_blocker(model) is None) == expected
 
 
 def test_a_model_whose_attention_drops_keeps_its_own():
     """Ours would refuse the first training pass."""
     model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
-    keep_apart(model, may_choose=True)
+    use_packing_attention(model, may_choose=True)
     assert model.config._attn_implementation == "sdpa"
     summed_cross_entropy(model.train(), joined(ROWS)).backward()
 
@@ -135,16 +135,16 @@ def test_a_model_whose_attention_drops_keeps_its_own():
 def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeypatch: pytest.MonkeyPatch):
     """The control: one that takes every row for one that begins at 0."""
     model = tiny_llama()
-    keep_apart(model, may_choose=True)
-    bounds_of = packed_attention.bounds_of
+    use_packing_attention(model, may_choose=True)
+    example_bounds = packed_attention.example_bounds
 
     def all_from_nothing(positions_BT: torch.Tensor) -> torch.Tensor:
-        bounds = bounds_of(positions_BT)
+        bounds = example_bounds(positions_BT)
         bounds[:, :, 1] = 0
         return bounds
 
-    monkeypatch.setattr(packed_attention, "bounds_of", all_from_nothing)
-    assert "its logits are" in str(objection_to_sharing(model))
+    monkeypatch.setattr(packed_attention, "example_bounds", all_from_nothing)
+    assert "its logits are" in str(prefix_sharing_blocker(model))
 
 
 def test_a_model_that_reads_across_the_boundary_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -152,6 +152,6 @@ def test_a_model_that_reads_across_the_boundary_is_refused(monkeypatch: pytest.M
     model = tiny_llama()
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **inputs: forward(**inputs))
-    assert separation_error(model) > 1e-3
+    assert cross_contamination(model) > 1e-3
     with pytest.raises(UnsupportedError, match="see each other"):
-        prove_separation(model)
+        check_no_cross_contamination(model)

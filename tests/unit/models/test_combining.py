@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import finetune.models.safetensors_io as tensor_files
 from finetune.errors import RefusedError
-from finetune.models.writing.weight_merging import Combination, combine_folders
+from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 
 
 def of(rule: str, differences: list[torch.Tensor], weights: tuple[float, ...] = (1.0, 1.0), **more: float):
-    return Combination(rule, weights, **more).of(differences, torch.Generator().manual_seed(0))
+    return WeightMerge(rule, weights, **more).of(differences, torch.Generator().manual_seed(0))
 
 
 A = torch.tensor([[4.0, -3.0, 0.5, 0.1], [0.0, 2.0, -1.0, 0.2]])
@@ -65,7 +65,7 @@ def test_folders_are_combined_in_one_file_or_many(tmp_path: Path, shard_bytes: i
     one = write(tmp_path / "one", {"a": A + 1, "b": B, "c": A[0] - 1})
     two = write(tmp_path / "two", {"a": A, "b": B + 2, "c": A[0].clone()})
     (tmp_path / "out").mkdir()
-    combine_folders(base, [one, two], Combination("linear", (1.0, 0.5)), torch.float32, tmp_path / "out")
+    merge_weights(base, [one, two], WeightMerge("linear", (1.0, 0.5)), torch.float32, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) == (1 if shard_bytes > 100 else 3)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() is (len(files) > 1)
@@ -82,4 +82,4 @@ def test_other_weights_and_damaged_ones_are_refused(tmp_path: Path):
     (tmp_path / "out").mkdir()
     for version, what in ((stranger, "only one of base and version"), (damaged, "not finite")):
         with pytest.raises(RefusedError, match=what):
-            combine_folders(base, [version], Combination("linear", (1.0,)), torch.float32, tmp_path / "out")
+            merge_weights(base, [version], WeightMerge("linear", (1.0,)), torch.float32, tmp_path / "out")

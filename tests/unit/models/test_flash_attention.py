@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from finetune.models.kernels import packed_attention
-from finetune.models.kernels.packed_attention import bounds_of
-from finetune.models.kernels.packing_check import keep_apart
+from finetune.models.kernels.packed_attention import example_bounds
+from finetune.models.kernels.packing_check import use_packing_attention
 from tests.fixtures.flash_op import flash_attention_on_cpu
 from tests.fixtures.tiny import tiny_llama
 
@@ -44,7 +44,7 @@ def attention(examples: list[tuple[int, int]], window: int | None, head_dim: int
     shapes = [(1, count, positions.shape[1], head_dim) for count in (4, 2, 2)]
     given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     output, _ = packed_attention.packed_attention(
-        SimpleNamespace(), *given, bounds_of(positions), scaling=0.3, sliding_window=window
+        SimpleNamespace(), *given, example_bounds(positions), scaling=0.3, sliding_window=window
     )
     (output * torch.randn(output.shape, generator=generator)).sum().backward()
     return [output.detach(), *(tensor.grad for tensor in given)]
@@ -111,6 +111,6 @@ def test_model_with_an_unsupported_head_dim_falls_back_to_its_own_attention(monk
     with flash_attention_on_cpu():
         odd, even = tiny_llama(head_dim=20), tiny_llama(head_dim=24)
         for model in (odd, even):
-            keep_apart(model, may_choose=True)
+            use_packing_attention(model, may_choose=True)
     assert odd.config._attn_implementation == "sdpa"
     assert even.config._attn_implementation == packed_attention.NAME

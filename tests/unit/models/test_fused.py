@@ -18,7 +18,7 @@ from transformers import (
 
 from finetune.models.kernels import fused
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.recompute import keeping_little
+from finetune.models.kernels.recompute import saving_inputs_only
 from tests.fixtures.kept import bytes_kept
 
 SIZES = {
@@ -92,7 +92,7 @@ def test_less_is_kept_for_backward_and_less_still_where_it_is_made_again():
     fuse(ours)
 
     def remaking() -> Tensor:
-        with keeping_little():
+        with saving_inputs_only():
             return loss_of(ours)
 
     in_own, in_ours = (bytes_kept(lambda model=model: loss_of(model)) for model in (own, ours))
@@ -107,7 +107,7 @@ def test_what_is_made_again_gives_the_same_bits(family: str):
     loss_of(model).backward()
     kept = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    with keeping_little():
+    with saving_inputs_only():
         loss = loss_of(model)
     loss.backward()
     assert all(torch.equal(parameter.grad, one) for parameter, one in zip(model.parameters(), kept, strict=True))

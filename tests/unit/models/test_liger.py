@@ -14,8 +14,8 @@ from transformers.models.llama import modeling_llama
 from finetune.adapters.lora import LoraMethod
 from finetune.models.kernels import fused
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.recompute import keeping_little
-from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.kernels.recompute import saving_inputs_only
+from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.recipe.sections.adapter import Lora
 from tests.fixtures import fake_liger
 from tests.fixtures.tiny import SIZES, random_model
@@ -41,7 +41,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gradients(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
     ids = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(1))
-    with keeping_little():
+    with saving_inputs_only():
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return float(loss), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
@@ -63,7 +63,7 @@ def test_liger_model_matches_plain_model_in_loss_and_gradients(family: str):
 @pytest.mark.usefixtures("as_on_cuda")
 def test_liger_with_selective_checkpointing_matches_plain_model(family: str):
     def lora_on(model: Any, selective: bool) -> nn.Module:
-        names = widening_layers(model)
+        names = up_projections(model)
         torch.manual_seed(0)
         attached = LoraMethod(Lora(method="lora", r=4)).attach(model.requires_grad_(False), 1)
         with torch.no_grad():
@@ -71,7 +71,7 @@ def test_liger_with_selective_checkpointing_matches_plain_model(family: str):
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
         if selective:
-            compute_again(model, names)
+            recompute_outputs(model, names)
         return attached.train()
 
     plain, with_liger = (random_model(FAMILIES[family][0]) for _ in range(2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune.models.kernels import packed_attention
-from finetune.models.kernels.packed_attention import BLOCK, bounds_of
+from finetune.models.kernels.packed_attention import BLOCK, example_bounds
 
 LENGTHS = {
     "short": [5, 1, 9],
@@ -46,7 +46,7 @@ def packed(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None = None, **more: Any
 ) -> Tensor:
     settings = {"scaling": 0.3, "sliding_window": window, **more}
-    mask = bounds_of(positions(lengths))
+    mask = example_bounds(positions(lengths))
     return packed_attention.packed_attention(SimpleNamespace(), query, key, value, mask, **settings)[0]
 
 
@@ -56,7 +56,7 @@ def packed(
 def test_it_is_its_twin_in_result_and_gradients(
     lengths: list[int], window: int | None, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(packed_attention, "_kernel_pays", lambda dtype: kernel)
+    monkeypatch.setattr(packed_attention, "_prefers_kernel", lambda dtype: kernel)
     found, expected = heads(sum(lengths)), heads(sum(lengths))
     one, other = packed(*found, lengths, window), twin(*expected, lengths, window)
     assert torch.allclose(one, other, atol=1e-5)
@@ -96,7 +96,7 @@ def test_what_it_cannot_do_is_refused_and_not_left_out(more: dict[str, Any]):
 
 
 def test_examples_end_where_the_next_one_begins():
-    assert bounds_of(positions([5, 1, 9])).tolist() == [[[[0, 5, 6, 15], [0, 0, 0, 0]]]]
+    assert example_bounds(positions([5, 1, 9])).tolist() == [[[[0, 5, 6, 15], [0, 0, 0, 0]]]]
 
 
 BRANCHING = {
@@ -126,7 +126,7 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
     line, seen = stems(branches)
     places = torch.tensor([place for example in seen for place in example])
     found, expected = heads(line.shape[1]), heads(line.shape[1])
-    mask = bounds_of(line)
+    mask = example_bounds(line)
     one = packed_attention.packed_attention(SimpleNamespace(), *found, mask, scaling=0.3, sliding_window=window)[0]
     apart = [tensor.index_select(2, places) for tensor in expected]
     other = twin(*apart, [len(example) for example in seen], window)
@@ -148,7 +148,7 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
     places, lengths = torch.tensor([place for example in seen for place in example]), [len(each) for each in seen]
     exact = twin(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
     narrow = heads(line.shape[1], torch.bfloat16)
-    one, _ = packed_attention.packed_attention(SimpleNamespace(), *narrow, bounds_of(line), scaling=0.3)
+    one, _ = packed_attention.packed_attention(SimpleNamespace(), *narrow, example_bounds(line), scaling=0.3)
     other = twin(*(tensor.index_select(2, places) for tensor in narrow), lengths, None)
     assert one.dtype is torch.bfloat16
     errors = [(result.float() - exact).norm() for result in (one.index_select(1, places), other)]
@@ -157,7 +157,7 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
 
 def test_short_examples_that_share_as_much_are_worked_on_together():
     line, _ = stems(BRANCHING["many answers"])
-    places, firsts = (tuple(row) for row in bounds_of(line)[0, 0].tolist())
+    places, firsts = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
     found = [example.branches for example in packed_attention._together(places, firsts, None)]
     assert found == [(30,), (9, 1, 40, 3), (BLOCK - 9, 7, 2), (30,), (4, 5)]
     assert all(sum(branches) <= BLOCK for branches in found)
@@ -174,7 +174,7 @@ def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share(branch
         others[example] = False
         changed = torch.where(others[:, None], torch.full_like(value, 1e6), value)
         one, other = (
-            packed_attention.packed_attention(SimpleNamespace(), query, key, values, bounds_of(line))[0]
+            packed_attention.packed_attention(SimpleNamespace(), query, key, values, example_bounds(line))[0]
             for values in (value, changed)
         )
         assert torch.equal(one[:, example], other[:, example]), number

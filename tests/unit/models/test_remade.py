@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.models.kernels.recompute import can_be_made, keeping_little
+from finetune.models.kernels.recompute import recomputable, saving_inputs_only
 from tests.fixtures.kept import bytes_kept
 
 
@@ -24,7 +24,7 @@ class Doubling(torch.autograd.Function):
             Doubling.made += 1
             return 2 * x
 
-        return can_be_made(make(), make)
+        return recomputable(make(), make)
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def gradient(x: Tensor, loss: Tensor, **settings: bool) -> Tensor:
 
 
 def test_it_is_made_again_once_for_all_who_would_have_kept_it(x: Tensor):
-    with keeping_little():
+    with saving_inputs_only():
         loss = two_products(x)
     assert Doubling.made == 1
     found = gradient(x, loss)
@@ -57,7 +57,7 @@ def test_it_is_made_again_once_for_all_who_would_have_kept_it(x: Tensor):
 
 
 def test_a_second_backward_pass_makes_it_anew(x: Tensor):
-    with keeping_little():
+    with saving_inputs_only():
         loss = two_products(x)
     first = gradient(x, loss, retain_graph=True)
     assert torch.equal(first, gradient(x, loss))
@@ -65,7 +65,7 @@ def test_a_second_backward_pass_makes_it_anew(x: Tensor):
 
 def test_less_is_held_until_backward(x: Tensor):
     def kept() -> Tensor:
-        with keeping_little():
+        with saving_inputs_only():
             return two_products(x)
 
     assert bytes_kept(lambda: two_products(x)) - bytes_kept(kept) == x.nbytes
@@ -75,7 +75,7 @@ def test_less_is_held_until_backward(x: Tensor):
     "part", [lambda y: y[:32], lambda y: y.T, lambda y: y[3:, ::2]], ids=["some", "turned", "both"]
 )
 def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor]):
-    with keeping_little():
+    with saving_inputs_only():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
     assert Doubling.made == 2
@@ -84,7 +84,7 @@ def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor
 
 @pytest.mark.parametrize("part", [lambda y: y + 0, lambda y: y.add_(1)], ids=["another", "written to"])
 def test_what_is_not_the_tensor_that_was_made_is_kept_as_it_is(x: Tensor, part: Callable[[Tensor], Tensor]):
-    with keeping_little():
+    with saving_inputs_only():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
     assert Doubling.made == 1
@@ -103,7 +103,7 @@ class Squaring(torch.autograd.Function):
             return x.square()
 
         ctx.save_for_backward(x)
-        return can_be_made(make(x), make, x)
+        return recomputable(make(x), make, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -112,20 +112,20 @@ class Squaring(torch.autograd.Function):
 
 def test_what_comes_from_something_that_is_made_again_keeps_neither(x: Tensor):
     Squaring.made = 0
-    with keeping_little():
+    with saving_inputs_only():
         loss = Squaring.apply(Doubling.apply(x)).square().sum()
     assert torch.allclose(gradient(x, loss), 64 * x.detach() ** 3)
     assert (Doubling.made, Squaring.made) == (2, 2)
 
     def kept() -> Tensor:
-        with keeping_little():
+        with saving_inputs_only():
             return Squaring.apply(Doubling.apply(x)).square().sum()
 
     assert bytes_kept(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - bytes_kept(kept) == 2 * x.nbytes
 
 
 def test_an_address_that_is_used_again_is_not_taken_for_the_tensor_that_was_there(x: Tensor):
-    with keeping_little():
+    with saving_inputs_only():
         for _ in range(50):
             gone = Doubling.apply(x)
             address = gone.untyped_storage()._cdata

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, PreTrainedModel
 
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.recompute import keeping_little
-from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.kernels.recompute import saving_inputs_only
+from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.kept import bytes_kept
 from tests.fixtures.tiny import tiny_llama
@@ -24,10 +24,10 @@ def model_of(kind: str, folder: Path, *, selective: bool, fused: bool = True, **
     base = base_of(kind, folder)
     if fused:
         fuse(base)
-    names = widening_layers(base)
+    names = up_projections(base)
     model = attached(kind, base, folder, **settings)
     if selective:
-        compute_again(base, names)
+        recompute_outputs(base, names)
     return model
 
 
@@ -110,7 +110,7 @@ def own_model(family: str) -> PreTrainedModel:
 
 def loss_of(model: PreTrainedModel) -> Tensor:
     ids = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(1))
-    with keeping_little():
+    with saving_inputs_only():
         loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 
@@ -118,9 +118,9 @@ def loss_of(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_other_families_split_up_are_computed_again_too(family: str):
     own, ours = own_model(family), own_model(family)
-    names = widening_layers(ours)
+    names = up_projections(ours)
     assert [name.split(".", 3)[-1] for name in names] == 2 * FAMILIES[family][1]
-    compute_again(ours, names)
+    recompute_outputs(ours, names)
     wide = 66 * 4 * 2 * 128  # bytes of two layers' gate and up, or what GPT-2 has for it
     assert bytes_kept(lambda: loss_of(own)) - bytes_kept(lambda: loss_of(ours)) >= wide
     for model in (own, ours):
@@ -130,14 +130,14 @@ def test_layers_that_other_families_split_up_are_computed_again_too(family: str)
 
 
 def test_only_layers_in_blocks_are_chosen():
-    assert widening_layers(tiny_llama()) == [
+    assert up_projections(tiny_llama()) == [
         f"model.layers.{block}.mlp.{name}_proj" for block in (0, 1) for name in ("gate", "up")
     ]
 
 
 def test_a_copy_of_a_layer_computes_with_its_own_weights():
     base = tiny_llama()
-    compute_again(base, widening_layers(base))
+    recompute_outputs(base, up_projections(base))
     layer = base.model.layers[0].mlp.up_proj
     copied = deepcopy(layer)
     with torch.no_grad():

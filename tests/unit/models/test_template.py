@@ -11,7 +11,7 @@ import pytest
 
 import finetune.models.loading.chat_template_guard as template
 from finetune.errors import ModelError
-from finetune.models.loading.chat_template_guard import TemplateLimit, refuse_endless_template, render
+from finetune.models.loading.chat_template_guard import TemplateLimit, check_template_terminates, render
 from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -26,13 +26,13 @@ def test_a_hostile_template_is_refused_in_time(text: str, what: str, monkeypatch
     monkeypatch.setattr(template, "SECONDS", 1 if text == LOOPS else 10)
     began = time.monotonic()
     with pytest.raises(ModelError, match=what):
-        refuse_endless_template(byte_tokenizer(SPECIAL, text), "model")
+        check_template_terminates(byte_tokenizer(SPECIAL, text), "model")
     assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("text", [CHAT_TEMPLATE, "{{ raise_exception('no assistant first') }}", "{{ 1 / 0 }}", None])
 def test_what_ends_is_let_through(text: str | None):
-    refuse_endless_template(byte_tokenizer(SPECIAL, text), "model")
+    check_template_terminates(byte_tokenizer(SPECIAL, text), "model")
 
 
 def for_one_row(text: str) -> str:
@@ -43,7 +43,7 @@ def for_one_row(text: str) -> str:
 def test_what_is_hostile_for_one_row_is_stopped_there(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(template, "SECONDS", 1 if text == LOOPS else 10)
     tokenizer = byte_tokenizer(SPECIAL, for_one_row(text))
-    refuse_endless_template(tokenizer, "model")
+    check_template_terminates(tokenizer, "model")
     before = resource.getrlimit(resource.RLIMIT_DATA)
     good, bad = ([{"role": "user", "content": content}] for content in ("later", "now"))
     expected = render(tokenizer, good)

@@ -49,7 +49,7 @@ def setting(config: Any = None, adapter: dict[str, Any] | None = None, **changes
         optimizer=section(Optimizer, name="adamw"),
         checkpointing=False,
         noise=None,
-        joins_rows=True,
+        flattens_rows=True,
         gpu_memory=None,
     )
     return replace(base, **changes)
@@ -82,7 +82,7 @@ def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any
     held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     assert planned.weights + planned.adapter == sum(held.values())
     assert planned.weights == pytest.approx(weights, rel=0.01)  # and tables of frequencies
-    small = setting(tiny_config(), adapter, joins_rows=False)
+    small = setting(tiny_config(), adapter, flattens_rows=False)
     assert passes(small, padded(ROWS, 0), padded(ROWS, 0)).activations > 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.plan.estimate import Plan, Planner
+from finetune.jobs.plan.estimate import MemoryPlanner, Plan
 from finetune.plan.footprint import Base
 from finetune.plan.gpu_specs import card
 from tests.fixtures.recipes import as_recipe
@@ -15,7 +15,7 @@ from tests.fixtures.recipes import as_recipe
 
 def planned(sections: dict[str, Any], folder: Path, **distributed: Any) -> tuple[Plan, Base]:
     recipe = as_recipe({**sections, "distributed": distributed}, folder)
-    planner = Planner.of(recipe, card("24GB"))
+    planner = MemoryPlanner.of(recipe, card("24GB"))
     plan = planner.plan(recipe)
     stays = ("libraries", "weights", "adapter", "gradients", "optimizer")
     assert planner.least(recipe) == sum(plan.parts[part] for part in stays)
@@ -44,7 +44,7 @@ def test_processes_of_one_machine_share_its_memory_and_each_has_a_gpu_of_its_own
     sections: dict[str, Any], tmp_path: Path
 ):
     one, four = (as_recipe({**sections, "distributed": {"processes": count}}, tmp_path) for count in (1, 4))
-    planner = Planner.of(one, None)
+    planner = MemoryPlanner.of(one, None)
     alone, together = (planner.plan(recipe, measures_time=False).capacity for recipe in (one, four))
     assert alone // 4 == together
     assert planned(sections, tmp_path, processes=4)[0].capacity == card("24GB").memory_bytes

@@ -40,7 +40,7 @@ def test_a_pass_without_memory_takes_what_the_real_one_takes(batch: Batch, recom
         if recomputes:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if not is_real:
-            fakes.hollow_out(model, vectors_too=True)
+            fakes.to_placeholders(model, vectors_too=True)
         peaks.append(peak(model, batch, fakes))
     real, traced = peaks
     assert traced == pytest.approx(real, rel=0.02)
@@ -85,7 +85,7 @@ def test_chosen_rows_have_their_true_number():
 
 def test_a_fake_model_can_be_moved_and_its_weights_are_shared_as_before():
     fakes, model = FakeTensors(), tiny_llama()
-    fakes.hollow_out(model, vectors_too=True)
+    fakes.to_placeholders(model, vectors_too=True)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tiny_config().tie_word_embeddings
     with Unfilled(fakes):

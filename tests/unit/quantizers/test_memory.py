@@ -16,7 +16,7 @@ def test_the_allocator_in_use_is_asked(names: list[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: process)
     malloc._release.cache_clear()
     try:
-        malloc.give_back()
+        malloc.trim_heap()
     finally:
         malloc._release.cache_clear()
     assert asked == names[-1:]

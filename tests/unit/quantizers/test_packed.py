@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from finetune.data.collate import padded
 from finetune.errors import UnsupportedError
-from finetune.evaluation.loss import held_out_loss
+from finetune.evaluation.loss import compute_validation_loss
 from finetune.models.linear_layers import count_parameters, dequantize_model
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.sections.quantization import QuantizationSection
@@ -147,7 +147,7 @@ def test_evaluating_in_between_changes_no_gradient(tiny_model: Path, chosen: Qua
     model = with_lora(load(tiny_model, chosen))
     before = gradients(model)
     settings = {"compute_dtype": torch.float32, "batch_size": 1, "make_batch": partial(padded, padding=0)}
-    held_out_loss(model, [ROW], accelerator=Accelerator(cpu=True), **settings)
+    compute_validation_loss(model, [ROW], accelerator=Accelerator(cpu=True), **settings)
     after = gradients(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

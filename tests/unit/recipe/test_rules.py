@@ -72,7 +72,7 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "data.train.0.split",
     ),
     "all_sources_have_weights_or_none": (("data.train.1.weight=2",), "data.train.0"),
-    "a_sweep_needs_held_out_rows": (("data.validation=[]", "evaluation.every_steps=null", SWEEP), "sweep"),
+    "a_sweep_needs_validation_rows": (("data.validation=[]", "evaluation.every_steps=null", SWEEP), "sweep"),
     "swept_keys_are_keys_of_a_run": ((SWEEP, "sweep.keys.0.key=adapter.rr"), "sweep.keys.0.key"),
     "a_swept_range_is_not_empty": ((SWEEP, "sweep.keys.0.high=4"), "sweep.keys.0.high"),
     "a_key_is_swept_once": ((SWEEP, "sweep.keys.1={key: adapter.r, draw: choice, choices: [1]}"), "sweep.keys.1.key"),
@@ -84,8 +84,8 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, weight: 2}}]",),
         "evaluation.tasks.0.data.weight",
     ),
-    "shares_are_of_single_tensors": (("distributed.strategy=fsdp", "quantization={kind: int8}"), "quantization.kind"),
-    "shares_need_moments_by_number": (
+    "shards_are_of_single_tensors": (("distributed.strategy=fsdp", "quantization={kind: int8}"), "quantization.kind"),
+    "shards_need_elementwise_moments": (
         (
             "distributed.strategy=fsdp",
             "adapter={method: full}",
@@ -140,7 +140,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "a_source_has_one_place": ("data.train.0={format: chat, hub: {name: org/name}}",),
     "file_options_are_for_files": ("data.train.0={format: text, path: a.txt, split: line, delimiter: tab}",),
     "all_sources_have_weights_or_none": ("data.train.0.weight=1", "data.train.1.weight=2.5"),
-    "a_sweep_needs_held_out_rows": (SWEEP,),
+    "a_sweep_needs_validation_rows": (SWEEP,),
     "swept_keys_are_keys_of_a_run": (SWEEP, "sweep.keys.0.key=data.train.1.weight"),
     "a_swept_range_is_not_empty": (SWEEP, "sweep.keys.0.high=5"),
     "a_key_is_swept_once": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
@@ -148,8 +148,8 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",
     ),
     "a_task_has_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
-    "shares_are_of_single_tensors": ("distributed.strategy=fsdp",),
-    "shares_need_moments_by_number": ("distributed.strategy=fsdp", "optimizer={name: lion_8bit}"),
+    "shards_are_of_single_tensors": ("distributed.strategy=fsdp",),
+    "shards_need_elementwise_moments": ("distributed.strategy=fsdp", "optimizer={name: lion_8bit}"),
 }
 """For each rule, overrides that come close to breaking it."""
 

@@ -10,8 +10,8 @@ import pytest
 
 from finetune.recipe.sections.sweep import Choice, Sweep, Uniform
 from finetune.report.comparison_page import comparison_page
-from finetune.report.facts import RunFacts
-from finetune.report.run_page import reported, run_page
+from finetune.report.facts import RunMetadata
+from finetune.report.run_page import recording_errors, run_page
 from finetune.report.sweep_page import sweep_page
 from finetune.run.comparison import differences
 from finetune.run.directory import RunDirectory
@@ -41,11 +41,11 @@ class Markup(HTMLParser):
 
 
 def page_of(run: RunDirectory) -> str:
-    return run_page(RunFacts.of(run))
+    return run_page(RunMetadata.of(run))
 
 
 def comparison_of(first: RunDirectory, second: RunDirectory) -> str:
-    return comparison_page([RunFacts.of(first), RunFacts.of(second)], [differences(first, second)])
+    return comparison_page([RunMetadata.of(first), RunMetadata.of(second)], [differences(first, second)])
 
 
 def test_whatever_the_run_s_files_hold_is_shown_and_not_run(tmp_path: Path):
@@ -76,7 +76,7 @@ def test_what_a_sweep_tries_is_text_too(tmp_path: Path):
         directory.fail(directory.begin({"adapter.target_modules": text, text: 3.0}), text)
         swept = [Choice(key="adapter.target_modules", draw="choice", choices=[text]),
                  Uniform(key=text, draw="uniform", low=0, high=1)]  # fmt: skip
-        recipe = RunFacts.of(RunDirectory.open(directory.path / "trial-001")).recipe
+        recipe = RunMetadata.of(RunDirectory.open(directory.path / "trial-001")).recipe
         pages.append(Markup(sweep_page(directory, recipe.model_copy(update={"sweep": Sweep(keys=swept)}))))
     assert (pages[0].tags, pages[0].attributes) == (pages[1].tags, pages[1].attributes)
     assert HOSTILE in pages[1].text
@@ -154,7 +154,7 @@ def test_a_comparison_draws_every_run_and_says_what_differs(tmp_path: Path):
 def test_a_report_is_left_however_the_run_ends(tmp_path: Path, fails: bool):
     run = written_run(tmp_path / "run")
     try:
-        with reported(run):
+        with recording_errors(run):
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -165,20 +165,20 @@ def test_a_report_is_left_however_the_run_ends(tmp_path: Path, fails: bool):
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = written_run(tmp_path / "run")
     run.report.mkdir()
-    with reported(run):
+    with recording_errors(run):
         pass
     assert "report.html is not written" in caplog.text
 
 
 def test_a_run_that_never_began_leaves_no_page(tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
-    with reported(run):
+    with recording_errors(run):
         pass
     assert not run.report.exists()
 
 
 def test_a_secret_in_a_recipe_is_not_published(tmp_path: Path):
-    facts = RunFacts.of(written_run(tmp_path / "run"))
+    facts = RunMetadata.of(written_run(tmp_path / "run"))
     data = facts.recipe.data.model_copy(update={"train": [], "max_length": 99})
     model = facts.recipe.model.model_copy(update={"name": "hf_" + "a" * 34})
     recipe = facts.recipe.model_copy(update={"data": data, "model": model})

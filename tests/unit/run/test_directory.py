@@ -30,7 +30,7 @@ from finetune.errors import (
 )
 from finetune.run import directory as module
 from finetune.run.directory import INTERRUPTED, RunDirectory
-from finetune.run.events import StepMetrics, Validated
+from finetune.run.events import StepMetrics, ValidationResult
 from finetune.run.signals import StopRequested
 from finetune.storage.files import write_json, written_aside
 
@@ -194,7 +194,7 @@ def test_a_bug_keeps_its_traceback_and_what_was_written(tmp_path: Path):
 def test_metrics_are_lines_of_json_even_where_numbers_have_no_end(tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     run.append_metrics(StepMetrics(1, 2, 0.5, 3.0, 1.0, 1e-4, 100, 50.0, 10**9, 2.0))
-    run.append_metrics(Validated(step=1, loss=900.0, perplexity=float("inf"), rows=4))
+    run.append_metrics(ValidationResult(step=1, loss=900.0, perplexity=float("inf"), rows=4))
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
@@ -270,7 +270,7 @@ def test_what_was_written_past_the_checkpoint_is_set_aside(tmp_path: Path):
 
 def test_nothing_is_set_aside_where_nothing_follows(tmp_path: Path):
     run = started_run(tmp_path / "run")
-    run.append_metrics(Validated(step=0, loss=1.0, perplexity=2.7, rows=4))
+    run.append_metrics(ValidationResult(step=0, loss=1.0, perplexity=2.7, rows=4))
     before = names_in(run.path)
     run.begin("seed: 1", run.sync_metrics())
     assert names_in(run.path) == sorted({*before} - {"exit.json"})

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.events import BestKept, Event, RanksChosen, Sampled, Validated, Warned
+from finetune.run.events import BestCheckpoint, Event, RanksChosen, SampleGenerated, TrainingWarning, ValidationResult
 from finetune.run.history import History, events, records
 from tests.fixtures.runs import steps, written_run
 
 COURSE = [
-    Validated(step=0, loss=2.0, perplexity=7.4, rows=5),
+    ValidationResult(step=0, loss=2.0, perplexity=7.4, rows=5),
     RanksChosen(step=0, ranks={"layers.0.q": 4}),
     *steps([2.0, 1.5]),
-    Sampled(step=2, prompt="Hi", answer="Hello", reference="Hello"),
-    Warned(step=2, what="odd", hint="look"),
-    BestKept(step=2, best_step=1, loss=1.5, stopped_early=True),
+    SampleGenerated(step=2, prompt="Hi", answer="Hello", reference="Hello"),
+    TrainingWarning(step=2, what="odd", hint="look"),
+    BestCheckpoint(step=2, best_step=1, loss=1.5, stopped_early=True),
 ]
 
 
@@ -31,10 +31,10 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path):
 def test_the_result_is_the_last_that_was_measured_or_the_best_that_was_kept():
     history = History()
     assert history.result is None
-    history.add(Validated(step=4, loss=1.5, perplexity=4.5, rows=5))
-    history.add(Validated(step=8, loss=2.0, perplexity=7.4, rows=5))
+    history.add(ValidationResult(step=4, loss=1.5, perplexity=4.5, rows=5))
+    history.add(ValidationResult(step=8, loss=2.0, perplexity=7.4, rows=5))
     assert history.result == (8, 2.0)
-    history.add(BestKept(step=8, best_step=4, loss=1.5, stopped_early=False))
+    history.add(BestCheckpoint(step=8, best_step=4, loss=1.5, stopped_early=False))
     assert history.result == (4, 1.5)
 
 
@@ -56,7 +56,7 @@ def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path: Path, line: str):
 
 
 def test_a_number_that_is_not_finite_is_not_a_lost_record():
-    event: Event = Validated(step=1, loss=800.0, perplexity=math.inf, rows=2)
+    event: Event = ValidationResult(step=1, loss=800.0, perplexity=math.inf, rows=2)
     (back,) = events([json.loads(json.dumps(event.to_json()))])
-    assert isinstance(back, Validated)
+    assert isinstance(back, ValidationResult)
     assert (back.loss, math.isnan(back.perplexity)) == (800.0, True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import DataError, Interrupted, ProcessLost, Stopped
-from finetune.run.distributed import ERROR_FILE, Ending, Rank, first_host
+from finetune.run.distributed import ERROR_FILE, Rank, RankExit, first_host
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {
@@ -82,9 +82,9 @@ def test_what_ended_a_process_comes_back_from_its_file(
 ):
     file = tmp_path / "error.json"
     monkeypatch.setenv(ERROR_FILE, str(file))
-    Ending.of(error).write()
-    found = Ending.read(file)
-    assert found == Ending.of(error).__class__(**{**vars(Ending.of(error)), "timestamp": found.timestamp})
+    RankExit.of(error).write()
+    found = RankExit.read(file)
+    assert found == RankExit.of(error).__class__(**{**vars(RankExit.of(error)), "timestamp": found.timestamp})
     again = found.error()
     assert again.exit_code == error.exit_code
     assert (again.what, again.hint) == (error.what, error.hint)
@@ -96,8 +96,8 @@ def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.Mo
     try:
         raise ZeroDivisionError("by zero")
     except ZeroDivisionError as error:
-        Ending.of(error).write()
-    told = Ending.read(tmp_path / "error.json").error()
+        RankExit.of(error).write()
+    told = RankExit.read(tmp_path / "error.json").error()
     assert told.exit_code == 1
     assert told.lines()[0] == "process 0: ZeroDivisionError: by zero"
     assert any("test_processes.py" in line for line in told.lines())
@@ -108,4 +108,4 @@ def test_a_process_that_was_killed_left_no_word(content: str | None, tmp_path: P
     file = tmp_path / "error.json"
     if content is not None:
         file.write_text(content)
-    assert Ending.read(file) is None
+    assert RankExit.read(file) is None

@@ -14,7 +14,7 @@ from finetune.errors import UnsupportedError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Phase, StepMetrics, Validated
+from finetune.run.events import Event, Phase, StepMetrics, ValidationResult
 from finetune.run.trackers import process
 from finetune.run.trackers.process import refuse_missing_packages, tracked
 from tests.fixtures.trackers import Fakes
@@ -44,13 +44,13 @@ def step(number: int) -> StepMetrics:
 
 def follow(run: RunDirectory, asked: Recipe, steps: int = 3) -> list[Event]:
     """Report some steps and a held-out loss to the trackers; returns what was reported on."""
-    reported: list[Event] = []
-    with tracked(asked, run, reported.append) as report:
+    recording_errors: list[Event] = []
+    with tracked(asked, run, recording_errors.append) as report:
         report(Phase("training"))
         for number in range(1, steps + 1):
             report(step(number))
-        report(Validated(step=steps, loss=1.5, perplexity=4.5, rows=4))
-    return reported
+        report(ValidationResult(step=steps, loss=1.5, perplexity=4.5, rows=4))
+    return recording_errors
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -61,8 +61,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_tracker_is_told_every_step_the_recipe_and_the_end(
     name: str, fakes: Fakes, run: RunDirectory, caplog: pytest.LogCaptureFixture
 ):
-    reported = follow(run, recipe({"name": name}))
-    assert [type(event) for event in reported] == [Phase, *[StepMetrics] * 3, Validated, Phase]
+    recording_errors = follow(run, recipe({"name": name}))
+    assert [type(event) for event in recording_errors] == [Phase, *[StepMetrics] * 3, ValidationResult, Phase]
     values: dict[int, dict[str, float]] = {}
     for numbers, at, *named in fakes.told("log"):
         values.setdefault(at if not isinstance(at, dict) else at["step"], {}).update(numbers)
@@ -114,11 +114,11 @@ def test_a_run_keeps_its_id_and_another_has_another(fakes: Fakes, run: RunDirect
 
 def test_a_run_that_did_not_end_well_is_said_to_have_failed(fakes: Fakes, run: RunDirectory):
     def report_and_fail(event: Event) -> None:
-        if isinstance(event, Validated):
+        if isinstance(event, ValidationResult):
             raise KeyError
 
     with pytest.raises(KeyError), tracked(recipe({"name": "wandb"}), run, report_and_fail) as report:
-        report(Validated(step=1, loss=1.5, perplexity=4.5, rows=4))
+        report(ValidationResult(step=1, loss=1.5, perplexity=4.5, rows=4))
     assert [arguments[0] for arguments in fakes.told("finish")] == [1]
 
 
@@ -132,9 +132,9 @@ def test_whatever_a_tracker_does_the_run_goes_on_and_is_warned_once(
     monkeypatch.setenv("WANDB_API_KEY", "c0ffee-c0ffee")
     fakes.misbehave(f"{how} in {call}")
     began = time.monotonic()
-    reported = follow(run, recipe({"name": "wandb"}))
+    recording_errors = follow(run, recipe({"name": "wandb"}))
     assert time.monotonic() - began < 10
-    assert len(reported) == 6
+    assert len(recording_errors) == 6
     (warning,) = warnings(caplog)
     assert warning.startswith("wandb no longer follows the run, which goes on without it: ")
     reason = {"raises": "RuntimeError: refused ... ...", "exits": "SystemExit: no account", "hangs": "not done in time"}

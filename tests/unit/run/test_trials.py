@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.events import BestKept, Validated
+from finetune.run.events import BestCheckpoint, ValidationResult
 from finetune.run.sweep_trials import SweepDirectory, arguments_of, best_of, short_names, trial_table
 from tests.fixtures.runs import steps, written_run
 
 
 def measured(loss: float) -> list[object]:
-    return [*steps([2.0]), Validated(1, loss, 1.0, 5)]
+    return [*steps([2.0]), ValidationResult(1, loss, 1.0, 5)]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_trial_that_is_not_finished_has_no_result_yet(directory: SweepDirector
 
 def test_where_the_best_weights_were_kept_their_loss_is_the_result(directory: SweepDirectory):
     trial = directory.begin({"adapter.r": 4})
-    written_run(trial.path, course=[*measured(0.5), BestKept(1, 0, 0.25, stopped_early=True)])
+    written_run(trial.path, course=[*measured(0.5), BestCheckpoint(1, 0, 0.25, stopped_early=True)])
     assert directory.trials()[0].loss == 0.25
 
 

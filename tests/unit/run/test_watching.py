@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Phase, StepMetrics, TrainingStarted, Validated
+from finetune.run.events import Event, Phase, StepMetrics, TrainingStarted, ValidationResult
 from finetune.run.watch import watched
 from tests.fixtures.runs import steps, written_run
 
-COURSE = [Validated(step=0, loss=2.0, perplexity=7.4, rows=5), *steps([3.0, 2.0, 1.0])]
+COURSE = [ValidationResult(step=0, loss=2.0, perplexity=7.4, rows=5), *steps([3.0, 2.0, 1.0])]
 
 
 def lines(events: list[Event]) -> str:

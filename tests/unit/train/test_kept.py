@@ -15,8 +15,8 @@ from torch import nn
 from finetune.data.collate import joined
 from finetune.data.encode import Example
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.packing_check import keep_apart
-from finetune.models.kernels.selective_checkpointing import compute_again, widening_layers
+from finetune.models.kernels.packing_check import use_packing_attention
+from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
@@ -61,11 +61,11 @@ def per_token(kind: str, folder: Path, *, plain: bool = False, selective: bool =
     base = tiny_llama() if quantization is None else load(folder, PACKED[quantization])
     if not plain:
         fuse(base)
-        keep_apart(base, may_choose=True)
-    widening = widening_layers(base)
+        use_packing_attention(base, may_choose=True)
+    widening = up_projections(base)
     model = build(TypeAdapter(Adapter).validate_python(section), [], None).attach(base, 10).train()
     if selective:
-        compute_again(base, widening)
+        recompute_outputs(base, widening)
     return (kept(model, 6) - kept(model, 3)) / (3 * 40)
 
 

@@ -14,12 +14,12 @@ from finetune.train.memory import KERNEL_CACHES, bound_kernel_caches
 
 PRODUCTS = """
 import sys, torch
-from finetune.malloc import give_back
+from finetune.malloc import trim_heap
 from finetune.train.memory import bound_kernel_caches
 if sys.argv[1] == "bounded":
     bound_kernel_caches()
 def held():
-    give_back()
+    trim_heap()
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 weight = torch.rand(256, 256).bfloat16()
 for length in range(16, 616):

@@ -98,4 +98,4 @@ def test_frozen_weights_are_left_out():
 def test_a_method_may_give_parameters_other_rates():
     model = nn.Linear(4, 4)
     groups = parameter_groups(model, 0.0, lambda name: 16.0 if name == "weight" else 1.0)
-    assert {group["rate_factor"]: len(group["params"]) for group in groups} == {16.0: 1, 1.0: 1}
+    assert {group["lr_multiplier"]: len(group["params"]) for group in groups} == {16.0: 1, 1.0: 1}

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from finetune.run.events import StepMetrics, Validated, Warned
+from finetune.run.events import StepMetrics, TrainingWarning, ValidationResult
 from finetune.run.history import History
-from finetune.train.diagnostics import Symptoms
+from finetune.train.diagnostics import TrainingDiagnostics
 from tests.fixtures.runs import steps
 
 
-def seen(events: Sequence[StepMetrics | Validated]) -> list[Warned]:
-    symptoms = Symptoms(History())
+def seen(events: Sequence[StepMetrics | ValidationResult]) -> list[TrainingWarning]:
+    symptoms = TrainingDiagnostics(History())
     return [warning for event in events for warning in symptoms.see(event)]
 
 
@@ -26,7 +26,7 @@ def noisy(start: float, end: float, count: int = 80, seed: int = 0) -> list[Step
     return [replace(step, gradient_norm=draw.uniform(0.5, 2)) for step in steps(losses)]
 
 
-def titles(warnings: Sequence[Warned]) -> list[str]:
+def titles(warnings: Sequence[TrainingWarning]) -> list[str]:
     return [warning.what.partition(":")[0] for warning in warnings]
 
 
@@ -67,7 +67,7 @@ def test_a_learning_rate_of_zero_is_told():
     ids=str,
 )
 def test_a_held_out_loss_is_rising_from_two_rises_in_a_row(losses: list[float], told_at: int | None):
-    warnings = seen([Validated(step, loss, 0.0, 9) for step, loss in enumerate(losses)])
+    warnings = seen([ValidationResult(step, loss, 0.0, 9) for step, loss in enumerate(losses)])
     assert [(warning.step, titles([warning])) for warning in warnings] == (
         [] if told_at is None else [(told_at, ["the held-out loss rises"])]
     )
@@ -79,6 +79,6 @@ def test_a_run_that_goes_on_tells_what_it_would_have_told_and_nothing_twice():
     assert len(whole) == 2
     for cut in (10, 41, 51, 60):
         history = History(steps=course[:cut], warnings=[warning for warning in whole if warning.step <= cut])
-        symptoms = Symptoms(history)
+        symptoms = TrainingDiagnostics(history)
         rest = [warning for event in course[cut:] for warning in symptoms.see(event)]
         assert history.warnings + rest == whole

@@ -5,6 +5,6 @@ from __future__ import annotations
 import unicodedata
 
 
-def harmless(text: str) -> str:
+def sanitize(text: str) -> str:
     """Without the characters that would move the cursor or change colours."""
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
