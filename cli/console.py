@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from finetune.recipe.importing.convert import Imported
     from finetune.recipe.methods import Choice
     from finetune.run.comparison import Difference
-    from finetune.run.events import Event, Report, TrainingFinished
+    from finetune.run.events import Event, EventHandler, TrainingFinished
     from finetune.run.index import Removable, RunSummary
     from finetune.run.sweep_trials import SweepDirectory, Trial
 
@@ -128,7 +128,7 @@ def _styled(text: str, code: str, stream: TextIO | None = None) -> str:
 @contextmanager
 def reporting(
     quiet: bool, as_json: bool, log: Path | None = None, speaks: bool = True, brief: bool = False
-) -> Iterator[Report]:
+) -> Iterator[EventHandler]:
     """Follow a job: yields the function that it reports to.
 
     Args:
@@ -178,7 +178,7 @@ def following(quiet: bool, as_json: bool, speaks: bool = True) -> Iterator[Follo
 
 
 @contextmanager
-def _logging_to(follower: Follower, log: Path | None) -> Iterator[Report]:
+def _logging_to(follower: Follower, log: Path | None) -> Iterator[EventHandler]:
     """Send the library's log to the follower, and with the events' words to the log file."""
     _quiet_libraries()
     logger = logging.getLogger("finetune")
@@ -338,17 +338,17 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def show_merge(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print where the merged model is and how it compares with the trained one."""
     if as_json:
-        show_result(json.dumps({"event": "merged", "folder": str(folder), **certificate}))
+        show_result(json.dumps({"event": "merged", "folder": str(folder), **verification}))
         return
-    show_result(f"merged model: {folder} ({certificate['dtype']})\n{_agreement(certificate)}")
+    show_result(f"merged model: {folder} ({verification['dtype']})\n{_agreement(verification)}")
 
 
 def show_export(
     format: str,
-    certificate: dict[str, Any] | None,
+    verification: dict[str, Any] | None,
     folder: Path,
     repository: str | None,
     address: str | None,
@@ -357,15 +357,15 @@ def show_export(
     """Print where what was exported is, how it compares with the trained model, and how to use it."""
     if as_json:
         pushed = {} if repository is None else {"repository": repository, "address": address}
-        show_result(json.dumps({"event": "exported", "folder": str(folder), **(certificate or {}), **pushed}))
+        show_result(json.dumps({"event": "exported", "folder": str(folder), **(verification or {}), **pushed}))
         return
-    lines = [f"exported {format}: {folder}" + (f" ({_type_of(certificate)})" if certificate else "")]
-    if certificate:
-        lines.append(_agreement(certificate))
-    if format == "prompt" and certificate:
+    lines = [f"exported {format}: {folder}" + (f" ({_type_of(verification)})" if verification else "")]
+    if verification:
+        lines.append(_agreement(verification))
+    if format == "prompt" and verification:
         begins = (
             "the folder's chat template begins with them"
-            if certificate["uses_chat_template"]
+            if verification["uses_chat_template"]
             else "begin every text with `prompt` of export.json, and add no special tokens to it"
         )
         lines.append(f"the trained prompt is new tokens of the vocabulary: {begins}")
@@ -376,18 +376,18 @@ def show_export(
     show_result("\n".join(lines))
 
 
-def _type_of(certificate: dict[str, Any]) -> str:
-    found: str = certificate.get("dtype") or certificate["type"]
+def _type_of(verification: dict[str, Any]) -> str:
+    found: str = verification.get("dtype") or verification["type"]
     return found
 
 
-def _agreement(certificate: dict[str, Any]) -> str:
+def _agreement(verification: dict[str, Any]) -> str:
     """What a certificate says of written and trained logits."""
     return (
-        f"checked on {certificate['positions']} tokens of {certificate['rows']} real rows: largest logit difference "
-        f"{certificate['relative_difference']:.1e} of the largest logit (bound {certificate['bound']:.0e}),\n"
-        f"KL divergence {certificate['kl_divergence']:.1e}, same likeliest token at "
-        f"{100 * certificate['top1_agreement']:.1f} % of the positions"
+        f"checked on {verification['positions']} tokens of {verification['rows']} real rows: largest logit difference "
+        f"{verification['relative_difference']:.1e} of the largest logit (bound {verification['bound']:.0e}),\n"
+        f"KL divergence {verification['kl_divergence']:.1e}, same likeliest token at "
+        f"{100 * verification['top1_agreement']:.1f} % of the positions"
     )
 
 
@@ -418,13 +418,13 @@ def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     show_result(f"quantized model: {folder}")
 
 
-def show_combination(certificate: dict[str, Any], folder: Path, as_json: bool) -> None:
+def show_combination(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print where the combined model is and how far each run is in it."""
     if as_json:
-        show_result(json.dumps({"event": "combined", "folder": str(folder), **certificate}))
+        show_result(json.dumps({"event": "combined", "folder": str(folder), **verification}))
         return
-    lines = [f"combined model: {folder} ({certificate['dtype']})"]
-    for name, found in certificate["runs"].items():
+    lines = [f"combined model: {folder} ({verification['dtype']})"]
+    for name, found in verification["runs"].items():
         lines.append(
             f"{name}: same likeliest token as the run alone at {100 * found['top1_agreement']:.1f} % of "
             f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"

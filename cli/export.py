@@ -78,18 +78,18 @@ def export(
     kind = _type(format, dtype)
     if public and push is None:
         raise UsageError("--public is about a repository of the hub", where="--public", hint="add --push ORG/NAME")
-    certificate = None
+    verification = None
     with console.reporting(quiet, as_json) as report:
         if format is ExportFormat.prompt:
             from finetune.jobs.export.prompt_tokens import export as export_prompt
 
             exported_prompt = export_prompt(directory, output, kind, overwrite, report)
-            folder, certificate = exported_prompt.folder, exported_prompt.to_json()
+            folder, verification = exported_prompt.folder, exported_prompt.to_json()
         elif format is ExportFormat.gguf:
             from finetune.jobs.export.gguf import export_gguf
 
             written = export_gguf(directory, output, kind, overwrite, report)
-            folder, certificate = written.folder, written.to_json()
+            folder, verification = written.folder, written.to_json()
         elif format is ExportFormat.gguf_adapter:
             from finetune.jobs.export.gguf import export_gguf_adapter
 
@@ -103,7 +103,7 @@ def export(
             from finetune.jobs.export.hub_push import push as push_folder
 
             address = push_folder(folder, push, public, report)
-    console.show_export(format.value, certificate, folder, push, address, as_json)
+    console.show_export(format.value, verification, folder, push, address, as_json)
 
 
 def _type(format: ExportFormat, dtype: ExportedType | None) -> Any:

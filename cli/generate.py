@@ -64,24 +64,26 @@ def generate(
         from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        tuned = [FineTunedModel.find(each, report) for each in found]
+        finetuned = [FineTunedModel.find(each, report) for each in found]
         if base:
-            tuned.insert(0, tuned[0].untuned)
+            finetuned.insert(0, finetuned[0].untuned)
         if file:
-            asked = [(dict(each.row.values), each.question) for each in questions_in(file, system, tuned)]
+            asked = [(dict(each.row.values), each.question) for each in questions_in(file, system, finetuned)]
         else:
-            asked = [({"prompt": text}, each) for text in prompts or () for each in questions_of(text, system, tuned)]
-        shared = SharedBase(tuned, report)
+            asked = [
+                ({"prompt": text}, each) for text in prompts or () for each in questions_of(text, system, finetuned)
+            ]
+        shared = SharedBase(finetuned, report)
         questions = [question for _, question in asked]
         streams = len(asked) == 1 and console.is_watched() and not (as_json or output or file)
         if not streams:
-            answers = answer(shared, questions, sampling, batch_size=batch_size, report=report)
+            answers = answer(shared, questions, sampling, batch_size=batch_size, on_event=report)
     if streams:  # when the moving line is gone
         with console.words() as tell:
             answer(shared, questions, sampling, tell=tell)
         return
     rows: list[dict[str, Any]] = [
-        {**columns, "adapter": tuned[question.to].label, "generated": text}
+        {**columns, "adapter": finetuned[question.to].label, "generated": text}
         for (columns, question), text in zip(asked, answers, strict=True)
     ]
     if output:

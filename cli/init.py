@@ -14,7 +14,7 @@ from . import console
 from .options import HERE, AsJson, Overwrite, Quiet
 
 if TYPE_CHECKING:
-    from finetune.plan.gpu_specs import Card
+    from finetune.plan.gpu_specs import GpuSpec
 
 
 def init(
@@ -80,11 +80,11 @@ def _column(argument: str) -> tuple[str, str]:
     return key, name
 
 
-def _gpu(text: str) -> Card | None:
+def _gpu(text: str) -> GpuSpec | None:
     """The GPU to fit into; None for this machine."""
-    from finetune.plan.gpu_specs import card
+    from finetune.plan.gpu_specs import gpu_spec
 
-    return None if text == HERE else card(text)
+    return None if text == HERE else gpu_spec(text)
 
 
 def _asked(option: str, question: str, default: str | None = None) -> str:

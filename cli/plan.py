@@ -44,10 +44,10 @@ def plan(
         from finetune.jobs.plan.estimate import MemoryPlanner
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write
-        from finetune.plan.gpu_specs import card
+        from finetune.plan.gpu_specs import gpu_spec
 
         wanted = gpu or fit
-        planner = MemoryPlanner.of(loaded.recipe, card(wanted) if wanted and wanted != HERE else None, report)
+        planner = MemoryPlanner.of(loaded.recipe, gpu_spec(wanted) if wanted and wanted != HERE else None, report)
         fitted = fit_job(planner, loaded) if fit else None
         planned = planner.plan(fitted.recipe if fitted else loaded.recipe)
         if fitted and output:

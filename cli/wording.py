@@ -29,8 +29,8 @@ from finetune.run.lora_ranks import table
 from .sanitize import sanitize
 
 if TYPE_CHECKING:
-    from finetune.evaluation.measurement import Difference, Interval
-    from finetune.evaluation.metrics import Form
+    from finetune.evaluation.measurement import Interval, PairedDifference
+    from finetune.evaluation.metrics import MetricUnit
     from finetune.jobs.infer.evaluate import Score
     from finetune.jobs.plan.estimate import Plan
     from finetune.jobs.plan.preview import Preview
@@ -190,10 +190,10 @@ PARTS = {
     "adapter": "what the method adds",
     "gradients": "of what trains",
     "optimizer": "moments, and what the method keeps",
-    "together": "what processes put together or sum",
+    "communication": "all-gather and reduce buffers",
     "activations": "of the largest pass, forward and backward",
     "logits": "and their gradients, a chunk at a time",
-    "holes": "what the allocator holds between tensors",
+    "fragmentation": "fragmentation of the allocator",
 }
 """What the parts of a plan are."""
 
@@ -201,7 +201,7 @@ PARTS = {
 def plan(plan: Plan) -> list[str]:
     """What a run will take, as a table of its memory and a few lines."""
     share = plan.trainable / plan.total
-    work = plan.work
+    work = plan.workload
     lines = [
         f"device       {plan.device}" + (f", {memory(plan.capacity)}" if plan.capacity else ""),
         *([f"processes    {plan.processes}, by {plan.strategy}; what follows is of one"] if plan.processes > 1 else []),
@@ -321,7 +321,7 @@ def task_title(task: str, scores: Mapping[str, Score]) -> str:
     return f"{task}: {' to '.join(map(str, counts))} rows" if counts else task
 
 
-def score(form: Form, value: float) -> str:
+def score(form: MetricUnit, value: float) -> str:
     """A score in its unit: `91.7 %`, `34.12`, `0.7741`."""
     match form:
         case "share":
@@ -332,7 +332,7 @@ def score(form: Form, value: float) -> str:
             return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def interval(form: Form, spread: Interval | None, is_change: bool) -> str:
+def interval(form: MetricUnit, spread: Interval | None, is_change: bool) -> str:
     """`85.4 to 97.9 %`, and of a change with signs; nothing where it is not known."""
     if spread is None:
         return ""
@@ -350,7 +350,7 @@ def difference(score_of: Score) -> str:
     return _signed(score(score_of.form, change), change)
 
 
-def flips(difference: Difference) -> str:
+def flips(difference: PairedDifference) -> str:
     """How many rows came right, and how many went wrong."""
     if not (difference.better or difference.worse):
         return ""

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.quantizers.base import is_quantized
 
 
-class Branch(NamedTuple):
+class LoraTerm(NamedTuple):
     """A linear layer that is frozen, and the update beside it: W x + s B A z."""
 
     base: nn.Module
@@ -37,7 +37,7 @@ def is_one_step(base: nn.Module) -> bool:
     return known and not hooked and not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def lora_linear(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
+def lora_linear(x: Tensor, z: Tensor | None, branch: LoraTerm) -> Tensor:
     """W x + s B A z, in autocast's type, or else in that of x.
 
     Args:
@@ -52,13 +52,13 @@ def lora_linear(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
     return product
 
 
-def lora_linear_reference(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
+def lora_linear_reference(x: Tensor, z: Tensor | None, branch: LoraTerm) -> Tensor:
     """The same as the formula says it, the base by its own forward pass: the plain twin."""
     product: Tensor = branch.base(x)
     return product + lora_update_reference(x if z is None else z, branch).to(product.dtype)
 
 
-def lora_update_reference(z: Tensor, branch: Branch) -> Tensor:
+def lora_update_reference(z: Tensor, branch: LoraTerm) -> Tensor:
     """The product s B A z, in the type of z: (..., J) -> (..., O)."""
     inner = functional.linear(z, branch.a_RJ.to(z.dtype))
     return functional.linear(inner, (branch.b_OR * branch.scale).to(z.dtype))

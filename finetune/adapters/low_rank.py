@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetune.adapters.lora_linear import Branch, is_one_step, lora_linear, lora_update_reference
+from finetune.adapters.lora_linear import LoraTerm, is_one_step, lora_linear, lora_update_reference
 from finetune.errors import UnsupportedError
 from finetune.models.fsdp import is_sharded_tensor, unsharded_weights
 from finetune.quantizers.base import Capabilities, is_quantized
@@ -143,7 +143,7 @@ class LowRankLinear(lora.Linear):
         if not self._drops(adapter):
             return lora_update_reference(self._pool(x), self.branch(adapter))
         base, scale = self.base_layer, self.scaling[adapter]
-        learned, *fixed = (Branch(base, *part, scale) for part in self._parts(adapter))
+        learned, *fixed = (LoraTerm(base, *part, scale) for part in self._parts(adapter))
         result = lora_update_reference(self._pool(self.lora_dropout[adapter](x)), learned)
         for part in fixed:
             result = result + lora_update_reference(self._pool(x), part)
@@ -157,9 +157,9 @@ class LowRankLinear(lora.Linear):
         dropout = self.lora_dropout[adapter]
         return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
 
-    def branch(self, adapter: str) -> Branch:
+    def branch(self, adapter: str) -> LoraTerm:
         """The base with one update."""
-        return Branch(self.base_layer, *self.expanded_factors(adapter), self.scaling[adapter])
+        return LoraTerm(self.base_layer, *self.expanded_factors(adapter), self.scaling[adapter])
 
     def _input_of_update(self, adapter: str, x: Tensor) -> Tensor | None:
         """What A sees; None if that is x itself."""

@@ -23,7 +23,7 @@ Unit = list[Example]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchPlan:
     """From the units of a step to its micro-batches.
 
     Attributes:
@@ -51,7 +51,7 @@ class Layout:
         padding: int,
         may_join: bool = True,
         may_share: bool = False,
-    ) -> Layout:
+    ) -> BatchPlan:
         """The layout of `training.batching`.
 
         Args:
@@ -75,12 +75,12 @@ class Layout:
             case _:
                 return joins.with_padding(padding)
 
-    def with_padding(self, padding: int) -> Layout:
+    def with_padding(self, padding: int) -> BatchPlan:
         """The same units with a row for each example, filled up with any token id."""
         batch = partial(padded, padding=padding)
         return replace(self, batch=batch, restarts_positions=False, shares_prefixes=False)
 
-    def without_sharing(self) -> Layout:
+    def without_sharing(self) -> BatchPlan:
         """The same where examples stand in one row, each with all its tokens."""
         return replace(self, batch=joined, shares_prefixes=False)
 

@@ -21,7 +21,7 @@ from finetune.data.tokenized_source import TokenizedSource, rows_at
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
-from finetune.run.events import Report, ignore
+from finetune.run.events import EventHandler, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class LocatedDocument:
     where: str
 
 
-class Split(Sequence[Example]):
+class TokenizedDataset(Sequence[Example]):
     """The training or the held-out rows: those chosen of some sources, read from disk when they are asked for.
 
     Args:
@@ -50,7 +50,7 @@ class Split(Sequence[Example]):
         self._begins = np.cumsum([0, *(len(source.store) for source in sources)])
 
     @classmethod
-    def whole(cls, sources: Sequence[TokenizedSource]) -> Split:
+    def whole(cls, sources: Sequence[TokenizedSource]) -> TokenizedDataset:
         """Every row of the sources."""
         return cls(sources, np.arange(sum(len(source.store) for source in sources)))
 
@@ -71,7 +71,7 @@ class Split(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         """A row, or for a slice a split of its rows."""
         if isinstance(index, slice):
-            return Split(self.sources, self._chosen[index])
+            return TokenizedDataset(self.sources, self._chosen[index])
         source, example = self._find(index)
         return source.store[example]
 
@@ -86,13 +86,13 @@ class Split(Sequence[Example]):
         joined: Numbers = np.concatenate(columns)[self._chosen] if columns else np.empty(0, np.int64)
         return joined
 
-    def of_source(self, index: int) -> Split:
+    def of_source(self, index: int) -> TokenizedDataset:
         """The rows that come from one source."""
         begin, end = self._begins[index], self._begins[index + 1]
         inside = self._chosen[(self._chosen >= begin) & (self._chosen < end)]
-        return Split([self.sources[index]], inside - begin)
+        return TokenizedDataset([self.sources[index]], inside - begin)
 
-    def parted(self, held_out: int, seed: int) -> tuple[Split, Split]:
+    def parted(self, held_out: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
         """Draw rows of the files to hold out; what a file's row was split into stays together.
 
         Returns:
@@ -101,7 +101,9 @@ class Split(Sequence[Example]):
         row_of_example = self._file_rows()
         chosen = drawn(int(row_of_example[-1]) + 1, held_out, seed)
         is_held_out = np.isin(row_of_example, chosen)
-        return Split(self.sources, self._chosen[~is_held_out]), Split(self.sources, self._chosen[is_held_out])
+        return TokenizedDataset(self.sources, self._chosen[~is_held_out]), TokenizedDataset(
+            self.sources, self._chosen[is_held_out]
+        )
 
     @property
     def file_rows(self) -> int:
@@ -133,7 +135,7 @@ class Split(Sequence[Example]):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Datasets:
     """A recipe's rows.
 
     Attributes:
@@ -141,8 +143,8 @@ class Rows:
         validation: Held out.
     """
 
-    train: Split
-    validation: Split
+    train: TokenizedDataset
+    validation: TokenizedDataset
 
     @property
     def fingerprint(self) -> str:
@@ -154,7 +156,9 @@ class Rows:
         return digest.hexdigest()
 
 
-def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report = ignore) -> Rows:
+def read_data(
+    section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, on_event: EventHandler = ignore
+) -> Datasets:
     """Tokenize every source of a recipe, mix them, and hold rows out where it asks for a fraction of them.
 
     What is too long or trains nothing is treated as the recipe says, and counted.
@@ -163,7 +167,7 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
         section: The recipe's section.
         tokenizer: Of the model.
         seed: Of every draw.
-        report: Told how far it is.
+        on_event: Told how far it is.
 
     Raises:
         DataError: A file or row cannot be used, too many rows are lost, or there are none to train on.
@@ -171,7 +175,7 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
 
     def tokenized(sources: Sequence[SourceSection]) -> list[TokenizedSource]:
         return [
-            TokenizedSource.of(source, section, tokenizer, derived_seed(seed, index), report)
+            TokenizedSource.of(source, section, tokenizer, derived_seed(seed, index), on_event)
             for index, source in enumerate(sources)
         ]
 
@@ -189,12 +193,12 @@ def read_data(section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, repo
                 where=section.train[0].place,
                 hint="lower it, or add rows",
             )
-    return Rows(train, validation)
+    return Datasets(train, validation)
 
 
-def _mixed(sources: list[TokenizedSource]) -> Split:
+def _mixed(sources: list[TokenizedSource]) -> TokenizedDataset:
     """The rows of all sources, one source after the other; of each as many as its weight says."""
-    split = Split.whole(sources)
+    split = TokenizedDataset.whole(sources)
     weights = [source.section.weight for source in sources if source.section.weight is not None]
     if not weights:
         return split
@@ -205,10 +209,10 @@ def _mixed(sources: list[TokenizedSource]) -> Split:
         part.parted(count, source.seed)[1]._chosen + begin
         for part, count, source, begin in zip(parts, counts, sources, begins[:-1], strict=True)
     ]
-    return Split(sources, np.concatenate(chosen))
+    return TokenizedDataset(sources, np.concatenate(chosen))
 
 
-def refuse_losses(split: Split, section: Data) -> None:
+def refuse_losses(split: TokenizedDataset, section: Data) -> None:
     """Stop where rows train nothing and the recipe does not say to skip them, or where too many are left out.
 
     Raises:
@@ -250,7 +254,7 @@ def _listed(places: list[str], count: int) -> str:
     return ", ".join(places) + (", ..." if count > len(places) else "")
 
 
-def _log(split: Split, section: Data) -> None:
+def _log(split: TokenizedDataset, section: Data) -> None:
     counts = split.counts
     rows = counts.read + counts.added
     if counts.too_long:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.batch_plan import Layout
-from finetune.data.dataset import Rows, Split
+from finetune.data.batch_plan import BatchPlan
+from finetune.data.dataset import Datasets, TokenizedDataset
 
 PERCENTILES = (50, 90, 95, 99)
 
 
-def ledger(rows: Rows, layout: Layout) -> dict[str, Any]:
+def ledger(rows: Datasets, layout: BatchPlan) -> dict[str, Any]:
     """The report on a recipe's rows, as JSON values.
 
     `rows read + added = kept + too_long + untrainable`, where `added` are those that came of splitting. `used` are
@@ -29,7 +29,7 @@ def ledger(rows: Rows, layout: Layout) -> dict[str, Any]:
     return report
 
 
-def _split_report(split: Split, held_out: Split | None) -> dict[str, Any]:
+def _split_report(split: TokenizedDataset, held_out: TokenizedDataset | None) -> dict[str, Any]:
     sources = []
     for index, source in enumerate(split.sources):
         facts = {"source": source.section.place, "format": source.store.format}
@@ -38,7 +38,7 @@ def _split_report(split: Split, held_out: Split | None) -> dict[str, Any]:
     return {**split.counts.to_json(), **_numbers(split, held_out), "sources": sources}
 
 
-def _numbers(split: Split, held_out: Split | None) -> dict[str, Any]:
+def _numbers(split: TokenizedDataset, held_out: TokenizedDataset | None) -> dict[str, Any]:
     """Of the used rows; `tokens` and `target_tokens` replace those of all kept ones."""
     lengths, digests = split.lengths, split.column("digests")
     tokens, targets = int(lengths.sum()), int(split.column("targets").sum())

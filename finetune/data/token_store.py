@@ -148,7 +148,7 @@ class TokenStoreWriter:
             known += getattr(encoded, cause)[: SHOWN_PLACES - len(known)]
 
 
-class Store(Sequence[Example]):
+class TokenStore(Sequence[Example]):
     """The tokenized rows of one source, in order.
 
     Attributes:

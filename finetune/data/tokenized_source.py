@@ -20,11 +20,11 @@ from finetune.data.hub import revision_of
 from finetune.data.mixing import drawn
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
-from finetune.data.token_store import Store, TokenStoreWriter
+from finetune.data.token_store import TokenStore, TokenStoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, Hub, SourceSection
-from finetune.run.events import Progress, Report
+from finetune.run.events import EventHandler, Progress
 from finetune.run.provenance import file_record
 from finetune.storage.cache import cached, sources_digest
 
@@ -48,11 +48,11 @@ class TokenizedSource:
     section: SourceSection
     seed: int
     content: list[dict[str, Any]]
-    store: Store
+    store: TokenStore
 
     @classmethod
     def of(
-        cls, source: SourceSection, section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, report: Report
+        cls, source: SourceSection, section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, on_event: EventHandler
     ) -> TokenizedSource:
         """Tokenize a source, or find it tokenized.
 
@@ -67,11 +67,11 @@ class TokenizedSource:
             with TokenStoreWriter(folder) as writer:
                 rows = numbered_rows(source, seed)
                 tokenize(
-                    rows, source, section, tokenizer, writer, lambda done: report(Progress(doing, done, total=None))
+                    rows, source, section, tokenizer, writer, lambda done: on_event(Progress(doing, done, total=None))
                 )
 
         key = _key(source, section, tokenizer, seed, content)
-        return cls(source, seed, content, Store(cached("tokens", key, make)))
+        return cls(source, seed, content, TokenStore(cached("tokens", key, make)))
 
 
 def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:

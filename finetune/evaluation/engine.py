@@ -1,7 +1,7 @@
 """A model that is asked row by row and answers in batches, and what it said before is not asked again.
 
-Likelihoods are computed here, for every model and in one way. Answers are written by a `Writer`: by our own generation
-(`ModelGenerator`), or by vLLM (`finetune.evaluation.vllm_generator`, which is imported only if it is asked for).
+Likelihoods are computed here, for every model and in one way. Answers come from a `Generator`: from our own generation
+(`ModelGenerator`) or by vLLM (`VllmGenerator`, imported on demand).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Tell = Callable[[int, int], None]
 """Told how many rows are done, and of how many."""
 
 
-class Writer(ABC):
+class Generator(ABC):
     """What writes answers.
 
     Attributes:
@@ -55,7 +55,7 @@ class Writer(ABC):
 
 
 @dataclass(frozen=True)
-class ModelGenerator(Writer):
+class ModelGenerator(Generator):
     """Our own generation, by the model that likelihoods are computed with.
 
     Attributes:
@@ -97,7 +97,7 @@ class Engine:
         tokenizer: Its tokenizer.
         uses_chat_template: Whether it was trained on conversations.
         load: Loads the model, or gives the loaded one; called only if something is asked that is not kept.
-        writer: Writes its answers.
+        generator: Writes its answers.
         kept: What it said before.
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass; fewer where memory is short.
@@ -110,7 +110,7 @@ class Engine:
     tokenizer: PreTrainedTokenizerBase
     uses_chat_template: bool
     load: Callable[[], nn.Module]
-    writer: Writer
+    generator: Generator
     kept: PredictionCache
     compute_dtype: torch.dtype
     batch_size: int
@@ -154,7 +154,7 @@ class Engine:
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
-        keys = [digest(["answer", self.writer.name, list(prompt), asdict(sampling)]) for prompt in prompts]
+        keys = [digest(["answer", self.generator.name, list(prompt), asdict(sampling)]) for prompt in prompts]
         missing = self._missing(keys)
         done = len(keys) - len(missing)
 
@@ -166,7 +166,7 @@ class Engine:
             tell(done, len(keys))
 
         if missing:
-            self.writer.write([prompts[number] for number in missing], sampling, keep)
+            self.generator.write([prompts[number] for number in missing], sampling, keep)
         return [self.kept.get(key) for key in keys]
 
     def _missing(self, keys: Sequence[str]) -> list[int]:

@@ -14,10 +14,10 @@ import numpy as np
 from finetune.errors import EnvironmentFault, UsageError
 from finetune.evaluation.engine import Engine
 from finetune.evaluation.measurement import Column, Measurement
-from finetune.evaluation.metrics import Form, Metric, mean
+from finetune.evaluation.metrics import Metric, MetricUnit, mean
 from finetune.evaluation.tasks import Task
 from finetune.recipe.sections.evaluation import HarnessTask
-from finetune.run.events import Phase, Report
+from finetune.run.events import EventHandler, Phase
 
 
 class Harness(Task):
@@ -54,7 +54,7 @@ class Harness(Task):
                 hint=f"did you mean {', '.join(known[:5])}?" if known else "its tasks: lm-eval ls tasks",
             )
 
-    def measure(self, engine: Engine, limit: int | None, report: Report) -> Measurement:
+    def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class.
 
         Raises:
@@ -66,12 +66,12 @@ class Harness(Task):
         from finetune.evaluation.harness_model import InMemory
 
         told = self.section.chat_template
-        report(Phase(f"reading the data of {self.name}"))
+        on_event(Phase(f"reading the data of {self.name}"))
         try:
             tasks = self._manager.load([self.name])
             _prepare(tasks["tasks"].values(), self.section.shots)
             found = harness_evaluate(
-                lm=InMemory(engine, self._tell(engine, "requests", report)),
+                lm=InMemory(engine, self._tell(engine, "requests", on_event)),
                 task_dict=tasks,
                 limit=limit,
                 apply_chat_template=engine.uses_chat_template if told is None else told,
@@ -140,7 +140,7 @@ def _column(
     if not math.isclose(fmean(scores), value, rel_tol=1e-9, abs_tol=1e-12):
         return None
     is_binary = set(scores) <= {0.0, 1.0}
-    form: Form = "share" if all(0 <= score <= 1 for score in scores) else "nats"
+    form: MetricUnit = "share" if all(0 <= score <= 1 for score in scores) else "nats"
     return Column.of(Metric(title, mean, form, is_binary), places, [(score, 1) for score in scores])
 
 

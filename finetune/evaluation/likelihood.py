@@ -117,18 +117,18 @@ def _of_batch(
 
     with autocast(device, compute_dtype):
         visit_log_probs(model, batch, visit)
-    chances, greedy = torch.cat(of_label).double().tolist(), torch.cat(is_greedy).tolist()
+    probs, greedy = torch.cat(of_label).double().tolist(), torch.cat(is_greedy).tolist()
     found, begin = {}, 0
     for row, group in enumerate(groups):
         targets = examples[group[0]].targets
-        own, own_greedy = chances[begin : begin + targets], greedy[begin : begin + targets]
+        own, own_greedy = probs[begin : begin + targets], greedy[begin : begin + targets]
         begin += targets
         found[group[0]] = Likelihood(sum(own), targets, all(own_greedy))
         if row not in of_ends:
             continue
-        ends_chances, likeliest = of_ends[row]
+        ends_chances, top1 = of_ends[row]
         for number, chance in zip(group, ends_chances.tolist(), strict=True):
-            is_last = examples[number].ids[-1] == likeliest
+            is_last = examples[number].ids[-1] == top1
             found[number] = Likelihood(sum(own[:-1]) + chance, targets, all(own_greedy[:-1]) and is_last)
     return found
 

@@ -73,7 +73,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """How far one model is from another on the same rows.
 
     Attributes:
@@ -100,7 +100,7 @@ def interval(column: Column) -> Interval:
     return _spread(column.value, [column.metric.score(sum_C) for sum_C in _resampled(column.counts_NC)])
 
 
-def difference(ours: Column, theirs: Column) -> Difference:
+def difference(ours: Column, theirs: Column) -> PairedDifference:
     """The paired comparison of two models: each draw takes the same rows of both.
 
     Source: Koehn 2004, Statistical Significance Tests for Machine Translation Evaluation, section 4.
@@ -112,7 +112,7 @@ def difference(ours: Column, theirs: Column) -> Difference:
     changes = [score(sum_C[:split]) - score(sum_C[split:]) for sum_C in _resampled(both)]
     flips = [ours.row_score(row) - theirs.row_score(row) for row in range(len(ours.rows))]
     places = list(zip(ours.rows, flips, strict=True)) if ours.metric.is_binary else []
-    return Difference(
+    return PairedDifference(
         change=_spread(ours.value - theirs.value, changes),
         better=tuple(row for row, flip in places if flip > 0),
         worse=tuple(row for row, flip in places if flip < 0),

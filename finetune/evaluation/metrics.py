@@ -20,7 +20,7 @@ from finetune.evaluation import overlap
 from finetune.evaluation.overlap import Numbers
 from finetune.recipe.sections.evaluation import Answers
 
-Form = Literal["share", "points", "nats"]
+MetricUnit = Literal["share", "points", "nats"]
 """In [0, 1]; in [0, 100]; of a logarithm or its exponential."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -40,7 +40,7 @@ class Metric:
 
     name: str
     score: Callable[[Numbers], float]
-    form: Form = "share"
+    form: MetricUnit = "share"
     is_binary: bool = False
 
 
@@ -55,7 +55,7 @@ class AnswerMetric(Metric):
     count: Callable[[str, Sequence[str]], Sequence[float]] = lambda answer, references: ()
 
 
-def said(answer: str) -> str:
+def prediction(answer: str) -> str:
     """What a model says once it has thought: all of an answer, or what follows the thinking in it."""
     return answer.rpartition("</think>")[2]
 

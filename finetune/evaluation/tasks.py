@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from finetune.data.dataset import LocatedDocument, Split
+from finetune.data.dataset import LocatedDocument, TokenizedDataset
 from finetune.data.documents import Conversation
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
 from finetune.data.tokenized_source import numbered_rows
@@ -17,7 +17,7 @@ from finetune.errors import DataError
 from finetune.evaluation.engine import Engine, Tell
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
-from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean, said
+from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean, prediction
 from finetune.recipe.sections.evaluation import (
     HELD_OUT,
     Answers,
@@ -29,7 +29,7 @@ from finetune.recipe.sections.evaluation import (
     TaskSection,
 )
 from finetune.resolve import build
-from finetune.run.events import Progress, Report
+from finetune.run.events import EventHandler, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +57,20 @@ class Task(ABC):
     has_loss = False
 
     @abstractmethod
-    def measure(self, engine: Engine, limit: int | None, report: Report) -> Measurement:
+    def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """Measure a model.
 
         Args:
             engine: The model.
             limit: Take the first so many rows; None for all.
-            report: Told how far it is.
+            on_event: Told how far it is.
 
         Raises:
             DataError: A row cannot be used.
         """
 
-    def _tell(self, engine: Engine, doing: str, report: Report) -> Tell:
-        return lambda done, total: report(Progress(f"{engine.label}: {self.name}, {doing}", done, total))
+    def _tell(self, engine: Engine, doing: str, on_event: EventHandler) -> Tell:
+        return lambda done, total: on_event(Progress(f"{engine.label}: {self.name}, {doing}", done, total))
 
 
 @dataclass(frozen=True)
@@ -93,22 +93,22 @@ class HeldOut(Task):
     name = HELD_OUT
     has_loss = True
 
-    def __init__(self, split: Split, section: Evaluation, train_on: TrainOn) -> None:
+    def __init__(self, split: TokenizedDataset, section: Evaluation, train_on: TrainOn) -> None:
         self.split = split
         self.section = section
         self.train_on = train_on
         of_answers = answer_metrics(section) if section.generation_rows else []
         self.metrics = [LOSS.name, PERPLEXITY.name, *(metric.name for metric in of_answers)]
 
-    def measure(self, engine: Engine, limit: int | None, report: Report) -> Measurement:
+    def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         split = self.split[: self.section.max_rows][:limit]
         places = [split.place(row) for row in range(len(split))]
-        columns = _losses(places, list(split), engine, self._tell(engine, "loss", report))
+        columns = _losses(places, list(split), engine, self._tell(engine, "loss", on_event))
         encoder = Encoder(engine.tokenizer, self.train_on)
         whole = islice(_asked(self.split.documents(), encoder), self.section.generation_rows)
         asked = self._cut(list(islice(whole, limit)), engine)
-        answers = _answers(asked, self.section, engine, self._tell(engine, "answers", report))
+        answers = _answers(asked, self.section, engine, self._tell(engine, "answers", on_event))
         return Measurement((*columns, *answers.columns), answers.records, {})
 
     def _cut(self, asked: list[_Asked], engine: Engine) -> list[_Asked]:
@@ -151,12 +151,12 @@ class Generate(_OnRows[GenerateTask]):
         super().__init__(section)
         self.metrics = [metric.name for metric in answer_metrics(section)]
 
-    def measure(self, engine: Engine, limit: int | None, report: Report) -> Measurement:
+    def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         asked = list(_asked(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
         if not asked:
             raise self._none_found()
-        return _answers(asked, self.section, engine, self._tell(engine, "answers", report))
+        return _answers(asked, self.section, engine, self._tell(engine, "answers", on_event))
 
 
 class Choose(_OnRows[ChooseTask]):
@@ -164,7 +164,7 @@ class Choose(_OnRows[ChooseTask]):
 
     metrics = (ACCURACY.name, ACCURACY_BY_LENGTH.name)
 
-    def measure(self, engine: Engine, limit: int | None, report: Report) -> Measurement:
+    def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "last_turn")
         asked = [(each, self._choices(each)) for each in _with_choices(self._documents(limit))]
@@ -175,12 +175,12 @@ class Choose(_OnRows[ChooseTask]):
             for each, choices in asked
             for choice in choices
         ]
-        found = iter(engine.likelihoods(examples, self._tell(engine, "choices", report)))
+        found = iter(engine.likelihoods(examples, self._tell(engine, "choices", on_event)))
         rows, scores, records = [], [], []
         for each, choices in asked:
-            chances = {choice: next(found).log_prob for choice in choices}
-            by_length = {choice: chance / max(1, len(choice)) for choice, chance in chances.items()}
-            chosen = max(chances, key=chances.__getitem__)
+            probs = {choice: next(found).log_prob for choice in choices}
+            by_length = {choice: chance / max(1, len(choice)) for choice, chance in probs.items()}
+            chosen = max(probs, key=probs.__getitem__)
             right = _references(each.document)
             rows.append(each.where)
             scores.append((float(chosen in right), float(max(by_length, key=by_length.__getitem__) in right)))
@@ -189,7 +189,7 @@ class Choose(_OnRows[ChooseTask]):
                     "row": each.where,
                     "prompt": engine.tokenizer.decode(_prompt(encoder, each).ids),
                     "references": list(right),
-                    "choices": chances,
+                    "choices": probs,
                     "answer": chosen,
                     "scores": dict(zip(self.metrics, scores[-1], strict=True)),
                 }
@@ -224,7 +224,7 @@ class Loss(_OnRows[LossTask]):
     metrics = (LOSS.name, PERPLEXITY.name)
     has_loss = True
 
-    def measure(self, engine: Engine, limit: int | None, report: Report) -> Measurement:
+    def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "assistant")
         encoded = [(each.where, encoder.example(each.document, each.where)) for each in self._documents(limit)]
@@ -232,7 +232,7 @@ class Loss(_OnRows[LossTask]):
         if not found:
             raise self._none_found()
         rows, examples = zip(*found, strict=True)
-        return Measurement(_losses(rows, examples, engine, self._tell(engine, "loss", report)), (), {})
+        return Measurement(_losses(rows, examples, engine, self._tell(engine, "loss", on_event)), (), {})
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, tell: Te
             metric,
             [each.row for each in asked],
             [
-                metric.count(said(answer), [said(reference) for reference in each.prompt.references])
+                metric.count(prediction(answer), [prediction(reference) for reference in each.prompt.references])
                 for each, answer in zip(asked, answers, strict=True)
             ],
         )

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
-from finetune.evaluation.engine import Writer
+from finetune.evaluation.engine import Generator
 from finetune.evaluation.generation import Sampling, end_tokens, up_to
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.cache import cache_folder
 
 MANNERS = {
@@ -59,7 +59,7 @@ TOP_K = 50
 """transformers draws from so many tokens where a model does not say."""
 
 
-class VllmGenerator(Writer):
+class VllmGenerator(Generator):
     """A model that vLLM loads when it is first asked.
 
     Args:
@@ -71,7 +71,7 @@ class VllmGenerator(Writer):
         positions: Tokens that the model can read and write in one row; None where nothing says.
         adapter: Folder of a LoRA adapter in PEFT's form, which goes on it.
         rank: The --max-lora-rank that the adapter needs.
-        report: Told that it is loading.
+        on_event: Told that it is loading.
 
     Raises:
         UsageError: vLLM is not installed.
@@ -88,7 +88,7 @@ class VllmGenerator(Writer):
         positions: int | None,
         adapter: Path | None = None,
         rank: int | None = None,
-        report: Report = ignore,
+        on_event: EventHandler = ignore,
     ) -> None:
         os.environ |= {**MANNERS, "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"), **os.environ}
         try:
@@ -105,7 +105,7 @@ class VllmGenerator(Writer):
         self.dtype, self.positions, self.adapter, self.rank = dtype, positions, adapter, rank
         self.settings = _settings(folder)
         _refuse_what_vllm_lacks(self.settings, label)
-        self._report = report
+        self._on_event = on_event
         self._engine: Any = None
         self._room = 0
 
@@ -178,7 +178,7 @@ class VllmGenerator(Writer):
     def _load(self, room: int) -> Any:
         from vllm import EngineArgs, LLMEngine
 
-        self._report(Phase(f"loading {self.label} into vLLM"))
+        self._on_event(Phase(f"loading {self.label} into vLLM"))
         lora = {"enable_lora": True, "max_lora_rank": self.rank, "max_loras": 1} if self.adapter else {}
         with _faults_of_vllm("does not load the model", self.label):
             return LLMEngine.from_engine_args(

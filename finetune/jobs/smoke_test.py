@@ -29,7 +29,7 @@ from finetune.recipe.sections.adapter import AdaLora
 from finetune.recipe.sections.data import SourceSection
 from finetune.recipe.sections.modules import ModuleRule
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 
 ROWS = 16
 STEPS = 4
@@ -62,7 +62,7 @@ class Smoke:
         return asdict(self)
 
 
-def smoke(recipe: Recipe, report: Report = ignore) -> Smoke:
+def smoke(recipe: Recipe, on_event: EventHandler = ignore) -> Smoke:
     """Train, evaluate, merge and export in a temporary folder; nothing is left of it.
 
     Raises:
@@ -70,45 +70,45 @@ def smoke(recipe: Recipe, report: Report = ignore) -> Smoke:
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ft-smoke-") as folder:
-        small = truncated_recipe(recipe, Path(folder), report)
+        small = truncated_recipe(recipe, Path(folder), on_event)
         run = RunDirectory.create(Path(folder) / "run")
-        finished = train(small, run, report)
+        finished = train(small, run, on_event)
         has_rows = bool(small.data.validation or small.data.validation_fraction)
-        answered = evaluate(named([str(run.path)])[0], report=report).answered if has_rows else 0
+        answered = evaluate(named([str(run.path)])[0], on_event=on_event).answered if has_rows else 0
         written, difference = small.adapter.standalone_by, None
         if written == "merge":
-            difference = merge(run, report=report).agreement.relative_difference
+            difference = merge(run, on_event=on_event).agreement.relative_difference
         elif written == "export":
-            difference = export(run, report=report).agreement.relative_difference
+            difference = export(run, on_event=on_event).agreement.relative_difference
         return Smoke(
             steps=finished.steps,
             loss=finished.loss,
             answered=answered,
             written=written,
             difference=difference,
-            adapter=_is_exported(run, Path(folder) / "adapter", report),
+            adapter=_is_exported(run, Path(folder) / "adapter", on_event),
             seconds=time.perf_counter() - began,
         )
 
 
-def _is_exported(run: RunDirectory, folder: Path, report: Report) -> bool:
+def _is_exported(run: RunDirectory, folder: Path, on_event: EventHandler) -> bool:
     try:
-        export_adapter(run, folder, report=report)
+        export_adapter(run, folder, on_event=on_event)
     except UnsupportedError:  # engines do not serve what every method trains
         return False
     return True
 
 
-def truncated_recipe(recipe: Recipe, folder: Path, report: Report) -> Recipe:
+def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Recipe:
     """The recipe on a random model of two blocks, with a few rows, a few steps, and no tracker.
 
     Args:
         recipe: The real one.
         folder: Where the model goes.
-        report: Told what takes long.
+        on_event: Told what takes long.
     """
-    original = find_model(recipe.model, lambda doing: report(Phase(doing)), weights=False)
-    report(Phase(f"making a random model of {BLOCKS} blocks"))
+    original = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
+    on_event(Phase(f"making a random model of {BLOCKS} blocks"))
     write_truncated_model(original, folder / "model", recipe.training.seed)
     model: dict[str, Any] = {"name": str(folder / "model"), "revision": None}
     training: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 1}

@@ -38,7 +38,7 @@ every further one takes."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class EstimateInputs:
     """All that decides how much memory a run takes, but for its batches.
 
     Attributes:
@@ -88,18 +88,18 @@ class Base(NamedTuple):
     Attributes:
         weights: All of it.
         block: Parameters of its largest decoder block.
-        around: Parameters around the blocks.
+        non_block: Parameters around the blocks.
         buffers: What is no parameter, such as the scales of quantized weights.
     """
 
     weights: int
     block: int
-    around: int
+    non_block: int
     buffers: int
 
 
 @dataclass(frozen=True)
-class Resident:
+class ResidentMemory:
     """What is held from step to step, in bytes.
 
     Attributes:
@@ -129,7 +129,7 @@ class Resident:
 
 
 @dataclass(frozen=True)
-class Passes:
+class TransientMemory:
     """What passes take for a moment beside what is resident, in bytes.
 
     Attributes:
@@ -145,23 +145,23 @@ class Passes:
     pinned: int = 0
 
 
-def resident(setting: Setting) -> Resident:
+def resident(inputs: EstimateInputs) -> ResidentMemory:
     """Count what is held from step to step; no weights are there.
 
     Raises:
         UnsupportedError: The method or a quantizer cannot take the model.
     """
-    plain = meta_model(setting.config, setting.model, setting.weight_dtype)
+    plain = meta_model(inputs.config, inputs.model, inputs.weight_dtype)
     vocabulary, width = plain.get_output_embeddings().weight.shape
-    model, _, base = _attached(setting, setting.config)
+    model, _, base = _attached(inputs, inputs.config)
     trained = trainable(model)
     sizes = _sizes([*model.parameters(), *model.buffers()])
-    kept = {key: size for key, size in _sizes(setting.method.state(model).values()).items() if key not in sizes}
-    return Resident(
+    kept = {key: size for key, size in _sizes(inputs.method.state(model).values()).items() if key not in sizes}
+    return ResidentMemory(
         base=base,
         adapter=sum(sizes.values()) - base.weights,
         gradients=sum(_sizes(trained.values()).values()),
-        optimizer=state_bytes(setting.optimizer, trained.values()) + sum(kept.values()),
+        optimizer=state_bytes(inputs.optimizer, trained.values()) + sum(kept.values()),
         count=count_parameters(model),
         largest_trained=max(parameter.nbytes for parameter in trained.values()),
         shapes=layer_shapes(plain),
@@ -169,37 +169,37 @@ def resident(setting: Setting) -> Resident:
     )
 
 
-def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
+def passes(inputs: EstimateInputs, train: Batch, held_out: Batch | None) -> TransientMemory:
     """Trace a training pass and a held-out one.
 
     Args:
-        setting: Of the run.
+        inputs: Of the run.
         train: The largest micro-batch.
         held_out: The largest batch of held-out rows, if there are any.
 
     Raises:
         UnsupportedError: The model's passes cannot be traced.
     """
-    blocks = setting.config.get_text_config().num_hidden_layers
+    blocks = inputs.config.get_text_config().num_hidden_layers
     few, more = FEW_BLOCKS
     if blocks <= more:
-        return _traced(setting, setting.config, train, held_out)
+        return _traced(inputs, inputs.config, train, held_out)
     try:
-        least, most = (_traced(setting, with_blocks(setting.config, count), train, held_out) for count in (few, more))
+        least, most = (_traced(inputs, with_blocks(inputs.config, count), train, held_out) for count in (few, more))
     except UnsupportedError:  # such as targets that name blocks by their numbers
-        return _traced(setting, setting.config, train, held_out)
+        return _traced(inputs, inputs.config, train, held_out)
 
     def extended(at_least: int, at_most: int) -> int:
         return at_most + (at_most - at_least) * (blocks - more) // (more - few)
 
-    if setting.on_gpu and setting.checkpointing == "offload":
+    if inputs.on_gpu and inputs.checkpointing == "offload":
         # One more block keeps no more than its input, and of these all but one are elsewhere.
         input_of_block = (most.activations - least.activations) // (more - few)
         activations = most.activations - (more - 1) * input_of_block
         pinned = blocks * (1 << (input_of_block - 1).bit_length())  # PyTorch pins powers of two
     else:
         activations, pinned = extended(least.activations, most.activations), 0
-    return Passes(
+    return TransientMemory(
         activations=activations,
         logits=most.logits,
         evaluation=extended(least.evaluation, most.evaluation),
@@ -207,8 +207,8 @@ def passes(setting: Setting, train: Batch, held_out: Batch | None) -> Passes:
     )
 
 
-def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None) -> Passes:
-    model, fakes, _ = _attached(setting, config)
+def _traced(inputs: EstimateInputs, config: Any, train: Batch, held_out: Batch | None) -> TransientMemory:
+    model, fakes, _ = _attached(inputs, config)
     vocabulary = config.get_text_config().vocab_size
     for parameter in trainable(model).values():
         parameter.grad = torch.empty_like(parameter)
@@ -221,14 +221,14 @@ def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None)
 
     try:
         with trace() as trained:
-            with _autocast(setting), embedding_noise(model, train, setting.noise):
-                loss = chunked_cross_entropy(model.train(), train, setting.chunks)
-            penalty = setting.method.penalty(model)
+            with _autocast(inputs), embedding_noise(model, train, inputs.noise):
+                loss = chunked_cross_entropy(model.train(), train, inputs.chunks)
+            penalty = inputs.method.penalty(model)
             (loss if penalty is None else loss + penalty).backward()
         evaluated = 0
         if held_out is not None:
-            with trace() as measured, torch.no_grad(), _autocast(setting):
-                chunked_cross_entropy(model.eval(), held_out, setting.chunks)
+            with trace() as measured, torch.no_grad(), _autocast(inputs):
+                chunked_cross_entropy(model.eval(), held_out, inputs.chunks)
             evaluated = measured.peak
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -237,36 +237,36 @@ def _traced(setting: Setting, config: Any, train: Batch, held_out: Batch | None)
             where=f"model.name ({config.model_type})",
             hint="run one step, and read its peak: ft train recipe.yaml --set training.max_steps=1",
         ) from error
-    return Passes(trained.peak - trained.logits_at_peak, trained.logits_at_peak, evaluated)
+    return TransientMemory(trained.peak - trained.logits_at_peak, trained.logits_at_peak, evaluated)
 
 
-def _attached(setting: Setting, config: Any) -> tuple[nn.Module, FakeTensors, Base]:
+def _attached(inputs: EstimateInputs, config: Any) -> tuple[nn.Module, FakeTensors, Base]:
     """The trainable model without memory, what its tensors belong to, and the bytes of its base."""
-    model, fakes = meta_model(config, setting.model, setting.weight_dtype), FakeTensors()
-    kernels = setting.compute_dtype if setting.on_gpu else None
-    quantize_shapes(model, setting.choose, setting.quantizes_head, setting.compute_dtype, kernels)
+    model, fakes = meta_model(config, inputs.model, inputs.weight_dtype), FakeTensors()
+    kernels = inputs.compute_dtype if inputs.on_gpu else None
+    quantize_shapes(model, inputs.choose, inputs.quantizes_head, inputs.compute_dtype, kernels)
     fakes.to_placeholders(model, vectors_too=False)
-    if setting.model.kernels == "compiled" or (setting.model.kernels != "plain" and _fuses(setting)):
+    if inputs.model.kernels == "compiled" or (inputs.model.kernels != "plain" and _fuses(inputs)):
         fuse(model)
         # Liger's passes save their inputs and outputs for backward, as compiled ones do.
-        if setting.model.kernels == "compiled" or setting.on_gpu:
+        if inputs.model.kernels == "compiled" or inputs.on_gpu:
             _keep_as_compiled(model)
-    if setting.flattens_rows and setting.model.attention == "auto" and takes_packed_attention(model.config):
+    if inputs.flattens_rows and inputs.model.attention == "auto" and takes_packed_attention(model.config):
         model.set_attn_implementation(packed_attention.NAME)
-    if recomputes_blocks(setting.checkpointing):
+    if recomputes_blocks(inputs.checkpointing):
         model.activation_checkpointing_enable({"use_reentrant": False})
     base = _base(model)
-    widening = up_projections(model) if setting.checkpointing == "selective" else []
+    widening = up_projections(model) if inputs.checkpointing == "selective" else []
     with Unfilled(fakes):
-        attached = setting.method.attach(model, setting.total_steps)
+        attached = inputs.method.attach(model, inputs.total_steps)
     recompute_outputs(model, widening)
     fakes.to_placeholders(attached, vectors_too=True)
     return attached, fakes, base
 
 
-def _fuses(setting: Setting) -> bool:
+def _fuses(inputs: EstimateInputs) -> bool:
     """Whether norms and gated units run fused: on a GPU only by Liger, which is assumed to be as it is here."""
-    return not setting.on_gpu or passes_on("cuda") is not None
+    return not inputs.on_gpu or passes_on("cuda") is not None
 
 
 def _keep_as_compiled(model: PreTrainedModel) -> None:
@@ -287,9 +287,9 @@ def _base(model: nn.Module) -> Base:
     return Base(whole + buffers, max(blocks), whole - sum(blocks), buffers)
 
 
-def _autocast(setting: Setting) -> torch.autocast:
+def _autocast(inputs: EstimateInputs) -> torch.autocast:
     """As in training; on the CPU, where tensors without memory are."""
-    return autocast(torch.device("cpu"), setting.compute_dtype)
+    return autocast(torch.device("cpu"), inputs.compute_dtype)
 
 
 def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -10,7 +10,7 @@ from finetune.errors import UsageError
 GB = 10**9
 
 
-class Card(NamedTuple):
+class GpuSpec(NamedTuple):
     """A GPU.
 
     Attributes:
@@ -24,37 +24,37 @@ class Card(NamedTuple):
     teraflops: float | None
 
 
-CARDS = (
-    Card("T4", 16 * GB, 65),
-    Card("V100", 32 * GB, 125),
-    Card("RTX3060", 12 * GB, 51),
-    Card("RTX3090", 24 * GB, 71),
-    Card("RTX4080", 16 * GB, 97),
-    Card("RTX4090", 24 * GB, 165),
-    Card("RTX5090", 32 * GB, 210),
-    Card("A10", 24 * GB, 125),
-    Card("L4", 24 * GB, 121),
-    Card("A6000", 48 * GB, 155),
-    Card("L40S", 48 * GB, 362),
-    Card("A100", 80 * GB, 312),
-    Card("H100", 80 * GB, 989),
-    Card("H200", 141 * GB, 989),
-    Card("B200", 180 * GB, 2250),
+GPU_SPECS = (
+    GpuSpec("T4", 16 * GB, 65),
+    GpuSpec("V100", 32 * GB, 125),
+    GpuSpec("RTX3060", 12 * GB, 51),
+    GpuSpec("RTX3090", 24 * GB, 71),
+    GpuSpec("RTX4080", 16 * GB, 97),
+    GpuSpec("RTX4090", 24 * GB, 165),
+    GpuSpec("RTX5090", 32 * GB, 210),
+    GpuSpec("A10", 24 * GB, 125),
+    GpuSpec("L4", 24 * GB, 121),
+    GpuSpec("A6000", 48 * GB, 155),
+    GpuSpec("L40S", 48 * GB, 362),
+    GpuSpec("A100", 80 * GB, 312),
+    GpuSpec("H100", 80 * GB, 989),
+    GpuSpec("H200", 141 * GB, 989),
+    GpuSpec("B200", 180 * GB, 2250),
 )
 
 
-def card(text: str) -> Card:
+def gpu_spec(text: str) -> GpuSpec:
     """The GPU of that name, or one of that much memory: `24GB`.
 
     Raises:
         UsageError: It is neither.
     """
     wanted = text.strip().upper().replace(" ", "").removeprefix("NVIDIA")
-    for known in CARDS:
+    for known in GPU_SPECS:
         if wanted == known.name:
             return known
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?:GI?B|G)", wanted)
     if size is None or float(size[1]) == 0:
-        names = ", ".join(known.name for known in CARDS)
+        names = ", ".join(known.name for known in GPU_SPECS)
         raise UsageError(f"{text!r} is no GPU that ft knows", hint=f"give its memory, such as 24GB, or one of {names}")
-    return Card("a GPU", int(float(size[1]) * GB), None)
+    return GpuSpec("a GPU", int(float(size[1]) * GB), None)

@@ -7,7 +7,7 @@ import os
 import torch
 
 from finetune.malloc import trim_heap
-from finetune.plan.gpu_specs import Card
+from finetune.plan.gpu_specs import GpuSpec
 
 WORKSPACE_IN_16_BITS = 165_000_000
 """Bytes of the products that oneDNN keeps compiled in 16 bits, with what else it takes; measured. See
@@ -17,12 +17,12 @@ WORKSPACE_IN_FLOAT32 = 40_000_000
 """Bytes that MKL's products keep for their work, with what else the first step takes; measured."""
 
 
-def local_gpu() -> Card | None:
+def local_gpu() -> GpuSpec | None:
     """The GPU that training would take here; None where there is none."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    return Card(found.name, found.total_memory, None)
+    return GpuSpec(found.name, found.total_memory, None)
 
 
 def memory_bytes(processes: int = 1) -> int | None:

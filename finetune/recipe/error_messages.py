@@ -13,34 +13,34 @@ from finetune.errors import Problem
 from finetune.recipe.other_tools import further_advice, translated_key, translated_value
 from finetune.recipe.schema import Shape, every_key, shape_at, whole
 from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
-from finetune.recipe.yaml.origins import Placed, Written
+from finetune.recipe.yaml.origins import Placed, SourceMap
 
 LONGEST_EXCERPT = 60
 
 
-def explain(error: ValidationError, written: Written) -> list[Placed]:
+def explain(error: ValidationError, sources: SourceMap) -> list[Placed]:
     """Every error as a problem; at most `MAX_PROBLEMS` of them.
 
     pydantic's own text is not used: it shows no lines, names internals, and can be huge.
     """
     faults = error.errors(include_url=False, include_input=False, include_context=False)
-    return [_explain(fault["type"], fault["loc"], fault["msg"], written) for fault in faults[:MAX_PROBLEMS]]
+    return [_explain(fault["type"], fault["loc"], fault["msg"], sources) for fault in faults[:MAX_PROBLEMS]]
 
 
-def _explain(kind: str, loc: tuple[str | int, ...], message: str, written: Written) -> Placed:
+def _explain(kind: str, loc: tuple[str | int, ...], message: str, sources: SourceMap) -> Placed:
     path = _path(loc)
     if kind == "extra_forbidden":
-        return _unknown_key(path, written)
+        return _unknown_key(path, sources)
     if kind == "missing":
-        return _missing(path, written)
+        return _missing(path, sources)
     if kind == "union_tag_not_found":
-        return _missing((*path, _tag_at(path)), written)
+        return _missing((*path, _tag_at(path)), sources)
     if kind == "union_tag_invalid":
-        return _unfit((*path, _tag_at(path)), written)
+        return _unfit((*path, _tag_at(path)), sources)
     if kind == "value_error":
-        origin = written.value_origin(path)
+        origin = sources.value_origin(path)
         return origin, Problem(origin.text, dotted(path), message.removeprefix("Value error, "))
-    return _unfit(path, written)
+    return _unfit(path, sources)
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
@@ -70,36 +70,36 @@ def _known_shape(path: KeyPath, data: Any) -> Shape:
     return shape
 
 
-def _unknown_key(path: KeyPath, written: Written) -> Placed:
-    section = _known_shape(path[:-1], written.data)
-    kind = written.value((*path[:-1], section.tag)) if section.tag else None
+def _unknown_key(path: KeyPath, sources: SourceMap) -> Placed:
+    section = _known_shape(path[:-1], sources.data)
+    kind = sources.value((*path[:-1], section.tag)) if section.tag else None
     what = f"unknown key for {section.tag}: {kind}" if kind in section.arms else "unknown key"
-    origin = written.key_origin(path)
-    return origin, Problem(origin.text, dotted(path), what, _unknown_key_hint(path, section, written))
+    origin = sources.key_origin(path)
+    return origin, Problem(origin.text, dotted(path), what, _unknown_key_hint(path, section, sources))
 
 
-def _unknown_key_hint(path: KeyPath, section: Shape, written: Written) -> str:
+def _unknown_key_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str:
     key = str(path[-1])
-    valid = section.fields(written.value(path[:-1]))
+    valid = section.fields(sources.value(path[:-1]))
     if ":" in key:
         return "put a space after the colon"
     return (
         translated_key(key)
-        or _other_kind_hint(path, section, written)
+        or _other_kind_hint(path, section, sources)
         or _elsewhere_hint(key)
         or (f"did you mean `{near}`?" if (near := nearest(key, valid)) else f"valid keys: {', '.join(valid)}")
     )
 
 
-def _other_kind_hint(path: KeyPath, section: Shape, written: Written) -> str | None:
+def _other_kind_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str | None:
     """For a key of another kind of the same section, which kind."""
     key, parent = str(path[-1]), path[:-1]
     kinds = [tag for tag, kind in section.arms.items() if key in kind.fields() and key != section.tag]
     if not kinds or section.tag is None:
         return None
     tag_path = (*parent, section.tag)
-    if written.is_overridden(tag_path) and not written.is_overridden(path):
-        whole_section = f"{dotted(parent)}={{{section.tag}: {written.value(tag_path)}}}"
+    if sources.is_overridden(tag_path) and not sources.is_overridden(path):
+        whole_section = f"{dotted(parent)}={{{section.tag}: {sources.value(tag_path)}}}"
         return f"the kind was changed by --set; replace the whole section: --set '{whole_section}'"
     return f"it belongs to {section.tag}: {' or '.join(kinds)}"
 
@@ -110,31 +110,31 @@ def _elsewhere_hint(key: str) -> str | None:
     return f"it belongs to {' or '.join(homes)}" if 1 <= len(homes) <= 2 else None
 
 
-def _missing(path: KeyPath, written: Written) -> Placed:
+def _missing(path: KeyPath, sources: SourceMap) -> Placed:
     parent, key = path[:-1], path[-1]
     if isinstance(key, int):
-        return _unfit(parent, written)
-    if misspelt := _misspelling(key, parent, written):
-        return _unknown_key((*parent, misspelt), written)
-    shape = _known_shape(path, written.data)
+        return _unfit(parent, sources)
+    if misspelt := _misspelling(key, parent, sources):
+        return _unknown_key((*parent, misspelt), sources)
+    shape = _known_shape(path, sources.data)
     what = f"missing; {'' if shape.choices else 'expected '}{shape.expected()}"
     hint = f"write {key}: {shape.example()}" if shape.is_mapping else shape.description
-    origin = written.key_origin(parent)
+    origin = sources.key_origin(parent)
     return origin, Problem(origin.text, dotted(path), what, hint)
 
 
-def _misspelling(key: str, parent: KeyPath, written: Written) -> str | None:
+def _misspelling(key: str, parent: KeyPath, sources: SourceMap) -> str | None:
     """A key beside the missing one that is probably meant to be it."""
-    section = written.value(parent) or {}
-    valid = _known_shape(parent, written.data).fields(section)
+    section = sources.value(parent) or {}
+    valid = _known_shape(parent, sources.data).fields(section)
     unknown = [other for other in list(section)[:MAX_PROBLEMS] if other not in valid]
     return next((other for other in unknown if nearest(other, valid) == key), None)
 
 
-def _unfit(path: KeyPath, written: Written) -> Placed:
+def _unfit(path: KeyPath, sources: SourceMap) -> Placed:
     """A value that is not what the schema wants there."""
-    shape, value = _known_shape(path, written.data), written.value(path)
-    origin = written.value_origin(path)
+    shape, value = _known_shape(path, sources.data), sources.value(path)
+    origin = sources.value_origin(path)
     what = f"expected {shape.expected()}, found {found(value)}"
     return origin, Problem(origin.text, dotted(path), what, _value_hint(path, shape, value))
 

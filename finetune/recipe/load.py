@@ -21,7 +21,7 @@ from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
 from finetune.recipe.sections.evaluation import TaskFile, TaskSection
 from finetune.recipe.yaml.document import MAX_BYTES, decode, position_at, read_yaml
-from finetune.recipe.yaml.origins import Origin, Placed, Written
+from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 from finetune.recipe.yaml.writer import block
 
 
@@ -62,14 +62,14 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
         RecipeError: With every problem of the text and of the overrides.
     """
     _refuse_secrets(text, str(path), overrides)
-    written = Written(read_yaml(text, str(path)), str(path))
-    problems = apply_overrides(written, overrides)
+    sources = SourceMap(read_yaml(text, str(path)), str(path))
+    problems = apply_overrides(sources, overrides)
     try:
         context = {"folder": path.parent.resolve()}
-        recipe = Recipe.model_validate(written.data, context=context)
+        recipe = Recipe.model_validate(sources.data, context=context)
     except ValidationError as error:
-        _refuse([*problems, *explain(error, written)])
-    problems += _broken_rules(recipe, written)
+        _refuse([*problems, *explain(error, sources)])
+    problems += _broken_rules(recipe, sources)
     if problems:
         _refuse(problems)
     return LoadedRecipe(_named(recipe, path), text, path, tuple(overrides))
@@ -86,14 +86,14 @@ def load_tasks(path: Path) -> list[TaskSection]:
     """
     text = decode(_read(path), str(path))
     _refuse_secrets(text, str(path), ())
-    written = Written(read_yaml(text, str(path)), str(path))
+    sources = SourceMap(read_yaml(text, str(path)), str(path))
     try:
-        found = TaskFile.model_validate(written.data, context={"folder": path.parent.resolve()})
+        found = TaskFile.model_validate(sources.data, context={"folder": path.parent.resolve()})
     except ValidationError as error:
-        _refuse(explain(error, written))
+        _refuse(explain(error, sources))
     tasks: list[TaskSection] = list(found.evaluation.tasks)
     if violation := broken_tasks(tasks):
-        _refuse([_placed(violation, written)])
+        _refuse([_placed(violation, sources)])
     return tasks
 
 
@@ -143,13 +143,13 @@ def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
         _refuse((origin, Problem(origin.text, "", secrets.WHAT, secrets.HINT)) for origin in origins)
 
 
-def _broken_rules(recipe: Recipe, written: Written) -> list[Placed]:
-    return [_placed(violation, written) for rule in RULES if (violation := rule(recipe))]
+def _broken_rules(recipe: Recipe, sources: SourceMap) -> list[Placed]:
+    return [_placed(violation, sources) for rule in RULES if (violation := rule(recipe))]
 
 
-def _placed(violation: Violation, written: Written) -> Placed:
+def _placed(violation: Violation, sources: SourceMap) -> Placed:
     path = tuple(int(segment) if segment.isdigit() else segment for segment in violation.key.split("."))
-    origin = written.value_origin(path)
+    origin = sources.value_origin(path)
     return origin, Problem(origin.text, violation.key, violation.what, violation.hint)
 
 

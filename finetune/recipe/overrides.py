@@ -12,7 +12,7 @@ from typing import Any
 from finetune.errors import Problem, RecipeError
 from finetune.recipe.schema import shape_at
 from finetune.recipe.yaml.document import KeyPath, dotted, read_yaml
-from finetune.recipe.yaml.origins import Origin, Placed, Written
+from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 
 _INDEX = re.compile("[0-9]{1,5}")
 
@@ -26,13 +26,13 @@ class _OverrideError(Exception):
         self.hint = hint
 
 
-def apply_overrides(written: Written, arguments: Sequence[str]) -> list[Placed]:
+def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> list[Placed]:
     """Write each `a.b=value` into the recipe, the last one last.
 
     Whether the schema has such a key is left to validation, which answers for file and arguments alike.
 
     Args:
-        written: The recipe, which is changed.
+        sources: The recipe, which is changed.
         arguments: As given; the value is YAML, numbers in the key are list indices.
 
     Returns:
@@ -45,7 +45,7 @@ def apply_overrides(written: Written, arguments: Sequence[str]) -> list[Placed]:
         origin = Origin.in_override(number, key)
         try:
             _check_form(key, equals)
-            _put(written, key.split("."), _read_value(key, text), origin)
+            _put(sources, key.split("."), _read_value(key, text), origin)
         except _OverrideError as error:
             placed.append((origin, Problem(origin.text, key, error.what, error.hint)))
     return placed
@@ -77,21 +77,21 @@ def _quoting_hint(key: str, text: str, otherwise: str | None) -> str | None:
     return f"if it is meant as text: --set {shlex.quote(f'{key}={quoted}')}"
 
 
-def _put(written: Written, segments: Sequence[str], value: Any, origin: Origin) -> None:
+def _put(sources: SourceMap, segments: Sequence[str], value: Any, origin: Origin) -> None:
     """Walk to the last mapping or list, filling in those that are absent or null, and set the value."""
-    container = written.data
+    container = sources.data
     path: KeyPath = ()
     if not isinstance(container, dict):
         return  # the recipe itself is no mapping: validation says so
     for segment, following in pairwise(segments):
         path = (*path, _slot(container, path, segment))
-        if written.value(path) is None:
-            _store(container, path[-1], _new_container(path, following, written.data))
-            written.record(path, origin)
-        container = written.value(path)
+        if sources.value(path) is None:
+            _store(container, path[-1], _new_container(path, following, sources.data))
+            sources.record(path, origin)
+        container = sources.value(path)
     path = (*path, _slot(container, path, segments[-1]))
     _store(container, path[-1], value)
-    written.record(path, origin)
+    sources.record(path, origin)
 
 
 def _slot(container: Any, path: KeyPath, segment: str) -> str | int:

@@ -33,7 +33,7 @@ class RunMetadata:
         outcome: How the last attempt ended.
         evaluation: What `ft eval` measured.
         answers: Held-out prompts with references and the answers of base and run, from `ft eval`.
-        certificates: Of what `ft merge` and `ft export` wrote, by folder.
+        verifications: Of what `ft merge` and `ft export` wrote, by folder.
         attempts: How many times it was begun or gone on with.
     """
 
@@ -46,7 +46,7 @@ class RunMetadata:
     outcome: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     answers: list[dict[str, Any]]
-    certificates: Mapping[str, Mapping[str, Any]]
+    verifications: Mapping[str, Mapping[str, Any]]
     attempts: int
 
     @classmethod
@@ -70,7 +70,7 @@ class RunMetadata:
             outcome=read_json(run.outcome),
             evaluation=read_json(run.evaluation / "results.json"),
             answers=list(records(run.evaluation / "generations.jsonl")),
-            certificates={folder: found for folder, found in written.items() if "kl_divergence" in found},
+            verifications={folder: found for folder, found in written.items() if "kl_divergence" in found},
             attempts=1 + len(list(run.path.glob("provenance.attempt-*.json"))),
         )
 

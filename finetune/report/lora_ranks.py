@@ -66,8 +66,8 @@ def _row(name: str, history: Sequence[RanksChosen], total_steps: int, highest: i
         rank = event.ranks[name]
         if not changes or rank != changes[-1][1]:
             changes.append((event.step, rank))
-    course = " → ".join(str(rank) for _, rank in changes)
-    drawn = [f"<g><title>{escape(name)}: {course}</title>"]
+    curves = " → ".join(str(rank) for _, rank in changes)
+    drawn = [f"<g><title>{escape(name)}: {curves}</title>"]
     for (step, rank), (until, _) in pairwise([*changes, (total_steps, 0)]):
         left, right = (PANEL_WIDTH * at / total_steps for at in (step, until))
         drawn.append(

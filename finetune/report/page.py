@@ -80,7 +80,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
     return f'<div class="scroll"><table{kind}>{top}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def folded(summary: str, content: str, printed: bool = False) -> str:
+def collapsible(summary: str, content: str, printed: bool = False) -> str:
     """Content that opens on demand, and if so wished in print."""
     kind = ' class="printed"' if printed else ""
     return f"<details{kind}><summary>{escape(summary)}</summary>\n{content}</details>"

@@ -12,7 +12,7 @@ from finetune.errors import EnvironmentFault, RecipeError
 from finetune.formatting import count, duration, memory
 from finetune.report import lora_ranks, training_curves
 from finetune.report.facts import RunMetadata, public
-from finetune.report.page import document, folded, section, table
+from finetune.report.page import collapsible, document, section, table
 from finetune.run.directory import RunDirectory
 from finetune.storage.files import write_text
 
@@ -83,12 +83,12 @@ def run_page(facts: RunMetadata) -> str:
             _head(facts),
             _tiles(facts),
             _remarks(facts),
-            section("How it went", training_curves.course(facts.history)),
+            section("How it went", training_curves.curves(facts.history)),
             section("Before and after", _evaluation(facts.evaluation), _answers(facts)),
             section("Answers on the way", _samples(facts)),
             section("The data", _ledger(facts.ledger)),
             section("Ranks of the layers", _ranks(facts)),
-            section("Proof of what was written", *map(_certificate, facts.certificates.items())),
+            section("Proof of what was written", *map(_verification, facts.verifications.items())),
             section("Where it came from", _provenance(facts), _recipe(facts)),
             f"<footer>Written by ft {escape(str(facts.provenance.get('ft', '')))}.</footer>",
         ],
@@ -204,7 +204,7 @@ def _answers(facts: RunMetadata) -> str:
     against = facts.evaluation.get("against")
     cards = [_card(answer, against) for answer in facts.answers[:MOST_ANSWERS]]
     more, left_out = cards[SHOWN_ANSWERS:], len(facts.answers) - len(cards)
-    rest = folded(f"{len(more)} more answers", "".join(more)) if more else ""
+    rest = collapsible(f"{len(more)} more answers", "".join(more)) if more else ""
     note = f'<p class="dim">{left_out} further answers stand in eval/generations.jsonl.</p>' if left_out else ""
     return "".join(cards[:SHOWN_ANSWERS]) + rest + note
 
@@ -301,26 +301,26 @@ def _ranks(facts: RunMetadata) -> str:
     return f'<div class="scroll">{lora_ranks.picture(history.ranks, history.steps[-1].total_steps)}</div>'
 
 
-def _certificate(found: tuple[str, Mapping[str, Any]]) -> str:
-    folder, certificate = found
+def _verification(found: tuple[str, Mapping[str, Any]]) -> str:
+    folder, verification = found
     rows = [
         [
             "compared with the trained model at",
-            f"{certificate.get('positions')} positions of {certificate.get('rows')} rows",
+            f"{verification.get('positions')} positions of {verification.get('rows')} rows",
         ],
-        ["KL divergence", f"{certificate['kl_divergence']:.2e} nats"],
-        ["same likeliest token", f"{100 * certificate['top1_agreement']:.2f} %"],
+        ["KL divergence", f"{verification['kl_divergence']:.2e} nats"],
+        ["same likeliest token", f"{100 * verification['top1_agreement']:.2f} %"],
         [
             "largest logit difference, of the largest logit",
-            f"{certificate['relative_difference']:.2e} (bound {certificate['bound']:.0e})",
+            f"{verification['relative_difference']:.2e} (bound {verification['bound']:.0e})",
         ],
     ]
     rows += [
-        [f"fingerprint of the {part}", str(certificate[part]["fingerprint"])]
+        [f"fingerprint of the {part}", str(verification[part]["fingerprint"])]
         for part in ("base", "adapter")
-        if isinstance(certificate.get(part), Mapping) and "fingerprint" in certificate[part]
+        if isinstance(verification.get(part), Mapping) and "fingerprint" in verification[part]
     ]
-    kind = certificate.get("dtype") or certificate.get("type") or certificate.get("format", "")
+    kind = verification.get("dtype") or verification.get("type") or verification.get("format", "")
     return f"<h3>{escape(folder)}/ <small>{escape(str(kind))}</small></h3>" + table(["", ""], rows, numbers=False)
 
 
@@ -347,4 +347,6 @@ def _provenance(facts: RunMetadata) -> str:
 
 
 def _recipe(facts: RunMetadata) -> str:
-    return folded("The recipe: what it sets beside defaults", f"<pre>{escape(facts.recipe_text())}</pre>", printed=True)
+    return collapsible(
+        "The recipe: what it sets beside defaults", f"<pre>{escape(facts.recipe_text())}</pre>", printed=True
+    )

@@ -43,7 +43,7 @@ def charts(wide: Sequence[str], rest: Sequence[str]) -> str:
     return "".join(f'<div class="{kind}">{figures}</div>' for kind, figures in groups if figures)
 
 
-def course(history: History) -> str:
+def curves(history: History) -> str:
     """Loss, held-out loss, learning rate, gradient norm, speed and memory of one run."""
     loss = _points(history, lambda step: step.loss)
     lines = [

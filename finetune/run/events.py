@@ -247,7 +247,7 @@ class TrainingFinished(Event):
 Recorded = StepMetrics | ValidationResult | RanksChosen | SampleGenerated | TrainingWarning | BestCheckpoint
 """What `metrics.jsonl` keeps: all that the course of a run is told by."""
 
-Report = Callable[[Event], None]
+EventHandler = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:

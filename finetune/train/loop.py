@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from finetune.data.batch_plan import Layout
+from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import BatchOrder
 from finetune.data.encode import Example
 from finetune.data.seeds import derived_seed
@@ -42,7 +42,7 @@ def fit(
     order: BatchOrder,
     optimizer: OptimizerSection,
     training: Training,
-    layout: Layout,
+    layout: BatchPlan,
 ) -> Iterator[StepMetrics]:
     """Train from `state.step` to the end of `order`, yielding after every optimizer step.
 

@@ -32,8 +32,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.plan.gpu_specs import CARDS
-from tests.benchmarks.gpu_cases import PARTS, ROWS, SHAPES, STEPS, TINY, TINY_STEPS, Case, Rows
+from finetune.plan.gpu_specs import GPU_SPECS
+from tests.benchmarks.gpu_cases import PARTS, ROWS, SHAPES, STEPS, TINY, TINY_STEPS, Case, Datasets
 from tests.benchmarks.gpu_page import page, table
 from tests.benchmarks.gpu_processes import ROOT, ProcessFailure, call, command, last_lines
 from tests.benchmarks.rival import RATES
@@ -202,7 +202,7 @@ class Part:
 def _trl_task(case: Case, task: dict[str, Any]) -> dict[str, Any]:
     """The settings of a case as `rival_trl` reads them."""
     optimizers = {"adamw": "adamw_torch_fused" if task["device"] == "cuda" else "adamw_torch"}
-    rows = Rows(**task["rows"])
+    rows = Datasets(**task["rows"])
     return {
         **{key: task[key] for key in ("precision", "model", "steps", "device", "liger", "result", "trace")},
         "kind": case.kind,
@@ -219,7 +219,7 @@ def _trl_task(case: Case, task: dict[str, Any]) -> dict[str, Any]:
 
 def peak_flops(device: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device as its maker states it; None where its name is not known."""
-    for card in sorted(CARDS, key=lambda card: -len(card.name)):
+    for card in sorted(GPU_SPECS, key=lambda card: -len(card.name)):
         if card.teraflops and card.name in device.upper().replace(" ", ""):
             return card.teraflops * 1e12
     return None

@@ -57,7 +57,7 @@ TINY = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class Datasets:
     """Rows of random tokens, and how a step takes them.
 
     Attributes:
@@ -80,13 +80,13 @@ class Rows:
     def rows_per_step(self) -> int:
         return self.micro_batch * self.accumulation
 
-    def tiny(self) -> Rows:
+    def tiny(self) -> Datasets:
         """The same kind of rows in a size for CI."""
         median = 16 if self.sigma else 64
         return replace(self, median=median, longest=64, micro_batch=min(self.micro_batch, 4), accumulation=2)
 
 
-ROWS = {"4096": Rows(4096, 0.0, 4096, 0.0, 1), "short": Rows(150, 0.6, 1024, 0.4, 24)}
+ROWS = {"4096": Datasets(4096, 0.0, 4096, 0.0, 1), "short": Datasets(150, 0.6, 1024, 0.4, 24)}
 """Full rows, and rows with the lengths of short instructions. A micro-batch of either has about 4,096 tokens."""
 
 

@@ -19,7 +19,7 @@ from finetune.jobs.train.run import train
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingStarted
-from tests.benchmarks.gpu_cases import SHAPES, TINY, Case, Rows
+from tests.benchmarks.gpu_cases import SHAPES, TINY, Case, Datasets
 from tests.benchmarks.rival import KINDS, RATES, in_order
 from tests.benchmarks.step_recorder import StepRecorder
 from tests.fixtures.recipes import as_recipe
@@ -115,7 +115,7 @@ def _drawn(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return numbers.normal_(0, 0.02, generator=generator).cpu()
 
 
-def write_rows(rows: Rows, steps: int, vocabulary: int, file: Path) -> None:
+def write_rows(rows: Datasets, steps: int, vocabulary: int, file: Path) -> None:
     """Write random rows for so many steps, in ft's `tokenized` format.
 
     Args:
@@ -140,7 +140,7 @@ def recipe_of(task: dict[str, Any], folder: Path) -> Recipe:
         task: As `gpu.task_of` makes it.
         folder: Of the recipe's file.
     """
-    case, rows = Case(**task["case"]), Rows(**task["rows"])
+    case, rows = Case(**task["case"]), Datasets(**task["rows"])
     sections = {
         "model": {"name": task["model"], "kernels": case.kernels},
         **KINDS[case.kind],
@@ -175,7 +175,7 @@ def prepare(task: dict[str, Any]) -> None:
         task: As `gpu.task_of` makes it.
     """
     os.environ["FT_CACHE"] = task["cache"]
-    case, rows, model = Case(**task["case"]), Rows(**task["rows"]), Path(task["model"])
+    case, rows, model = Case(**task["case"]), Datasets(**task["rows"]), Path(task["model"])
     if not model.is_dir():
         being_written = model.with_suffix(".part")
         write_model(case.shape, being_written, task["device"], task["is_tiny"])

@@ -122,7 +122,7 @@ def entropy(codes: Tensor) -> float:
     return float(-(shares * shares.clamp(min=1e-300).log2()).sum())
 
 
-def layer_facts(bench: Any, model: torch.nn.Module) -> dict[str, float | None]:
+def layer_facts(context: Any, model: torch.nn.Module) -> dict[str, float | None]:
     """Bits, error and entropy over all quantized layers of a model, each beside its weight in the base's files."""
     from finetune.quantizers.base import is_quantized
     from finetune.quantizers.bits import unpack_bits
@@ -132,7 +132,7 @@ def layer_facts(bench: Any, model: torch.nn.Module) -> dict[str, float | None]:
     for name, layer in model.named_modules():
         if not is_quantized(layer):
             continue
-        weight = bench.folder.weight(name).float()
+        weight = context.folder.weight(name).float()
         errors.append(float((layer.quantizer.dequantize(layer) - weight).norm() / weight.norm()))
         weights += weight.numel()
         if isinstance(layer, QuantizedLinear):
@@ -158,8 +158,8 @@ def measure(name: str, model: str, folder: Path, steps: int) -> None:
     from finetune.run.events import StepMetrics, ignore
 
     recipe = recipe_of(model, folder, KINDS[name], steps)
-    bench = TrainingContext.of(recipe, ignore)
-    facts = layer_facts(bench, bench.load_base(ignore))
+    context = TrainingContext.of(recipe, ignore)
+    facts = layer_facts(context, context.load_base(ignore))
     ended: list[float] = []
 
     def note(event: object) -> None:

@@ -31,7 +31,7 @@ from yaml import safe_load
 from cli.start import PRELOADED, better_allocator, reexec_with_allocator
 
 if TYPE_CHECKING:
-    from finetune.data.batch_plan import Layout
+    from finetune.data.batch_plan import BatchPlan
     from finetune.data.encode import Example
     from finetune.recipe.recipe import Recipe
 
@@ -121,7 +121,7 @@ class Ordered(NamedTuple):
     """
 
     model: str
-    layout: Layout
+    layout: BatchPlan
     steps: list[list[Example]]
 
     @property
@@ -143,14 +143,14 @@ def in_order(recipe: Recipe) -> Ordered:
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 
-    bench = TrainingContext.of(recipe, ignore)
-    rows = bench.read_data(ignore).train
-    layout = layout_of(recipe, bench.folder, rows.lengths, bench.padding)
+    context = TrainingContext.of(recipe, ignore)
+    rows = context.read_data(ignore).train
+    layout = layout_of(recipe, context.folder, rows.lengths, context.padding)
     order = batch_order(layout.units, recipe.training)
     units = [
         [row for unit in order.step_units(step) for row in layout.rows_of(unit)] for step in range(order.total_steps)
     ]
-    return Ordered(str(bench.base_folder(ignore).path), layout, [[rows[row] for row in step] for step in units])
+    return Ordered(str(context.base_folder(ignore).path), layout, [[rows[row] for row in step] for step in units])
 
 
 def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def measure() -> None:
 
     from finetune.jobs.load.context import TrainingContext
     from finetune.jobs.plan.estimate import MemoryPlanner
-    from finetune.jobs.train.prepare import Ready
+    from finetune.jobs.train.prepare import PreparedRun
     from finetune.recipe.load import load_recipe
     from finetune.run.events import ignore
     from finetune.run.signals import Interruption
@@ -97,15 +97,15 @@ def measure() -> None:
         step.accumulating = lambda accelerator, model: nullcontext()
     torch.manual_seed(0)
     recipe = load_recipe(Path(sys.argv[1])).recipe
-    bench = TrainingContext.of(recipe, ignore)
-    bench.read_data(ignore)
+    context = TrainingContext.of(recipe, ignore)
+    context.read_data(ignore)
     before = resident("VmRSS")
     forget_peak()
-    base = bench.load_base(ignore)
+    base = context.load_base(ignore)
     loading, loaded = resident("VmHWM") - before, resident("VmRSS") - before
     del base
     before = resident("VmRSS")
-    ready = Ready.of(recipe, ignore, Interruption())
+    ready = PreparedRun.of(recipe, ignore, Interruption())
     state, sent = ready.state, Sent()
     if isinstance(state.model, DistributedDataParallel):
         state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)  # its own way, through what is counted
@@ -115,17 +115,17 @@ def measure() -> None:
     forget_peak()
     sent.calls.clear()
     sent.bytes.clear()
-    bench.accelerator.wait_for_everyone()
+    context.accelerator.wait_for_everyone()
     wire = on_the_wire()
     next(steps)
-    bench.accelerator.wait_for_everyone()
-    wire = (on_the_wire() - wire) // bench.accelerator.num_processes
+    context.accelerator.wait_for_everyone()
+    wire = (on_the_wire() - wire) // context.accelerator.num_processes
     taken = [loading, loaded, resident("VmHWM") - before]
-    most = bench.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
-    if bench.accelerator.is_main_process:
+    most = context.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
+    if context.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
-        plan = MemoryPlanner(bench, ready.rows, None).plan(recipe, measures_time=False)
-        planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["holes"]
+        plan = MemoryPlanner(context, ready.rows, None).plan(recipe, measures_time=False)
+        planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["fragmentation"]
         about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes, "wire": wire}
         print(json.dumps({**memory, **about}))
     if dist.is_initialized():

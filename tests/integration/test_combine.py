@@ -48,9 +48,9 @@ def test_the_command_writes_one_folder_in_the_type_asked_for(tiny_recipe: dict[s
     call = ["merge", *paths, "--output", str(tmp_path / "out"), "--combine", "ties", "--dtype", "bfloat16", "--json"]
     result = CliRunner().invoke(app, [*call, "--weights", "0.5,1"])
     assert result.exit_code == 0, result.output
-    certificate = json.loads(result.stdout.splitlines()[-1])
-    assert set(certificate["runs"]) == {"a", "b"}
-    assert certificate["combination"]["weights"] == [0.5, 1.0]
+    verification = json.loads(result.stdout.splitlines()[-1])
+    assert set(verification["runs"]) == {"a", "b"}
+    assert verification["combination"]["weights"] == [0.5, 1.0]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype is torch.bfloat16
     assert CliRunner().invoke(app, call).exit_code == 6  # the folder is taken
 

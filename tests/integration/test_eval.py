@@ -270,7 +270,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(run, asked, report=interrupt)
+        evaluate(run, asked, on_event=interrupt)
     assert not (tmp_path / "out").exists()
     prompts: list[int] = []
     whole = engine.generate

@@ -294,7 +294,9 @@ def test_a_name_means_what_lies_there(runs: Path, tmp_path: Path):
     twins = [tmp_path / "a" / "short", runs / "short"]
     twins[0].mkdir(parents=True)
     (twins[0] / "config.json").write_text("{}", encoding="utf-8")
-    assert [each.label for each in named([str(twin) for twin in twins])] == [str(twin) for twin in twins]
+    assert [each.label for each in named([str(reference) for reference in twins])] == [
+        str(reference) for reference in twins
+    ]
     assert [each.kind for each in named(["org/name", "package://llm/file.gguf"])] == [Kind.MODEL] * 2
 
 

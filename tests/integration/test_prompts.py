@@ -68,7 +68,7 @@ def test_a_merge_is_refused_before_weights_are_loaded(tiny_recipe: dict[str, Any
     run = run_of(tiny_recipe, tmp_path)
     told: list[Any] = []
     with pytest.raises(UnsupportedError, match="ft export"):
-        merge(run, report=told.append)
+        merge(run, on_event=told.append)
     assert not [event for event in told if "loading" in str(event)]
 
 

@@ -29,7 +29,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
@@ -70,7 +70,7 @@ def export_gguf(
     output: Path | None = None,
     kind: GgufType = "f16",
     overwrite: bool = False,
-    report: Report = ignore,
+    on_event: EventHandler = ignore,
 ) -> GgufResult:
     """Write the run's model as a GGUF file with its tokenizer and chat template.
 
@@ -79,7 +79,7 @@ def export_gguf(
         output: Folder to write, by default the run's `exported/`.
         kind: Type of the weight matrices; q4_1 takes the codes of a 4-bit base that qa_lora was trained over.
         overwrite: Replace a folder that is there.
-        report: Told of every phase.
+        on_event: Told of every phase.
 
     Raises:
         UnsupportedError: The method does not merge, or the model is of a kind that is not written as GGUF here.
@@ -89,16 +89,16 @@ def export_gguf(
     refuse_taken(target, overwrite)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
-        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", report=report)
-        report(Phase(f"writing {MODEL} in {kind}"))
-        trained = FineTunedRun.open(run, report)
-        bench = trained.bench
-        source = ModelFolder(part, bench.folder.name)
+        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event)
+        on_event(Phase(f"writing {MODEL} in {kind}"))
+        trained = FineTunedRun.open(run, on_event)
+        context = trained.context
+        source = ModelFolder(part, context.folder.name)
         nothing = Quantizers(NoQuantization())
-        streamed = StreamedModel(source, bench.section, nothing, torch.device("cpu"), dequantized=False)
-        write_gguf(streamed, bench.tokenizer, kind, folder / MODEL, run.path.name)
-        report(Phase("comparing the file's and the merged model's logits"))
-        rows = verification_rows(trained, report).rows
+        streamed = StreamedModel(source, context.section, nothing, torch.device("cpu"), dequantized=False)
+        write_gguf(streamed, context.tokenizer, kind, folder / MODEL, run.path.name)
+        on_event(Phase("comparing the file's and the merged model's logits"))
+        rows = verification_rows(trained, on_event).rows
         found = agreement(
             written_logits(trained, part, rows), logits_of(_read_back(folder, streamed.model.config), rows)
         )
@@ -111,7 +111,7 @@ def export_gguf(
                 hint="choose --dtype f16",
             )
         shutil.rmtree(part)
-        (folder / "Modelfile").write_text(modelfile(bench.tokenizer, MODEL), encoding="utf-8")
+        (folder / "Modelfile").write_text(modelfile(context.tokenizer, MODEL), encoding="utf-8")
         write_json(folder / "export.json", result.to_json())
         name = run.path.name
         use = [f"llama-server -m ./{name}/{MODEL}", f"ollama create {name} -f ./{name}/Modelfile"]
@@ -121,7 +121,7 @@ def export_gguf(
 
 
 def export_gguf_adapter(
-    run: RunDirectory, output: Path | None = None, overwrite: bool = False, report: Report = ignore
+    run: RunDirectory, output: Path | None = None, overwrite: bool = False, on_event: EventHandler = ignore
 ) -> Path:
     """Write the run's adapter as a GGUF file that llama.cpp puts on a GGUF file of the base; returns the folder.
 
@@ -131,8 +131,8 @@ def export_gguf_adapter(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    trained = FineTunedRun.open(run, report)
-    method, section = trained.bench.method, trained.bench.recipe.adapter
+    trained = FineTunedRun.open(run, on_event)
+    method, section = trained.context.method, trained.context.recipe.adapter
     further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]
     if not isinstance(method, LowRankMethod) or further:
         what = f"adapter.{further[0]}" if further else f"adapter.method: {section.method}"
@@ -141,8 +141,8 @@ def export_gguf_adapter(
             where=what,
             hint="export the whole model: --format gguf",
         )
-    report(Phase(f"writing {ADAPTER}"))
-    streamed = trained.stream_base(report, dequantized=False)
+    on_event(Phase(f"writing {ADAPTER}"))
+    streamed = trained.stream_base(on_event, dequantized=False)
     layers = peft_bridge.low_rank_layers(method.load(streamed.model, trained.weights))
     factors = {}
     for name, layer in layers.items():
@@ -150,7 +150,7 @@ def export_gguf_adapter(
         factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
     with recording_errors(run), written_aside(target) as folder:
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
-        what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.bench.section)}."
+        what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.context.section)}."
         write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")
     return target
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from finetune.run.events import Phase, Report
+from finetune.run.events import EventHandler, Phase
 
 logger = logging.getLogger(__name__)
 
 
-def push(folder: Path, repository: str, public: bool, report: Report) -> str | None:
+def push(folder: Path, repository: str, public: bool, on_event: EventHandler) -> str | None:
     """Send a folder to a repository of the hub, which is made if it is not there.
 
     What was made stays on the disk whatever happens here, so that a failure is a warning and no error.
@@ -22,12 +22,12 @@ def push(folder: Path, repository: str, public: bool, report: Report) -> str | N
         folder: With a model card.
         repository: `name` or `org/name`.
         public: Whether a repository that is made here can be seen by everybody.
-        report: Told that it is sent.
+        on_event: Told that it is sent.
 
     Returns:
         The repository's address; None where it could not be sent.
     """
-    report(Phase(f"sending {folder.name} to {repository}"))
+    on_event(Phase(f"sending {folder.name} to {repository}"))
     try:
         api = HfApi()
         address = api.create_repo(repository, private=not public, exist_ok=True)

@@ -27,7 +27,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
 QUANTIZED = "quantized"
@@ -44,7 +44,7 @@ ROW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """Rows on which two models are compared.
 
     Attributes:
@@ -91,7 +91,7 @@ def merge(
     output: Path | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
-    report: Report = ignore,
+    on_event: EventHandler = ignore,
 ) -> MergeResult:
     """Write the run's model without its adapter.
 
@@ -104,7 +104,7 @@ def merge(
         dtype: Of the written weights; QUANTIZED keeps the base's codes. By default QUANTIZED where the method merges
             without loss into quantized weights, and else float32.
         overwrite: Replace a folder that is there.
-        report: Told of every phase.
+        on_event: Told of every phase.
 
     Raises:
         UnsupportedError: The method does not merge, or not into quantized weights, or there are none.
@@ -113,21 +113,21 @@ def merge(
     """
     target = (output or run.merged).absolute()
     refuse_taken(target, overwrite)
-    trained = FineTunedRun.open(run, report)
-    bench = trained.bench
-    bench.method.check_merge()
-    dtype = dtype or (QUANTIZED if bench.method.fits_quantized else "float32")
-    proof = verification_rows(trained, report)
-    reference = _trained_logits(trained, proof.rows, report)
+    trained = FineTunedRun.open(run, on_event)
+    context = trained.context
+    context.method.check_merge()
+    dtype = dtype or (QUANTIZED if context.method.fits_quantized else "float32")
+    proof = verification_rows(trained, on_event)
+    reference = _trained_logits(trained, proof.rows, on_event)
     with recording_errors(run), written_aside(target) as folder:
-        _write(trained, folder, dtype, report)
-        report(Phase("comparing merged and trained logits"))
+        _write(trained, folder, dtype, on_event)
+        on_event(Phase("comparing merged and trained logits"))
         result = MergeResult(
             folder=target,
             dtype=dtype,
             uses_chat_template=trained.record.uses_chat_template,
-            base={**trained.record.base.model_dump(), "name": public_name(bench.section)},
-            adapter={"method": bench.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
+            base={**trained.record.base.model_dump(), "name": public_name(context.section)},
+            adapter={"method": context.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
             held_out=proof.held_out,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, written_logits(trained, folder, proof.rows)),
@@ -141,7 +141,9 @@ def merge(
             )
         write_json(folder / "merge.json", result.to_json())
         use = "ft generate" if dtype == QUANTIZED else "vllm serve"
-        what = f"{result.base['name']} with what {bench.recipe.adapter.method} has trained in its weights, in {dtype}."
+        what = (
+            f"{result.base['name']} with what {context.recipe.adapter.method} has trained in its weights, in {dtype}."
+        )
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
 
@@ -156,9 +158,9 @@ def refuse_taken(target: Path, overwrite: bool) -> None:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
-def verification_rows(trained: FineTunedRun, report: Report) -> Proof:
+def verification_rows(trained: FineTunedRun, on_event: EventHandler) -> Verification:
     """Real rows, held-out ones if there are any, as many as fill a batch of VERIFICATION_TOKENS."""
-    split = trained.bench.read_data(report)
+    split = trained.context.read_data(on_event)
     held_out = len(split.validation) > 0
     rows: list[Example] = []
     longest = 0
@@ -168,7 +170,7 @@ def verification_rows(trained: FineTunedRun, report: Report) -> Proof:
         if (len(rows) + 1) * longest > VERIFICATION_TOKENS:
             break
         rows.append(cut)
-    return Proof(held_out, rows)
+    return Verification(held_out, rows)
 
 
 def streamed_logits(streamed: StreamedModel, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
@@ -185,43 +187,43 @@ def streamed_logits(streamed: StreamedModel, model: nn.Module, examples: Sequenc
         return logits_of(model, examples)
 
 
-def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:
     """Logits of base plus trained weights in float32, as they were trained.
 
     A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.
     """
-    base = trained.stream_base(report, dequantized=False)
+    base = trained.stream_base(on_event, dequantized=False)
     model: nn.Module = base.model
-    if not trained.bench.recipe.adapter.trains_base:
-        model = trained.attach(base.model, report)
-    report(Phase("computing the trained model's logits"))
+    if not trained.context.recipe.adapter.trains_base:
+        model = trained.attach(base.model, on_event)
+    on_event(Phase("computing the trained model's logits"))
     return streamed_logits(base, model, examples)
 
 
-def _write(trained: FineTunedRun, folder: Path, dtype: str, report: Report) -> None:
-    bench = trained.bench
+def _write(trained: FineTunedRun, folder: Path, dtype: str, on_event: EventHandler) -> None:
+    context = trained.context
     if dtype == QUANTIZED:
-        base = trained.stream_base(report, dequantized=False)
-        report(Phase("merging into the quantized weights"))
-        bench.method.load(base.model, trained.weights)
-        write_merged_quantized(base, bench.method.merge_quantized, folder)
+        base = trained.stream_base(on_event, dequantized=False)
+        on_event(Phase("merging into the quantized weights"))
+        context.method.load(base.model, trained.weights)
+        write_merged_quantized(base, context.method.merge_quantized, folder)
     else:
-        base = trained.stream_base(report, dequantized=True)
-        report(Phase(f"merging in {dtype}"))
-        if not bench.recipe.adapter.trains_base:
-            bench.method.mergeable(base.model, trained.weights)
+        base = trained.stream_base(on_event, dequantized=True)
+        on_event(Phase(f"merging in {dtype}"))
+        if not context.recipe.adapter.trains_base:
+            context.method.mergeable(base.model, trained.weights)
         write_merged(base, peft_bridge.fold, DTYPES[dtype], folder)
-    bench.tokenizer.save_pretrained(folder)
+    context.tokenizer.save_pretrained(folder)
 
 
 def written_logits(trained: FineTunedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
     """Logits in float32 of a model that was written from a run, read back from the disk."""
-    bench = trained.bench
+    context = trained.context
     written = StreamedModel(
         ModelFolder(folder, str(folder)),
-        bench.section,
+        context.section,
         Quantizers(NoQuantization()),
-        bench.accelerator.device,
+        context.accelerator.device,
         dequantized=False,
     )
     return streamed_logits(written, written.model, examples)

@@ -21,7 +21,7 @@ from finetune.models.loading.dtype import DTYPES
 from finetune.models.writing.rewrite import write_merged
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
 
@@ -59,7 +59,7 @@ def combine(
     output: Path,
     dtype: str = "float32",
     overwrite: bool = False,
-    report: Report = ignore,
+    on_event: EventHandler = ignore,
 ) -> ModelMergeResult:
     """Write one model that has what several runs over one base have learned.
 
@@ -72,33 +72,33 @@ def combine(
         output: Folder to write.
         dtype: Of the written weights.
         overwrite: Replace a folder that is there.
-        report: Told of every phase.
+        on_event: Told of every phase.
 
     Raises:
         RefusedError: The runs have different bases, a merge does not agree with its run, or the folder is taken.
     """
     target = output.absolute()
     refuse_taken(target, overwrite)
-    opened = [FineTunedRun.open(run, report) for run in runs]
+    opened = [FineTunedRun.open(run, on_event) for run in runs]
     _refuse_other_bases(opened)
     with written_aside(target) as folder:
         parts = [folder / f"part-{index}" for index in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
-            merge(run, part, "float32", report=report)
+            merge(run, part, "float32", on_event=on_event)
         start = folder / "base"
         start.mkdir()
-        write_merged(opened[0].stream_base(report, dequantized=True), peft_bridge.fold, torch.float32, start)
-        report(Phase(f"combining {len(runs)} runs by {combination.rule}"))
+        write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.fold, torch.float32, start)
+        on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         merge_weights(start, parts, combination, DTYPES[dtype], folder)
         for file in parts[0].iterdir():
             if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})
-        report(Phase("comparing the combined model with each run"))
+        on_event(Phase("comparing the combined model with each run"))
         agreements = {}
         for trained, part in zip(opened, parts, strict=True):
-            examples = verification_rows(trained, report).rows
+            examples = verification_rows(trained, on_event).rows
             own, combined = (written_logits(trained, each, examples) for each in (part, folder))
             agreements[trained.run.path.name] = agreement(own, combined)
         for temporary in (*parts, start):

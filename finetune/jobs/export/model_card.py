@@ -29,7 +29,7 @@ def write_card(
     folder: Path,
     what: str,
     use: Sequence[str],
-    certificate: Mapping[str, Any] | None = None,
+    verification: Mapping[str, Any] | None = None,
     relation: str = "finetune",
 ) -> None:
     """Write the card of a folder.
@@ -39,11 +39,11 @@ def write_card(
         folder: Where to.
         what: The thing, in a sentence.
         use: Commands or code that use it.
-        certificate: What was measured of it against the trained model.
+        verification: What was measured of it against the trained model.
         relation: To its base, as the hub names it: `finetune`, `adapter` or `quantized`.
     """
-    section = trained.bench.section
-    licence = licence_of(trained.bench.folder, section)
+    section = trained.context.section
+    licence = licence_of(trained.context.folder, section)
     head: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["ft", section_method(trained)]}
     if licence:
         head["license"] = licence
@@ -65,14 +65,14 @@ def write_card(
         "## Metrics",
         _metrics(trained),
     ]
-    if certificate is not None:
-        parts += ["## Certificate", _proof(certificate)]
+    if verification is not None:
+        parts += ["## Certificate", _proof(verification)]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def section_method(trained: FineTunedRun) -> str:
     """The name of the method."""
-    return str(trained.bench.recipe.adapter.method)
+    return str(trained.context.recipe.adapter.method)
 
 
 def public_name(section: Model) -> str:
@@ -111,7 +111,7 @@ def _data(trained: FineTunedRun) -> str:
 
 
 def _recipe(trained: FineTunedRun) -> str:
-    recipe = trained.bench.recipe
+    recipe = trained.context.recipe
     shown = {}
     for name in SECTIONS:
         section = getattr(recipe, name).model_dump(mode="json", exclude_defaults=True)
@@ -155,14 +155,14 @@ def _shown(number: float | None) -> str:
     return "-" if number is None else f"{number:.4f}"
 
 
-def _proof(certificate: Mapping[str, Any]) -> str:
-    rows = "held-out rows" if certificate.get("held_out", True) else "training rows"
+def _proof(verification: Mapping[str, Any]) -> str:
+    rows = "held-out rows" if verification.get("held_out", True) else "training rows"
     return (
-        f"Compared with the model before, in float32, at {certificate['positions']} positions of "
-        f"{certificate['rows']} {rows}:\n\n"
+        f"Compared with the model before, in float32, at {verification['positions']} positions of "
+        f"{verification['rows']} {rows}:\n\n"
         "| | |\n|---|---|\n"
-        f"| KL divergence | {certificate['kl_divergence']:.2e} nats |\n"
-        f"| same likeliest token | {100 * certificate['top1_agreement']:.2f} % |\n"
-        f"| largest logit difference | {certificate['largest_difference']:.2e}, "
-        f"{certificate['relative_difference']:.2e} of the largest logit (bound {certificate['bound']:.0e}) |"
+        f"| KL divergence | {verification['kl_divergence']:.2e} nats |\n"
+        f"| same likeliest token | {100 * verification['top1_agreement']:.2f} % |\n"
+        f"| largest logit difference | {verification['largest_difference']:.2e}, "
+        f"{verification['relative_difference']:.2e} of the largest logit (bound {verification['bound']:.0e}) |"
     )

@@ -10,12 +10,12 @@ from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.recipe.vllm_support import served_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
-from finetune.run.events import Report, ignore
+from finetune.run.events import EventHandler, ignore
 from finetune.storage.files import written_aside
 
 
 def export_adapter(
-    run: RunDirectory, output: Path | None = None, overwrite: bool = False, report: Report = ignore
+    run: RunDirectory, output: Path | None = None, overwrite: bool = False, on_event: EventHandler = ignore
 ) -> Path:
     """Write the adapter with its tokenizer, and a card with the command that serves it; returns the folder.
 
@@ -25,15 +25,15 @@ def export_adapter(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    trained = FineTunedRun.open(run, report)
-    rank = served_rank(trained.bench.recipe.adapter, trained.bench.recipe.modules)
-    base = public_name(trained.bench.section)
+    trained = FineTunedRun.open(run, on_event)
+    rank = served_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
+    base = public_name(trained.context.section)
     name = run.path.name
     with written_aside(target) as folder:
         own = ("ft_adapter.safetensors", TRAINED_RECORD)  # of these no engine knows
         shutil.copytree(trained.weights, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
         serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name}"
-        kind = trained.bench.recipe.quantization.kind
+        kind = trained.context.recipe.quantization.kind
         stored = "" if kind == "none" else f", which was stored in {kind} while it trained"
         write_card(trained, folder, f"A LoRA adapter for {base}{stored}.", [serve], relation="adapter")
     return target

@@ -22,7 +22,7 @@ from finetune.models.linear_layers import dequantize_model, rounds_activations
 from finetune.models.loading.dtype import DTYPES
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
 
@@ -64,7 +64,7 @@ def export(
     output: Path | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
-    report: Report = ignore,
+    on_event: EventHandler = ignore,
 ) -> ExportResult:
     """Write the run's base with the trained prompt as tokens of its vocabulary, in full precision.
 
@@ -73,7 +73,7 @@ def export(
         output: Folder to write, by default the run's `exported/`.
         dtype: Of the written weights.
         overwrite: Replace a folder that is there.
-        report: Told of every phase.
+        on_event: Told of every phase.
 
     Raises:
         UnsupportedError: What the run trains is no prompt of embeddings.
@@ -82,18 +82,18 @@ def export(
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
-    trained = FineTunedRun.open(run, report)
-    trained.bench.method.check_prompt_export()
-    known = len(trained.bench.tokenizer)
-    examples = verification_rows(trained, report).rows
-    report(Phase("computing the trained model's logits"))
-    reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, report)]
+    trained = FineTunedRun.open(run, on_event)
+    trained.context.method.check_prompt_export()
+    known = len(trained.context.tokenizer)
+    examples = verification_rows(trained, on_event).rows
+    on_event(Phase("computing the trained model's logits"))
+    reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, on_event)]
     gc.collect()
     with recording_errors(run), written_aside(target) as folder:
-        report(Phase(f"writing the prompt as tokens in {dtype}"))
-        exported_prompt = _write_prompt_tokens(trained, folder, DTYPES[dtype], _least_likely_token(reference), report)
+        on_event(Phase(f"writing the prompt as tokens in {dtype}"))
+        exported_prompt = _write_prompt_tokens(trained, folder, DTYPES[dtype], _least_likely_token(reference), on_event)
         gc.collect()
-        report(Phase("comparing exported and trained logits"))
+        on_event(Phase("comparing exported and trained logits"))
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         behind = [
             Example(exported_prompt.ids + row.ids, [False] * len(exported_prompt.ids) + row.is_target)
@@ -105,7 +105,7 @@ def export(
             dtype=dtype,
             prompt=exported_prompt.text
             if trained.record.uses_chat_template
-            else exported_prompt.text + _begin_of_text(trained.bench.tokenizer),
+            else exported_prompt.text + _begin_of_text(trained.context.tokenizer),
             uses_chat_template=trained.record.uses_chat_template,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
@@ -121,12 +121,12 @@ def export(
     return result
 
 
-def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], report: Report) -> list[Tensor]:
+def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:
     """Logits of the base behind its prompt in float32; a quantizer that rounds inputs too is left out of it."""
-    base = trained.load_base(report, torch.float32)
+    base = trained.load_base(on_event, torch.float32)
     if rounds_activations(base):
         base = dequantize_model(base, torch.float32)
-    return logits_of(trained.attach(base, report), examples)
+    return logits_of(trained.attach(base, on_event), examples)
 
 
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -141,13 +141,13 @@ def _least_likely_token(logits: Sequence[Tensor]) -> int:
 
 
 def _write_prompt_tokens(
-    trained: FineTunedRun, folder: Path, dtype: torch.dtype, unlikely: int, report: Report
+    trained: FineTunedRun, folder: Path, dtype: torch.dtype, unlikely: int, on_event: EventHandler
 ) -> PromptTokens:
-    bench = trained.bench
-    base = dequantize_model(trained.load_base(report, torch.float32), torch.float32)
-    exported_prompt = bench.method.export_prompt(base, trained.weights, bench.tokenizer, unlikely)
+    context = trained.context
+    base = dequantize_model(trained.load_base(on_event, torch.float32), torch.float32)
+    exported_prompt = context.method.export_prompt(base, trained.weights, context.tokenizer, unlikely)
     model = exported_prompt.model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)
-    bench.tokenizer.save_pretrained(folder)
+    context.tokenizer.save_pretrained(folder)
     return exported_prompt

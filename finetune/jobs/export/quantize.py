@@ -25,7 +25,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
 RECORD = "quantize.json"
@@ -88,14 +88,14 @@ class QuantizedModel:
         }
 
 
-def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Report = ignore) -> QuantizedModel:
+def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: EventHandler = ignore) -> QuantizedModel:
     """Write the recipe's base, quantized as its section `quantization` says, with its tokenizer.
 
     Args:
         recipe: Its data are read only where the kind needs calibration.
         output: Folder to write.
         overwrite: Replace a folder that is there.
-        report: Told of every phase.
+        on_event: Told of every phase.
 
     Raises:
         RefusedError: The folder is taken.
@@ -105,31 +105,31 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Repo
     target = output.absolute()
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
-    bench = TrainingContext.of(recipe, report)
-    refuse_without_form_on_disk(bench.quantizers.in_use)
-    if stored_quantization(bench.folder):
+    context = TrainingContext.of(recipe, on_event)
+    refuse_without_form_on_disk(context.quantizers.in_use)
+    if stored_quantization(context.folder):
         raise ModelError(
             "the model's weights are quantized already",
-            where=str(bench.folder.path),
+            where=str(context.folder.path),
             hint="name the unquantized model in model.name",
         )
-    dtype = file_dtype(bench.folder.path)
-    model = bench.load_base(report, dtype)
+    dtype = file_dtype(context.folder.path)
+    model = context.load_base(on_event, dtype)
     with written_aside(target) as folder:
-        report(Phase("writing"))
+        on_event(Phase("writing"))
         save_quantized(model, folder)
-        bench.tokenizer.save_pretrained(folder)
-        report(Phase("measuring errors"))
+        context.tokenizer.save_pretrained(folder)
+        on_event(Phase("measuring errors"))
         result = QuantizedModel(
             folder=target,
             kind=recipe.quantization.kind,
-            layers=_measured(bench, model, dtype, report),
+            layers=_measured(context, model, dtype, on_event),
             dtype_before=dtype,
-            bytes_before=_weight_bytes(bench.folder.path),
+            bytes_before=_weight_bytes(context.folder.path),
             bytes_after=_weight_bytes(folder),
         )
         inputs = {
-            "base": base_record(bench).model_dump(),
+            "base": base_record(context).model_dump(),
             "quantization": recipe.quantization.model_dump(),
             "modules": [rule.model_dump() for rule in recipe.modules],
         }
@@ -139,18 +139,18 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, report: Repo
 
 @torch.no_grad()
 def _measured(
-    bench: TrainingContext, model: PreTrainedModel, dtype: torch.dtype, report: Report
+    context: TrainingContext, model: PreTrainedModel, dtype: torch.dtype, on_event: EventHandler
 ) -> dict[str, QuantizedLayer]:
     """Every quantized layer beside its weight in the base's files, of which one is read at a time."""
     plain = load_model(
-        bench.folder,
-        bench.recipe.model,
+        context.folder,
+        context.recipe.model,
         Quantizers(NoQuantization()),
         weight_dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),
     )
-    record = bench.base_folder(report).path / CALIBRATION
+    record = context.base_folder(on_event).path / CALIBRATION
     outputs = json.loads(record.read_text(encoding="utf-8"))["output_errors"] if record.is_file() else {}
     layers = {}
     for name, layer in model.named_modules():

@@ -7,8 +7,8 @@ from finetune.errors import UsageError
 from finetune.evaluation.generation import Sampling, Tell
 from finetune.jobs.infer.generate import Question, answer
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
-from finetune.jobs.load.model_ref import Named
-from finetune.run.events import Report
+from finetune.jobs.load.model_ref import ModelRef
+from finetune.run.events import EventHandler
 
 
 class Chat:
@@ -29,21 +29,21 @@ class Chat:
         self.turns: list[Message] = []
 
     @classmethod
-    def open(cls, named: Named, system: str | None, sampling: Sampling, report: Report) -> Chat:
+    def open(cls, named: ModelRef, system: str | None, sampling: Sampling, on_event: EventHandler) -> Chat:
         """Find and load who answers.
 
         Raises:
             UsageError: It knows no turns.
             FinetuneError: It cannot be opened.
         """
-        tuned = FineTunedModel.find(named, report)
-        if not tuned.uses_chat_template:
+        finetuned = FineTunedModel.find(named, on_event)
+        if not finetuned.uses_chat_template:
             raise UsageError(
                 "it goes on with plain text and knows no turns",
                 where=named.given,
                 hint=f'let it go on with a text: ft generate {named.given} --prompt "..."',
             )
-        chat = cls(SharedBase([tuned], report), system, sampling)
+        chat = cls(SharedBase([finetuned], on_event), system, sampling)
         chat.base.model(0)
         return chat
 

@@ -21,15 +21,15 @@ import finetune.models
 import finetune.quantizers
 import finetune.train
 from finetune.errors import CheckFailedError, DataError, RefusedError, UsageError
-from finetune.evaluation.engine import Engine, ModelGenerator, Writer
+from finetune.evaluation.engine import Engine, Generator, ModelGenerator
 from finetune.evaluation.gates import Gate
-from finetune.evaluation.measurement import CONFIDENCE, Difference, Interval, Measurement, difference, interval
-from finetune.evaluation.metrics import LOSS, PERPLEXITY, Form
+from finetune.evaluation.measurement import CONFIDENCE, Interval, Measurement, PairedDifference, difference, interval
+from finetune.evaluation.metrics import LOSS, PERPLEXITY, MetricUnit
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.evaluation.tasks import HeldOut, Task
 from finetune.jobs.load.context import TrainingContext
-from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase, Trained
-from finetune.jobs.load.model_ref import Kind, Named
+from finetune.jobs.load.finetuned_model import FineTunedModel, LoadedAdapter, SharedBase
+from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.vllm import vllm_generator
 from finetune.models.fingerprint import fingerprint
 from finetune.recipe.load import load_tasks
@@ -37,7 +37,7 @@ from finetune.recipe.sections.evaluation import HELD_OUT, Evaluation, HarnessTas
 from finetune.report.run_page import recording_errors
 from finetune.resolve import build
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Report, ignore
+from finetune.run.events import EventHandler, ignore
 from finetune.run.provenance import file_digest
 from finetune.storage.cache import sources_digest
 from finetune.storage.files import write_json, written_aside
@@ -85,11 +85,11 @@ class Score:
         difference: Row by row, where both were measured so.
     """
 
-    form: Form
+    form: MetricUnit
     rows: int | None
     ours: Interval
     theirs: Interval | None
-    difference: Difference | None
+    difference: PairedDifference | None
 
     def to_json(self) -> dict[str, Any]:
         """The score, and beside another model the difference."""
@@ -178,7 +178,10 @@ class Evaluated:
 
 
 def evaluate(
-    named: Named, asked: Asked = Asked(), against: Named | Literal["base"] | None = None, report: Report = ignore
+    named: ModelRef,
+    asked: Asked = Asked(),
+    against: ModelRef | Literal["base"] | None = None,
+    on_event: EventHandler = ignore,
 ) -> Evaluated:
     """Measure what a name means; results go to `eval/` of a run, or to the folder that is asked for.
 
@@ -186,7 +189,7 @@ def evaluate(
         named: What is measured.
         asked: In what.
         against: What it is compared with; "base" is what it was trained on.
-        report: Told of every phase.
+        on_event: Told of every phase.
 
     Raises:
         DataError: There are no rows, or one cannot be used.
@@ -194,15 +197,15 @@ def evaluate(
         UnsupportedError: Losses of models with different tokens were to be compared.
         FinetuneError: A model cannot be opened.
     """
-    tuned = FineTunedModel.find(named, report)
-    other = _other(tuned, against, report)
-    tasks = _tasks(named, tuned, asked.tasks, report)
+    finetuned = FineTunedModel.find(named, on_event)
+    other = _other(finetuned, against, on_event)
+    tasks = _tasks(named, finetuned, asked.tasks, on_event)
     _refuse_idle_gates(asked.gates, tasks)
     if other:
-        _refuse_other_tokens(tuned, other, tasks)
+        _refuse_other_tokens(finetuned, other, tasks)
     by_vllm = asked.engine == "vllm"
-    compared = [(each, vllm_generator(each, report) if by_vllm else None) for each in (other, tuned) if each]
-    measured = _measured(compared, tasks, asked, report)
+    compared = [(each, vllm_generator(each, on_event) if by_vllm else None) for each in (other, finetuned) if each]
+    measured = _measured(compared, tasks, asked, on_event)
     ours, theirs = measured[-1], measured[0] if other else None
     generation_backend = (compared[-1][1] or ModelGenerator).name
     evaluated = Evaluated(named.label, other.label if other else None, generation_backend, _scores(tasks, ours, theirs))
@@ -215,33 +218,35 @@ def evaluate(
     return replace(evaluated, folder=folder)
 
 
-def _other(tuned: FineTunedModel, against: Named | Literal["base"] | None, report: Report) -> FineTunedModel | None:
-    if isinstance(against, Named):
-        return FineTunedModel.find(against, report)
-    if against == "base" and tuned.trained is None:
+def _other(
+    finetuned: FineTunedModel, against: ModelRef | Literal["base"] | None, on_event: EventHandler
+) -> FineTunedModel | None:
+    if isinstance(against, ModelRef):
+        return FineTunedModel.find(against, on_event)
+    if against == "base" and finetuned.trained is None:
         raise UsageError(
             "this is a model as it is, which has no base",
-            where=tuned.label,
+            where=finetuned.label,
             hint="name what it is to be compared with: --against MODEL",
         )
-    return tuned.untuned if against else None
+    return finetuned.untuned if against else None
 
 
-def _tasks(named: Named, tuned: FineTunedModel, names: Sequence[str], report: Report) -> list[Task]:
+def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_event: EventHandler) -> list[Task]:
     """The tasks of these names; without any, all of the recipe."""
-    bench = tuned.setup if isinstance(tuned.setup, TrainingContext) else None
-    own = {section.name: section for section in bench.recipe.evaluation.tasks} if bench else {}
+    context = finetuned.setup if isinstance(finetuned.setup, TrainingContext) else None
+    own = {section.name: section for section in context.recipe.evaluation.tasks} if context else {}
     if not names:
-        held_out = [task for task in [_validation(bench, report)] if task]
+        held_out = [task for task in [_validation(context, on_event)] if task]
         if not held_out and not own:
-            raise _nothing_to_measure(named, bench)
+            raise _nothing_to_measure(named, context)
         return [*held_out, *map(build, own.values())]
     tasks: list[Task] = []
     for name in names:
         if name == HELD_OUT:
-            held = _validation(bench, report)
+            held = _validation(context, on_event)
             if held is None:
-                raise _nothing_to_measure(named, bench)
+                raise _nothing_to_measure(named, context)
             tasks.append(held)
         elif name in own:
             tasks.append(build(own[name]))
@@ -259,15 +264,15 @@ def _named_elsewhere(name: str) -> list[TaskSection]:
     return [HarnessTask(name=name, kind="lm_eval")]
 
 
-def _validation(bench: TrainingContext | None, report: Report) -> HeldOut | None:
-    if bench is None or not (bench.recipe.data.validation or bench.recipe.data.validation_fraction):
+def _validation(context: TrainingContext | None, on_event: EventHandler) -> HeldOut | None:
+    if context is None or not (context.recipe.data.validation or context.recipe.data.validation_fraction):
         return None
-    rows = bench.read_data(report).validation
-    return HeldOut(rows, bench.recipe.evaluation, bench.recipe.data.train_on) if len(rows) else None
+    rows = context.read_data(on_event).validation
+    return HeldOut(rows, context.recipe.evaluation, context.recipe.data.train_on) if len(rows) else None
 
 
-def _nothing_to_measure(named: Named, bench: TrainingContext | None) -> DataError | UsageError:
-    if bench is None:
+def _nothing_to_measure(named: ModelRef, context: TrainingContext | None) -> DataError | UsageError:
+    if context is None:
         return UsageError(
             "a recipe's held-out rows are known of its runs and their checkpoints only",
             where=named.given,
@@ -288,8 +293,8 @@ def _refuse_idle_gates(gates: Sequence[Gate], tasks: Sequence[Task]) -> None:
             gate.concerned(names)
 
 
-def _refuse_other_tokens(tuned: FineTunedModel, other: FineTunedModel, tasks: Sequence[Task]) -> None:
-    ours, theirs = (each.setup.tokenizer.backend_tokenizer.to_str() for each in (tuned, other))
+def _refuse_other_tokens(finetuned: FineTunedModel, other: FineTunedModel, tasks: Sequence[Task]) -> None:
+    ours, theirs = (each.setup.tokenizer.backend_tokenizer.to_str() for each in (finetuned, other))
     losses = [task.name for task in tasks if task.has_loss]
     if losses and ours != theirs:
         raise UsageError(
@@ -300,29 +305,32 @@ def _refuse_other_tokens(tuned: FineTunedModel, other: FineTunedModel, tasks: Se
 
 
 def _measured(
-    compared: Sequence[tuple[FineTunedModel, Writer | None]], tasks: Sequence[Task], asked: Asked, report: Report
+    compared: Sequence[tuple[FineTunedModel, Generator | None]],
+    tasks: Sequence[Task],
+    asked: Asked,
+    on_event: EventHandler,
 ) -> list[list[Measurement]]:
     """What each model reached, one after the other; what stands on the same base is put on it in turn."""
-    shares = len({id(tuned.setup) for tuned, _ in compared}) == 1
+    shares = len({id(finetuned.setup) for finetuned, _ in compared}) == 1
     found = []
     for group in [compared] if shares else [[each] for each in compared]:
-        base = _LazyBase([tuned for tuned, _ in group], report)
-        for number, (tuned, writer) in enumerate(group):
-            engine = _engine(tuned, base, number, writer, asked, report)
-            with closing(engine.writer):
-                found.append([task.measure(engine, asked.limit, report) for task in tasks])
+        base = _LazyBase([finetuned for finetuned, _ in group], on_event)
+        for number, (finetuned, generator) in enumerate(group):
+            engine = _engine(finetuned, base, number, generator, asked, on_event)
+            with closing(engine.generator):
+                found.append([task.measure(engine, asked.limit, on_event) for task in tasks])
     return found
 
 
 class _LazyBase:
     """A base with what goes on it, loaded once something is asked that is not kept."""
 
-    def __init__(self, tuned: Sequence[FineTunedModel], report: Report) -> None:
-        self._tuned, self._report = tuned, report
+    def __init__(self, finetuned: Sequence[FineTunedModel], on_event: EventHandler) -> None:
+        self._tuned, self._on_event = finetuned, on_event
 
     @cached_property
     def _loaded(self) -> SharedBase:
-        return SharedBase(self._tuned, self._report)
+        return SharedBase(self._tuned, self._on_event)
 
     def model(self, number: int) -> nn.Module:
         """See `SharedBase.model`."""
@@ -334,37 +342,42 @@ class _LazyBase:
 
 
 def _engine(
-    tuned: FineTunedModel, base: _LazyBase, number: int, writer: Writer | None, asked: Asked, report: Report
+    finetuned: FineTunedModel,
+    base: _LazyBase,
+    number: int,
+    generator: Generator | None,
+    asked: Asked,
+    on_event: EventHandler,
 ) -> Engine:
     """What is asked; without a writer of its own answers are ours."""
-    setup, load = tuned.setup, partial(base.model, number)
+    setup, load = finetuned.setup, partial(base.model, number)
     section = setup.recipe.evaluation if isinstance(setup, TrainingContext) else Evaluation()
     batch_size = asked.batch_size or section.batch_size
     return Engine(
-        label=tuned.label,
+        label=finetuned.label,
         tokenizer=setup.tokenizer,
-        uses_chat_template=tuned.uses_chat_template,
+        uses_chat_template=finetuned.uses_chat_template,
         load=load,
-        writer=writer or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding),
-        kept=PredictionCache(_identity(tuned, report)),
+        generator=generator or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding),
+        kept=PredictionCache(_identity(finetuned, on_event)),
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,
         padding=setup.padding,
         may_share=partial(base.supports_prefix_sharing, number),
-        positions=setup.positions and setup.positions - tuned.prompt_tokens,
+        positions=setup.positions and setup.positions - finetuned.prompt_tokens,
     )
 
 
-def _identity(tuned: FineTunedModel, report: Report) -> dict[str, Any]:
+def _identity(finetuned: FineTunedModel, on_event: EventHandler) -> dict[str, Any]:
     """All that decides what a model says."""
-    setup = tuned.setup
-    folder = setup.base_folder(report).path
+    setup = finetuned.setup
+    folder = setup.base_folder(on_event).path
     quantizers = setup.quantizers
     return {
         "base": fingerprint(folder),
         "settings": {name: file_digest(folder / name) for name in SETTINGS if (folder / name).is_file()},
         "quantization": [section.model_dump(mode="json") for section in (quantizers.section, *quantizers.modules)],
-        "trained": _identity_of_trained(tuned.trained) if tuned.trained else None,
+        "trained": _identity_of_trained(finetuned.trained) if finetuned.trained else None,
         "types": [str(setup.weight_dtype), str(setup.compute_dtype)],
         "attention": setup.section.attention,
         "device": setup.accelerator.device.type,
@@ -373,7 +386,7 @@ def _identity(tuned: FineTunedModel, report: Report) -> dict[str, Any]:
     }
 
 
-def _identity_of_trained(trained: Trained) -> list[Any]:
+def _identity_of_trained(trained: LoadedAdapter) -> list[Any]:
     try:
         return [fingerprint(trained.weights), trained.method.section.model_dump(mode="json")]
     except ValueError as error:

@@ -19,7 +19,7 @@ from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling, Tell, generate
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.recipe.sections.data import ChatSource
-from finetune.run.events import Progress, Report, ignore
+from finetune.run.events import EventHandler, Progress, ignore
 
 ADAPTER = "adapter"
 """Column of a file of prompts: the label of what is to answer the row."""
@@ -56,12 +56,12 @@ class FileQuestion:
     question: Question
 
 
-def questions_of(prompt: str, system: str | None, tuned: Sequence[FineTunedModel]) -> list[Question]:
+def questions_of(prompt: str, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[Question]:
     """One prompt to each."""
-    return [Question(_opened(prompt, system), number) for number in range(len(tuned))]
+    return [Question(_opened(prompt, system), number) for number in range(len(finetuned))]
 
 
-def questions_in(file: Path, system: str | None, tuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
+def questions_in(file: Path, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
     """The questions of a file, in its order: each row to whom its column `adapter` names, or else to all.
 
     A row has a column `prompt`, `text`, or `messages` as for training, where an answer that stands last is left out.
@@ -73,7 +73,7 @@ def questions_in(file: Path, system: str | None, tuned: Sequence[FineTunedModel]
     found = [
         FileQuestion(row, Question(_conversation(row, system), number, row.where))
         for row in rows
-        for number in _asked(row, [each.label for each in tuned])
+        for number in _asked(row, [each.label for each in finetuned])
     ]
     if not found:
         raise DataError("the file has no rows", where=str(file), hint='write rows such as {"prompt": "Hello"}')
@@ -86,7 +86,7 @@ def answer(
     sampling: Sampling,
     *,
     batch_size: int = BATCH_SIZE,
-    report: Report = ignore,
+    on_event: EventHandler = ignore,
     tell: Tell | None = None,
 ) -> list[str]:
     """The answers to `questions`, each as its model gives it alone.
@@ -99,19 +99,19 @@ def answer(
         questions: What is asked.
         sampling: How tokens are chosen.
         batch_size: Questions that are answered together.
-        report: Told how many are answered.
+        on_event: Told how many are answered.
         tell: Told the answer while it is written; for one question.
 
     Raises:
         DataError: The template refuses a conversation, or a question leaves no room for an answer.
     """
-    encoders = [Encoder(tuned.setup.tokenizer, "assistant") for tuned in base.tuned]
-    ids = [_encoded(base.tuned[ask.to], encoders[ask.to], ask, sampling.max_new_tokens) for ask in questions]
+    encoders = [Encoder(finetuned.setup.tokenizer, "assistant") for finetuned in base.finetuned]
+    ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask, sampling.max_new_tokens) for ask in questions]
     answers = [""] * len(questions)
     done = 0
     for group in _groups(base, questions):
         model, options_of = _model_of(base, [questions[index].to for index in group])
-        setup = base.tuned[questions[group[0]].to].setup
+        setup = base.finetuned[questions[group[0]].to].setup
         written = generate(
             model,
             setup.tokenizer,
@@ -119,7 +119,7 @@ def answer(
             sampling,
             batch_size=batch_size,
             padding=setup.padding,
-            report_rows=lambda rows, before=done: report(
+            report_rows=lambda rows, before=done: on_event(
                 Progress("answering", before + rows, len(questions), "prompts")
             ),  # type: ignore[misc]
             options_of=options_of,
@@ -172,7 +172,7 @@ def _asked(row: Row, labels: Sequence[str]) -> Sequence[int]:
     return [labels.index(wanted)]
 
 
-def _encoded(tuned: FineTunedModel, encoder: Encoder, question: Question, longest: int) -> list[int]:
+def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question, longest: int) -> list[int]:
     """The tokens that a model is to go on from.
 
     Raises:
@@ -180,11 +180,11 @@ def _encoded(tuned: FineTunedModel, encoder: Encoder, question: Question, longes
     """
     if not all(_is_unicode(message.content) for message in question.conversation.messages):
         raise DataError("the text has half of a letter in it", where=question.where, hint="write it as UTF-8")
-    prompt = encoder.prompt(_document(tuned, question), question.where)
+    prompt = encoder.prompt(_document(finetuned, question), question.where)
     if prompt is None:
         raise DataError("the prompt is empty", where=question.where, hint="write the beginning of a text")
-    positions = tuned.setup.positions
-    room = positions - len(prompt.ids) - tuned.prompt_tokens if positions else longest
+    positions = finetuned.setup.positions
+    room = positions - len(prompt.ids) - finetuned.prompt_tokens if positions else longest
     if room < longest:
         raise DataError(
             f"after its {len(prompt.ids)} tokens there is room for {max(room, 0)} more in the {positions} positions "
@@ -200,14 +200,14 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _document(tuned: FineTunedModel, question: Question) -> Document:
+def _document(finetuned: FineTunedModel, question: Question) -> Document:
     """The question in the form of the training rows: turns, or plain text."""
     messages = question.conversation.messages
-    if tuned.uses_chat_template:
+    if finetuned.uses_chat_template:
         return replace(question.conversation, messages=(*messages, Message("assistant", "")))
     if [message.role for message in messages] != ["user"]:
         raise DataError(
-            f"{tuned.label} goes on with plain text and knows no system message and no turns",
+            f"{finetuned.label} goes on with plain text and knows no system message and no turns",
             where=question.where,
             hint="give it one text",
         )
@@ -218,8 +218,8 @@ def _groups(base: SharedBase, questions: Sequence[Question]) -> list[list[int]]:
     """The numbers of the questions that go through one model together, those to the base by itself first."""
     groups: dict[tuple[bool, int], list[int]] = {}
     for index, question in enumerate(questions):
-        tuned = base.tuned[question.to]
-        key = (tuned.trained is not None, -1 if tuned.has_embedded_prompt else question.to)
+        finetuned = base.finetuned[question.to]
+        key = (finetuned.trained is not None, -1 if finetuned.has_embedded_prompt else question.to)
         groups.setdefault(key, []).append(index)
     return [groups[key] for key in sorted(groups)]
 

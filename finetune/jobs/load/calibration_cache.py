@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.dataset import Split
+from finetune.data.dataset import TokenizedDataset
 from finetune.data.mixing import drawn
 from finetune.models.calibration import quantize_by_inputs
 from finetune.models.fingerprint import fingerprint
@@ -21,7 +21,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.optq import ALGORITHM
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.run.events import Progress, Report
+from finetune.run.events import EventHandler, Progress
 from finetune.storage.cache import cached
 from finetune.storage.files import write_json
 
@@ -30,7 +30,12 @@ RECORD = "calibration.json"
 
 
 def calibrated_base(
-    base: ModelFolder, quantizers: Quantizers, train: Split, seed: int, device: torch.device, report: Report
+    base: ModelFolder,
+    quantizers: Quantizers,
+    train: TokenizedDataset,
+    seed: int,
+    device: torch.device,
+    on_event: EventHandler,
 ) -> ModelFolder:
     """The folder of the quantized base, bit for bit the same for every run until it leaves the cache.
 
@@ -40,7 +45,7 @@ def calibrated_base(
         train: The rows to draw from.
         seed: Of the draw.
         device: Where to compute.
-        report: Told how far it is.
+        on_event: Told how far it is.
 
     Raises:
         FinetuneError: The model cannot be quantized in this way.
@@ -64,7 +69,7 @@ def calibrated_base(
             quantizers,
             rows,
             device,
-            lambda done, total: report(Progress("quantizing", done, total, unit="blocks")),
+            lambda done, total: on_event(Progress("quantizing", done, total, unit="blocks")),
         )
         save_quantized(model, folder)
         outputs = {name: error._asdict() for name, error in errors.items()}

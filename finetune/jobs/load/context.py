@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.base import AdapterMethod
-from finetune.data.batch_plan import Layout
-from finetune.data.dataset import Rows, read_data
+from finetune.data.batch_plan import BatchPlan
+from finetune.data.dataset import Datasets, read_data
 from finetune.data.encode import Encoder
 from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
@@ -36,7 +36,7 @@ from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.recipe.sections.training import Precision
 from finetune.resolve import build
-from finetune.run.events import Phase, Report
+from finetune.run.events import EventHandler, Phase
 from finetune.train.memory import bound_kernel_caches, reset_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ModelSetup:
     def find(
         cls,
         section: Model,
-        report: Report,
+        on_event: EventHandler,
         quantizers: Quantizers | None = None,
         precision: Precision = "auto",
         trains_base: bool = False,
@@ -78,7 +78,7 @@ class ModelSetup:
 
         Args:
             section: What names it.
-            report: Told what takes long.
+            on_event: Told what takes long.
             quantizers: Of its layers; by default they are as in its files.
             precision: As in `training.precision`.
             trains_base: Whether its own weights train.
@@ -91,7 +91,7 @@ class ModelSetup:
         bound_kernel_caches()
         accelerator = make_accelerator()
         with accelerator.main_process_first():  # one process fetches or converts, the others find it done
-            folder = find_model(section, _phases(report), weights)
+            folder = find_model(section, _phases(on_event), weights)
         computes_in = compute_dtype(precision, accelerator.device)
         return ModelSetup(
             section=section,
@@ -116,7 +116,7 @@ class ModelSetup:
         positions: int | None = text.get("max_position_embeddings") or text.get("n_positions")
         return positions
 
-    def base_folder(self, report: Report) -> ModelFolder:
+    def base_folder(self, on_event: EventHandler) -> ModelFolder:
         """The files that the model is loaded from.
 
         Raises:
@@ -130,16 +130,16 @@ class ModelSetup:
             )
         return self.folder
 
-    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The frozen model on the device, its layers stored as they should be.
 
         Args:
-            report: Told that it is loading.
+            on_event: Told that it is loading.
             dtype: Store and compute in this type instead of the chosen ones.
         """
-        folder = self.base_folder(report)
+        folder = self.base_folder(on_event)
         kind = self.quantizers.section.kind
-        report(Phase(f"loading {self.section.name}" + (f" in {kind}" if kind != "none" else "")))
+        on_event(Phase(f"loading {self.section.name}" + (f" in {kind}" if kind != "none" else "")))
         with _loading(self.section.name):
             base = load_model(
                 folder,
@@ -165,15 +165,15 @@ class TrainingContext(ModelSetup):
 
     recipe: Recipe
     method: AdapterMethod
-    _rows: list[Rows] = field(default_factory=list, repr=False, compare=False)
+    _rows: list[Datasets] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, recipe: Recipe, report: Report, weights: bool = True) -> TrainingContext:
+    def of(cls, recipe: Recipe, on_event: EventHandler, weights: bool = True) -> TrainingContext:
         """Find and build the parts.
 
         Args:
             recipe: Names them.
-            report: Told what takes long.
+            on_event: Told what takes long.
             weights: Whether the base's weights are needed.
 
         Raises:
@@ -182,18 +182,18 @@ class TrainingContext(ModelSetup):
         """
         quantizers = Quantizers(recipe.quantization, recipe.modules)
         trains_base = recipe.adapter.trains_base
-        setup = ModelSetup.find(recipe.model, report, quantizers, recipe.training.precision, trains_base, weights)
+        setup = ModelSetup.find(recipe.model, on_event, quantizers, recipe.training.precision, trains_base, weights)
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
-    def read_data(self, report: Report) -> Rows:
+    def read_data(self, on_event: EventHandler) -> Datasets:
         """The recipe's rows, tokenized; read once.
 
         Raises:
             DataError: A file or row cannot be used, or a row is too long for the prompt that is trained before it.
         """
         if not self._rows:
-            report(Phase("reading the data"))
-            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, report)
+            on_event(Phase("reading the data"))
+            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, on_event)
             self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
             self._rows.append(rows)
         return self._rows[0]
@@ -208,12 +208,12 @@ class TrainingContext(ModelSetup):
         """Whether processes of the run hold shares of the base."""
         return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
 
-    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The frozen model on the device, or this process's share of it; see `ModelSetup.load_base`."""
         if not self.shards_base:
-            return super().load_base(report, dtype)
-        folder = self.base_folder(report)
-        report(Phase(f"loading shares of {self.section.name}"))
+            return super().load_base(on_event, dtype)
+        folder = self.base_folder(on_event)
+        on_event(Phase(f"loading shares of {self.section.name}"))
         with _loading(self.section.name):
             base = load_sharded_model(
                 folder,
@@ -230,7 +230,7 @@ class TrainingContext(ModelSetup):
         """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
         set_seed(self.recipe.training.seed)
 
-    def base_folder(self, report: Report) -> ModelFolder:
+    def base_folder(self, on_event: EventHandler) -> ModelFolder:
         """The files that the base is loaded from: where codes come of calibration, a folder with them, made if need be.
 
         Raises:
@@ -238,9 +238,9 @@ class TrainingContext(ModelSetup):
         """
         if not self.quantizers.calibrated or stored_quantization(self.folder):
             return self.folder
-        train = self.read_data(report).train
+        train = self.read_data(on_event).train
         seed = self.recipe.training.seed
-        return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, report)
+        return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, on_event)
 
     def _refuse_crowded_context(self, longest: int) -> None:
         positions, places = self.positions, self.recipe.adapter.prompt_tokens
@@ -253,16 +253,16 @@ class TrainingContext(ModelSetup):
             )
 
 
-def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64], padding: int) -> Layout:
+def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64], padding: int) -> BatchPlan:
     """How the recipe's training rows are laid out, as far as the settings of the model in the folder tell.
 
-    See `Layout.of`.
+    See `BatchPlan.of`.
     """
     may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
     draws_for_each_row = recipe.training.neftune_alpha or getattr(recipe.adapter, "dropout", 0)
     is_ours = recipe.model.attention == "auto" and supports_prefix_sharing(read_config(folder))
     may_share = is_ours and not draws_for_each_row
-    return Layout.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
+    return BatchPlan.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
 
 
 @contextmanager
@@ -303,5 +303,5 @@ def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> No
             )
 
 
-def _phases(report: Report) -> Callable[[str], None]:
-    return lambda doing: report(Phase(doing))
+def _phases(on_event: EventHandler) -> Callable[[str], None]:
+    return lambda doing: on_event(Phase(doing))

@@ -20,7 +20,7 @@ from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, PromptChoiceModel
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.jobs.load.context import ModelSetup, TrainingContext
-from finetune.jobs.load.model_ref import Kind, Named
+from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.jobs.load.training_record import (
     QuantizedRecord,
@@ -39,7 +39,7 @@ from finetune.recipe.sections.section import Section
 from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Report
+from finetune.run.events import EventHandler
 from finetune.train.checkpoint import TRAINED
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ VERIFICATION_REPORTS = ("merge.json", "export.json")
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedAdapter:
     """Weights that were trained, not yet loaded.
 
     Attributes:
@@ -80,11 +80,11 @@ class FineTunedModel:
 
     label: str
     setup: ModelSetup
-    trained: Trained | None
+    trained: LoadedAdapter | None
     uses_chat_template: bool
 
     @classmethod
-    def find(cls, named: Named, report: Report) -> FineTunedModel:
+    def find(cls, named: ModelRef, on_event: EventHandler) -> FineTunedModel:
         """Find what a name means, and make sure that its base is the one that it was trained on.
 
         Raises:
@@ -92,13 +92,13 @@ class FineTunedModel:
         """
         match named.kind:
             case Kind.RUN:
-                return _of_run(named, report)
+                return _of_run(named, on_event)
             case Kind.CHECKPOINT:
-                return _of_checkpoint(named, report)
+                return _of_checkpoint(named, on_event)
             case Kind.WEIGHTS:
-                return _from_weights(named, report)
+                return _from_weights(named, on_event)
             case Kind.MODEL:
-                return _of_model(named, report)
+                return _of_model(named, on_event)
 
     @property
     def untuned(self) -> FineTunedModel:
@@ -116,20 +116,20 @@ class FineTunedModel:
         return self.trained is not None and isinstance(self.trained.method, EmbeddedPromptMethod)
 
 
-def _of_run(named: Named, report: Report) -> FineTunedModel:
-    run = FineTunedRun.open(RunDirectory.open(named.path), report)
-    return _with_record(named.label, run.bench, run.bench.method, run.record, run.weights)
+def _of_run(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
+    run = FineTunedRun.open(RunDirectory.open(named.path), on_event)
+    return _with_record(named.label, run.context, run.context.method, run.record, run.weights)
 
 
-def _from_weights(named: Named, report: Report) -> FineTunedModel:
+def _from_weights(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     """The base is found as the record names it, wherever the folder lies now."""
     record = TrainingRecord.read(named.path)
     if record.adapter.trains_base:  # a whole model
         section = record.model.model_copy(update={"name": str(named.path), "revision": None})
-        setup = ModelSetup.find(section, report, precision=record.precision, trains_base=True)
+        setup = ModelSetup.find(section, on_event, precision=record.precision, trains_base=True)
         return FineTunedModel(named.label, setup, None, record.uses_chat_template)
     quantizers = Quantizers(record.quantization, record.modules)
-    setup = ModelSetup.find(record.model, report, quantizers, record.precision)
+    setup = ModelSetup.find(record.model, on_event, quantizers, record.precision)
     method = build(record.adapter, record.modules, setup.tokenizer)
     record.refuse_others(named.path, setup.folder, method)
     return _with_record(named.label, setup, method, record, named.path)
@@ -141,33 +141,33 @@ def _with_record(
     def attach_to(base: PreTrainedModel) -> nn.Module:
         return method.load(base, weights)
 
-    trained = Trained(method, record.quantized_base, attach_to, record.adapter.prompt_tokens, weights)
+    trained = LoadedAdapter(method, record.quantized_base, attach_to, record.adapter.prompt_tokens, weights)
     return FineTunedModel(label, setup, trained, record.uses_chat_template)
 
 
-def _of_checkpoint(named: Named, report: Report) -> FineTunedModel:
+def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     checkpoint = read_checkpoint(named.path)
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
-    bench = TrainingContext.of(recipe, report)
-    refuse_other_base(facts["base"], bench.folder)
+    context = TrainingContext.of(recipe, on_event)
+    refuse_other_base(facts["base"], context.folder)
 
     def attach_to(base: PreTrainedModel) -> nn.Module:
-        bench.seed()
-        model: nn.Module = bench.method.attach(base, facts["total_steps"])
-        bench.method.initialize(model, bench.folder.weight)
-        bench.method.restore(model, load_file(named.path / TRAINED))
+        context.seed()
+        model: nn.Module = context.method.attach(base, facts["total_steps"])
+        context.method.initialize(model, context.folder.weight)
+        context.method.restore(model, load_file(named.path / TRAINED))
         peft_bridge.store_as_base(model)
         return model.requires_grad_(False)
 
     codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
-    trained = Trained(bench.method, codes, attach_to, recipe.adapter.prompt_tokens, named.path)
-    return FineTunedModel(named.label, bench, trained, recorded_chat_template(facts))
+    trained = LoadedAdapter(context.method, codes, attach_to, recipe.adapter.prompt_tokens, named.path)
+    return FineTunedModel(named.label, context, trained, recorded_chat_template(facts))
 
 
-def _of_model(named: Named, report: Report) -> FineTunedModel:
+def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
-    setup = ModelSetup.find(section, report)
+    setup = ModelSetup.find(section, on_event)
     told = _from_verification_report(named.path)
     return FineTunedModel(named.label, setup, None, bool(setup.tokenizer.chat_template) if told is None else told)
 
@@ -176,8 +176,8 @@ def _from_verification_report(folder: Path) -> bool | None:
     """What a file of ours says in the folder of a model that a run became; None where there is none."""
     for name in VERIFICATION_REPORTS:
         with suppress(OSError, ValueError):
-            certificate = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(certificate, dict) and isinstance(told := recorded_chat_template(certificate), bool):
+            verification = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(verification, dict) and isinstance(told := recorded_chat_template(verification), bool):
                 return told
     return None
 
@@ -186,29 +186,29 @@ class SharedBase:
     """One base in memory, and what is put on it by turns.
 
     Args:
-        tuned: What is to answer, all over the same base; it is loaded here.
-        report: Told of every phase.
+        finetuned: What is to answer, all over the same base; it is loaded here.
+        on_event: Told of every phase.
 
     Attributes:
-        tuned: As given.
+        finetuned: As given.
 
     Raises:
         RefusedError: Their bases are not the same, or not quantized to the codes of the training.
         UnsupportedError: One has no adapter that could be put on a base and taken off.
     """
 
-    def __init__(self, tuned: Sequence[FineTunedModel], report: Report) -> None:
-        _refuse_other_bases(tuned)
-        self.tuned = list(tuned)
-        self._base = tuned[0].setup.load_base(report)
-        for each in tuned:
+    def __init__(self, finetuned: Sequence[FineTunedModel], on_event: EventHandler) -> None:
+        _refuse_other_bases(finetuned)
+        self.finetuned = list(finetuned)
+        self._base = finetuned[0].setup.load_base(on_event)
+        for each in finetuned:
             if each.trained is not None:
                 check_same_quantized_weights(each.trained.codes, each.setup, self._base)
-        self._on_it: tuple[Trained, nn.Module] | None = None
+        self._on_it: tuple[LoadedAdapter, nn.Module] | None = None
 
     def model(self, number: int) -> nn.Module:
         """The model of one; what was on the base before is taken off."""
-        trained = self.tuned[number].trained
+        trained = self.finetuned[number].trained
         if self._on_it is not None:
             before, model = self._on_it
             if before is trained:
@@ -226,15 +226,15 @@ class SharedBase:
 
         A prompt that was trained stands before every row, which none then has in common with another.
         """
-        tuned = self.tuned[number]
+        finetuned = self.finetuned[number]
         self.model(number)
-        return not tuned.prompt_tokens and tuned.setup.section.attention == "auto" and self._shares_prefixes
+        return not finetuned.prompt_tokens and finetuned.setup.section.attention == "auto" and self._shares_prefixes
 
     @cached_property
     def _shares_prefixes(self) -> bool:
         """Of the base, with whatever adapter is on it: those change each token by itself."""
         try:
-            setup = self.tuned[0].setup
+            setup = self.finetuned[0].setup
             with autocast(setup.accelerator.device, setup.compute_dtype):
                 use_packing_attention(self._base, may_choose=True)
                 objection = prefix_sharing_blocker(self._base)
@@ -251,9 +251,9 @@ class SharedBase:
         return PromptChoiceModel([model for model in prompted if isinstance(model, EmbeddedPromptModel)])
 
 
-def _refuse_other_bases(tuned: Sequence[FineTunedModel]) -> None:
-    first = tuned[0]
-    for other in tuned[1:]:
+def _refuse_other_bases(finetuned: Sequence[FineTunedModel]) -> None:
+    first = finetuned[0]
+    for other in finetuned[1:]:
         ours, theirs = _base_facts(first), _base_facts(other)
         both = [key for key in ours if key in theirs]
         if differing := [f"{key} {theirs[key]} and not {ours[key]}" for key in both if ours[key] != theirs[key]]:
@@ -262,8 +262,8 @@ def _refuse_other_bases(tuned: Sequence[FineTunedModel]) -> None:
                 where=other.label,
                 hint="answer together with what stands on one base, stored in one way; the rest by itself",
             )
-    replacing = next((each for each in tuned if each.trained and each.trained.method.section.trains_base), None)
-    if replacing and any(each.trained for each in tuned if each is not replacing):
+    replacing = next((each for each in finetuned if each.trained and each.trained.method.section.trains_base), None)
+    if replacing and any(each.trained for each in finetuned if each is not replacing):
         raise UnsupportedError(
             "it has changed the base's own weights, so that no other adapter can go on them",
             where=replacing.label,
@@ -271,9 +271,9 @@ def _refuse_other_bases(tuned: Sequence[FineTunedModel]) -> None:
         )
 
 
-def _base_facts(tuned: FineTunedModel) -> dict[str, str]:
+def _base_facts(finetuned: FineTunedModel) -> dict[str, str]:
     """What must be the same for two to answer over one base as each does over its own."""
-    setup = tuned.setup
+    setup = finetuned.setup
     quantizers = setup.quantizers
     facts = {
         "fingerprint": fingerprint(setup.folder.path)[:12],
@@ -285,7 +285,7 @@ def _base_facts(tuned: FineTunedModel) -> dict[str, str]:
         "computing in": str(setup.compute_dtype).removeprefix("torch."),
         "attention": setup.section.attention,
     }
-    codes = tuned.trained and tuned.trained.codes
+    codes = finetuned.trained and finetuned.trained.codes
     return {**facts, "codes": codes.fingerprint[:12]} if codes else facts
 
 

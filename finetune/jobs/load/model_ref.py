@@ -25,7 +25,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Named:
+class ModelRef:
     """Something to generate with.
 
     Attributes:
@@ -41,7 +41,7 @@ class Named:
     label: str
 
 
-def named(names: Sequence[str]) -> list[Named]:
+def named(names: Sequence[str]) -> list[ModelRef]:
     """What names mean; each gets its last part for a label where that tells it from the others.
 
     Raises:
@@ -54,14 +54,14 @@ def named(names: Sequence[str]) -> list[Named]:
     return [replace(each, label=each.given) if labels.count(each.label) > 1 else each for each in found]
 
 
-def _named(name: str) -> Named:
+def _named(name: str) -> ModelRef:
     path = Path(name).expanduser().absolute()
     label = path.name
     if (path / MANIFEST).is_file():
-        return Named(Kind.CHECKPOINT, name, path, f"{path.parent.parent.name}/{label}")
+        return ModelRef(Kind.CHECKPOINT, name, path, f"{path.parent.parent.name}/{label}")
     if (path / TRAINED_RECORD).is_file():
         is_of_run = RunDirectory(path.parent).marker.is_file()
-        return _named(str(path.parent)) if is_of_run else Named(Kind.WEIGHTS, name, path, label)
+        return _named(str(path.parent)) if is_of_run else ModelRef(Kind.WEIGHTS, name, path, label)
     if (path / "adapter_config.json").is_file():
         raise UsageError(
             f"this adapter has no {TRAINED_RECORD}, which says what it is and what it was trained on",
@@ -71,7 +71,7 @@ def _named(name: str) -> Named:
     run = RunDirectory(path)
     if run.marker.is_file():
         _refuse_unfinished(run)
-        return Named(Kind.RUN, name, path, label)
+        return ModelRef(Kind.RUN, name, path, label)
     if not path.exists() and any(path.parent.glob("*/run.json")):
         RunDirectory.open(path)  # a slip of the pen among runs: says which there are
     if path.is_dir() and not (path / "config.json").is_file():
@@ -81,7 +81,7 @@ def _named(name: str) -> Named:
             where=name,
             hint=f"runs in it: {', '.join(inside)}" if inside else "name a run's folder, or a model's with config.json",
         )
-    return Named(Kind.MODEL, name, path, label)
+    return ModelRef(Kind.MODEL, name, path, label)
 
 
 def _refuse_unfinished(run: RunDirectory) -> None:

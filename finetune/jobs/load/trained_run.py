@@ -17,7 +17,7 @@ from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Phase, Report
+from finetune.run.events import EventHandler, Phase
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class FineTunedRun:
 
     Attributes:
         run: Its directory.
-        bench: The parts of its recipe.
+        context: The parts of its recipe.
         weights: The folder of its trained weights.
         record: What stands beside them.
     """
 
     run: RunDirectory
-    bench: TrainingContext
+    context: TrainingContext
     weights: Path
     record: TrainingRecord
 
     @classmethod
-    def open(cls, run: RunDirectory, report: Report) -> FineTunedRun:
+    def open(cls, run: RunDirectory, on_event: EventHandler) -> FineTunedRun:
         """Open a run and make sure that its base is the one that it was trained on.
 
         Raises:
@@ -54,48 +54,48 @@ class FineTunedRun:
                 where=str(run.path),
                 hint="go on with it: ft train --resume RUN",
             )
-        bench = TrainingContext.of(recipe, report)
+        context = TrainingContext.of(recipe, on_event)
         record = TrainingRecord.read(weights)
-        record.refuse_others(weights, bench.folder, bench.method)
-        return cls(run, bench, weights, record)
+        record.refuse_others(weights, context.folder, context.method)
+        return cls(run, context, weights, record)
 
-    def load_base(self, report: Report, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The base, quantized to the very weights that the run was trained on.
 
         Args:
-            report: Told that it is loading.
+            on_event: Told that it is loading.
             dtype: Store and compute in this type instead of the recipe's.
 
         Raises:
             RefusedError: It is quantized to others.
         """
-        base = self.bench.load_base(report, dtype)
-        self.record.refuse_other_quantization(self.bench, base)
+        base = self.context.load_base(on_event, dtype)
+        self.record.refuse_other_quantization(self.context, base)
         return base
 
-    def stream_base(self, report: Report, dequantized: bool) -> StreamedModel:
+    def stream_base(self, on_event: EventHandler, dequantized: bool) -> StreamedModel:
         """The base in float32 without its weights, which are read when they are needed.
 
         Args:
-            report: Told what is checked.
+            on_event: Told what is checked.
             dequantized: Whether the adapter is to be folded into weights, and not put on the codes that it trained on.
 
         Raises:
             RefusedError: It is quantized to others than those that were trained on.
         """
-        bench = self.bench
-        if bench.recipe.adapter.trains_base:  # the trained weights are a whole model
-            folder = ModelFolder(self.weights, bench.folder.name)
+        context = self.context
+        if context.recipe.adapter.trains_base:  # the trained weights are a whole model
+            folder = ModelFolder(self.weights, context.folder.name)
         else:
-            folder = bench.base_folder(report)
-        base = StreamedModel(folder, bench.section, bench.quantizers, bench.accelerator.device, dequantized)
+            folder = context.base_folder(on_event)
+        base = StreamedModel(folder, context.section, context.quantizers, context.accelerator.device, dequantized)
         if base.quantizers:
-            report(Phase("comparing the quantized base with the one that was trained on"))
+            on_event(Phase("comparing the quantized base with the one that was trained on"))
             found = fingerprint_layers(base.quantized_layers())
-            refuse_other_record(self.record.quantized_base, as_record(bench, found), bench)
+            refuse_other_record(self.record.quantized_base, as_record(context, found), context)
         return base
 
-    def attach(self, base: PreTrainedModel, report: Report) -> nn.Module:
+    def attach(self, base: PreTrainedModel, on_event: EventHandler) -> nn.Module:
         """Put the trained weights on a freshly loaded base."""
-        report(Phase(f"loading the trained weights of {self.run.path.name}"))
-        return self.bench.method.load(base, self.weights)
+        on_event(Phase(f"loading the trained weights of {self.run.path.name}"))
+        return self.context.method.load(base, self.weights)

@@ -67,18 +67,18 @@ class TrainingRecord(Section):
     uses_chat_template: bool = Field(validation_alias=AliasChoices("uses_chat_template", "in_conversation"))
 
     @classmethod
-    def of(cls, bench: TrainingContext, quantized_base: str | None, uses_chat_template: bool) -> TrainingRecord:
+    def of(cls, context: TrainingContext, quantized_base: str | None, uses_chat_template: bool) -> TrainingRecord:
         """The record of what was trained in this process, over a base of that fingerprint as it was quantized."""
-        recipe = bench.recipe
+        recipe = context.recipe
         return cls(
             adapter=recipe.adapter,
-            convention=bench.method.convention,
+            convention=context.method.convention,
             quantization=recipe.quantization,
             modules=recipe.modules,
             model=recipe.model,
             precision=recipe.training.precision,
-            base=base_record(bench),
-            quantized_base=as_record(bench, quantized_base),
+            base=base_record(context),
+            quantized_base=as_record(context, quantized_base),
             uses_chat_template=uses_chat_template,
         )
 
@@ -132,9 +132,9 @@ class TrainingRecord(Section):
         check_same_quantized_weights(self.quantized_base, setup, base)
 
 
-def base_record(bench: TrainingContext) -> BaseRecord:
+def base_record(context: TrainingContext) -> BaseRecord:
     """The base of a recipe."""
-    folder = bench.folder
+    folder = context.folder
     return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
 
 

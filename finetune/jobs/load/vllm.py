@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from finetune.errors import UnsupportedError
-from finetune.evaluation.engine import Writer
+from finetune.evaluation.engine import Generator
 from finetune.jobs.load.finetuned_model import FineTunedModel
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.recipe.vllm_support import served_rank
-from finetune.run.events import Report
+from finetune.run.events import EventHandler
 
 
-def vllm_generator(tuned: FineTunedModel, report: Report) -> Writer:
+def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generator:
     """Answers of `tuned` by vLLM, which loads it when it is first asked, and tells `report` so.
 
     Raises:
         UnsupportedError: vLLM would refuse it, or answer as something else than was trained.
         UsageError: vLLM is not installed.
     """
-    setup, trained = tuned.setup, tuned.trained
+    setup, trained = finetuned.setup, finetuned.trained
     if not setup.quantizers.quantize_nothing or stored_quantization(setup.folder):
         raise UnsupportedError(
             "its weights are quantized by ft, and vLLM does not load those",
-            where=tuned.label,
+            where=finetuned.label,
             hint="measure it in plain weights, which ft merge --dtype bfloat16 writes of a run; or leave --engine out",
         )
     folder, adapter, rank = setup.folder.path, None, None
@@ -33,14 +33,14 @@ def vllm_generator(tuned: FineTunedModel, report: Report) -> Writer:
         if not (trained.weights / form).is_file():
             raise UnsupportedError(
                 "vLLM reads no checkpoint",
-                where=tuned.label,
+                where=finetuned.label,
                 hint="name the run when it has finished, or leave --engine out",
             )
         folder, adapter = (trained.weights, None) if section.trains_base else (folder, trained.weights)
     from finetune.evaluation.vllm_generator import VllmGenerator
 
     return VllmGenerator(
-        tuned.label,
+        finetuned.label,
         folder,
         setup.tokenizer,
         setup.compute_dtype,
@@ -48,5 +48,5 @@ def vllm_generator(tuned: FineTunedModel, report: Report) -> Writer:
         setup.positions,
         adapter,
         rank,
-        report,
+        on_event,
     )

@@ -11,17 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from finetune.data.batch_plan import Layout
+from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import Batch, BatchOrder
-from finetune.data.dataset import Rows
+from finetune.data.dataset import Datasets
 from finetune.jobs.load.context import TrainingContext, layout_of
 from finetune.malloc import is_tcmalloc
 from finetune.models.loading.dtype import file_dtype, weight_dtype
 from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.safetensors_io import stored_tensors
-from finetune.plan.footprint import Base, Passes, Resident, Setting, passes, resident
-from finetune.plan.gpu_specs import Card
+from finetune.plan.footprint import Base, EstimateInputs, ResidentMemory, TransientMemory, passes, resident
+from finetune.plan.gpu_specs import GpuSpec
 from finetune.plan.machine import local_gpu, matmul_workspace_bytes, memory_bytes, rss_bytes
 from finetune.plan.shards import per_process
 from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
@@ -29,7 +29,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.on_load import OnLoadConfig
 from finetune.recipe.recipe import Recipe
 from finetune.resolve import build
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.train.loop import batch_order
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ CONTEXT_ON_GPU = 600_000_000
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """How much there is to do.
 
     Attributes:
@@ -98,7 +98,7 @@ class Plan:
         pinned: Bytes of the machine's own memory in which what is offloaded from a GPU waits.
         trainable: Numbers that train.
         total: Numbers of model and adapter, packed ones counted one by one.
-        work: How much there is to do.
+        workload: How much there is to do.
         seconds: Of training; None where the device's speed is not known, or was not asked for.
         is_measured: Whether the speed was measured here, or is the one stated for the card.
     """
@@ -114,7 +114,7 @@ class Plan:
     pinned: int
     trainable: int
     total: int
-    work: Work
+    workload: Workload
     seconds: float | None
     is_measured: bool
 
@@ -152,35 +152,37 @@ class MemoryPlanner:
     """Plans recipes that differ in settings and have rows and model in common.
 
     Args:
-        bench: Of one of them, before its base is loaded: what the process holds now counts as its libraries.
+        context: Of one of them, before its base is loaded: what the process holds now counts as its libraries.
         rows: Its rows.
-        card: The GPU to plan for; None for this machine.
-        report: Told what takes long.
+        gpu: The GPU to plan for; None for this machine.
+        on_event: Told what takes long.
 
     Raises:
         FinetuneError: What would stop the training too.
     """
 
-    def __init__(self, bench: TrainingContext, rows: Rows, card: Card | None, report: Report = ignore) -> None:
-        self._report, self._card = report, card or local_gpu()
-        self._bench, self._rows = bench, rows
+    def __init__(
+        self, context: TrainingContext, rows: Datasets, gpu: GpuSpec | None, on_event: EventHandler = ignore
+    ) -> None:
+        self._on_event, self._gpu = on_event, gpu or local_gpu()
+        self._context, self._rows = context, rows
         self._held = rss_bytes()
-        self._resident: dict[str, Resident] = {}
+        self._resident: dict[str, ResidentMemory] = {}
 
     @property
     def on_gpu(self) -> bool:
         """Whether it plans for a GPU."""
-        return self._card is not None
+        return self._gpu is not None
 
     @classmethod
-    def of(cls, recipe: Recipe, card: Card | None, report: Report = ignore) -> MemoryPlanner:
+    def of(cls, recipe: Recipe, gpu: GpuSpec | None, on_event: EventHandler = ignore) -> MemoryPlanner:
         """A planner for recipes like this one; needs no weights.
 
         Raises:
             FinetuneError: What would stop the training too.
         """
-        bench = TrainingContext.of(recipe, report, weights=False)
-        return cls(bench, bench.read_data(report), card, report)
+        context = TrainingContext.of(recipe, on_event, weights=False)
+        return cls(context, context.read_data(on_event), gpu, on_event)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
         """What a run of this recipe will take.
@@ -192,15 +194,17 @@ class MemoryPlanner:
         Raises:
             FinetuneError: The settings do not go with the model, or it cannot be traced.
         """
-        self._report(Phase("laying out the rows"))
-        bench, layout, order = self._laid_out(recipe)
-        batch, work = _largest(self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes)
-        setting = self._setting(bench, layout, order)
-        self._report(Phase("counting what stays in memory"))
-        held = self._held_by(recipe, setting)
-        self._report(Phase("tracing the largest passes"))
-        traced = passes(setting, batch, _validation(self._rows, recipe, layout))
-        return self._assembled(bench, setting, held, traced, work, measures_time)
+        self._on_event(Phase("laying out the rows"))
+        context, layout, order = self._laid_out(recipe)
+        batch, workload = _largest(
+            self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes
+        )
+        inputs = self._inputs(context, layout, order)
+        self._on_event(Phase("counting what stays in memory"))
+        held = self._held_by(recipe, inputs)
+        self._on_event(Phase("tracing the largest passes"))
+        traced = passes(inputs, batch, _validation(self._rows, recipe, layout))
+        return self._assembled(context, inputs, held, traced, workload, measures_time)
 
     def least(self, recipe: Recipe) -> int:
         """Bytes that such a run holds from step to step, and so must be there; to count them no pass is traced.
@@ -208,139 +212,147 @@ class MemoryPlanner:
         Raises:
             FinetuneError: The settings do not go with the model.
         """
-        held = self._held_by(recipe, self._setting(*self._laid_out(recipe)))
-        libraries, own = self._held if self._card is None else CONTEXT_ON_GPU, per_process(held, recipe)
+        held = self._held_by(recipe, self._inputs(*self._laid_out(recipe)))
+        libraries, own = self._held if self._gpu is None else CONTEXT_ON_GPU, per_process(held, recipe)
         moments = 0 if self._pages(recipe) else own.optimizer
         return libraries + own.weights + held.adapter + own.gradients + moments
 
-    def _laid_out(self, recipe: Recipe) -> tuple[TrainingContext, Layout, BatchOrder]:
-        bench = replace(
-            self._bench,
+    def _laid_out(self, recipe: Recipe) -> tuple[TrainingContext, BatchPlan, BatchOrder]:
+        context = replace(
+            self._context,
             recipe=recipe,
             quantizers=Quantizers(recipe.quantization, recipe.modules),
-            method=build(recipe.adapter, recipe.modules, self._bench.tokenizer),
+            method=build(recipe.adapter, recipe.modules, self._context.tokenizer),
         )
-        layout = layout_of(recipe, bench.folder, self._rows.train.lengths, bench.padding)
-        return bench, layout, batch_order(layout.units, recipe.training)
+        layout = layout_of(recipe, context.folder, self._rows.train.lengths, context.padding)
+        return context, layout, batch_order(layout.units, recipe.training)
 
-    def _held_by(self, recipe: Recipe, setting: Setting) -> Resident:
+    def _held_by(self, recipe: Recipe, inputs: EstimateInputs) -> ResidentMemory:
         """Counted once for all recipes that hold the same."""
-        key = repr((recipe.quantization, recipe.modules, recipe.adapter, recipe.optimizer, setting.weight_dtype))
+        key = repr((recipe.quantization, recipe.modules, recipe.adapter, recipe.optimizer, inputs.weight_dtype))
         if key not in self._resident:
-            self._resident[key] = resident(setting)
+            self._resident[key] = resident(inputs)
         return self._resident[key]
 
     def _pages(self, recipe: Recipe) -> bool:
         """Whether the optimizer's part moves to the CPU's memory where the GPU's is short."""
-        return self._card is not None and recipe.optimizer.name.startswith("paged")
+        return self._gpu is not None and recipe.optimizer.name.startswith("paged")
 
-    def _setting(self, bench: TrainingContext, layout: Layout, order: BatchOrder) -> Setting:
-        recipe, stored = bench.recipe, stored_quantization(bench.folder)
-        computes_in = bench.compute_dtype
-        if self._card is not None:
+    def _inputs(self, context: TrainingContext, layout: BatchPlan, order: BatchOrder) -> EstimateInputs:
+        recipe, stored = context.recipe, stored_quantization(context.folder)
+        computes_in = context.compute_dtype
+        if self._gpu is not None:
             computes_in = torch.float32 if recipe.training.precision == "float32" else torch.bfloat16
-        return Setting(
-            config=read_config(bench.folder),
+        return EstimateInputs(
+            config=read_config(context.folder),
             model=recipe.model,
-            choose=OnLoadConfig.from_dict(stored.model_dump()).choose if stored else bench.quantizers,
+            choose=OnLoadConfig.from_dict(stored.model_dump()).choose if stored else context.quantizers,
             quantizes_head=stored is not None,
             weight_dtype=weight_dtype(recipe.model.dtype, computes_in, recipe.adapter.trains_base),
             compute_dtype=computes_in,
-            method=bench.method,
+            method=context.method,
             total_steps=order.total_steps,
             optimizer=recipe.optimizer,
             checkpointing=recipe.training.gradient_checkpointing,
             noise=recipe.training.neftune_alpha,
             flattens_rows=layout.restarts_positions,
-            gpu_memory=self._card.memory_bytes if self._card else None,
+            gpu_memory=self._gpu.memory_bytes if self._gpu else None,
         )
 
     def _assembled(
-        self, bench: TrainingContext, setting: Setting, held: Resident, traced: Passes, work: Work, measures_time: bool
+        self,
+        context: TrainingContext,
+        inputs: EstimateInputs,
+        held: ResidentMemory,
+        traced: TransientMemory,
+        workload: Workload,
+        measures_time: bool,
     ) -> Plan:
-        recipe, card = bench.recipe, self._card
-        libraries = self._held + matmul_workspace_bytes(setting.compute_dtype) if card is None else CONTEXT_ON_GPU
+        recipe, gpu = context.recipe, self._gpu
+        libraries = self._held + matmul_workspace_bytes(inputs.compute_dtype) if gpu is None else CONTEXT_ON_GPU
         on_cpu = FRAGMENTATION_OF_TCMALLOC if is_tcmalloc() else FRAGMENTATION_OF_GLIBC
-        holes = on_cpu if card is None else FRAGMENTATION_ON_GPU
+        fragmentation = on_cpu if gpu is None else FRAGMENTATION_ON_GPU
         step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
         own = per_process(held, recipe)
         is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
-        is_mapped = card is None and not is_sharded
+        is_mapped = gpu is None and not is_sharded
         if is_mapped:
-            own = own._replace(weights=own.weights + _left_mapped(bench, held.base, setting.weight_dtype))
+            own = own._replace(weights=own.weights + _left_mapped(context, held.base, inputs.weight_dtype))
         parts = {
             "libraries": libraries,
             "weights": own.weights,
             "adapter": held.adapter,
             "gradients": own.gradients,
             "optimizer": own.optimizer,
-            **({"together": own.together} if own.together else {}),
+            **({"communication": own.communication} if own.communication else {}),
             "activations": step - traced.logits,
             "logits": traced.logits,
-            "holes": round(holes * step),
+            "fragmentation": round(fragmentation * step),
         }
-        mapped = _mapped_bytes(bench, setting.weight_dtype) if is_mapped else 0
-        whole = held.base.block + held.base.around if is_sharded else 0
-        speed = card.teraflops * 1e12 * SHARE_OF_STATED if card and card.teraflops else None
-        if card is None and measures_time:
-            self._report(Phase("measuring products"))
-            speed = SHARE_OF_PRODUCTS * measured_speed(held.shapes, work.largest_pass, setting.compute_dtype)
-        toil = operations(
+        mapped = _mapped_bytes(context, inputs.weight_dtype) if is_mapped else 0
+        whole = held.base.block + held.base.non_block if is_sharded else 0
+        speed = gpu.teraflops * 1e12 * SHARE_OF_STATED if gpu and gpu.teraflops else None
+        if gpu is None and measures_time:
+            self._on_event(Phase("measuring products"))
+            speed = SHARE_OF_PRODUCTS * measured_speed(held.shapes, workload.largest_pass, inputs.compute_dtype)
+        flops = operations(
             held.shapes,
             held.head,
             held.count.trainable,
-            work.computed,
-            work.targets,
+            workload.computed,
+            workload.targets,
             recipe.adapter.trains_base,
             recipe.training.gradient_checkpointing,
         )
         return Plan(
-            device=card.name if card else "this machine's CPU",
+            device=gpu.name if gpu else "this machine's CPU",
             processes=recipe.distributed.processes,
             strategy=recipe.distributed.strategy,
-            capacity=card.memory_bytes if card else memory_bytes(recipe.distributed.processes),
+            capacity=gpu.memory_bytes if gpu else memory_bytes(recipe.distributed.processes),
             parts=parts,
             paged=self._pages(recipe),
-            while_loading=(self._held if card is None else CONTEXT_ON_GPU) + own.weights + whole + mapped,
+            while_loading=(self._held if gpu is None else CONTEXT_ON_GPU) + own.weights + whole + mapped,
             while_evaluating=libraries
             + own.weights
             + whole
             + held.adapter
             + own.optimizer
-            + round((1 + holes) * traced.evaluation),
+            + round((1 + fragmentation) * traced.evaluation),
             pinned=traced.pinned,
             trainable=held.count.trainable,
             total=held.count.total,
-            work=work,
-            seconds=toil / (speed * (recipe.distributed.processes if card else 1)) if speed else None,
-            is_measured=card is None,
+            workload=workload,
+            seconds=flops / (speed * (recipe.distributed.processes if gpu else 1)) if speed else None,
+            is_measured=gpu is None,
         )
 
 
-def estimated_peak(bench: TrainingContext, rows: Rows, total_steps: int) -> int | None:
+def estimated_peak(context: TrainingContext, rows: Datasets, total_steps: int) -> int | None:
     """The most memory that a run should take, of several processes the first, in bytes, for whoever watches it.
 
     None in the others, and where it cannot be told, for a model whose passes cannot be traced. It is no reason to stop
     a run.
 
     Args:
-        bench: Of the run, before its base is loaded.
+        context: Of the run, before its base is loaded.
         rows: Of the run.
         total_steps: Of the run.
     """
-    if total_steps < WATCHED_FROM or not bench.accelerator.is_main_process:
+    if total_steps < WATCHED_FROM or not context.accelerator.is_main_process:
         return None
     # As many as there are, whoever started them and on however many machines.
-    shared = bench.recipe.distributed.model_copy(update={"processes": bench.accelerator.num_processes})
-    recipe = bench.recipe.model_copy(update={"distributed": shared})
+    shared = context.recipe.distributed.model_copy(update={"processes": context.accelerator.num_processes})
+    recipe = context.recipe.model_copy(update={"distributed": shared})
     try:
-        return MemoryPlanner(bench, rows, None).plan(recipe, measures_time=False).peak
+        return MemoryPlanner(context, rows, None).plan(recipe, measures_time=False).peak
     except Exception as error:
         logger.debug("the memory of the run is not foreseen: %s", error)
         return None
 
 
-def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, processes: int) -> tuple[Batch, Work]:
+def _largest(
+    rows: Datasets, layout: BatchPlan, order: BatchOrder, prompt: int, processes: int
+) -> tuple[Batch, Workload]:
     """The micro-batch of most tokens in the run, and how much there is to do in all."""
 
     def batch_of(chosen: list[int]) -> Batch:
@@ -362,7 +374,7 @@ def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, process
                 seen, together = seen + tokens, together + batch_of(chosen).ids_BT.numel()
     largest = max((batch_of(chosen) for _, chosen in large), key=lambda batch: batch.ids_BT.numel())
     shared = 1 - together / seen if seen else 0.0
-    work = Work(
+    workload = Workload(
         rows=len(lengths),
         tokens=int(lengths.sum()),
         steps_per_epoch=layout.units / order.units_per_step,
@@ -372,7 +384,7 @@ def _largest(rows: Rows, layout: Layout, order: BatchOrder, prompt: int, process
         shared=shared,
         targets=trained,
     )
-    return largest, work
+    return largest, workload
 
 
 def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:
@@ -380,7 +392,7 @@ def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:
     return int(lengths.sum() if in_one_line else len(lengths) * lengths.max())
 
 
-def _validation(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
+def _validation(rows: Datasets, recipe: Recipe, layout: BatchPlan) -> Batch | None:
     """The largest batch of held-out rows; those of like length stand together."""
     examples = rows.validation[: recipe.evaluation.max_rows]
     if not len(examples):
@@ -389,25 +401,25 @@ def _validation(rows: Rows, recipe: Recipe, layout: Layout) -> Batch | None:
     return layout.batch([examples[int(row)] for row in longest])
 
 
-def _left_mapped(bench: TrainingContext, base: Base, dtype: torch.dtype) -> int:
+def _left_mapped(context: TrainingContext, base: Base, dtype: torch.dtype) -> int:
     """Bytes of a file that stay mapped after weights of another type were made of them: for codes beside them stay."""
-    in_file = file_dtype(bench.folder.path)
-    return base.around * in_file.itemsize // dtype.itemsize if _reads_codes(bench) and in_file is not dtype else 0
+    in_file = file_dtype(context.folder.path)
+    return base.non_block * in_file.itemsize // dtype.itemsize if _reads_codes(context) and in_file is not dtype else 0
 
 
-def _mapped_bytes(bench: TrainingContext, dtype: torch.dtype) -> int:
+def _mapped_bytes(context: TrainingContext, dtype: torch.dtype) -> int:
     """Bytes of the base's files, which are mapped into memory while weights of another type are made of them.
 
     Weights of the files' own type stay in their mapping, and so take nothing beside it; so do codes.
     """
-    if _reads_codes(bench):
+    if _reads_codes(context):
         return 0
-    stored = stored_tensors(bench.folder.path).values()
+    stored = stored_tensors(context.folder.path).values()
     files = sum(tensor.end - tensor.start for tensor in stored)
-    stay = bench.quantizers.quantize_nothing and file_dtype(bench.folder.path) is dtype
+    stay = context.quantizers.quantize_nothing and file_dtype(context.folder.path) is dtype
     return 0 if stay else files
 
 
-def _reads_codes(bench: TrainingContext) -> bool:
+def _reads_codes(context: TrainingContext) -> bool:
     """Whether the base's codes stand in files, as calibration or `ft quantize` has written them."""
-    return bool(bench.quantizers.calibrated) or stored_quantization(bench.folder) is not None
+    return bool(context.quantizers.calibrated) or stored_quantization(context.folder) is not None

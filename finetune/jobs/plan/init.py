@@ -22,7 +22,7 @@ from finetune.jobs.plan.fit_to_memory import Fitted, fit
 from finetune.jobs.plan.starter_recipe import AIMS, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder, find_model
-from finetune.plan.gpu_specs import Card
+from finetune.plan.gpu_specs import GpuSpec
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
 from finetune.recipe.load import recipe_of
@@ -31,7 +31,7 @@ from finetune.recipe.schema import every_key
 from finetune.recipe.sections.data import Source, SourceSection, TextSource, TokenizedSource
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.section import anchored
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_file
 
 FEW_TEXTS = 20
@@ -103,17 +103,17 @@ def likely_objective(seen: DatasetSummary) -> str:
 
 
 def write_recipe(
-    seen: DatasetSummary, model: str, aim: str, card: Card | None, output: Path, report: Report = ignore
+    seen: DatasetSummary, model: str, objective: str, gpu: GpuSpec | None, output: Path, on_event: EventHandler = ignore
 ) -> Fitted:
     """Write a recipe that is valid, and that fits by the plan whatever rows come, if they are no longer than it allows.
 
     Args:
         seen: The data.
         model: Name of the base, as in `model.name`; a relative path starts at the working directory.
-        aim: One of `AIMS`.
-        card: The GPU to fit into; None for this machine.
+        objective: One of `AIMS`.
+        gpu: The GPU to fit into; None for this machine.
         output: The recipe's file, which is replaced.
-        report: Told what is being done.
+        on_event: Told what is being done.
 
     Returns:
         What had to be changed to make it fit, and what it will take.
@@ -125,11 +125,11 @@ def write_recipe(
         ModelError: There is no such model, or it has no chat template and rows are conversations.
         EnvironmentFault: The hub cannot be reached, or the file cannot be written.
     """
-    _refuse_mismatch(seen, aim)
-    facts = _facts(seen, model, aim, report)
+    _refuse_mismatch(seen, objective)
+    facts = _facts(seen, model, objective, on_event)
     loaded = recipe_of(starter_recipe(facts, output), output)
     with tempfile.TemporaryDirectory(prefix="ft-init-") as folder:
-        planner = MemoryPlanner.of(_on_longest_rows(loaded.recipe, Path(folder)), card, report)
+        planner = MemoryPlanner.of(_on_longest_rows(loaded.recipe, Path(folder)), gpu, on_event)
         fitted = fit(planner, loaded)
     text = starter_recipe(facts, output, fitted)
     recipe_of(text, output)
@@ -148,16 +148,16 @@ def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
 
 
-def _refuse_mismatch(seen: DatasetSummary, aim: str) -> None:
-    if aim not in AIMS:
-        raise UsageError(f"there is no aim {aim!r}", hint=f"aims: {', '.join(AIMS)}")
-    if seen.is_text and aim not in ("pretraining", "long-context"):
+def _refuse_mismatch(seen: DatasetSummary, objective: str) -> None:
+    if objective not in AIMS:
+        raise UsageError(f"there is no aim {objective!r}", hint=f"aims: {', '.join(AIMS)}")
+    if seen.is_text and objective not in ("pretraining", "long-context"):
         raise UsageError(
-            f"the rows are plain text, which asks nothing and answers nothing, and the aim is {aim}",
+            f"the rows are plain text, which asks nothing and answers nothing, and the aim is {objective}",
             where=seen.source.place,
             hint="add --aim pretraining, or bring rows with questions and answers",
         )
-    if not seen.is_text and aim == "pretraining":
+    if not seen.is_text and objective == "pretraining":
         raise UsageError(
             f"the rows are of format {seen.format}, and pretraining is for plain text",
             where=seen.source.place,
@@ -165,16 +165,16 @@ def _refuse_mismatch(seen: DatasetSummary, aim: str) -> None:
         )
 
 
-def _facts(seen: DatasetSummary, model: str, aim: str, report: Report) -> Facts:
+def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHandler) -> Facts:
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
-    folder = find_model(section, lambda doing: report(Phase(doing)), weights=False)
-    report(Phase("looking at the data"))
+    folder = find_model(section, lambda doing: on_event(Phase(doing)), weights=False)
+    on_event(Phase("looking at the data"))
     longest, apart = longest_row(seen.sample, load_tokenizer(folder))
     wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
     return Facts(
         seen=seen,
         model=model,
-        aim=aim,
+        objective=objective,
         longest_row=longest,
         row_tokens=min(wanted, _context_length(folder) or wanted),
         splits_turns=apart,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.batch_plan import Layout, Unit
+from finetune.data.batch_plan import BatchPlan, Unit
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
 from finetune.data.report import ledger
@@ -17,7 +17,7 @@ from finetune.jobs.load.context import layout_of
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model
 from finetune.recipe.recipe import Recipe
-from finetune.run.events import Phase, Report, ignore
+from finetune.run.events import EventHandler, Phase, ignore
 from finetune.train.loop import batch_order
 
 
@@ -105,16 +105,16 @@ class Preview:
         return {**asdict(self), "fill": self.fill, "shared": self.shared}
 
 
-def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
+def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Preview:
     """Read and encode a recipe's rows as training would, and show the first `rows` of them.
 
     Raises:
         FinetuneError: What would stop the training too.
     """
-    folder = find_model(recipe.model, lambda doing: report(Phase(doing)), weights=False)
+    folder = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
     tokenizer = load_tokenizer(folder)
-    report(Phase("reading the data"))
-    data = read_data(recipe.data, tokenizer, recipe.training.seed, report)
+    on_event(Phase("reading the data"))
+    data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)
     train = data.train
     layout = layout_of(recipe, folder, train.lengths, padding_id(tokenizer))
     order = batch_order(layout.units, recipe.training)
@@ -129,7 +129,7 @@ def preview(recipe: Recipe, rows: int, report: Report = ignore) -> Preview:
     )
 
 
-def _micro_batch(layout: Layout, group: list[Unit]) -> MicroBatch:
+def _micro_batch(layout: BatchPlan, group: list[Unit]) -> MicroBatch:
     lengths, computed = [len(example.ids) for unit in group for example in unit], layout.tensors(group).ids_BT.numel()
     return MicroBatch(lengths, computed, sum(lengths) - computed if layout.shares_prefixes else 0)
 

@@ -30,7 +30,7 @@ CHECKS_AN_EPOCH = 4
 
 
 @dataclass(frozen=True)
-class Aim:
+class Objective:
     """What people come for.
 
     Attributes:
@@ -42,14 +42,14 @@ class Aim:
     max_new_tokens: int
 
 
-AIMS: Mapping[str, Aim] = {
-    "chat": Aim("answers in conversations", 256),
-    "classification": Aim("a label for a text", 16),
-    "extraction": Aim("JSON out of a text", 256),
-    "tools": Aim("calls of tools", 256),
-    "qa": Aim("short answers to questions", 32),
-    "pretraining": Aim("continued pre-training on plain text", 64),
-    "long-context": Aim("rows of many thousand tokens", 256),
+AIMS: Mapping[str, Objective] = {
+    "chat": Objective("answers in conversations", 256),
+    "classification": Objective("a label for a text", 16),
+    "extraction": Objective("JSON out of a text", 256),
+    "tools": Objective("calls of tools", 256),
+    "qa": Objective("short answers to questions", 32),
+    "pretraining": Objective("continued pre-training on plain text", 64),
+    "long-context": Objective("rows of many thousand tokens", 256),
 }
 
 
@@ -60,7 +60,7 @@ class Facts:
     Attributes:
         seen: The data.
         model: The base's name, as it was given.
-        aim: One of `AIMS`.
+        objective: One of `AIMS`.
         longest_row: Tokens of the longest row that was looked at.
         row_tokens: `data.max_length`.
         splits_turns: Whether each answer needs a row of its own.
@@ -68,7 +68,7 @@ class Facts:
 
     seen: DatasetSummary
     model: str
-    aim: str
+    objective: str
     longest_row: int
     row_tokens: int
     splits_turns: bool
@@ -100,17 +100,17 @@ def _head(facts: Facts, file: Path, fitted: Fitted | None) -> list[str]:
     seen = facts.seen
     rows = f"{seen.rows} rows" if seen.is_whole else f"{seen.rows} rows and more"
     looked_at = min(seen.rows, SAMPLED_ROWS)
-    what = AIMS[facts.aim].what
+    what = AIMS[facts.objective].what
     return [
         f"{what[0].upper()}{what[1:]}: a first recipe, by ft init.",
         f"Data:    {rows} of format {seen.format}; the longest of the first {looked_at} has {facts.longest_row} tokens",
-        *([_foreseen(fitted, facts.row_tokens)] if fitted else []),
+        *([_estimated(fitted, facts.row_tokens)] if fitted else []),
         f"Command: ft train {file}",
         "Every key with its default: ft explain; what the model will see: ft preview; what it takes: ft plan",
     ]
 
 
-def _foreseen(fitted: Fitted, row_tokens: int) -> str:
+def _estimated(fitted: Fitted, row_tokens: int) -> str:
     plan = fitted.after
     there = f" of {memory(plan.capacity)}" if plan.capacity else ""
     return f"Memory:  {memory(plan.peak)}{there} on {plan.device} if all rows had {row_tokens} tokens; with yours less"
@@ -170,7 +170,7 @@ def _evaluation(facts: Facts) -> dict[str, Any]:
     steps_an_epoch = facts.seen.rows // batch_size(facts.seen.rows)
     if _validation(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
         evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
-    return {**evaluation, "max_new_tokens": AIMS[facts.aim].max_new_tokens}
+    return {**evaluation, "max_new_tokens": AIMS[facts.objective].max_new_tokens}
 
 
 def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:

@@ -26,7 +26,7 @@ from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.sweep_page import sweep_page
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Report
+from finetune.run.events import EventHandler
 from finetune.run.signals import Interruption
 from finetune.run.sweep_trials import SweepDirectory, Trial, Values
 from finetune.storage.files import disk_faults, write_text
@@ -91,13 +91,15 @@ class Sweep:
         run.recipe_as_written.write_text(self._loaded.text, encoding="utf-8")
         return run
 
-    def train(self, trial: Trial, run: RunDirectory, report: Report, interruption: Interruption | None = None) -> None:
+    def train(
+        self, trial: Trial, run: RunDirectory, on_event: EventHandler, interruption: Interruption | None = None
+    ) -> None:
         """Train a trial to its end, or find that its values cannot be trained.
 
         Args:
             trial: One that is open.
             run: Its run directory.
-            report: Told of every phase and step.
+            on_event: Told of every phase and step.
             interruption: Whether to save and stop.
 
         Raises:
@@ -106,7 +108,7 @@ class Sweep:
         """
         try:
             recipe = self._recipe_of(trial.values, trial.name)
-            train(recipe, run, report, interruption)
+            train(recipe, run, on_event, interruption)
         except Stopped as stopped:
             raise Stopped(stopped.what, where=trial.name, hint="go on with the same command") from None
         except OF_ITS_VALUES as failure:

@@ -12,7 +12,7 @@ from finetune.errors import EnvironmentFault
 from finetune.recipe.sections.training import Training
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
-from finetune.run.events import CheckpointSaved, Report
+from finetune.run.events import CheckpointSaved, EventHandler
 from finetune.train.checkpoint import write_state
 from finetune.train.state import TrainState
 
@@ -36,7 +36,7 @@ class CheckpointManager:
         attempt: Told of each.
         training: How often, and how many are kept.
         facts: What must be the same when the run goes on.
-        report: Told of each.
+        on_event: Told of each.
         best: The step whose weights may become the result: its checkpoint is never removed.
     """
 
@@ -46,14 +46,14 @@ class CheckpointManager:
         attempt: Attempt,
         training: Training,
         facts: Mapping[str, Any],
-        report: Report,
+        on_event: EventHandler,
         best: int | None = None,
     ) -> None:
         self._run = run
         self._attempt = attempt
         self._training = training
         self._facts = facts
-        self._report = report
+        self._on_event = on_event
         self._checkpoints = Checkpoints(run.checkpoints)
         self._due = time.monotonic() + SECONDS_BETWEEN
         self._best = best
@@ -111,4 +111,4 @@ class CheckpointManager:
         self._checkpoints.retain(self._training.checkpoints_kept, self._best)
         seconds = time.monotonic() - began
         self._due = time.monotonic() + max(SECONDS_BETWEEN, seconds / LARGEST_SHARE)
-        self._report(CheckpointSaved(committed.path.name, state.step, committed.size_bytes, seconds))
+        self._on_event(CheckpointSaved(committed.path.name, state.step, committed.size_bytes, seconds))

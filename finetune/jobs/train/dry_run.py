@@ -20,13 +20,13 @@ from finetune.data.encode import Example
 from finetune.errors import RefusedError, as_out_of_memory
 from finetune.evaluation.loss import compute_validation_loss
 from finetune.jobs.train.oom import oom_error_with_hints
-from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.prepare import PreparedRun
 from finetune.models.fsdp import unsharded_weights
 from finetune.models.linear_layers import plain_layer
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
-from finetune.run.events import DryRunPassed, Phase, Report
+from finetune.run.events import DryRunPassed, EventHandler, Phase
 from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state, write_state
 from finetune.train.memory import peak_memory_bytes
@@ -46,7 +46,7 @@ def is_worth_it(recipe: Recipe, total_steps: int) -> bool:
     return total_steps >= STEPS_WORTH_IT if wanted == "auto" else wanted
 
 
-def dry_run_only(recipe: Recipe, report: Report, interruption: Interruption) -> None:
+def dry_run_only(recipe: Recipe, on_event: EventHandler, interruption: Interruption) -> None:
     """A rehearsal that nothing follows: of the run's directory, which is made for it, nothing is left.
 
     Raises:
@@ -56,26 +56,26 @@ def dry_run_only(recipe: Recipe, report: Report, interruption: Interruption) -> 
     wanted = Path(recipe.run.directory) / str(recipe.run.name)
     run = RunDirectory.create(RunDirectory.free_path(wanted))
     try:
-        rehearse(Ready.of(recipe, report, interruption), run, report)
+        rehearse(PreparedRun.of(recipe, on_event, interruption), run, on_event)
     finally:
         shutil.rmtree(run.path, ignore_errors=True)
 
 
-def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
+def rehearse(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -> None:
     """Take a step, measure, save, read back and merge a layer; then put everything back.
 
     Args:
-        ready: Before its first step; the same afterwards.
+        prepared: Before its first step; the same afterwards.
         run: Its files lie there meanwhile.
-        report: Told that it begins, and what it came to.
+        on_event: Told that it begins, and what it came to.
 
     Raises:
         FinetuneError: What would have stopped the run.
     """
-    report(Phase("rehearsing on the longest rows"))
+    on_event(Phase("rehearsing on the longest rows"))
     began = time.perf_counter()
-    bench, state = ready.bench, ready.state
-    accelerator = bench.accelerator
+    context, state = prepared.context, prepared.state
+    accelerator = context.accelerator
     # Left behind by a process that was killed, it goes with what else is half-done.
     before, after, trained = folders = [run.path / f".rehearsal-{number:08x}" for number in range(3)]
     try:
@@ -88,21 +88,21 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
             write_state(state, None)
         accelerator.wait_for_everyone()
         try:
-            tokens = _step(ready)
+            tokens = _step(prepared)
         except (MemoryError, RuntimeError) as error:
             if as_out_of_memory(error) is None:
                 raise
-            raise oom_error_with_hints(bench.recipe, 1, None) from error
-        _measure(ready)
+            raise oom_error_with_hints(context.recipe, 1, None) from error
+        _measure(prepared)
         size = 0
         if accelerator.is_main_process:
             write_state(state, after)
-            bench.method.save(state.bare_model, trained)
+            context.method.save(state.bare_model, trained)
             size = sum(file.stat().st_size for file in after.iterdir())
         elif state.is_sharded:
             write_state(state, None)
-            bench.method.gather_for_save(state.bare_model)
-        folded = bench.recipe.adapter.standalone_by == "merge" and _fold(ready)
+            context.method.gather_for_save(state.bare_model)
+        folded = context.recipe.adapter.standalone_by == "merge" and _fold(prepared)
         accelerator.wait_for_everyone()
         for folder in (after, before):
             state.optimizer.state.clear()
@@ -113,53 +113,53 @@ def rehearse(ready: Ready, run: RunDirectory, report: Report) -> None:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - began
-    report(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, folded, seconds))
+    on_event(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, folded, seconds))
 
 
-def _step(ready: Ready) -> int:
+def _step(prepared: PreparedRun) -> int:
     """An optimizer step over two micro-batches of the longest units; returns the tokens of the longer one."""
-    bench, layout, state = ready.bench, ready.layout, ready.state
-    training, accelerator = bench.recipe.training, bench.accelerator
-    lengths = np.asarray(ready.rows.train.lengths)
+    context, layout, state = prepared.context, prepared.layout, prepared.state
+    training, accelerator = context.recipe.training, context.accelerator
+    lengths = np.asarray(prepared.rows.train.lengths)
     of_unit = np.array([lengths[layout.rows_of(unit)].sum() for unit in range(layout.units)])
     count = training.micro_batch_size * min(training.gradient_accumulation_steps, 2) * accelerator.num_processes
     longest = np.argsort(-of_unit, kind="stable")[:count]
-    units = [[ready.rows.train[row] for row in layout.rows_of(int(unit))] for unit in longest]
+    units = [[prepared.rows.train[row] for row in layout.rows_of(int(unit))] for unit in longest]
     own = layout.micro_batches(units, accelerator.process_index, accelerator.num_processes)
     batches = [batch.to(accelerator.device) for batch in own]
     state.model.train()
-    rate = learning_rate(bench.recipe.optimizer, 1, ready.order.total_steps)
+    rate = learning_rate(context.recipe.optimizer, 1, prepared.order.total_steps)
     train_step(state, batches, rate, training.max_grad_norm)
     return max(batch.tokens for batch in batches)
 
 
-def _measure(ready: Ready) -> None:
+def _measure(prepared: PreparedRun) -> None:
     """The held-out loss of one pass of the longest rows."""
-    settings = ready.bench.recipe.evaluation
-    held_out = ready.rows.validation[: settings.max_rows]
+    settings = prepared.context.recipe.evaluation
+    held_out = prepared.rows.validation[: settings.max_rows]
     if not held_out:
         return
-    count = settings.batch_size * ready.bench.accelerator.num_processes
+    count = settings.batch_size * prepared.context.accelerator.num_processes
     longest: list[Example] = [held_out[int(row)] for row in np.argsort(-np.asarray(held_out.lengths))[:count]]
     compute_validation_loss(
-        ready.state.bare_model,
+        prepared.state.bare_model,
         longest,
-        accelerator=ready.bench.accelerator,
-        compute_dtype=ready.bench.compute_dtype,
+        accelerator=prepared.context.accelerator,
+        compute_dtype=prepared.context.compute_dtype,
         batch_size=settings.batch_size,
-        make_batch=ready.layout.batch,
+        make_batch=prepared.layout.batch,
     )
 
 
-def _fold(ready: Ready) -> bool:
+def _fold(prepared: PreparedRun) -> bool:
     """Merge a copy of the first adapted layer, over its dequantized weights; whether there is one.
 
     Raises:
         UnsupportedError: The method does not merge with these settings.
         RefusedError: The merged layer computes something else.
     """
-    ready.bench.method.check_merge()
-    layers = [layer for layer in ready.state.bare_model.modules() if isinstance(layer, BaseTunerLayer)]
+    prepared.context.method.check_merge()
+    layers = [layer for layer in prepared.state.bare_model.modules() if isinstance(layer, BaseTunerLayer)]
     linear = [layer for layer in layers if hasattr(layer.get_base_layer(), "in_features")]
     if not linear:
         return False
@@ -169,7 +169,7 @@ def _fold(ready: Ready) -> bool:
         copied.base_layer = plain_layer(copied.base_layer, torch.float32)
     copied.float()
     inputs = torch.randn(8, copied.get_base_layer().in_features, generator=torch.Generator().manual_seed(0))
-    inputs = inputs.to(ready.bench.accelerator.device)
+    inputs = inputs.to(prepared.context.accelerator.device)
     with torch.no_grad():
         expected = copied(inputs)
         difference = (peft_bridge.fold(copied)(inputs) - expected).abs().max() / expected.abs().max()

@@ -40,16 +40,18 @@ class EarlyStopping:
         """Whether the run has waited long enough."""
         return self._limit is not None and self._without >= self._limit
 
-    def see(self, validated: ValidationResult | None, state: TrainState, saver: CheckpointManager | None) -> None:
+    def see(
+        self, validated: ValidationResult | None, state: TrainState, checkpoints_: CheckpointManager | None
+    ) -> None:
         """Take a measurement, and keep a checkpoint of the state if it is the best so far.
 
         Args:
             validated: The measurement; None where there was none.
             state: That was measured.
-            saver: Of the main process; the others have none.
+            checkpoints_: Of the main process; the others have none.
         """
-        if self._limit is not None and validated is not None and self._take(validated) and saver is not None:
-            saver.save_best(state)
+        if self._limit is not None and validated is not None and self._take(validated) and checkpoints_ is not None:
+            checkpoints_.save_best(state)
 
     def restore(self, state: TrainState, run: RunDirectory, total_steps: int) -> BestCheckpoint | None:
         """Put the best weights into the state, unless it has them; None where they are those of the last step."""

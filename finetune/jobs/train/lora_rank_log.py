@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.report.lora_ranks import picture
 from finetune.run.directory import RunDirectory
-from finetune.run.events import RanksChosen, Report
+from finetune.run.events import EventHandler, RanksChosen
 from finetune.run.history import History
 from finetune.storage.files import write_text
 from finetune.train.state import TrainState
@@ -18,7 +18,7 @@ class LoraRankLogger:
         record: Told of every choice.
     """
 
-    def __init__(self, state: TrainState, record: Report) -> None:
+    def __init__(self, state: TrainState, record: EventHandler) -> None:
         self.state, self.record = state, record
         self.ranks = state.method.ranks(state.bare_model)
         if state.step == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Recorded, Report, StepMetrics, ValidationResult
+from finetune.run.events import Event, EventHandler, Recorded, StepMetrics, ValidationResult
 from finetune.train.diagnostics import TrainingDiagnostics
 
 
@@ -12,12 +12,12 @@ class MetricsLogger:
 
     Args:
         run: Where to.
-        report: Told of each.
-        symptoms: Of the run's course so far.
+        on_event: Told of each.
+        diagnostics: Of the run's course so far.
     """
 
-    def __init__(self, run: RunDirectory, report: Report, symptoms: TrainingDiagnostics) -> None:
-        self._run, self._report, self._diagnostics = run, report, symptoms
+    def __init__(self, run: RunDirectory, on_event: EventHandler, diagnostics: TrainingDiagnostics) -> None:
+        self._run, self._on_event, self._diagnostics = run, on_event, diagnostics
 
     def __call__(self, event: Event) -> None:
         """Record an event and tell it."""
@@ -29,4 +29,4 @@ class MetricsLogger:
     def _tell(self, event: Event) -> None:
         assert isinstance(event, Recorded)
         self._run.append_metrics(event)
-        self._report(event)
+        self._on_event(event)

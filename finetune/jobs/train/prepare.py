@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.data.batch_plan import Layout
+from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import BatchOrder
-from finetune.data.dataset import Rows
+from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
 from finetune.data.report import ledger
 from finetune.errors import UnsupportedError, UsageError
@@ -34,7 +34,7 @@ from finetune.models.loading.dtype import autocast
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
-from finetune.run.events import DataRead, Event, Phase, Report
+from finetune.run.events import DataRead, Event, EventHandler, Phase
 from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state
 from finetune.train.grad_sync import prepared
@@ -53,11 +53,11 @@ _KERNELS: dict[str, Callable[[PreTrainedModel], str]] = {
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """A run before its next step.
 
     Attributes:
-        bench: Model folder, tokenizer, method, device and types.
+        context: Model folder, tokenizer, method, device and types.
         rows: To train on, and held out.
         read: What became of the rows.
         layout: From the units of a step to its micro-batches.
@@ -67,10 +67,10 @@ class Ready:
         facts: What the run is: much of it must be the same for it to go on from a checkpoint.
     """
 
-    bench: TrainingContext
-    rows: Rows
+    context: TrainingContext
+    rows: Datasets
     read: DataRead
-    layout: Layout
+    layout: BatchPlan
     order: BatchOrder
     state: TrainState
     planned_memory: int | None
@@ -80,16 +80,16 @@ class Ready:
     def of(
         cls,
         recipe: Recipe,
-        report: Report,
+        on_event: EventHandler,
         interruption: Interruption,
         checkpoint: Checkpoint | None = None,
         is_extended: bool = False,
-    ) -> Ready:
+    ) -> PreparedRun:
         """Make everything ready.
 
         Args:
             recipe: A valid recipe.
-            report: Told of every phase.
+            on_event: Told of every phase.
             interruption: Looked at after each report.
             checkpoint: What the run goes on from.
             is_extended: Whether the recipe makes the run longer than it was then.
@@ -98,65 +98,65 @@ class Ready:
             FinetuneError: What the user can mend.
             StopRequested: The run was asked to stop.
         """
-        report = _stopping(report, interruption)
-        bench = TrainingContext.of(recipe, report)
-        rows = bench.read_data(report)
-        layout = layout_of(recipe, bench.folder, rows.train.lengths, bench.padding)
+        on_event = _stopping(on_event, interruption)
+        context = TrainingContext.of(recipe, on_event)
+        rows = context.read_data(on_event)
+        layout = layout_of(recipe, context.folder, rows.train.lengths, context.padding)
         order = batch_order(layout.units, recipe.training)
-        _refuse_idle_processes(bench, order)
-        facts = _facts(bench, rows, order)
+        _refuse_idle_processes(context, order)
+        facts = _facts(context, rows, order)
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
         read = DataRead(ledger(rows, layout))
-        report(read)
-        planned_memory = estimated_peak(bench, rows, order.total_steps)
-        base = bench.load_base(report)
+        on_event(read)
+        planned_memory = estimated_peak(context, rows, order.total_steps)
+        base = context.load_base(on_event)
         logger.info("model.kernels: %s", _KERNELS[recipe.model.kernels](base))
-        layout = _settle(layout, bench, base, report)
-        state = _start(bench, base, order, interruption)
+        layout = _settle(layout, context, base, on_event)
+        state = _start(context, base, order, interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)
         check_same_on_all_ranks(facts, QUANTIZED_BASE)
         if checkpoint is not None:
             check_same_quantized_weights(checkpoint, facts)
             read_state(state, checkpoint.path)
-        return cls(bench, rows, read, layout, order, state, planned_memory, facts)
+        return cls(context, rows, read, layout, order, state, planned_memory, facts)
 
 
-def _stopping(report: Report, interruption: Interruption) -> Report:
+def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandler:
     """Report, and stop there if that was asked for."""
 
     def report_or_stop(event: Event) -> None:
-        report(event)
+        on_event(event)
         interruption.poll()
 
     return report_or_stop
 
 
-def _refuse_idle_processes(bench: TrainingContext, order: BatchOrder) -> None:
-    if order.units_per_step < (processes := bench.accelerator.num_processes):
+def _refuse_idle_processes(context: TrainingContext, order: BatchOrder) -> None:
+    if order.units_per_step < (processes := context.accelerator.num_processes):
         raise UsageError(
             f"a step has {order.units_per_step} rows or packs for {processes} processes: some would have nothing to do",
             hint="raise training.gradient_accumulation_steps, or take fewer processes",
         )
 
 
-def _facts(bench: TrainingContext, rows: Rows, order: BatchOrder) -> dict[str, Any]:
+def _facts(context: TrainingContext, rows: Datasets, order: BatchOrder) -> dict[str, Any]:
     """What a run is: much of it must be the same for a run to go on from a checkpoint."""
     first = next(rows.train.documents())
     return {
         "uses_chat_template": isinstance(first.document, Conversation),
-        "base": fingerprint(bench.folder.path),
+        "base": fingerprint(context.folder.path),
         "data": rows.fingerprint,
         "units_per_step": order.units_per_step,
         "total_units": order.total_units,
         "total_steps": order.total_steps,
-        "processes": bench.accelerator.num_processes,
-        "device": bench.accelerator.device.type,
+        "processes": context.accelerator.num_processes,
+        "device": context.accelerator.device.type,
     }
 
 
-def _settle(layout: Layout, bench: TrainingContext, base: PreTrainedModel, report: Report) -> Layout:
+def _settle(layout: BatchPlan, context: TrainingContext, base: PreTrainedModel, on_event: EventHandler) -> BatchPlan:
     """Rows stay in one line where the base keeps them apart; where not, they are padded if the recipe leaves it open.
 
     In one line, what they begin with alike stands once where the base computes the same then.
@@ -166,17 +166,17 @@ def _settle(layout: Layout, bench: TrainingContext, base: PreTrainedModel, repor
     """
     if not layout.restarts_positions:
         return layout
-    report(Phase("proving that examples in one row do not see each other"))
+    on_event(Phase("proving that examples in one row do not see each other"))
     # In the compute type: where the base trains its weights are in float32, and its attention is in 16 bits.
-    computing = partial(autocast, bench.accelerator.device, bench.compute_dtype)
+    computing = partial(autocast, context.accelerator.device, context.compute_dtype)
     try:
         with computing():
-            use_packing_attention(base, may_choose=bench.recipe.model.attention == "auto")
+            use_packing_attention(base, may_choose=context.recipe.model.attention == "auto")
     except UnsupportedError as error:
-        if bench.recipe.training.batching != "auto":
+        if context.recipe.training.batching != "auto":
             raise
         logger.info("training.batching: auto is padded: %s", error)
-        return layout.with_padding(bench.padding)
+        return layout.with_padding(context.padding)
     if not layout.shares_prefixes:
         return layout
     with computing():
@@ -188,36 +188,38 @@ def _settle(layout: Layout, bench: TrainingContext, base: PreTrainedModel, repor
     return layout
 
 
-def _start(bench: TrainingContext, base: PreTrainedModel, order: BatchOrder, interruption: Interruption) -> TrainState:
+def _start(
+    context: TrainingContext, base: PreTrainedModel, order: BatchOrder, interruption: Interruption
+) -> TrainState:
     """Attach the method, and make the optimizer."""
-    recipe = bench.recipe
+    recipe = context.recipe
     if recipe.training.recomputes_blocks:
         offloads = recipe.training.gradient_checkpointing == "offload"
-        if offloads and bench.accelerator.device.type == "cpu":
+        if offloads and context.accelerator.device.type == "cpu":
             offloads = False
             logger.info("training.gradient_checkpointing: offload is true on a CPU: there is no other memory")
         base.activation_checkpointing_enable({"use_reentrant": False}, offload=offloads)
     is_selective = recipe.training.gradient_checkpointing == "selective"
     widening = up_projections(base) if is_selective else []
-    bench.seed()
-    model = bench.method.attach(base, order.total_steps)
+    context.seed()
+    model = context.method.attach(base, order.total_steps)
     if is_selective:
         logger.info("training.gradient_checkpointing: %s", recompute_outputs(base, widening))
-    bench.method.initialize(model, bench.folder.weight)
-    _load_initial_adapter(bench, model)
-    _check_sharded_training(bench, base)
+    context.method.initialize(model, context.folder.weight)
+    _load_initial_adapter(context, model)
+    _check_sharded_training(context, base)
     return TrainState(
-        accelerator=bench.accelerator,
-        model=prepared(bench.accelerator, model),
-        method=bench.method,
-        optimizer=make_optimizer(recipe.optimizer, model, bench.method.lr_multiplier),
-        compute_dtype=bench.compute_dtype,
+        accelerator=context.accelerator,
+        model=prepared(context.accelerator, model),
+        method=context.method,
+        optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier),
+        compute_dtype=context.compute_dtype,
         interruption=interruption,
         noise=recipe.training.neftune_alpha,
     )
 
 
-def _check_sharded_training(bench: TrainingContext, base: PreTrainedModel) -> None:
+def _check_sharded_training(context: TrainingContext, base: PreTrainedModel) -> None:
     """What trains of a base that processes hold shares of must go with how they sum and check gradients.
 
     Raises:
@@ -226,7 +228,7 @@ def _check_sharded_training(bench: TrainingContext, base: PreTrainedModel) -> No
     """
     if not sharded_trainable_params(base):
         return
-    if bench.compute_dtype is torch.float16:
+    if context.compute_dtype is torch.float16:
         raise UnsupportedError(
             "weights of which processes hold shares do not train in float16",
             where="training.precision",
@@ -240,13 +242,13 @@ def _check_sharded_training(bench: TrainingContext, base: PreTrainedModel) -> No
         )
 
 
-def _load_initial_adapter(bench: TrainingContext, model: nn.Module) -> None:
+def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
     """Start from the adapter of an earlier run over the same base, if the recipe says so."""
-    earlier = getattr(bench.recipe.adapter, "continue_from", None)
+    earlier = getattr(context.recipe.adapter, "continue_from", None)
     if earlier is None:
         return
     folder = RunDirectory.open(Path(earlier)).trained(is_whole_model=False)
     record = TrainingRecord.read(folder)
-    record.refuse_others(folder, bench.folder, bench.method)
-    record.refuse_other_quantization(bench, model)
-    bench.method.load_initial_adapter(model, folder)
+    record.refuse_others(folder, context.folder, context.method)
+    record.refuse_other_quantization(context, model)
+    context.method.load_initial_adapter(model, folder)

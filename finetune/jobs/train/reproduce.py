@@ -10,7 +10,7 @@ from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.comparison import Difference, differences
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Report, ignore
+from finetune.run.events import EventHandler, ignore
 from finetune.run.provenance import file_digest
 from finetune.run.signals import Interruption
 
@@ -33,7 +33,7 @@ class Reproduction:
 
 
 def reproduce(
-    first: RunDirectory, again: RunDirectory, report: Report = ignore, interruption: Interruption | None = None
+    first: RunDirectory, again: RunDirectory, on_event: EventHandler = ignore, interruption: Interruption | None = None
 ) -> Reproduction:
     """Train the resolved recipe of a finished run in a directory of its own and compare the trained weights.
 
@@ -42,7 +42,7 @@ def reproduce(
     Args:
         first: A finished run.
         again: A directory made for the second.
-        report: Told of every phase and step.
+        on_event: Told of every phase and step.
         interruption: Looked at again and again: whether to save and stop.
 
     Raises:
@@ -52,7 +52,7 @@ def reproduce(
     if not first.is_finished:
         raise UsageError("the run is not finished", where=str(first.path), hint=first.resume_command)
     recipe = load_recipe(first.recipe).recipe
-    train(recipe, again, report, interruption)
+    train(recipe, again, on_event, interruption)
     found = differences(first, again)
     changed = [difference for difference in found if difference.part == "data" or difference.key == "base fingerprint"]
     if changed:

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune.data.dataset import Rows
+from finetune.data.dataset import Datasets
 from finetune.errors import as_out_of_memory
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.training_record import TrainingRecord, base_record
@@ -19,7 +19,7 @@ from finetune.jobs.train.evaluator import Evaluator
 from finetune.jobs.train.lora_rank_log import LoraRankLogger
 from finetune.jobs.train.metrics_log import MetricsLogger
 from finetune.jobs.train.oom import oom_error_with_hints
-from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.prepare import PreparedRun
 from finetune.jobs.train.resume import extends, permitted_changes
 from finetune.models.linear_layers import count_parameters
 from finetune.recipe.load import dump_recipe
@@ -29,8 +29,8 @@ from finetune.run.checkpoints import Checkpoint, Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import (
     DataRead,
+    EventHandler,
     Phase,
-    Report,
     RunResumed,
     TrainingFinished,
     TrainingStarted,
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, run: RunDirectory, report: Report = ignore, interruption: Interruption | None = None
+    recipe: Recipe, run: RunDirectory, on_event: EventHandler = ignore, interruption: Interruption | None = None
 ) -> TrainingFinished:
     """Train what the recipe describes and leave the result in the run directory.
 
@@ -58,7 +58,7 @@ def train(
     Args:
         recipe: A valid recipe.
         run: A directory made for this run; removed again if a new run fails before its first step.
-        report: Told of every phase, step and validation.
+        on_event: Told of every phase, step and validation.
         interruption: Looked at again and again: whether to save and stop.
 
     Raises:
@@ -68,48 +68,50 @@ def train(
     with recording_errors(run), run.attempt() as attempt, ExitStack() as stack:
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
-        ready = Ready.of(recipe, report, interruption, checkpoint, is_extended)
-        bench, rows, order, state = ready.bench, ready.rows, ready.order, ready.state
-        is_main = bench.accelerator.is_main_process
+        prepared = PreparedRun.of(recipe, on_event, interruption, checkpoint, is_extended)
+        context, rows, order, state = prepared.context, prepared.rows, prepared.order, prepared.state
+        is_main = context.accelerator.is_main_process
         if is_main:
             run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
-            report = stack.enter_context(tracked(recipe, run, report))
+            on_event = stack.enter_context(tracked(recipe, run, on_event))
         saves = is_main or state.is_sharded  # all of them put together what one writes
-        started = _describe(run, ready)
+        started = _describe(run, prepared)
         if is_main:
-            _record_inputs(run, bench, rows, ready.read, started)
-        report(started)
-        bench.accelerator.wait_for_everyone()  # the record of an earlier attempt is cut to where this one begins
+            _record_inputs(run, context, rows, prepared.read, started)
+        on_event(started)
+        context.accelerator.wait_for_everyone()  # the record of an earlier attempt is cut to where this one begins
         history = History.of(run)
         if checkpoint is not None:
-            report(RunResumed(checkpoint.path.name, state.step, order.total_steps))
+            on_event(RunResumed(checkpoint.path.name, state.step, order.total_steps))
 
-        patience = EarlyStopping(recipe.evaluation.patience, history)
-        saver = CheckpointManager(run, attempt, recipe.training, ready.facts, report, patience.best_step)
-        record = MetricsLogger(run, report, TrainingDiagnostics(history)) if is_main else report
+        early_stopping = EarlyStopping(recipe.evaluation.patience, history)
+        checkpoints_ = CheckpointManager(
+            run, attempt, recipe.training, prepared.facts, on_event, early_stopping.best_step
+        )
+        record = MetricsLogger(run, on_event, TrainingDiagnostics(history)) if is_main else on_event
         ranks = LoraRankLogger(state, record)
-        examiner = Evaluator(bench, state, ready.layout, rows.validation, order.total_steps, report, record)
+        evaluator = Evaluator(context, state, prepared.layout, rows.validation, order.total_steps, on_event, record)
         try:
             if checkpoint is None and is_worth_it(recipe, order.total_steps):
-                rehearse(ready, run, report)
-            after = examiner.measure_if_due()
-            patience.see(after, state, saver if saves else None)
-            for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, ready.layout):
+                rehearse(prepared, run, on_event)
+            after = evaluator.measure_if_due()
+            early_stopping.see(after, state, checkpoints_ if saves else None)
+            for metrics in fit(state, rows.train, order, recipe.optimizer, recipe.training, prepared.layout):
                 attempt.steps = metrics.step
                 record(metrics)
                 ranks.follow()
                 if saves:
-                    saver.save_if_due(state)
-                after = examiner.measure_if_due()
-                patience.see(after, state, saver if saves else None)
-                if patience.is_over:
+                    checkpoints_.save_if_due(state)
+                after = evaluator.measure_if_due()
+                early_stopping.see(after, state, checkpoints_ if saves else None)
+                if early_stopping.is_over:
                     break
         except StopRequested:
             if is_main:
-                report(Phase(f"stopping: step {state.step} is kept"))
+                on_event(Phase(f"stopping: step {state.step} is kept"))
             if saves:
-                saver.save(state)
-            bench.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
+                checkpoints_.save(state)
+            context.accelerator.wait_for_everyone()  # a launcher kills the rest when one process has left
             attempt.checkpoint = state.step  # in the other processes too
             raise
         except (MemoryError, RuntimeError) as error:
@@ -117,18 +119,18 @@ def train(
                 raise
             resume = None if attempt.checkpoint is None else run.resume_command
             raise oom_error_with_hints(recipe, state.step + 1, resume) from error
-        report(Phase("saving"))
+        on_event(Phase("saving"))
         done = copy(state)
-        bench.accelerator.wait_for_everyone()  # the best checkpoint is there for all
-        best = patience.restore(state, run, order.total_steps)
+        context.accelerator.wait_for_everyone()  # the best checkpoint is there for all
+        best = early_stopping.restore(state, run, order.total_steps)
         if best is not None:
             record(best)
         trained = run.trained(recipe.adapter.trains_base)
         if is_main:
-            _save(ready, trained)
+            _save(prepared, trained)
             ranks.draw(run, order.total_steps)
         elif saves:
-            bench.method.gather_for_save(state.bare_model)
+            context.method.gather_for_save(state.bare_model)
     assert done.loss is not None
     return TrainingFinished(
         run_directory=str(run.path),
@@ -140,7 +142,7 @@ def train(
         validation_loss=best.loss if best else after.loss if after else None,
         tokens=done.tokens,
         seconds=done.seconds,
-        peak_memory_bytes=peak_memory_bytes(bench.accelerator.device),
+        peak_memory_bytes=peak_memory_bytes(context.accelerator.device),
         ranks=ranks.ranks,
         best_step=best.best_step if best else None,
     )
@@ -171,14 +173,14 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
 
 
 def _record_inputs(
-    run: RunDirectory, bench: TrainingContext, rows: Rows, read: DataRead, started: TrainingStarted
+    run: RunDirectory, context: TrainingContext, rows: Datasets, read: DataRead, started: TrainingStarted
 ) -> None:
     """Write what the run starts from: provenance, and what became of the rows."""
-    recipe = bench.recipe
+    recipe = context.recipe
     facts = {
-        "base": base_record(bench).model_dump(),
-        "device": str(bench.accelerator.device),
-        "processes": bench.accelerator.num_processes,
+        "base": base_record(context).model_dump(),
+        "device": str(context.accelerator.device),
+        "processes": context.accelerator.num_processes,
         "started": {name: value for name, value in asdict(started).items() if name != "run_directory"},
     }
     content = [
@@ -188,29 +190,29 @@ def _record_inputs(
     write_json(run.data_report, read.ledger)
 
 
-def _describe(run: RunDirectory, ready: Ready) -> TrainingStarted:
-    bench, read = ready.bench, ready.read
-    count = count_parameters(ready.state.bare_model)
+def _describe(run: RunDirectory, prepared: PreparedRun) -> TrainingStarted:
+    context, read = prepared.context, prepared.read
+    count = count_parameters(prepared.state.bare_model)
     return TrainingStarted(
         run_directory=str(run.path),
-        model=bench.recipe.model.name,
-        method=bench.recipe.adapter.method,
-        quantization=bench.recipe.quantization.kind,
+        model=context.recipe.model.name,
+        method=context.recipe.adapter.method,
+        quantization=context.recipe.quantization.kind,
         trainable_parameters=count.trainable,
         total_parameters=count.total,
         train_rows=read.ledger["train"]["used"],
         validation_rows=read.ledger["validation"]["used"],
         target_tokens=read.ledger["train"]["target_tokens"],
-        total_steps=ready.order.total_steps,
-        compute_dtype=str(bench.compute_dtype).removeprefix("torch."),
-        planned_memory_bytes=ready.planned_memory,
+        total_steps=prepared.order.total_steps,
+        compute_dtype=str(context.compute_dtype).removeprefix("torch."),
+        planned_memory_bytes=prepared.planned_memory,
     )
 
 
-def _save(ready: Ready, folder: Path) -> None:
+def _save(prepared: PreparedRun, folder: Path) -> None:
     """Write the trained weights, and beside them the tokenizer and what they were trained on."""
-    bench, facts = ready.bench, ready.facts
+    context, facts = prepared.context, prepared.facts
     with written_aside(folder) as aside:
-        bench.method.save(ready.state.bare_model, aside)
-        bench.tokenizer.save_pretrained(aside)
-        TrainingRecord.of(bench, facts["quantized_base"], facts["uses_chat_template"]).write(aside)
+        context.method.save(prepared.state.bare_model, aside)
+        context.tokenizer.save_pretrained(aside)
+        TrainingRecord.of(context, facts["quantized_base"], facts["uses_chat_template"]).write(aside)

@@ -85,7 +85,9 @@ def packed_attention(
             query, key, value, _varlen_meta(places, firsts, query.device), scale, sliding_window
         )
     else:
-        output = _Packed.apply(query, key, value, _together(places, firsts, sliding_window), scale, sliding_window)
+        output = _Packed.apply(
+            query, key, value, _merged_examples(places, firsts, sliding_window), scale, sliding_window
+        )
     return output[None], None
 
 
@@ -243,7 +245,7 @@ def _examples(places: tuple[int, ...], firsts: tuple[int, ...]) -> tuple[_Exampl
 
 
 @lru_cache(maxsize=64)
-def _together(places: tuple[int, ...], firsts: tuple[int, ...], window: int | None) -> tuple[_Example, ...]:
+def _merged_examples(places: tuple[int, ...], firsts: tuple[int, ...], window: int | None) -> tuple[_Example, ...]:
     """The same with short examples that share as much as one, if a window hides nothing of them."""
     found: list[_Example] = []
     for example in _examples(places, firsts):
@@ -376,10 +378,10 @@ class _Packed(torch.autograd.Function):
                 query_GND = _by_group(query, block.rows, groups)
                 gradient_GND = _by_group(gradient, block.rows, groups)
                 key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
-                chances = block.scores(query_GND, key_GKD, scale, window)
-                of_value_SGD[block.columns] += (chances.transpose(1, 2) @ gradient_GND).transpose(0, 1)
+                probs = block.scores(query_GND, key_GKD, scale, window)
+                of_value_SGD[block.columns] += (probs.transpose(1, 2) @ gradient_GND).transpose(0, 1)
                 of_probs = gradient_GND @ value_GKD.transpose(1, 2)
-                of_scores = torch._softmax_backward_data(of_probs, chances, -1, chances.dtype)
+                of_scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype)
                 _scatter_rows(of_query, block.rows, of_scores @ key_GKD)
                 of_key_SGD[block.columns] += (of_scores.transpose(1, 2) @ query_GND).transpose(0, 1)
             example.add(of_key, of_key_SGD)

@@ -62,7 +62,7 @@ ARCHITECTURES = {
 }
 
 
-class Layout:
+class GgufNameMap:
     """Where the tensors of a model go in a GGUF file.
 
     Args:
@@ -142,7 +142,7 @@ def write_gguf(
     Raises:
         UnsupportedError: The architecture or tokenizer is not written here, or the codes are not Q4_1's.
     """
-    layout = Layout(streamed.model.config)
+    layout = GgufNameMap(streamed.model.config)
     with _writer(file, layout) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
@@ -184,7 +184,7 @@ def write_gguf_adapter(factors: Mapping[str, tuple[Tensor, Tensor]], config: Any
     Raises:
         UnsupportedError: The architecture is not written here.
     """
-    layout = Layout(config)
+    layout = GgufNameMap(config)
     with _writer(file, layout) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(name)
@@ -312,7 +312,7 @@ def _words(core: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _writer(file: Path, layout: Layout) -> Iterator[gguf.GGUFWriter]:
+def _writer(file: Path, layout: GgufNameMap) -> Iterator[gguf.GGUFWriter]:
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[layout.architecture.kind])
     try:
         yield writer

@@ -23,11 +23,11 @@ from finetune.models.safetensors_io import DTYPES, Planned, TensorWriter, tensor
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import QuantizedLinear
 
-Fold = Callable[[nn.Module], nn.Module]
+MergeLayer = Callable[[nn.Module], nn.Module]
 """From what stands in the place of a layer to the layer that it becomes, its tensors named and shaped as before."""
 
 
-def write_merged(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder: Path) -> None:
+def write_merged(streamed: StreamedModel, fold: MergeLayer, dtype: torch.dtype, folder: Path) -> None:
     """Write a model as plain transformers loads it.
 
     Args:
@@ -68,7 +68,7 @@ def write_merged(streamed: StreamedModel, fold: Fold, dtype: torch.dtype, folder
     _write_settings(streamed, folder)
 
 
-def write_merged_quantized(streamed: StreamedModel, fold: Fold, folder: Path) -> None:
+def write_merged_quantized(streamed: StreamedModel, fold: MergeLayer, folder: Path) -> None:
     """Write a model with its codes as they are, as `load_model` loads it; other weights in the types of their files.
 
     Args:
@@ -137,7 +137,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 class _MergedWeights:
     """The tensors of layers that were folded, a layer at a time."""
 
-    def __init__(self, streamed: StreamedModel, fold: Fold) -> None:
+    def __init__(self, streamed: StreamedModel, fold: MergeLayer) -> None:
         self.streamed, self.fold = streamed, fold
         self.left = streamed.replaced()
         self.ready: dict[str, Tensor] = {}

@@ -93,8 +93,8 @@ def imported(tool_name: str, file: Path, output: Path) -> Imported:
         context.leave("data.train", f"no rows that ft can find are named: put their path in the place of {PLACEHOLDER}")
     text = _valid(tool, file, context, output)
     left = sorted((_placed(each, document) for each in _each_once(context.left)), key=lambda each: each.line or 0)
-    written = {key for key, value in config.items() if value is not None}
-    carried = len(written - {each.key.partition(".")[0] for each in left})
+    sources = {key for key, value in config.items() if value is not None}
+    carried = len(sources - {each.key.partition(".")[0] for each in left})
     return Imported(tool.name, text, carried, tuple(left))
 
 

@@ -38,7 +38,7 @@ Placed = tuple[Origin, Problem]
 """A problem and the place by which it is sorted among the others."""
 
 
-class Written:
+class SourceMap:
     """The data of a recipe, its overrides included, with the origin of every part.
 
     Args:

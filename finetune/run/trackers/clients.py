@@ -39,9 +39,9 @@ class TensorBoardTracker:
     """Event files. A run that goes on adds a file, whose steps take the place of those that were lost."""
 
     def __init__(self, section: TensorBoard, opening: Opening) -> None:
-        from tensorboard.summary import Writer
+        from tensorboard.summary import Generator
 
-        self._writer = Writer(opening.folder)
+        self._writer = Generator(opening.folder)
         self.where = f"tensorboard --logdir {opening.folder}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:

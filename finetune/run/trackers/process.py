@@ -26,7 +26,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.recipe.sections.tracking import TrackerSection
 from finetune.run.directory import RunDirectory
-from finetune.run.events import Event, Phase, Report, StepMetrics, ValidationResult
+from finetune.run.events import Event, EventHandler, Phase, StepMetrics, ValidationResult
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +90,18 @@ def refuse_missing_packages(trackers: Sequence[TrackerSection]) -> None:
 
 
 @contextmanager
-def tracked(recipe: Recipe, run: RunDirectory, report: Report) -> Iterator[Report]:
+def tracked(recipe: Recipe, run: RunDirectory, on_event: EventHandler) -> Iterator[EventHandler]:
     """A report that tells the recipe's trackers too; they end with the block.
 
     Args:
         recipe: Names the trackers.
         run: Where their files go.
-        report: What is told first.
+        on_event: What is told first.
     """
     followers = [Follower(tracker.name, _opening(tracker, recipe, run)) for tracker in recipe.trackers]
 
     def report_and_track(event: Event) -> None:
-        report(event)
+        on_event(event)
         if isinstance(event, StepMetrics | ValidationResult):
             for follower in followers:
                 follower.send({"step": event.step, "values": _values(event)})
@@ -114,7 +114,7 @@ def tracked(recipe: Recipe, run: RunDirectory, report: Report) -> Iterator[Repor
         seconds = FINISH_SECONDS
     finally:
         if followers:
-            report(Phase(f"finishing {', '.join(follower.name for follower in followers)}"))
+            on_event(Phase(f"finishing {', '.join(follower.name for follower in followers)}"))
             _finish(followers, seconds)
 
 

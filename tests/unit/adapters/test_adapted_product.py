@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.adapters import low_rank
 from finetune.adapters.base import trainable
-from finetune.adapters.lora_linear import Branch, is_one_step, lora_linear, lora_linear_reference
+from finetune.adapters.lora_linear import LoraTerm, is_one_step, lora_linear, lora_linear_reference
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
@@ -63,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The base of every layer that was computed so."""
     found: list[nn.Module] = []
 
-    def noted(x: Tensor, z: Tensor | None, branch: Branch) -> Tensor:
+    def noted(x: Tensor, z: Tensor | None, branch: LoraTerm) -> Tensor:
         found.append(branch.base)
         return lora_linear(x, z, branch)
 
@@ -94,7 +94,7 @@ def test_an_update_that_is_a_little_off_is_seen(tiny_model: Path, monkeypatch: p
     _, gradients = results(model)
     branch = LowRankLinear.branch
 
-    def off(layer: LowRankLinear, adapter: str) -> Branch:
+    def off(layer: LowRankLinear, adapter: str) -> LoraTerm:
         return branch(layer, adapter)._replace(scale=1.01 * layer.scaling[adapter])
 
     monkeypatch.setattr(LowRankLinear, "branch", off)
@@ -107,7 +107,7 @@ def test_an_update_that_is_a_little_off_is_seen(tiny_model: Path, monkeypatch: p
 def test_dropout_is_before_a_and_nowhere_else(dropout: float):
     torch.manual_seed(0)
     base, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(7, 6)
-    branch = Branch(base, torch.randn(2, 6), torch.randn(5, 2), 0.5)
+    branch = LoraTerm(base, torch.randn(2, 6), torch.randn(5, 2), 0.5)
     z = nn.functional.dropout(x, dropout) if dropout else None
     assert torch.allclose(lora_linear(x, z, branch), lora_linear_reference(x, z, branch), atol=1e-5)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.dataset import Rows, Split, read_data
+from finetune.data.dataset import Datasets, TokenizedDataset, read_data
 from finetune.data.documents import PlainText
 from finetune.data.encode import Encoder
 from finetune.errors import DataError
@@ -30,11 +30,11 @@ def data(*paths: str, **settings: Any) -> Data:
     return Data.model_validate({"train": sources, **settings})
 
 
-def read(section: Data, seed: int = 1) -> Rows:
+def read(section: Data, seed: int = 1) -> Datasets:
     return read_data(section, TOKENIZER, seed)
 
 
-def decoded(split: Split) -> list[str]:
+def decoded(split: TokenizedDataset) -> list[str]:
     return [TOKENIZER.decode(example.ids, skip_special_tokens=True) for example in split]
 
 
@@ -42,7 +42,7 @@ def numbered(count: int) -> list[str]:
     return [f"row {number}" for number in range(count)]
 
 
-def held_out(folder: Path, count: int, fraction: float, seed: int) -> Rows:
+def held_out(folder: Path, count: int, fraction: float, seed: int) -> Datasets:
     return read(data(text_file(folder, numbered(count)), validation_fraction=fraction), seed)
 
 

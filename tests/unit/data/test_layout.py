@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.data.batch_plan import Layout, Unit, share_of
+from finetune.data.batch_plan import BatchPlan, Unit, share_of
 from finetune.data.encode import Example
 from finetune.recipe.sections.training import Training
 
@@ -14,12 +14,12 @@ def example(length: int) -> Example:
     return Example(list(range(1, length + 1)), [i % 2 == 1 for i in range(length)])
 
 
-def layout_of(batching: str, lengths: list[int], micro_batch_size: int = 3) -> Layout:
+def layout_of(batching: str, lengths: list[int], micro_batch_size: int = 3) -> BatchPlan:
     training = Training(batching=batching, micro_batch_size=micro_batch_size)
-    return Layout.of(training, np.array(lengths), max_length=16, padding=0)
+    return BatchPlan.of(training, np.array(lengths), max_length=16, padding=0)
 
 
-def units_of(layout: Layout, lengths: list[int]) -> list[Unit]:
+def units_of(layout: BatchPlan, lengths: list[int]) -> list[Unit]:
     return [[example(lengths[row]) for row in layout.rows_of(unit)] for unit in range(layout.units)]
 
 

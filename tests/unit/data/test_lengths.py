@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from finetune.data.dataset import Split, refuse_losses
+from finetune.data.dataset import TokenizedDataset, refuse_losses
 from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder, Example
 from finetune.data.lengths import chunks, without_prompt_head
-from finetune.data.token_store import Store, TokenStoreWriter
+from finetune.data.token_store import TokenStore, TokenStoreWriter
 from finetune.data.tokenized_source import TokenizedSource
 from finetune.data.truncation import Truncation
 from finetune.errors import DataError
@@ -24,7 +24,7 @@ TALK = Conversation((Message("user", "a" * 40), Message("assistant", "b" * 10)))
 LONG_ANSWER = Conversation((Message("user", "a"), Message("assistant", "b" * 60)))
 
 
-def encoded(*documents: Document, **settings: object) -> Split:
+def encoded(*documents: Document, **settings: object) -> TokenizedDataset:
     section = Data.model_validate({"train": [{"path": "rows.jsonl"}], "max_dropped": 1, **settings})
     fitting = Truncation(Encoder(TOKENIZER, section.train_on), section)
     for line, document in enumerate(documents, start=1):
@@ -32,7 +32,7 @@ def encoded(*documents: Document, **settings: object) -> Split:
     with TemporaryDirectory() as folder:
         with TokenStoreWriter(Path(folder)) as writer:
             writer.add(fitting.encoded())
-        split = Split.whole([TokenizedSource(section.train[0], 0, [], Store(Path(folder)))])
+        split = TokenizedDataset.whole([TokenizedSource(section.train[0], 0, [], TokenStore(Path(folder)))])
     refuse_losses(split, section)
     return split
 

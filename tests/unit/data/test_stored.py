@@ -16,7 +16,7 @@ from finetune.data.dataset import read_data
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.rows import Row
-from finetune.data.token_store import Store
+from finetune.data.token_store import TokenStore
 from finetune.data.tokenized_source import TokenizedSource
 from finetune.errors import DataError, ModelError
 from finetune.recipe.sections.data import Data
@@ -38,7 +38,7 @@ def chats(folder: Path, count: int = 6, change: Callable[[int, dict[str, Any]], 
 
 def tokenized(
     file: Path, tokenizer: PreTrainedTokenizerBase = TOKENIZER, seed: int = 1, source: Any = None, **settings: Any
-) -> tuple[Store, bool]:
+) -> tuple[TokenStore, bool]:
     """The store, and whether it was made now."""
     events: list[Event] = []
     train = [{"path": str(file), "format": "chat", **(source or {})}]
@@ -47,7 +47,7 @@ def tokenized(
     return made.store, any(isinstance(event, Progress) for event in events)
 
 
-def columns(store: Store) -> list[Any]:
+def columns(store: TokenStore) -> list[Any]:
     places = [store.place(number) for number in range(len(store))]
     return [list(store), places, store.rows.tolist(), store.targets.tolist(), store.digests.tolist(), store.counts]
 

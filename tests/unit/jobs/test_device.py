@@ -85,8 +85,8 @@ def test_out_of_memory_while_the_base_loads_names_what_makes_it_smaller(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 GiB.")
 
     monkeypatch.setattr(context, "load_model", fails)
-    bench = TrainingContext.of(as_recipe(tiny_recipe, tmp_path), ignore)
+    opened = TrainingContext.of(as_recipe(tiny_recipe, tmp_path), ignore)
     with pytest.raises(OutOfMemoryError) as error:
-        bench.load_base(ignore)
+        opened.load_base(ignore)
     assert "quantization.kind" in str(error.value.hint)
     assert "micro_batch_size" not in str(error.value.hint)

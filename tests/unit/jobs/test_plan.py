@@ -14,7 +14,7 @@ from finetune.errors import OutOfMemoryError
 from finetune.jobs.plan.estimate import WATCHED_FROM, MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
 from finetune.jobs.train import prepare
-from finetune.plan.gpu_specs import Card
+from finetune.plan.gpu_specs import GpuSpec
 from finetune.recipe.load import load_recipe
 from tests.fixtures.recipes import as_recipe, write_recipe
 
@@ -94,7 +94,7 @@ def test_a_run_that_cannot_be_planned_trains_all_the_same(
 
 def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
-    monkeypatch.setattr(prepare, "estimated_peak", lambda bench, rows, total_steps: None)
+    monkeypatch.setattr(prepare, "estimated_peak", lambda context, rows, total_steps: None)
     assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
     planned, unplanned = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")
@@ -114,8 +114,8 @@ def test_held_out_rows_that_alone_do_not_fit_are_measured_fewer_at_a_time(recipe
 def sized(recipe: Path, share: float, *overrides: str) -> tuple[MemoryPlanner, Any]:
     """A planner for a GPU of that share of what the run takes."""
     loaded = load_recipe(recipe, overrides)
-    plan = MemoryPlanner.of(loaded.recipe, Card("large", 10**12, None)).plan(loaded.recipe)
-    return MemoryPlanner.of(loaded.recipe, Card("small", round(share * plan.needed), None)), loaded
+    plan = MemoryPlanner.of(loaded.recipe, GpuSpec("large", 10**12, None)).plan(loaded.recipe)
+    return MemoryPlanner.of(loaded.recipe, GpuSpec("small", round(share * plan.needed), None)), loaded
 
 
 def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, modeling_utils
 
 from finetune.data.encode import Example
 from finetune.jobs.train import prepare
-from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.prepare import PreparedRun
 from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention, packing_check
 from finetune.run.directory import RunDirectory
@@ -38,7 +38,7 @@ from tests.fixtures.recipes import as_recipe
 def test_rows_share_what_they_begin_with_unless_something_is_drawn_for_each(
     change: str, shares: bool, tiny_recipe: dict[str, Any], tmp_path: Path
 ):
-    layout = Ready.of(as_recipe(tiny_recipe, tmp_path, [change]), ignore, Interruption()).layout
+    layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path, [change]), ignore, Interruption()).layout
     assert layout.shares_prefixes == shares
     row = Example([5] * 9, [False] * 8 + [True])
     assert layout.batch([row, row]).ids_BT.numel() == (11 if shares else 18)
@@ -49,7 +49,7 @@ def test_rows_share_nothing_where_the_model_cannot(
 ):
     caplog.set_level(logging.INFO, "finetune")
     monkeypatch.setattr(prepare, "prefix_sharing_blocker", lambda model: "scores with a cap")
-    layout = Ready.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
+    layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
     assert layout.restarts_positions
     assert not layout.shares_prefixes
     assert "training.prefix_sharing: auto shares nothing in this model: scores with a cap" in caplog.text
@@ -127,7 +127,7 @@ def test_attention_of_a_base_that_trains_is_proved_in_the_compute_type(
 
     monkeypatch.setattr(packing_check, "check_no_cross_contamination", record)
     sections = {**tiny_recipe, "adapter": {"method": "full"}}
-    prepare = Ready.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
+    prepare = PreparedRun.of(as_recipe(sections, tmp_path, [f"training.precision={precision}"]), ignore, Interruption())
     assert prepare.state.bare_model.get_input_embeddings().weight.dtype is torch.float32
     assert prepare.state.bare_model.config._attn_implementation == packed_attention.NAME
     assert found == [type_of_probes]

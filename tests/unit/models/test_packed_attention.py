@@ -31,7 +31,7 @@ def positions(lengths: list[int]) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-def twin(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
     """Every example's tokens see its earlier ones, by a mask of T x T."""
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(number))
@@ -58,7 +58,7 @@ def test_it_is_its_twin_in_result_and_gradients(
 ):
     monkeypatch.setattr(packed_attention, "_prefers_kernel", lambda dtype: kernel)
     found, expected = heads(sum(lengths)), heads(sum(lengths))
-    one, other = packed(*found, lengths, window), twin(*expected, lengths, window)
+    one, other = packed(*found, lengths, window), reference(*expected, lengths, window)
     assert torch.allclose(one, other, atol=1e-5)
     weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
     (one * weights).sum().backward()
@@ -71,14 +71,16 @@ def test_the_comparison_sees_a_window_that_is_one_too_long():
     """The control."""
     lengths = LENGTHS["several blocks"]
     tensors = heads(sum(lengths))
-    assert not torch.allclose(packed(*tensors, lengths, 4), twin(*tensors, lengths, 5), atol=1e-3)
+    assert not torch.allclose(packed(*tensors, lengths, 4), reference(*tensors, lengths, 5), atol=1e-3)
 
 
 def test_in_16_bits_it_is_as_near_to_float32_as_its_twin():
     lengths = LENGTHS["several blocks"]
-    exact = twin(*heads(sum(lengths)), lengths, None)
+    exact = reference(*heads(sum(lengths)), lengths, None)
     narrow = heads(sum(lengths), torch.bfloat16)
-    errors = [(result.float() - exact).norm() for result in (packed(*narrow, lengths), twin(*narrow, lengths, None))]
+    errors = [
+        (result.float() - exact).norm() for result in (packed(*narrow, lengths), reference(*narrow, lengths, None))
+    ]
     assert packed(*narrow, lengths).dtype is torch.bfloat16
     assert errors[0] <= 1.5 * errors[1]
 
@@ -129,7 +131,7 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
     mask = example_bounds(line)
     one = packed_attention.packed_attention(SimpleNamespace(), *found, mask, scaling=0.3, sliding_window=window)[0]
     apart = [tensor.index_select(2, places) for tensor in expected]
-    other = twin(*apart, [len(example) for example in seen], window)
+    other = reference(*apart, [len(example) for example in seen], window)
     assert torch.allclose(one.index_select(1, places), other, atol=1e-5)
     # Each example asks for its own tokens only; what is shared is asked for by the first that has it.
     weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
@@ -146,10 +148,10 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
 def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
     line, seen = stems(BRANCHING["long"])
     places, lengths = torch.tensor([place for example in seen for place in example]), [len(each) for each in seen]
-    exact = twin(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
+    exact = reference(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
     narrow = heads(line.shape[1], torch.bfloat16)
     one, _ = packed_attention.packed_attention(SimpleNamespace(), *narrow, example_bounds(line), scaling=0.3)
-    other = twin(*(tensor.index_select(2, places) for tensor in narrow), lengths, None)
+    other = reference(*(tensor.index_select(2, places) for tensor in narrow), lengths, None)
     assert one.dtype is torch.bfloat16
     errors = [(result.float() - exact).norm() for result in (one.index_select(1, places), other)]
     assert errors[0] <= 1.5 * errors[1]
@@ -158,10 +160,10 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
 def test_short_examples_that_share_as_much_are_worked_on_together():
     line, _ = stems(BRANCHING["many answers"])
     places, firsts = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
-    found = [example.branches for example in packed_attention._together(places, firsts, None)]
+    found = [example.branches for example in packed_attention._merged_examples(places, firsts, None)]
     assert found == [(30,), (9, 1, 40, 3), (BLOCK - 9, 7, 2), (30,), (4, 5)]
     assert all(sum(branches) <= BLOCK for branches in found)
-    hidden = packed_attention._together(places, firsts, 30)  # a window of 30 keys hides some of all but two
+    hidden = packed_attention._merged_examples(places, firsts, 30)  # a window of 30 keys hides some of all but two
     assert [len(example.branches) for example in hidden] == [1] * 9 + [2]
 
 

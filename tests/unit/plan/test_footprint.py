@@ -17,7 +17,7 @@ from finetune.data.collate import joined, padded
 from finetune.data.encode import Example
 from finetune.models.linear_layers import count_parameters
 from finetune.plan import footprint
-from finetune.plan.footprint import Setting, passes, resident
+from finetune.plan.footprint import EstimateInputs, passes, resident
 from finetune.plan.gpu_specs import GB
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.adapter import Adapter
@@ -36,8 +36,8 @@ def section(union: Any, **values: Any) -> Any:
     return TypeAdapter(union).validate_python(values)
 
 
-def setting(config: Any = None, adapter: dict[str, Any] | None = None, **changes: Any) -> Setting:
-    base = Setting(
+def inputs(config: Any = None, adapter: dict[str, Any] | None = None, **changes: Any) -> EstimateInputs:
+    base = EstimateInputs(
         config=config or tiny_config(num_hidden_layers=6),
         model=Model(name="tiny"),
         choose=lambda name: None,
@@ -73,7 +73,7 @@ METHODS = [
 
 @pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: "-".join(map(str, adapter.values())))
 def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any]):
-    planned = resident(setting(adapter=adapter))
+    planned = resident(inputs(adapter=adapter))
     base = tiny_llama(num_hidden_layers=6).requires_grad_(False)
     weights = sum(parameter.nbytes for parameter in base.parameters())
     model = build(section(Adapter, **adapter)).attach(base, 100)
@@ -82,12 +82,12 @@ def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any
     held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     assert planned.weights + planned.adapter == sum(held.values())
     assert planned.weights == pytest.approx(weights, rel=0.01)  # and tables of frequencies
-    small = setting(tiny_config(), adapter, flattens_rows=False)
+    small = inputs(tiny_config(), adapter, flattens_rows=False)
     assert passes(small, padded(ROWS, 0), padded(ROWS, 0)).activations > 0
 
 
 def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.MonkeyPatch):
-    six = setting(tiny_config(num_hidden_layers=6))
+    six = inputs(tiny_config(num_hidden_layers=6))
     extended = passes(six, joined(ROWS), padded(ROWS, 0))
     monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
     assert extended == passes(six, joined(ROWS), padded(ROWS, 0))
@@ -96,12 +96,12 @@ def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.Monkey
 def test_a_model_whose_attention_drops_out_is_traced_with_its_own():
     """Ours would refuse the pass."""
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=4, n_head=2, attn_pdrop=0.1)
-    assert passes(setting(config), joined(ROWS), None).activations > 0
+    assert passes(inputs(config), joined(ROWS), None).activations > 0
 
 
 def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
-        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, gpu_memory=80 * 10**9)
+        found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, gpu_memory=80 * 10**9)
         return passes(found, joined(ROWS), None).activations
 
     of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
@@ -111,7 +111,7 @@ def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
 
 def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
     for blocks in (6, 12):
-        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing="offload", gpu_memory=80 * 10**9)
+        found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing="offload", gpu_memory=80 * 10**9)
         of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
         pinned = passes(found, joined(ROWS), None).pinned
         assert blocks * of_one <= pinned < blocks * 2 * of_one
@@ -121,7 +121,7 @@ def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
 
 def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at_work():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
-        found = setting(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing)
+        found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing)
         return passes(found, joined(ROWS), None).activations
 
     of_one = sum(len(row.ids) for row in ROWS) * 2 * tiny_config().intermediate_size * 4
@@ -134,7 +134,7 @@ def test_compiled_blocks_keep_what_norms_and_gates_put_out():
     def more(kernels: str) -> int:
         """What six more blocks take."""
         model = Model(name="tiny", kernels=kernels)
-        few, many = (setting(tiny_config(num_hidden_layers=blocks), model=model) for blocks in (6, 12))
+        few, many = (inputs(tiny_config(num_hidden_layers=blocks), model=model) for blocks in (6, 12))
         return passes(many, joined(ROWS), None).activations - passes(few, joined(ROWS), None).activations
 
     tokens, config = sum(len(row.ids) for row in ROWS), tiny_config()
@@ -148,8 +148,8 @@ def test_compiled_blocks_keep_what_norms_and_gates_put_out():
 )
 def test_quantized_weights_take_their_bits(quantization: dict[str, Any], bits: float):
     config = tiny_config(hidden_size=256, intermediate_size=512)
-    plain = resident(setting(config))
-    packed = resident(setting(config, choose=Quantizers(section(Quantization, **quantization))))
+    plain = resident(inputs(config))
+    packed = resident(inputs(config, choose=Quantizers(section(Quantization, **quantization))))
     linear = sum(count * out * into for (out, into), count in plain.shapes.items())
     assert plain.weights - packed.weights == pytest.approx(linear * (32 - bits) / 8, rel=0.01)
 
@@ -166,7 +166,7 @@ def llama(width: int, inner: int, blocks: int, heads: int) -> LlamaConfig:
     )
 
 
-def on_paper(config: LlamaConfig, **changes: Any) -> Setting:
+def on_paper(config: LlamaConfig, **changes: Any) -> EstimateInputs:
     """The paper's setting: NF4 with double quantization, LoRA r=64 on every linear layer, blocks computed again."""
     quantizers = Quantizers(section(Quantization, kind="nf4", double_quant=True))
     optimizer = section(Optimizer, name="paged_adamw_32bit")
@@ -178,7 +178,7 @@ def on_paper(config: LlamaConfig, **changes: Any) -> Setting:
         "gpu_memory": 80 * 10**9,
         "checkpointing": True,
     }
-    return setting(config, {"method": "lora", "r": 64, "alpha": 16}, **{**chosen, **changes})
+    return inputs(config, {"method": "lora", "r": 64, "alpha": 16}, **{**chosen, **changes})
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_plan_for_a_gpu_counts_the_logits_of_its_larger_chunks():
     rows = [Example([place % 300 for place in range(400)], [True] * 400)]
     config = tiny_config(vocab_size=50_000)
     on_cpu, small, large = (
-        passes(setting(config, gpu_memory=memory), joined(rows), None).logits for memory in (None, 8 * GB, 80 * GB)
+        passes(inputs(config, gpu_memory=memory), joined(rows), None).logits for memory in (None, 8 * GB, 80 * GB)
     )
     assert small >= 399 * 50_000 * 4  # all of them at once, in float32
     assert small == large  # the rows have no more logits
@@ -211,7 +211,7 @@ def test_plan_for_a_gpu_counts_the_logits_of_its_larger_chunks():
 def test_plan_for_a_gpu_counts_what_liger_or_the_plain_model_saves_for_backward(monkeypatch: pytest.MonkeyPatch):
     def activations(gpu_memory: int | None) -> int:
         config = tiny_config(num_hidden_layers=4, intermediate_size=256)
-        return passes(setting(config, gpu_memory=gpu_memory), joined(ROWS), None).activations
+        return passes(inputs(config, gpu_memory=gpu_memory), joined(ROWS), None).activations
 
     on_cpu = activations(None)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)

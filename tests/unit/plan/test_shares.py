@@ -9,13 +9,13 @@ import pytest
 
 from finetune.jobs.plan.estimate import MemoryPlanner, Plan
 from finetune.plan.footprint import Base
-from finetune.plan.gpu_specs import card
+from finetune.plan.gpu_specs import gpu_spec
 from tests.fixtures.recipes import as_recipe
 
 
 def planned(sections: dict[str, Any], folder: Path, **distributed: Any) -> tuple[Plan, Base]:
     recipe = as_recipe({**sections, "distributed": distributed}, folder)
-    planner = MemoryPlanner.of(recipe, card("24GB"))
+    planner = MemoryPlanner.of(recipe, gpu_spec("24GB"))
     plan = planner.plan(recipe)
     stays = ("libraries", "weights", "adapter", "gradients", "optimizer")
     assert planner.least(recipe) == sum(plan.parts[part] for part in stays)
@@ -32,9 +32,9 @@ def sections(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
 def test_ddp_holds_all_and_lays_gradients_out_a_second_time(sections: dict[str, Any], tmp_path: Path):
     one, _ = planned(sections, tmp_path, processes=1, strategy="fsdp")
     four, _ = planned(sections, tmp_path, processes=4)
-    assert "together" not in one.parts
-    assert {**one.parts, "together": one.parts["gradients"]}.items() >= {
-        key: four.parts[key] for key in ("weights", "adapter", "gradients", "optimizer", "together")
+    assert "communication" not in one.parts
+    assert {**one.parts, "communication": one.parts["gradients"]}.items() >= {
+        key: four.parts[key] for key in ("weights", "adapter", "gradients", "optimizer", "communication")
     }.items()
     assert (four.processes, four.strategy) == (4, "ddp")
     assert four.work.steps_per_epoch == one.work.steps_per_epoch
@@ -47,7 +47,7 @@ def test_processes_of_one_machine_share_its_memory_and_each_has_a_gpu_of_its_own
     planner = MemoryPlanner.of(one, None)
     alone, together = (planner.plan(recipe, measures_time=False).capacity for recipe in (one, four))
     assert alone // 4 == together
-    assert planned(sections, tmp_path, processes=4)[0].capacity == card("24GB").memory_bytes
+    assert planned(sections, tmp_path, processes=4)[0].capacity == gpu_spec("24GB").memory_bytes
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "affine"}], ids=lambda section: section["kind"])
@@ -61,7 +61,7 @@ def test_shares_are_of_weights_and_not_of_scales_or_adapters(
     assert (base.buffers > base.weights / 20) is (quantization["kind"] != "none")
     for key in ("adapter", "gradients", "optimizer"):
         assert four.parts[key] == one.parts[key]
-    assert four.parts["together"] == 2 * base.block + base.around + one.parts["gradients"]
+    assert four.parts["communication"] == 2 * base.block + base.non_block + one.parts["gradients"]
 
 
 @pytest.mark.parametrize(("processes", "are_whole"), [(2, True), (4, False)])

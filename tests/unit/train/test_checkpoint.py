@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.adapters.base import AdapterMethod
-from finetune.data.batch_plan import Layout
+from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import BatchOrder
 from finetune.data.encode import Example
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
@@ -79,7 +79,7 @@ class Setup(NamedTuple):
         return TrainState(Accelerator(cpu=True), model, method, make_optimizer(self.section, model), dtype)
 
     def steps(self, state: TrainState) -> Iterator[tuple[float, ...]]:
-        layout = Layout.of(TRAINING, np.array([len(row.ids) for row in ROWS]), 64, 0)
+        layout = BatchPlan.of(TRAINING, np.array([len(row.ids) for row in ROWS]), 64, 0)
         for metrics in fit(state, ROWS, ORDER, self.section, TRAINING, layout):
             yield metrics.step, metrics.loss, metrics.gradient_norm, metrics.learning_rate, metrics.tokens
 
