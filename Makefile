@@ -8,19 +8,11 @@ RIVAL := .venv-trl
 # Overridden where a machine with a GPU has its own packages and no network to make an environment.
 GPU_PYTHON ?= $(BIN)/python
 
-# Halves of like length: tests whose processes take long to start stand with the unit tests, those of damage with the kills.
-TOGETHER := tests/integration/test_shares.py tests/integration/test_processes.py
-ON_DISK := tests/faults/test_kill.py tests/faults/test_disk.py tests/faults/test_full_disk.py
+# Each worker has one thread: the tiny model gains nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n 2 --dist worksteal
 
-# Two halves of a suite side by side: the first where Ctrl-C is not heard, which its tests must not need.
-define on_two_cores
-	export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(1) > $(VENV)/tests.txt 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest $(2); failed=$$?; \
-	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
-endef
-
-.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shares pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-fast test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shares pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,14 +24,18 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
 
-test: $(VENV)/dev  ## The tests of every change, on two cores
-	$(call on_two_cores,-m "not slow" tests/integration tests/architecture $(TOGETHER:%=--ignore=%),-m "not slow" tests/unit tests/faults $(TOGETHER))
+test-fast: $(VENV)/dev  ## Under a minute: recipes, data, run directories, reports, CLI and conventions; loads no model
+	$(PYTEST) $(WORKERS) -m "not slow and not model" tests/architecture \
+		tests/unit/recipe tests/unit/data tests/unit/run tests/unit/report tests/unit/cli
 
-test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
+test: $(VENV)/dev  ## The tests of every change, on two cores
+	$(PYTEST) $(WORKERS) -m "not slow" tests
+
+test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model and matrices
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
-	$(call on_two_cores,$(ON_DISK),tests/faults $(ON_DISK:%=--ignore=%))
+	$(PYTEST) $(WORKERS) tests/faults
 
 bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.rival $(DATA) --rival $(RIVAL)/bin/python
