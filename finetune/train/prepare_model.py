@@ -19,6 +19,7 @@ def prepare_model(
     packing: Callable[[PreTrainedModel], None],
     attach: Callable[[PreTrainedModel], nn.Module],
     offload: bool = False,
+    log: Callable[[str], None] = lambda message: None,
 ) -> nn.Module:
     """Make a base the trainable model of a run.
 
@@ -29,6 +30,7 @@ def prepare_model(
         packing: Chooses the attention for packed rows and checks it.
         attach: Adds what the method trains.
         offload: Whether the inputs of checkpointed blocks move to the CPU.
+        log: Called with what selective checkpointing recomputes.
 
     Returns:
         The model with the method attached.
@@ -41,5 +43,6 @@ def prepare_model(
     # By name and before attaching: adapters wrap layers, and wrapped layers have other shapes.
     recomputed = up_projections(base) if checkpointing == "selective" else []
     model = attach(base)
-    recompute_outputs(base, recomputed)
+    if checkpointing == "selective":
+        log(recompute_outputs(base, recomputed))
     return model

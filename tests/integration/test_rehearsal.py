@@ -36,7 +36,7 @@ def sections(tiny_model: Path, chat_file: Path, kind: str, rehearsal: bool) -> d
         "model": {"name": str(tiny_model)},
         "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.25, "max_length": 128},
         "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-2},
-        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": dry_run},
+        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": rehearsal},
         "evaluation": {"every_steps": 3},
         **METHODS[kind],
     }
@@ -106,8 +106,8 @@ def test_a_layer_that_merges_into_something_else_is_refused(
 def test_long_runs_begin_with_one_unless_they_are_told_not_to(tmp_path: Path, tiny_model: Path, chat_file: Path):
     recipe = as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
     automatic = recipe.model_copy(update={"training": recipe.training.model_copy(update={"rehearsal": "auto"})})
-    assert [dry_run.is_worth_it(automatic, steps) for steps in (199, 200)] == [False, True]
-    assert not dry_run.is_worth_it(recipe, 10_000)
+    assert [dry_run.is_worth_it(automatic.training, steps) for steps in (199, 200)] == [False, True]
+    assert not dry_run.is_worth_it(recipe.training, 10_000)
 
 
 def test_alone_it_leaves_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -187,6 +187,7 @@ class _Preparation:
             packing=self._check_packing,
             attach=self._attach,
             offload=self._offloads(),
+            log=lambda message: logger.info("training.gradient_checkpointing: %s", message),
         )
         context.method.initialize(model, context.folder.weight)
         _load_initial_adapter(context, model)

@@ -45,5 +45,5 @@ def test_whoever_finds_the_place_taken_after_all_joins_it(kept: int):
 def test_a_place_where_nobody_is_is_told(kept: int):
     parameters = at(kept, is_host=False)
     assert _rendezvous(parameters).get_backend() == "c10d"  # the control
-    with pytest.raises(EnvironmentFault, match=r"nobody keeps a rendezvous at 127\.0\.0\.1:1\n"):
+    with pytest.raises(EnvironmentFault, match=r"no rendezvous answers at 127\.0\.0\.1:1\n"):
         _rendezvous(at(1, is_host=False))

@@ -52,7 +52,7 @@ def test_rows_share_nothing_where_the_model_cannot(
     layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).batch_plan
     assert layout.restarts_positions
     assert not layout.shares_prefixes
-    assert "training.prefix_sharing: auto shares nothing in this model: scores with a cap" in caplog.text
+    assert "training.prefix_sharing: auto is off for this model: scores with a cap" in caplog.text
     row = Example([5] * 9, [False] * 8 + [True])
     assert layout.batch([row, row]).ids_BT.numel() == 18
 
