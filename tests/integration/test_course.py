@@ -59,7 +59,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     def told(step: int, loss: float, perplexity: float, rows: int) -> ValidationResult:
         return ValidationResult(step, script.get(step, loss), perplexity, rows)
 
-    monkeypatch.setattr(evaluator, "Validated", told)
+    monkeypatch.setattr(evaluator, "ValidationResult", told)
     return script
 
 
