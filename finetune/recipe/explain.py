@@ -17,6 +17,7 @@ from finetune.recipe import other_tools
 from finetune.recipe.diff import on_resume
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.renamed_keys import current_name, earlier_names
 from finetune.recipe.schema import Shape, whole
 from finetune.recipe.sections.section import Section
 from finetune.recipe.yaml.document import decode, read_yaml
@@ -52,7 +53,8 @@ class Explanation:
         meanings: What it is: one, or several where kinds of its section differ.
         choices: The words that choose between kinds of section, each with what it chooses.
         keys: Of a section, its keys, each with what it is for in a sentence.
-        spellings: What other tools call it.
+        spellings: Names of the key in other tools.
+        earlier: Names of the key in earlier versions, which are still accepted.
     """
 
     key: str
@@ -61,6 +63,7 @@ class Explanation:
     choices: Mapping[str, str]
     keys: Mapping[str, str]
     spellings: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def explain_key(name: str) -> list[Explanation]:
     Raises:
         UsageError: A recipe has no such key; with the one that was probably meant.
     """
-    wanted = ".".join(segment for segment in name.strip().split(".") if not segment.isdigit())
+    wanted = current_name(".".join(segment for segment in name.strip().split(".") if not segment.isdigit()))
     keys = _keys()
     found = [key for key in keys if key == wanted] or [key for key in keys if key.endswith(f".{wanted}")]
     if found:
@@ -201,6 +204,7 @@ def _of_key(key: str) -> Explanation:
         {word: _first_line(kind.section) for kind in chosen for word in kind.words},
         {} if inner and inner[0].tag else {name: what for kind in inner for name, what in kind.keys().items()},
         tuple(spelling for spelling, ours in other_tools.KEYS.items() if ours == key),
+        tuple(earlier_names(key)),
     )
 
 

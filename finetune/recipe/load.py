@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import NoReturn
@@ -17,12 +19,18 @@ from finetune.recipe import secrets
 from finetune.recipe.error_messages import explain
 from finetune.recipe.overrides import apply_overrides
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.renamed_keys import rename_keys
 from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
 from finetune.recipe.sections.evaluation import TaskFile, TaskSection
 from finetune.recipe.yaml.document import MAX_BYTES, decode, position_at, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 from finetune.recipe.yaml.writer import block
+
+logger = logging.getLogger(__name__)
+
+RESOLVED_RECIPE = "recipe.resolved.yaml"
+"""Name of the recipe that a run or a checkpoint records."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,12 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
     """
     _refuse_secrets(text, str(path), overrides)
     sources = SourceMap(read_yaml(text, str(path)), str(path))
-    problems = apply_overrides(sources, overrides)
+    of_file = rename_keys(sources)
+    of_overrides = apply_overrides(sources, overrides)
+    # A user cannot edit the recipe that a run recorded, so its old spellings are read in silence.
+    for note in (*(() if path.name == RESOLVED_RECIPE else of_file.notes), *of_overrides.notes):
+        _warn_once(note)
+    problems = [*of_file.problems, *of_overrides.problems]
     try:
         context = {"folder": path.parent.resolve()}
         recipe = Recipe.model_validate(sources.data, context=context)
@@ -141,6 +154,12 @@ def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
             origins.append(Origin.in_override(number, "..." if secrets.has_secret(key) else key))
     if origins:
         _refuse((origin, Problem(origin.text, "", secrets.WHAT, secrets.HINT)) for origin in origins)
+
+
+@cache
+def _warn_once(note: str) -> None:
+    """Log a warning once in a process: a sweep loads its recipe for each trial."""
+    logger.warning("%s", note)
 
 
 def _broken_rules(recipe: Recipe, sources: SourceMap) -> list[Placed]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from finetune.errors import Problem, RecipeError
+from finetune.recipe.renamed_keys import Renaming, rename_keys
 from finetune.recipe.schema import shape_at
 from finetune.recipe.yaml.document import KeyPath, dotted, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
@@ -26,19 +27,20 @@ class _OverrideError(Exception):
         self.hint = hint
 
 
-def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> list[Placed]:
-    """Write each `a.b=value` into the recipe, the last one last.
+def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> Renaming:
+    """Write each `a.b=value` into the recipe, in their order.
 
-    Whether the schema has such a key is left to validation, which answers for file and arguments alike.
+    Validation reports keys that the schema does not have, for the file and the arguments alike.
 
     Args:
         sources: The recipe, which is changed.
         arguments: As given; the value is YAML, numbers in the key are list indices.
 
     Returns:
-        The problems of arguments that could not be applied.
+        The problems of arguments that could not be applied, and notes on keys with an earlier spelling.
     """
-    placed = []
+    notes: list[str] = []
+    problems: list[Placed] = []
     for number, argument in enumerate(arguments, 1):
         key, equals, text = argument.partition("=")
         key = key.strip()
@@ -47,8 +49,13 @@ def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> list[Placed
             _check_form(key, equals)
             _put(sources, key.split("."), _read_value(key, text), origin)
         except _OverrideError as error:
-            placed.append((origin, Problem(origin.text, key, error.what, error.hint)))
-    return placed
+            problems.append((origin, Problem(origin.text, key, error.what, error.hint)))
+        else:
+            # After each argument, so that a later one replaces an earlier one in either spelling.
+            renaming = rename_keys(sources)
+            notes += renaming.notes
+            problems += renaming.problems
+    return Renaming(tuple(notes), tuple(problems))
 
 
 def _check_form(key: str, equals: str) -> None:

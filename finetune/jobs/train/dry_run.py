@@ -42,7 +42,7 @@ MERGED_TOLERANCE = 1e-4
 
 def is_worth_it(recipe: Recipe, total_steps: int) -> bool:
     """Whether a run begins with a rehearsal."""
-    wanted = recipe.training.rehearsal
+    wanted = recipe.training.dry_run
     return total_steps >= STEPS_WORTH_IT if wanted == "auto" else wanted
 
 

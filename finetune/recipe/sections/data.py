@@ -280,8 +280,9 @@ class Data(Section):
             "for chat templates that render the last turn in another way than earlier ones."
         ),
     )
-    on_untrainable: Literal["stop", "skip"] = Field(
-        "stop", description="What to do with a row that has no token to train on: stop, or leave it out and count it."
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with a row without target tokens. error: stop. drop: drop the row and count it.",
     )
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Stop if a larger share of the rows would be left out, for whatever cause."

@@ -86,7 +86,7 @@ class Training(Section):
             "machine's memory and not in the GPU's, for long rows."
         ),
     )
-    rehearsal: Annotated[Literal["auto"] | bool, OnResume.MAY_CHANGE] = Field(
+    dry_run: Annotated[Literal["auto"] | bool, OnResume.MAY_CHANGE] = Field(
         "auto",
         description=(
             "Walk the whole path once before the first step, on the longest rows: forward, backward, step, held-out "

@@ -83,6 +83,28 @@ class SourceMap:
                 del origins[old]
             origins[path] = origin
 
+    def rename(self, path: KeyPath, name: str) -> None:
+        """Give the key at `path`, which is written, another name in its section; its origins stay those of the old."""
+        renamed = (*path[:-1], name)
+        value = self.value(path)
+        moved = {
+            (*renamed, *place[len(path) :]): (self._keys[place], self._values[place])
+            for place in self._keys
+            if place[: len(path)] == path
+        }
+        self.remove(path)
+        self.remove(renamed)
+        self.value(path[:-1])[name] = value
+        for place, (key_origin, value_origin) in moved.items():
+            self._keys[place], self._values[place] = key_origin, value_origin
+
+    def remove(self, path: KeyPath) -> None:
+        """Remove a key of a mapping, if it is written, and its origins."""
+        self.value(path[:-1]).pop(path[-1], None)
+        for origins in (self._keys, self._values):
+            for old in [old for old in origins if old[: len(path)] == path]:
+                del origins[old]
+
     def _nearest(self, path: KeyPath) -> KeyPath:
         while path not in self._keys:
             path = path[:-1]
