@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from finetune.errors import Problem
 from finetune.recipe.other_tools import further_advice, translated_key, translated_value
-from finetune.recipe.schema import Shape, every_key, shape_at, whole
+from finetune.recipe.schema import Shape, every_key, recipe_shape, shape_at
 from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
 from finetune.recipe.yaml.origins import Placed, SourceMap
 
-LONGEST_EXCERPT = 60
+MAX_SHOWN_CHARACTERS = 60
 
 
 def explain(error: ValidationError, sources: SourceMap) -> list[Placed]:
@@ -36,16 +36,16 @@ def _explain(kind: str, loc: tuple[str | int, ...], message: str, sources: Sourc
     if kind == "union_tag_not_found":
         return _missing((*path, _tag_at(path)), sources)
     if kind == "union_tag_invalid":
-        return _unfit((*path, _tag_at(path)), sources)
+        return _wrong_value((*path, _tag_at(path)), sources)
     if kind == "value_error":
         origin = sources.value_origin(path)
         return origin, Problem(origin.text, dotted(path), message.removeprefix("Value error, "))
-    return _unfit(path, sources)
+    return _wrong_value(path, sources)
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
     """The user's path: a location of pydantic without the tags and type names that it puts in."""
-    shape = whole()
+    shape = recipe_shape()
     path: KeyPath = ()
     for segment in loc:
         if segment in shape.arms:
@@ -113,7 +113,7 @@ def _elsewhere_hint(key: str) -> str | None:
 def _missing(path: KeyPath, sources: SourceMap) -> Placed:
     parent, key = path[:-1], path[-1]
     if isinstance(key, int):
-        return _unfit(parent, sources)
+        return _wrong_value(parent, sources)
     if misspelt := _misspelling(key, parent, sources):
         return _unknown_key((*parent, misspelt), sources)
     shape = _known_shape(path, sources.data)
@@ -131,7 +131,7 @@ def _misspelling(key: str, parent: KeyPath, sources: SourceMap) -> str | None:
     return next((other for other in unknown if nearest(other, valid) == key), None)
 
 
-def _unfit(path: KeyPath, sources: SourceMap) -> Placed:
+def _wrong_value(path: KeyPath, sources: SourceMap) -> Placed:
     """A value that is not what the schema wants there."""
     shape, value = _known_shape(path, sources.data), sources.value(path)
     origin = sources.value_origin(path)
@@ -145,11 +145,11 @@ def found(value: Any) -> str:
         return "nothing (null)"
     if isinstance(value, bool):
         return "true" if value else "false"
-    excerpt = json.dumps(value, ensure_ascii=False)
-    if len(excerpt) > LONGEST_EXCERPT:
-        excerpt = excerpt[:LONGEST_EXCERPT] + "..."
+    shown = json.dumps(value, ensure_ascii=False)
+    if len(shown) > MAX_SHOWN_CHARACTERS:
+        shown = shown[:MAX_SHOWN_CHARACTERS] + "..."
     kinds = {str: "text", int: "the number", float: "the number", list: "a list", dict: "a mapping"}
-    return f"{kinds[type(value)]} {excerpt}"
+    return f"{kinds[type(value)]} {shown}"
 
 
 def _value_hint(path: KeyPath, shape: Shape, value: Any) -> str | None:
@@ -180,7 +180,7 @@ def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
         return f"did you mean `{choice}`" + (f" with {further}?" if further else "?")
     if shape.is_mapping:
         return f"write {_entry(path, shape.example())}"
-    if shape.item and shape.item.accepts_text() and len(text) <= LONGEST_EXCERPT:
+    if shape.item and shape.item.accepts_text() and len(text) <= MAX_SHOWN_CHARACTERS:
         return f"write [{text}]"
     return None
 
@@ -193,5 +193,5 @@ def _entry(path: KeyPath, value: str) -> str:
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `word` is probably a slip for."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    near = difflib.get_close_matches(word[:LONGEST_EXCERPT].lower(), by_lower, n=1)
+    near = difflib.get_close_matches(word[:MAX_SHOWN_CHARACTERS].lower(), by_lower, n=1)
     return by_lower[near[0]] if near else None

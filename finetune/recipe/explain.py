@@ -18,7 +18,7 @@ from finetune.recipe.diff import on_resume
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.renamed_keys import current_name, earlier_names
-from finetune.recipe.schema import Shape, whole
+from finetune.recipe.schema import Shape, recipe_shape
 from finetune.recipe.sections.section import Section
 from finetune.recipe.yaml.document import decode, read_yaml
 from finetune.recipe.yaml.writer import flow
@@ -222,7 +222,11 @@ def _choice(kinds: list[_Kind]) -> Meaning:
 
 def _meaning(kind: _Kind, name: str) -> Meaning:
     field = kind.section.model_fields[name]
-    shape = Shape({"$ref": f"#/$defs/{kind.section.__name__}"}).fields()[name] if kind.path else whole().fields()[name]
+    shape = (
+        Shape({"$ref": f"#/$defs/{kind.section.__name__}"}).fields()[name]
+        if kind.path
+        else recipe_shape().fields()[name]
+    )
     return Meaning(
         kind.words,
         field.description or _purpose(field),

@@ -34,7 +34,7 @@ class Choice:
     loads_in: str
 
 
-def catalogue() -> list[Choice]:
+def method_table() -> list[Choice]:
     """Every choice, adapters first, in the schema's order."""
     return [*_choices("adapter.method", Adapter), *_choices("quantization.kind", Quantization)]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from finetune.recipe.sections.section import anchored
+from finetune.recipe.sections.section import absolute_to
 
 
 def reached_from(folder: Path, path: str) -> str:
     """A path of the working directory for a recipe in `folder`: relative where it is near, so that both can move."""
-    absolute = anchored(path, Path.cwd())
+    absolute = absolute_to(path, Path.cwd())
     relative = os.path.relpath(absolute, folder)
     return absolute if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
 

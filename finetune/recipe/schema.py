@@ -31,7 +31,7 @@ def _definitions() -> Mapping[str, Any]:
 
 
 @cache
-def whole() -> Shape:
+def recipe_shape() -> Shape:
     """The shape of a whole recipe."""
     return Shape({"$ref": "#"})
 
@@ -43,7 +43,7 @@ def shape_at(path: KeyPath, data: Any) -> Shape | None:
         path: Keys and indices.
         data: What a user wrote for the whole recipe; its tags choose between kinds of section.
     """
-    shape: Shape | None = whole()
+    shape: Shape | None = recipe_shape()
     for segment in path:
         if shape is None:
             return None
@@ -55,7 +55,7 @@ def shape_at(path: KeyPath, data: Any) -> Shape | None:
 @cache
 def every_key() -> Mapping[KeyPath, Shape]:
     """All keys that a recipe can have, of all kinds of sections; index 0 stands for all of a list."""
-    return dict(_walk((), whole()))
+    return dict(_walk((), recipe_shape()))
 
 
 def _walk(path: KeyPath, shape: Shape) -> Iterator[tuple[KeyPath, Shape]]:

@@ -15,7 +15,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 STANDALONE = {"merge": "merge it and serve the model: ft merge", "export": "write it into the model: ft export"}
 
 
-def served_rank(adapter: AdapterSection, rules: Sequence[ModuleRule]) -> int:
+def vllm_lora_rank(adapter: AdapterSection, rules: Sequence[ModuleRule]) -> int:
     """The least --max-lora-rank under which vLLM serves the adapter over a base that it loads.
 
     Args:
@@ -57,12 +57,12 @@ def served_rank(adapter: AdapterSection, rules: Sequence[ModuleRule]) -> int:
     return fitting[0]
 
 
-def serving(recipe: Recipe) -> str:
+def describe_vllm_support(recipe: Recipe) -> str:
     """In words, whether vLLM will serve what is trained, and how."""
     if recipe.adapter.trains_base:
         return "vLLM serves the trained model as it is"
     try:
-        rank = served_rank(recipe.adapter, recipe.modules)
+        rank = vllm_lora_rank(recipe.adapter, recipe.modules)
     except UnsupportedError as refusal:
         return f"vLLM does not serve the adapter: {refusal.what} ({refusal.where}); {refusal.hint}"
     sections = [recipe.quantization, *(rule.quantization for rule in recipe.modules if rule.quantization)]

@@ -13,7 +13,7 @@ from finetune.recipe.importing.translation import Context, Left, Tool, translate
 from finetune.recipe.load import recipe_of
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.schema import whole
+from finetune.recipe.schema import recipe_shape
 from finetune.recipe.yaml.document import Document, decode, read_yaml
 from finetune.recipe.yaml.writer import commented
 
@@ -112,8 +112,8 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
     """The recipe's text; what validation refuses is left behind with its reason."""
     while True:
         sections = _sections(context, output.parent)
-        remarks = _remarks(tool, context)
-        text = commented(_head(tool, file, context, output), sections, remarks)
+        comments = _comments(tool, context)
+        text = commented(_head(tool, file, context, output), sections, comments)
         try:
             recipe_of(text, output)
         except RecipeError as error:
@@ -123,13 +123,13 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
             return text
 
 
-def _remarks(tool: Tool, context: Context) -> dict[str, str]:
+def _comments(tool: Tool, context: Context) -> dict[str, str]:
     """Behind a key the rival's, and what it does not say there but means."""
-    remarks = {key: origin for key, origin in context.origins.items() if key in context.settings}
+    comments = {key: origin for key, origin in context.origins.items() if key in context.settings}
     meant = {"training.gradient_accumulation_steps": f"{tool.name} counts those of one process, ft those of all"}
     if "data.overlength" not in context.settings:
         meant["data.max_length"] = f"{tool.name} cuts or drops longer rows, ft stops: data.overlength"
-    return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in remarks.items()}
+    return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in comments.items()}
 
 
 def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
@@ -151,7 +151,7 @@ def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
 def _sections(context: Context, folder: Path) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     for section in Recipe.model_fields:
-        prefix, order = f"{section}.", list(whole().fields()[section].fields())
+        prefix, order = f"{section}.", list(recipe_shape().fields()[section].fields())
         inside = {key.removeprefix(prefix): v for key, v in context.settings.items() if key.startswith(prefix)}
         whole_section = context.settings.get(section)
         tag, kind = _DEFAULT_KINDS.get(section, ("", ""))

@@ -52,7 +52,7 @@ class Without:
     """
 
     reason: str
-    sanitize: tuple[Any, ...] = ()
+    unless: tuple[Any, ...] = ()
 
 
 Compute = Callable[["Context", Any], Settings]
@@ -168,7 +168,7 @@ def _applied(rule: Rule | None, key: str, value: Any, context: Context) -> Setti
         case Switch():
             return rule.on if _is_yes(value) else rule.off
         case Without():
-            if value in rule.sanitize:
+            if value in rule.unless:
                 return {}
             raise NotCarried(rule.reason)
     return rule(context, value)

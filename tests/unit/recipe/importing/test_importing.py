@@ -20,7 +20,7 @@ from finetune.recipe.load import recipe_of
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
 
-FIXTURES = Path(__file__).parents[3] / "fixtures" / "rivals"
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "other_tools"
 OUR_KEYS = {".".join(segment for segment in path if isinstance(segment, str)) for path in every_key()}
 LEAST: dict[str, dict[str, Any]] = {
     "axolotl": {"base_model": "org/base", "datasets": [{"path": "rows.jsonl"}]},

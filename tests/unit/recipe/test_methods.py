@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from cli.wording import choice as in_words
-from finetune.recipe.methods import catalogue
+from finetune.recipe.methods import method_table
 from finetune.recipe.schema import shape_at
 
 UNPUBLISHED = {"affine", "plugin", "none", "trainable_tokens"}
@@ -18,7 +18,7 @@ UNPUBLISHED = {"affine", "plugin", "none", "trainable_tokens"}
 
 
 def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
-    choices = catalogue()
+    choices = method_table()
     for key in ("adapter.method", "quantization.kind"):
         shape: Any = shape_at(tuple(key.split(".")), None)
         assert [choice.name for choice in choices if choice.key == key] == shape.choices
@@ -31,7 +31,7 @@ def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
 
 
 def test_it_fits_the_terminal_and_tells_programs_the_same():
-    lines = [line for choice in catalogue() for line in in_words(choice, 80)]
+    lines = [line for choice in method_table() for line in in_words(choice, 80)]
     assert max(map(len, lines)) <= 80
     told = CliRunner().invoke(app, ["methods", "--json"]).stdout.splitlines()
-    assert [json.loads(line)["name"] for line in told] == [choice.name for choice in catalogue()]
+    assert [json.loads(line)["name"] for line in told] == [choice.name for choice in method_table()]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.vllm_support import serving
+from finetune.recipe.vllm_support import describe_vllm_support
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_a_recipe_tells_how_its_result_will_be_served(tmp_path: Path, sections: 
         {"model": {"name": "org/name"}, "data": {"train": [{"path": "rows.jsonl", "format": "chat"}]}, **sections},
         context={"folder": tmp_path},
     )
-    assert serving(recipe) == said
+    assert describe_vllm_support(recipe) == said

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.recipe import other_tools
-from finetune.recipe.schema import every_key, whole
+from finetune.recipe.schema import every_key, recipe_shape
 
 from .conftest import Load, Problems
 
@@ -37,7 +37,7 @@ def test_a_rivals_value_is_translated_to_a_choice_of_ours(key: str) -> None:
 def test_no_spelling_is_in_two_tables_or_the_same_as_ours() -> None:
     tables = [set(other_tools.KEYS), set(other_tools.SNIPPETS), set(other_tools.NOTES)]
     assert sum(map(len, tables)) == len(set.union(*tables))
-    assert not set.union(*tables) & set(whole().fields())
+    assert not set.union(*tables) & set(recipe_shape().fields())
     assert all(target.rpartition(".")[2] != spelling for spelling, target in other_tools.KEYS.items())
 
 
