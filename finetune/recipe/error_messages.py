@@ -1,4 +1,4 @@
-"""From pydantic's errors to problems in the user's terms: where, expected what, found what, do what."""
+"""Converts pydantic's errors to problems in the user's terms: place, expected value, found value, fix."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_SHOWN_CHARACTERS = 60
 
 
 def explain(error: ValidationError, sources: SourceMap) -> list[Placed]:
-    """Every error as a problem; at most `MAX_PROBLEMS` of them.
+    """The errors as problems; at most `MAX_PROBLEMS` of them.
 
-    pydantic's own text is not used: it shows no lines, names internals, and can be huge.
+    Pydantic's text is not used: it has no line numbers, names internals, and can be very long.
     """
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     return [_explain(fault["type"], fault["loc"], fault["msg"], sources) for fault in faults[:MAX_PROBLEMS]]
@@ -44,7 +44,7 @@ def _explain(kind: str, loc: tuple[str | int, ...], message: str, sources: Sourc
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
-    """The user's path: a location of pydantic without the tags and type names that it puts in."""
+    """The path in the recipe: pydantic's location without the tags and type names in it."""
     shape = recipe_shape()
     path: KeyPath = ()
     for segment in loc:
@@ -92,7 +92,7 @@ def _unknown_key_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str:
 
 
 def _other_kind_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str | None:
-    """For a key of another kind of the same section, which kind."""
+    """For a key of another kind of the same section, that kind."""
     key, parent = str(path[-1]), path[:-1]
     kinds = [tag for tag, kind in section.arms.items() if key in kind.fields() and key != section.tag]
     if not kinds or section.tag is None:
@@ -105,9 +105,9 @@ def _other_kind_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str |
 
 
 def _elsewhere_hint(key: str) -> str | None:
-    """For a key of another section, where it belongs, unless too many sections have one."""
-    homes = [f"`{dotted(path)}`" for path in every_key() if path[-1] == key]
-    return f"it belongs to {' or '.join(homes)}" if 1 <= len(homes) <= 2 else None
+    """For a key of another section, that section; None if more than two sections have the key."""
+    matches = [f"`{dotted(path)}`" for path in every_key() if path[-1] == key]
+    return f"it belongs to {' or '.join(matches)}" if 1 <= len(matches) <= 2 else None
 
 
 def _missing(path: KeyPath, sources: SourceMap) -> Placed:
@@ -124,7 +124,7 @@ def _missing(path: KeyPath, sources: SourceMap) -> Placed:
 
 
 def _misspelling(key: str, parent: KeyPath, sources: SourceMap) -> str | None:
-    """A key beside the missing one that is probably meant to be it."""
+    """An unknown key beside the missing one that is probably a misspelling of it."""
     section = sources.value(parent) or {}
     valid = _known_shape(parent, sources.data).fields(section)
     unknown = [other for other in list(section)[:MAX_PROBLEMS] if other not in valid]
@@ -132,7 +132,7 @@ def _misspelling(key: str, parent: KeyPath, sources: SourceMap) -> str | None:
 
 
 def _wrong_value(path: KeyPath, sources: SourceMap) -> Placed:
-    """A value that is not what the schema wants there."""
+    """A value that the schema does not allow."""
     shape, value = _known_shape(path, sources.data), sources.value(path)
     origin = sources.value_origin(path)
     what = f"expected {shape.expected()}, found {found(value)}"
@@ -140,7 +140,7 @@ def _wrong_value(path: KeyPath, sources: SourceMap) -> Placed:
 
 
 def found(value: Any) -> str:
-    """A value and its type, in a few words."""
+    """A value and its type in words."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -168,7 +168,7 @@ def _value_hint(path: KeyPath, shape: Shape, value: Any) -> str | None:
 
 
 def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
-    """The choice that a text probably means, or how to write a list or section that has it."""
+    """The choice that a text probably means, or the list or section to write instead of it."""
     names = [str(segment) for segment in path if not isinstance(segment, int)]
     key = ".".join([*names, shape.tag] if shape.tag else names)
     choices = list(shape.arms) or shape.choices
@@ -186,12 +186,12 @@ def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
 
 
 def _entry(path: KeyPath, value: str) -> str:
-    """A line of YAML that sets the last key of `path`, or the item itself in a list."""
+    """A line of YAML that sets the last key of `path`; in a list, the item."""
     return f"{path[-1]}: {value}" if path and isinstance(path[-1], str) else value
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `word` is probably a slip for."""
+    """The candidate that `word` is probably a misspelling of."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word[:MAX_SHOWN_CHARACTERS].lower(), by_lower, n=1)
     return by_lower[near[0]] if near else None

@@ -22,7 +22,7 @@ from finetune.recipe.sections.training import Training
 
 
 class Recipe(Section):
-    """The frozen description of a run. Defaults live here and nowhere else."""
+    """The immutable description of a run. Defaults are defined in the sections and nowhere else."""
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     model: Model

@@ -1,4 +1,4 @@
-"""Training arguments of transformers, which several tools take over under the same names."""
+"""Training arguments of transformers, which several tools use under the same names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ARGUMENTS: Mapping[str, Rule] = {
     "model_revision": To("model.revision"),
     "trust_remote_code": Without(values.NO_CODE, unless=(False,)),
     "output_dir": values.output_dir,
-    "overwrite_output_dir": Without("say it when you call it: ft train --overwrite", unless=(False,)),
+    "overwrite_output_dir": Without("a command-line option: ft train --overwrite", unless=(False,)),
     "run_name": To("run.name"),
     "do_train": Switch(),
-    "do_eval": Without("ft eval RUN, when it is done", unless=(False,)),
+    "do_eval": Without("a command after training: ft eval RUN", unless=(False,)),
     "do_predict": Without("ft generate RUN --file rows.jsonl", unless=(False,)),
     # length and batches
     "num_train_epochs": To("training.epochs"),
@@ -23,13 +23,13 @@ ARGUMENTS: Mapping[str, Rule] = {
     "per_device_train_batch_size": To("training.micro_batch_size"),
     "gradient_accumulation_steps": To("training.gradient_accumulation_steps"),
     "auto_find_batch_size": Without("ft init chooses a size for your memory", unless=(False,)),
-    "group_by_length": Without("rows of similar length come together in any case", unless=(False,)),
-    "length_column_name": Without("rows of similar length come together in any case"),
+    "group_by_length": Without("ft always batches rows of similar length", unless=(False,)),
+    "length_column_name": Without("ft always batches rows of similar length"),
     "dataloader_num_workers": Without(values.LOADING),
     "dataloader_pin_memory": Without(values.LOADING),
     "dataloader_persistent_workers": Without(values.LOADING),
     "dataloader_prefetch_factor": Without(values.LOADING),
-    "dataloader_drop_last": Without("the last batch of an epoch is never left out", unless=(False,)),
+    "dataloader_drop_last": Without("the last batch of an epoch is never dropped", unless=(False,)),
     "remove_unused_columns": Without("columns that the format does not name are not read", unless=(True,)),
     # optimizer
     "optim": To("optimizer.name"),
@@ -48,7 +48,7 @@ ARGUMENTS: Mapping[str, Rule] = {
     # memory and speed
     "bf16": values.precision("bfloat16"),
     "fp16": values.precision("float16"),
-    "tf32": Without("products of float32 numbers are left as PyTorch has them", unless=(False,)),
+    "tf32": Without("ft keeps PyTorch's setting for float32 matmuls", unless=(False,)),
     "gradient_checkpointing": To("training.gradient_checkpointing", {"unsloth": "offload"}),
     "gradient_checkpointing_kwargs": Without("ft checkpoints without reentrance", unless=({"use_reentrant": False},)),
     "torch_compile": values.compiled,
@@ -56,23 +56,23 @@ ARGUMENTS: Mapping[str, Rule] = {
     "deepspeed": Without(values.DISTRIBUTED),
     "fsdp": Without(values.DISTRIBUTED, unless=("", [])),
     "fsdp_config": Without(values.DISTRIBUTED),
-    "ddp_timeout": Without("rows are tokenized before processes wait for each other"),
-    "ddp_find_unused_parameters": Without("gradients are summed by ft itself", unless=(False,)),
-    "local_rank": Without("ft train --processes says it"),
+    "ddp_timeout": Without("rows are tokenized before the processes synchronize"),
+    "ddp_find_unused_parameters": Without("ft all-reduces gradients itself", unless=(False,)),
+    "local_rank": Without("a command-line option: ft train --processes"),
     # saving, evaluation, logs
     "save_steps": values.steps("training.checkpoint_every_steps"),
     "save_strategy": Without("by steps, or by time: training.checkpoint_every_steps", unless=("steps",)),
     "save_total_limit": To("training.checkpoints_kept"),
-    "save_only_model": Without("a checkpoint has all that it takes to go on", unless=(False,)),
-    "save_safetensors": Without("weights are safetensors in any case", unless=(True,)),
-    "resume_from_checkpoint": Without("say it when you call it: ft train --resume RUN", unless=(False,)),
+    "save_only_model": Without("a checkpoint always has the full training state", unless=(False,)),
+    "save_safetensors": Without("weights are always safetensors", unless=(True,)),
+    "resume_from_checkpoint": Without("a command-line option: ft train --resume RUN", unless=(False,)),
     "eval_strategy": Without("by steps (evaluation.every_steps), and at the end", unless=("steps", "no")),
     "evaluation_strategy": Without("by steps (evaluation.every_steps), and at the end", unless=("steps", "no")),
     "eval_steps": values.steps("evaluation.every_steps"),
     "per_device_eval_batch_size": To("evaluation.batch_size"),
-    "eval_accumulation_steps": Without("logits are not kept"),
+    "eval_accumulation_steps": Without("logits are not stored"),
     "load_best_model_at_end": Without("evaluation.patience keeps the weights of the lowest loss", unless=(False,)),
-    "metric_for_best_model": Without("the held-out loss: evaluation.patience"),
+    "metric_for_best_model": Without("always the validation loss: evaluation.patience"),
     "logging_steps": Without(values.SECONDS),
     "logging_strategy": Without(values.SECONDS),
     "logging_first_step": Without(values.SECONDS),
@@ -83,12 +83,12 @@ ARGUMENTS: Mapping[str, Rule] = {
     "disable_tqdm": Without("ft train --quiet", unless=(False,)),
     "report_to": values.trackers,
     "seed": To("training.seed"),
-    "data_seed": Without("training.seed is that of the rows too"),
+    "data_seed": Without("training.seed also seeds the order of rows"),
     "push_to_hub": Without(values.HUB_PUSH, unless=(False,)),
     "hub_model_id": Without(values.HUB_PUSH),
     "hub_strategy": Without(values.HUB_PUSH),
     "hub_private_repo": Without("a repository is private unless --public"),
-    "hub_token": Without("HF_TOKEN, or the login of the hub's own program"),
+    "hub_token": Without("set HF_TOKEN, or log in: hf auth login"),
 }
 
 DEFAULTS: Mapping[str, object] = {
@@ -99,4 +99,4 @@ DEFAULTS: Mapping[str, object] = {
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.0,
 }
-"""What transformers takes where nothing is said, as far as it is not ft's."""
+"""Defaults of transformers that differ from ft's."""

@@ -17,7 +17,7 @@ UNPUBLISHED = {"affine", "plugin", "none", "trainable_tokens"}
 """What is no paper's: plain rounding, and what is not ours."""
 
 
-def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
+def test_method_table_has_every_choice_once_with_paper_and_costs():
     choices = method_table()
     for key in ("adapter.method", "quantization.kind"):
         shape: Any = shape_at(tuple(key.split(".")), None)
@@ -30,7 +30,7 @@ def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
         assert re.search(r"\d{4}", choice.source) or choice.name in UNPUBLISHED, choice.name
 
 
-def test_it_fits_the_terminal_and_tells_programs_the_same():
+def test_methods_command_fits_the_terminal_and_agrees_with_json():
     lines = [line for choice in method_table() for line in in_words(choice, 80)]
     assert max(map(len, lines)) <= 80
     told = CliRunner().invoke(app, ["methods", "--json"]).stdout.splitlines()

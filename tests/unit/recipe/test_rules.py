@@ -164,7 +164,7 @@ NAMES = [rule.__name__ for rule in RULES]
 
 
 @pytest.mark.parametrize("rule", NAMES)
-def test_a_rule_refuses_what_it_is_for(rule: str, good: str, problems: Problems) -> None:
+def test_rule_refuses_broken_recipe(rule: str, good: str, problems: Problems) -> None:
     overrides, key = BREAKING[rule]
     (problem,) = problems(good, *overrides)
     assert problem.key == key
@@ -172,16 +172,16 @@ def test_a_rule_refuses_what_it_is_for(rule: str, good: str, problems: Problems)
 
 
 @pytest.mark.parametrize("rule", NAMES)
-def test_a_rule_lets_the_rest_pass(rule: str, good: str, load: Load) -> None:
+def test_rule_accepts_recipe_close_to_breaking_it(rule: str, good: str, load: Load) -> None:
     assert load(good, *KEEPING[rule]).recipe
 
 
-def test_all_broken_rules_are_told_at_once(good: str, problems: Problems) -> None:
+def test_all_broken_rules_are_reported_at_once(good: str, problems: Problems) -> None:
     found = problems(good, "adapter={method: full}", "model.dtype=float16", "data.validation=[]")
     assert {problem.key for problem in found} == {"quantization.kind", "model.dtype", "evaluation.every_steps"}
 
 
-def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Problems) -> None:
+def test_violation_has_the_place_of_its_key(good: str, problems: Problems) -> None:
     in_file, in_override = problems(good, "adapter={method: full}", "model.dtype=float16")
     assert in_file.where.endswith("recipe.yaml:3:22")
     assert in_override.where == "--set model.dtype"
@@ -196,14 +196,14 @@ def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Prob
         (("adapter={method: adalora}", "training.max_steps=1"), "adapter.final_steps"),
     ],
 )
-def test_shares_and_numbers_of_adaloras_steps_are_seen_together(
+def test_adalora_phases_accept_ratios_and_step_counts(
     overrides: tuple[str, ...], key: str, good: str, problems: Problems
 ) -> None:
     (problem,) = problems(good, *overrides)
     assert problem.key == key
 
 
-def test_a_source_without_any_place_is_refused(good: str, problems: Problems) -> None:
+def test_source_without_path_and_hub_is_refused(good: str, problems: Problems) -> None:
     (problem,) = problems(good, "data.train.0={format: chat}")
     assert (problem.key, problem.what) == ("data.train.0", "the source has no path")
 
@@ -227,7 +227,7 @@ def test_a_source_without_any_place_is_refused(good: str, problems: Problems) ->
         ),
     ],
 )
-def test_a_rule_for_single_layers_is_one_that_something_reads(
+def test_module_rule_without_effect_is_refused(
     overrides: tuple[str, ...], key: str, good: str, problems: Problems
 ) -> None:
     (problem,) = problems(good, *overrides)
