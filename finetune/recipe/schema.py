@@ -132,7 +132,7 @@ class Shape:
 
     @property
     def choices(self) -> list[Any]:
-        """The words or numbers that may stand here where only certain ones may."""
+        """The allowed values, if there is a fixed set of them."""
         return [choice for schema in self._alternatives() for choice in _choices(schema)]
 
     def fields(self, data: Any = None) -> Mapping[str, Shape]:

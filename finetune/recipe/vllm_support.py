@@ -44,7 +44,7 @@ def vllm_lora_rank(adapter: AdapterSection, rules: Sequence[ModuleRule]) -> int:
         if getattr(adapter, key, None):
             raise UnsupportedError(what, where=f"adapter.{key}", hint=hint)
     settings = [rule.adapter for rule in rules if rule.adapter is not None]
-    # AdaLoRA is saved as a LoRA of the largest final rank, padded with zeros, and with one scale.
+    # AdaLoRA is saved as a LoRA of the largest final rank, padded with zeros, with scale 1 in every layer.
     if adapter.method != "adalora" and any(each.r or each.alpha for each in settings):
         raise UnsupportedError(
             "versions of vLLM use one rank and scale for all layers, and modules sets others",

@@ -36,7 +36,7 @@ DATA_SETS: Mapping[str, Mapping[str, Any]] = {
 }
 """The source of each data set builder; the last three use the source in the configuration."""
 
-WHOLE_TEXT = ("alpaca_dataset", "alpaca_cleaned_dataset")
+TRAINED_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")
 """Builders that train on the prompts too by default."""
 
 LAYERS = {"output_proj": "o_proj"}
@@ -150,8 +150,8 @@ def _columns(chosen: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
     builder = str(entry.get("_component_")).rpartition(".")[2]
     strategy = entry.get("masking_strategy")
-    whole = entry.get("train_on_input", strategy == "train_on_all" if strategy else builder in WHOLE_TEXT)
-    trained = "all" if whole else {"train_on_last": "last_turn"}.get(str(strategy))
+    trains_prompt = entry.get("train_on_input", strategy == "train_on_all" if strategy else builder in TRAINED_PROMPTS)
+    trained = "all" if trains_prompt else {"train_on_last": "last_turn"}.get(str(strategy))
     packed = {"training.batching": "packed"} if entry.get("packed") is True else {}
     return {**packed, **({"data.train_on": trained} if trained else {})}
 
