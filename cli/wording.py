@@ -269,6 +269,7 @@ def explanation(explanation: Explanation, values: dict[str, list[str]], width: i
     facts = {
         "on resume": resume if not explanation.keys else "",
         "elsewhere": ", ".join(explanation.spellings),
+        "earlier": ", ".join(explanation.earlier),
         "in recipes": "; ".join(f"{value}: {', '.join(files)}" for value, files in values.items()),
     }
     return lines + _titled(facts, width)

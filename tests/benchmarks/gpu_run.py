@@ -160,7 +160,7 @@ def recipe_of(task: dict[str, Any], folder: Path) -> Recipe:
             "batching": "padding_free",
             "gradient_checkpointing": case.checkpointing,
             "checkpoint_every_steps": 10**6,
-            "rehearsal": False,
+            "dry_run": False,
         },
     }
     return as_recipe(sections, folder)

@@ -159,7 +159,7 @@ def run(
         "model": {"name": str(model)},
         "data": {"train": [{"path": str(rows)}], "max_length": 128},
         **sections,
-        "training": {**training, "precision": "float32", "rehearsal": False},
+        "training": {**training, "precision": "float32", "dry_run": False},
         "distributed": {"strategy": strategy, "processes": processes},
     }
     found: dict[str, Any] = results(SCRIPT, processes, folder, write_recipe(recipe, folder), when, **NO_HOLES)

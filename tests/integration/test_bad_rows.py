@@ -228,7 +228,7 @@ def test_rows_that_a_policy_leaves_out_are_counted_by_cause(tiny_recipe: dict[st
     file = tmp_path / "rows.jsonl"
     left_out = [LINES[name][1] for name in ("no answer", "too many words", "no answer")]
     file.write_bytes(MANY + b"".join(json.dumps(row).encode() + b"\n" for row in left_out))
-    policies = ["data.on_untrainable=skip", "data.overlength=drop", "data.max_dropped=0.1", "training.max_steps=1"]
+    policies = ["data.on_bad_row=drop", "data.overlength=drop", "data.max_dropped=0.1", "training.max_steps=1"]
     assert train(file, tiny_recipe, "chat", *policies).code == 0
     counts = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
     assert [counts[key] for key in ("read", "too_long", "untrainable", "used")] == [503, 1, 2, 500]

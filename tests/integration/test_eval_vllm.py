@@ -210,7 +210,7 @@ def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, fake_vllm: Told):
     ("changes", "what", "remedy"),
     [
         ({"adapter": {"method": "lora", "dora": True}}, "DoRA", "ft merge"),
-        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "whole modules", "ft merge"),
+        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "fully trained modules", "ft merge"),
         ({"adapter": {"method": "prompt_tuning"}}, "prompt_tuning", "ft export"),
         ({"adapter": {"method": "prefix_tuning"}}, "prefix_tuning", "ft eval"),
         ({"quantization": {"kind": "nf4"}}, "quantized", "ft merge"),

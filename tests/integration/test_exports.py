@@ -123,11 +123,14 @@ def test_an_adapter_for_servers_loads_in_peft_and_names_its_command(tiny_recipe:
     ("sections", "what"),
     [
         ({"adapter": {"method": "lora", "dora": True}}, "DoRA"),
-        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "whole modules"),
+        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "fully trained modules"),
         ({"adapter": {"method": "lora", "trainable_tokens": ["a"]}}, "single tokens"),
-        ({"adapter": {"method": "lora"}, "modules": [{"match": "*.q_proj", "adapter": {"r": 2}}]}, "the same rank"),
+        (
+            {"adapter": {"method": "lora"}, "modules": [{"match": "*.q_proj", "adapter": {"r": 2}}]},
+            "one rank and scale",
+        ),
         ({"adapter": {"method": "lora", "r": 600}}, "not 600"),
-        ({"adapter": {"method": "vera", "r": 8}}, "none that vera"),
+        ({"adapter": {"method": "vera", "r": 8}}, "not vera"),
         (FOUR_BITS, "only ft stores"),
     ],
 )

@@ -250,7 +250,7 @@ def test_checkpointing_takes_less_memory_for_the_same_loss(
         "data": long_rows(tmp_path, 24, 700 if is_gpu else 60),
     }
     overrides = ["training.max_steps=2", f"training.micro_batch_size={8 if is_gpu else 2}"]
-    overrides += [f"training.precision={'bfloat16' if is_gpu else 'float32'}", "training.rehearsal=false"]
+    overrides += [f"training.precision={'bfloat16' if is_gpu else 'float32'}", "training.dry_run=false"]
     found = {}
     for value in (more, less):
         empty_cache()
@@ -402,7 +402,7 @@ def test_planned_memory_is_near_measured_peak(
         "adapter": {"method": method},
         "data": long_rows(tmp_path, 32, 900 if is_gpu else 60),
     }
-    overrides = [f"training.micro_batch_size={8 if is_gpu else 1}", "training.max_steps=2", "training.rehearsal=false"]
+    overrides = [f"training.micro_batch_size={8 if is_gpu else 1}", "training.max_steps=2", "training.dry_run=false"]
     recipe = as_recipe(sections, tmp_path, ["training.precision=bfloat16", *overrides])
     plan = MemoryPlanner.of(recipe, None).plan(recipe, measures_time=False)
     planned = sum(plan.parts.values()) - plan.parts["libraries"]

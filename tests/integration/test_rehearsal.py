@@ -31,12 +31,12 @@ METHODS: dict[str, dict[str, Any]] = {
 FOLDED = {"lora", "qlora", "adalora", "qa-lora", "ia3", "oft"}
 
 
-def sections(tiny_model: Path, chat_file: Path, kind: str, rehearsal: bool) -> dict[str, Any]:
+def sections(tiny_model: Path, chat_file: Path, kind: str, with_dry_run: bool) -> dict[str, Any]:
     return {
         "model": {"name": str(tiny_model)},
         "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.25, "max_length": 128},
         "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-2},
-        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": rehearsal},
+        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "dry_run": with_dry_run},
         "evaluation": {"every_steps": 3},
         **METHODS[kind],
     }
@@ -54,8 +54,8 @@ def result(recipe: dict[str, Any], folder: Path) -> tuple[bytes, list[float], li
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat_file: Path, tmp_path: Path):
-    plain = result(sections(tiny_model, chat_file, kind, rehearsal=False), tmp_path / "plain")
-    rehearsed = result(sections(tiny_model, chat_file, kind, rehearsal=True), tmp_path / "rehearsed")
+    plain = result(sections(tiny_model, chat_file, kind, with_dry_run=False), tmp_path / "plain")
+    rehearsed = result(sections(tiny_model, chat_file, kind, with_dry_run=True), tmp_path / "rehearsed")
     assert rehearsed[:2] == plain[:2]
     (event,) = [event for event in rehearsed[2] if isinstance(event, DryRunPassed)]
     assert event.folded == (kind in FOLDED)
@@ -67,9 +67,9 @@ def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat
 
 def test_a_trace_would_be_seen(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The control: what is not put back changes the run."""
-    plain = result(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path / "plain")
+    plain = result(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path / "plain")
     monkeypatch.setattr(dry_run, "read_state", lambda state, folder: setattr(state, "step", 0))
-    assert result(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path / "rehearsed")[0] != plain[0]
+    assert result(sections(tiny_model, chat_file, "lora", with_dry_run=True), tmp_path / "rehearsed")[0] != plain[0]
 
 
 def test_a_step_that_does_not_fit_is_told_before_the_first(
@@ -81,7 +81,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_first(
     monkeypatch.setattr(dry_run, "train_step", too_large)
     run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(OutOfMemoryError, match="step 1"):
-        train(as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path), run)
+        train(as_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=True), tmp_path), run)
     assert not run.path.exists()
 
 
@@ -98,21 +98,21 @@ def test_a_layer_that_merges_into_something_else_is_refused(
     monkeypatch.setattr(dry_run.peft_bridge, "fold", off)
     with pytest.raises(RefusedError, match="merged layer"):
         train(
-            as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path),
+            as_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=True), tmp_path),
             RunDirectory.create(tmp_path / "run"),
         )
 
 
 def test_long_runs_begin_with_one_unless_they_are_told_not_to(tmp_path: Path, tiny_model: Path, chat_file: Path):
-    recipe = as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
-    automatic = recipe.model_copy(update={"training": recipe.training.model_copy(update={"rehearsal": "auto"})})
+    recipe = as_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path)
+    automatic = recipe.model_copy(update={"training": recipe.training.model_copy(update={"dry_run": "auto"})})
     assert [dry_run.is_worth_it(automatic.training, steps) for steps in (199, 200)] == [False, True]
     assert not dry_run.is_worth_it(recipe.training, 10_000)
 
 
 def test_alone_it_leaves_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    recipe = write_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
+    recipe = write_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path)
     done = CliRunner().invoke(app, ["rehearse", str(recipe)])
     assert done.exit_code == 0, done.output
     assert "rehearsed in 0:0" in done.output

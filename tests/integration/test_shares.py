@@ -247,7 +247,7 @@ def test_a_run_with_shares_is_the_run_of_one_process_and_goes_on_in_one(
         "evaluation": {"every_steps": 2, "sample_rows": 2, "max_new_tokens": 4, "batch_size": 2, "patience": 3},
         "distributed": {"strategy": "fsdp"},
     }
-    sections["training"] |= {"rehearsal": True, "checkpoint_every_steps": 2}
+    sections["training"] |= {"dry_run": True, "checkpoint_every_steps": 2}
     recipe = write_recipe(sections, tmp_path)
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert CliRunner().invoke(app, ["train", str(recipe), "--run-dir", str(alone), "-q"]).exit_code == 0

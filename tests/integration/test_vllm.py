@@ -23,7 +23,7 @@ from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.models.loading.model_files import find_model
 from finetune.recipe.load import load_recipe
 from finetune.recipe.sections.model import Model
-from finetune.recipe.vllm_support import served_rank
+from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_ft, of_transformers, same, trained
@@ -67,7 +67,7 @@ def served(
     exported = tmp_path_factory.mktemp("exported")
     folders = [export_adapter(run_of(kind), exported / kind) for kind in SERVED]
     recipes = [load_recipe(run_of(kind).recipe).recipe for kind in SERVED]
-    rank = max(served_rank(recipe.adapter, recipe.modules) for recipe in recipes)
+    rank = max(vllm_lora_rank(recipe.adapter, recipe.modules) for recipe in recipes)
     return dict(zip(SERVED, of_engine("FT_VLLM", base, TOKENS, rank, *folders), strict=True))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import FineTunedRun
-from finetune.recipe.vllm_support import served_rank
+from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
 from finetune.storage.files import written_aside
@@ -26,7 +26,7 @@ def export_adapter(
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
     trained = FineTunedRun.open(run, on_event)
-    rank = served_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
+    rank = vllm_lora_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
     base = public_name(trained.context.section)
     name = run.path.name
     with written_aside(target) as folder:

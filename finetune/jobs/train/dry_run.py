@@ -43,7 +43,7 @@ MERGED_TOLERANCE = 1e-4
 
 def is_worth_it(training: Training, total_steps: int) -> bool:
     """Whether a run begins with a dry run."""
-    wanted = training.rehearsal
+    wanted = training.dry_run
     return total_steps >= STEPS_WORTH_IT if wanted == "auto" else wanted
 
 

@@ -81,7 +81,7 @@ def test_offloading_is_checkpointing_on_a_cpu_and_moves_an_input_of_each_block_e
     caplog.set_level(logging.INFO, "finetune")
 
     def loss(value: str, name: str) -> float | None:
-        changes = [f"training.gradient_checkpointing={value}", "training.max_steps=2", "training.rehearsal=false"]
+        changes = [f"training.gradient_checkpointing={value}", "training.max_steps=2", "training.dry_run=false"]
         recipe = as_recipe({**tiny_recipe, "quantization": quantization}, tmp_path, changes)
         return train(recipe, RunDirectory.create(tmp_path / name)).loss
 

@@ -56,26 +56,26 @@ def refusals(source: str | bytes) -> list[Problem]:
         ("'010'", "010"),
     ],
 )
-def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: Any) -> None:
+def test_scalars_follow_yaml_1_2_core_schema(text: str, value: Any) -> None:
     read = read_yaml(f"key: {text}", "f").data["key"]
     assert read == value
     assert type(read) is type(value)
 
 
 @pytest.mark.parametrize("text", ["010", "-007", "00", ".inf", "-.Inf", ".nan", "1e999", "9" * 5000, "0x" + "f" * 5000])
-def test_unclear_numbers_are_refused_at_their_place(text: str) -> None:
+def test_ambiguous_numbers_are_refused_with_position(text: str) -> None:
     (problem,) = refusals(f"a: 1\nb: {text}\n")
     assert problem.where == "f:2:4"
     assert problem.key == "b"
     assert "quote it" in str(problem.hint)
 
 
-def test_a_leading_zero_is_answered_with_the_decimal_number() -> None:
+def test_leading_zero_hint_has_the_decimal_number() -> None:
     (problem,) = refusals("r: 010")
     assert "write 10" in str(problem.hint)
 
 
-def test_every_key_and_value_has_its_place() -> None:
+def test_places_has_every_key_and_value() -> None:
     document = read_yaml("model: {name: x}\ndata:\n  train:\n    - path: a\n    - b\n", "f")
     assert document.data == {"model": {"name": "x"}, "data": {"train": [{"path": "a"}, "b"]}}
     assert document.places["model", "name"] == ((1, 9), (1, 15))
@@ -84,17 +84,17 @@ def test_every_key_and_value_has_its_place() -> None:
     assert document.places["data", "train", 1] == ((5, 7), (5, 7))
 
 
-def test_places_cover_the_data_and_nothing_else() -> None:
+def test_places_cover_exactly_the_data() -> None:
     document = read_yaml("a: [1, {b: [2]}]\nc:\n", "f")
     assert set(document.places) == {(), ("a",), ("a", 0), ("a", 1), ("a", 1, "b"), ("a", 1, "b", 0), ("c",)}
 
 
-def test_columns_count_characters_not_bytes() -> None:
+def test_columns_count_characters() -> None:
     assert read_yaml("ключ: {é: 1}".encode(), "f").places["ключ", "é"].key == (1, 8)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n"])
-def test_a_text_without_content_is_none(text: str) -> None:
+def test_empty_text_is_none(text: str) -> None:
     assert read_yaml(text, "f").data is None
 
 
@@ -118,18 +118,18 @@ def test_a_text_without_content_is_none(text: str) -> None:
         ("a: 1\nb: \x07", "f:2:4", "U+0007"),
     ],
 )
-def test_what_is_not_plain_data_is_refused(text: str, where: str, word: str) -> None:
+def test_yaml_beyond_plain_data_is_refused(text: str, where: str, word: str) -> None:
     problem = refusals(text)[0]
     assert problem.where == where
     assert word in problem.what
 
 
-def test_quoted_text_may_look_like_anything() -> None:
+def test_quoted_text_is_not_interpreted() -> None:
     data = read_yaml("""a: ["*x", '&y', "!!z", '<<', "1: 2"]\n'1': b""", "f").data
     assert data == {"a": ["*x", "&y", "!!z", "<<", "1: 2"], "1": "b"}
 
 
-def test_all_faults_of_a_readable_text_come_at_once() -> None:
+def test_all_problems_of_parsable_text_are_reported_at_once() -> None:
     found = refusals("a: 010\nb: {c: 1, c: 2}\na: &x .inf\n3: y\n")
     assert [(problem.where, problem.key) for problem in found] == [
         ("f:1:4", "a"),
@@ -141,7 +141,7 @@ def test_all_faults_of_a_readable_text_come_at_once() -> None:
     ]
 
 
-def test_a_duplicate_key_names_the_line_of_the_first() -> None:
+def test_duplicate_key_has_the_line_of_the_first() -> None:
     (problem,) = refusals("a: 1\nb: 2\na: 3")
     assert problem.where == "f:3:1"
     assert "line 1" in problem.what
@@ -157,8 +157,8 @@ def test_a_duplicate_key_names_the_line_of_the_first() -> None:
         ("a: [1, 2}", "f:1:4", "list that opens here is not closed"),
         ("a: 'x\nb: 1", "f:1:4", "quote that opens here is never closed"),
         ('a: "x\nb: 1', "f:1:4", "quote that opens here is never closed"),
-        ("a: b: c", "f:1:5", "where no key can stand"),
-        ("a: 1\n b: 2", "f:2:3", "where no key can stand"),
+        ("a: b: c", "f:1:5", "where no key is allowed"),
+        ("a: 1\n b: 2", "f:2:3", "where no key is allowed"),
         ("a: 1\nb", "f:2:1", "expected `key: value`"),
         ("a: @x", "f:1:4", "cannot begin with '@'"),
         ("a: %x", "f:1:4", "cannot begin with '%'"),
@@ -168,37 +168,37 @@ def test_a_duplicate_key_names_the_line_of_the_first() -> None:
         ("a: |x\n  y", "f:1:5", "text after `|`"),
     ],
 )
-def test_syntax_errors_are_told_in_the_users_terms(text: str, where: str, words: str) -> None:
+def test_syntax_errors_are_rephrased(text: str, where: str, words: str) -> None:
     (problem,) = refusals(text)
     assert problem.where == where
     assert words in problem.what
     assert problem.hint
 
 
-def test_only_utf_8_is_read() -> None:
+def test_other_encodings_than_utf_8_are_refused() -> None:
     (problem,) = refusals("a: 1\nb: é".encode("latin-1"))
     assert problem.where == "f:2:4"
     assert "0xe9" in problem.what
     assert "UTF-8" in refusals("a: 1".encode("utf-16"))[0].what
 
 
-def test_a_byte_order_mark_is_accepted() -> None:
+def test_byte_order_mark_is_accepted() -> None:
     document = read_yaml(b"\xef\xbb\xbfa: 1", "f")
     assert document.data == {"a": 1}
     assert document.places["a",].key == (1, 1)
 
 
-def test_depth_is_limited() -> None:
+def test_depth_limit_is_enforced() -> None:
     assert read_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH, "f").data is not None
     assert "deep" in refusals("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2))[0].what
 
 
-def test_the_number_of_nodes_is_limited() -> None:
+def test_node_limit_is_enforced() -> None:
     assert len(read_yaml("[" + "1, " * (MAX_NODES - 1) + "]", "f").data) == MAX_NODES - 1
     assert f"{MAX_NODES:,}" in refusals("[" + "1, " * MAX_NODES + "]")[0].what
 
 
-def test_the_size_is_limited() -> None:
+def test_size_limit_is_enforced() -> None:
     text = "# " + "x" * (1 << 20)
     assert "1 MiB" in refusals(text)[0].what
     assert "1 MiB" in refusals(text.encode())[0].what
@@ -206,10 +206,10 @@ def test_the_size_is_limited() -> None:
 
 
 @pytest.mark.parametrize("text", ["1e-5", "010", ".inf", "0x1", "null", "", "true", "-1"])
-def test_text_that_needs_quotes_is_known(text: str) -> None:
+def test_is_plain_text_is_false_for_text_that_needs_quotes(text: str) -> None:
     assert not is_plain_text(text)
 
 
-def test_text_that_needs_no_quotes_is_known() -> None:
+def test_is_plain_text_is_true_for_other_text() -> None:
     assert is_plain_text("no")
     assert is_plain_text("HuggingFaceTB/SmolLM2")

@@ -10,15 +10,15 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from cli.wording import choice as in_words
-from finetune.recipe.methods import catalogue
+from finetune.recipe.methods import method_table
 from finetune.recipe.schema import shape_at
 
 UNPUBLISHED = {"affine", "plugin", "none", "trainable_tokens"}
 """What is no paper's: plain rounding, and what is not ours."""
 
 
-def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
-    choices = catalogue()
+def test_method_table_has_every_choice_once_with_paper_and_costs():
+    choices = method_table()
     for key in ("adapter.method", "quantization.kind"):
         shape: Any = shape_at(tuple(key.split(".")), None)
         assert [choice.name for choice in choices if choice.key == key] == shape.choices
@@ -30,8 +30,8 @@ def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
         assert re.search(r"\d{4}", choice.source) or choice.name in UNPUBLISHED, choice.name
 
 
-def test_it_fits_the_terminal_and_tells_programs_the_same():
-    lines = [line for choice in catalogue() for line in in_words(choice, 80)]
+def test_methods_command_fits_the_terminal_and_agrees_with_json():
+    lines = [line for choice in method_table() for line in in_words(choice, 80)]
     assert max(map(len, lines)) <= 80
     told = CliRunner().invoke(app, ["methods", "--json"]).stdout.splitlines()
-    assert [json.loads(line)["name"] for line in told] == [choice.name for choice in catalogue()]
+    assert [json.loads(line)["name"] for line in told] == [choice.name for choice in method_table()]

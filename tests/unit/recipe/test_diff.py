@@ -15,7 +15,7 @@ from .conftest import Load
 
 
 def sections(kind: Any = Recipe) -> Iterator[type[Section]]:
-    """Every kind of section that can stand in a recipe."""
+    """Every kind of section that a recipe can have."""
     if isinstance(kind, type) and issubclass(kind, Section):
         yield kind
         for field in kind.model_fields.values():
@@ -27,13 +27,13 @@ def sections(kind: Any = Recipe) -> Iterator[type[Section]]:
 SECTIONS = list(dict.fromkeys(sections()))
 
 
-def test_the_walk_reaches_sections_in_lists_and_unions():
+def test_sections_includes_those_in_lists_and_unions():
     names = {section.__name__ for section in SECTIONS}
     assert names >= {"Recipe", "Lora", "Full", "AdamW", "ChatSource", "Hub", "Affine", "Training"}
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
-def test_every_key_says_what_may_become_of_it(section: type[Section]):
+def test_every_key_has_one_rule_on_resume(section: type[Section]):
     assert isinstance(section.on_resume, OnResume)
     for key, field in section.model_fields.items():
         own = [word for word in field.metadata if isinstance(word, OnResume)]
@@ -41,14 +41,14 @@ def test_every_key_says_what_may_become_of_it(section: type[Section]):
         assert section.on_resume not in own, f"{key}: its section says so already"
 
 
-def test_a_section_without_a_word_would_be_found():
+def test_section_without_on_resume_has_no_attribute():
     class Undecided(Section):
         key: int
 
     assert not hasattr(Undecided, "on_resume")
 
 
-def test_what_makes_a_run_longer_is_epochs_and_steps_and_nothing_else():
+def test_only_epochs_and_max_steps_extend_a_run():
     extending = {
         (section.__name__, key)
         for section in SECTIONS
@@ -77,17 +77,17 @@ def test_what_makes_a_run_longer_is_epochs_and_steps_and_nothing_else():
         (["data.train.0.path=/elsewhere.jsonl"], "tickets.jsonl -> /elsewhere.jsonl", OnResume.MAY_CHANGE),
     ],
 )
-def test_a_change_is_told_with_both_values(good: str, load: Load, overrides: list[str], told: str, word: OnResume):
+def test_changes_has_key_and_both_values(good: str, load: Load, overrides: list[str], told: str, word: OnResume):
     found = changes(load(good).recipe, load(good, *overrides).recipe)
     (change,) = [change for change in found if told in str(change)]
     assert change.on_resume is word
 
 
-def test_a_recipe_differs_in_nothing_from_itself(good: str, load: Load):
+def test_changes_of_equal_recipes_is_empty(good: str, load: Load):
     assert changes(load(good).recipe, load(good).recipe) == []
 
 
-def test_a_source_more_or_less_is_another_run(good: str, load: Load):
+def test_added_or_removed_source_is_a_frozen_change(good: str, load: Load):
     more = load(good, "data.train.2={path: /third.jsonl, format: chat}").recipe
     for old, new in ((load(good).recipe, more), (more, load(good).recipe)):
         (change,) = changes(old, new)
@@ -95,6 +95,6 @@ def test_a_source_more_or_less_is_another_run(good: str, load: Load):
         assert "null" in (change.old, change.new)
 
 
-def test_a_long_value_is_shortened(good: str, load: Load):
+def test_change_shortens_long_values(good: str, load: Load):
     (change,) = changes(load(good).recipe, load(good, f"model.name=org/{'x' * 200}").recipe)
     assert len(change.new) == 80

@@ -30,7 +30,7 @@ training:
         ({"adapter.r": "8", "adapter.alpha": "16"}, "  alpha: 16"),
     ],
 )
-def test_a_key_is_set_and_all_comments_stay(changes: dict[str, str], line: str):
+def test_edited_sets_key_and_keeps_comments(changes: dict[str, str], line: str):
     text = edited(TEXT, changes)
     assert line in text.splitlines()
     assert [each for each in TEXT.splitlines() if "#" in each and "adamw" not in each and "model" not in each] == [
@@ -44,5 +44,5 @@ def test_a_key_is_set_and_all_comments_stay(changes: dict[str, str], line: str):
 
 
 @pytest.mark.parametrize("text", ["training:\n", "training: {}\n", "training:   # nothing yet\n", ""])
-def test_a_section_without_keys_gets_one(text: str):
+def test_edited_adds_key_to_empty_section(text: str):
     assert yaml.safe_load(edited(text, {"training.epochs": "2"})) == {"training": {"epochs": 2}}

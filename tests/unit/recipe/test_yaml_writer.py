@@ -30,28 +30,28 @@ def read(text: str) -> Any:
 
 
 @given(VALUES)
-def test_a_value_on_one_line_is_read_back(value: Any):
+def test_flow_round_trips_values(value: Any):
     text = flow(value)
     assert "\n" not in text
     assert read(f"key: {text}") == {"key": value}
 
 
 @given(SECTIONS)
-def test_a_block_is_read_back(sections: dict[str, Any]):
+def test_block_round_trips_sections(sections: dict[str, Any]):
     assert read(block(sections)) == sections
 
 
 @given(SECTIONS, st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=200))
-def test_remarks_change_nothing_and_stand_at_every_key(sections: dict[str, Any], remark: str):
+def test_commented_keeps_data_and_has_every_comment(sections: dict[str, Any], comment: str):
     paths = list(sections)
     paths += [f"{name}.{key}" for name, inside in sections.items() if isinstance(inside, dict) for key in inside]
-    text = commented(["A head", ""], sections, dict.fromkeys(paths, remark))
+    text = commented(["A head", ""], sections, dict.fromkeys(paths, comment))
     assert read(text) == sections
-    if words := remark.split():
+    if words := comment.split():
         assert text.count(words[0]) >= len(paths)
 
 
-def test_a_long_remark_stands_above_its_key_and_a_long_list_takes_a_line_for_each_item():
+def test_commented_puts_long_comments_above_and_splits_long_lists():
     sections = {"data": {"train": [{"path": f"{'x' * 40}{i}.jsonl", "format": "chat"} for i in range(3)], "seed": 1}}
     text = commented([], sections, {"data.train": "rows", "data.seed": "word " * 30})
     assert max(map(len, text.splitlines())) <= WIDTH

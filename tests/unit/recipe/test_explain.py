@@ -23,7 +23,7 @@ KEYS = sorted({".".join(segment for segment in path if isinstance(segment, str))
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_of_the_schema_is_explained_within_the_terminals_width(key: str):
+def test_explain_covers_every_key_within_the_terminal_width(key: str):
     (explanation,) = explain_key(key)
     assert explanation.key == key
     assert all(meaning.what and meaning.values for meaning in explanation.meanings)
@@ -31,7 +31,7 @@ def test_every_key_of_the_schema_is_explained_within_the_terminals_width(key: st
     assert max(map(len, lines)) <= 80
 
 
-def test_a_key_that_differs_from_kind_to_kind_is_told_for_each():
+def test_explain_lists_defaults_of_each_kind():
     (rank,) = explain_key("adapter.r")
     defaults = {kind: meaning.default for meaning in rank.meanings for kind in meaning.kinds}
     assert defaults == {
@@ -40,7 +40,7 @@ def test_a_key_that_differs_from_kind_to_kind_is_told_for_each():
     assert "lora_rank" in rank.spellings
 
 
-def test_defaults_are_those_that_a_recipe_gets(good: str, load: Load):
+def test_explained_defaults_equal_those_of_a_recipe(good: str, load: Load):
     resolved = dump_recipe(load(good).recipe)
     for key in ("training.pack_length", "data.overlength", "evaluation.batch_size", "optimizer.schedule"):
         (explanation,) = explain_key(key)
@@ -48,7 +48,7 @@ def test_defaults_are_those_that_a_recipe_gets(good: str, load: Load):
         assert f"{name}: {explanation.meanings[0].default}\n" in resolved
 
 
-def test_what_becomes_of_a_key_on_resume_is_its_own_word_or_its_sections():
+def test_explained_resume_rule_is_of_the_key_or_its_section():
     def told(key: str) -> str:
         return explain_key(key)[0].meanings[0].on_resume
 
@@ -58,12 +58,12 @@ def test_what_becomes_of_a_key_on_resume_is_its_own_word_or_its_sections():
     assert told("evaluation.every_steps") == OnResume.MAY_CHANGE.value
 
 
-def test_the_end_of_a_path_explains_all_keys_that_it_fits():
+def test_explain_accepts_the_end_of_a_path():
     assert [each.key for each in explain_key("r")] == ["adapter.r", "modules.adapter.r"]
     assert [each.key for each in explain_key("data.train.0.path")] == ["data.train.path"]
 
 
-def test_a_kind_of_section_has_its_keys_with_their_defaults():
+def test_explained_kind_lists_keys_with_defaults():
     (lora,) = explain_key("lora")
     assert (lora.key, lora.word) == ("adapter.method", "lora")
     assert lora.keys["r"] == "Rank of the update. Default: 16."
@@ -71,7 +71,7 @@ def test_a_kind_of_section_has_its_keys_with_their_defaults():
     assert [each.key for each in explain_key("nf4")] == ["quantization.kind", "modules.quantization.kind"]
 
 
-def test_a_section_lists_its_kinds_or_its_keys():
+def test_explained_section_lists_kinds_or_keys():
     (adapter,), (training,) = explain_key("adapter"), explain_key("training")
     assert "qa_lora" in adapter.choices
     assert not adapter.keys
@@ -88,13 +88,13 @@ def test_a_section_lists_its_kinds_or_its_keys():
         ("\x00", "sections: model, quantization"),
     ],
 )
-def test_a_key_that_is_none_is_refused_with_the_one_that_was_meant(key: str, hint: str):
+def test_explain_unknown_key_suggests_a_known_one(key: str, hint: str):
     with pytest.raises(UsageError) as caught:
         explain_key(key)
     assert str(caught.value.hint).startswith(hint)
 
 
-def test_recipes_that_set_a_key_are_named_with_its_value(tmp_path: Path):
+def test_values_in_lists_recipes_by_value(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("adapter: {method: lora, r: 8}\ndata: {train: [{path: x}, {path: y}]}")
     (tmp_path / "b.yaml").write_text("adapter: {method: vera, r: 8}")
     (tmp_path / "broken.yaml").write_text("adapter: {")
@@ -108,7 +108,7 @@ def test_recipes_that_set_a_key_are_named_with_its_value(tmp_path: Path):
     assert values("training.seed") == {}
 
 
-def test_the_command_lists_sections_and_answers_programs():
+def test_explain_command_lists_sections_and_writes_json():
     told = CliRunner().invoke(app, ["explain"])
     assert [line.split()[0] for line in told.stdout.splitlines()[1:] if line[4] != " "] == list(Recipe.model_fields)
     assert set(sections()) == set(Recipe.model_fields)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.vllm_support import serving
+from finetune.recipe.vllm_support import describe_vllm_support
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from finetune.recipe.vllm_support import serving
         ),
         (
             {"adapter": {"method": "lora"}, "quantization": {"kind": "nf4"}},
-            "vLLM serves the adapter with --max-lora-rank 16, over the base as its files have it and not in nf4",
+            "vLLM serves the adapter with --max-lora-rank 16, over the unquantized base, not in nf4",
         ),
         ({"adapter": {"method": "full"}}, "vLLM serves the trained model as it is"),
         (
@@ -32,7 +32,7 @@ from finetune.recipe.vllm_support import serving
         ),
         (
             {"adapter": {"method": "prompt_tuning"}},
-            "vLLM does not serve the adapter: vLLM serves LoRA adapters, and none that prompt_tuning trains "
+            "vLLM does not serve the adapter: vLLM serves LoRA adapters only, not prompt_tuning "
             "(adapter.method); write it into the model: ft export",
         ),
         (
@@ -42,9 +42,9 @@ from finetune.recipe.vllm_support import serving
         ),
     ],
 )
-def test_a_recipe_tells_how_its_result_will_be_served(tmp_path: Path, sections: dict[str, Any], said: str):
+def test_describe_vllm_support_has_rank_or_reason(tmp_path: Path, sections: dict[str, Any], said: str):
     recipe = Recipe.model_validate(
         {"model": {"name": "org/name"}, "data": {"train": [{"path": "rows.jsonl", "format": "chat"}]}, **sections},
         context={"folder": tmp_path},
     )
-    assert serving(recipe) == said
+    assert describe_vllm_support(recipe) == said

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.recipe import other_tools
-from finetune.recipe.schema import every_key, whole
+from finetune.recipe.schema import every_key, recipe_shape
 
 from .conftest import Load, Problems
 
@@ -13,19 +13,19 @@ OUR_KEYS = {
 
 
 @pytest.mark.parametrize("spelling", other_tools.KEYS)
-def test_a_rivals_key_is_translated_to_a_key_of_ours(spelling: str) -> None:
+def test_other_tools_keys_lead_to_schema_keys(spelling: str) -> None:
     assert other_tools.KEYS[spelling] in OUR_KEYS
 
 
 @pytest.mark.parametrize("spelling", other_tools.SNIPPETS)
-def test_a_rivals_switch_is_translated_to_what_can_be_loaded(spelling: str, good: str, load: Load) -> None:
+def test_other_tools_switches_lead_to_valid_settings(spelling: str, good: str, load: Load) -> None:
     key, _, value = other_tools.SNIPPETS[spelling].partition(": ")
     assert key in OUR_KEYS
     assert load(good, f"{key}={value}").recipe
 
 
 @pytest.mark.parametrize("key", other_tools.VALUES)
-def test_a_rivals_value_is_translated_to_a_choice_of_ours(key: str) -> None:
+def test_other_tools_values_lead_to_choices(key: str) -> None:
     choices = OUR_KEYS[key].choices
     assert choices
     for spelling, ours in other_tools.VALUES[key].items():
@@ -34,14 +34,14 @@ def test_a_rivals_value_is_translated_to_a_choice_of_ours(key: str) -> None:
         assert spelling == spelling.lower()
 
 
-def test_no_spelling_is_in_two_tables_or_the_same_as_ours() -> None:
+def test_other_tools_spellings_are_unique_and_not_of_the_schema() -> None:
     tables = [set(other_tools.KEYS), set(other_tools.SNIPPETS), set(other_tools.NOTES)]
     assert sum(map(len, tables)) == len(set.union(*tables))
-    assert not set.union(*tables) & set(whole().fields())
+    assert not set.union(*tables) & set(recipe_shape().fields())
     assert all(target.rpartition(".")[2] != spelling for spelling, target in other_tools.KEYS.items())
 
 
-def test_advice_belongs_to_a_translated_value_and_can_be_loaded(good: str, load: Load) -> None:
+def test_advice_has_a_translated_value_and_is_valid(good: str, load: Load) -> None:
     for (key, spelling), advice in other_tools.ADVICE.items():
         assert spelling in other_tools.VALUES[key]
         section, _, value = advice.partition(": ")
@@ -49,7 +49,7 @@ def test_advice_belongs_to_a_translated_value_and_can_be_loaded(good: str, load:
 
 
 @pytest.mark.parametrize("spelling", ["lora_r", "lora-r", "LORA_R"])
-def test_case_and_dashes_of_a_rivals_key_do_not_matter(spelling: str) -> None:
+def test_translated_key_ignores_case_and_dashes(spelling: str) -> None:
     assert other_tools.translated_key(spelling) == "here it is `adapter.r`"
 
 
@@ -62,12 +62,12 @@ def test_case_and_dashes_of_a_rivals_key_do_not_matter(spelling: str) -> None:
         ("bf16: true", "here it is `training.precision: bfloat16`"),
         ("chat_template: chatml", "leave it out"),
         ("deepspeed: zero3.json", "here it is `distributed.strategy: fsdp`"),
-        ("tensor_parallel: 4", "no layer is split between processes"),
+        ("tensor_parallel: 4", "layers are not split between processes"),
         ("pipeline_parallel: 4", "every process computes all blocks"),
         ("context_parallel: 4", "a row stays in one process"),
     ],
 )
-def test_a_recipe_with_a_rivals_key_is_refused_with_the_translation(
+def test_other_tools_key_in_recipe_is_refused_with_translation(
     good: str, problems: Problems, line: str, hint: str
 ) -> None:
     (problem,) = problems(good + line + "\n")
@@ -87,7 +87,7 @@ def test_a_recipe_with_a_rivals_key_is_refused_with_the_translation(
         ("data.train.0.format=alpaca", "did you mean `instruction`?"),
     ],
 )
-def test_a_rivals_value_is_refused_with_the_translation(
+def test_other_tools_value_in_recipe_is_refused_with_translation(
     good: str, problems: Problems, override: str, hint: str
 ) -> None:
     (problem,) = problems(good, override)
