@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from tests.benchmarks.shares import SIZES, run
+from tests.benchmarks.shards import SIZES, run
 from tests.fixtures.processes import ROOT, results
 from tests.fixtures.recipes import write_recipe
 from tests.fixtures.tiny import tiny_llama, write_tiny_model
