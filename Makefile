@@ -8,6 +8,9 @@ TRL := .venv-trl
 # Override on a machine with a GPU that has its own packages and no network.
 GPU_PYTHON ?= $(BIN)/python
 
+# Tests of packages that load no model.
+FAST := $(addprefix tests/unit/,cli data/readers recipe report run) tests/architecture
+
 # Two halves of similar length: tests that start several processes run with the unit tests, disk faults with the kills.
 MULTI_PROCESS := tests/integration/test_fsdp.py tests/integration/test_processes.py
 ON_DISK := tests/faults/test_kill.py tests/faults/test_disk.py tests/faults/test_full_disk.py
@@ -20,7 +23,7 @@ define on_two_cores
 	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
 endef
 
-.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shards pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-fast test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shards pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +34,9 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 	$(BIN)/ft merge $(RUN) --overwrite
 	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
+
+test-fast: $(VENV)/dev  ## Tests without a model: recipe, readers, run directory, reports, command line
+	$(BIN)/python -m pytest -m "not slow" $(FAST)
 
 test: $(VENV)/dev  ## Unit and integration tests on a tiny model, on two cores
 	$(call on_two_cores,-m "not slow" tests/integration tests/architecture $(MULTI_PROCESS:%=--ignore=%),-m "not slow" tests/unit tests/faults $(MULTI_PROCESS))
