@@ -22,7 +22,7 @@ GPU_TESTS_DEVICE = "FT_GPU_TESTS_DEVICE"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none, unless FT_GPU_TESTS_DEVICE asks for a dry run on a CPU."""
+    """Tests that need a GPU are skipped where there is none, unless FT_GPU_TESTS_DEVICE asks for a run on a CPU."""
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests or os.environ.get(GPU_TESTS_DEVICE) == "cpu":
         return

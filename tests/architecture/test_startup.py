@@ -1,12 +1,10 @@
-"""Help and validation answer at once: they load nothing heavy."""
+"""Help and validation import no heavy module."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +70,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_what_needs_no_model_loads_nothing_heavy(recipes: Path, arguments: list[str], code: int):
+def test_command_without_a_model_imports_no_heavy_module(recipes: Path, arguments: list[str], code: int):
     result = ft(*[str(recipes / each) if each.endswith((".yaml", "-run")) else each for each in arguments])
     assert result.returncode == code, result.stderr
     last = result.stdout.splitlines()[-1].split()
@@ -80,18 +78,18 @@ def test_what_needs_no_model_loads_nothing_heavy(recipes: Path, arguments: list[
     assert not HEAVY & set(last)
 
 
-def test_the_probe_would_see_a_heavy_module(tmp_path: Path):
+def test_probe_finds_a_heavy_module(tmp_path: Path):
     (tmp_path / "peft.py").touch()
     code = PROBE.replace("    run()", f"    sys.path.insert(0, {str(tmp_path)!r}); import peft; sys.exit()")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert HEAVY & set(result.stdout.split()) == {"peft"}
 
 
-def test_help_is_there_in_a_moment():
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cli", "--help"], cwd=ROOT, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - began)
-    # Below 0.3 s on an idle machine; tests run on busy ones.
-    assert statistics.median(seconds) < 0.6
+def test_help_imports_few_modules():
+    """The number of modules stands for the time of a start, which depends on the machine."""
+    code = PROBE.replace('print("LOADED", *loaded)', 'print("COUNT", len(sys.modules))')
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < 400  # about 200 today; torch alone has over a thousand

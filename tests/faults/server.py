@@ -1,4 +1,4 @@
-"""Run as a module: forks a process for each training that is asked for, so that torch is imported once.
+"""Run as a module: forks a process for each requested training, so that torch is imported once.
 
 A line of JSON on standard input asks for one: `arguments` of `ft`, and what goes wrong in it. A line on standard output
 gives its process id, and another one, when it has ended, its exit code, negative for a signal.
