@@ -107,8 +107,8 @@ def measure() -> None:
     before = resident("VmRSS")
     ready = PreparedRun.of(recipe, ignore, Interruption())
     state, sent = ready.state, Sent()
-    if isinstance(state.model, DistributedDataParallel):  # same algorithm, through the functions that `Sent` counts
-        state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)
+    if isinstance(state.model, DistributedDataParallel):
+        state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)  # its own way, through what is counted
     trained = sum(weight.nbytes for weight in state.bare_model.parameters() if weight.requires_grad)
     steps = fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout)
     next(steps)
