@@ -51,11 +51,13 @@ for file in sorted(recipes.iterdir()):
     found[file.stem] = results = {}
     results["steps"] = [
         [metrics.loss, metrics.gradient_norm]
-        for metrics in fit(state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan)
+        for metrics in fit(
+            state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan
+        )
     ]
     loss = compute_validation_loss(
-        state.bare_model, prepared.rows.train[:5], accelerator=prepared.context.accelerator, compute_dtype=torch.float32,
-        batch_size=2, make_batch=prepared.batch_plan.batch,
+        state.bare_model, prepared.rows.train[:5], accelerator=prepared.context.accelerator,
+        compute_dtype=torch.float32, batch_size=2, make_batch=prepared.batch_plan.batch,
     )
     results["held_out"] = [loss.loss, loss.tokens]
     results["answers"] = generate(
