@@ -32,7 +32,7 @@ def name(*classes: str) -> str:
 
 RETIRED: dict[str, str] = {
     # Distributed training
-    r"\b(?:is_share|share_out|own_part|trained_shares|shares_base|write_shares)\b": "shard",
+    r"\b(?:is_share|share_out|own_part|trained_shares|write_shares)\b": "shard",
     r"\bshares? of (?:the|a|every|each|its|their|all)? ?(?:base|weights?|model|gradients?|moments?|parameters?)\b":
         "shard, local shard",
     r"\b(?:share|shares|shared|sharing) out\b": "shard, distribute",
@@ -83,12 +83,13 @@ RETIRED: dict[str, str] = {
     r"\bhollow(?:ed|s)?\b|\bhollow_out\b": "placeholder, meta",
     r"\bmultiplies matrices\b": "matmul",
     r"\b(?:base|low-rank|matrix|adapted|measuring) products?\b|\bproducts (?:take|need|keep|reach|are \d)\b": "matmul",
-    r"\brefuse_(?:other_codes|endless_template)\b|\bwrite_shallow\b|\bshrunk\b": "truncated model; check_*",
+    r"\brefuse_(?:other_codes|endless_template)\b|\bwrite_shallow\b|\bshrunk (?:model|recipe)\b":
+        "truncated model; check_*",
     # Adapters, merge and export
     r"\b_?takes?_over\b|\btak(?:es?|en) over (?:an?|the|its|their|earlier)\b": "load, initialize from",
     r"\bput[ _]on\b(?= (?:a|the|it|its|them|any|another)\b)|\b(?:is|are|was|were) put on\b|\bput_on\b": "attach, load",
     r"\b(?:is|are|was|taken|takes?|took|taking) (?:it |them )?off without\b|\bwithout a trace\b": "detach, unload",
-    r"\bfold(?:ed|able|s|ing)\b(?! (?:element|section))|\bfold_quantized\b|\bwrite_folded\w*": "merge",
+    unquoted("fold(?:ed|able|s|ing)(?!: bool| element| section)") + r"|\bfold_quantized\b|\bwrite_folded\w*": "merge",
     r"\bbake[sd]?\b|\bbaking\b|\bBakedPrompt\b": "export the prompt as tokens",
     unquoted("certificates?"): "verification report",
     r"\bproof_rows\b|\bPROOF_TOKENS\b|\bCERTIFICATES\b": "verification_rows",
@@ -106,7 +107,7 @@ RETIRED: dict[str, str] = {
     r"\brows? (?:that )?(?:is |are |was |were |be )?left out\b|\bleaves? out (?:a |the )?rows?\b|\bleft_out\b":
         "dropped",
     unquoted("(?:on_)?untrainable"): "without target tokens",
-    r"\bledgers?\b": "data report",
+    unquoted("ledgers?(?!: dict)"): "data report",
     r"\b(?:StoredSource|StoreWriter)\b|" + name("Fitting"): "TokenizedSource, TokenStoreWriter, Truncation",
     r"\bheld[- ]out (?:loss|losses|rows?|messages|questions|bookings|paragraphs|conversations|set|data|prompts?)\b":
         "validation loss, validation rows",
