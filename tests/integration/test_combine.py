@@ -18,7 +18,7 @@ from finetune.jobs.train.run import train
 from finetune.models.writing.weight_merging import WeightMerge
 from finetune.run.directory import RunDirectory
 from tests.fixtures.recipes import as_recipe
-from tests.integration.test_road import logits
+from tests.integration.test_end_to_end import logits
 
 
 def run_of(sections: dict[str, Any], folder: Path, name: str, *overrides: str) -> RunDirectory:

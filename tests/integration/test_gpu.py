@@ -1,7 +1,7 @@
 """Runs on a CUDA device: every method, quantized bases, paged optimizer state, half precision, memory.
 
-Without a GPU, `python -m tests.gpu --device cpu` runs what has a meaning there. Tests stand in the order of what they
-tell: `tests.gpu` runs the first parametrization of each before the second of any.
+Without a GPU, `python -m tests.gpu --device cpu` runs the tests that have a meaning on a CPU. The most informative
+tests stand first: `tests.gpu` runs the first parametrization of each before the second of any.
 """
 
 from __future__ import annotations
@@ -176,9 +176,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", METHODS)
-def test_method_trains_evaluates_and_stands_alone(
-    tiny_recipe: dict[str, Any], tmp_path: Path, name: str, precision: str
-):
+def test_method_trains_evaluates_and_merges(tiny_recipe: dict[str, Any], tmp_path: Path, name: str, precision: str):
     """The written model agrees with the trained one: a merged folder, or an exported prompt."""
     kind, adapter = METHODS[name]
     sections = {**tiny_recipe, "quantization": {"kind": kind}, "adapter": adapter}
@@ -435,7 +433,7 @@ def test_run_over_quantized_folder_has_losses_of_run_that_quantizes(
 
 @pytest.mark.parametrize("batching", ["padding_free", "packed"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_run_with_joined_rows_finishes(
+def test_run_with_flattened_rows_finishes(
     tiny_recipe: dict[str, Any],
     tmp_path: Path,
     batching: str,
@@ -443,7 +441,7 @@ def test_run_with_joined_rows_finishes(
     device: torch.device,
     attention_kernels: list[str],
 ):
-    """A run refuses to start if examples in one row see each other."""
+    """A run refuses to start if examples of one flattened row attend to each other."""
     overrides = [f"training.batching={batching}", f"training.precision={precision}"]
     assert trained(tiny_recipe, tmp_path, *overrides)[1].steps == 3
     if has_packed_attention(device, precision):
@@ -464,7 +462,7 @@ def test_prefix_sharing_changes_no_step(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_answers_in_batch_with_left_padding_are_answers_one_by_one(
+def test_generation_in_batch_with_left_padding_equals_single_prompts(
     tiny_recipe: dict[str, Any], tmp_path: Path, precision: str
 ):
     overrides = [f"training.precision={precision}", "training.max_steps=40", "optimizer.learning_rate=1e-2"]

@@ -80,7 +80,7 @@ if accelerator.is_main_process:
 """
 
 
-def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path: Path):
+def test_two_processes_have_the_losses_gradients_learning_rates_and_ranks_of_one(tmp_path: Path):
     one, two = results(SCRIPT, 1, tmp_path), results(SCRIPT, 2, tmp_path)
     assert len(one["steps"]) == 4  # the last step has two rows
     for alone, together in zip(one["steps"], two["steps"], strict=True):
@@ -113,7 +113,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if line["event"] == "step"]
 
 
-def test_a_run_of_two_processes_is_that_of_one_and_goes_on_in_one(tiny_model: Path, chat_file: Path, tmp_path: Path):
+def test_run_of_two_processes_equals_one_and_resumes_in_one(tiny_model: Path, chat_file: Path, tmp_path: Path):
     sections: dict[str, Any] = {
         "model": {"name": str(tiny_model)},
         "adapter": {"method": "lora", "r": 4},
@@ -138,7 +138,7 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_in_one(tiny_model: Pa
     assert losses(alone)[0] != losses(alone)[5]
 
 
-def test_what_every_process_runs_into_is_told_once_with_the_code_of_one(tiny_model: Path, tmp_path: Path):
+def test_error_in_every_process_is_reported_once_with_its_exit_code(tiny_model: Path, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n', encoding="utf-8")
     sections = {
         "model": {"name": str(tiny_model)},
@@ -196,7 +196,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_only_what_trains_is_sent_and_another_base_or_other_rows_are_refused(
+def test_only_trainable_parameters_are_sent_and_other_inputs_are_refused(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ):
     sections = {

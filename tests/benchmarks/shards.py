@@ -1,11 +1,11 @@
-"""What each strategy costs a process, by the number of processes: `make bench-shares`.
+"""What each strategy costs a process, by the number of processes: `make bench-shards`.
 
-Memory is the process's resident set over what it was before the base was loaded, at most while that is loaded and at
-most in the second step, without what glibc keeps of freed memory; beside the latter stands what `ft plan` counts,
-without libraries and holes. Bytes are those that a process sends in that step, if each collective does what is least:
-of n processes, (n - 1) / n of what is gathered or scattered, and twice as much of what is summed in all. Beside them
-stand those that went over the loopback interface, by the system's count, for each process: nothing else should use it
-meanwhile. The model is a Llama with random weights; everything runs on gloo.
+Memory is the peak growth of the process's resident set since before the base was loaded, once during loading and once
+in the second step. glibc returns freed memory at once (`NO_FRAGMENTATION`). The estimate of `ft plan` stands beside it,
+without its parts `libraries` and `fragmentation`. Bytes sent assume the minimum of each collective: of n processes,
+(n - 1) / n of an all-gather or reduce-scatter, and twice as much of an all-reduce. The bytes that the system counts on
+the loopback interface, per process, stand beside them: nothing else should use it meanwhile. The model is a Llama with
+random weights; everything runs on gloo.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from tests.fixtures.recipes import write_recipe
 from tests.fixtures.tiny import chat_rows, write_tiny_model
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}
-"""Of the model: 49.5 million weights in its blocks, and 250,000 around them."""
+"""Of the model: 49.5 million weights in decoder blocks, and 250,000 outside of them."""
 
 RUNS: dict[str, dict[str, Any]] = {
     "full, float32": {"adapter": {"method": "full"}, "optimizer": {"name": "adamw"}},
     "lora r=16, float32": {"adapter": {"method": "lora"}},
     "lora r=16, nf4": {"adapter": {"method": "lora"}, "quantization": {"kind": "nf4"}},
 }
-NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-"""Environment in which glibc gives large tensors back at once: otherwise its holes are as large as what is measured."""
+NO_FRAGMENTATION = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+"""Makes glibc return large tensors at once; otherwise fragmentation is as large as the effect to measure."""
 
-SCRIPT = "from tests.benchmarks.shares import measure; measure()"
+SCRIPT = "from tests.benchmarks.shards import measure; measure()"
 
 
 def resident(key: str) -> int:
@@ -48,7 +48,7 @@ def resident(key: str) -> int:
 
 
 def forget_peak() -> None:
-    """Let VmHWM begin anew."""
+    """Reset VmHWM."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -162,7 +162,7 @@ def run(
         "training": {**training, "precision": "float32", "dry_run": False},
         "distributed": {"strategy": strategy, "processes": processes},
     }
-    found: dict[str, Any] = results(SCRIPT, processes, folder, write_recipe(recipe, folder), when, **NO_HOLES)
+    found: dict[str, Any] = results(SCRIPT, processes, folder, write_recipe(recipe, folder), when, **NO_FRAGMENTATION)
     share = (processes - 1) / processes
     factors = {"all_gather_single": share, "reduce_scatter_single": share, "all_reduce": 2 * share}
     return {**found, "sent": sum(factors[name] * size for name, size in found["bytes"].items())}

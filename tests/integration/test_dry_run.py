@@ -1,4 +1,4 @@
-"""A rehearsal walks the whole path, says what would stop the run, and leaves no trace."""
+"""A dry run takes the full path, reports what would stop the run, and leaves no trace in it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def result(recipe: dict[str, Any], folder: Path) -> tuple[bytes, list[float], li
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat_file: Path, tmp_path: Path):
+def test_run_with_a_dry_run_equals_the_run_without(kind: str, tiny_model: Path, chat_file: Path, tmp_path: Path):
     plain = result(sections(tiny_model, chat_file, kind, with_dry_run=False), tmp_path / "plain")
     rehearsed = result(sections(tiny_model, chat_file, kind, with_dry_run=True), tmp_path / "rehearsed")
     assert rehearsed[:2] == plain[:2]
@@ -65,14 +65,16 @@ def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat
     assert not list((tmp_path / "rehearsed" / "run").glob(".*"))
 
 
-def test_a_trace_would_be_seen(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The control: what is not put back changes the run."""
+def test_state_that_the_dry_run_does_not_restore_is_found(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The control: state that is not restored changes the run."""
     plain = result(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path / "plain")
     monkeypatch.setattr(dry_run, "read_state", lambda state, folder: setattr(state, "step", 0))
     assert result(sections(tiny_model, chat_file, "lora", with_dry_run=True), tmp_path / "rehearsed")[0] != plain[0]
 
 
-def test_a_step_that_does_not_fit_is_told_before_the_first(
+def test_dry_run_reports_a_step_that_does_not_fit(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def too_large(*arguments: object) -> None:
@@ -85,7 +87,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_first(
     assert not run.path.exists()
 
 
-def test_a_layer_that_merges_into_something_else_is_refused(
+def test_dry_run_refuses_a_layer_that_merges_wrongly(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fold = dry_run.peft_bridge.fold
@@ -103,14 +105,16 @@ def test_a_layer_that_merges_into_something_else_is_refused(
         )
 
 
-def test_long_runs_begin_with_one_unless_they_are_told_not_to(tmp_path: Path, tiny_model: Path, chat_file: Path):
+def test_dry_run_starts_long_runs_unless_disabled(tmp_path: Path, tiny_model: Path, chat_file: Path):
     recipe = as_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path)
     automatic = recipe.model_copy(update={"training": recipe.training.model_copy(update={"dry_run": "auto"})})
     assert [dry_run.is_worth_it(automatic.training, steps) for steps in (199, 200)] == [False, True]
     assert not dry_run.is_worth_it(recipe.training, 10_000)
 
 
-def test_alone_it_leaves_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_dry_run_command_leaves_no_files(
+    tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path)
     done = CliRunner().invoke(app, ["rehearse", str(recipe)])

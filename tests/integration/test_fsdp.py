@@ -1,4 +1,4 @@
-"""Processes that hold shares of the base take the steps of one process that holds all of it."""
+"""Processes with a sharded base take the steps of one process with the full base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from tests.benchmarks.shares import SIZES, run
+from tests.benchmarks.shards import SIZES, run
 from tests.fixtures.processes import ROOT, results
 from tests.fixtures.recipes import write_recipe
 from tests.fixtures.tiny import tiny_llama, write_tiny_model
@@ -56,9 +56,8 @@ for file in sorted(recipes.iterdir()):
         )
     ]
     loss = compute_validation_loss(
-        state.bare_model, prepared.rows.train[:5],
-        accelerator=prepared.context.accelerator, compute_dtype=torch.float32,
-        batch_size=2, make_batch=prepared.batch_plan.batch,
+        state.bare_model, prepared.rows.train[:5], accelerator=prepared.context.accelerator,
+        compute_dtype=torch.float32, batch_size=2, make_batch=prepared.batch_plan.batch,
     )
     results["held_out"] = [loss.loss, loss.tokens]
     results["answers"] = generate(
@@ -174,7 +173,7 @@ def write(name: str, folder: Path, model: Path, rows: Path, steps: int = 4) -> N
 
 
 @pytest.mark.parametrize("method", EACH)
-def test_two_processes_with_shares_give_the_losses_of_one_with_all(method: str, taken: Taken):
+def test_two_sharded_processes_have_the_losses_of_one(method: str, taken: Taken):
     (alone, _), (together, _) = taken(method, 1), taken(method, 2)
     assert len(alone["steps"]) == 4
     for one_step, two_step in zip(alone["steps"], together["steps"], strict=True):
@@ -186,7 +185,7 @@ def test_two_processes_with_shares_give_the_losses_of_one_with_all(method: str, 
 
 
 @pytest.mark.parametrize("method", EACH)
-def test_what_two_processes_save_is_what_one_saves(method: str, taken: Taken):
+def test_two_sharded_processes_save_the_files_of_one(method: str, taken: Taken):
     (_, one), (_, two) = taken(method, 1), taken(method, 2)
     for name in ("trained.safetensors", "optimizer.safetensors"):
         alone, together, again = (load_file(folder / name) for folder in (one, two, two / "again"))
@@ -204,9 +203,7 @@ def test_what_two_processes_save_is_what_one_saves(method: str, taken: Taken):
     }
 
 
-def test_it_would_be_seen_if_processes_kept_their_gradients_to_themselves(
-    tiny_model: Path, chat_file: Path, taken: Taken, tmp_path: Path
-):
+def test_missing_gradient_reduction_is_found(tiny_model: Path, chat_file: Path, taken: Taken, tmp_path: Path):
     (tmp_path / "recipes").mkdir()
     write("lora", tmp_path / "recipes", tiny_model, chat_file)
     found = results(SCRIPT, 2, tmp_path, tmp_path / "recipes", tmp_path / "written", "none", "without the others")
@@ -215,7 +212,7 @@ def test_it_would_be_seen_if_processes_kept_their_gradients_to_themselves(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
-def test_what_two_processes_save_goes_on_in_one_and_in_four(
+def test_checkpoint_of_two_processes_resumes_in_one_and_in_four(
     processes: int, tiny_model: Path, chat_file: Path, taken: Taken, tmp_path: Path
 ):
     names = ["full, adamw", "lora", "qlora"]
@@ -235,7 +232,7 @@ def test_what_two_processes_save_goes_on_in_one_and_in_four(
 
 
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
-def test_a_run_with_shares_is_the_run_of_one_process_and_goes_on_in_one(
+def test_sharded_run_equals_one_process_and_resumes_in_one(
     method: str, tiny_model: Path, chat_file: Path, tmp_path: Path
 ):
     sections: dict[str, Any] = {
@@ -296,7 +293,7 @@ NORM = 8
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
+def test_gradients_are_reduced_once_a_step_and_weights_gathered_twice_a_pass(
     strategy: str, micro_batches: int, tiny_model: Path, tmp_path: Path
 ):
     found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=micro_batches)
@@ -315,13 +312,13 @@ def test_gradients_are_summed_once_a_step_and_weights_gathered_twice_a_pass(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_it_would_be_seen_if_gradients_were_summed_in_every_pass(strategy: str, tiny_model: Path, tmp_path: Path):
+def test_gradient_reduction_in_every_pass_is_found(strategy: str, tiny_model: Path, tmp_path: Path):
     found = run({"adapter": {"method": "full"}}, strategy, 2, tiny_model, tmp_path, micro_batches=6, when="always")
     key = "all_reduce" if strategy == "ddp" else "reduce_scatter_single"
     assert found["bytes"][key] >= 3 * found["trained"]
 
 
-def test_of_an_adapter_over_shares_its_gradients_are_summed_in_one_go(tiny_model: Path, tmp_path: Path):
+def test_adapter_gradients_over_a_sharded_base_are_reduced_in_one_call(tiny_model: Path, tmp_path: Path):
     found = run({"adapter": LORA}, "fsdp", 2, tiny_model, tmp_path, micro_batches=6)
     assert found["bytes"]["all_reduce"] == found["trained"] + COUNTS_AND_LOSS
     assert found["calls"]["all_reduce"] == 3
@@ -332,7 +329,7 @@ def test_of_an_adapter_over_shares_its_gradients_are_summed_in_one_go(tiny_model
 
 
 @pytest.mark.slow
-def test_loading_and_stepping_take_a_share_of_the_memory(tmp_path: Path):
+def test_loading_and_a_step_take_a_fraction_of_the_memory(tmp_path: Path):
     write_tiny_model(tmp_path / "model", **SIZES)
     whole = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
     unit, slack = whole / SIZES["num_hidden_layers"], 60e6

@@ -1,4 +1,4 @@
-"""While a run trains: answers to held-out rows and early stopping; neither changes what a step learns."""
+"""Samples, validation and early stopping during training do not change the weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trained(recipe: Recipe, run: RunDirectory, stop_after: int | None = None) ->
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Held-out losses by step that are told in the place of those that are measured."""
+    """Validation losses by step that replace the measured ones."""
     script: dict[int, float] = {}
 
     def told(step: int, loss: float, perplexity: float, rows: int) -> ValidationResult:
@@ -63,7 +63,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     return script
 
 
-def test_answers_and_measurements_change_nothing_that_is_learned(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_samples_and_validation_do_not_change_the_weights(tiny_recipe: dict[str, Any], tmp_path: Path):
     plain, asked = (RunDirectory.create(tmp_path / name) for name in ("plain", "asked"))
     trained(made(tiny_recipe, steps=3, every_steps=None), plain)
     _, events = trained(made(tiny_recipe, steps=3, sample_rows=2), asked)
@@ -75,7 +75,7 @@ def test_answers_and_measurements_change_nothing_that_is_learned(tiny_recipe: di
     assert "Answers on the way" in asked.report.read_text(encoding="utf-8")
 
 
-def test_a_run_stops_when_patience_is_over_and_its_result_is_the_best_weights(
+def test_early_stopping_ends_the_run_with_the_best_weights(
     tiny_recipe: dict[str, Any], tmp_path: Path, scripted: dict[int, float]
 ):
     patient, short = (RunDirectory.create(tmp_path / name) for name in ("patient", "short"))
@@ -93,7 +93,7 @@ def test_a_run_stops_when_patience_is_over_and_its_result_is_the_best_weights(
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_patience_goes_on_where_a_stopped_run_left_it(
+def test_early_stopping_of_a_resumed_run_continues_its_count(
     tiny_recipe: dict[str, Any], tmp_path: Path, scripted: dict[int, float], step: int
 ):
     scripted.update(BEST_AT_TWO)
@@ -108,7 +108,7 @@ def test_patience_goes_on_where_a_stopped_run_left_it(
     assert History.of(stopped).validations == History.of(whole).validations
 
 
-def test_at_the_end_of_a_run_the_best_weights_are_the_result_too(
+def test_best_weights_are_the_result_of_a_run_that_reaches_its_last_step(
     tiny_recipe: dict[str, Any], tmp_path: Path, scripted: dict[int, float]
 ):
     scripted.update(BEST_AT_TWO)
@@ -120,7 +120,7 @@ def test_at_the_end_of_a_run_the_best_weights_are_the_result_too(
     assert not History.of(runs[0]).best[0].stopped_early
 
 
-def test_where_training_never_helped_the_last_weights_are_kept_with_a_warning(
+def test_last_weights_are_kept_with_a_warning_if_validation_loss_never_fell(
     tiny_recipe: dict[str, Any], tmp_path: Path, scripted: dict[int, float], caplog: pytest.LogCaptureFixture
 ):
     scripted.update({0: 1.0, 1: 5.0, 2: 4.0})
@@ -129,7 +129,7 @@ def test_where_training_never_helped_the_last_weights_are_kept_with_a_warning(
     assert "never lowered the held-out loss" in caplog.text
 
 
-def test_best_weights_that_are_damaged_are_not_loaded(
+def test_damaged_best_weights_are_not_loaded(
     tiny_recipe: dict[str, Any], tmp_path: Path, scripted: dict[int, float], caplog: pytest.LogCaptureFixture
 ):
     scripted.update(BEST_AT_TWO)
@@ -142,7 +142,7 @@ def test_best_weights_that_are_damaged_are_not_loaded(
     assert "the weights of step 2, whose held-out loss was lowest, are lost" in caplog.text
 
 
-def test_two_processes_stop_where_one_does(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_early_stopping_of_two_processes_ends_at_the_step_of_one(tiny_recipe: dict[str, Any], tmp_path: Path):
     measured = {"evaluation": {"every_steps": 1, "patience": 2, "sample_rows": 1, "max_new_tokens": 4}}
     rising = {**tiny_recipe["optimizer"], "learning_rate": 0.05}
     training = {**tiny_recipe["training"], "max_steps": 20, "gradient_accumulation_steps": 4}
@@ -163,7 +163,7 @@ def test_two_processes_stop_where_one_does(tiny_recipe: dict[str, Any], tmp_path
     assert alone.loss == pytest.approx(together.loss, rel=1e-2)  # sums of other orders, at a rate that makes much of it
 
 
-def test_provenance_says_what_training_started_with(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_provenance_records_the_start_of_training(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     trained(made(tiny_recipe, steps=1), run)
     started = json.loads(run.provenance.read_text())["started"]

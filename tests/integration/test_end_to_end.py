@@ -1,4 +1,4 @@
-"""The road end to end on the tiny model: train, stop, evaluate, merge, and reload elsewhere."""
+"""End to end on the tiny model: train, stop, evaluate, merge, and reload elsewhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+def test_run_directory_has_the_documented_files(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
     present = {path.name for path in run.path.iterdir()}
     records = {"provenance.json", "data_report.json", "metrics.jsonl", "exit.json"}
@@ -69,7 +69,7 @@ def test_a_run_leaves_what_was_promised(tiny_recipe: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_training_lowers_the_loss_and_leaves_the_base_alone(
+def test_training_lowers_the_loss_and_keeps_the_base(
     tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, kind: str
 ):
     before = fingerprint(tiny_model)
@@ -80,7 +80,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
     assert fingerprint(tiny_model) == before
 
 
-def test_the_same_recipe_gives_the_same_adapter_bit_for_bit(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_same_recipe_gives_the_same_adapter_bit_for_bit(tiny_recipe: dict[str, Any], tmp_path: Path):
     files = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -96,7 +96,7 @@ def losses_of(run: RunDirectory) -> list[float]:
     return [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
 
 
-def test_leaving_padding_out_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_padding_free_batches_have_the_steps_of_padded_ones(tiny_recipe: dict[str, Any], tmp_path: Path):
     losses = []
     for batching in ("padded", "padding_free"):
         folder = tmp_path / batching
@@ -119,9 +119,7 @@ SHARING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("kind", "batching"), [*((kind, "padding_free") for kind in SHARING), ("lora", "packed")])
-def test_sharing_what_rows_begin_with_changes_no_step(
-    tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, batching: str
-):
+def test_prefix_sharing_changes_no_step(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, batching: str):
     with_system_prompt(Path(tiny_recipe["data"]["train"][0]["path"]), tmp_path / "rows.jsonl")
     tiny_recipe["data"]["train"] = [{"path": str(tmp_path / "rows.jsonl")}]
     settings = [f"training.batching={batching}", "training.micro_batch_size=4", "optimizer.learning_rate=1e-3"]
@@ -148,7 +146,7 @@ def with_system_prompt(source: Path, target: Path) -> None:
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_steps_over_the_whole_data_are_the_same_in_packs_and_row_by_row(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_steps_over_all_rows_are_the_same_with_and_without_packing(tiny_recipe: dict[str, Any], tmp_path: Path):
     packs = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1).ledger["packing"]["packs"]
     assert packs < 24  # rows stand together
     losses = []
@@ -161,7 +159,7 @@ def test_steps_over_the_whole_data_are_the_same_in_packs_and_row_by_row(tiny_rec
     assert losses[0][-1] < losses[0][0]
 
 
-def test_evaluating_during_a_run_does_not_shift_it(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_evaluation_during_a_run_does_not_change_it(tiny_recipe: dict[str, Any], tmp_path: Path):
     losses = []
     for every in ("1", "null"):
         folder = tmp_path / every
@@ -172,9 +170,7 @@ def test_evaluating_during_a_run_does_not_shift_it(tiny_recipe: dict[str, Any], 
     assert losses[0] == losses[1]
 
 
-def test_the_adapter_loads_in_stock_peft_with_equal_logits(
-    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
-):
+def test_adapter_loads_in_stock_peft_with_equal_logits(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     result = merge(run)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -186,7 +182,7 @@ def test_the_adapter_loads_in_stock_peft_with_equal_logits(
 
 
 @pytest.mark.parametrize("kind", sorted({*QUANTIZED} - {"none", "int8"}))
-def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
+def test_merge_over_a_quantized_base_is_the_dequantized_base_with_the_adapter(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
 ):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
@@ -201,7 +197,7 @@ def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
 
 
 @pytest.mark.parametrize("kind", ["affine", "hqq"])
-def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+def test_qa_lora_merges_and_stays_quantized(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     sections = {**tiny_recipe, "quantization": QUANTIZED[kind], "adapter": {"method": "qa_lora", "iec": True}}
     run = run_of(sections, tmp_path)
     assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
@@ -219,7 +215,7 @@ def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_adalora_goes_the_road_and_tells_where_its_ranks_went(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+def test_adalora_merges_and_reports_its_ranks(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     adapter = {"method": "adalora", "r": 4, "target_r": 2}
     sections = {**tiny_recipe, "adapter": adapter, "quantization": QUANTIZED[kind]}
     run = RunDirectory.create(tmp_path / "run")
@@ -233,9 +229,7 @@ def test_adalora_goes_the_road_and_tells_where_its_ranks_went(tiny_recipe: dict[
     assert merge(run).agreement.relative_difference <= 2e-5
 
 
-def test_an_adapter_is_put_on_the_quantized_weights_that_it_was_trained_on_and_no_others(
-    tiny_recipe: dict[str, Any], tmp_path: Path
-):
+def test_adapter_loads_only_over_the_quantized_weights_of_its_training(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED["hqq"]}, tmp_path)
     record = json.loads((run.trained(False) / "ft_adapter.json").read_text())
     assert record["quantized_base"]["device"] == "cpu"
@@ -251,7 +245,7 @@ def test_an_adapter_is_put_on_the_quantized_weights_that_it_was_trained_on_and_n
 @pytest.mark.parametrize(
     ("change", "what"), [({"convention": "W x - B A x"}, "belong to"), ({"format": 9}, "not of this version")]
 )
-def test_weights_of_another_formula_or_version_are_refused(
+def test_adapter_with_another_weight_format_or_version_is_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], what: str
 ):
     run = run_of(tiny_recipe, tmp_path)
@@ -261,7 +255,7 @@ def test_weights_of_another_formula_or_version_are_refused(
         merge(run)
 
 
-def test_a_rule_that_matches_no_layer_is_refused_before_training(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_module_rule_without_a_matching_layer_is_refused_before_training(tiny_recipe: dict[str, Any], tmp_path: Path):
     rules = [{"match": "*.queries", "adapter": {"skip": True}}]
     with pytest.raises(UnsupportedError, match=r"modules\.0\.match"):
         run_of({**tiny_recipe, "modules": rules}, tmp_path)
@@ -271,13 +265,13 @@ def test_a_rule_that_matches_no_layer_is_refused_before_training(tiny_recipe: di
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_merge_in_half_precision_stays_within_its_bound(tiny_recipe: dict[str, Any], tmp_path: Path, dtype: str):
+def test_merge_in_half_precision_is_within_its_tolerance(tiny_recipe: dict[str, Any], tmp_path: Path, dtype: str):
     result = merge(run_of(tiny_recipe, tmp_path), dtype=dtype)
     assert 0 < result.agreement.relative_difference <= result.bound
     assert AutoModelForCausalLM.from_pretrained(result.folder, dtype="auto").dtype is getattr(torch, dtype)
 
 
-def test_full_fine_tuning_goes_the_same_road(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_full_fine_tuning_trains_and_evaluates(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of({**tiny_recipe, "adapter": {"method": "full"}, "optimizer": {"name": "adafactor"}}, tmp_path)
     trained = logits(AutoModelForCausalLM.from_pretrained(run.trained(True)))
     merged = logits(AutoModelForCausalLM.from_pretrained(merge(run).folder))
@@ -287,13 +281,13 @@ def test_full_fine_tuning_goes_the_same_road(tiny_recipe: dict[str, Any], tmp_pa
     assert loss.ours.value < loss.theirs.value
 
 
-def test_the_loss_of_an_evaluation_is_what_training_measured(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_eval_loss_equals_the_validation_loss_of_training(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     last = json.loads(run.metrics.read_text().splitlines()[-1])
     assert values(evaluated(run))["loss"] == pytest.approx(last["loss"], rel=1e-6)
 
 
-def test_generation_in_a_batch_is_generation_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_generation_in_a_batch_equals_single_prompts(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     prompts = ["Say 1 twice", "Say a much longer thing than that, please", "Hi"]
     together = answers(run.path, prompts=prompts)
@@ -302,7 +296,7 @@ def test_generation_in_a_batch_is_generation_alone(tiny_recipe: dict[str, Any], 
 
 
 @pytest.mark.parametrize("format", ["text", "completion", "instruction"])
-def test_a_prompt_takes_the_form_of_the_training_rows(tiny_recipe: dict[str, Any], tmp_path: Path, format: str):
+def test_generation_prompt_has_the_form_of_training_rows(tiny_recipe: dict[str, Any], tmp_path: Path, format: str):
     rows = {
         "text": {"text": "once upon a time"},
         "completion": {"prompt": "2+2=", "completion": "4"},
@@ -317,7 +311,7 @@ def test_a_prompt_takes_the_form_of_the_training_rows(tiny_recipe: dict[str, Any
     assert len(answers(run.path, prompts=["2+2="], tokens=4)) == 1
 
 
-def test_the_prompt_of_generation_is_the_prompt_of_training(tiny_recipe: dict[str, Any], tiny_model: Path):
+def test_generation_prompt_has_the_tokens_of_training(tiny_recipe: dict[str, Any], tiny_model: Path):
     from finetune.data.documents import Conversation, Message
 
     encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), "assistant")
@@ -326,7 +320,7 @@ def test_the_prompt_of_generation_is_the_prompt_of_training(tiny_recipe: dict[st
     assert encoder.example(row, "row").ids[: len(asked.ids)] == asked.ids
 
 
-def test_a_base_that_changed_is_refused_everywhere(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_changed_base_is_refused_by_every_command(tiny_recipe: dict[str, Any], tmp_path: Path):
     write_tiny_model(tmp_path / "base")
     run = run_of({**tiny_recipe, "model": {"name": str(tmp_path / "base")}}, tmp_path)
     write_tiny_model(tmp_path / "base", seed=1)
@@ -336,7 +330,7 @@ def test_a_base_that_changed_is_refused_everywhere(tiny_recipe: dict[str, Any], 
     assert not run.merged.exists()
 
 
-def test_a_merge_that_disagrees_is_not_written(
+def test_merge_that_fails_verification_is_not_written(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(tiny_recipe, tmp_path)
@@ -347,7 +341,7 @@ def test_a_merge_that_disagrees_is_not_written(
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_merged_folder_is_not_overwritten_unasked(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_merged_folder_is_overwritten_only_with_the_option(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     merge(run)
     with pytest.raises(RefusedError, match="already"):
@@ -355,7 +349,7 @@ def test_a_merged_folder_is_not_overwritten_unasked(tiny_recipe: dict[str, Any],
     merge(run, overwrite=True)
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_record(
+def test_diverging_run_exits_with_5_and_keeps_its_metrics(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import finetune.train.step as step
@@ -377,7 +371,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_record(
         merge(run)
 
 
-def test_ctrl_c_in_the_middle_is_recorded(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_interrupt_during_training_is_recorded(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
 
     def interrupt(event: object) -> None:
@@ -390,7 +384,7 @@ def test_ctrl_c_in_the_middle_is_recorded(tiny_recipe: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine", "icq"])
-def test_a_folder_of_quantized_weights_trains_as_the_model_that_it_was_made_from(
+def test_quantized_folder_trains_as_its_original_model(
     tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, kind: str
 ):
     recipe = as_recipe({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
