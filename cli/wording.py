@@ -31,7 +31,7 @@ from .sanitize import sanitize
 if TYPE_CHECKING:
     from finetune.evaluation.measurement import Interval, PairedDifference
     from finetune.evaluation.metrics import MetricUnit
-    from finetune.jobs.infer.evaluate import Score
+    from finetune.jobs.infer.evaluate_results import Score
     from finetune.jobs.plan.estimate import Plan
     from finetune.jobs.plan.preview import Preview
     from finetune.recipe.explain import Explanation, Meaning
@@ -347,7 +347,7 @@ def difference(score_of: Score) -> str:
     if score_of.theirs is None:
         return ""
     change = score_of.ours.value - score_of.theirs.value
-    return _signed(score(score_of.form, change), change)
+    return _signed(score(score_of.unit, change), change)
 
 
 def flips(difference: PairedDifference) -> str:

@@ -1,4 +1,4 @@
-"""Conditions that results must meet, such as `exact_match>=0.8`. Read without torch, so that a slip is told at once."""
+"""Conditions on results, such as `exact_match>=0.8`. Parsed without torch, so that a typo is reported at once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Gate:
     """A condition.
 
     Attributes:
-        text: As it was written.
+        text: The condition as given.
         measured: Metric, or task/metric.
-        sign: How it must stand to the bound.
+        sign: The comparison of value and bound.
         bound: A number.
     """
 
@@ -33,14 +33,14 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str) -> Gate:
-        """Read a condition.
+        """Parse a condition.
 
         Raises:
-            UsageError: It is none.
+            UsageError: The text is not a condition.
         """
         match = _GATE.fullmatch(text)
         if match is None or not match["measured"]:
-            raise UsageError("this is no condition", where=f"--gate {text}", hint=_HINT)
+            raise UsageError("this is not a condition", where=f"--gate {text}", hint=_HINT)
         try:
             bound = float(match["bound"])
         except ValueError:
@@ -48,14 +48,14 @@ class Gate:
         if not math.isfinite(bound):
             found = match["bound"]
             percent = f"; {found} is {float(found[:-1]) / 100:g}" if re.fullmatch(r"\d+(\.\d*)?%", found) else ""
-            raise UsageError(f"{found!r} is no number", where=f"--gate {text}", hint=_HINT + percent)
+            raise UsageError(f"{found!r} is not a number", where=f"--gate {text}", hint=_HINT + percent)
         return cls(text.strip(), match["measured"], match["sign"], bound)
 
-    def concerned(self, names: Sequence[str]) -> list[str]:
-        """Those of the names, each task/metric, that the condition is about: of a metric by itself, in all tasks.
+    def matching(self, names: Sequence[str]) -> list[str]:
+        """The names (task/metric) that the condition applies to. A metric without a task applies to all tasks.
 
         Raises:
-            UsageError: There are none.
+            UsageError: No name matches.
         """
         found = [name for name in names if name == self.measured or name.partition("/")[2] == self.measured]
         if not found:
@@ -67,5 +67,5 @@ class Gate:
         return found
 
     def holds(self, value: float) -> bool:
-        """Whether a value meets the condition; what is no number meets none."""
+        """Whether a value meets the condition. NaN meets none."""
         return bool(_OPERATORS[self.sign](value, self.bound))

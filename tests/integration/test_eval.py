@@ -24,7 +24,7 @@ from finetune.evaluation.gates import Gate
 from finetune.jobs.export import model_card
 from finetune.jobs.export.merge import merge
 from finetune.jobs.infer import evaluate as job
-from finetune.jobs.infer.evaluate import Asked, evaluate
+from finetune.jobs.infer.evaluate import EvaluationOptions, evaluate
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import named
@@ -32,8 +32,8 @@ from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Progress
-from tests.fixtures.evaluating import evaluated, values
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated, values
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -262,7 +262,7 @@ def test_what_was_measured_is_not_measured_again(
 def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
     runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    asked = Asked(tasks=("held_out", str(tasks)), batch_size=2, output=tmp_path / "out")
+    asked = EvaluationOptions(tasks=("held_out", str(tasks)), batch_size=2, output=tmp_path / "out")
     (run,) = named([str(runs / "low-rank")])
 
     def interrupt(event: Event) -> None:

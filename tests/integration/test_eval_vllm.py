@@ -19,7 +19,7 @@ from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.vllm_generator import VllmGenerator
 from finetune.jobs.export.merge import merge
-from tests.fixtures.evaluating import evaluated, values
+from tests.fixtures.eval_helpers import evaluated, values
 from tests.fixtures.fake_vllm import RequestOutputKind, Told, fake_vllm
 from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import run_of
@@ -132,11 +132,11 @@ def test_the_model_is_loaded_anew_for_longer_rows_only(
     monkeypatch.setattr(sys.modules["vllm"].LLMEngine, "step", answered)  # type: ignore[attr-defined]
     writer = written(tmp_path / "model")
     for length in (4, 2046, 2047, 3000):
-        writer.write([[1] * length], Sampling(2), lambda answers: None)
+        writer.generate([[1] * length], Sampling(2), lambda answers: None)
     assert [arguments.max_model_len for arguments in fake_vllm.loaded] == [2048, 4096]
     assert fake_vllm.ended == 1
     writer.positions = 4500
-    writer.write([[1] * 4200], Sampling(2), lambda answers: None)
+    writer.generate([[1] * 4200], Sampling(2), lambda answers: None)
     assert fake_vllm.loaded[-1].max_model_len == 4500
 
 

@@ -22,7 +22,7 @@ from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase
-from tests.fixtures.generating import answers, tuned
+from tests.fixtures.generate_helpers import answers, tuned
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 

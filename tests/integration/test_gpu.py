@@ -31,8 +31,8 @@ from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingFinished
-from tests.fixtures.evaluating import evaluated
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.processes import ROOT
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer

@@ -24,7 +24,7 @@ from finetune.models.loading import dtype
 from finetune.recipe.sections.evaluation import HarnessTask
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -108,7 +108,7 @@ def engine_of(who: Path, batch_size: int = 4) -> Engine:
         uses_chat_template=tuned.uses_chat_template,
         load=lambda: shared.model(0),
         writer=ModelGenerator(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
-        kept=PredictionCache({"who": str(who), "batch": batch_size}),
+        cache=PredictionCache({"who": str(who), "batch": batch_size}),
         compute_dtype=torch.float32,
         batch_size=batch_size,
         padding=tuned.setup.padding,
@@ -160,7 +160,7 @@ def test_adapters_and_soft_prompts_are_asked_as_they_were_trained(
     train(as_recipe({**tiny_recipe, "adapter": {"method": method}}, tmp_path), run)
     found = evaluated(run, "base", tasks=("ft_choices", "ft_texts"), limit=4)
     choices, perplexity = found.scores["ft_choices"]["acc"], found.scores["ft_texts"]["word_perplexity"]
-    assert (choices.rows, choices.form) == (4, "share")
+    assert (choices.rows, choices.unit) == (4, "share")
     assert choices.difference is not None
     assert perplexity.theirs is not None
     assert perplexity.ours.value != pytest.approx(perplexity.theirs.value, rel=1e-3)

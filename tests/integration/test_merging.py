@@ -28,7 +28,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.train.run import train
 from finetune.models.fingerprint import fingerprint
 from finetune.run.directory import RunDirectory
-from tests.fixtures.generating import answers
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import tiny_config, tiny_tokenizer, write_tiny_model
 
@@ -147,7 +147,7 @@ def test_weights_that_are_no_numbers_are_not_merged(tiny_recipe: dict[str, Any],
 
 def grown_by(*arguments: object) -> int:
     """Megabytes by which a process grows at most."""
-    command = [sys.executable, "-m", "tests.fixtures.merging_memory", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.fixtures.merge_memory", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
-from tests.fixtures.generating import answers
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 
 PROMPT = {"method": "prompt_tuning", "tokens": 4}

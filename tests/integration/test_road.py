@@ -21,8 +21,8 @@ from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.run.directory import RunDirectory
 from finetune.run.events import RanksChosen, StepMetrics, ValidationResult, ignore
-from tests.fixtures.evaluating import evaluated, values
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated, values
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 

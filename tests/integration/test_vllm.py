@@ -27,7 +27,7 @@ from finetune.recipe.vllm_support import served_rank
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_ft, of_transformers, same, trained
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 
 pytestmark = [
     pytest.mark.slow,

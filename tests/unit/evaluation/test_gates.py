@@ -54,10 +54,10 @@ def test_a_percentage_is_told_as_a_number():
     ],
 )
 def test_a_metric_by_itself_is_that_of_every_task(text: str, names: list[str]):
-    assert Gate.parse(text).concerned(MEASURED) == names
+    assert Gate.parse(text).matching(MEASURED) == names
 
 
 def test_what_is_not_measured_is_told_with_what_is():
     with pytest.raises(UsageError, match="'f1' is not measured") as caught:
-        Gate.parse("f1>0").concerned(MEASURED)
+        Gate.parse("f1>0").matching(MEASURED)
     assert "held_out/loss, held_out/exact_match" in str(caught.value.hint)

@@ -46,6 +46,6 @@ def test_telling_changes_nothing(temperature: float):
     pieces: list[str] = []
     call: dict[str, Any] = {"sampling": Sampling(20, temperature), "batch_size": 1, "padding": 257}
     silent = generate(model, tiny_tokenizer(), [[256, 80, 81]], **call)
-    assert generate(model, tiny_tokenizer(), [[256, 80, 81]], **call, tell=pieces.append) == silent
+    assert generate(model, tiny_tokenizer(), [[256, 80, 81]], **call, on_text=pieces.append) == silent
     assert "".join(pieces) == silent[0]
     assert len(pieces) > 1

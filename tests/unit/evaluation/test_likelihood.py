@@ -33,7 +33,7 @@ def found(rows: list[Example], model: Any = None, **options: Any) -> list[Likeli
     results: dict[int, Likelihood] = {}
     settings: dict[str, Any] = {"compute_dtype": torch.float32, "batch_size": 4, "padding": 0}
     settings |= {"may_share": lambda: False} | options
-    likelihoods(model or tiny_llama(), rows, tell=results.update, **settings)
+    likelihoods(model or tiny_llama(), rows, on_batch=results.update, **settings)
     return [results[number] for number in range(len(rows))]
 
 

@@ -123,7 +123,7 @@ def test_a_pattern_passes_an_answer_in_which_it_is_found():
 def test_every_metric_of_the_schema_gives_a_perfect_answer_its_highest_score(name: str):
     text = '"one two three four"'
     (metric,) = answer_metrics(Answers.model_validate({"metrics": [name]}))
-    assert scores_of([name], [(text, ["other", text])])[name] == pytest.approx(100 if metric.form == "points" else 1)
+    assert scores_of([name], [(text, ["other", text])])[name] == pytest.approx(100 if metric.unit == "points" else 1)
 
 
 def test_a_loss_is_a_mean_over_tokens_and_perplexity_its_exponential():

@@ -23,7 +23,7 @@ from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
 

@@ -62,4 +62,4 @@ def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: 
     results.add({"a": "one"})
     results.add({"b": "two"})
     assert [results.get(key) for key in "ab"] == ["one", "two"]
-    assert [record.getMessage().startswith("results are not kept") for record in caplog.records] == [True]
+    assert [record.getMessage().startswith("predictions are not cached") for record in caplog.records] == [True]
