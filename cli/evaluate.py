@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="Tasks of the recipe (held_out: its held-out rows), a YAML file of tasks, or tasks of "
+            help="Tasks of the recipe (validation: its validation rows), a YAML file of tasks, or tasks of "
             "lm-evaluation-harness. By default all of the recipe. Repeatable.",
         ),
     ] = None,
@@ -42,7 +42,7 @@ def evaluate(
         typer.Option(
             "--gate",
             metavar="METRIC>=NUMBER",
-            help="Exit with 5 unless it holds, such as exact_match>=0.8 or held_out/loss<=0.5. Repeatable.",
+            help="Exit with 5 unless it holds, such as exact_match>=0.8 or validation/loss<=0.5. Repeatable.",
         ),
     ] = None,
     engine: Annotated[

@@ -316,7 +316,7 @@ def _wrapped(text: str, width: int, first: str, further: str) -> list[str]:
 
 
 def task_title(task: str, scores: Mapping[str, Score]) -> str:
-    """`held_out: 48 rows`; where metrics are measured on different rows, the most and the fewest."""
+    """`validation: 48 rows`; where metrics are measured on different rows, the most and the fewest."""
     counts = sorted({score.rows for score in scores.values() if score.rows is not None})
     return f"{task}: {' to '.join(map(str, counts))} rows" if counts else task
 

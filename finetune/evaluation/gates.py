@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.errors import UsageError
+from finetune.recipe.sections.evaluation import current_task_name
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _GATE = re.compile(r"\s*(?P<measured>[^<>=]*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>\S+)\s*")
-_HINT = "write a metric, >=, >, <= or <, and a number: --gate 'exact_match>=0.8', or 'held_out/exact_match>=0.8'"
+_HINT = "write a metric, >=, >, <= or <, and a number: --gate 'exact_match>=0.8', or 'validation/exact_match>=0.8'"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Gate:
             found = match["bound"]
             percent = f"; {found} is {float(found[:-1]) / 100:g}" if re.fullmatch(r"\d+(\.\d*)?%", found) else ""
             raise UsageError(f"{found!r} is not a number", where=f"--gate {text}", hint=_HINT + percent)
-        return cls(text.strip(), match["measured"], match["sign"], bound)
+        task, slash, metric = match["measured"].partition("/")
+        measured = f"{current_task_name(task)}/{metric}" if slash else task
+        return cls(text.strip(), measured, match["sign"], bound)
 
     def matching(self, names: Sequence[str]) -> list[str]:
         """The names (task/metric) that the condition applies to. A metric without a task applies to all tasks.

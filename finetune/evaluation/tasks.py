@@ -19,7 +19,7 @@ from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean, prediction
 from finetune.recipe.sections.evaluation import (
-    HELD_OUT,
+    VALIDATION,
     Answers,
     ChooseTask,
     Evaluation,
@@ -90,7 +90,7 @@ class ValidationTask(Task):
         train_on: As in the recipe.
     """
 
-    name = HELD_OUT
+    name = VALIDATION
     has_loss = True
 
     def __init__(self, split: TokenizedDataset, section: Evaluation, train_on: TrainOn) -> None:

@@ -24,7 +24,7 @@ from finetune.recipe.sections.adapter import (
     SoftPrompt,
 )
 from finetune.recipe.sections.data import SourceSection
-from finetune.recipe.sections.evaluation import HELD_OUT, RowsTask, TaskSection
+from finetune.recipe.sections.evaluation import EARLIER_TASK_NAMES, VALIDATION, RowsTask, TaskSection
 from finetune.recipe.sections.quantization import Groupwise, PluginQuantization
 from finetune.recipe.sections.sweep import Numbers
 from finetune.recipe.yaml.document import dotted
@@ -438,10 +438,11 @@ def _weighted(key: str, source: SourceSection) -> Violation | None:
 
 
 def _namesake(tasks: Sequence[TaskSection]) -> Violation | None:
-    names = [HELD_OUT, *(task.name for task in tasks)]
+    reserved = [VALIDATION, *EARLIER_TASK_NAMES]
+    names = [*reserved, *(task.name for task in tasks)]
     for index, task in enumerate(tasks):
-        if task.name in names[: index + 1]:
-            what = "the held-out rows have this name" if task.name == HELD_OUT else "another task has this name"
+        if task.name in names[: len(reserved) + index]:
+            what = "the validation rows have this name" if task.name in reserved else "another task has this name"
             return Violation(f"evaluation.tasks.{index}.name", what, "choose another")
     return None
 

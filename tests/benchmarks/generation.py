@@ -57,7 +57,7 @@ def main() -> None:
             tokenizer=setup.tokenizer,
             uses_chat_template=True,
             load=lambda: model,
-            writer=ModelGenerator(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
+            generator=ModelGenerator(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
             cache=PredictionCache({"benchmark": time.time()}),
             compute_dtype=torch.float32,
             batch_size=arguments.batch_size,

@@ -105,12 +105,18 @@ def test_a_run_is_measured_on_its_held_out_rows_and_every_answer_is_written(runs
     assert found.folder == run.evaluation
     assert json.loads((run.evaluation / "results.json").read_text()) == json.loads(json.dumps(found.to_json()))
     assert list(values(found)) == ["loss", "perplexity", "exact_match", "f1"]
-    assert [score.rows for score in found.scores["held_out"].values()] == [8, 8, 4, 4]
+    assert [score.rows for score in found.scores["validation"].values()] == [8, 8, 4, 4]
     records = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
-    assert [record["task"] for record in records] == ["held_out"] * 4
+    assert [record["task"] for record in records] == ["validation"] * 4
     assert all(record["row"].rpartition(":")[0].endswith("chat.jsonl") for record in records)
     mean = sum(record["scores"]["f1"] for record in records) / 4
     assert values(found)["f1"] == pytest.approx(mean)
+
+
+def test_earlier_name_of_the_validation_task_is_read(runs: Path, tmp_path: Path):
+    found = evaluated(runs / "low-rank", tasks=("held_out",), gates=(Gate.parse("held_out/loss<100"),), limit=1)
+    assert list(found.scores) == ["validation"]
+    assert [gate.measured for gate in found.gates] == ["validation/loss"]
 
 
 def test_answers_are_those_of_ft_generate(runs: Path, tasks: Path, tmp_path: Path):
@@ -140,8 +146,8 @@ def test_a_choice_is_the_likeliest_answer_of_the_model_itself(base: Path, tasks:
 
 
 def test_beside_the_base_there_is_a_difference_row_by_row(runs: Path, tasks: Path, tmp_path: Path):
-    found = evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks)), output=tmp_path / "out")
-    alone = evaluated(runs / "low-rank", tasks=("held_out", str(tasks)))
+    found = evaluated(runs / "low-rank", "base", tasks=("validation", str(tasks)), output=tmp_path / "out")
+    alone = evaluated(runs / "low-rank", tasks=("validation", str(tasks)))
     assert found.against == "base"
     for task, scores in found.scores.items():
         assert {metric: score.ours for metric, score in scores.items()} == {
@@ -168,12 +174,12 @@ def test_cards_and_differences_of_runs_tell_the_scores(runs: Path):
     found = evaluated(runs / "low-rank", "base")
     rows = model_card._evaluated(json.loads((runs / "low-rank" / "eval" / "results.json").read_text()))
     assert rows[1:3] == ["| | base | this model | 95 % interval |", "|---|---|---|---|"]
-    loss = found.scores["held_out"]["loss"]
+    loss = found.scores["validation"]["loss"]
     assert loss.theirs
-    assert rows[3].startswith(f"| held_out: loss | {loss.theirs.value:.4f} | {loss.ours.value:.4f} | ")
+    assert rows[3].startswith(f"| validation: loss | {loss.theirs.value:.4f} | {loss.ours.value:.4f} | ")
     evaluated(runs / "prompt")
     told = [json.loads(line) for line in ft("diff", runs / "low-rank", runs / "prompt", "--json").stdout.splitlines()]
-    assert f"{loss.ours.value:.6g}" in [each["first"] for each in told if each["key"] == "eval held_out loss"]
+    assert f"{loss.ours.value:.6g}" in [each["first"] for each in told if each["key"] == "eval validation loss"]
 
 
 def test_another_run_or_model_may_stand_beside(runs: Path, base: Path, tasks: Path, tmp_path: Path):
@@ -249,20 +255,20 @@ def test_held_out_prompts_that_leave_no_room_are_cut_at_their_beginning_and_that
 def test_what_was_measured_is_not_measured_again(
     runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    first = evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks)))
+    first = evaluated(runs / "low-rank", "base", tasks=("validation", str(tasks)))
 
     def unwanted(*arguments: Any) -> None:
         raise AssertionError("the model is loaded")
 
     monkeypatch.setattr(job, "SharedBase", unwanted)
-    assert evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks))) == first
+    assert evaluated(runs / "low-rank", "base", tasks=("validation", str(tasks))) == first
     assert evaluated(runs / "low-rank", tasks=(str(tasks),), gates=(Gate.parse("loss<100"),)).gates[0].is_met
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
     runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    asked = EvaluationOptions(tasks=("held_out", str(tasks)), batch_size=2, output=tmp_path / "out")
+    asked = EvaluationOptions(tasks=("validation", str(tasks)), batch_size=2, output=tmp_path / "out")
     (run,) = named([str(runs / "low-rank")])
 
     def interrupt(event: Event) -> None:
@@ -300,25 +306,28 @@ def test_other_weights_are_asked_anew(runs: Path, tasks: Path, tmp_path: Path):
 
 def test_gates_decide_the_exit_code_and_results_are_there_all_the_same(runs: Path):
     run = runs / "low-rank"
-    passed = ft("eval", run, "--gate", "loss<100", "--gate", "held_out/f1>=0", "--quiet")
+    passed = ft("eval", run, "--gate", "loss<100", "--gate", "validation/f1>=0", "--quiet")
     assert passed.exit_code == 0
-    assert "gate loss<100: met, held_out/loss is" in passed.stdout
+    assert "gate loss<100: met, validation/loss is" in passed.stdout
     shutil.rmtree(run / "eval")
     failed = ft("eval", run, "--gate", "loss<0.001", "--gate", "f1>=0", "--quiet")
     assert failed.exit_code == 5
     assert "gate loss<0.001: NOT met" in failed.stdout
     assert "not loss<0.001" in failed.stderr
     gates = json.loads((run / "eval" / "results.json").read_text())["gates"]
-    assert [(gate["measured"], gate["is_met"]) for gate in gates] == [("held_out/loss", False), ("held_out/f1", True)]
+    assert [(gate["measured"], gate["is_met"]) for gate in gates] == [
+        ("validation/loss", False),
+        ("validation/f1", True),
+    ]
 
 
 def test_a_table_fits_a_narrow_terminal(runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
-    shown = ft("eval", runs / "low-rank", "--against", "base", "--tasks", f"held_out,{tasks}", "--quiet").stdout
+    shown = ft("eval", runs / "low-rank", "--against", "base", "--tasks", f"validation,{tasks}", "--quiet").stdout
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines if line.startswith(("held_out:", "colours:", "talk:", "nats:"))] == [
-        "held_out:",
+    assert [line.split()[0] for line in lines if line.startswith(("validation:", "colours:", "talk:", "nats:"))] == [
+        "validation:",
         "colours:",
         "talk:",
         "nats:",
@@ -342,12 +351,12 @@ def test_a_slip_in_a_gate_is_told_before_the_model_is_loaded(runs: Path, monkeyp
     monkeypatch.setattr(job, "SharedBase", None)
     told = ft("eval", runs / "low-rank", "--gate", "exact_mach>=0.8")
     assert told.exit_code == 2
-    assert "measured: held_out/loss" in told.stderr
+    assert "measured: validation/loss" in told.stderr
     assert ft("eval", runs / "low-rank", "--gate", "exact_match=0.8").exit_code == 2
 
 
 def test_what_cannot_be_measured_is_told(runs: Path, base: Path, tasks: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="known of its runs"):
+    with pytest.raises(UsageError, match="validation rows"):
         evaluated(base)
     with pytest.raises(UsageError, match="has no base"):
         evaluated(base, "base", tasks=(str(tasks),))
@@ -368,8 +377,8 @@ def test_what_cannot_be_measured_is_told(runs: Path, base: Path, tasks: Path, tm
 @pytest.mark.parametrize(
     ("row", "task", "what"),
     [
-        ({"text": "once"}, {"kind": "choose"}, "no question with an answer"),
-        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "no question with an answer"),
+        ({"text": "once"}, {"kind": "choose"}, "not a question"),
+        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "not a question"),
         ({"instruction": "Add", "output": "4"}, {"kind": "choose"}, "offers no choices"),
         ({"instruction": "Add", "output": "4"}, {"kind": "choose", "choices": ["5"]}, "is none of the choices"),
         ({"text": "once"}, {"kind": "generate"}, "has no rows to measure"),

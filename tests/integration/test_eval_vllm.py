@@ -54,7 +54,7 @@ def ft(*arguments: object) -> Result:
 
 def answers(folder: Path) -> list[str]:
     lines = (folder / "generations.jsonl").read_text().splitlines()
-    return [json.loads(line)["answer"] for line in lines if json.loads(line)["task"] in ("held_out", "talk")]
+    return [json.loads(line)["answer"] for line in lines if json.loads(line)["task"] in ("validation", "talk")]
 
 
 def answered(engine: Any) -> list[SimpleNamespace]:
@@ -71,7 +71,7 @@ def test_answers_are_asked_of_vllm_and_losses_and_choices_of_ft(
     sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told, adapter: dict[str, Any]
 ):
     run = run_of({**sections, "adapter": adapter}, tmp_path)
-    names = ("held_out", str(tasks))
+    names = ("validation", str(tasks))
     ours = evaluated(run, tasks=names, output=tmp_path / "ours")
     assert not fake_vllm.asked
     found = evaluated(run, tasks=names, output=tmp_path / "theirs", engine="vllm")

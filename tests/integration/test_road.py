@@ -190,7 +190,7 @@ def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
 ):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     result = merge(run)
     assert result.agreement.relative_difference <= 1e-5
     assert result.agreement.top1_agreement == 1.0
@@ -204,7 +204,7 @@ def test_a_merge_over_codes_is_the_dequantized_base_with_the_adapter(
 def test_qa_lora_goes_the_road_and_stays_in_few_bits(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     sections = {**tiny_recipe, "quantization": QUANTIZED[kind], "adapter": {"method": "qa_lora", "iec": True}}
     run = run_of(sections, tmp_path)
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     result = merge(run)
     assert result.dtype == "quantized"
     assert 0 < result.agreement.relative_difference <= 2e-5
@@ -282,7 +282,7 @@ def test_full_fine_tuning_goes_the_same_road(tiny_recipe: dict[str, Any], tmp_pa
     trained = logits(AutoModelForCausalLM.from_pretrained(run.trained(True)))
     merged = logits(AutoModelForCausalLM.from_pretrained(merge(run).folder))
     assert torch.equal(trained, merged)
-    loss = evaluated(run, "base").scores["held_out"]["loss"]
+    loss = evaluated(run, "base").scores["validation"]["loss"]
     assert loss.theirs is not None
     assert loss.ours.value < loss.theirs.value
 

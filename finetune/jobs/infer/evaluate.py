@@ -32,7 +32,7 @@ from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.vllm import vllm_generator
 from finetune.models.fingerprint import fingerprint
 from finetune.recipe.load import load_tasks
-from finetune.recipe.sections.evaluation import HELD_OUT, Evaluation, HarnessTask, TaskSection
+from finetune.recipe.sections.evaluation import VALIDATION, Evaluation, HarnessTask, TaskSection, current_task_name
 from finetune.report.run_page import recording_errors
 from finetune.resolve import build
 from finetune.run.directory import RunDirectory
@@ -136,17 +136,17 @@ def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_
     context = finetuned.setup if isinstance(finetuned.setup, TrainingContext) else None
     own = {section.name: section for section in context.recipe.evaluation.tasks} if context else {}
     if not names:
-        held_out = [task for task in [_validation(context, on_event)] if task]
-        if not held_out and not own:
+        validation = [task for task in [_validation(context, on_event)] if task]
+        if not validation and not own:
             raise _nothing_to_measure(named, context)
-        return [*held_out, *map(build, own.values())]
+        return [*validation, *map(build, own.values())]
     tasks: list[Task] = []
-    for name in names:
-        if name == HELD_OUT:
-            held = _validation(context, on_event)
-            if held is None:
+    for name in map(current_task_name, names):
+        if name == VALIDATION:
+            task = _validation(context, on_event)
+            if task is None:
                 raise _nothing_to_measure(named, context)
-            tasks.append(held)
+            tasks.append(task)
         elif name in own:
             tasks.append(build(own[name]))
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.errors import CheckFailedError
 from finetune.evaluation.measurement import CONFIDENCE, Interval, PairedDifference
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, MetricUnit
-from finetune.recipe.sections.evaluation import HELD_OUT
+from finetune.recipe.sections.evaluation import VALIDATION
 
 _LOSSES = (LOSS.name, PERPLEXITY.name)
 
@@ -85,7 +85,7 @@ class EvaluationResult:
     @property
     def answered(self) -> int:
         """Validation rows that were answered."""
-        scores = self.scores.get(HELD_OUT, {})
+        scores = self.scores.get(VALIDATION, {})
         return max((score.rows or 0 for name, score in scores.items() if name not in _LOSSES), default=0)
 
     def to_json(self) -> dict[str, Any]:

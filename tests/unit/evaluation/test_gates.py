@@ -9,7 +9,7 @@ import pytest
 from finetune.errors import UsageError
 from finetune.evaluation.gates import Gate
 
-MEASURED = ["held_out/loss", "held_out/exact_match", "words/exact_match", "mmlu/acc", "mmlu/mmlu_law/acc"]
+MEASURED = ["validation/loss", "validation/exact_match", "words/exact_match", "mmlu/acc", "mmlu/mmlu_law/acc"]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,9 @@ def test_a_percentage_is_told_as_a_number():
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("loss<1", ["held_out/loss"]),
-        ("exact_match>=1", ["held_out/exact_match", "words/exact_match"]),
+        ("loss<1", ["validation/loss"]),
+        ("held_out/loss<1", ["validation/loss"]),  # its name in earlier versions
+        ("exact_match>=1", ["validation/exact_match", "words/exact_match"]),
         ("words/exact_match>=1", ["words/exact_match"]),
         ("acc>0", ["mmlu/acc"]),
         ("mmlu/mmlu_law/acc>0", ["mmlu/mmlu_law/acc"]),
@@ -60,4 +61,4 @@ def test_a_metric_by_itself_is_that_of_every_task(text: str, names: list[str]):
 def test_what_is_not_measured_is_told_with_what_is():
     with pytest.raises(UsageError, match="'f1' is not measured") as caught:
         Gate.parse("f1>0").matching(MEASURED)
-    assert "held_out/loss, held_out/exact_match" in str(caught.value.hint)
+    assert "validation/loss, validation/exact_match" in str(caught.value.hint)

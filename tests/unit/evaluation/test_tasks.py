@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from finetune.errors import RecipeError
 from finetune.evaluation.tasks import Generate
+from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import GenerateTask
 from finetune.run.events import ignore
 from tests.fixtures.templates import family_tokenizer
@@ -39,3 +41,12 @@ def test_what_a_model_thinks_first_is_no_part_of_its_answer(
     (record,) = task.measure(engine, None, ignore).records
     assert record["answer"] == answer
     assert record["scores"] == {"exact_match": float(is_right)}
+
+
+@pytest.mark.parametrize("name", ["validation", "held_out"])
+def test_task_with_a_name_of_the_validation_rows_is_refused(name: str, tmp_path: Path):
+    (tmp_path / "tasks.yaml").write_text(
+        f"evaluation: {{tasks: [{{name: {name}, kind: loss, data: {{path: rows.jsonl, format: text}}}}]}}"
+    )
+    with pytest.raises(RecipeError, match="validation rows"):
+        load_tasks(tmp_path / "tasks.yaml")
