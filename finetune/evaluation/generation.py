@@ -77,7 +77,7 @@ def generate(
     was_training = model.training
     model.eval()
     torch.manual_seed(sampling.seed)
-    draw = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     device = next(model.parameters()).device
 
     def work(chosen: list[int]) -> dict[int, str]:
@@ -94,7 +94,7 @@ def generate(
             pad_token_id=padding,
             eos_token_id=end_tokens(model.generation_config, tokenizer),
             streamer=None if on_text is None else _Stream(tokenizer, on_text),
-            **draw,
+            **sampled,
             **stops,
             **options_of(chosen),
         )[:, longest:]
@@ -126,7 +126,7 @@ def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 def up_to(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+    return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))]
 
 
 class _Stop(StoppingCriteria):
@@ -144,7 +144,7 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         """Whether each row has ended, shape (B,)."""
-        self.written += 1  # never decode the prompt: a stop string in it ends nothing
+        self.written += 1  # never decode the prompt: a stop string in it does not count
         tails = self.tokenizer.batch_decode(input_ids[:, -min(self.window, self.written) :], skip_special_tokens=True)
         return torch.tensor([any(stop in tail for stop in self.stops) for tail in tails], device=input_ids.device)
 
@@ -152,7 +152,7 @@ class _Stop(StoppingCriteria):
 class _Stream(BaseStreamer):
     """Streams the text of one row token by token; the concatenated pieces are the answer that `generate` returns.
 
-    The whole answer is decoded at every token, because the text of many tokens depends on the tokens before them.
+    The full answer is decoded at every token, because the text of many tokens depends on the tokens before them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:

@@ -145,10 +145,10 @@ def _column(
 
 
 def _record(task: str, row: dict[str, Any]) -> dict[str, Any]:
-    asked = row["arguments"]
+    arguments = row["arguments"]
     return {
         "row": f"{task}/{row['doc_id']}" + ("" if row["filter"] == "none" else f"[{row['filter']}]"),
-        "prompt": str(asked[0][0]),
+        "prompt": str(arguments[0][0]),
         "references": [str(row["target"])],
         "answer": row["filtered_resps"],
         "scores": {metric: row[metric] for metric in row["metrics"]},

@@ -115,14 +115,14 @@ class InMemory(TemplateLM):  # type: ignore[misc]
         """
         prompts, groups = [], dict[Sampling, list[int]]()
         repeats: Counter[tuple[str, Sampling]] = Counter()
-        for number, request in enumerate(requests):
+        for index, request in enumerate(requests):
             text, settings = request.args
             sampling = _sampling(settings)
             sampled_before = repeats[text, sampling] if sampling.temperature else 0
             repeats[text, sampling] += 1
             # A task may ask for several samples of one prompt. The seed tells them apart, or the cache would return the
             # first one again.
-            groups.setdefault(replace(sampling, seed=sampled_before), []).append(number)
+            groups.setdefault(replace(sampling, seed=sampled_before), []).append(index)
             room = self.max_length - sampling.max_new_tokens
             if room <= 0:
                 raise UnsupportedError(
@@ -133,16 +133,15 @@ class InMemory(TemplateLM):  # type: ignore[misc]
             prompts.append(self.tok_encode(text)[-room:])
         answers = [""] * len(requests)
         done = 0
-        for sampling, numbers in groups.items():
-            asked = [prompts[number] for number in numbers]
+        for sampling, indices in groups.items():
             written = self.engine.answers(
-                asked,
+                [prompts[index] for index in indices],
                 sampling,
                 lambda rows, _, before=done: self._on_progress(before + rows, len(requests)),  # type: ignore[misc]
             )
-            done += len(numbers)
-            for number, text in zip(numbers, written, strict=True):
-                answers[number] = text
+            done += len(indices)
+            for index, text in zip(indices, written, strict=True):
+                answers[index] = text
         return answers
 
 

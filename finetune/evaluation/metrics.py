@@ -76,10 +76,10 @@ PERPLEXITY = Metric("perplexity", perplexity, unit="nats")
 
 def answer_metrics(section: Answers) -> list[AnswerMetric]:
     """The metrics of a section, in its order."""
-    asked = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
+    metrics = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
     if section.pattern is not None:
-        asked.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_binary=True))
-    return asked
+        metrics.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_binary=True))
+    return metrics
 
 
 def best_of(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:

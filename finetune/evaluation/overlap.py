@@ -86,7 +86,7 @@ def _chrf() -> CorpusMetric:
     return CHRF()
 
 
-# `corpus_score` of sacrebleu returns the score of a whole corpus only. The two methods below are the halves of it that
+# `corpus_score` of sacrebleu returns the score of a full corpus only. The two methods below are the halves of it that
 # sacrebleu's own bootstrap calls (sacrebleu/significance.py).
 
 

@@ -74,7 +74,7 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _PromptRow:
     """A prompt, and the location of its row."""
 
     row: str
@@ -106,19 +106,19 @@ class ValidationTask(Task):
         places = [split.place(row) for row in range(len(split))]
         columns = _losses(places, list(split), engine, self._on_progress(engine, "loss", on_event))
         encoder = Encoder(engine.tokenizer, self.train_on)
-        prompts = islice(_asked(self.split.documents(), encoder), self.section.generation_rows)
-        asked = self._cut(list(islice(prompts, limit)), engine)
-        answers = _answers(asked, self.section, engine, self._on_progress(engine, "answers", on_event))
+        first = islice(_prompt_rows(self.split.documents(), encoder), self.section.generation_rows)
+        prompts = self._cut(list(islice(first, limit)), engine)
+        answers = _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
         return Measurement((*columns, *answers.columns), answers.records, {})
 
-    def _cut(self, asked: list[_Asked], engine: Engine) -> list[_Asked]:
+    def _cut(self, prompts: list[_PromptRow], engine: Engine) -> list[_PromptRow]:
         """The prompts, cut at the beginning where no room for an answer is left: training truncated these rows too."""
         room = _room(self.section, engine)
-        if room is None or room < 1 or all(len(each.prompt.ids) <= room for each in asked):
-            return asked
-        cut = sum(len(each.prompt.ids) > room for each in asked)
-        logger.warning("the beginning of %d of %d prompts is cut, to leave room for an answer", cut, len(asked))
-        return [_Asked(each.row, Prompt(each.prompt.ids[-room:], each.prompt.references)) for each in asked]
+        if room is None or room < 1 or all(len(each.prompt.ids) <= room for each in prompts):
+            return prompts
+        cut = sum(len(each.prompt.ids) > room for each in prompts)
+        logger.warning("the beginning of %d of %d prompts is cut, to leave room for an answer", cut, len(prompts))
+        return [_PromptRow(each.row, Prompt(each.prompt.ids[-room:], each.prompt.references)) for each in prompts]
 
 
 class _OnRows(Task, Generic[R]):
@@ -153,10 +153,10 @@ class Generate(_OnRows[GenerateTask]):
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
-        asked = list(_asked(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
-        if not asked:
+        prompts = list(_prompt_rows(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
+        if not prompts:
             raise self._none_found()
-        return _answers(asked, self.section, engine, self._on_progress(engine, "answers", on_event))
+        return _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
 
 
 class Choose(_OnRows[ChooseTask]):
@@ -170,17 +170,17 @@ class Choose(_OnRows[ChooseTask]):
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "last_turn")
-        asked = [(each, self._choices(each)) for each in _with_choices(self._documents(limit))]
-        if not asked:
+        questions = [(each, self._choices(each)) for each in _with_choices(self._documents(limit))]
+        if not questions:
             raise self._none_found()
         examples = [
             _without_end(encoder.example(_answered(each.document, choice), each.where), engine)
-            for each, choices in asked
+            for each, choices in questions
             for choice in choices
         ]
         found = iter(engine.likelihoods(examples, self._on_progress(engine, "choices", on_event)))
         rows, scores, records = [], [], []
-        for each, choices in asked:
+        for each, choices in questions:
             log_probs = {choice: next(found).log_prob for choice in choices}
             by_length = {choice: log_prob / max(1, len(choice)) for choice, log_prob in log_probs.items()}
             chosen = max(log_probs, key=log_probs.__getitem__)
@@ -259,8 +259,8 @@ def _with_choices(documents: Iterable[LocatedDocument]) -> Iterator[_WithChoices
 
 def _answered(document: Conversation, answer: str) -> Conversation:
     """The same conversation with another answer."""
-    *asked, last = document.messages
-    return replace(document, messages=(*asked, replace(last, content=answer, train=True, reasoning="")))
+    *earlier, last = document.messages
+    return replace(document, messages=(*earlier, replace(last, content=answer, train=True, reasoning="")))
 
 
 def _without_end(example: Example, engine: Engine) -> Example:
@@ -286,11 +286,11 @@ def _references(document: Conversation) -> tuple[str, ...]:
     return document.references or (document.messages[-1].content,)
 
 
-def _asked(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_Asked]:
+def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_PromptRow]:
     """The prompts of the rows that have one."""
     for each in documents:
         if (prompt := encoder.prompt(each.document, each.where)) is not None:
-            yield _Asked(each.where, prompt)
+            yield _PromptRow(each.where, prompt)
 
 
 def _losses(
@@ -301,20 +301,20 @@ def _losses(
     return tuple(Column.of(metric, rows, counts) for metric in (LOSS, PERPLEXITY))
 
 
-def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, on_progress: OnProgress) -> Measurement:
-    if not asked:
+def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on_progress: OnProgress) -> Measurement:
+    if not prompts:
         return Measurement((), (), {})
-    for each in asked:
+    for each in prompts:
         _refuse_lack_of_room(each, section, engine)
     sampling = Sampling(section.max_new_tokens)
-    answers = engine.answers([each.prompt.ids for each in asked], sampling, on_progress)
+    answers = engine.answers([each.prompt.ids for each in prompts], sampling, on_progress)
     columns = tuple(
         Column.of(
             metric,
-            [each.row for each in asked],
+            [each.row for each in prompts],
             [
                 metric.count(prediction(answer), [prediction(reference) for reference in each.prompt.references])
-                for each, answer in zip(asked, answers, strict=True)
+                for each, answer in zip(prompts, answers, strict=True)
             ],
         )
         for metric in answer_metrics(section)
@@ -325,9 +325,9 @@ def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, on_progr
             "prompt": engine.tokenizer.decode(each.prompt.ids),
             "references": list(each.prompt.references),
             "answer": answer,
-            "scores": {column.metric.name: column.row_score(number) for column in columns},
+            "scores": {column.metric.name: column.row_score(index) for column in columns},
         }
-        for number, (each, answer) in enumerate(zip(asked, answers, strict=True))
+        for index, (each, answer) in enumerate(zip(prompts, answers, strict=True))
     )
     return Measurement(columns, records, {})
 
@@ -337,13 +337,13 @@ def _room(section: Answers, engine: Engine) -> int | None:
     return None if engine.positions is None else engine.positions - section.max_new_tokens
 
 
-def _refuse_lack_of_room(asked: _Asked, section: Answers, engine: Engine) -> None:
+def _refuse_lack_of_room(prompt_row: _PromptRow, section: Answers, engine: Engine) -> None:
     most = _room(section, engine)
-    if most is not None and len(asked.prompt.ids) > most:
-        room = most + section.max_new_tokens - len(asked.prompt.ids)
+    if most is not None and len(prompt_row.prompt.ids) > most:
+        room = most + section.max_new_tokens - len(prompt_row.prompt.ids)
         raise DataError(
-            f"after its {len(asked.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
+            f"after its {len(prompt_row.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
             f"{engine.positions} positions of {engine.label}, not for {section.max_new_tokens}",
-            where=asked.row,
+            where=prompt_row.row,
             hint=f"set max_new_tokens to {room} or less" if room > 0 else "drop the row",
         )

@@ -96,8 +96,8 @@ def export_gguf(
         trained = FineTunedRun.open(run, on_event)
         context = trained.context
         source = ModelFolder(part, context.folder.name)
-        nothing = Quantizers(NoQuantization())
-        streamed = StreamedModel(source, context.section, nothing, torch.device("cpu"), dequantized=False)
+        plain = Quantizers(NoQuantization())
+        streamed = StreamedModel(source, context.section, plain, torch.device("cpu"), dequantized=False)
         write_gguf(streamed, context.tokenizer, kind, folder / MODEL, run.path.name)
         on_event(Phase("comparing the file's and the merged model's logits"))
         rows = verification_rows(trained, on_event).rows

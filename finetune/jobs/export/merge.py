@@ -132,7 +132,8 @@ def refuse_taken(target: Path, overwrite: bool) -> None:
 
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:
     """Float32 logits of the base with its adapter, quantized as in training."""
-    # `stream_base` dequantizes bases whose quantizer rounds activations too: no merge can reproduce that noise.
+    # But for layers whose quantizer rounds activations too: no merge can reproduce that noise, and `StreamedModel`
+    # dequantizes them.
     base = trained.stream_base(on_event, dequantized=False)
     model: nn.Module = base.model
     if not trained.context.recipe.adapter.trains_base:

@@ -53,13 +53,13 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     """The text around messages in a tokenizer's template; None where it depends on more than their roles."""
     # With the same placeholder in every message, the rest is the text around them. A user's turn that is not the first
     # begins with the end of the answer before: that part belongs to the assistant.
-    first, asked, second, _, closed = _around(tokenizer, ["user", "assistant", "user", "assistant"])
+    first, between, second, _, closed = _around(tokenizer, ["user", "assistant", "user", "assistant"])
     user = second.removeprefix(closed)
     turns = Turns(
         begin=first.removesuffix(user),
         system=None,
         user=user,
-        assistant=(asked, closed),
+        assistant=(between, closed),
         answer=_around(tokenizer, ["user"], prompt=True)[-1],
     )
     try:
@@ -67,10 +67,10 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
         turns = turns._replace(system=(before, after.removesuffix(user)))
     except TemplateError:  # it has no system role
         pass
-    words = [{"role": role, "content": role.upper()} for role in ("user", "assistant", "user")]
-    conversations = [words, words[:1]]
+    messages = [{"role": role, "content": role.upper()} for role in ("user", "assistant", "user")]
+    conversations = [messages, messages[:1]]
     if turns.system is not None:
-        conversations.append([{"role": "system", "content": "SYSTEM"}, *words])
+        conversations.append([{"role": "system", "content": "SYSTEM"}, *messages])
     # Ollama has no conditions on more than roles: turns must rebuild each conversation as the template writes it.
     holds = all(turns.write(each) == _written(tokenizer, each, prompt=True) for each in conversations)
     return turns if holds else None

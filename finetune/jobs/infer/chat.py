@@ -60,19 +60,19 @@ class Chat:
             DataError: The template rejects the turns, or they leave no room for an answer.
         """
         opening = [Message("system", self.system)] if self.system else []
-        asked = Message("user", text)
+        turn = Message("user", text)
         streamed: list[str] = []
 
         def note(piece: str) -> None:
             streamed.append(piece)
             on_text(piece)
 
-        question = Question(Conversation((*opening, *self.turns, asked)), 0, "the conversation")
+        question = Question(Conversation((*opening, *self.turns, turn)), 0, "the conversation")
         try:
             answer(self.base, [question], self.sampling, on_text=note)
         finally:
             if streamed:  # in `finally`: Ctrl-C ends an answer, not the conversation
-                self.turns += [asked, Message("assistant", "".join(streamed))]
+                self.turns += [turn, Message("assistant", "".join(streamed))]
 
     def clear(self) -> None:
         """Drop all turns."""

@@ -338,6 +338,6 @@ def _write(
         write_json(aside / "results.json", result.to_json())
         with (aside / "generations.jsonl").open("w", encoding="utf-8") as file:
             for task, mine, other in zip_longest(tasks, ours, theirs or ()):
-                for record, beside in zip_longest(mine.records, other.records if other else ()):
-                    against = {"against": {key: beside[key] for key in ("answer", "scores")}} if beside else {}
+                for record, reference in zip_longest(mine.records, other.records if other else ()):
+                    against = {"against": {key: reference[key] for key in ("answer", "scores")}} if reference else {}
                     file.write(json.dumps({"task": task.name, **record, **against}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What a task compares of an answer."""
+"""Tasks: the scored part of an answer, and reserved names."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ from tests.fixtures.templates import family_tokenizer
         ("<think>\nAnn", False),
     ],
 )
-def test_what_a_model_thinks_first_is_no_part_of_its_answer(
-    answer: str, is_right: bool, reference: str, tmp_path: Path
-):
+def test_reasoning_is_not_part_of_the_scored_answer(answer: str, is_right: bool, reference: str, tmp_path: Path):
     rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": reference}]}]
     (tmp_path / "rows.jsonl").write_text("".join(map(json.dumps, rows)))
     section = {"name": "who", "kind": "generate", "data": {"path": str(tmp_path / "rows.jsonl"), "format": "chat"}}
     engine: Any = SimpleNamespace(
-        tokenizer=family_tokenizer("qwen3"), positions=None, label="stand-in", answers=lambda *asked: [answer]
+        tokenizer=family_tokenizer("qwen3"), positions=None, label="fake", answers=lambda *arguments: [answer]
     )
     task = Generate(TypeAdapter(GenerateTask).validate_python(section | {"metrics": ["exact_match"]}))
     (record,) = task.measure(engine, None, ignore).records
