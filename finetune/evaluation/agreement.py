@@ -61,9 +61,10 @@ def agreement(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement
     """
     positions = sum(len(logits_KV) for logits_KV in reference)
     differences, logits, divergence, agreeing = [], [], 0.0, 0
-    for reference_KV, other_KV in zip(reference, other, strict=True):  # a row at a time, for memory
+    for reference_KV, other_KV in zip(reference, other, strict=True):  # a row at a time: float64 copies of (K, V)
         # In float64: nearly equal distributions differ by less than the rounding error of a float32 sum over V.
         log_p, log_q = reference_KV.double().log_softmax(-1), other_KV.double().log_softmax(-1)
+        # KL(p || q) = sum of p * (log p - log q) over V, summed over the K positions.
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
         agreeing += int((reference_KV.argmax(-1) == other_KV.argmax(-1)).sum())
         # A NaN in either stays in both: `max` propagates it, and a comparison with a bound then fails.

@@ -45,6 +45,7 @@ def in_batches(
     Raises:
         OutOfMemoryError: A row by itself does not fit.
     """
+    # Shared rows keep their order: a prefix is shared with the row before.
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row]) if shared is None else list(range(len(lengths)))
     done, most_tokens = 0, batch_size * max(lengths, default=0)
     while done < len(order):
@@ -64,6 +65,7 @@ def in_batches(
                     where="evaluation",
                     hint="drop the longest rows, or lower max_new_tokens",
                 ) from shortage
+            # Half of this batch, not of the limit: the batch may have been far below it.
             most_tokens = tokens // 2
         else:
             done += count

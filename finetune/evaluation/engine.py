@@ -121,6 +121,7 @@ class Engine:
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
+        # Cached by content: tasks that share rows, and tasks under another name, share predictions.
         keys = [digest(["likelihood", example.ids, example.is_target]) for example in examples]
         missing = self._missing(keys)
         done = len(keys) - len(missing)
@@ -151,6 +152,7 @@ class Engine:
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
+        # With the name of the generator: ft and vLLM may differ by rounding.
         keys = [digest(["answer", self.generator.name, list(prompt), asdict(sampling)]) for prompt in prompts]
         missing = self._missing(keys)
         done = len(keys) - len(missing)

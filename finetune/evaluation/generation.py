@@ -76,7 +76,7 @@ def generate(
     assert on_text is None or len(prompts) == 1
     was_training = model.training
     model.eval()
-    torch.manual_seed(sampling.seed)
+    torch.manual_seed(sampling.seed)  # `model.generate` samples from the global generator
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     device = next(model.parameters()).device
 
@@ -97,8 +97,9 @@ def generate(
             **sampled,
             **stops,
             **options_of(chosen),
-        )[:, longest:]
+        )[:, longest:]  # without the prompts
         texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True)
+        # The texts still have their stop strings, and padding after them.
         return {index: up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
 
     answers = [""] * len(prompts)

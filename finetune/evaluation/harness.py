@@ -91,6 +91,7 @@ def _prepare(tasks: Iterable[Any], shots: int | None) -> None:
     """Set examples and seeds as `lm-eval run` does, so that scores are the same."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
+    # Some tasks sample with the global generators.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     for task in tasks:
@@ -137,6 +138,7 @@ def _column(
     if not measured or not all(isinstance(score, int | float) for _, score in measured):
         return None
     locations, scores = [where for where, _ in measured], [float(score) for _, score in measured]
+    # The result may be a median, a corpus score or a weighted mean: a bootstrap of rows would be about another number.
     if not math.isclose(fmean(scores), value, rel_tol=1e-9, abs_tol=1e-12):
         return None
     is_binary = set(scores) <= {0.0, 1.0}
@@ -163,4 +165,5 @@ def _quiet() -> None:
     for name in ("lm_eval", "datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    # The harness has no setting for this bar.
     task.tqdm = lambda rows, **options: rows

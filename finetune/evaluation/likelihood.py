@@ -66,6 +66,7 @@ def likelihoods(
     groups = shared_last_token_groups(examples)
     firsts = [examples[group[0]] for group in groups]
     lengths = [len(first.ids) for first in firsts]
+    # Neighbours in sorted order share the longest prefixes; the first row shares with none.
     shared = [0, *(shared_tokens(one, other) for one, other in pairwise(firsts))]
     shares = sum(shared) >= WORTH_SHARING and may_share()
     make_batch = partial(joined, shares_prefixes=True) if shares else partial(padded, padding=padding)
@@ -127,6 +128,7 @@ def _of_batch(
         is_greedy.append(top1_N == labels_N)
         for position in range(seen, seen + len(labels_N)):
             row = row_of_last_target.get(position)
+            # The distribution of a row's last target scores the last token of every example of its group.
             if row is not None and len(group := groups[row]) > 1:
                 last = torch.tensor([examples[index].ids[-1] for index in group], device=device)
                 of_last_tokens[row] = log_probs_NV[position - seen, last], int(top1_N[position - seen])

@@ -78,6 +78,7 @@ def compute_validation_loss(
     own = [examples[row] for row in by_length[accelerator.process_index :: accelerator.num_processes]]
     is_sharded = sharded_base(model) is not None
     if is_sharded and len(own) * accelerator.num_processes < len(examples):
+        # Without target tokens: it takes part in the collectives, and adds nothing to loss and count.
         own.append(Example(examples[0].ids[:2], [False] * len(examples[0].ids[:2])))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = done = 0
@@ -97,6 +98,7 @@ def compute_validation_loss(
             done += len(rows)
             report_rows(done)
     model.train(was_training)
+    # Sums over all processes, not a mean of means: processes have different numbers of tokens.
     sums = torch.stack([loss_sum, loss_sum.new_tensor(tokens), loss_sum.new_tensor(done < len(own))])
     total, count, is_short = accelerator.reduce(sums, "sum").tolist()
     if is_short:

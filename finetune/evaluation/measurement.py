@@ -108,7 +108,7 @@ def difference(ours: Column, theirs: Column) -> PairedDifference:
     assert ours.rows == theirs.rows, "both models are measured on the same rows"
     # Side by side, so that one resample of rows sums the counts of both models.
     split = ours.counts_NC.shape[1]
-    score = ours.metric.score
+    score = ours.metric.score  # of a sum, not a mean of scores: BLEU and perplexity are no means over rows
     both = np.hstack([ours.counts_NC, theirs.counts_NC])
     changes = [score(sum_C[:split]) - score(sum_C[split:]) for sum_C in _resampled(both)]
     flips = [ours.row_score(row) - theirs.row_score(row) for row in range(len(ours.rows))]
@@ -125,14 +125,15 @@ def _wilson(fraction: float, rows: int) -> Interval:
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     middle = (fraction + z**2 / (2 * rows)) / (1 + z**2 / rows)
     reach = z / (1 + z**2 / rows) * math.sqrt(fraction * (1 - fraction) / rows + z**2 / (4 * rows**2))
+    # Clipped: rounding puts the ends slightly outside of [0, 1] for fractions of 0 and 1.
     return Interval(fraction, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
 def _resampled(counts_NC: Numbers) -> Iterator[Numbers]:
     """RESAMPLES sums of the counts (C,) of N rows that are drawn with replacement; the same draws for the same N."""
     rows = len(counts_NC)
-    generator = np.random.default_rng(rows)
-    at_once = max(1, AT_ONCE // rows)
+    generator = np.random.default_rng(rows)  # the seed is N: equal rows of two models get equal resamples
+    at_once = max(1, AT_ONCE // rows)  # chunks do not change the stream of random numbers
     for begin in range(0, RESAMPLES, at_once):
         # How often each row was drawn: (resamples, N) @ (N, C) sums the counts without copying rows.
         draws = generator.multinomial(rows, np.full(rows, 1 / rows), size=min(at_once, RESAMPLES - begin))
@@ -140,7 +141,7 @@ def _resampled(counts_NC: Numbers) -> Iterator[Numbers]:
 
 
 def _spread(value: float, draws: Sequence[float]) -> Interval:
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - CONFIDENCE) / 2  # two-sided
     with np.errstate(invalid="ignore"):  # infinite perplexities: inf - inf is NaN
         low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(value, float(low), float(high))

@@ -23,6 +23,7 @@ from finetune.recipe.sections.evaluation import Answers
 MetricUnit = Literal["share", "points", "nats"]
 """`share`: a fraction in [0, 1]. `points`: in [0, 100]. `nats`: a loss or its exponential. Values in `results.json`."""
 
+# Removed before words are compared, as in the evaluation script of SQuAD.
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -101,7 +102,7 @@ def json_valid(answer: str) -> float:
     """1 where the answer is a single JSON value (RFC 8259), with white space around it at most, else 0."""
     try:
         json.loads(answer, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # answers may be nested deeper than Python's stack
         return 0.0
     return 1.0
 
@@ -113,9 +114,9 @@ def token_f1(answer: str, reference: str) -> float:
     no punctuation, no articles.
     """
     given, wanted = _words(answer), _words(reference)
-    if not given or not wanted:
+    if not given or not wanted:  # F1 is undefined: 1 only if both are empty, as in the evaluation script of SQuAD
         return float(given == wanted)
-    common = sum((Counter(given) & Counter(wanted)).values())
+    common = sum((Counter(given) & Counter(wanted)).values())  # a repeated word counts as often as both have it
     if not common:
         return 0.0
     precision, recall = common / len(given), common / len(wanted)

@@ -111,6 +111,7 @@ def _rouge_words(text: str) -> list[str]:
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
+    # Dynamic programming over prefixes, one row of the table at a time: memory is O(len(second)).
     row = [0] * (len(second) + 1)
     for unit in first:
         before = row
@@ -121,4 +122,5 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def _f_measure(common: int, given: int, wanted: int) -> float:
+    # 2PR / (P + R) with P = common / given and R = common / wanted.
     return 2 * common / (given + wanted) if common else 0.0

@@ -37,10 +37,11 @@ class PredictionCache:
 
     def add(self, results: Mapping[str, Any]) -> None:
         """Add predictions. A full disk is only a warning, because they can be computed again."""
-        self._results.update(results)
+        self._results.update(results)  # in memory in any case: the current evaluation needs them
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in results.items())
         try:
             with disk_faults(self._file), self._file.open("a+b") as file:
+                # `a+`: appends are at the end even if another process has written since the file was opened.
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if file.tell():  # a process that died has perhaps left half a line: end it
                     file.seek(-1, 2)
@@ -49,7 +50,7 @@ class PredictionCache:
         except EnvironmentFault as fault:
             if self._is_writable:
                 logger.warning("predictions are not cached: %s: %s", fault.where, fault.what)
-            self._is_writable = False
+            self._is_writable = False  # one warning, not one a batch
 
 
 def digest(facts: Any) -> str:

@@ -102,7 +102,7 @@ class ValidationTask(Task):
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
-        split = self.split[: self.section.max_rows][:limit]
+        split = self.split[: self.section.max_rows][:limit]  # as training measures it
         places = [split.place(row) for row in range(len(split))]
         columns = _losses(places, list(split), engine, self._on_progress(engine, "loss", on_event))
         encoder = Encoder(engine.tokenizer, self.train_on)
@@ -186,6 +186,7 @@ class Choose(_OnRows[ChooseTask]):
             chosen = max(log_probs, key=log_probs.__getitem__)
             right = _references(each.document)
             rows.append(each.where)
+            # A longer answer has a lower likelihood: the normalized score divides by the length.
             scores.append((float(chosen in right), float(max(by_length, key=by_length.__getitem__) in right)))
             records.append(
                 {
@@ -231,7 +232,7 @@ class Loss(_OnRows[LossTask]):
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "assistant")
         encoded = [(each.where, encoder.example(each.document, each.where)) for each in self._documents(limit)]
-        found = [(row, example) for row, example in encoded if example.targets]
+        found = [(row, example) for row, example in encoded if example.targets]  # others have no loss
         if not found:
             raise self._none_found()
         rows, examples = zip(*found, strict=True)
@@ -313,6 +314,7 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
             metric,
             [each.row for each in prompts],
             [
+                # References of reasoning models contain their reasoning too.
                 metric.count(prediction(answer), [prediction(reference) for reference in each.prompt.references])
                 for each, answer in zip(prompts, answers, strict=True)
             ],

@@ -116,6 +116,7 @@ class VllmGenerator(Generator):
         engine = self._loaded(max(map(len, prompts)) + sampling.max_new_tokens)
         on_answers({})
         parameters = self.parameters(sampling)
+        # vLLM batches by itself: all requests are queued at once, and finish in any order.
         adapter = LoRARequest("trained", 1, str(self.adapter)) if self.adapter else None
         with _faults_of_vllm("does not answer", self.label):
             for index, prompt in enumerate(prompts):
@@ -153,6 +154,7 @@ class VllmGenerator(Generator):
             stop_token_ids=end_tokens(settings, self.tokenizer),
             ignore_eos=True,  # stop_token_ids has all of them
             repetition_penalty=settings.repetition_penalty or 1.0,
+            # vLLM has no `suppress_tokens`; -100 is the lowest bias that it accepts.
             logit_bias=dict.fromkeys(settings.suppress_tokens or (), -100.0) or None,
             detokenize=bool(sampling.stops),
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -200,6 +202,7 @@ class VllmGenerator(Generator):
     def _memory(self) -> dict[str, Any]:
         if self.device == "cpu":
             return {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}  # compiling takes a minute
+        # vLLM's setting is a fraction of the total memory: scaled to what other processes leave free.
         free, total = torch.cuda.mem_get_info()
         return {"gpu_memory_utilization": GPU_SHARE * free / total}
 

@@ -178,9 +178,7 @@ def test_model_card_and_diff_show_the_scores(runs: Path):
     assert loss.theirs
     assert rows[3].startswith(f"| validation: loss | {loss.theirs.value:.4f} | {loss.ours.value:.4f} | ")
     evaluated(runs / "prompt")
-    diff = [
-        json.loads(line) for line in ft("diff", runs / "low-rank", runs / "prompt", "--json").stdout.splitlines()
-    ]
+    diff = [json.loads(line) for line in ft("diff", runs / "low-rank", runs / "prompt", "--json").stdout.splitlines()]
     assert f"{loss.ours.value:.6g}" in [each["first"] for each in diff if each["key"] == "eval validation loss"]
 
 

@@ -91,6 +91,7 @@ def export_gguf(
     refuse_taken(target, overwrite)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
+        # Through a verified merge, so that the comparison below sees the rounding of the file type only.
         merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event)
         on_event(Phase(f"writing {MODEL} in {kind}"))
         trained = FineTunedRun.open(run, on_event)

@@ -115,7 +115,7 @@ def merge(
         check_agreement(result, dtype)
         write_json(folder / "merge.json", result.to_json())
         use = "ft generate" if dtype == QUANTIZED else "vllm serve"
-        what = f"{result.base['name']} with a merged {context.recipe.adapter.method} adapter, in {dtype}."
+        what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
 

@@ -95,6 +95,7 @@ def combine(
         for file in parts[0].iterdir():
             if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
+        # Copied from the float32 part: transformers would load the weights in that dtype.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})
         on_event(Phase("comparing the combined model with each run"))

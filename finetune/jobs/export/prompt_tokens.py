@@ -87,6 +87,7 @@ def export(
     known = len(trained.context.tokenizer)
     examples = verification_rows(trained, on_event).rows
     on_event(Phase("computing the trained model's logits"))
+    # Only the tokens of the base: the exported vocabulary has the prompt's tokens after them.
     reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, on_event)]
     gc.collect()  # the model has reference cycles, and the next one needs its memory
     with recording_errors(run), written_aside(target) as folder:
@@ -99,6 +100,7 @@ def export(
             Example(exported_prompt.ids + row.ids, [False] * len(exported_prompt.ids) + row.is_target)
             for row in examples
         ]
+        # Without the positions of the prompt, which the trained model has no logits for.
         found = [logits_KV[len(exported_prompt.ids) :, :known] for logits_KV in logits_of(reloaded, behind)]
         result = ExportResult(
             folder=target,

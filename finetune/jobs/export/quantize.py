@@ -157,6 +157,7 @@ def _measured(
         if not isinstance(layer, QuantizedLinear):
             continue
         stored = plain.get_submodule(name).weight.float()
+        # GPT-2's Conv1D stores (in, out).
         weight_OI = stored.T if layer.stored_transposed else stored
         error_OI = layer.quantizer.dequantize(layer).cpu() - weight_OI
         errors = outputs.get(name, {})

@@ -198,6 +198,7 @@ def _refuse_idle_gates(gates: Sequence[Gate], tasks: Sequence[Task]) -> None:
 def _refuse_other_tokens(finetuned: FineTunedModel, other: FineTunedModel, tasks: Sequence[Task]) -> None:
     ours, theirs = (each.setup.tokenizer.backend_tokenizer.to_str() for each in (finetuned, other))
     losses = [task.name for task in tasks if task.has_loss]
+    # The full tokenizers, not the vocabularies: other merges or special tokens split text differently.
     if losses and ours != theirs:
         raise UsageError(
             f"losses per token of models with different tokens cannot be compared, and {losses[0]} measures one",
@@ -310,6 +311,7 @@ def _scores_of(ours: Measurement, theirs: Measurement | None) -> dict[str, Score
         )
     for name, value in ours.further.items():
         other_value = theirs.further.get(name) if theirs else None
+        # Scores without rows have no interval: both ends are the value.
         point = None if other_value is None else Interval(other_value, other_value, other_value)
         scores[name] = Score("nats", None, Interval(value, value, value), point, None)
     return scores
@@ -334,7 +336,7 @@ def _write(
     theirs: Sequence[Measurement] | None,
 ) -> None:
     """Write `results.json`, and the answer to each row into `generations.jsonl`."""
-    with written_aside(folder) as aside:
+    with written_aside(folder) as aside:  # old results stay until the new ones are complete
         write_json(aside / "results.json", result.to_json())
         with (aside / "generations.jsonl").open("w", encoding="utf-8") as file:
             for task, mine, other in zip_longest(tasks, ours, theirs or ()):

@@ -109,7 +109,7 @@ def answer(
     ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask, sampling.max_new_tokens) for ask in questions]
     answers = [""] * len(questions)
     done = 0
-    for group in _groups(base, questions):
+    for group in _groups(base, questions):  # one group at a time: the base holds one adapter at a time
         model, options_of = _model_of(base, [questions[index].to for index in group])
         setup = base.finetuned[questions[group[0]].to].setup
         written = generate(
