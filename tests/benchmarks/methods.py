@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
-    from tests.fixtures.evaluating import evaluated, values
+    from tests.fixtures.eval_helpers import evaluated, values
 
     adapter, rates = METHODS[arguments.measure]
     started: list[int] = []

@@ -21,8 +21,8 @@ from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.run.directory import RunDirectory
 from finetune.run.events import RanksChosen, StepMetrics, ValidationResult, ignore
-from tests.fixtures.evaluating import evaluated, values
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated, values
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -186,7 +186,7 @@ def test_merge_over_a_quantized_base_is_the_dequantized_base_with_the_adapter(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
 ):
     run = run_of({**tiny_recipe, "quantization": QUANTIZED[kind]}, tmp_path)
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     result = merge(run)
     assert result.agreement.relative_difference <= 1e-5
     assert result.agreement.top1_agreement == 1.0
@@ -200,7 +200,7 @@ def test_merge_over_a_quantized_base_is_the_dequantized_base_with_the_adapter(
 def test_qa_lora_merges_and_stays_quantized(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     sections = {**tiny_recipe, "quantization": QUANTIZED[kind], "adapter": {"method": "qa_lora", "iec": True}}
     run = run_of(sections, tmp_path)
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     result = merge(run)
     assert result.dtype == "quantized"
     assert 0 < result.agreement.relative_difference <= 2e-5
@@ -276,7 +276,7 @@ def test_full_fine_tuning_trains_and_evaluates(tiny_recipe: dict[str, Any], tmp_
     trained = logits(AutoModelForCausalLM.from_pretrained(run.trained(True)))
     merged = logits(AutoModelForCausalLM.from_pretrained(merge(run).folder))
     assert torch.equal(trained, merged)
-    loss = evaluated(run, "base").scores["held_out"]["loss"]
+    loss = evaluated(run, "base").scores["validation"]["loss"]
     assert loss.theirs is not None
     assert loss.ours.value < loss.theirs.value
 

@@ -31,8 +31,8 @@ from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingFinished
-from tests.fixtures.evaluating import evaluated
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.processes import ROOT
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
@@ -143,7 +143,7 @@ def test_run_over_base_trains_evaluates_and_merges(
     if has_packed_attention(device, precision):
         assert set(attention_kernels) == {packed_attention.NAME}
     assert finished.validation_loss < finished.validation_loss_before - 0.2
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     assert merge(run).agreement.top1_agreement > 0.99
 
 
@@ -183,7 +183,7 @@ def test_method_trains_evaluates_and_merges(tiny_recipe: dict[str, Any], tmp_pat
     overrides = [f"training.precision={precision}", "training.max_steps=8", "optimizer.learning_rate=5e-3"]
     run, finished, losses = trained(sections, tmp_path, *overrides)
     assert losses[-1] < losses[0]
-    loss = evaluated(run).scores["held_out"]["loss"].ours.value
+    loss = evaluated(run).scores["validation"]["loss"].ours.value
     assert loss == pytest.approx(finished.validation_loss, rel=1e-2 if precision == "bfloat16" else 1e-4)
     write = {"merge": merge, "export": export, None: None}[finished.standalone_by]
     if write is not None:

@@ -15,7 +15,7 @@ from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.quantization import Quantization
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics
-from tests.fixtures.evaluating import evaluated, values
+from tests.fixtures.eval_helpers import evaluated, values
 from tests.fixtures.recipes import as_recipe
 from tests.integration.test_resume import after_step, results, stopped_at
 

@@ -14,7 +14,7 @@ from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 ON_TINY = ["training.max_steps=2", "evaluation.generation_rows=2", "evaluation.max_new_tokens=4", "data.max_length=512"]

@@ -8,7 +8,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.data import task_sources, with_unused_option, without_one_location
 from finetune.recipe.rules.violation import Violation, first
 from finetune.recipe.sections.data import SourceSection
-from finetune.recipe.sections.evaluation import HELD_OUT, TaskSection
+from finetune.recipe.sections.evaluation import EARLIER_TASK_NAMES, VALIDATION, TaskSection
 
 
 def evaluation_needs_validation_rows(recipe: Recipe) -> Violation | None:
@@ -70,9 +70,10 @@ def _weighted(key: str, source: SourceSection) -> Violation | None:
 
 
 def _taken_name(tasks: Sequence[TaskSection]) -> Violation | None:
-    names = [HELD_OUT, *(task.name for task in tasks)]
+    reserved = [VALIDATION, *EARLIER_TASK_NAMES]
+    names = [*reserved, *(task.name for task in tasks)]
     for index, task in enumerate(tasks):
-        if task.name in names[: index + 1]:
-            what = "the validation rows have this name" if task.name == HELD_OUT else "another task has this name"
+        if task.name in names[: len(reserved) + index]:
+            what = "the validation rows have this name" if task.name in reserved else "another task has this name"
             return Violation(f"evaluation.tasks.{index}.name", what, "choose another")
     return None

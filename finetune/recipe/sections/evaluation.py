@@ -12,8 +12,16 @@ from finetune.recipe.sections.section import OnResume, Section
 
 MetricName = Literal["exact_match", "f1", "accuracy", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid"]
 
-HELD_OUT = "held_out"
-"""Name, in results and gates, of the task on the recipe's validation rows."""
+VALIDATION = "validation"
+"""Name of the task that measures the validation rows of a recipe."""
+
+EARLIER_TASK_NAMES = {"held_out": VALIDATION}
+"""Names of earlier versions and their current names. They are read in `--tasks`, in `--gate` and in `results.json`."""
+
+
+def current_task_name(name: str) -> str:
+    """The name of a task in this version; other names are returned unchanged."""
+    return EARLIER_TASK_NAMES.get(name, name)
 
 
 class Answers(Section):

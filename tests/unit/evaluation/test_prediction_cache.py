@@ -1,4 +1,4 @@
-"""Results outlive the process, whatever it died of."""
+"""The prediction cache survives interrupted writes and full disks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def file() -> Path:
     return found
 
 
-def test_what_is_added_is_there_the_next_time_and_for_nobody_else():
+def test_cached_predictions_are_found_again_for_the_same_facts_only():
     results = PredictionCache(FACTS)
     results.add({"a": "Grüße\n", "b": {"log_prob": -1.5}})
     assert (results.get("a"), results.get("c")) == ("Grüße\n", None)
@@ -29,7 +29,7 @@ def test_what_is_added_is_there_the_next_time_and_for_nobody_else():
     assert PredictionCache({"base": "abd"}).get("a") is None
 
 
-def test_a_line_that_was_cut_off_costs_that_result_and_no_other():
+def test_incomplete_line_loses_its_own_prediction_only():
     PredictionCache(FACTS).add({"a": "one", "b": "two"})
     file().write_bytes(file().read_bytes()[:-5])
     results = PredictionCache(FACTS)
@@ -39,20 +39,20 @@ def test_a_line_that_was_cut_off_costs_that_result_and_no_other():
 
 
 @pytest.mark.parametrize("line", [b"[]", b'"x"', b"{}", b"\xff\xfe", b'{"key": "z"}'])
-def test_what_is_no_result_is_passed_over(line: bytes):
+def test_invalid_line_is_ignored(line: bytes):
     PredictionCache(FACTS).add({"a": "one"})
     file().write_bytes(line + b"\n" + file().read_bytes())
     assert PredictionCache(FACTS).get("a") == "one"
 
 
-def test_two_processes_add_to_one_file():
+def test_two_caches_append_to_one_file():
     first, second = PredictionCache(FACTS), PredictionCache(FACTS)
     first.add({"a": "one"})
     second.add({"b": "two"})
     assert [PredictionCache(FACTS).get(key) for key in "ab"] == ["one", "two"]
 
 
-def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_full_disk_is_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     results = PredictionCache(FACTS)
 
     def full(path: Path) -> Any:
@@ -62,4 +62,4 @@ def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: 
     results.add({"a": "one"})
     results.add({"b": "two"})
     assert [results.get(key) for key in "ab"] == ["one", "two"]
-    assert [record.getMessage().startswith("results are not kept") for record in caplog.records] == [True]
+    assert [record.getMessage().startswith("predictions are not cached") for record in caplog.records] == [True]
