@@ -36,13 +36,13 @@ def at(port: int, is_host: bool) -> RendezvousParameters:
     return parameters
 
 
-def test_whoever_finds_the_place_taken_after_all_joins_it(kept: int):
+def test_rendezvous_joins_a_store_that_another_launcher_hosts(kept: int):
     parameters = at(kept, is_host=True)
     assert _rendezvous(parameters).get_backend() == "c10d"
     assert parameters.get_as_bool("is_host") is False
 
 
-def test_a_place_where_nobody_is_is_told(kept: int):
+def test_rendezvous_without_a_host_is_an_error(kept: int):
     parameters = at(kept, is_host=False)
     assert _rendezvous(parameters).get_backend() == "c10d"  # the control
     with pytest.raises(EnvironmentFault, match=r"no rendezvous answers at 127\.0\.0\.1:1\n"):

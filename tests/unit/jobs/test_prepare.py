@@ -1,4 +1,4 @@
-"""What a run is made ready with."""
+"""The preparation of a run: kernels, packing check, checkpointing and prefix sharing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.fixtures.recipes import as_recipe
         ("model.attention=sdpa", False),
     ],
 )
-def test_rows_share_what_they_begin_with_unless_something_is_drawn_for_each(
+def test_prefix_sharing_is_on_unless_each_row_draws_random_numbers(
     change: str, shares: bool, tiny_recipe: dict[str, Any], tmp_path: Path
 ):
     layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path, [change]), ignore, Interruption()).batch_plan
@@ -44,7 +44,7 @@ def test_rows_share_what_they_begin_with_unless_something_is_drawn_for_each(
     assert layout.batch([row, row]).ids_BT.numel() == (11 if shares else 18)
 
 
-def test_rows_share_nothing_where_the_model_cannot(
+def test_prefix_sharing_is_off_where_the_model_blocks_it(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "finetune")
@@ -57,7 +57,7 @@ def test_rows_share_nothing_where_the_model_cannot(
     assert layout.batch([row, row]).ids_BT.numel() == 18
 
 
-def test_selective_checkpointing_takes_the_same_steps_and_is_told(
+def test_selective_checkpointing_takes_the_same_steps_and_is_logged(
     tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "finetune")
@@ -71,7 +71,7 @@ def test_selective_checkpointing_takes_the_same_steps_and_is_told(
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "nf4"}], ids=lambda section: section["kind"])
-def test_offloading_is_checkpointing_on_a_cpu_and_moves_an_input_of_each_block_elsewhere(
+def test_offload_is_checkpointing_on_a_cpu_and_moves_block_inputs_elsewhere(
     quantization: dict[str, Any],
     tiny_recipe: dict[str, Any],
     tmp_path: Path,
@@ -110,7 +110,7 @@ def test_offloading_is_checkpointing_on_a_cpu_and_moves_an_input_of_each_block_e
 
 
 @pytest.mark.parametrize(("precision", "type_of_probes"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
-def test_attention_of_a_base_that_trains_is_proved_in_the_compute_type(
+def test_packing_check_runs_in_the_compute_type_of_a_base_that_trains(
     precision: str,
     type_of_probes: torch.dtype,
     tiny_recipe: dict[str, Any],
