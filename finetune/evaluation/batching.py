@@ -35,7 +35,7 @@ def in_batches(
         lengths: Tokens of each row.
         batch_size: Most rows of a batch without shared prefixes.
         work: Processes the rows of these indices.
-        shared: Tokens of each row that are not computed again if the previous row is in the same batch; None where
+        shared: Tokens of each row that are in the cache if the previous row is in the same batch; None where
             rows are padded to the longest of their batch.
         may_halve: False where all processes must run the same passes; a shortage of memory is an error then.
 

@@ -36,7 +36,7 @@ class PredictionCache:
         return self._results.get(key)
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Add predictions. A full disk is only a warning, because they can be computed again."""
+        """Add predictions. A full disk is only a warning, because they can be recomputed."""
         self._results.update(results)  # in memory in any case: the current evaluation needs them
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in results.items())
         try:
