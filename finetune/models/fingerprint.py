@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.models.fsdp import whole
+from finetune.models.fsdp import full_tensor
 from finetune.models.safetensors_io import stored_tensors
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
@@ -58,7 +58,7 @@ def fingerprint_layers(layers: Iterable[Any]) -> str | None:
         if isinstance(layer.quantizer, CudaFourBitQuantizer):
             layer = layer.quantizer.repacked(layer)
         tensors = layer.packed() if isinstance(layer, QuantizedLinear) else {"weight": layer.weight}
-        for name, tensor in ((name, whole(tensor)) for name, tensor in tensors.items()):
+        for name, tensor in ((name, full_tensor(tensor)) for name, tensor in tensors.items()):
             content = tensor.detach().contiguous().flatten().view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for offset in _sample(0, content.numel()):

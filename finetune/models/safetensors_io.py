@@ -41,7 +41,7 @@ SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
 
 
-def own_memory(count: int) -> Tensor:
+def anonymous_mmap(count: int) -> Tensor:
     """So many bytes that the system has back as soon as they are forgotten: the C library would keep them for later."""
     if not count:
         return torch.empty(0, dtype=torch.uint8)
@@ -71,7 +71,7 @@ class StoredTensor(NamedTuple):
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        content = own_memory(self.end - self.start)
+        content = anonymous_mmap(self.end - self.start)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
             view, done = memoryview(_buffer(content)), 0

@@ -15,7 +15,7 @@ from finetune.adapters.base import AdapterMethod, trainable
 from finetune.data.collate import Batch
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
-from finetune.models.kernels.fused import fuse, passes_on
+from finetune.models.kernels.fused import fuse, kernels_on
 from finetune.models.kernels.packing_check import takes_packed_attention
 from finetune.models.kernels.recompute import saving_everything
 from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
@@ -266,7 +266,7 @@ def _attached(inputs: EstimateInputs, config: Any) -> tuple[nn.Module, FakeTenso
 
 def _fuses(inputs: EstimateInputs) -> bool:
     """Whether norms and gated units run fused: on a GPU only by Liger, which is assumed to be as it is here."""
-    return not inputs.on_gpu or passes_on("cuda") is not None
+    return not inputs.on_gpu or kernels_on("cuda") is not None
 
 
 def _keep_as_compiled(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from finetune.models.fsdp import put_together
+from finetune.models.fsdp import all_gathered
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import GENERATION_CONFIG
 from finetune.models.loading.quantized_checkpoint import config_of
@@ -117,7 +117,7 @@ def write_from_shards(model: Any, folder: Path) -> None:
         for name, shape in shapes.items()
         for file, piece in revert_weight_conversion(model, {name: shape}).items()
     }
-    with put_together(tensors) as pending, tensor_writer(folder, planned, shard_bytes=inf) as writer:
+    with all_gathered(tensors) as pending, tensor_writer(folder, planned, shard_bytes=inf) as writer:
         for name, tensor in pending:
             for file, piece in revert_weight_conversion(model, {name: tensor}).items():
                 writer.put(file, piece)

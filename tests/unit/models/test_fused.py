@@ -19,7 +19,7 @@ from transformers import (
 from finetune.models.kernels import fused
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.recompute import saving_inputs_only
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 
 SIZES = {
     "vocab_size": 320,
@@ -66,7 +66,7 @@ def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
     family: str, dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if few:
-        monkeypatch.setattr(fused, "NUMBERS_A_THREAD", 5 * 144 // torch.get_num_threads())
+        monkeypatch.setattr(fused, "ELEMENTS_PER_THREAD", 5 * 144 // torch.get_num_threads())
     own, ours = model_of(family, dtype), model_of(family, dtype)
     fuse(ours)
     losses = [loss_of(model) for model in (own, ours)]
@@ -95,9 +95,9 @@ def test_less_is_kept_for_backward_and_less_still_where_it_is_made_again():
         with saving_inputs_only():
             return loss_of(ours)
 
-    in_own, in_ours = (bytes_kept(lambda model=model: loss_of(model)) for model in (own, ours))
+    in_own, in_ours = (saved_bytes(lambda model=model: loss_of(model)) for model in (own, ours))
     assert in_ours < 0.9 * in_own
-    assert bytes_kept(remaking) < 0.85 * in_ours
+    assert saved_bytes(remaking) < 0.85 * in_ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)

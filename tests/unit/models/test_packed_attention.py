@@ -160,11 +160,11 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
 def test_short_examples_that_share_as_much_are_worked_on_together():
     line, _ = stems(BRANCHING["many answers"])
     places, firsts = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
-    found = [example.branches for example in packed_attention._merged_examples(places, firsts, None)]
+    found = [segment.branch_lengths for segment in packed_attention._merged_segments(places, firsts, None)]
     assert found == [(30,), (9, 1, 40, 3), (BLOCK - 9, 7, 2), (30,), (4, 5)]
     assert all(sum(branches) <= BLOCK for branches in found)
-    hidden = packed_attention._merged_examples(places, firsts, 30)  # a window of 30 keys hides some of all but two
-    assert [len(example.branches) for example in hidden] == [1] * 9 + [2]
+    hidden = packed_attention._merged_segments(places, firsts, 30)  # a window of 30 keys hides some of all but two
+    assert [len(segment.branch_lengths) for segment in hidden] == [1] * 9 + [2]
 
 
 @pytest.mark.parametrize("branches", ["a stem in a stem", "many answers"])

@@ -15,7 +15,7 @@ from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.recompute import saving_inputs_only
 from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.models.methods import KINDS, attached, base_of, outcome, rows
 
@@ -122,7 +122,7 @@ def test_layers_that_other_families_split_up_are_computed_again_too(family: str)
     assert [name.split(".", 3)[-1] for name in names] == 2 * FAMILIES[family][1]
     recompute_outputs(ours, names)
     wide = 66 * 4 * 2 * 128  # bytes of two layers' gate and up, or what GPT-2 has for it
-    assert bytes_kept(lambda: loss_of(own)) - bytes_kept(lambda: loss_of(ours)) >= wide
+    assert saved_bytes(lambda: loss_of(own)) - saved_bytes(lambda: loss_of(ours)) >= wide
     for model in (own, ours):
         loss_of(model).backward()
     for one, other in zip(own.parameters(), ours.parameters(), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.models.kernels.recompute import recomputable, saving_inputs_only
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 
 
 class Doubling(torch.autograd.Function):
@@ -68,7 +68,7 @@ def test_less_is_held_until_backward(x: Tensor):
         with saving_inputs_only():
             return two_products(x)
 
-    assert bytes_kept(lambda: two_products(x)) - bytes_kept(kept) == x.nbytes
+    assert saved_bytes(lambda: two_products(x)) - saved_bytes(kept) == x.nbytes
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_what_comes_from_something_that_is_made_again_keeps_neither(x: Tensor):
         with saving_inputs_only():
             return Squaring.apply(Doubling.apply(x)).square().sum()
 
-    assert bytes_kept(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - bytes_kept(kept) == 2 * x.nbytes
+    assert saved_bytes(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - saved_bytes(kept) == 2 * x.nbytes
 
 
 def test_an_address_that_is_used_again_is_not_taken_for_the_tensor_that_was_there(x: Tensor):
