@@ -10,7 +10,7 @@ from finetune import malloc
 
 
 @pytest.mark.parametrize("names", [["malloc_trim", "MallocExtension_ReleaseFreeMemory"], ["malloc_trim"], []])
-def test_the_allocator_in_use_is_asked(names: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_trim_heap_calls_the_allocator_in_use(names: list[str], monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
     process = SimpleNamespace(**{name: lambda *pad, name=name: asked.append(name) for name in names})
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: process)

@@ -62,7 +62,7 @@ def loss_of(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("few", [False, True], ids=["at once", "a few rows at a time"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
+def test_fused_model_matches_original_bit_for_bit_and_in_gradients(
     family: str, dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if few:
@@ -79,7 +79,7 @@ def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_norm_and_every_unit_is_fused(family: str):
+def test_fuse_replaces_every_norm_and_mlp(family: str):
     model = model_of(family)
     fuse(model)
     modules = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "MLP"))]
@@ -87,7 +87,7 @@ def test_every_norm_and_every_unit_is_fused(family: str):
     assert all(is_fused(module) for module in modules)
 
 
-def test_less_is_kept_for_backward_and_less_still_where_it_is_made_again():
+def test_fused_model_saves_less_and_less_still_with_recomputation():
     own, ours = model_of("llama"), model_of("llama")
     fuse(ours)
 
@@ -101,7 +101,7 @@ def test_less_is_kept_for_backward_and_less_still_where_it_is_made_again():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_made_again_gives_the_same_bits(family: str):
+def test_fused_recomputation_gives_the_same_gradients(family: str):
     model = model_of(family)
     fuse(model)
     loss_of(model).backward()
@@ -128,7 +128,7 @@ class DoubledRMSNorm(Doubled):
     pass
 
 
-def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_fuse_keeps_modules_with_another_formula(monkeypatch: pytest.MonkeyPatch):
     model = model_of("llama")
     layer = model.model.layers[0]
     layer.input_layernorm = DoubledRMSNorm(layer.input_layernorm.weight.detach())

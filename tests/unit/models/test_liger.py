@@ -94,7 +94,7 @@ def test_liger_changes_nothing_but_the_model_that_it_is_for():
     assert not any("forward" in vars(module) for module in later.modules())
 
 
-def test_model_on_cuda_without_liger_keeps_its_own_passes(monkeypatch: pytest.MonkeyPatch):
+def test_model_on_cuda_without_liger_keeps_its_own_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     on_cuda = fused.kernels_on("cuda")

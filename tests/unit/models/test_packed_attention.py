@@ -53,7 +53,7 @@ def packed(
 @pytest.mark.parametrize("kernel", [True, False], ids=["PyTorch's kernel", "products"])
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_it_is_its_twin_in_result_and_gradients(
+def test_packed_attention_matches_reference_in_output_and_gradients(
     lengths: list[int], window: int | None, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(packed_attention, "_prefers_kernel", lambda dtype: kernel)
@@ -67,14 +67,14 @@ def test_it_is_its_twin_in_result_and_gradients(
         assert torch.allclose(mine.grad, own.grad, atol=1e-4)
 
 
-def test_the_comparison_sees_a_window_that_is_one_too_long():
+def test_packed_attention_comparison_detects_another_window():
     """The control."""
     lengths = LENGTHS["several blocks"]
     tensors = heads(sum(lengths))
     assert not torch.allclose(packed(*tensors, lengths, 4), reference(*tensors, lengths, 5), atol=1e-3)
 
 
-def test_in_16_bits_it_is_as_near_to_float32_as_its_twin():
+def test_packed_attention_in_16_bits_is_as_accurate_as_reference():
     lengths = LENGTHS["several blocks"]
     exact = reference(*heads(sum(lengths)), lengths, None)
     narrow = heads(sum(lengths), torch.bfloat16)
@@ -85,19 +85,19 @@ def test_in_16_bits_it_is_as_near_to_float32_as_its_twin():
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_keys_and_queries_that_a_rotation_made_wider_are_narrowed_to_the_values():
+def test_packed_attention_casts_float32_queries_and_keys_to_the_values_dtype():
     lengths = LENGTHS["short"]
     query, key, value = heads(sum(lengths), torch.bfloat16)
     assert packed(query.float(), key.float(), value, lengths).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("more", [{"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}], ids=str)
-def test_what_it_cannot_do_is_refused_and_not_left_out(more: dict[str, Any]):
+def test_packed_attention_refuses_unsupported_arguments(more: dict[str, Any]):
     with pytest.raises(NotImplementedError):
         packed(*heads(15), [5, 1, 9], **more)
 
 
-def test_examples_end_where_the_next_one_begins():
+def test_example_bounds_of_three_examples():
     assert example_bounds(positions([5, 1, 9])).tolist() == [[[[0, 5, 6, 15], [0, 0, 0, 0]]]]
 
 
@@ -122,9 +122,7 @@ def stems(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
 
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("branches", BRANCHING.values(), ids=BRANCHING)
-def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
-    branches: list[tuple[int, int]], window: int | None
-):
+def test_shared_prefix_attention_matches_separate_examples(branches: list[tuple[int, int]], window: int | None):
     line, seen = stems(branches)
     places = torch.tensor([place for example in seen for place in example])
     found, expected = heads(line.shape[1]), heads(line.shape[1])
@@ -145,7 +143,7 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
         assert torch.allclose(mine.grad, apart_grad.grad, atol=1e-4)
 
 
-def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
+def test_shared_prefix_attention_in_16_bits_is_as_accurate_as_reference():
     line, seen = stems(BRANCHING["long"])
     places, lengths = torch.tensor([place for example in seen for place in example]), [len(each) for each in seen]
     exact = reference(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
@@ -157,7 +155,7 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_short_examples_that_share_as_much_are_worked_on_together():
+def test_short_segments_with_the_same_prefix_are_merged():
     line, _ = stems(BRANCHING["many answers"])
     places, firsts = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
     found = [segment.branch_lengths for segment in packed_attention._merged_segments(places, firsts, None)]
@@ -168,7 +166,7 @@ def test_short_examples_that_share_as_much_are_worked_on_together():
 
 
 @pytest.mark.parametrize("branches", ["a stem in a stem", "many answers"])
-def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share(branches: str):
+def test_shared_prefix_example_sees_only_its_prefix_and_itself(branches: str):
     line, seen = stems(BRANCHING[branches])
     query, key, value = (tensor.detach() for tensor in heads(line.shape[1]))
     for number, example in enumerate(seen):

@@ -35,13 +35,13 @@ def model_with(attention: str, **changes: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_neighbours_in_a_row_do_not_move(attention: str):
+def test_cross_contamination_is_zero_with_own_kernels(attention: str):
     assert cross_contamination(model_with(attention)) <= 1e-6
     check_no_cross_contamination(model_with(attention))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_joined_have_the_loss_and_gradient_of_rows_padded(attention: str):
+def test_flattened_rows_match_padded_rows_in_loss_and_gradients(attention: str):
     results = []
     for batch in (padded(ROWS, padding=0), joined(ROWS)):
         model = model_with(attention)
@@ -63,7 +63,7 @@ BRANCHES = [
 @pytest.mark.parametrize(
     "changes", [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4, "num_hidden_layers": 3}], ids=str
 )
-def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows_padded(changes: dict[str, int]):
+def test_shared_prefix_rows_match_padded_rows_in_loss_and_gradients(changes: dict[str, int]):
     results = []
     for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
         model = tiny_llama(**changes)
@@ -77,7 +77,7 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
 
 
 @pytest.mark.parametrize("model_type", [MistralConfig, Qwen3Config, Gemma2Config], ids=lambda kind: kind.model_type)
-def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(model_type: type):
+def test_shared_prefix_matches_padded_rows_with_sliding_windows_or_is_off(model_type: type):
     model = random_model(model_type(**SIZES, sliding_window=6))
     use_packing_attention(model, may_choose=True)
     may_share = prefix_sharing_blocker(model) is None
@@ -89,14 +89,14 @@ def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(m
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_rows_share_nothing_where_attention_is_not_ours():
+def test_prefix_sharing_off_without_the_packed_kernel():
     model = tiny_llama()
     use_packing_attention(model, may_choose=False)
     assert "its attention" in str(prefix_sharing_blocker(model))
 
 
 @pytest.mark.parametrize("drop", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}], ids=str)
-def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str, float]):
+def test_prefix_sharing_off_with_dropout(drop: dict[str, float]):
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
     shares = []
     for settings in (none, none | drop):
@@ -116,7 +116,7 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
     ],
     ids=["usual", "no sdpa", "attention drops", "blocks drop"],
 )
-def test_settings_tell_before_a_model_is_made_what_it_will_take(config: PretrainedConfig, expected: tuple[bool, bool]):
+def test_config_predicts_the_kernel_and_prefix_sharing(config: PretrainedConfig, expected: tuple[bool, bool]):
     assert (takes_packed_attention(config), supports_prefix_sharing(config)) == expected
     model = random_model(config)
     use_packing_attention(model, may_choose=True)
@@ -124,7 +124,7 @@ def test_settings_tell_before_a_model_is_made_what_it_will_take(config: Pretrain
     assert (is_ours, prefix_sharing_blocker(model) is None) == expected
 
 
-def test_a_model_whose_attention_drops_keeps_its_own():
+def test_model_with_attention_dropout_keeps_its_own_kernel():
     """Ours would refuse the first training pass."""
     model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
     use_packing_attention(model, may_choose=True)
@@ -132,7 +132,7 @@ def test_a_model_whose_attention_drops_keeps_its_own():
     summed_cross_entropy(model.train(), joined(ROWS)).backward()
 
 
-def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeypatch: pytest.MonkeyPatch):
+def test_prefix_sharing_off_if_logits_differ(monkeypatch: pytest.MonkeyPatch):
     """The control: one that takes every row for one that begins at 0."""
     model = tiny_llama()
     use_packing_attention(model, may_choose=True)
@@ -144,10 +144,10 @@ def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeyp
         return bounds
 
     monkeypatch.setattr(packed_attention, "example_bounds", all_from_nothing)
-    assert "its logits are" in str(prefix_sharing_blocker(model))
+    assert "its logits differ" in str(prefix_sharing_blocker(model))
 
 
-def test_a_model_that_reads_across_the_boundary_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_cross_contaminating_model_is_refused(monkeypatch: pytest.MonkeyPatch):
     """The control: the same model when it never hears of the restarting positions."""
     model = tiny_llama()
     forward = model.forward

@@ -46,7 +46,7 @@ def gradient(x: Tensor, loss: Tensor, **settings: bool) -> Tensor:
     return torch.autograd.grad(loss, x, **settings)[0]
 
 
-def test_it_is_made_again_once_for_all_who_would_have_kept_it(x: Tensor):
+def test_recomputable_is_recomputed_once_for_all_uses(x: Tensor):
     with saving_inputs_only():
         loss = two_products(x)
     assert Doubling.made == 1
@@ -56,14 +56,14 @@ def test_it_is_made_again_once_for_all_who_would_have_kept_it(x: Tensor):
     assert Doubling.made == 3  # the control: outside of the block it is kept
 
 
-def test_a_second_backward_pass_makes_it_anew(x: Tensor):
+def test_recomputable_in_a_second_backward_pass_gives_the_same_gradient(x: Tensor):
     with saving_inputs_only():
         loss = two_products(x)
     first = gradient(x, loss, retain_graph=True)
     assert torch.equal(first, gradient(x, loss))
 
 
-def test_less_is_held_until_backward(x: Tensor):
+def test_recomputable_is_not_saved(x: Tensor):
     def kept() -> Tensor:
         with saving_inputs_only():
             return two_products(x)
@@ -74,7 +74,7 @@ def test_less_is_held_until_backward(x: Tensor):
 @pytest.mark.parametrize(
     "part", [lambda y: y[:32], lambda y: y.T, lambda y: y[3:, ::2]], ids=["some", "turned", "both"]
 )
-def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor]):
+def test_recomputable_views_are_recomputed(x: Tensor, part: Callable[[Tensor], Tensor]):
     with saving_inputs_only():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
@@ -83,7 +83,7 @@ def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor
 
 
 @pytest.mark.parametrize("part", [lambda y: y + 0, lambda y: y.add_(1)], ids=["another", "written to"])
-def test_what_is_not_the_tensor_that_was_made_is_kept_as_it_is(x: Tensor, part: Callable[[Tensor], Tensor]):
+def test_recomputable_copied_or_written_to_is_saved(x: Tensor, part: Callable[[Tensor], Tensor]):
     with saving_inputs_only():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
@@ -110,7 +110,7 @@ class Squaring(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
 
-def test_what_comes_from_something_that_is_made_again_keeps_neither(x: Tensor):
+def test_recomputable_with_a_recomputable_source_saves_neither(x: Tensor):
     Squaring.made = 0
     with saving_inputs_only():
         loss = Squaring.apply(Doubling.apply(x)).square().sum()
@@ -124,7 +124,7 @@ def test_what_comes_from_something_that_is_made_again_keeps_neither(x: Tensor):
     assert saved_bytes(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - saved_bytes(kept) == 2 * x.nbytes
 
 
-def test_an_address_that_is_used_again_is_not_taken_for_the_tensor_that_was_there(x: Tensor):
+def test_recomputable_is_forgotten_when_its_address_is_reused(x: Tensor):
     with saving_inputs_only():
         for _ in range(50):
             gone = Doubling.apply(x)
