@@ -151,6 +151,7 @@ def read_like(stored: StoredTensor, like: Tensor | None) -> Tensor:
     # FSDP2 splits dim 0 as `torch.chunk` does: shards of ceil(rows / ranks) rows, the last ranks' shorter or empty.
     first = min(-(-stored.shape[0] // mesh.size()) * mesh.get_local_rank(), stored.shape[0])
     rows = stored.rows(first, first + len(shard)).read()
+    # `run_check=False`: shapes are known to match, and the check would be a collective for every tensor.
     return DTensor.from_local(
         rows.to(shard.device), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -62,6 +62,7 @@ class AffineQuantizer(PackedQuantizer):
 
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """Fit scale and minimum, round them to their stored dtypes, then compute the nearest codes."""
+        # A few rows at a time: groups never cross rows, so the codes are the same.
         rows = max(1, WEIGHTS_AT_ONCE // weight_OI.shape[1])
         parts = [self._pack_rows(part_OI) for part_OI in weight_OI.split(rows)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -92,6 +93,7 @@ class AffineQuantizer(PackedQuantizer):
 
     def codes(self, groups_OGK: Tensor, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
         """The nearest codes, (O, G, K), uint8; zero where the scale is zero."""
+        # A group of equal weights has scale 0: its codes are 0, and the minimum alone restores it exactly.
         inverse_OG = torch.where(scale_OG == 0, 0.0, 1 / scale_OG)
         scaled_OGK = (groups_OGK - minimum_OG.unsqueeze(2)).mul_(inverse_OG.unsqueeze(2))
         return scaled_OGK.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)

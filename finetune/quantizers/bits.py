@@ -44,6 +44,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits in (2, 4):  # no code crosses a byte
         shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
         return (packed.unsqueeze(1) >> shifts).bitwise_and_(2**bits - 1).flatten()[:count]
+    # 3 bits: eight codes are one big-endian word of three bytes.
     bytes_WB = functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).int()
     words_W = bytes_WB[:, 0]
     for byte in range(1, bits):

@@ -142,7 +142,7 @@ class CodebookQuantizer(PackedQuantizer):
 
     def _look_up(self, packed: Tensor, count: int) -> Tensor:
         """The values of the first `count` codes, float32."""
-        if 8 % self.bits:
+        if 8 % self.bits:  # 3 bits: codes cross bytes
             return self.values.to(packed.device)[unpack_bits(packed, self.bits, count).int()]
         # Whole bytes are looked up in a table of 256 rows: one lookup for several codes, and no unpacking.
         values_of_byte = _values_of_byte(self.bits, tuple(self.values.tolist())).to(packed.device)
@@ -186,6 +186,7 @@ class FourBitQuantizer(CodebookQuantizer):
 
 def nearest(numbers: Tensor, values: Tensor) -> Tensor:
     """For each number the index of the nearest value, uint8; of the lower one half-way between two."""
+    # fp4's values are not in ascending order: search among the sorted ones, then map back to the codes.
     ordered, order = values.sort(stable=True)
     indices = torch.bucketize(numbers, (ordered[:-1] + ordered[1:]) / 2, out_int32=True)
     return order.to(torch.uint8)[indices]

@@ -51,6 +51,7 @@ class HqqQuantizer(AffineQuantizer):
             outliers = _soft_threshold(error, penalty)
             zero_OG1 = (codes - (groups_OGK - outliers) * inverse_OG1).mean(dim=2, keepdim=True)
             penalty *= PENALTY_GROWTH
+        # As a minimum instead of a zero point, like `affine`: scale * (code - zero) = scale * code + minimum.
         return scale_OG, torch.where(scale_OG == 0, minimum_OG, -(best_OG1 * scale_OG1).squeeze(2))
 
 

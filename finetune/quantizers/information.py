@@ -103,6 +103,7 @@ class InformationCalibratedQuantizer(CodebookQuantizer):
         tried_BS = functional.pad(median_B1 + width_B1 * steps_S, (1, 0))  # a shift of 0 comes first, and wins ties
         absmax_BS = torch.maximum(ordered_BK[:, -1:] - tried_BS, tried_BS - ordered_BK[:, :1])
         edges_BSC = self._edges(absmax_BS, tried_BS)
+        # With the block sorted, the number of weights below each edge is a binary search; differences are the counts.
         below_BSC = torch.searchsorted(ordered_BK, edges_BSC.flatten(1), out_int32=True, right=True).view_as(edges_BSC)
         below_BSC = functional.pad(functional.pad(below_BSC, (1, 0)), (0, 1), value=self.block_size)
         best_B1 = _entropy(below_BSC.diff(dim=2), self.block_size).argmax(dim=1, keepdim=True)

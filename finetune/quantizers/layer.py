@@ -131,6 +131,6 @@ class _QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0]:  # the first block over frozen embeddings: W need not be dequantized
             return None, None
         return gradients[0] @ ctx.layer.dequantized(ctx.dtype), None

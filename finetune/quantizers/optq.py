@@ -125,6 +125,7 @@ class Hessian:
         damped_II = self.matrix().clone()
         diagonal_I = damped_II.diagonal()
         mean = diagonal_I.mean() if diagonal_I.any() else diagonal_I.new_ones(())
+        # `diagonal` is a view: these two lines change the matrix.
         diagonal_I[diagonal_I == 0] = mean
         diagonal_I += damping * mean
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
@@ -133,5 +134,6 @@ class Hessian:
     def output_norm(self, matrix_OI: Tensor) -> float:
         """||M X||, the Frobenius norm of a matrix's outputs on all inputs: sqrt(tr(M H M^T) / 2)."""
         matrix_OI = matrix_OI.double()
+        # H = 2 X^T X, hence the half; rounding may give a tiny negative number where the norm is 0.
         squares = (matrix_OI @ self.matrix()).mul_(matrix_OI).sum() / 2
         return float(squares.clamp(min=0).sqrt())

@@ -185,7 +185,7 @@ class _QueryBlock(NamedTuple):
             query_GND.new_empty(1), query_GND, key_GKD.transpose(1, 2), beta=0, alpha=scale
         ).view(groups, -1, rows, keys)  # fmt: skip
         # Only the diagonal block of N x N can hide anything: all earlier keys are visible to each of these queries.
-        # Adding the whole `mask` instead would be a pass over all K keys, a tenth of the time on long rows.
+        # Adding the full `mask` instead would be a pass over all K keys, a tenth of the time on long rows.
         scores[..., -rows:] += _diagonal_mask(self.branch_lengths, scores.dtype, scores.device)
         if window is not None and keys > window and len(self.branch_lengths) == 1:
             scores.masked_fill_(_outside_window(window, rows, keys, scores.device), float("-inf"))

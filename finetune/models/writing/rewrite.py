@@ -52,6 +52,7 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
             shapes = {file: tuple(tensor.shape) if is_unchanged else streamed.files[file].shape for file in files}
             planned |= {file: Planned(kind, shape) for file, shape in shapes.items()}
     with tensor_writer(folder, planned) as writer:
+        # Merged layers first: `_write_unchanged` then writes what is still missing, from the base's files.
         for name, tensor in merged.tensors():
             if name in untied:
                 writer.put(name, tensor)

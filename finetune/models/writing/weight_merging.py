@@ -74,6 +74,7 @@ def merge_weights(
     Raises:
         RefusedError: A version's weights are not those of the base, or the result is not finite.
     """
+    # One generator over all weights in sorted order, so that `dare` drops the same entries in every run.
     generator = torch.Generator().manual_seed(combination.seed)
     start, others = stored_tensors(base), [stored_tensors(version) for version in versions]
     for other, version in zip(others, versions, strict=True):
@@ -86,6 +87,7 @@ def merge_weights(
             )
     with tensor_writer(target, {name: Planned(dtype, start[name].shape) for name in sorted(start)}) as writer:
         for name in sorted(start):
+            # In the base's float32: differences of bfloat16 weights would lose most of their digits.
             origin = start[name].read()
             differences = [other[name].read() - origin for other in others]
             combined = origin + combination.of(differences, generator)
@@ -101,6 +103,7 @@ def _weighted_sum(weights: Sequence[float], differences: Sequence[Tensor]) -> Te
 def _largest(difference: Tensor, density: float) -> Tensor:
     """The fraction `density` of entries with the largest magnitudes, zero elsewhere."""
     kept = max(1, round(density * difference.numel()))
+    # The k-th smallest magnitude is the threshold; entries equal to it are kept too.
     smallest = difference.abs().flatten().kthvalue(difference.numel() - kept + 1).values
     return torch.where(difference.abs() >= smallest, difference, 0.0)
 
@@ -111,7 +114,7 @@ def _elected(weights: Sequence[float], differences: Sequence[Tensor]) -> Tensor:
     agrees = [(difference.sign() == sign) & (difference != 0) for difference in differences]
     total = _weighted_sum(weights, [torch.where(on, d, 0.0) for on, d in zip(agrees, differences, strict=True)])
     weight = _weighted_sum(weights, [on.float() for on in agrees])
-    return torch.where(weight > 0, total / weight, 0.0)
+    return torch.where(weight > 0, total / weight, 0.0)  # 0 where every version dropped the entry
 
 
 def _of_rank(matrix: Tensor, rank: int) -> Tensor:

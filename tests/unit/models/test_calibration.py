@@ -1,4 +1,4 @@
-"""Quantizing a model block after block by what its layers see."""
+"""Calibrated quantization, one block after another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def inputs_of(model: nn.Module, name: str) -> torch.Tensor:
-    """What a layer sees on all rows."""
+    """The inputs of a layer on all rows."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_calibrated_outputs_are_closer_than_with_round_to_nearest(make: Any, bit
 
 
 def test_calibration_inputs_come_from_quantized_layers():
-    """Made again from outside: inputs as the finished model gives them, weights as they were."""
+    """The codes equal those computed from the finished model's inputs and the original weights."""
     model, plain = llama(), llama()
     errors = quantize_by_inputs(model, everywhere(bits=3), ROWS, CPU)
     for name, error in errors.items():
@@ -147,13 +147,13 @@ def test_layers_outside_of_blocks_are_quantized_unless_calibrated(caplog: pytest
 def test_blocks_with_other_dependent_inputs_are_refused(where: str):
     model = llama()
     first, second = model.model.layers
-    told: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     if where == "between blocks":
         first.register_forward_hook(lambda block, args, output: 2 * output)
     else:
-        first.register_forward_hook(lambda block, args, output: told.append(output))
+        first.register_forward_hook(lambda block, args, output: outputs.append(output))
         second.register_forward_pre_hook(
-            lambda block, args, rest: (args, {**rest, "aside": told[-1]}), with_kwargs=True
+            lambda block, args, rest: (args, {**rest, "aside": outputs[-1]}), with_kwargs=True
         )
     with pytest.raises(UnsupportedError, match="more than the output"):
         quantize_by_inputs(model, everywhere(), ROWS, CPU)
@@ -178,6 +178,6 @@ def test_calibration_names_the_layer_with_non_finite_inputs():
 
 
 def test_calibration_reports_progress_per_block():
-    told: list[tuple[int, int]] = []
-    quantize_by_inputs(llama(), everywhere(), ROWS, CPU, lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+    reports: list[tuple[int, int]] = []
+    quantize_by_inputs(llama(), everywhere(), ROWS, CPU, lambda done, total: reports.append((done, total)))
+    assert reports == [(1, 2), (2, 2)]

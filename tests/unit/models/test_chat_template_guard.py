@@ -18,7 +18,7 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 FILLS = "{{ 'a' * 9000000000 }}"
 FLOODS = "{{ 'a' * 5000000 }}"
 GROWS = "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}"
-HOSTILE = [(LOOPS, "is not done after"), (FILLS, "needs more than"), (FLOODS, "makes"), (GROWS, "needs more than")]
+HOSTILE = [(LOOPS, "is not done after"), (FILLS, "needs more than"), (FLOODS, "renders"), (GROWS, "needs more than")]
 
 
 @pytest.mark.parametrize(("text", "what"), HOSTILE)

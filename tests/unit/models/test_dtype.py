@@ -1,4 +1,4 @@
-"""What `auto` means for compute and storage, and that an explicit choice is never overruled."""
+"""The dtypes that `auto` chooses for computing and storing; an explicit choice is never overruled."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ def fingerprint_of(folder: Path, *shards: dict[str, Tensor], metadata: dict[str,
 
 
 def test_fingerprint_of_one_file_equals_that_of_three_shards(tmp_path: Path):
-    whole = weights()
+    tensors = weights()
     shards: list[dict[str, Tensor]] = [{}, {}, {}]
-    for index, (name, tensor) in enumerate(whole.items()):
+    for index, (name, tensor) in enumerate(tensors.items()):
         shards[index % 3][name] = tensor
-    assert fingerprint_of(tmp_path / "one", whole) == fingerprint_of(tmp_path / "three", *shards)
+    assert fingerprint_of(tmp_path / "one", tensors) == fingerprint_of(tmp_path / "three", *shards)
 
 
 def test_fingerprint_ignores_metadata_and_other_files(tmp_path: Path):
@@ -120,5 +120,5 @@ def test_fingerprint_samples_a_large_tensor_evenly(tmp_path: Path):
     tensor[size // 2] = 1  # one byte between two blocks
     assert fingerprint_of(tmp_path / "missed", {"weight": tensor}) == before
     third = torch.zeros(size, dtype=torch.uint8)
-    third[size // 3 : size // 3 + size // SAMPLES_PER_TENSOR] = 1  # as long as blocks are apart
+    third[size // 3 : size // 3 + size // SAMPLES_PER_TENSOR] = 1  # as long as the distance between samples
     assert fingerprint_of(tmp_path / "seen", {"weight": third}) != before

@@ -1,4 +1,4 @@
-"""Fused norms and gated units and their plain twins, the model's own: the same bits forward, the same gradients."""
+"""Fused norms and gated MLPs against the model's own: the same bits forward, the same gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Random weights, norms not all ones; everything trains."""
+    """Random weights, norms not all ones; every parameter is trainable."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
     with torch.no_grad():
@@ -91,13 +91,13 @@ def test_fused_model_saves_less_and_less_still_with_recomputation():
     own, ours = model_of("llama"), model_of("llama")
     fuse(ours)
 
-    def remaking() -> Tensor:
+    def recomputing() -> Tensor:
         with saving_inputs_only():
             return loss_of(ours)
 
     in_own, in_ours = (saved_bytes(lambda model=model: loss_of(model)) for model in (own, ours))
     assert in_ours < 0.9 * in_own
-    assert saved_bytes(remaking) < 0.85 * in_ours
+    assert saved_bytes(recomputing) < 0.85 * in_ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,16 +105,16 @@ def test_fused_recomputation_gives_the_same_gradients(family: str):
     model = model_of(family)
     fuse(model)
     loss_of(model).backward()
-    kept = [parameter.grad.clone() for parameter in model.parameters()]
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     with saving_inputs_only():
         loss = loss_of(model)
     loss.backward()
-    assert all(torch.equal(parameter.grad, one) for parameter, one in zip(model.parameters(), kept, strict=True))
+    assert all(torch.equal(parameter.grad, one) for parameter, one in zip(model.parameters(), expected, strict=True))
 
 
 class Doubled(nn.Module):
-    """Called a norm, and no norm."""
+    """Named like a norm, with another formula."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

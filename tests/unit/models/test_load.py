@@ -1,4 +1,4 @@
-"""A base loads frozen and whole, or says what is wrong with its folder."""
+"""Loading a base and its tokenizer, and the errors for unsuitable folders."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_config_that_does_not_match_the_weights_is_a_model_error(
 
 
 def test_config_that_needs_remote_code_is_a_model_error(tiny_model: Path, tmp_path: Path):
-    """Whatever asks for a model's settings alone, before any weight is there, is told so too."""
+    """Reading only the config gives the same error."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}

@@ -1,4 +1,4 @@
-"""A model that is quantized while it loads, or by what its layers see, takes little more memory than its codes."""
+"""Peak memory of quantizing while loading and of calibration: little more than the codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def measure(folder: Path, kind: dict[str, Any], *how: str, **environment: str) -> dict[str, int]:
-    """What a process of its own finds."""
+    """The result of a measurement in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "tests.fixtures.loading_memory", str(folder), json.dumps(kind), *how]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=ROOT)
@@ -57,7 +57,7 @@ def test_calibration_peak_grows_only_by_the_codes_of_more_blocks(tmp_path: Path)
         tiny_llama(num_hidden_layers=depth, **sizes).to(torch.bfloat16).save_pretrained(tmp_path / str(depth))
 
     def growth(*how: str) -> dict[str, int]:
-        # What is freed goes back at once, or the peak would be what glibc holds in reserve, which varies by 20 MB.
+        # Freed memory is returned at once: the reserve of glibc would vary the peak by 20 MB.
         at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
         shallow, deep = (measure(tmp_path / depth, {"kind": "optq"}, *how, **at_once) for depth in ("2", "10"))
         return {name: deep[name] - shallow[name] for name in ("peak", "packed")}

@@ -1,4 +1,4 @@
-"""Attention without masks and its plain twin, `sdpa` with a mask: the same result and the same gradients."""
+"""Packed attention matches the reference, `sdpa` with a mask of T x T, in output and gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def positions(lengths: list[int]) -> Tensor:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """Every example's tokens see its earlier ones, by a mask of T x T."""
+    """Causal attention within each example, by a mask of T x T."""
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(number))
     seen = (number[:, None] == number) & (place[:, None] >= place)
@@ -50,7 +50,7 @@ def packed(
     return packed_attention.packed_attention(SimpleNamespace(), query, key, value, mask, **settings)[0]
 
 
-@pytest.mark.parametrize("kernel", [True, False], ids=["PyTorch's kernel", "products"])
+@pytest.mark.parametrize("kernel", [True, False], ids=["PyTorch's kernel", "matmuls"])
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_packed_attention_matches_reference_in_output_and_gradients(
@@ -102,16 +102,16 @@ def test_example_bounds_of_three_examples():
 
 
 BRANCHING = {
-    "two of one stem": [(0, 9), (4, 7)],
-    "a stem in a stem": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
+    "two with one prefix": [(0, 9), (4, 7)],
+    "nested prefixes": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
     "many answers": [(0, 30), *((25, 25 + count) for count in (9, 1, 40, 3, BLOCK - 9, 7, 2, 30)), (0, 4), (0, 5)],
     "long": [(0, 2 * BLOCK + 9), (BLOCK + 5, 3 * BLOCK), (2 * BLOCK, 2 * BLOCK + 40), (0, 20), (1, BLOCK * 2)],
 }
-"""Of each example the position that its own tokens begin at, and its length."""
+"""The prefix length and the length of each example."""
 
 
-def stems(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
-    """Positions of the row, and of each example the places of all its tokens."""
+def shared_prefix_row(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
+    """The positions of the row, and for each example the indices of all its tokens."""
     line, seen = [], []
     for first, length in branches:
         own = range(len(line), len(line) + length - first)
@@ -123,7 +123,7 @@ def stems(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("branches", BRANCHING.values(), ids=BRANCHING)
 def test_shared_prefix_attention_matches_separate_examples(branches: list[tuple[int, int]], window: int | None):
-    line, seen = stems(branches)
+    line, seen = shared_prefix_row(branches)
     places = torch.tensor([place for example in seen for place in example])
     found, expected = heads(line.shape[1]), heads(line.shape[1])
     mask = example_bounds(line)
@@ -131,7 +131,7 @@ def test_shared_prefix_attention_matches_separate_examples(branches: list[tuple[
     apart = [tensor.index_select(2, places) for tensor in expected]
     other = reference(*apart, [len(example) for example in seen], window)
     assert torch.allclose(one.index_select(1, places), other, atol=1e-5)
-    # Each example asks for its own tokens only; what is shared is asked for by the first that has it.
+    # The loss is over each example's own tokens; the tokens of a shared prefix count for its first example.
     weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
     ends = torch.tensor([len(example) for example in seen]).cumsum(0)
     own = torch.cat(
@@ -144,7 +144,7 @@ def test_shared_prefix_attention_matches_separate_examples(branches: list[tuple[
 
 
 def test_shared_prefix_attention_in_16_bits_is_as_accurate_as_reference():
-    line, seen = stems(BRANCHING["long"])
+    line, seen = shared_prefix_row(BRANCHING["long"])
     places, lengths = torch.tensor([place for example in seen for place in example]), [len(each) for each in seen]
     exact = reference(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
     narrow = heads(line.shape[1], torch.bfloat16)
@@ -156,18 +156,18 @@ def test_shared_prefix_attention_in_16_bits_is_as_accurate_as_reference():
 
 
 def test_short_segments_with_the_same_prefix_are_merged():
-    line, _ = stems(BRANCHING["many answers"])
-    places, firsts = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
-    found = [segment.branch_lengths for segment in packed_attention._merged_segments(places, firsts, None)]
+    line, _ = shared_prefix_row(BRANCHING["many answers"])
+    starts, prefix_lengths = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
+    found = [segment.branch_lengths for segment in packed_attention._merged_segments(starts, prefix_lengths, None)]
     assert found == [(30,), (9, 1, 40, 3), (BLOCK - 9, 7, 2), (30,), (4, 5)]
     assert all(sum(branches) <= BLOCK for branches in found)
-    hidden = packed_attention._merged_segments(places, firsts, 30)  # a window of 30 keys hides some of all but two
+    hidden = packed_attention._merged_segments(starts, prefix_lengths, 30)  # a window of 30 hides keys of all but two
     assert [len(segment.branch_lengths) for segment in hidden] == [1] * 9 + [2]
 
 
-@pytest.mark.parametrize("branches", ["a stem in a stem", "many answers"])
+@pytest.mark.parametrize("branches", ["nested prefixes", "many answers"])
 def test_shared_prefix_example_sees_only_its_prefix_and_itself(branches: str):
-    line, seen = stems(BRANCHING[branches])
+    line, seen = shared_prefix_row(BRANCHING[branches])
     query, key, value = (tensor.detach() for tensor in heads(line.shape[1]))
     for number, example in enumerate(seen):
         others = torch.ones(line.shape[1], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Examples in one row do not see each other, or packing is refused."""
+"""Packed examples do not see each other, or packing is refused."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_flattened_rows_match_padded_rows_in_loss_and_gradients(attention: str):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-STEM = [9, 8, 7, 6, 5, 4, 3]
+PREFIX = [9, 8, 7, 6, 5, 4, 3]
 BRANCHES = [
-    Example([*STEM[:shared], *range(start, start + own)], [False] * (shared + 3) + [True] * (own - 3))
+    Example([*PREFIX[:shared], *range(start, start + own)], [False] * (shared + 3) + [True] * (own - 3))
     for shared, start, own in ((7, 40, 9), (5, 60, 6), (7, 80, 14), (0, 100, 5))
 ]
-"""Rows that begin alike, and are trained from their fourth own token on."""
+"""Rows with a shared prefix; targets start at the fourth token behind it."""
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_shared_prefix_matches_padded_rows_with_sliding_windows_or_is_off(model_
     model = random_model(model_type(**SIZES, sliding_window=6))
     use_packing_attention(model, may_choose=True)
     may_share = prefix_sharing_blocker(model) is None
-    assert may_share == (model_type is not Gemma2Config)  # which has its own, for its scores have a cap
+    assert may_share == (model_type is not Gemma2Config)  # its kernel is its own, since its scores have a soft cap
     losses = [
         summed_cross_entropy(model, batch).item()
         for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=may_share))
@@ -125,7 +125,7 @@ def test_config_predicts_the_kernel_and_prefix_sharing(config: PretrainedConfig,
 
 
 def test_model_with_attention_dropout_keeps_its_own_kernel():
-    """Ours would refuse the first training pass."""
+    """The packed kernel would refuse the first training step."""
     model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
     use_packing_attention(model, may_choose=True)
     assert model.config._attn_implementation == "sdpa"
@@ -133,22 +133,22 @@ def test_model_with_attention_dropout_keeps_its_own_kernel():
 
 
 def test_prefix_sharing_off_if_logits_differ(monkeypatch: pytest.MonkeyPatch):
-    """The control: one that takes every row for one that begins at 0."""
+    """The control: a kernel that ignores the prefix lengths."""
     model = tiny_llama()
     use_packing_attention(model, may_choose=True)
     example_bounds = packed_attention.example_bounds
 
-    def all_from_nothing(positions_BT: torch.Tensor) -> torch.Tensor:
+    def without_prefixes(positions_BT: torch.Tensor) -> torch.Tensor:
         bounds = example_bounds(positions_BT)
         bounds[:, :, 1] = 0
         return bounds
 
-    monkeypatch.setattr(packed_attention, "example_bounds", all_from_nothing)
+    monkeypatch.setattr(packed_attention, "example_bounds", without_prefixes)
     assert "its logits differ" in str(prefix_sharing_blocker(model))
 
 
 def test_cross_contaminating_model_is_refused(monkeypatch: pytest.MonkeyPatch):
-    """The control: the same model when it never hears of the restarting positions."""
+    """The control: the same model without the restarting positions."""
     model = tiny_llama()
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **inputs: forward(**inputs))

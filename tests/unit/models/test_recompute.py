@@ -1,4 +1,4 @@
-"""What backward makes again: the same bits, once for all who ask, and only what can be."""
+"""Recomputable tensors: recomputed in backward with the same bits, once for all uses, and only where possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fixtures.saved_bytes import saved_bytes
 
 
 class Doubling(torch.autograd.Function):
-    """Twice its input, of which nothing has to be kept."""
+    """Twice its input; its backward needs no saved tensor."""
 
     made = 0
 
@@ -37,7 +37,7 @@ def x() -> Tensor:
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def two_products(x: Tensor) -> Tensor:
+def two_uses(x: Tensor) -> Tensor:
     doubled = Doubling.apply(x)
     return (doubled @ torch.eye(8, requires_grad=True)).sum() + doubled.view(32, 16).square().sum()
 
@@ -48,27 +48,27 @@ def gradient(x: Tensor, loss: Tensor, **settings: bool) -> Tensor:
 
 def test_recomputable_is_recomputed_once_for_all_uses(x: Tensor):
     with saving_inputs_only():
-        loss = two_products(x)
+        loss = two_uses(x)
     assert Doubling.made == 1
     found = gradient(x, loss)
     assert Doubling.made == 2
-    assert torch.equal(found, gradient(x, two_products(x)))
-    assert Doubling.made == 3  # the control: outside of the block it is kept
+    assert torch.equal(found, gradient(x, two_uses(x)))
+    assert Doubling.made == 3  # the control: outside of the context it is saved
 
 
 def test_recomputable_in_a_second_backward_pass_gives_the_same_gradient(x: Tensor):
     with saving_inputs_only():
-        loss = two_products(x)
+        loss = two_uses(x)
     first = gradient(x, loss, retain_graph=True)
     assert torch.equal(first, gradient(x, loss))
 
 
 def test_recomputable_is_not_saved(x: Tensor):
-    def kept() -> Tensor:
+    def recomputing() -> Tensor:
         with saving_inputs_only():
-            return two_products(x)
+            return two_uses(x)
 
-    assert saved_bytes(lambda: two_products(x)) - saved_bytes(kept) == x.nbytes
+    assert saved_bytes(lambda: two_uses(x)) - saved_bytes(recomputing) == x.nbytes
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_recomputable_copied_or_written_to_is_saved(x: Tensor, part: Callable[[T
 
 
 class Squaring(torch.autograd.Function):
-    """The square of its input, and how to make it from that."""
+    """The square of its input, recomputable from that."""
 
     made = 0
 
@@ -117,11 +117,13 @@ def test_recomputable_with_a_recomputable_source_saves_neither(x: Tensor):
     assert torch.allclose(gradient(x, loss), 64 * x.detach() ** 3)
     assert (Doubling.made, Squaring.made) == (2, 2)
 
-    def kept() -> Tensor:
+    def recomputing() -> Tensor:
         with saving_inputs_only():
             return Squaring.apply(Doubling.apply(x)).square().sum()
 
-    assert saved_bytes(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - saved_bytes(kept) == 2 * x.nbytes
+    assert (
+        saved_bytes(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - saved_bytes(recomputing) == 2 * x.nbytes
+    )
 
 
 def test_recomputable_is_forgotten_when_its_address_is_reused(x: Tensor):

@@ -1,4 +1,4 @@
-"""Safetensors read and written a tensor at a time are what the library reads and writes."""
+"""Reading and writing safetensors one tensor at a time, compared with the safetensors library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is computed again in backward gives the bits that it had, whatever the method, and is not kept."""
+"""Selective checkpointing: recomputed outputs have the same bits with every method, and are not saved."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_selective_checkpointing_covers_fused_projections_of_other_families(fami
     names = up_projections(ours)
     assert [name.split(".", 3)[-1] for name in names] == 2 * FAMILIES[family][1]
     recompute_outputs(ours, names)
-    wide = 66 * 4 * 2 * 128  # bytes of two layers' gate and up, or what GPT-2 has for it
+    wide = 66 * 4 * 2 * 128  # bytes of two layers' gate and up, or their counterparts in GPT-2
     assert saved_bytes(lambda: loss_of(own)) - saved_bytes(lambda: loss_of(ours)) >= wide
     for model in (own, ours):
         loss_of(model).backward()

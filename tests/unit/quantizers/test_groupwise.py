@@ -43,7 +43,7 @@ def test_hqq_group_error_is_at_most_that_of_round_to_nearest(bits: int, group_si
 
 @pytest.mark.parametrize("chosen", [Affine(kind="affine"), Hqq(kind="hqq", bits=2, group_size=64)], ids=str)
 def test_groupwise_groups_are_contiguous_inputs_with_float_zero_points(chosen: Affine | Hqq):
-    """What a merge into zero points relies on: a constant added to a group is a constant added to its minimum."""
+    """Merging into zero points (QA-LoRA) relies on this: a constant added to a group changes only its minimum."""
     quantizer = build(chosen)
     assert quantizer.capabilities.float_zero_points
     size = quantizer.capabilities.group_size
@@ -74,7 +74,7 @@ def test_groupwise_other_settings_are_not_exported_as_q4_1(changes: dict[str, ob
 
 
 def test_affine_is_independent_of_chunk_size(monkeypatch: pytest.MonkeyPatch):
-    whole = build(Hqq(kind="hqq", bits=3)).pack(WEIGHT)
+    at_once = build(Hqq(kind="hqq", bits=3)).pack(WEIGHT)
     monkeypatch.setattr("finetune.quantizers.affine.WEIGHTS_AT_ONCE", 5 * 256)
     parts = build(Hqq(kind="hqq", bits=3)).pack(WEIGHT)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)

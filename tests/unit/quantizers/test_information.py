@@ -1,4 +1,4 @@
-"""Information calibration: what the shifts gain, and never lose."""
+"""Information-calibrated quantization: entropy never falls below that of plain normal float."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def plain_codes(bits: int) -> torch.Tensor:
 def test_icq_block_entropy_is_at_least_that_of_normal_float(bits: int, double_quant: bool):
     """Counted from the codes as they are stored."""
     tensors = quantizer_of(bits=bits, double_quant=double_quant).pack(WEIGHT)
-    kept = entropies(unpack_bits(tensors["weight"], bits, WEIGHT.numel()).view(-1, 64), bits)
+    found = entropies(unpack_bits(tensors["weight"], bits, WEIGHT.numel()).view(-1, 64), bits)
     plain = entropies(plain_codes(bits), bits)
-    assert (kept >= plain - 1e-6).all()
-    assert kept.mean() > plain.mean() + 0.03
+    assert (found >= plain - 1e-6).all()
+    assert found.mean() > plain.mean() + 0.03
 
 
 def test_icq_exact_shift_has_at_least_the_entropy_of_the_median():
@@ -73,8 +73,8 @@ def test_icq_codes_are_computed_for_the_stored_shift():
 
 
 def test_icq_search_is_independent_of_chunk_size(monkeypatch: pytest.MonkeyPatch):
-    whole = quantizer_of(bits=3).pack(WEIGHT)
+    at_once = quantizer_of(bits=3).pack(WEIGHT)
     monkeypatch.setattr("finetune.quantizers.information.WEIGHTS_AT_ONCE", 64 * 24)
     monkeypatch.setattr("finetune.quantizers.information.BLOCKS_AT_ONCE", 7)
     parts = quantizer_of(bits=3).pack(WEIGHT)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)

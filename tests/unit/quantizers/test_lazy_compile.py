@@ -1,4 +1,4 @@
-"""bitsandbytes does not bring PyTorch's compiler along, and what it has compiled still is, when it is called."""
+"""bitsandbytes is imported without PyTorch's compiler; its decorated functions are compiled when they are called."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_optq_tensors_are_those_of_affine():
 def test_optq_weights_of_zero_inputs_are_rounded_to_nearest():
     quantizer = optq()
     inputs = INPUTS.clone()
-    inputs[:, 32:64] = 0  # a whole group, which no error of others reaches
+    inputs[:, 32:64] = 0  # a full group, which gets no errors of others
     tensors = quantizer.pack_for_inputs(WEIGHT, hessian_of(inputs).inverse_factor(quantizer.damping))
     plain = quantizer.pack(WEIGHT)
     dead, other = (codes_of(quantizer, packed, WEIGHT.shape)[:, 32:64] for packed in (tensors, plain))
@@ -119,14 +119,14 @@ def test_optq_weights_of_zero_inputs_are_rounded_to_nearest():
 
 
 def test_hessian_is_independent_of_the_grouping_of_rows():
-    together, apart = Hessian(IN, CPU), Hessian(IN, CPU)
-    together.add(INPUTS)
+    at_once, by_row = Hessian(IN, CPU), Hessian(IN, CPU)
+    at_once.add(INPUTS)
     for row in INPUTS.view(30, 30, IN):
-        apart.add(row[None])
-    assert torch.allclose(apart.matrix(), together.matrix(), rtol=1e-5)
-    assert torch.allclose(together.matrix(), 2 * INPUTS.double().T @ INPUTS.double(), rtol=1e-3, atol=1e-3)
+        by_row.add(row[None])
+    assert torch.allclose(by_row.matrix(), at_once.matrix(), rtol=1e-5)
+    assert torch.allclose(at_once.matrix(), 2 * INPUTS.double().T @ INPUTS.double(), rtol=1e-3, atol=1e-3)
     matrix = normal(5, IN, seed=4)
-    assert together.output_norm(matrix) == pytest.approx(float((matrix @ INPUTS.T).norm()), rel=1e-5)
+    assert at_once.output_norm(matrix) == pytest.approx(float((matrix @ INPUTS.T).norm()), rel=1e-5)
 
 
 def test_inverse_factor_is_of_the_damped_inverse():

@@ -1,4 +1,4 @@
-"""Laws of every quantizer that stores codes: size, error, gradients as of the dense weight, no weight kept."""
+"""Invariants of every quantizer with packed codes: size, error, gradients of the dense weight, no weight saved."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_quantization_error_on_gaussian_weights_matches_published(chosen: Quanti
 @every_kind
 @pytest.mark.parametrize("shape", [(3, 128), (64, 192), (1, 256)], ids=str)
 def test_quantizing_dequantized_weights_changes_little(chosen: QuantizationSection, shape: tuple[int, int]):
-    """No shape of a layer trips: single rows, and weights that are no whole number of blocks."""
+    """Every shape works: single rows, and weights that are not a multiple of the block size."""
     weight = gaussian(*shape)
     once = layer_of(chosen, weight).dequantized(torch.float32)
     assert once.shape == weight.shape
@@ -111,7 +111,7 @@ def test_constant_and_zero_weights_are_exact(chosen: QuantizationSection):
 
 @every_kind
 def test_adapter_gradients_match_those_over_the_dense_weight(tiny_model: Path, chosen: QuantizationSection):
-    """ModuLoRA's promise, and exact: the same products in the same order."""
+    """ModuLoRA's promise, exactly: the same matmuls in the same order."""
     over_codes = gradients(with_lora(load(tiny_model, chosen)))
     over_dense = gradients(with_lora(dequantize_model(load(tiny_model, chosen), torch.float32)))
     assert len(over_codes) == 2 * 14
@@ -204,7 +204,7 @@ def test_peft_merge_into_quantized_layers_raises(tiny_model: Path, name: str, sa
 
 
 def test_codes_are_independent_of_the_weight_dtype(tiny_model: Path):
-    """Merging loads in float32 what was trained in bfloat16: it must be the same base."""
+    """A base trained over in bfloat16 is merged in float32: its codes must be the same."""
     in_full, in_half = (quantized_layers(load(tiny_model, PACKED["nf4"], d)) for d in (torch.float32, torch.bfloat16))
     for one, other in zip(in_full, in_half, strict=True):
         assert all(torch.equal(tensor, other.packed()[name]) for name, tensor in one.packed().items())

@@ -20,7 +20,7 @@ from finetune.quantizers.layer import PackedQuantizer, TensorSpec
 
 
 class Steps(PackedQuantizer):
-    '''Two bits a weight in even steps over a whole tensor: as bad as it is short.'''
+    '''Two bits a weight in even steps over the full tensor: short, and inaccurate.'''
 
     bits_per_weight = 2.0
 
