@@ -4,7 +4,7 @@ Attention stays within each example (no cross-contamination). Two consecutive ex
 stand in the row once, with the first of them, because a causal model computes the same keys and values for both. The
 positions of the second example's tokens then start at the length of the prefix, not at 0.
 
-Two prompts with three answers, one letter a token: `abcde` and `abcf` share the prompt `abc`; `ghi` is another example.
+Two prompts, `abc` and `gh`, with three answers, `de`, `f` and `i`; each letter is a token:
 
     row                  a b c d e | f | g h i
     positions            0 1 2 3 4 | 3 | 0 1 2

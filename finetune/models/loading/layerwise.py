@@ -62,13 +62,13 @@ class StreamedModel:
      3. name it as the recipe does, for records of the base;
      4. read from config.json whether the stored weights are quantized;
      5. choose a quantizer for each layer: the stored ones, or the recipe's;
-     6. remember the original linear layers: they know shapes after their replacements have packed weights;
+     6. keep the original linear layers: their shapes are needed after step 10 has replaced them;
      7. find the stored tensors of each model tensor, the packed ones of quantized layers included;
      8. untie tied weights that the files hold twice with different values (needs 7 to read both);
      9. check that no weight is missing, and record the tied ones (after 8: untied weights are no aliases);
     10. replace quantized layers by `QuantizedLinear`, unless dequantized (after 7, which uses the original names);
     11. replace every tensor by a placeholder on the device (after 10: also the new layers' tensors);
-    12. remember all modules by name, before an adapter wraps any.
+    12. keep all modules by name, before an adapter wraps any.
 
     Args:
         folder: The model's files.
