@@ -17,7 +17,7 @@ from finetune.jobs.load.training_record import base_record
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.load import load_model
 from finetune.models.loading.quantized_checkpoint import (
-    refuse_without_form_on_disk,
+    check_storable,
     save_quantized,
     stored_quantization,
 )
@@ -106,7 +106,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
     context = TrainingContext.of(recipe, on_event)
-    refuse_without_form_on_disk(context.quantizers.in_use)
+    check_storable(context.quantizers.in_use)
     if stored_quantization(context.folder):
         raise ModelError(
             "the model's weights are quantized already",

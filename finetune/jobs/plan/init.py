@@ -21,7 +21,7 @@ from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
 from finetune.jobs.plan.starter_recipe import AIMS, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
-from finetune.models.loading.model_files import ModelFolder, find_model
+from finetune.models.loading.model_files import find_model
 from finetune.plan.gpu_specs import GpuSpec
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
@@ -176,15 +176,9 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         model=model,
         objective=objective,
         longest_row=longest,
-        row_tokens=min(wanted, _context_length(folder) or wanted),
+        row_tokens=min(wanted, folder.positions or wanted),
         splits_turns=apart,
     )
-
-
-def _context_length(folder: ModelFolder) -> int | None:
-    config = folder.config()
-    length = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
-    return length if isinstance(length, int) else None
 
 
 def _next_length(tokens: int) -> int:

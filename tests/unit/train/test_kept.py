@@ -20,7 +20,7 @@ from finetune.models.kernels.selective_checkpointing import recompute_outputs, u
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.quantizers.loading import PACKED, load
 
@@ -73,7 +73,7 @@ def kept(model: nn.Module, examples: int) -> int:
     trains = [place >= 20 for place in range(40)]
     batch = joined([Example([(7 * row + place) % 256 for place in range(40)], trains) for row in range(examples)])
     summed_cross_entropy(model, batch)  # probes, once
-    return bytes_kept(lambda: summed_cross_entropy(model, batch))
+    return saved_bytes(lambda: summed_cross_entropy(model, batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""What is computed again in backward gives the bits that it had, whatever the method, and is not kept."""
+"""Selective checkpointing: recomputed outputs have the same bits with every method, and are not saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.recompute import saving_inputs_only
 from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.models.methods import KINDS, attached, base_of, outcome, rows
 
@@ -44,18 +44,18 @@ def assert_same(kind: str, folder: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_are_the_same_bits(kind: str, tiny_model: Path):
+def test_selective_checkpointing_matches_plain_model_bit_for_bit(kind: str, tiny_model: Path):
     assert_same(kind, tiny_model)
 
 
-def test_so_they_are_with_the_models_own_norms_and_units(tiny_model: Path):
+def test_selective_checkpointing_matches_without_fused_kernels(tiny_model: Path):
     assert_same("lora", tiny_model, fused=False)
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"), [("lora", {"dropout": 0.3}), ("dora", {"dropout": 0.3}), ("loha", {"module_dropout": 0.5})]
 )
-def test_so_they_are_where_a_layer_draws_random_numbers(kind: str, settings: dict[str, Any], tiny_model: Path):
+def test_selective_checkpointing_matches_with_dropout(kind: str, settings: dict[str, Any], tiny_model: Path):
     assert_same(kind, tiny_model, **settings)
     one, other = (outcome(model_of(kind, tiny_model, selective=True, **settings), rows(kind, [40]))[0] for _ in "ab")
     assert one == other  # the same seed
@@ -65,7 +65,7 @@ def test_so_they_are_where_a_layer_draws_random_numbers(kind: str, settings: dic
     assert outcome(model, rows(kind, [40]))[0] != one  # the control: numbers are drawn
 
 
-def test_random_numbers_after_a_step_are_those_without(tiny_model: Path):
+def test_selective_checkpointing_leaves_the_random_state_unchanged(tiny_model: Path):
     drawn = []
     for selective in (False, True):
         model = model_of("lora", tiny_model, selective=selective, dropout=0.3)
@@ -74,7 +74,7 @@ def test_random_numbers_after_a_step_are_those_without(tiny_model: Path):
     assert torch.equal(*drawn)
 
 
-def test_so_they_are_under_autocast(tiny_model: Path):
+def test_selective_checkpointing_matches_under_autocast(tiny_model: Path):
     found = []
     for selective in (False, True):
         model = model_of("lora", tiny_model, selective=selective)
@@ -116,26 +116,26 @@ def loss_of(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_that_other_families_split_up_are_computed_again_too(family: str):
+def test_selective_checkpointing_covers_fused_projections_of_other_families(family: str):
     own, ours = own_model(family), own_model(family)
     names = up_projections(ours)
     assert [name.split(".", 3)[-1] for name in names] == 2 * FAMILIES[family][1]
     recompute_outputs(ours, names)
-    wide = 66 * 4 * 2 * 128  # bytes of two layers' gate and up, or what GPT-2 has for it
-    assert bytes_kept(lambda: loss_of(own)) - bytes_kept(lambda: loss_of(ours)) >= wide
+    wide = 66 * 4 * 2 * 128  # bytes of two layers' gate and up, or their counterparts in GPT-2
+    assert saved_bytes(lambda: loss_of(own)) - saved_bytes(lambda: loss_of(ours)) >= wide
     for model in (own, ours):
         loss_of(model).backward()
     for one, other in zip(own.parameters(), ours.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
 
 
-def test_only_layers_in_blocks_are_chosen():
+def test_up_projections_are_only_layers_in_blocks():
     assert up_projections(tiny_llama()) == [
         f"model.layers.{block}.mlp.{name}_proj" for block in (0, 1) for name in ("gate", "up")
     ]
 
 
-def test_a_copy_of_a_layer_computes_with_its_own_weights():
+def test_selective_checkpointing_layer_copy_uses_its_own_weights():
     base = tiny_llama()
     recompute_outputs(base, up_projections(base))
     layer = base.model.layers[0].mlp.up_proj

@@ -1,4 +1,4 @@
-"""Safetensors read and written a tensor at a time are what the library reads and writes."""
+"""Reading and writing safetensors one tensor at a time, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TENSORS = {
 }
 
 
-def test_what_the_library_writes_is_read_and_the_other_way_round(tmp_path: Path):
+def test_reader_and_writer_agree_with_the_safetensors_library(tmp_path: Path):
     save_file(TENSORS, tmp_path / "theirs.safetensors")
     found = stored_tensors(tmp_path)
     assert all(torch.equal(found[name].read(), tensor) for name, tensor in TENSORS.items())
@@ -32,7 +32,7 @@ def test_what_the_library_writes_is_read_and_the_other_way_round(tmp_path: Path)
     assert all(torch.equal(ours[name], tensor) and ours[name].dtype is tensor.dtype for name, tensor in TENSORS.items())
 
 
-def test_a_tensor_that_was_planned_and_never_came_is_a_bug_that_shows(tmp_path: Path):
+def test_writer_with_a_planned_but_missing_tensor_raises(tmp_path: Path):
     with (
         pytest.raises(AssertionError, match="never written"),
         tensor_writer(tmp_path, {"a": Planned(torch.float32, (2,))}),
@@ -41,7 +41,7 @@ def test_a_tensor_that_was_planned_and_never_came_is_a_bug_that_shows(tmp_path: 
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 20, -1])
-def test_a_file_that_was_cut_off_is_told_from_a_whole_one(tmp_path: Path, keep: int):
+def test_truncated_file_is_detected(tmp_path: Path, keep: int):
     file = tmp_path / "a.safetensors"
     save_file(TENSORS, file)
     file.write_bytes(file.read_bytes()[:keep])
@@ -61,7 +61,7 @@ def test_a_file_that_was_cut_off_is_told_from_a_whole_one(tmp_path: Path, keep: 
         "{",
     ],
 )
-def test_a_header_that_does_not_fit_its_file_is_no_header(tmp_path: Path, entry: str):
+def test_header_that_does_not_match_its_file_is_refused(tmp_path: Path, entry: str):
     text = entry.encode() + b" " * (-len(entry) % 8)
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ValueError, match=r"header|begin"):

@@ -1,4 +1,4 @@
-"""What backward makes again: the same bits, once for all who ask, and only what can be."""
+"""Recomputable tensors: recomputed in backward with the same bits, once for all uses, and only where possible."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from finetune.models.kernels.recompute import recomputable, saving_inputs_only
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 
 
 class Doubling(torch.autograd.Function):
-    """Twice its input, of which nothing has to be kept."""
+    """Twice its input; its backward needs no saved tensor."""
 
     made = 0
 
@@ -37,7 +37,7 @@ def x() -> Tensor:
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def two_products(x: Tensor) -> Tensor:
+def two_uses(x: Tensor) -> Tensor:
     doubled = Doubling.apply(x)
     return (doubled @ torch.eye(8, requires_grad=True)).sum() + doubled.view(32, 16).square().sum()
 
@@ -46,35 +46,35 @@ def gradient(x: Tensor, loss: Tensor, **settings: bool) -> Tensor:
     return torch.autograd.grad(loss, x, **settings)[0]
 
 
-def test_it_is_made_again_once_for_all_who_would_have_kept_it(x: Tensor):
+def test_recomputable_is_recomputed_once_for_all_uses(x: Tensor):
     with saving_inputs_only():
-        loss = two_products(x)
+        loss = two_uses(x)
     assert Doubling.made == 1
     found = gradient(x, loss)
     assert Doubling.made == 2
-    assert torch.equal(found, gradient(x, two_products(x)))
-    assert Doubling.made == 3  # the control: outside of the block it is kept
+    assert torch.equal(found, gradient(x, two_uses(x)))
+    assert Doubling.made == 3  # the control: outside of the context it is saved
 
 
-def test_a_second_backward_pass_makes_it_anew(x: Tensor):
+def test_recomputable_in_a_second_backward_pass_gives_the_same_gradient(x: Tensor):
     with saving_inputs_only():
-        loss = two_products(x)
+        loss = two_uses(x)
     first = gradient(x, loss, retain_graph=True)
     assert torch.equal(first, gradient(x, loss))
 
 
-def test_less_is_held_until_backward(x: Tensor):
-    def kept() -> Tensor:
+def test_recomputable_is_not_saved(x: Tensor):
+    def recomputing() -> Tensor:
         with saving_inputs_only():
-            return two_products(x)
+            return two_uses(x)
 
-    assert bytes_kept(lambda: two_products(x)) - bytes_kept(kept) == x.nbytes
+    assert saved_bytes(lambda: two_uses(x)) - saved_bytes(recomputing) == x.nbytes
 
 
 @pytest.mark.parametrize(
     "part", [lambda y: y[:32], lambda y: y.T, lambda y: y[3:, ::2]], ids=["some", "turned", "both"]
 )
-def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor]):
+def test_recomputable_views_are_recomputed(x: Tensor, part: Callable[[Tensor], Tensor]):
     with saving_inputs_only():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
@@ -83,7 +83,7 @@ def test_views_of_it_are_made_from_it(x: Tensor, part: Callable[[Tensor], Tensor
 
 
 @pytest.mark.parametrize("part", [lambda y: y + 0, lambda y: y.add_(1)], ids=["another", "written to"])
-def test_what_is_not_the_tensor_that_was_made_is_kept_as_it_is(x: Tensor, part: Callable[[Tensor], Tensor]):
+def test_recomputable_copied_or_written_to_is_saved(x: Tensor, part: Callable[[Tensor], Tensor]):
     with saving_inputs_only():
         loss = part(Doubling.apply(x)).square().sum()
     found = gradient(x, loss)
@@ -92,7 +92,7 @@ def test_what_is_not_the_tensor_that_was_made_is_kept_as_it_is(x: Tensor, part: 
 
 
 class Squaring(torch.autograd.Function):
-    """The square of its input, and how to make it from that."""
+    """The square of its input, recomputable from that."""
 
     made = 0
 
@@ -110,21 +110,23 @@ class Squaring(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
 
-def test_what_comes_from_something_that_is_made_again_keeps_neither(x: Tensor):
+def test_recomputable_with_a_recomputable_source_saves_neither(x: Tensor):
     Squaring.made = 0
     with saving_inputs_only():
         loss = Squaring.apply(Doubling.apply(x)).square().sum()
     assert torch.allclose(gradient(x, loss), 64 * x.detach() ** 3)
     assert (Doubling.made, Squaring.made) == (2, 2)
 
-    def kept() -> Tensor:
+    def recomputing() -> Tensor:
         with saving_inputs_only():
             return Squaring.apply(Doubling.apply(x)).square().sum()
 
-    assert bytes_kept(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - bytes_kept(kept) == 2 * x.nbytes
+    assert (
+        saved_bytes(lambda: Squaring.apply(Doubling.apply(x)).square().sum()) - saved_bytes(recomputing) == 2 * x.nbytes
+    )
 
 
-def test_an_address_that_is_used_again_is_not_taken_for_the_tensor_that_was_there(x: Tensor):
+def test_recomputable_is_forgotten_when_its_address_is_reused(x: Tensor):
     with saving_inputs_only():
         for _ in range(50):
             gone = Doubling.apply(x)

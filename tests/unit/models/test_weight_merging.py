@@ -21,23 +21,23 @@ A = torch.tensor([[4.0, -3.0, 0.5, 0.1], [0.0, 2.0, -1.0, 0.2]])
 B = torch.tensor([[2.0, 5.0, -0.1, 0.3], [6.0, 1.0, -3.0, 0.1]])
 
 
-def test_linear_is_the_weighted_sum():
+def test_linear_merge_is_the_weighted_sum():
     assert torch.allclose(of("linear", [A, B], (0.5, 2.0)), 0.5 * A + 2 * B)
 
 
-def test_ties_trims_elects_a_sign_and_takes_the_mean_of_its_side():
+def test_ties_merge_trims_elects_signs_and_averages():
     """By hand, with density 1/2: of A stay 4 -3 2 -1, of B 2 5 6 -3."""
     expected = torch.tensor([[3.0, 5.0, 0.0, 0.0], [6.0, 2.0, -2.0, 0.0]])
     assert torch.allclose(of("ties", [A, B]), expected)
 
 
-def test_ties_counts_the_weights_in_vote_and_mean():
+def test_ties_merge_weights_the_election_and_the_mean():
     found = of("ties", [A, B], (2.0, 1.0))
     assert found[0, 0] == pytest.approx((2 * 4 + 2) / 3)
     assert found[0, 1] == -3.0  # now the first one's side has more weight
 
 
-def test_dare_keeps_its_share_and_the_mean():
+def test_dare_merge_keeps_density_and_mean():
     ones = torch.ones(200, 200)
     found = of("dare", [ones, ones], (1.0, 0.0), density=0.25)
     assert set(found.unique().tolist()) == {0.0, 4.0}
@@ -45,7 +45,7 @@ def test_dare_keeps_its_share_and_the_mean():
     assert torch.equal(of("dare", [A, B], density=1.0), A + B)
 
 
-def test_svd_is_the_best_of_its_rank_and_leaves_vectors_alone():
+def test_svd_merge_is_the_best_of_its_rank_and_keeps_vectors():
     found = of("svd", [A, B], rank=1)
     assert torch.linalg.matrix_rank(found, atol=1e-5) == 1
     assert (found - A - B).norm() == pytest.approx(float(torch.linalg.svdvals(A + B)[1]), rel=1e-5)
@@ -59,7 +59,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40])
-def test_folders_are_combined_in_one_file_or_many(tmp_path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch):
+def test_merge_weights_writes_one_file_or_several(tmp_path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tensor_files, "SHARD_BYTES", shard_bytes)
     base = write(tmp_path / "base", {"a": A, "b": B, "c": A[0].clone()})
     one = write(tmp_path / "one", {"a": A + 1, "b": B, "c": A[0] - 1})
@@ -75,7 +75,7 @@ def test_folders_are_combined_in_one_file_or_many(tmp_path: Path, shard_bytes: i
     assert torch.allclose(found["c"], A[0] - 1)
 
 
-def test_other_weights_and_damaged_ones_are_refused(tmp_path: Path):
+def test_merge_weights_refuses_other_and_damaged_weights(tmp_path: Path):
     base = write(tmp_path / "base", {"a": A})
     stranger = write(tmp_path / "stranger", {"b": A})
     damaged = write(tmp_path / "damaged", {"a": A / 0})

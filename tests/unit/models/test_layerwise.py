@@ -58,7 +58,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("dequantized", [False, True])
 @pytest.mark.parametrize("kind", [NoQuantization(), PACKED["nf4"], PACKED["affine-4"]], ids=lambda kind: kind.kind)
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_it_computes_what_the_loaded_model_does_bit_for_bit(
+def test_streamed_model_matches_loaded_model_bit_for_bit(
     tmp_path: Path, architecture: str, kind: QuantizationSection, dequantized: bool
 ):
     loaded, streamed = both(written(CONFIGS[architecture], tmp_path), kind, dequantized)
@@ -73,7 +73,7 @@ def test_it_computes_what_the_loaded_model_does_bit_for_bit(
     assert fingerprint_layers(streamed.quantized_layers()) == fingerprint_quantized(loaded)
 
 
-def test_it_holds_no_weights(tmp_path: Path):
+def test_streamed_model_holds_no_weights(tmp_path: Path):
     _, streamed = both(written(CONFIGS["llama"], tmp_path), NoQuantization(), False)
     with streamed.streaming():
         logits(streamed.model)
@@ -81,7 +81,7 @@ def test_it_holds_no_weights(tmp_path: Path):
         assert tensor.untyped_storage().nbytes() <= 8
 
 
-def test_tied_weights_that_files_hold_twice_and_differ_are_two(tmp_path: Path):
+def test_streamed_model_unties_weights_that_are_stored_twice_and_differ(tmp_path: Path):
     folder = written(CONFIGS["llama"], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for factor, is_two in ((1, False), (2, True)):
@@ -93,7 +93,7 @@ def test_tied_weights_that_files_hold_twice_and_differ_are_two(tmp_path: Path):
         assert ("lm_head.weight" not in streamed.same_weight()) is is_two
 
 
-def test_files_that_lack_a_weight_are_refused_by_its_name(tmp_path: Path):
+def test_streamed_model_names_a_missing_weight(tmp_path: Path):
     folder = written(CONFIGS["llama"], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -18,11 +18,11 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 FILLS = "{{ 'a' * 9000000000 }}"
 FLOODS = "{{ 'a' * 5000000 }}"
 GROWS = "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}"
-HOSTILE = [(LOOPS, "is not done after"), (FILLS, "needs more than"), (FLOODS, "makes"), (GROWS, "needs more than")]
+HOSTILE = [(LOOPS, "is not done after"), (FILLS, "needs more than"), (FLOODS, "renders"), (GROWS, "needs more than")]
 
 
 @pytest.mark.parametrize(("text", "what"), HOSTILE)
-def test_a_hostile_template_is_refused_in_time(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
+def test_hostile_template_is_refused_at_load(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(template, "SECONDS", 1 if text == LOOPS else 10)
     began = time.monotonic()
     with pytest.raises(ModelError, match=what):
@@ -31,7 +31,7 @@ def test_a_hostile_template_is_refused_in_time(text: str, what: str, monkeypatch
 
 
 @pytest.mark.parametrize("text", [CHAT_TEMPLATE, "{{ raise_exception('no assistant first') }}", "{{ 1 / 0 }}", None])
-def test_what_ends_is_let_through(text: str | None):
+def test_terminating_template_passes(text: str | None):
     check_template_terminates(byte_tokenizer(SPECIAL, text), "model")
 
 
@@ -40,7 +40,7 @@ def for_one_row(text: str) -> str:
 
 
 @pytest.mark.parametrize(("text", "what"), HOSTILE)
-def test_what_is_hostile_for_one_row_is_stopped_there(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
+def test_template_hostile_for_a_row_is_stopped_at_that_row(text: str, what: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(template, "SECONDS", 1 if text == LOOPS else 10)
     tokenizer = byte_tokenizer(SPECIAL, for_one_row(text))
     check_template_terminates(tokenizer, "model")
@@ -57,13 +57,13 @@ def test_what_is_hostile_for_one_row_is_stopped_there(text: str, what: str, monk
     assert render(tokenizer, good) == expected
 
 
-def test_a_long_row_may_become_a_long_text():
+def test_long_row_may_render_a_long_text():
     tokenizer = byte_tokenizer(SPECIAL, CHAT_TEMPLATE)
     content = "word " * 100_000
     assert content.strip() in render(tokenizer, [{"role": "user", "content": content}])
 
 
-def test_memory_that_the_process_held_before_does_not_count(monkeypatch: pytest.MonkeyPatch):
+def test_template_memory_limit_excludes_earlier_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(template, "BYTES", 1 << 24)
     monkeypatch.setattr(template.time, "monotonic", itertools.count(time.monotonic() + 2, 2).__next__)
     tokenizer = byte_tokenizer(SPECIAL, "{{ ('a' * 4000000) | length }}")

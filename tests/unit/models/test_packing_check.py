@@ -1,4 +1,4 @@
-"""Examples in one row do not see each other, or packing is refused."""
+"""Packed examples do not see each other, or packing is refused."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def model_with(attention: str, **changes: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_neighbours_in_a_row_do_not_move(attention: str):
+def test_cross_contamination_is_zero_with_own_kernels(attention: str):
     assert cross_contamination(model_with(attention)) <= 1e-6
     check_no_cross_contamination(model_with(attention))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_joined_have_the_loss_and_gradient_of_rows_padded(attention: str):
+def test_flattened_rows_match_padded_rows_in_loss_and_gradients(attention: str):
     results = []
     for batch in (padded(ROWS, padding=0), joined(ROWS)):
         model = model_with(attention)
@@ -52,18 +52,18 @@ def test_rows_joined_have_the_loss_and_gradient_of_rows_padded(attention: str):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-STEM = [9, 8, 7, 6, 5, 4, 3]
+PREFIX = [9, 8, 7, 6, 5, 4, 3]
 BRANCHES = [
-    Example([*STEM[:shared], *range(start, start + own)], [False] * (shared + 3) + [True] * (own - 3))
+    Example([*PREFIX[:shared], *range(start, start + own)], [False] * (shared + 3) + [True] * (own - 3))
     for shared, start, own in ((7, 40, 9), (5, 60, 6), (7, 80, 14), (0, 100, 5))
 ]
-"""Rows that begin alike, and are trained from their fourth own token on."""
+"""Rows with a shared prefix; targets start at the fourth token behind it."""
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4, "num_hidden_layers": 3}], ids=str
 )
-def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows_padded(changes: dict[str, int]):
+def test_shared_prefix_rows_match_padded_rows_in_loss_and_gradients(changes: dict[str, int]):
     results = []
     for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
         model = tiny_llama(**changes)
@@ -77,11 +77,11 @@ def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows
 
 
 @pytest.mark.parametrize("model_type", [MistralConfig, Qwen3Config, Gemma2Config], ids=lambda kind: kind.model_type)
-def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(model_type: type):
+def test_shared_prefix_matches_padded_rows_with_sliding_windows_or_is_off(model_type: type):
     model = random_model(model_type(**SIZES, sliding_window=6))
     use_packing_attention(model, may_choose=True)
     may_share = prefix_sharing_blocker(model) is None
-    assert may_share == (model_type is not Gemma2Config)  # which has its own, for its scores have a cap
+    assert may_share == (model_type is not Gemma2Config)  # its kernel is its own, since its scores have a soft cap
     losses = [
         summed_cross_entropy(model, batch).item()
         for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=may_share))
@@ -89,14 +89,14 @@ def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(m
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_rows_share_nothing_where_attention_is_not_ours():
+def test_prefix_sharing_off_without_the_packed_kernel():
     model = tiny_llama()
     use_packing_attention(model, may_choose=False)
     assert "its attention" in str(prefix_sharing_blocker(model))
 
 
 @pytest.mark.parametrize("drop", [{"resid_pdrop": 0.1}, {"embd_pdrop": 0.1}], ids=str)
-def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str, float]):
+def test_prefix_sharing_off_with_dropout(drop: dict[str, float]):
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
     shares = []
     for settings in (none, none | drop):
@@ -116,7 +116,7 @@ def test_rows_share_nothing_where_the_model_draws_for_each_token(drop: dict[str,
     ],
     ids=["usual", "no sdpa", "attention drops", "blocks drop"],
 )
-def test_settings_tell_before_a_model_is_made_what_it_will_take(config: PretrainedConfig, expected: tuple[bool, bool]):
+def test_config_predicts_the_kernel_and_prefix_sharing(config: PretrainedConfig, expected: tuple[bool, bool]):
     assert (takes_packed_attention(config), supports_prefix_sharing(config)) == expected
     model = random_model(config)
     use_packing_attention(model, may_choose=True)
@@ -124,31 +124,31 @@ def test_settings_tell_before_a_model_is_made_what_it_will_take(config: Pretrain
     assert (is_ours, prefix_sharing_blocker(model) is None) == expected
 
 
-def test_a_model_whose_attention_drops_keeps_its_own():
-    """Ours would refuse the first training pass."""
+def test_model_with_attention_dropout_keeps_its_own_kernel():
+    """The packed kernel would refuse the first training step."""
     model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
     use_packing_attention(model, may_choose=True)
     assert model.config._attn_implementation == "sdpa"
     summed_cross_entropy(model.train(), joined(ROWS)).backward()
 
 
-def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeypatch: pytest.MonkeyPatch):
-    """The control: one that takes every row for one that begins at 0."""
+def test_prefix_sharing_off_if_logits_differ(monkeypatch: pytest.MonkeyPatch):
+    """The control: a kernel that ignores the prefix lengths."""
     model = tiny_llama()
     use_packing_attention(model, may_choose=True)
     example_bounds = packed_attention.example_bounds
 
-    def all_from_nothing(positions_BT: torch.Tensor) -> torch.Tensor:
+    def without_prefixes(positions_BT: torch.Tensor) -> torch.Tensor:
         bounds = example_bounds(positions_BT)
         bounds[:, :, 1] = 0
         return bounds
 
-    monkeypatch.setattr(packed_attention, "example_bounds", all_from_nothing)
-    assert "its logits are" in str(prefix_sharing_blocker(model))
+    monkeypatch.setattr(packed_attention, "example_bounds", without_prefixes)
+    assert "its logits differ" in str(prefix_sharing_blocker(model))
 
 
-def test_a_model_that_reads_across_the_boundary_is_refused(monkeypatch: pytest.MonkeyPatch):
-    """The control: the same model when it never hears of the restarting positions."""
+def test_cross_contaminating_model_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """The control: the same model without the restarting positions."""
     model = tiny_llama()
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **inputs: forward(**inputs))

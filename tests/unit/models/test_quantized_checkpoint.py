@@ -26,7 +26,7 @@ def packed_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("chosen", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_reloaded_is_the_same_bit_for_bit(
+def test_quantized_checkpoint_reloads_bit_for_bit(
     tiny_model: Path, tmp_path: Path, chosen: QuantizationSection, dtype: torch.dtype
 ):
     """Whatever type the other weights are loaded in, scales keep their own."""
@@ -40,21 +40,21 @@ def test_reloaded_is_the_same_bit_for_bit(
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_reloaded_model_trains_as_the_first_did(tiny_model: Path, tmp_path: Path):
+def test_quantized_checkpoint_trains_like_the_original(tiny_model: Path, tmp_path: Path):
     model = load(tiny_model, PACKED["affine-3"])
     save_quantized(model, tmp_path)
     first, second = gradients(with_lora(model)), gradients(with_lora(load(tmp_path)))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_folder_that_is_saved_again_is_the_same(tiny_model: Path, tmp_path: Path):
+def test_quantized_checkpoint_saved_again_is_identical(tiny_model: Path, tmp_path: Path):
     save_quantized(load(tiny_model, PACKED["icq-3"]), tmp_path / "one")
     save_quantized(load(tmp_path / "one"), tmp_path / "two")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_folder_is_as_small_as_its_codes(tiny_model: Path, tmp_path: Path):
+def test_quantized_checkpoint_is_as_small_as_its_codes(tiny_model: Path, tmp_path: Path):
     model = load(tiny_model, PACKED["nf4"])
     save_quantized(model, tmp_path)
     packed = packed_tensors(model)
@@ -64,22 +64,24 @@ def test_the_folder_is_as_small_as_its_codes(tiny_model: Path, tmp_path: Path):
     assert all(stored[name] == "U8" for name in packed if name.endswith((".weight", ".absmax")))
 
 
-def test_a_recipe_may_name_the_same_quantizer_but_no_other(tiny_model: Path, tmp_path: Path):
+def test_recipe_with_another_quantizer_than_the_checkpoint_is_refused(tiny_model: Path, tmp_path: Path):
     model = load(tiny_model, PACKED["hqq-4"])
     save_quantized(model, tmp_path)
     assert torch.equal(logits(load(tmp_path, PACKED["hqq-4"])), logits(model))
-    with pytest.raises(ModelError, match="quantized already, to hqq"):
+    with pytest.raises(ModelError, match="already quantized, to hqq"):
         load(tmp_path, PACKED["affine-4"])
 
 
-def test_quantized_weights_are_not_trained_themselves(tiny_model: Path, tmp_path: Path):
+def test_quantized_checkpoint_weights_are_frozen(tiny_model: Path, tmp_path: Path):
     save_quantized(load(tiny_model, PACKED["affine-4"]), tmp_path)
     with pytest.raises(UnsupportedError, match="cannot be trained"):
         FullMethod(Full(method="full")).attach(load(tmp_path), 1)
 
 
 @pytest.mark.parametrize("chosen", [section(kind="int8"), section(kind="none")], ids=lambda chosen: chosen.kind)
-def test_what_has_no_form_on_disk_is_refused(tiny_model: Path, tmp_path: Path, chosen: QuantizationSection):
+def test_saving_a_quantizer_without_storage_format_is_refused(
+    tiny_model: Path, tmp_path: Path, chosen: QuantizationSection
+):
     with pytest.raises(UnsupportedError):
         save_quantized(load(tiny_model, chosen), tmp_path)
 
@@ -118,7 +120,7 @@ def spoil(config: dict[str, Any], how: str) -> None:
         "no quantizers",
     ],
 )
-def test_a_config_that_is_not_ours_is_refused(tiny_model: Path, tmp_path: Path, how: str):
+def test_invalid_quantization_config_is_refused(tiny_model: Path, tmp_path: Path, how: str):
     save_quantized(load(tiny_model, PACKED["affine-4"]), tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""bitsandbytes does not bring PyTorch's compiler along, and what it has compiled still is, when it is called."""
+"""bitsandbytes is imported without PyTorch's compiler; its decorated functions are compiled when they are called."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MODULES = ("bitsandbytes", "torch._inductor.compile_fx")
 SCRIPT = f"import sys, finetune.jobs.train.run; print(*(name in sys.modules for name in {MODULES}))"
 
 
-def test_no_command_imports_the_compiler():
+def test_commands_do_not_import_the_compiler():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
 
 
-def test_torch_compiles_as_ever():
+def test_torch_compile_is_restored_after_import():
     assert torch.compile.__module__ == "torch"
 
 
-def test_a_function_is_compiled_once_when_it_is_called():
+def test_decorated_function_is_compiled_once_at_its_first_call():
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
