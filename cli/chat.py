@@ -9,7 +9,7 @@ import typer
 from finetune.errors import FinetuneError
 from finetune.run.signals import Interruption, StopRequested
 
-from . import console
+from . import output
 from .options import ANSWERS, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ def chat(
     from finetune.jobs.load.model_ref import named
 
     (found,) = named([name])
-    with console.reporting(quiet, as_json=False) as report:
+    with output.reporting(quiet, as_json=False) as report:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.chat import Chat
 
         talk = Chat.open(found, system, Sampling(max_new_tokens, temperature, top_p, seed), report)
-    if console.is_asked():
-        console.show_note(COMMANDS)
-    while (line := console.read_line("> ")) is not None:
+    if output.is_asked():
+        output.show_note(COMMANDS)
+    while (line := output.read_line("> ")) is not None:
         word, _, rest = line.strip().partition(" ")
         match word:
             case "":
@@ -53,7 +53,7 @@ def chat(
             case "/system":
                 talk.system = rest.strip() or None
             case _ if word.startswith("/"):
-                console.show_note(COMMANDS)
+                output.show_note(COMMANDS)
             case _:
                 _say(talk, line)
 
@@ -65,7 +65,7 @@ def _say(talk: Chat, text: str) -> None:
     """
     interruption = Interruption()
     try:
-        with interruption.listening(console.exit_immediately), console.words() as tell:
+        with interruption.listening(output.exit_immediately), output.words() as tell:
 
             def tell_or_stop(piece: str) -> None:
                 tell(piece)
@@ -73,6 +73,6 @@ def _say(talk: Chat, text: str) -> None:
 
             talk.say(text, tell_or_stop)
     except FinetuneError as error:
-        console.show_error(error)
+        output.show_error(error)
     except StopRequested:
-        console.show_note("stopped")
+        output.show_note("stopped")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 from .options import AsJson
 
 
@@ -20,4 +20,4 @@ def diff(
     from finetune.run.comparison import differences
     from finetune.run.directory import RunDirectory
 
-    console.show_differences(differences(RunDirectory.open(first), RunDirectory.open(second)), as_json)
+    output.show_differences(differences(RunDirectory.open(first), RunDirectory.open(second)), as_json)

@@ -10,7 +10,7 @@ import typer
 
 from finetune.errors import RefusedError
 
-from . import console
+from . import output
 from .options import ANSWERS, AsJson, Overwrite, Quiet
 
 
@@ -73,14 +73,14 @@ def evaluate(
     wanted = tuple(Gate.parse(text) for text in gates or ())
     _refuse_taken(output, overwrite)
     found = named([name] if against in (None, "base") else [name, str(against)])
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.jobs.infer.evaluate import Asked
         from finetune.jobs.infer.evaluate import evaluate as evaluate_job
 
         names = tuple(part for text in tasks or () for part in text.split(",") if part)
         asked = Asked(names, limit, wanted, engine.value, batch_size, output)
         evaluated = evaluate_job(found[0], asked, "base" if against == "base" else (*found, None)[1], report)
-    console.show_evaluation(evaluated, as_json)
+    output.show_evaluation(evaluated, as_json)
     evaluated.refuse_failed_gates()
 
 

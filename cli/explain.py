@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 from .options import AsJson
 
 
@@ -25,7 +25,7 @@ def explain(
     from finetune.recipe.explain import explain_key, sections, values_in
 
     if key is None:
-        console.show_sections(sections(), as_json)
+        output.show_sections(sections(), as_json)
         return
     for explanation in explain_key(key):
-        console.show_explanation(explanation, values_in(explanation, recipes), as_json)
+        output.show_explanation(explanation, values_in(explanation, recipes), as_json)

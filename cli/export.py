@@ -10,7 +10,7 @@ import typer
 
 from finetune.errors import UsageError
 
-from . import console
+from . import output
 from .options import AsJson, Overwrite, Quiet, RunPath
 
 
@@ -79,7 +79,7 @@ def export(
     if public and push is None:
         raise UsageError("--public is about a repository of the hub", where="--public", hint="add --push ORG/NAME")
     verification = None
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         if format is ExportFormat.prompt:
             from finetune.jobs.export.prompt_tokens import export as export_prompt
 
@@ -103,7 +103,7 @@ def export(
             from finetune.jobs.export.hub_push import push as push_folder
 
             address = push_folder(folder, push, public, report)
-    console.show_export(format.value, verification, folder, push, address, as_json)
+    output.show_export(format.value, verification, folder, push, address, as_json)
 
 
 def _type(format: ExportFormat, dtype: ExportedType | None) -> Any:

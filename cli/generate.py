@@ -10,7 +10,7 @@ import typer
 
 from finetune.errors import RefusedError, UsageError
 
-from . import console
+from . import output
 from .options import ANSWERS, AsJson, MaxNewTokens, Overwrite, Quiet, Seed, System, Temperature, TopP
 
 
@@ -58,7 +58,7 @@ def generate(
     from finetune.jobs.load.model_ref import named
 
     found = named(names)
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.generate import answer, questions_in, questions_of
         from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
@@ -75,11 +75,11 @@ def generate(
             ]
         shared = SharedBase(finetuned, report)
         questions = [question for _, question in asked]
-        streams = len(asked) == 1 and console.is_watched() and not (as_json or output or file)
+        streams = len(asked) == 1 and output.is_watched() and not (as_json or output or file)
         if not streams:
             answers = answer(shared, questions, sampling, batch_size=batch_size, on_event=report)
     if streams:  # when the moving line is gone
-        with console.words() as tell:
+        with output.words() as tell:
             answer(shared, questions, sampling, tell=tell)
         return
     rows: list[dict[str, Any]] = [
@@ -90,6 +90,6 @@ def generate(
         from finetune.storage.files import write_text
 
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        console.show_written(output, len(rows), as_json)
+        output.show_written(output, len(rows), as_json)
     else:
-        console.show_answers(rows, as_json or file is not None)
+        output.show_answers(rows, as_json or file is not None)

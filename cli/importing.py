@@ -9,7 +9,7 @@ import typer
 
 from finetune.errors import RefusedError
 
-from . import console
+from . import output
 from .options import AsJson, Overwrite
 
 
@@ -28,4 +28,4 @@ def import_recipe(
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
     made = imported(tool, file, output)
     write_file(output, made.text)
-    console.show_import(made, output, as_json)
+    output.show_import(made, output, as_json)

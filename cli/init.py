@@ -10,7 +10,7 @@ import typer
 
 from finetune.errors import RefusedError, UsageError
 
-from . import console
+from . import output
 from .options import HERE, AsJson, Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -52,24 +52,24 @@ def init(
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
     gpu = _gpu(memory or HERE)  # a wrong one is told before anybody is asked
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.jobs.plan.init import inspect_dataset, likely_objective, write_recipe
         from finetune.jobs.plan.starter_recipe import AIMS
 
         seen = inspect_dataset(data, format, dict(map(_column, column or [])))
     if not quiet:
-        console.show_note(f"{seen.rows} rows{'' if seen.is_whole else ' and more'} of format {seen.format}")
+        output.show_note(f"{seen.rows} rows{'' if seen.is_whole else ' and more'} of format {seen.format}")
     aim = aim or _asked("--aim", f"Aim: {', '.join(AIMS)}", likely_objective(seen))
     model = model or _asked("--model", "Base model (hub id, folder, or .gguf file)")
     if memory is None:
         gpu = _gpu(_asked("--memory", "Fit into (a GPU, such as 24GB or A100, or this machine)", HERE))
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         fitted = write_recipe(seen, model, aim, gpu, output, report)
     if as_json:
         event = {"event": "recipe", "file": str(output), "aim": aim, "peak": fitted.after.peak}
-        console.show_result(json.dumps(event))
+        output.show_result(json.dumps(event))
     else:
-        console.show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
+        output.show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
 
 
 def _column(argument: str) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def _gpu(text: str) -> GpuSpec | None:
 
 def _asked(option: str, question: str, default: str | None = None) -> str:
     """A person's answer; where nobody can be asked, the default."""
-    answer = console.answer(question, default)
+    answer = output.answer(question, default)
     if not answer:
         raise UsageError(f"{option} is missing, and there is nobody to ask", hint=f"add {option}")
     return answer

@@ -11,7 +11,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError, Interrupted, ProcessLost, Stopped, as_lost_process, as_out_of_memory
 from finetune.run import distributed
 
-from . import console
+from . import output
 from .chat import chat
 from .diff import diff
 from .evaluate import evaluate
@@ -41,14 +41,14 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
-        console.use_json(False)  # until the command's own --json is read
+        output.use_json(False)  # until the command's own --json is read
         try:
             return super().invoke(ctx)
         except FinetuneError as error:
             raise typer.Exit(_tell(error)) from None
         except KeyboardInterrupt as interrupt:
             if not distributed.has_launcher():
-                console.show_note("interrupted")
+                output.show_note("interrupted")
             raise typer.Exit(_leave_word(interrupt, Interrupted.exit_code)) from None
         except typer.Exit:
             raise
@@ -65,7 +65,7 @@ def _tell(error: FinetuneError) -> int:
     """Show an error, unless the run's supervisor or its main process does; returns the exit code."""
     speaks = distributed.Rank.here().is_main or not isinstance(error, Stopped | Interrupted | ProcessLost)
     if speaks and not distributed.has_launcher():
-        console.show_error(error)
+        output.show_error(error)
     return _leave_word(error, error.exit_code)
 
 
@@ -89,7 +89,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        console.show_result(f"ft {__version__}")
+        output.show_result(f"ft {__version__}")
         raise typer.Exit
 
 

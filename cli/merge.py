@@ -11,7 +11,7 @@ import typer
 
 from finetune.errors import UsageError
 
-from . import console
+from . import output
 from .options import AsJson, Overwrite, Quiet
 
 
@@ -65,11 +65,11 @@ def merge(
     directories = [RunDirectory.open(run) for run in runs]
     chosen = dtype and dtype.value
     if len(directories) == 1:
-        with console.reporting(quiet, as_json) as report:
+        with output.reporting(quiet, as_json) as report:
             from finetune.jobs.export.merge import merge as merge_job
 
             result = merge_job(directories[0], output, chosen, overwrite, report)
-        console.show_merge(result.to_json(), result.folder, as_json)
+        output.show_merge(result.to_json(), result.folder, as_json)
         return
     if output is None:
         raise UsageError("several runs need a folder to write to", where="--output", hint="add --output DIR")
@@ -80,13 +80,13 @@ def merge(
             hint="choose float32, bfloat16 or float16",
         )
     shares = _weights(weights, len(directories))
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.jobs.export.merge_models import combine as combine_job
         from finetune.models.writing.weight_merging import WeightMerge
 
         combination = WeightMerge(combine.value, shares, density, rank, seed)
         combined = combine_job(directories, combination, output, chosen or "float32", overwrite, report)
-    console.show_combination(combined.to_json(), combined.folder, as_json)
+    output.show_combination(combined.to_json(), combined.folder, as_json)
 
 
 def _weights(text: str | None, runs: int) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import console
+from . import output
 from .options import AsJson
 
 
@@ -10,4 +10,4 @@ def methods(as_json: AsJson = False) -> None:
     """List every adapter and quantization. What it is, its paper, what it costs, how it merges, what loads it."""
     from finetune.recipe.methods import catalogue
 
-    console.show_catalogue(catalogue(), as_json)
+    output.show_catalogue(catalogue(), as_json)

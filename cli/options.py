@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")]
@@ -17,7 +17,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", callback=console.use_json, help="Write one JSON object a line to standard output."),
+    typer.Option("--json", callback=output.use_json, help="Write one JSON object a line to standard output."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]

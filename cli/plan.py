@@ -10,7 +10,7 @@ import typer
 
 from finetune.errors import RefusedError, UsageError
 
-from . import console
+from . import output
 from .options import HERE, AsJson, Overrides, Overwrite, RecipePath
 
 
@@ -40,7 +40,7 @@ def plan(
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet=False, as_json=as_json) as report:
+    with output.reporting(quiet=False, as_json=as_json) as report:
         from finetune.jobs.plan.estimate import MemoryPlanner
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write
@@ -55,11 +55,11 @@ def plan(
     changes = fitted.changes if fitted else None
     if as_json:
         facts = {**planned.to_json(), "changes": changes, "recipe": str(output) if output else None}
-        console.show_result(json.dumps({"event": "plan", **facts}))
+        output.show_result(json.dumps({"event": "plan", **facts}))
         return
-    console.show_plan(planned)
+    output.show_plan(planned)
     if changes is not None:
-        console.show_changes(changes, recipe, output)
+        output.show_changes(changes, recipe, output)
 
 
 def _refuse_contradictions(gpu: str | None, fit: str | None, output: Path | None, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 from .options import AsJson, Overrides, Overwrite, RecipePath
 
 
@@ -27,20 +27,20 @@ def preview(
     if html and (html.is_dir() or (html.exists() and not overwrite)):
         raise RefusedError("the file is there already", where=str(html), hint="choose another, or add --overwrite")
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet=False, as_json=as_json) as report:
+    with output.reporting(quiet=False, as_json=as_json) as report:
         from finetune.jobs.plan.preview import preview as preview_job
 
         shown = preview_job(loaded.recipe, rows, report)
     if html:
-        from .page import preview_page
+        from .views.preview_html import preview_page
 
         _write(html, preview_page(shown))
     if as_json:
-        console.show_result(json.dumps({"event": "preview", **shown.to_json()}, ensure_ascii=False))
+        output.show_result(json.dumps({"event": "preview", **shown.to_json()}, ensure_ascii=False))
     elif html:
-        console.show_result(f"page: {html}")
+        output.show_result(f"page: {html}")
     else:
-        console.show_preview(shown)
+        output.show_preview(shown)
 
 
 def _write(file: Path, page: str) -> None:

@@ -28,8 +28,8 @@ from finetune.run.events import (
     ValidationResult,
 )
 
-from . import wording
-from .board import LivePanel
+from . import formatting
+from .live_panel import LivePanel
 
 
 class Follower(ABC):
@@ -57,7 +57,7 @@ class Silent(Follower):
     def event(self, event: Event) -> None:
         """Show what is worth acting on."""
         if isinstance(event, TrainingWarning):
-            self.note(str(wording.line(event)))
+            self.note(str(formatting.line(event)))
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -73,7 +73,7 @@ class Lines(Silent):
         """Write the event's line, unless it is one of many."""
         if isinstance(event, StepMetrics) and not self._is_shown(event):
             return
-        if (text := wording.line(event)) is not None:
+        if (text := formatting.line(event)) is not None:
             self.stream.write(text + "\n")
             self.stream.flush()
 
@@ -142,15 +142,15 @@ class Live(Follower):
             case Phase():
                 self._show(event.doing, total=None)
             case DataRead() | TrainingStarted() | RunResumed():
-                self._print(wording.line(event), style="dim")
+                self._print(formatting.line(event), style="dim")
             case StepMetrics():
-                self._show("training", event.total_steps, event.step, wording.pace(event))
+                self._show("training", event.total_steps, event.step, formatting.pace(event))
             case Progress():
                 self._show(event.doing, event.total, event.done, self._estimate(event))
             case ValidationResult() | BestCheckpoint():
-                self._print(wording.line(event))
+                self._print(formatting.line(event))
             case TrainingWarning():
-                self.note(str(wording.line(event)))
+                self.note(str(formatting.line(event)))
 
     def _estimate(self, event: Progress) -> str:
         """The time that is left by the pace since the first word of it; of what has no end, how much is done."""

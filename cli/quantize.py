@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 from .options import AsJson, Overrides, Overwrite, Quiet, RecipePath
 
 
@@ -23,8 +23,8 @@ def quantize(
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.jobs.export.quantize import quantize as quantize_job
 
         quantized = quantize_job(loaded.recipe, output, overwrite, report)
-    console.show_quantized(quantized.to_json(), quantized.folder, as_json)
+    output.show_quantized(quantized.to_json(), quantized.folder, as_json)

@@ -6,7 +6,7 @@ import json
 
 from finetune.errors import Interrupted
 
-from . import console
+from . import output
 from .options import AsJson, Overrides, Quiet, RecipePath
 
 
@@ -16,13 +16,13 @@ def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = Fal
     from finetune.run.signals import Interruption, StopRequested
 
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.jobs.train.dry_run import dry_run_only
 
         interruption = Interruption()
         try:
-            with interruption.listening(console.exit_immediately):
+            with interruption.listening(output.exit_immediately):
                 dry_run_only(loaded.recipe, report, interruption)
         except StopRequested as request:
             raise Interrupted(f"{request}; nothing is left of it", number=request.number) from None
-    console.show_result(json.dumps({"event": "done"}) if as_json else f"next: ft train {recipe}")
+    output.show_result(json.dumps({"event": "done"}) if as_json else f"next: ft train {recipe}")

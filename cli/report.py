@@ -9,7 +9,7 @@ import typer
 
 from finetune.errors import RefusedError, UsageError
 
-from . import console
+from . import output
 from .options import AsJson, Overwrite
 
 
@@ -48,4 +48,4 @@ def report(
     # A run's own page is made of its files and is made anew; of others nothing is lost unasked.
     target = output or directories[0].report
     write_text(target, page)
-    console.show_page(target, as_json)
+    output.show_page(target, as_json)

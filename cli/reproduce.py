@@ -9,7 +9,7 @@ import typer
 
 from finetune.errors import CheckFailedError
 
-from . import console
+from . import output
 from .options import AsJson, Quiet, RunPath
 
 
@@ -26,14 +26,14 @@ def reproduce(
 
     first = RunDirectory.open(run)
     again = RunDirectory.create(run_dir or RunDirectory.free_path(run.with_name(f"{run.name}-again")))
-    with console.reporting(quiet, as_json, log=again.log) as report:
+    with output.reporting(quiet, as_json, log=again.log) as report:
         from finetune.jobs.train.reproduce import reproduce as reproduce_job
         from finetune.run.signals import Interruption
 
         interruption = Interruption()
-        with interruption.listening(console.exit_immediately):
+        with interruption.listening(output.exit_immediately):
             result = reproduce_job(first, again, report, interruption)
-    console.show_reproduction(result, as_json)
+    output.show_reproduction(result, as_json)
     if not result.is_identical:
         raise CheckFailedError(
             "the weights are not the same",

@@ -9,7 +9,7 @@ import typer
 
 from finetune.errors import UsageError
 
-from . import console
+from . import output
 from .options import AsJson
 
 Folder = Annotated[
@@ -26,7 +26,7 @@ def listing(ctx: typer.Context, directory: Folder = Path("runs"), as_json: AsJso
         return
     from finetune.run.index import runs_in, summarize
 
-    console.show_runs([summarize(run) for run in runs_in(directory)], directory, as_json)
+    output.show_runs([summarize(run) for run in runs_in(directory)], directory, as_json)
 
 
 @app.command()
@@ -38,11 +38,11 @@ def clean(
     from finetune.run.index import removable, remove, runs_in
 
     found = [each for run in runs_in(directory) for each in removable(run)]
-    console.show_removable(found, directory)
+    output.show_removable(found, directory)
     if not found:
         return
-    if not yes and not console.is_confirmed("Remove them?"):
+    if not yes and not output.is_confirmed("Remove them?"):
         raise UsageError("nothing was removed", hint="say yes, or add --yes")
     for each in found:
         remove(each)
-    console.show_result(f"removed {len(found)}")
+    output.show_result(f"removed {len(found)}")

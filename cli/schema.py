@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from . import console
+from . import output
 
 
 def schema() -> None:
     """Print the JSON Schema of recipes. For completion and checks in an editor."""
     from finetune.recipe.load import json_schema
 
-    console.show_result(json.dumps(json_schema(), indent=2))
+    output.show_result(json.dumps(json_schema(), indent=2))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 from .options import AsJson, Overrides, Quiet, RecipePath
 
 
@@ -31,10 +31,10 @@ def sweep(
 
     trials = Sweep(loaded, folder)
     interruption = Interruption()
-    with interruption.listening(console.exit_immediately):
+    with interruption.listening(output.exit_immediately):
         while (trial := trials.next_trial()) is not None:
-            console.show_trial(trial, trials.section.trials, as_json)
+            output.show_trial(trial, trials.section.trials, as_json)
             run = trials.run_of(trial)
-            with console.reporting(quiet, as_json, log=run.log, brief=trial.number > 1) as report:
+            with output.reporting(quiet, as_json, log=run.log, brief=trial.number > 1) as report:
                 trials.train(trial, run, report, interruption)
-    console.show_sweep(trials.directory, recipe, as_json)
+    output.show_sweep(trials.directory, recipe, as_json)

@@ -10,7 +10,7 @@ import typer
 
 from finetune.errors import UsageError
 
-from . import console
+from . import output
 from .options import AsJson, Overrides, Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def train(
             from finetune.jobs.train.launcher import RendezvousConfig, launch_ranks, rank_command
 
             meeting = RendezvousConfig.at(nodes, rendezvous)
-            launch_ranks(rank_command(str(__package__)), count, settings.restarts, console.exit_immediately, meeting)
+            launch_ranks(rank_command(str(__package__)), count, settings.restarts, output.exit_immediately, meeting)
             return
 
     def claim() -> tuple[RunDirectory, Recipe | None]:
@@ -101,17 +101,17 @@ def train(
 
             with recording_errors(run):  # it may have been killed after its last step, before its page was there
                 run.remove_leftovers()
-            console.show_nothing_left(run.path, as_json)
+            output.show_nothing_left(run.path, as_json)
         return
-    with console.reporting(quiet, as_json, log=run.log, speaks=rank.is_main) as report:
+    with output.reporting(quiet, as_json, log=run.log, speaks=rank.is_main) as report:
         from finetune.jobs.train.run import train as train_job
         from finetune.run.signals import Interruption
 
         interruption = Interruption()
-        with interruption.listening(console.exit_immediately):
+        with interruption.listening(output.exit_immediately):
             finished = train_job(trains, run, report, interruption)
     if rank.is_main:
-        console.show_training(finished, run.path, as_json)
+        output.show_training(finished, run.path, as_json)
 
 
 def _smoke(
@@ -123,11 +123,11 @@ def _smoke(
 
     loaded = load_recipe(recipe, overrides or ())
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for devices
-    with console.reporting(quiet, as_json) as report:
+    with output.reporting(quiet, as_json) as report:
         from finetune.jobs.smoke_test import smoke as smoke_job
 
         passed = smoke_job(loaded.recipe, report)
-    console.show_smoke(passed, recipe, as_json)
+    output.show_smoke(passed, recipe, as_json)
 
 
 def _refuse_contradictions(recipe: Path | None, run_dir: Path | None, resume: str | None, overwrite: bool) -> None:

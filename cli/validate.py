@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import console
+from . import output
 from .options import Overrides, RecipePath
 
 
@@ -16,8 +16,8 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
-    console.show_result(
+    output.show_result(
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"
     )
-    console.show_result(serving(plan))
+    output.show_result(serving(plan))

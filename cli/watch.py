@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import output
 from .options import AsJson
 
 
@@ -22,7 +22,7 @@ def watch(
     from finetune.storage.files import read_json
 
     directory = RunDirectory.open(run)
-    with console.following(quiet=False, as_json=as_json) as follower:
+    with output.following(quiet=False, as_json=as_json) as follower:
         for event in watched(directory):
             follower.event(event)
-    console.show_watched(summarize(directory), read_json(directory.outcome), run, as_json)
+    output.show_watched(summarize(directory), read_json(directory.outcome), run, as_json)

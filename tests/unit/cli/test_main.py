@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from cli import console
+from cli import output
 from cli.main import Commands, app
 from cli.options import AsJson
 from finetune import __version__, errors
@@ -198,7 +198,7 @@ def test_the_schema_is_json():
 
 
 def follow(act: Callable[[Callable], None], **options: bool) -> None:
-    with console.reporting(options.get("quiet", False), options.get("as_json", False)) as report:
+    with output.reporting(options.get("quiet", False), options.get("as_json", False)) as report:
         act(report)
 
 
@@ -216,7 +216,7 @@ def test_warnings_of_ours_are_remarks_and_informations_notes(capsys: pytest.Capt
 def test_the_log_file_has_events_and_remarks_whatever_the_terminal_shows(tmp_path: Path):
     from finetune.run.events import Phase
 
-    with console.reporting(quiet=True, as_json=False, log=tmp_path / "log.txt") as report:
+    with output.reporting(quiet=True, as_json=False, log=tmp_path / "log.txt") as report:
         report(Phase("saving"))
         logging.getLogger("finetune.data").warning("left out %d rows", 2)
     first, second = (tmp_path / "log.txt").read_text().splitlines()

@@ -13,7 +13,7 @@ from rich.console import Console
 from cli.progress import Follower, JsonLines, Lines, Live, Silent
 from finetune.run.events import BestCheckpoint, Event, Phase, Progress, TrainingWarning, ValidationResult
 
-from .test_wording import FINISHED, STARTED, STEP
+from .test_formatting import FINISHED, STARTED, STEP
 
 VALIDATED = ValidationResult(step=10, loss=1.25, perplexity=3.49, rows=50)
 ONE_OF_EACH: list[Event] = [Phase("saving"), STARTED, STEP, VALIDATED, Progress("answering", 8, 8), FINISHED]

@@ -9,7 +9,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.wording import choice as in_words
+from cli.formatting import choice as in_words
 from finetune.recipe.methods import catalogue
 from finetune.recipe.schema import shape_at
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.report.page import document
 
-from . import wording
+from .. import formatting
 
 if TYPE_CHECKING:
     from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch
@@ -27,7 +27,7 @@ _STYLE = """
 
 def preview_page(preview: Preview) -> str:
     """The preview as HTML."""
-    table = "\n".join(wording.ledger(preview.ledger))
+    table = "\n".join(formatting.ledger(preview.ledger))
     longest = max(batch.computed + batch.shared for batch in preview.first_step)
     return document(
         "Preview of the training data",
@@ -38,7 +38,7 @@ def preview_page(preview: Preview) -> str:
             "↵ end of line</p>",
             "<h2>Rows</h2>",
             *map(_row, preview.rows),
-            f"<h2>{wording.first_step(preview).capitalize()}</h2>",
+            f"<h2>{formatting.first_step(preview).capitalize()}</h2>",
             '<p class="dim">A bar for each pass, a segment for each row, padding hatched.</p>',
             *(_bar(batch, longest) for batch in preview.first_step),
             "<h2>What became of the rows</h2>",

@@ -8,11 +8,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from cli.board import EMPTY, HEIGHT, MOST_MEANS, LivePanel, Losses, curve
+from cli.live_panel import EMPTY, HEIGHT, MOST_MEANS, LivePanel, Losses, curve
 from finetune.run.events import Event, SampleGenerated, ValidationResult
 from tests.fixtures.runs import steps
 
-from .test_wording import STARTED
+from .test_formatting import STARTED
 
 
 def shown(*events: Event, width: int = 80, height: int = 40) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cli import wording
-from cli.page import preview_page
+from cli import formatting
+from cli.views.preview_html import preview_page
 from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch
 
 HOSTILE = "<script>alert('x')</script>"
@@ -13,7 +13,7 @@ HOSTILE = "<script>alert('x')</script>"
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(wording, "ledger", lambda report: [f"train: {HOSTILE}"])
+    monkeypatch.setattr(formatting, "ledger", lambda report: [f"train: {HOSTILE}"])
     stretches = [
         Stretch("<|user|>", 1, trained=False, special=True),
         Stretch(HOSTILE + "\n", 20, trained=False, special=False),
@@ -48,7 +48,7 @@ def test_a_pass_is_drawn_to_scale_with_its_padding(page: str):
 
 
 def test_a_pass_whose_rows_share_tokens_has_no_padding_and_says_how_many(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wording, "ledger", lambda report: [])
+    monkeypatch.setattr(formatting, "ledger", lambda report: [])
     page = preview_page(Preview([], [MicroBatch([25, 15], computed=30, shared=10)], {}))
     assert 'class="padding"' not in page
     assert "40 tokens, 30 computed, rows: 2" in page

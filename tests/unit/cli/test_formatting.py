@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import wording
+from cli import formatting
 from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, ValidationResult
 
 STARTED = TrainingStarted(
@@ -65,11 +65,13 @@ FINISHED = TrainingFinished(
     ],
 )
 def test_counts_have_three_digits_and_a_unit(number: float, words: str):
-    assert wording.count(number) == words
+    assert formatting.count(number) == words
 
 
 def test_no_count_is_written_with_an_exponent():
-    assert not any("e" in wording.count(step * 10**power) for power in range(12) for step in (1, 9.994, 9.996, 9.9999))
+    assert not any(
+        "e" in formatting.count(step * 10**power) for power in range(12) for step in (1, 9.994, 9.996, 9.9999)
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,37 +87,37 @@ def test_no_count_is_written_with_an_exponent():
     ],
 )
 def test_durations_are_read_like_a_clock(seconds: float, words: str):
-    assert wording.duration(seconds) == words
+    assert formatting.duration(seconds) == words
 
 
 def test_memory_is_in_gb_of_ten_to_the_ninth():
-    assert wording.memory(2_500_000_000) == "2.5 GB"
+    assert formatting.memory(2_500_000_000) == "2.5 GB"
 
 
 def test_the_time_left_is_by_the_mean_step():
-    assert wording.seconds_left(STEP) == 100
-    assert wording.seconds_left(replace(STEP, step=60)) == 0
+    assert formatting.seconds_left(STEP) == 100
+    assert formatting.seconds_left(replace(STEP, step=60)) == 0
 
 
 def test_the_start_tells_model_share_rows_steps_and_place():
-    text = str(wording.line(STARTED))
+    text = str(formatting.line(STARTED))
     assert "org/name in nf4, lora: 4.88M of 139M parameters train (3.50 %), computing in bfloat16" in text
     assert "950 rows, 50 held out, 12.3k trained tokens an epoch, 60 steps" in text
     assert "run directory: runs/tickets" in text
     assert "peak memory" not in text  # it was not planned
-    planned = str(wording.line(replace(STARTED, planned_memory_bytes=2_640_000_000)))
+    planned = str(formatting.line(replace(STARTED, planned_memory_bytes=2_640_000_000)))
     assert "an epoch, 60 steps, peak memory about 2.6 GB" in planned
 
 
 def test_what_is_not_there_is_not_told():
-    text = str(wording.line(replace(STARTED, quantization="none", validation_rows=0)))
+    text = str(formatting.line(replace(STARTED, quantization="none", validation_rows=0)))
     assert "org/name, lora" in text
     assert "held out" not in text
 
 
 def test_a_step_tells_what_one_watches():
     expected = "step 10/60  loss 1.2346  grad 0.5  lr 2.00e-04  2.5 GB  412 tok/s  1:40 left"
-    assert wording.line(STEP) == expected
+    assert formatting.line(STEP) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,28 +136,28 @@ def test_a_step_tells_what_one_watches():
     ],
 )
 def test_the_other_events_have_a_line_or_none(event: Event, text: str | None):
-    assert wording.line(event) == text
+    assert formatting.line(event) == text
 
 
 def test_the_outcome_compares_before_and_after():
-    assert wording.outcome(FINISHED) == [
+    assert formatting.outcome(FINISHED) == [
         "trained 60 steps in 2:00, 24k tokens (200 tok/s), peak memory 2.5 GB",
         "held-out loss 2.5000 -> 1.2500",
     ]
 
 
 def test_the_outcome_of_a_run_without_held_out_rows_has_one_line():
-    assert len(wording.outcome(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
+    assert len(formatting.outcome(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
 
 
 def test_the_ranks_of_a_run_are_a_table_or_where_that_is_too_wide_a_picture():
-    assert wording.ranks(None, Path("runs/a")) == []
+    assert formatting.ranks(None, Path("runs/a")) == []
     few = {f"layers.{block}.{kind}_proj": 3 for block in range(2) for kind in "qkv"}
-    lines = wording.ranks(few, Path("runs/a"))
+    lines = formatting.ranks(few, Path("runs/a"))
     assert lines[0] == "ranks of the layers; how they came about: runs/a/ranks.svg"
     assert len(lines) == 5
     many = {f"layers.0.experts.{number}.down_proj": 3 for number in range(30)}
-    assert len(wording.ranks(many, Path("runs/a"))) == 1
+    assert len(formatting.ranks(many, Path("runs/a"))) == 1
 
 
 def numbers(**others: object) -> dict[str, object]:
@@ -167,7 +169,7 @@ def numbers(**others: object) -> dict[str, object]:
 def test_the_table_of_rows_fits_80_characters_and_names_every_source_and_all_of_them():
     sources = [{**numbers(), "source": f"/some/where/{'deep/' * 20}{name}.jsonl", "format": "chat"} for name in "ab"]
     report = {"train": {**numbers(in_validation=7), "sources": sources}, "validation": {**numbers(), "sources": []}}
-    lines = wording.ledger({**report, "packing": {"packs": 12, "pack_length": 1024, "fill": 0.987}})
+    lines = formatting.ledger({**report, "packing": {"packs": 12, "pack_length": 1024, "fill": 0.987}})
     assert max(map(len, lines)) <= 80
     assert lines[1].startswith("train: ")
     assert lines[1].endswith("/a.jsonl (chat)")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cli import console
+from cli import output
 
 HOSTILE = "a\033[31mred\033[2J\rb\x9b1A\x07\tc\n👩‍🚀"
 
@@ -25,30 +25,30 @@ def test_what_a_model_writes_cannot_steer_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     be_terminal(monkeypatch)
-    with console.words() as tell:
+    with output.words() as tell:
         tell(HOSTILE)
-    console.show_answers([row("mine", "Hi", HOSTILE)], as_json=False)
+    output.show_answers([row("mine", "Hi", HOSTILE)], as_json=False)
     expected = "a[31mred[2Jb1A\tc\n👩‍🚀\n"
     assert capsys.readouterr().out == expected + expected
 
 
 def test_in_a_pipe_it_is_left_as_it_is(capsys: pytest.CaptureFixture[str]):
-    with console.words() as tell:
+    with output.words() as tell:
         tell(HOSTILE)
     assert capsys.readouterr().out == HOSTILE + "\n"
 
 
 def test_several_answers_stand_below_their_titles(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     be_terminal(monkeypatch)
-    console.show_answers([row("mine", "Hi", "one"), row("other", "Hi", "two")], as_json=False)
+    output.show_answers([row("mine", "Hi", "one"), row("other", "Hi", "two")], as_json=False)
     assert capsys.readouterr().out == "\033[1mmine:\033[0m\none\n\n\033[1mother:\033[0m\ntwo\n"
-    console.show_answers([row("mine", "Hi", "one"), row("mine", "Hello", "two")], as_json=False)
+    output.show_answers([row("mine", "Hi", "one"), row("mine", "Hello", "two")], as_json=False)
     assert capsys.readouterr().out == "\033[1m> Hi\033[0m\none\n\n\033[1m> Hello\033[0m\ntwo\n"
 
 
 def test_a_line_is_ended_even_if_the_answer_is_interrupted(capsys: pytest.CaptureFixture[str]):
     def interrupted() -> None:
-        with console.words() as tell:
+        with output.words() as tell:
             tell("half")
             raise KeyboardInterrupt
 

@@ -236,9 +236,9 @@ class _LogFile(logging.FileHandler):
 
 
 def _log_event(handlers: list[logging.Handler], event: Event) -> None:
-    from . import wording
+    from . import formatting
 
-    text = wording.line(event)
+    text = formatting.line(event)
     for handler in handlers if text else ():
         handler.emit(logging.LogRecord("finetune", logging.INFO, "", 0, text, None, None))
 
@@ -257,7 +257,7 @@ def _quiet_libraries() -> None:
 
 def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
     """Print what a training came to, and the commands that usually come next."""
-    from . import wording
+    from . import formatting
 
     if as_json:
         show_result(json.dumps(finished.to_json()))
@@ -265,8 +265,8 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
     trained = Path(finished.trained).name
     commands = [f"ft {command} {run}" for command in ("eval", finished.standalone_by) if command]
     lines = [
-        *wording.outcome(finished),
-        *wording.ranks(finished.ranks, run),
+        *formatting.outcome(finished),
+        *formatting.ranks(finished.ranks, run),
         f"weights: {run / trained}",
         f"report: {run / 'report.html'}",
         f"next: {'   '.join(commands)}",
@@ -298,10 +298,10 @@ def show_evaluation(evaluated: Evaluated, as_json: bool) -> None:
 
     from finetune.report.run_page import answered_by
 
-    from . import wording
+    from . import formatting
 
     for task, scores in evaluated.scores.items():
-        Console().print(_scores_table(wording.task_title(task, scores), evaluated, scores))
+        Console().print(_scores_table(formatting.task_title(task, scores), evaluated, scores))
     if note := answered_by(evaluated.to_json()):
         show_result(note)
     for gate in evaluated.gates:
@@ -314,22 +314,22 @@ def show_evaluation(evaluated: Evaluated, as_json: bool) -> None:
 def _scores_table(title: str, evaluated: Evaluated, scores: dict[str, Score]) -> Table:
     from rich.table import Table
 
-    from . import wording
+    from . import formatting
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    has_flips = any(score.difference and wording.flips(score.difference) for score in scores.values())
+    has_flips = any(score.difference and formatting.flips(score.difference) for score in scores.values())
     compared = ["difference"] if evaluated.against else []
     models = [evaluated.against, evaluated.label] if evaluated.against else [evaluated.label]
     table.add_column("")
     for column in (*models, *compared, "95 % interval", *(["better/worse"] if has_flips else [])):
         table.add_column(column, justify="right", overflow="fold")
     for name, score in scores.items():
-        values = [wording.score(score.form, each.value) for each in (score.theirs, score.ours) if each]
-        change = [wording.difference(score)] if evaluated.against else []
+        values = [formatting.score(score.form, each.value) for each in (score.theirs, score.ours) if each]
+        change = [formatting.difference(score)] if evaluated.against else []
         spread = score.difference.change if score.difference else None if evaluated.against else score.ours
-        flipped = [wording.flips(score.difference) if score.difference else ""] if has_flips else []
+        flipped = [formatting.flips(score.difference) if score.difference else ""] if has_flips else []
         table.add_row(
-            name.replace("_", " "), *values, *change, wording.interval(score.form, spread, bool(change)), *flipped
+            name.replace("_", " "), *values, *change, formatting.interval(score.form, spread, bool(change)), *flipped
         )
     return table
 
@@ -605,10 +605,10 @@ def show_catalogue(choices: list[Choice], as_json: bool) -> None:
         for choice in choices:
             show_result(json.dumps(asdict(choice)))
         return
-    from . import wording
+    from . import formatting
 
     width = shutil.get_terminal_size().columns
-    show_result("\n".join(line for choice in choices for line in wording.choice(choice, width)))
+    show_result("\n".join(line for choice in choices for line in formatting.choice(choice, width)))
 
 
 def show_trial(trial: Trial, total: int, as_json: bool) -> None:
@@ -668,11 +668,11 @@ def show_sections(sections: dict[str, str], as_json: bool) -> None:
     if as_json:
         show_result(json.dumps(sections, ensure_ascii=False))
         return
-    from . import wording
+    from . import formatting
 
     width = shutil.get_terminal_size().columns
     show_result(
-        "\n".join(["sections of a recipe; `ft explain SECTION` tells more", *wording.described(sections, width)])
+        "\n".join(["sections of a recipe; `ft explain SECTION` tells more", *formatting.described(sections, width)])
     )
 
 
@@ -681,9 +681,9 @@ def show_explanation(explanation: Explanation, values: dict[str, list[str]], as_
     if as_json:
         show_result(json.dumps({**asdict(explanation), "recipes": values}, ensure_ascii=False))
         return
-    from . import wording
+    from . import formatting
 
-    show_result("\n".join(wording.explanation(explanation, values, shutil.get_terminal_size().columns)))
+    show_result("\n".join(formatting.explanation(explanation, values, shutil.get_terminal_size().columns)))
 
 
 def show_import(made: Imported, file: Path, as_json: bool) -> None:
@@ -693,16 +693,16 @@ def show_import(made: Imported, file: Path, as_json: bool) -> None:
         for each in made.left:
             show_result(json.dumps({"event": "not_carried", **asdict(each)}, ensure_ascii=False))
         return
-    from . import wording
+    from . import formatting
 
-    show_result("\n".join(wording.imported(made, file, shutil.get_terminal_size().columns)))
+    show_result("\n".join(formatting.imported(made, file, shutil.get_terminal_size().columns)))
 
 
 def show_plan(plan: Plan) -> None:
     """Print what a run will take, by part."""
-    from . import wording
+    from . import formatting
 
-    for line in wording.plan(plan):
+    for line in formatting.plan(plan):
         show_result(line)
 
 
@@ -723,7 +723,7 @@ def show_preview(preview: Preview) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from . import wording
+    from . import formatting
 
     console = Console(highlight=False)
     for row in preview.rows:
@@ -737,10 +737,10 @@ def show_preview(preview: Preview) -> None:
         console.print(text, "", sep="\n")
     console.print(Text("green: trained; reversed: special tokens; ↵: end of line", style="dim"))
     longest = max(batch.computed + batch.shared for batch in preview.first_step)
-    console.print(Text(wording.first_step(preview), style="bold"))
+    console.print(Text(formatting.first_step(preview), style="bold"))
     for batch in preview.first_step:
         console.print(_drawn_to_scale(batch, longest))
-    for line in wording.ledger(preview.ledger):
+    for line in formatting.ledger(preview.ledger):
         console.print(Text(line), soft_wrap=True)
 
 

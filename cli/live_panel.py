@@ -11,7 +11,7 @@ from rich.text import Text
 
 from finetune.run.events import Event, SampleGenerated, StepMetrics, TrainingStarted, ValidationResult
 
-from . import wording
+from . import formatting
 from .sanitize import sanitize
 
 HEIGHT = 6
@@ -87,7 +87,7 @@ class LivePanel:
         """The lines that fit on the terminal."""
         if self.step is None:
             return
-        yield _line(wording.figures(self.step, self.validations, self.planned_bytes), options.max_width)
+        yield _line(formatting.figures(self.step, self.validations, self.planned_bytes), options.max_width)
         if console.height >= LEAST_HEIGHT and len(self.losses.means) > 1:
             yield from curve(self.losses, self.validations, min(options.max_width, WIDEST))
         if self.sample is not None:
