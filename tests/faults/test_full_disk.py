@@ -78,7 +78,7 @@ def test_a_disk_that_is_filled_to_the_last_byte(recipe: Path, uninterrupted: Res
         assert "Traceback" not in attempt.said
     assert not other.run.exists()
     assert last.code == 0, last.said
-    assert "going on after step 3" in last.said
+    assert "resumed after step 3" in last.said
     assert Result.of(last.run) == uninterrupted
 
 

@@ -113,9 +113,9 @@ def test_long_runs_begin_with_one_unless_they_are_told_not_to(tmp_path: Path, ti
 def test_alone_it_leaves_nothing(tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(sections(tiny_model, chat_file, "lora", rehearsal=False), tmp_path)
-    done = CliRunner().invoke(app, ["rehearse", str(recipe)])
+    done = CliRunner().invoke(app, ["dry-run", str(recipe)])
     assert done.exit_code == 0, done.output
-    assert "rehearsed in 0:0" in done.output
-    assert "a layer merged" in done.output
+    assert "dry run passed in 0:0" in done.output
+    assert "one layer merged" in done.output
     assert "next: ft train" in done.output
     assert not list((tmp_path / "runs").iterdir())

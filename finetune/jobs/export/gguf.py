@@ -18,7 +18,7 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
 from finetune.errors import RefusedError, UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import QUANTIZED, merge, refuse_taken, verification_rows, written_logits
+from finetune.jobs.export.merge import QUANTIZED, merge, verification_rows, written_logits
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import modelfile
 from finetune.jobs.load.trained_run import FineTunedRun
@@ -30,7 +30,7 @@ from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding to a type explains; q4_1 rounds
@@ -86,7 +86,7 @@ def export_gguf(
         RefusedError: The base is another one, the folder is taken, or what was written does not agree; then nothing is.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event)
@@ -130,7 +130,7 @@ def export_gguf_adapter(
         RefusedError: The base is another one, or the folder is taken.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     method, section = trained.context.method, trained.context.recipe.adapter
     further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]

@@ -28,7 +28,7 @@ from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 QUANTIZED = "quantized"
 """In the place of a dtype: the base's own codes and scales, its minimums moved."""
@@ -112,7 +112,7 @@ def merge(
             the trained one; then nothing is written.
     """
     target = (output or run.merged).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     context = trained.context
     context.method.check_merge()
@@ -146,16 +146,6 @@ def merge(
         )
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
-
-
-def refuse_taken(target: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless that was asked for.
-
-    Raises:
-        RefusedError: The folder is there.
-    """
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
 def verification_rows(trained: FineTunedRun, on_event: EventHandler) -> Verification:

@@ -9,7 +9,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.formatting import choice as in_words
+from cli.views.recipe import choice_lines
 from finetune.recipe.methods import catalogue
 from finetune.recipe.schema import shape_at
 
@@ -31,7 +31,7 @@ def test_it_lists_every_choice_once_with_its_paper_and_what_it_costs():
 
 
 def test_it_fits_the_terminal_and_tells_programs_the_same():
-    lines = [line for choice in catalogue() for line in in_words(choice, 80)]
+    lines = [line for choice in catalogue() for line in choice_lines(choice, 80)]
     assert max(map(len, lines)) <= 80
     told = CliRunner().invoke(app, ["methods", "--json"]).stdout.splitlines()
     assert [json.loads(line)["name"] for line in told] == [choice.name for choice in catalogue()]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli import formatting
 from cli.main import app
+from cli.views.recipe import explanation_lines
 from finetune.errors import UsageError
 from finetune.recipe.explain import explain_key, sections, values_in
 from finetune.recipe.load import dump_recipe
@@ -27,7 +27,7 @@ def test_every_key_of_the_schema_is_explained_within_the_terminals_width(key: st
     (explanation,) = explain_key(key)
     assert explanation.key == key
     assert all(meaning.what and meaning.values for meaning in explanation.meanings)
-    lines = formatting.explanation(explanation, {"a value": ["recipe.yaml"] * 9}, 80)
+    lines = explanation_lines(explanation, {"a value": ["recipe.yaml"] * 9}, 80)
     assert max(map(len, lines)) <= 80
 
 
