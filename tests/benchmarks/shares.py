@@ -105,12 +105,12 @@ def measure() -> None:
     loading, loaded = resident("VmHWM") - before, resident("VmRSS") - before
     del base
     before = resident("VmRSS")
-    ready = PreparedRun.of(recipe, ignore, Interruption())
-    state, sent = ready.state, Sent()
+    prepared = PreparedRun.of(recipe, ignore, Interruption())
+    state, sent = prepared.state, Sent()
     if isinstance(state.model, DistributedDataParallel):
         state.model.register_comm_hook(dist.group.WORLD, allreduce_hook)  # its own way, through what is counted
     trained = sum(weight.nbytes for weight in state.bare_model.parameters() if weight.requires_grad)
-    steps = fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout)
+    steps = fit(state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan)
     next(steps)
     forget_peak()
     sent.calls.clear()
@@ -124,7 +124,7 @@ def measure() -> None:
     most = context.accelerator.gather(torch.tensor([taken])).amax(0).tolist()
     if context.accelerator.is_main_process:
         memory = dict(zip(("loading", "loaded", "step"), most, strict=True))
-        plan = MemoryPlanner(context, ready.rows, None).plan(recipe, measures_time=False)
+        plan = MemoryPlanner(context, prepared.rows, None).plan(recipe, measures_time=False)
         planned = sum(plan.parts.values()) - plan.parts["libraries"] - plan.parts["fragmentation"]
         about = {"planned": planned, "trained": trained, "calls": sent.calls, "bytes": sent.bytes, "wire": wire}
         print(json.dumps({**memory, **about}))

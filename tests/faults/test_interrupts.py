@@ -19,7 +19,7 @@ PHASES = {
     "step": "finetune.train.loop.train_step",
     "evaluation": "finetune.jobs.train.evaluator.compute_validation_loss",
     "checkpoint": "finetune.jobs.train.checkpointing.write_state",
-    "saving": "finetune.jobs.train.run._save",
+    "saving": "finetune.jobs.train.training_loop._write_trained",
 }
 """What each phase spends its time in."""
 

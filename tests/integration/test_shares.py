@@ -29,7 +29,7 @@ import torch
 from transformers.utils import logging
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import compute_validation_loss
-from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.prepare import PreparedRun
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.signals import Interruption
@@ -44,24 +44,24 @@ logging.disable_progress_bar()
 found = {}
 for file in sorted(recipes.iterdir()):
     recipe = load_recipe(file).recipe
-    ready = Ready.of(recipe, ignore, Interruption())
-    state, main = ready.state, ready.bench.accelerator.is_main_process
+    prepared = PreparedRun.of(recipe, ignore, Interruption())
+    state, main = prepared.state, prepared.context.accelerator.is_main_process
     if (resumed / file.stem).is_dir():
         read_state(state, resumed / file.stem)
     found[file.stem] = results = {}
     results["steps"] = [
         [metrics.loss, metrics.gradient_norm]
-        for metrics in fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout)
+        for metrics in fit(state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan)
     ]
     loss = compute_validation_loss(
-        state.bare_model, ready.rows.train[:5], accelerator=ready.bench.accelerator, compute_dtype=torch.float32,
-        batch_size=2, make_batch=ready.layout.batch,
+        state.bare_model, prepared.rows.train[:5], accelerator=prepared.context.accelerator, compute_dtype=torch.float32,
+        batch_size=2, make_batch=prepared.batch_plan.batch,
     )
     results["held_out"] = [loss.loss, loss.tokens]
     results["answers"] = generate(
-        state.bare_model, ready.bench.tokenizer, [[256, 80, 90], [256, 7]], Sampling(4), batch_size=2, padding=0
+        state.bare_model, prepared.context.tokenizer, [[256, 80, 90], [256, 7]], Sampling(4), batch_size=2, padding=0
     )
-    results["quantized"] = ready.facts["quantized_base"]
+    results["quantized"] = prepared.facts["quantized_base"]
     results["largest_share"] = max(
         weight.to_local().numel() / weight.numel() if hasattr(weight, "to_local") else 1.0
         for name, weight in state.bare_model.named_parameters()
@@ -72,12 +72,12 @@ for file in sorted(recipes.iterdir()):
         target.mkdir(parents=True)
         write_state(state, target)
         (target / "trained").mkdir()
-        ready.bench.method.save(state.bare_model, target / "trained")
+        prepared.context.method.save(state.bare_model, target / "trained")
     elif state.is_sharded:
         write_state(state, None)
-        ready.bench.method.gather_for_save(state.bare_model)
-    fresh = Ready.of(recipe, ignore, Interruption()).state
-    ready.bench.accelerator.wait_for_everyone()
+        prepared.context.method.gather_for_save(state.bare_model)
+    fresh = PreparedRun.of(recipe, ignore, Interruption()).state
+    prepared.context.accelerator.wait_for_everyone()
     read_state(fresh, target)
     again = target / "again"
     if main:

@@ -38,7 +38,7 @@ from tests.fixtures.recipes import as_recipe
 def test_rows_share_what_they_begin_with_unless_something_is_drawn_for_each(
     change: str, shares: bool, tiny_recipe: dict[str, Any], tmp_path: Path
 ):
-    layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path, [change]), ignore, Interruption()).layout
+    layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path, [change]), ignore, Interruption()).batch_plan
     assert layout.shares_prefixes == shares
     row = Example([5] * 9, [False] * 8 + [True])
     assert layout.batch([row, row]).ids_BT.numel() == (11 if shares else 18)
@@ -49,7 +49,7 @@ def test_rows_share_nothing_where_the_model_cannot(
 ):
     caplog.set_level(logging.INFO, "finetune")
     monkeypatch.setattr(prepare, "prefix_sharing_blocker", lambda model: "scores with a cap")
-    layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).layout
+    layout = PreparedRun.of(as_recipe(tiny_recipe, tmp_path), ignore, Interruption()).batch_plan
     assert layout.restarts_positions
     assert not layout.shares_prefixes
     assert "training.prefix_sharing: auto shares nothing in this model: scores with a cap" in caplog.text
