@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from finetune.jobs.plan.estimate import Plan
 
 PARTS = {
-    "libraries": "libraries and their buffers",
+    "libraries": "torch, other libraries and their buffers",
     "weights": "of the base",
     "adapter": "parameters that the method adds",
     "gradients": "of the trainable parameters",
-    "optimizer": "its states, and statistics of the method",
+    "optimizer": "states, and statistics of the method",
     "communication": "all-gather and reduce buffers",
     "activations": "of the largest pass, forward and backward",
     "logits": "and their gradients, one chunk at a time",

@@ -74,7 +74,7 @@ def claim_on_all_ranks(
         return run, recipe
     message = broadcast_from_main(None)
     if message is None:
-        raise ProcessLost("the main process could not start", hint="see its error")
+        raise ProcessLost("rank 0 could not start", hint="see its error")
     path = Path(message["run"])
     # Each machine has its own launcher: after a restart the main rank may be on this one, and reads the path here.
     if (launch := launch_folder()) is not None:
