@@ -29,7 +29,9 @@ def dry_run(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = Fals
     show_result(json.dumps({"event": "done"}) if as_json else f"next: ft train {recipe}")
 
 
-def rehearse(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def dry_run_alias(
+    recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
     """Run `ft dry-run` under its former name."""
-    show_note("note: ft rehearse is now ft dry-run")
+    show_note("note: `rehearse` is now `ft dry-run`")
     dry_run(recipe, overrides, quiet, as_json)

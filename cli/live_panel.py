@@ -33,7 +33,7 @@ EMPTY = 0x2800
 
 
 class Losses:
-    """The loss curve in at most MAX_MEANS points: the stride doubles whenever they are full."""
+    """The loss curve in at most MAX_MEANS points: when these are full, pairs of neighbours are averaged."""
 
     def __init__(self) -> None:
         self.means: list[float] = []

@@ -13,7 +13,7 @@ from finetune.run import distributed
 
 from .chat import chat
 from .diff import diff
-from .dry_run import dry_run, rehearse
+from .dry_run import dry_run, dry_run_alias
 from .evaluate import evaluate
 from .explain import explain
 from .export import export
@@ -111,7 +111,7 @@ app.command()(validate)
 app.command()(preview)
 app.command()(plan)
 app.command("dry-run")(dry_run)
-app.command("rehearse", hidden=True)(rehearse)  # the former name
+app.command("rehearse", hidden=True)(dry_run_alias)  # the former name
 app.command()(train)
 app.command()(watch)
 app.command()(sweep)

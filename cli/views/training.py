@@ -51,7 +51,7 @@ def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_jso
     match summary.state:
         case "finished":
             lines.append(f"next: ft eval {run}   ft report {run}")
-        case "can go on":
+        case "can go on" | "resumable":
             lines.append(f"resume: ft train --resume {run}")
     show_result("\n".join(lines))
 

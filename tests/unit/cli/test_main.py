@@ -157,11 +157,11 @@ def test_help_lists_the_commands_in_the_order_of_use():
     assert result.exit_code == 0
 
 
-def test_rehearse_is_a_hidden_alias_of_dry_run(tmp_path: Path):
+def test_dry_run_has_its_former_name_as_hidden_alias(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text("adapter: [")
     former, current = (ft(command, str(tmp_path / "bad.yaml")) for command in ("rehearse", "dry-run"))
     assert (former.exit_code, current.exit_code) == (2, 2)
-    assert former.stderr.splitlines()[0] == "note: ft rehearse is now ft dry-run"
+    assert former.stderr.splitlines()[0] == "note: `rehearse` is now `ft dry-run`"
     assert former.stderr.splitlines()[1:] == current.stderr.splitlines()
     assert "rehearse" not in ft("--help").stdout
 
