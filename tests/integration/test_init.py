@@ -257,5 +257,5 @@ def test_on_a_terminal_it_asks_and_takes_what_the_data_tells_for_an_empty_line(f
     asked = read_to_the_end(ours)  # while it runs: a terminal that nobody reads holds it up
     process.wait()
     assert process.returncode == 0, asked
-    assert "Aim: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
+    assert "Objective: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
     assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == AIMS["qa"].max_new_tokens
