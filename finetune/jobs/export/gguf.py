@@ -19,7 +19,7 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import merge, refuse_taken
+from finetune.jobs.export.merge import merge
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import modelfile
 from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
@@ -32,7 +32,7 @@ from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
 """Largest difference of two logits, as a fraction of the largest logit, that rounding to a type explains. Of a QA-LoRA
@@ -89,7 +89,7 @@ def export_gguf(
             model. Nothing is written then.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
@@ -129,7 +129,7 @@ def export_gguf_adapter(
         RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     method, section = trained.context.method, trained.context.recipe.adapter
     further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]

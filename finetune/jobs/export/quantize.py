@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finetune.errors import ModelError, RefusedError
+from finetune.errors import ModelError
 from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.training_record import base_record
@@ -26,7 +26,7 @@ from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 RECORD = "quantize.json"
 
@@ -103,8 +103,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
         UnsupportedError: The kind has no format on disk, or does not support the model.
     """
     target = output.absolute()
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+    check_not_taken(target, overwrite, is_folder=True)
     context = TrainingContext.of(recipe, on_event)
     check_storable(context.quantizers.in_use)
     if stored_quantization(context.folder):

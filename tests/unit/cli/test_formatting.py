@@ -1,4 +1,4 @@
-"""Numbers and events in words."""
+"""Events and results as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cli import wording
+from cli.formatting import data_table, event_line, seconds_left
+from cli.views.training import rank_lines, result_lines
+from finetune import formatting
 from finetune.run.events import Event, Phase, Progress, StepMetrics, TrainingFinished, TrainingStarted, ValidationResult
 
 STARTED = TrainingStarted(
@@ -50,7 +52,7 @@ FINISHED = TrainingFinished(
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "text"),
     [
         (0, "0"),
         (999, "999"),
@@ -64,16 +66,18 @@ FINISHED = TrainingFinished(
         (671e9, "671B"),
     ],
 )
-def test_counts_have_three_digits_and_a_unit(number: float, words: str):
-    assert wording.count(number) == words
+def test_count_has_three_digits_and_a_unit(number: float, text: str):
+    assert formatting.count(number) == text
 
 
-def test_no_count_is_written_with_an_exponent():
-    assert not any("e" in wording.count(step * 10**power) for power in range(12) for step in (1, 9.994, 9.996, 9.9999))
+def test_count_has_no_exponent():
+    assert not any(
+        "e" in formatting.count(step * 10**power) for power in range(12) for step in (1, 9.994, 9.996, 9.9999)
+    )
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [
         (0, "0:00"),
         (0.4, "0:00"),
@@ -84,38 +88,38 @@ def test_no_count_is_written_with_an_exponent():
         (90000, "25:00:00"),
     ],
 )
-def test_durations_are_read_like_a_clock(seconds: float, words: str):
-    assert wording.duration(seconds) == words
+def test_duration_is_formatted_like_a_clock(seconds: float, text: str):
+    assert formatting.duration(seconds) == text
 
 
-def test_memory_is_in_gb_of_ten_to_the_ninth():
-    assert wording.memory(2_500_000_000) == "2.5 GB"
+def test_memory_is_in_decimal_gb():
+    assert formatting.memory(2_500_000_000) == "2.5 GB"
 
 
-def test_the_time_left_is_by_the_mean_step():
-    assert wording.seconds_left(STEP) == 100
-    assert wording.seconds_left(replace(STEP, step=60)) == 0
+def test_seconds_left_uses_the_mean_step_time():
+    assert seconds_left(STEP) == 100
+    assert seconds_left(replace(STEP, step=60)) == 0
 
 
-def test_the_start_tells_model_share_rows_steps_and_place():
-    text = str(wording.line(STARTED))
-    assert "org/name in nf4, lora: 4.88M of 139M parameters train (3.50 %), computing in bfloat16" in text
-    assert "950 rows, 50 held out, 12.3k trained tokens an epoch, 60 steps" in text
+def test_start_line_has_model_trainable_fraction_rows_steps_and_directory():
+    text = str(event_line(STARTED))
+    assert "org/name in nf4, lora: 4.88M of 139M parameters are trainable (3.50 %), computing in bfloat16" in text
+    assert "950 training rows, 50 validation rows, 12.3k target tokens per epoch, 60 steps" in text
     assert "run directory: runs/tickets" in text
-    assert "peak memory" not in text  # it was not planned
-    planned = str(wording.line(replace(STARTED, planned_memory_bytes=2_640_000_000)))
-    assert "an epoch, 60 steps, peak memory about 2.6 GB" in planned
+    assert "peak memory" not in text  # no estimate was made
+    planned = str(event_line(replace(STARTED, planned_memory_bytes=2_640_000_000)))
+    assert "per epoch, 60 steps, estimated peak memory 2.6 GB" in planned
 
 
-def test_what_is_not_there_is_not_told():
-    text = str(wording.line(replace(STARTED, quantization="none", validation_rows=0)))
+def test_start_line_omits_quantization_and_validation_if_there_are_none():
+    text = str(event_line(replace(STARTED, quantization="none", validation_rows=0)))
     assert "org/name, lora" in text
-    assert "held out" not in text
+    assert "validation" not in text
 
 
-def test_a_step_tells_what_one_watches():
+def test_step_line_has_loss_gradient_norm_rate_memory_and_pace():
     expected = "step 10/60  loss 1.2346  grad 0.5  lr 2.00e-04  2.5 GB  412 tok/s  1:40 left"
-    assert wording.line(STEP) == expected
+    assert event_line(STEP) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_a_step_tells_what_one_watches():
         (Phase("saving"), "saving ..."),
         (
             ValidationResult(step=60, loss=1.25, perplexity=3.49, rows=50),
-            "held-out loss 1.2500, perplexity 3.49 (step 60, 50 rows)",
+            "validation loss 1.2500, perplexity 3.49 (step 60, 50 rows)",
         ),
         (Progress("answering", 3, 8), None),
         (Progress("answering", 8, 8), "answering: 8 rows"),
@@ -133,29 +137,29 @@ def test_a_step_tells_what_one_watches():
         (FINISHED, None),
     ],
 )
-def test_the_other_events_have_a_line_or_none(event: Event, text: str | None):
-    assert wording.line(event) == text
+def test_event_line_of_other_events(event: Event, text: str | None):
+    assert event_line(event) == text
 
 
-def test_the_outcome_compares_before_and_after():
-    assert wording.outcome(FINISHED) == [
+def test_result_compares_validation_loss_before_and_after():
+    assert result_lines(FINISHED) == [
         "trained 60 steps in 2:00, 24k tokens (200 tok/s), peak memory 2.5 GB",
-        "held-out loss 2.5000 -> 1.2500",
+        "validation loss 2.5000 -> 1.2500",
     ]
 
 
-def test_the_outcome_of_a_run_without_held_out_rows_has_one_line():
-    assert len(wording.outcome(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
+def test_result_without_validation_has_one_line():
+    assert len(result_lines(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
 
 
-def test_the_ranks_of_a_run_are_a_table_or_where_that_is_too_wide_a_picture():
-    assert wording.ranks(None, Path("runs/a")) == []
+def test_ranks_are_a_table_unless_it_is_too_wide():
+    assert rank_lines(None, Path("runs/a")) == []
     few = {f"layers.{block}.{kind}_proj": 3 for block in range(2) for kind in "qkv"}
-    lines = wording.ranks(few, Path("runs/a"))
-    assert lines[0] == "ranks of the layers; how they came about: runs/a/ranks.svg"
+    lines = rank_lines(few, Path("runs/a"))
+    assert lines[0] == "ranks per layer; their history: runs/a/ranks.svg"
     assert len(lines) == 5
     many = {f"layers.0.experts.{number}.down_proj": 3 for number in range(30)}
-    assert len(wording.ranks(many, Path("runs/a"))) == 1
+    assert len(rank_lines(many, Path("runs/a"))) == 1
 
 
 def numbers(**others: object) -> dict[str, object]:
@@ -164,13 +168,14 @@ def numbers(**others: object) -> dict[str, object]:
     return {**rows, "share_trained": 0.35, "lengths": lengths, "duplicates": 123, **others}
 
 
-def test_the_table_of_rows_fits_80_characters_and_names_every_source_and_all_of_them():
+def test_data_table_fits_80_characters_and_names_every_source_and_the_total():
     sources = [{**numbers(), "source": f"/some/where/{'deep/' * 20}{name}.jsonl", "format": "chat"} for name in "ab"]
     report = {"train": {**numbers(in_validation=7), "sources": sources}, "validation": {**numbers(), "sources": []}}
-    lines = wording.ledger({**report, "packing": {"packs": 12, "pack_length": 1024, "fill": 0.987}})
+    lines = data_table({**report, "packing": {"packs": 12, "pack_length": 1024, "fill": 0.987}})
     assert max(map(len, lines)) <= 80
-    assert lines[1].startswith("train: ")
-    assert lines[1].endswith("/a.jsonl (chat)")
-    assert lines[5] == "train: all"
-    assert lines[6].split() == ["10000", "50", "9950", "945k", "35", "%", "95", "109", "2048", "123", "7"]
+    assert lines[1].split()[-2:] == ["duplicates", "validation"]
+    assert lines[2].startswith("train: ")
+    assert lines[2].endswith("/a.jsonl (chat)")
+    assert lines[6] == "train: all"
+    assert lines[7].split() == ["10000", "50", "9950", "945k", "35", "%", "95", "109", "2048", "123", "7"]
     assert lines[-1] == "12 packs of 1024 tokens, 98.7 % filled"

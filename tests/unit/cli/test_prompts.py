@@ -1,4 +1,4 @@
-"""Answers on a terminal and in a pipe."""
+"""Generated answers on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cli import console
+from cli.prompts import show_answers, streamed_answer
 
 HOSTILE = "a\033[31mred\033[2J\rb\x9b1A\x07\tc\n👩‍🚀"
 
@@ -21,35 +21,35 @@ def row(adapter: str, prompt: str, generated: str) -> dict[str, Any]:
     return {"prompt": prompt, "adapter": adapter, "generated": generated}
 
 
-def test_what_a_model_writes_cannot_steer_the_terminal(
+def test_answers_on_a_terminal_lose_control_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     be_terminal(monkeypatch)
-    with console.words() as tell:
-        tell(HOSTILE)
-    console.show_answers([row("mine", "Hi", HOSTILE)], as_json=False)
+    with streamed_answer() as show_piece:
+        show_piece(HOSTILE)
+    show_answers([row("mine", "Hi", HOSTILE)], as_json=False)
     expected = "a[31mred[2Jb1A\tc\n👩‍🚀\n"
     assert capsys.readouterr().out == expected + expected
 
 
-def test_in_a_pipe_it_is_left_as_it_is(capsys: pytest.CaptureFixture[str]):
-    with console.words() as tell:
-        tell(HOSTILE)
+def test_streamed_answer_in_a_pipe_is_unchanged(capsys: pytest.CaptureFixture[str]):
+    with streamed_answer() as show_piece:
+        show_piece(HOSTILE)
     assert capsys.readouterr().out == HOSTILE + "\n"
 
 
-def test_several_answers_stand_below_their_titles(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_several_answers_have_titles(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     be_terminal(monkeypatch)
-    console.show_answers([row("mine", "Hi", "one"), row("other", "Hi", "two")], as_json=False)
+    show_answers([row("mine", "Hi", "one"), row("other", "Hi", "two")], as_json=False)
     assert capsys.readouterr().out == "\033[1mmine:\033[0m\none\n\n\033[1mother:\033[0m\ntwo\n"
-    console.show_answers([row("mine", "Hi", "one"), row("mine", "Hello", "two")], as_json=False)
+    show_answers([row("mine", "Hi", "one"), row("mine", "Hello", "two")], as_json=False)
     assert capsys.readouterr().out == "\033[1m> Hi\033[0m\none\n\n\033[1m> Hello\033[0m\ntwo\n"
 
 
-def test_a_line_is_ended_even_if_the_answer_is_interrupted(capsys: pytest.CaptureFixture[str]):
+def test_streamed_answer_ends_its_line_when_interrupted(capsys: pytest.CaptureFixture[str]):
     def interrupted() -> None:
-        with console.words() as tell:
-            tell("half")
+        with streamed_answer() as show_piece:
+            show_piece("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

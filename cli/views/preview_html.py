@@ -1,4 +1,4 @@
-"""`ft preview --html`: a preview as one page that needs nothing else. All that comes from data is escaped."""
+"""The page of `ft preview --html`: one file without external resources. All text from data is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from finetune.report.page import document
 
-from . import wording
+from ..formatting import data_table
+from .preview import first_step_line
 
 if TYPE_CHECKING:
     from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch
@@ -27,30 +28,31 @@ _STYLE = """
 
 def preview_page(preview: Preview) -> str:
     """The preview as HTML."""
-    table = "\n".join(wording.ledger(preview.ledger))
+    table = "\n".join(data_table(preview.ledger))
     longest = max(batch.computed + batch.shared for batch in preview.first_step)
     return document(
         "Preview of the training data",
         _STYLE,
         [
-            "<h1>The data as the model will see it</h1>",
-            '<p><span class="trained">trained</span>, not trained, <span class="special">special token</span>, '
+            "<h1>Training data as the model sees it</h1>",
+            '<p><span class="trained">target tokens</span>, other tokens, '
+            '<span class="special">special token</span>, '
             "↵ end of line</p>",
             "<h2>Rows</h2>",
             *map(_row, preview.rows),
-            f"<h2>{wording.first_step(preview).capitalize()}</h2>",
-            '<p class="dim">A bar for each pass, a segment for each row, padding hatched.</p>',
+            f"<h2>{first_step_line(preview).capitalize()}</h2>",
+            '<p class="dim">One bar per forward pass, one segment per row; padding is hatched.</p>',
             *(_bar(batch, longest) for batch in preview.first_step),
-            "<h2>What became of the rows</h2>",
+            "<h2>Data report</h2>",
             f"<pre>{escape(table)}</pre>",
         ],
     )
 
 
 def _row(row: PreviewRow) -> str:
-    trained = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
+    targets = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
     text = "".join(map(_stretch, row.stretches))
-    counts = f"<small>{row.tokens} tokens, {trained} trained</small>"
+    counts = f"<small>{row.tokens} tokens, {targets} target tokens</small>"
     return f'<h3>{escape(row.where)} {counts}</h3>\n<pre class="row">{text}</pre>'
 
 
