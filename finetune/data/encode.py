@@ -59,7 +59,7 @@ class Encoder:
         train_on: Which tokens of a conversation are trained.
 
     Attributes:
-        remarks: What the user should know of the documents so far.
+        warnings: What the user should know of the documents so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> None:
@@ -67,7 +67,7 @@ class Encoder:
         self.train_on = train_on
         special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._special = tuple(special)
-        self.remarks: set[str] = set()
+        self.warnings: set[str] = set()
 
     def example(self, document: Document, where: str) -> Example:
         """The tokens of a document and which of them are trained; there may be none.
@@ -207,7 +207,7 @@ class Encoder:
             )
         end = self._end_of_turn(through, len(before))
         if is_answer and not through[:end].endswith(self._special):
-            self.remarks.add(
+            self.warnings.add(
                 "the chat template ends answers without a special token: the model is not trained to end them"
             )
         return len(before), end

@@ -21,13 +21,13 @@ def read_hub(hub: Hub) -> Iterator[Row]:
     import datasets
 
     where = _place(hub)
-    with _errors_named(where):
+    with _as_data_errors(where):
         rows = iter(
             datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.stream)
         )
     number = 0
     while True:
-        with _errors_named(where):
+        with _as_data_errors(where):
             values = next(rows, None)
         if values is None:
             return
@@ -47,7 +47,7 @@ def revision_of(hub: Hub) -> str | None:
     """
     import datasets
 
-    with _errors_named(_place(hub)):
+    with _as_data_errors(_place(hub)):
         commit: str | None = datasets.load_dataset_builder(hub.name, hub.subset, revision=hub.revision).hash
     return commit
 
@@ -61,7 +61,7 @@ def _place(hub: Hub) -> str:
 
 
 @contextmanager
-def _errors_named(where: str) -> Iterator[None]:
+def _as_data_errors(where: str) -> Iterator[None]:
     """The library's errors as the user's."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError

@@ -62,7 +62,7 @@ class DatasetSummary:
         return self.format in ("text", "tokenized")
 
 
-def survey(source: SourceSection) -> DatasetSummary:
+def summarize_source(source: SourceSection) -> DatasetSummary:
     """Look at a source.
 
     Raises:

@@ -12,10 +12,10 @@ from finetune.data.dataset import Datasets, TokenizedDataset
 PERCENTILES = (50, 90, 95, 99)
 
 
-def ledger(rows: Datasets, layout: BatchPlan) -> dict[str, Any]:
+def data_report(rows: Datasets, layout: BatchPlan) -> dict[str, Any]:
     """The report on a recipe's rows, as JSON values.
 
-    `rows read + added = kept + too_long + untrainable`, where `added` are those that came of splitting. `used` are
+    `rows read + added = kept + too_long + without_targets`, where `added` are those that came of splitting. `used` are
     the kept rows that this split has: weights and a held-out fraction may leave some to nobody or to the other
     split. Everything after it counts used rows only.
     """

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 import finetune.data
 from finetune.data.hub import revision_of
-from finetune.data.mixing import drawn
+from finetune.data.mixing import sampled
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
 from finetune.data.token_store import TokenStore, TokenStoreWriter
@@ -78,7 +78,7 @@ def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
     """The rows that a recipe takes of a source, each with its number in the source.
 
     Where `rows` asks for a part, the source is read twice: once to count, for every row must be as likely to be
-    drawn. Of a stream, which may be far larger than the part, the first ones are taken.
+    sampled. Of a stream, which may be far larger than the part, the first ones are taken.
 
     Raises:
         DataError: A row cannot be read, or there are fewer than asked for.
@@ -93,7 +93,7 @@ def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
             count = number + 1
     else:
         count = sum(1 for _ in read_rows(source))
-        chosen = drawn(count, source.rows, seed).tolist()
+        chosen = sampled(count, source.rows, seed).tolist()
         yield from zip(chosen, rows_at(source, chosen), strict=True)
     if count < source.rows:
         raise DataError(

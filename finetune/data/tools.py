@@ -24,8 +24,8 @@ def tools_of(row: Row, column: str) -> tuple[ToolObject, ...]:
     if value is None or value == "":
         return ()
     definitions = _parsed(value, f"column {column!r}", row.where)
-    listed = definitions if isinstance(definitions, list) else [definitions]
-    return tuple(_wrapped(each, f"column {column!r}", row.where) for each in listed)
+    messages_in = definitions if isinstance(definitions, list) else [definitions]
+    return tuple(_wrapped(each, f"column {column!r}", row.where) for each in messages_in)
 
 
 def tool_calls_of(value: Any, key: str, where: str) -> tuple[ToolObject, ...]:

@@ -28,14 +28,14 @@ class ChatFormat(Format[ChatSource]):
     def document(self, row: Row) -> Conversation:
         """The row's messages as they stand."""
         column = self.section.messages
-        values = listed(row, column, "{format: chat, messages: <column>}")
+        values = messages_in(row, column, "{format: chat, messages: <column>}")
         messages = [_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(values)]
         if self.section.answer is not None:
-            messages = answered(messages, row, self.section.answer, _message)
+            messages = with_answer(messages, row, self.section.answer, _message)
         return Conversation(tuple(messages), tools_of(row, self.section.tools))
 
 
-def listed(row: Row, column: str, section: str) -> list[Any]:
+def messages_in(row: Row, column: str, section: str) -> list[Any]:
     """The list of messages in a column.
 
     Args:
@@ -46,7 +46,7 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
     Raises:
         DataError: There is none.
     """
-    messages = turns_in(row, column)
+    messages = turns_value(row, column)
     if not isinstance(messages, list) or not messages:
         columns = f"no such column among: {excerpt(', '.join(row.values)) or 'none'}"
         row_has = describe(messages) if column in row.values else columns
@@ -58,7 +58,7 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
     return messages
 
 
-def turns_in(row: Row, column: str) -> Any:
+def turns_value(row: Row, column: str) -> Any:
     """What stands in a column of turns, which may be JSON text: a cell of a CSV file holds nothing else."""
     value = row.values.get(column)
     if isinstance(value, str):
@@ -67,7 +67,7 @@ def turns_in(row: Row, column: str) -> Any:
     return value
 
 
-def answered(
+def with_answer(
     messages: Sequence[Message], row: Row, column: str, to_message: Callable[[Any, str, str], Message]
 ) -> list[Message]:
     """A conversation with its answer, which stands apart.

@@ -32,12 +32,12 @@ class QaFormat(Format[QaSource]):
             raise DataError(
                 f"column {column!r} must hold at least one answer, found {describe(found)}",
                 where=row.where,
-                hint=_remedy(found),
+                hint=_hint(found),
             )
         return tuple(answers)
 
 
-def _remedy(found: object) -> str:
+def _hint(found: object) -> str:
     if type(found) is int:
         return "if the number is that of a choice, set the source's format: multiple_choice, and name its choices"
     return 'write a text, a list of texts, or {"text": [...]}'

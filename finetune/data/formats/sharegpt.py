@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.data.documents import Conversation, Format, Message
-from finetune.data.formats.chat import answered, is_trained, listed
+from finetune.data.formats.chat import is_trained, messages_in, with_answer
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
@@ -31,12 +31,12 @@ class ShareGptFormat(Format[ShareGptSource]):
     def document(self, row: Row) -> Conversation:
         """The row's turns under the names of roles that chat templates know."""
         column = self.section.conversations
-        turns = listed(row, column, "{format: sharegpt, conversations: <column>}")
+        turns = messages_in(row, column, "{format: sharegpt, conversations: <column>}")
         messages = [self._message(turn, f"{column}[{i}]", row.where) for i, turn in enumerate(turns)]
         if system := row.optional_text(self.section.system):
             messages.insert(0, Message("system", system))
         if self.section.answer is not None:
-            messages = answered(messages, row, self.section.answer, self._message)
+            messages = with_answer(messages, row, self.section.answer, self._message)
         return Conversation(tuple(messages), tools_of(row, self.section.tools))
 
     def _message(self, turn: Any, key: str, where: str) -> Message:

@@ -28,12 +28,12 @@ def read_parquet(path: Path, options: Options) -> Iterator[Row]:
 
     number = 0
     with open_bytes(path) as stream:
-        with _damage_named(path):
+        with _as_data_errors(path):
             file = ParquetFile(stream)
         _check_sizes(path, file.metadata)
         batches = file.iter_batches(ROWS_PER_BATCH)
         while True:
-            with _damage_named(path):
+            with _as_data_errors(path):
                 batch = next(batches, None)
                 rows = [] if batch is None else batch.to_pylist()
             if batch is None:
@@ -44,7 +44,7 @@ def read_parquet(path: Path, options: Options) -> Iterator[Row]:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _as_data_errors(path: Path) -> Iterator[None]:
     """Arrow's many errors about a file's content as the user's."""
     from pyarrow import ArrowException
 

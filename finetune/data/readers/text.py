@@ -19,7 +19,7 @@ def read_text(path: Path, options: Options) -> Iterator[Row]:
         DataError: A row is longer than 16 MiB, or not UTF-8.
     """
     if options.split == "line":
-        return _varlen_meta(path)
+        return _lines(path)
     return _paragraphs(path) if options.split == "paragraph" else _file(path)
 
 
@@ -29,7 +29,7 @@ def _file(path: Path) -> Iterator[Row]:
         yield Row({"text": text}, str(path))
 
 
-def _varlen_meta(path: Path) -> Iterator[Row]:
+def _lines(path: Path) -> Iterator[Row]:
     for number, line in numbered_lines(path):
         if line.strip():
             yield Row({"text": line}, f"{path}:{number}")

@@ -17,7 +17,7 @@ from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import BatchOrder
 from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
-from finetune.data.report import ledger
+from finetune.data.report import data_report
 from finetune.errors import UnsupportedError, UsageError
 from finetune.jobs.load.context import TrainingContext, layout_of
 from finetune.jobs.load.training_record import TrainingRecord
@@ -108,7 +108,7 @@ class PreparedRun:
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
-        read = DataRead(ledger(rows, layout))
+        read = DataRead(data_report(rows, layout))
         on_event(read)
         planned_memory = estimated_peak(context, rows, order.total_steps)
         base = context.load_base(on_event)

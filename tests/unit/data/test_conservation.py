@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.batch_plan import BatchPlan
-from finetune.data.collate import IGNORED, Batch, BatchOrder, joined
+from finetune.data.collate import IGNORED, Batch, BatchOrder, flattened
 from finetune.data.dataset import TokenizedDataset
 from finetune.data.documents import Tokens
 from finetune.data.encode import Encoder, Example
@@ -116,7 +116,7 @@ def shareable(example: Example) -> list[int]:
 @FIXED
 @given(rows=st.lists(examples(), min_size=1, max_size=10))
 def test_flattened_rows_with_shared_prefixes_hold_every_row_once_and_share_no_target(rows: list[Example]):
-    batch = joined(rows, shares_prefixes=True)
+    batch = flattened(rows, shares_prefixes=True)
     assert Counter(rows_of(batch)) == Counter(map(labelled, rows))
     assert (batch.tokens, batch.targets) == (sum(len(row.ids) for row in rows), sum(row.targets for row in rows))
     nodes = {tuple(shareable(row)[:end]) for row in rows for end in range(1, len(shareable(row)) + 1)}
@@ -140,7 +140,7 @@ def test_flattened_rows_hold_the_prompt_of_a_group_once(groups: list[tuple[list[
     for number, (prompt, answers) in enumerate(groups):
         ids = [10 + number, *prompt]  # a first token of the group's own: no prompt is the prefix of another
         rows += [Example(ids + answer, [False] * len(ids) + [True] * len(answer)) for answer in answers]
-    batch = joined(rows, shares_prefixes=True)
+    batch = flattened(rows, shares_prefixes=True)
     # The last token of a prompt predicts the first target: each row computes it for itself.
     expected = sum(len(prompt) + sum(1 + len(answer) for answer in answers) for prompt, answers in groups)
     assert batch.ids_BT.numel() == expected
@@ -213,7 +213,7 @@ def test_token_store_returns_what_was_written_without_dropped_rows(chunks: list[
     assert len(set(digests)) == len({row.tokens.ids for _, row in kept})
     counts = store.counts
     assert (counts.read, counts.added, counts.kept) == (len(rows), 0, len(kept))
-    assert (counts.too_long, counts.untrainable) == (len(rows) - len(short), len(short) - len(kept))
+    assert (counts.too_long, counts.without_targets) == (len(rows) - len(short), len(short) - len(kept))
     assert (counts.tokens, counts.target_tokens) == (sum(lengths), sum(targets))
     assert store.too_long == [row.where for row in rows if len(row.tokens.ids) > 8][:SHOWN_PLACES]
 
@@ -249,11 +249,11 @@ def test_train_validation_split_is_a_partition_by_file_row(parts: list[list[int]
     for count in counts:  # the second time of what remains
         if not len(split):
             break
-        before = split._chosen.tolist()
-        train, validation = (each._chosen.tolist() for each in split.parted(count, seed))
+        before = split._indices.tolist()
+        train, validation = (each._indices.tolist() for each in split.train_validation_split(count, seed))
         assert sorted(train + validation) == before
         assert all(one < other for half in (train, validation) for one, other in pairwise(half))
         rows = [{origin[index] for index in half} for half in (train, validation)]
         assert not rows[0] & rows[1]
         assert len(rows[1]) == min(count, len({origin[index] for index in before}))
-        split = split.parted(count, seed)[0]
+        split = split.train_validation_split(count, seed)[0]

@@ -188,7 +188,7 @@ def test_a_template_that_ends_answers_without_a_special_token_is_remarked_on_onc
     encoder = Encoder(tokenizer, "assistant")
     for _ in range(2):
         encoder.example(TALK, "row")
-    (remark,) = encoder.remarks
+    (remark,) = encoder.warnings
     assert "without a special token" in remark
 
 
@@ -196,7 +196,7 @@ def test_a_template_that_ends_answers_without_a_special_token_is_remarked_on_onc
 def test_families_end_their_answers_with_a_special_token(family: str):
     encoder = Encoder(TOKENIZERS[family], "assistant")
     encoder.example(TALK, "row")
-    assert not encoder.remarks
+    assert not encoder.warnings
 
 
 def test_completion_trains_what_follows_the_last_user_message_and_last_turn_the_last_answer_only():
@@ -229,8 +229,8 @@ def conversations(draw: st.DrawFn) -> Conversation:
     exchanges = draw(st.lists(st.tuples(CONTENT, CONTENT, st.booleans()), min_size=1, max_size=3))
     turns = [
         message
-        for asked, answered, train in exchanges
-        for message in (Message("user", asked), Message("assistant", answered, train=train))
+        for asked, with_answer, train in exchanges
+        for message in (Message("user", asked), Message("assistant", with_answer, train=train))
     ]
     return Conversation((*system, *turns))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, GPT2Config, MistralConfig, PretrainedConfig, Qwen3Config
 
-from finetune.data.collate import joined, padded
+from finetune.data.collate import flattened, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
@@ -43,7 +43,7 @@ def test_neighbours_in_a_row_do_not_move(attention: str):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rows_joined_have_the_loss_and_gradient_of_rows_padded(attention: str):
     results = []
-    for batch in (padded(ROWS, padding=0), joined(ROWS)):
+    for batch in (padded(ROWS, padding=0), flattened(ROWS)):
         model = model_with(attention)
         loss = summed_cross_entropy(model, batch)
         loss.backward()
@@ -65,7 +65,7 @@ BRANCHES = [
 )
 def test_rows_that_share_what_they_begin_with_have_the_loss_and_gradient_of_rows_padded(changes: dict[str, int]):
     results = []
-    for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
+    for batch in (padded(BRANCHES, padding=0), flattened(BRANCHES, shares_prefixes=True)):
         model = tiny_llama(**changes)
         use_packing_attention(model, may_choose=True)
         assert prefix_sharing_blocker(model) is None
@@ -84,7 +84,7 @@ def test_so_they_do_in_models_with_windows_and_norms_of_keys_or_are_left_alone(m
     assert may_share == (model_type is not Gemma2Config)  # which has its own, for its scores have a cap
     losses = [
         summed_cross_entropy(model, batch).item()
-        for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=may_share))
+        for batch in (padded(BRANCHES, padding=0), flattened(BRANCHES, shares_prefixes=may_share))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -129,7 +129,7 @@ def test_a_model_whose_attention_drops_keeps_its_own():
     model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
     use_packing_attention(model, may_choose=True)
     assert model.config._attn_implementation == "sdpa"
-    summed_cross_entropy(model.train(), joined(ROWS)).backward()
+    summed_cross_entropy(model.train(), flattened(ROWS)).backward()
 
 
 def test_rows_share_nothing_in_a_model_that_computes_something_else_then(monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ import pytest
 import finetune.data.readers.content as content
 from finetune.data.readers.options import Options
 
-from .reading import error_of, rows_of, values_of, write
+from .helpers import error_of, rows_of, values_of, write
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,

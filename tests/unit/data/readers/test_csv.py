@@ -13,7 +13,7 @@ from finetune.data.readers.files import read_files
 from finetune.data.readers.options import Options
 from finetune.errors import DataError
 
-from .reading import PLAIN, error_of, rows_of, values_of, write
+from .helpers import PLAIN, error_of, rows_of, values_of, write
 
 
 @pytest.mark.parametrize(

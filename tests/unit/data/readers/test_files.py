@@ -11,7 +11,7 @@ from finetune.data.readers.files import READERS, data_files, read_files
 from finetune.data.readers.options import Options
 from finetune.errors import DataError
 
-from .reading import PLAIN, error_of, values_of, write
+from .helpers import PLAIN, error_of, values_of, write
 
 COLUMNS = Options()
 """Of a source that needs columns, so that plain text is of no use to it."""

@@ -15,7 +15,7 @@ from finetune.data.readers.files import READERS, read_files
 from finetune.data.readers.options import Options
 from finetune.errors import DataError
 
-from .reading import write
+from .helpers import write
 from .test_content import COMPRESS
 
 OPTIONS = [Options(delimiter, split) for delimiter, split in [(None, "file"), ("pipe", "line"), ("tab", "paragraph")]]  # type: ignore[arg-type]

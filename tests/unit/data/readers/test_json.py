@@ -8,7 +8,7 @@ import pytest
 
 import finetune.data.readers.json as json_reader
 
-from .reading import error_of, rows_of, values_of, write
+from .helpers import error_of, rows_of, values_of, write
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import finetune.data.readers.parquet as parquet_reader
 from finetune.data.readers.files import read_files
 from finetune.errors import DataError
 
-from .reading import PLAIN, error_of, rows_of, values_of, write
+from .helpers import PLAIN, error_of, rows_of, values_of, write
 
 ROWS = [{"text": f"row {index}", "messages": [{"role": "user", "content": str(index)}]} for index in range(700)]
 

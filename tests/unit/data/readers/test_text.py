@@ -11,7 +11,7 @@ from finetune.data.readers.content import LONGEST_LINE_BYTES
 from finetune.data.readers.options import Options
 from finetune.recipe.sections.data import TextSplit
 
-from .reading import error_of, rows_of, write
+from .helpers import error_of, rows_of, write
 
 POEM = "\n\nOne\n  two\n \n\nthree\r\nfour\n"
 

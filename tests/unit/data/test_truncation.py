@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from finetune.data.dataset import TokenizedDataset, refuse_losses
+from finetune.data.dataset import TokenizedDataset, check_dropped_rows
 from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder, Example
-from finetune.data.lengths import chunks, without_prompt_head
 from finetune.data.token_store import TokenStore, TokenStoreWriter
 from finetune.data.tokenized_source import TokenizedSource
-from finetune.data.truncation import Truncation
+from finetune.data.truncation import Truncation, chunks, cut_prompt
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data
 from tests.fixtures.tiny import tiny_tokenizer
@@ -33,7 +32,7 @@ def encoded(*documents: Document, **settings: object) -> TokenizedDataset:
         with TokenStoreWriter(Path(folder)) as writer:
             writer.add(fitting.encoded())
         split = TokenizedDataset.whole([TokenizedSource(section.train[0], 0, [], TokenStore(Path(folder)))])
-    refuse_losses(split, section)
+    check_dropped_rows(split, section)
     return split
 
 
@@ -53,7 +52,7 @@ def test_a_prompt_is_cut_from_the_left_behind_the_beginning_of_text_and_no_targe
 @pytest.mark.parametrize(("longest", "fits"), [(4, True), (3, False)])
 def test_a_prompt_keeps_at_least_one_token(longest: int, fits: bool):
     example = Example([0, 1, 2, 3, 4], [False, False, True, True, True])
-    assert (without_prompt_head(example, longest, 0) is not None) == fits
+    assert (cut_prompt(example, longest, 0) is not None) == fits
 
 
 def test_an_answer_that_leaves_no_room_stops_the_run():
@@ -71,7 +70,7 @@ def test_a_cut_end_is_counted_in_trained_tokens(caplog: pytest.LogCaptureFixture
 
 def test_a_row_that_loses_all_its_targets_is_untrainable():
     split = encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate", on_untrainable="skip")
-    assert (split.counts.kept, split.counts.untrainable) == (1, 1)
+    assert (split.counts.kept, split.counts.without_targets) == (1, 1)
     with pytest.raises(DataError, match=r"no token to train on: rows.jsonl:1"):
         encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate")
 
@@ -95,7 +94,7 @@ def test_rows_that_train_nothing_stop_with_their_places_or_are_skipped_and_count
     mute = Conversation((Message("user", "a"),))
     with pytest.raises(DataError, match=r"2 rows have no token to train on: rows.jsonl:1, rows.jsonl:3"):
         encoded(mute, TALK, mute)
-    assert encoded(mute, TALK, mute, on_untrainable="skip").counts.untrainable == 2
+    assert encoded(mute, TALK, mute, on_untrainable="skip").counts.without_targets == 2
     with pytest.raises(DataError, match="no token to train on"):
         encoded(mute, on_untrainable="skip")
 

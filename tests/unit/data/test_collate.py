@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finetune.data.collate import IGNORED, Batch, BatchOrder, joined, padded
+from finetune.data.collate import IGNORED, Batch, BatchOrder, flattened, padded
 from finetune.data.encode import Example
 
 
@@ -60,7 +60,7 @@ def test_the_first_token_is_not_counted_as_trained():
 
 
 def test_examples_in_one_row_restart_positions_and_train_no_first_token():
-    batch = joined([Example([5, 6], [True, True]), Example([7, 8, 9], [True, False, True])])
+    batch = flattened([Example([5, 6], [True, True]), Example([7, 8, 9], [True, False, True])])
     assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.positions_BT.tolist() == [[0, 1, 0, 1, 2]]
     assert batch.labels_BT.tolist() == [[IGNORED, 6, IGNORED, IGNORED, 9]]
@@ -93,7 +93,7 @@ def taken_apart(batch: Batch) -> list[tuple[list[int], list[int]]]:
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_that_share_what_they_begin_with_are_all_there_and_train_the_same(seed: int):
     rows = branching(8, seed)
-    apart, shared = joined(rows), joined(rows, shares_prefixes=True)
+    apart, shared = flattened(rows), flattened(rows, shares_prefixes=True)
     assert sorted(taken_apart(shared)) == sorted(taken_apart(apart))
     assert (shared.tokens, shared.targets) == (apart.tokens, apart.targets)
     assert shared.tokens == sum(len(row.ids) for row in rows)
@@ -102,7 +102,7 @@ def test_rows_that_share_what_they_begin_with_are_all_there_and_train_the_same(s
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_shared_is_never_trained_nor_predicts_what_is(seed: int):
-    batch = joined(branching(8, seed), shares_prefixes=True)
+    batch = flattened(branching(8, seed), shares_prefixes=True)
     labels, positions = batch.labels_BT[0].tolist(), batch.positions_BT[0].tolist()
     begins = [place for place in range(1, len(positions)) if positions[place] != positions[place - 1] + 1]
     assert begins
@@ -119,7 +119,7 @@ def test_a_prompt_in_common_stands_there_once_and_so_does_one_within_it():
         Example([*system, 7, 8], [False] * 7 + [True]),
         Example([*system, *question, 1, 3], [False] * 10 + [True] * 2),
     ]
-    batch = joined(rows, shares_prefixes=True)
+    batch = flattened(rows, shares_prefixes=True)
     # The last token of the prompt predicts what is trained, and so stays with each row.
     assert batch.ids_BT.tolist() == [[*system, *question, 1, 2, question[-1], 1, 3, 7, 8]]
     assert batch.positions_BT.tolist() == [[*range(12), 9, 10, 11, 6, 7]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.data.batch_plan import BatchPlan, Unit, share_of
+from finetune.data.batch_plan import BatchPlan, Unit, groups_of_rank
 from finetune.data.encode import Example
 from finetune.recipe.sections.training import Training
 
@@ -48,14 +48,14 @@ def test_all_processes_together_run_each_group_once_and_equally_many(world_size:
     lengths = list(range(3, 13))
     layout = layout_of("padded", lengths, micro_batch_size=2)
     groups = layout.groups(units_of(layout, lengths))
-    shares = [share_of(groups, rank, world_size) for rank in range(world_size)]
+    shares = [groups_of_rank(groups, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     run = [e for share in shares for group in share for unit in group for e in unit if e.targets]
     assert sorted(len(e.ids) for e in run) == lengths
 
 
 def test_a_process_without_rows_gets_one_that_trains_nothing():
-    share = share_of([[[example(5)]]], rank=1, world_size=2)
+    share = groups_of_rank([[[example(5)]]], rank=1, world_size=2)
     assert [e.targets for group in share for unit in group for e in unit] == [0]
 
 

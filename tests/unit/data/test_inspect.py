@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.data import inspect as module
-from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, survey
+from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, summarize_source
 from finetune.errors import DataError
 from finetune.recipe.sections.data import AutoSource, ClassificationSource
 from tests.fixtures.templates import family_tokenizer
@@ -19,7 +19,7 @@ from tests.fixtures.tiny import chat_rows, tiny_tokenizer
 def look(rows: list[dict[str, Any]], folder: Path) -> DatasetSummary:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return survey(AutoSource(path=str(file)))
+    return summarize_source(AutoSource(path=str(file)))
 
 
 def test_the_format_is_found_with_the_names_of_its_columns(tmp_path: Path):

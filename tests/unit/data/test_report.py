@@ -10,7 +10,7 @@ import pytest
 
 from finetune.data.batch_plan import BatchPlan
 from finetune.data.dataset import read_data
-from finetune.data.report import ledger
+from finetune.data.report import data_report
 from finetune.recipe.sections.data import Data
 from finetune.recipe.sections.training import Training
 from finetune.run.provenance import file_digest
@@ -26,7 +26,7 @@ def source(folder: Path, name: str, texts: list[str], **settings: Any) -> dict[s
 def report(train: list[dict[str, Any]], batching: str = "padded", **settings: Any) -> dict[str, Any]:
     section = Data.model_validate({"train": train, "max_length": 20, "max_dropped": 1, **settings})
     rows = read_data(section, tiny_tokenizer(), seed=1)
-    return ledger(rows, BatchPlan.of(Training(batching=batching), rows.train.lengths, 20, 0))
+    return data_report(rows, BatchPlan.of(Training(batching=batching), rows.train.lengths, 20, 0))
 
 
 def test_every_row_read_is_kept_or_left_out_by_a_cause_in_each_source_and_in_all(tmp_path: Path):
