@@ -12,13 +12,13 @@ from finetune.recipe.sections.data import Hub
 
 
 def read_hub(hub: Hub) -> Iterator[Row]:
-    """The rows of one split, in order.
+    """The rows of one split of a hub data set, in order.
 
     Raises:
         DataError: The hub has no such data set, subset, split or revision, or a file of it is damaged.
         EnvironmentFault: The hub cannot be reached and the data set is not in the local cache.
     """
-    import datasets
+    import datasets  # here: it takes seconds, and most recipes name files
 
     where = _place(hub)
     with _as_data_errors(where):
@@ -36,10 +36,10 @@ def read_hub(hub: Hub) -> Iterator[Row]:
 
 
 def revision_of(hub: Hub) -> str | None:
-    """The commit that the hub's data set is read at; without the hub, that of the newest copy in the local cache.
+    """The commit of the data set that is read; offline, that of the newest copy in the local cache.
 
-    Offline the library reads that copy whatever revision is asked for, so the answer may differ from `hub.revision`.
-    None where the library does not say.
+    Offline the library reads that copy whatever revision is requested, so the result may differ from `hub.revision`.
+    None where the library reports no commit.
 
     Raises:
         DataError: The hub has no such data set, subset or revision.
@@ -53,16 +53,16 @@ def revision_of(hub: Hub) -> str | None:
 
 
 def _place(hub: Hub) -> str:
-    """The data set in a word; refuses a local folder of its name, which the library would read without a question."""
+    """Short name of the data set; refuses a local folder with this name, which the library would read instead."""
     where = f"{hub.name}[{hub.split}]"
     if os.path.exists(hub.name):
-        raise DataError("a local folder has the name of the hub data set", where=where, hint="name it in path")
+        raise DataError("a local folder has the name of the hub data set", where=where, hint="set path to read it")
     return where
 
 
 @contextmanager
 def _as_data_errors(where: str) -> Iterator[None]:
-    """The library's errors as the user's."""
+    """Raise errors of the library as DataError or EnvironmentFault."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -70,7 +70,7 @@ def _as_data_errors(where: str) -> Iterator[None]:
         yield
     except DatasetNotFoundError as error:
         raise DataError(
-            f"the hub shows you no such data set: {excerpt(str(error))}",
+            f"the hub has no such data set, or you have no access: {excerpt(str(error))}",
             where=where,
             hint="check the spelling and the revision; for a gated or private data set set HF_TOKEN",
         ) from error
@@ -82,5 +82,5 @@ def _as_data_errors(where: str) -> Iterator[None]:
         raise EnvironmentFault(
             f"the data set is not in the local cache and the hub cannot be reached ({type(error).__name__})",
             where=where,
-            hint="check the network and HF_HUB_OFFLINE, or fetch the files and name them in path",
+            hint="check the network and HF_HUB_OFFLINE, or download the files and set path",
         ) from error

@@ -13,10 +13,10 @@ from finetune.recipe.sections.data import ShareGptSource
 
 
 class ShareGptFormat(Format[ShareGptSource]):
-    """Rows in the form of the ShareGPT data set, tool calls as turns of their own included.
+    """Rows as in the ShareGPT data set; tool calls may be separate turns.
 
     Args:
-        section: The names of columns, keys and roles.
+        section: Names of columns, keys and roles.
     """
 
     def __init__(self, section: ShareGptSource) -> None:
@@ -29,7 +29,7 @@ class ShareGptFormat(Format[ShareGptSource]):
         }
 
     def document(self, row: Row) -> Conversation:
-        """The row's turns under the names of roles that chat templates know."""
+        """The turns of the row, with the role names of chat templates."""
         column = self.section.conversations
         turns = messages_in(row, column, "{format: sharegpt, conversations: <column>}")
         messages = [self._message(turn, f"{column}[{i}]", row.where) for i, turn in enumerate(turns)]
@@ -50,7 +50,7 @@ class ShareGptFormat(Format[ShareGptSource]):
             raise DataError(
                 f"{key}.{role_key} must be one of {excerpt(', '.join(self._roles))}, found {describe(name)}",
                 where=where,
-                hint="correct the row, or name its roles in the source's section of the recipe",
+                hint="correct the row, or add the role in the source's section of the recipe",
             )
         train = is_trained(turn, key, where)
         if name in self.section.call_roles:
