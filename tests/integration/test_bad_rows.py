@@ -47,8 +47,8 @@ LINES: dict[str, tuple[str, Any, str]] = {
     "null": ("chat", b"null", ":1: expected a JSON object, found null"),
     "two objects": ("chat", b"{} {}", ":4: not valid JSON: Extra data"),
     "a line cut off": ("chat", raw("}]}", b""), "not valid JSON"),
-    "a key twice": ("chat", b'{"messages": [], "messages": []}', "key 'messages' stands twice"),
-    "an inner key twice": ("chat", raw('"content": "Hi"', b'"content": "a", "content": "b"'), "'content' stands twice"),
+    "a key twice": ("chat", b'{"messages": [], "messages": []}', "key 'messages' occurs twice"),
+    "an inner key twice": ("chat", raw('"content": "Hi"', b'"content": "a", "content": "b"'), "'content' occurs twice"),
     "NaN": ("chat", b'{"messages": NaN}', "NaN is not JSON"),
     "infinity": ("chat", b'{"messages": -Infinity}', "-Infinity is not JSON"),
     "an endless number": ("chat", b'{"messages": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits)"),
@@ -84,8 +84,8 @@ LINES: dict[str, tuple[str, Any, str]] = {
         chat(USER, {**ASSISTANT, "tool_calls": [{"function": {}}]}),
         "messages[1].tool_calls",
     ),
-    "no answer": ("chat", chat(USER), "1 row has no token to train on"),
-    "no question": ("chat", chat(ASSISTANT), "the first message is the assistant's"),
+    "no answer": ("chat", chat(USER), "1 row has no target tokens"),
+    "no question": ("chat", chat(ASSISTANT), "the first message has the role assistant"),
     "too many words": ("chat", chat({**USER, "content": "x" * 500}, ASSISTANT), "more than data.max_length: 128"),
     "an unknown speaker": ("sharegpt", {"conversations": [{"from": "x", "value": "y"}]}, "conversations[0].from"),
     "an instruction that is a number": (
@@ -104,7 +104,7 @@ LINES: dict[str, tuple[str, Any, str]] = {
     "a huge token": (
         "tokenized",
         {**TOKENS, "input_ids": [1, 10**30], "labels": [-100, 10**30]},
-        "is not among the model's",
+        "is outside of the model's vocabulary",
     ),
     "a label less": ("tokenized", {**TOKENS, "labels": [2]}, "labels"),
 }

@@ -1,4 +1,4 @@
-"""What a first look at a data set tells."""
+"""Summaries of data sets: format, labels, lengths."""
 
 from __future__ import annotations
 
@@ -16,67 +16,67 @@ from tests.fixtures.templates import family_tokenizer
 from tests.fixtures.tiny import chat_rows, tiny_tokenizer
 
 
-def look(rows: list[dict[str, Any]], folder: Path) -> DatasetSummary:
+def summary_of(rows: list[dict[str, Any]], folder: Path) -> DatasetSummary:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return summarize_source(AutoSource(path=str(file)))
 
 
-def test_the_format_is_found_with_the_names_of_its_columns(tmp_path: Path):
-    seen = look([{"question": "1+1?", "answer": "2"}] * 3, tmp_path)
-    assert (seen.format, seen.rows, seen.is_whole) == ("qa", 3, True)
-    assert seen.source.answers == "answer"  # type: ignore[attr-defined]
-    assert seen.source.path == str(tmp_path / "rows.jsonl")
+def test_summary_has_detected_format_and_columns(tmp_path: Path):
+    summary = summary_of([{"question": "1+1?", "answer": "2"}] * 3, tmp_path)
+    assert (summary.format, summary.rows, summary.is_whole) == ("qa", 3, True)
+    assert summary.source.answers == "answer"  # type: ignore[attr-defined]
+    assert summary.source.path == str(tmp_path / "rows.jsonl")
 
 
-def test_labels_are_found_in_all_rows_and_the_model_is_told_them(tmp_path: Path):
+def test_summary_labels_come_from_all_rows_and_enter_system_prompt(tmp_path: Path):
     rows = [{"text": f"t{i}", "label": "good"} for i in range(module.SAMPLED_ROWS)]
-    seen = look([*rows, {"text": "last", "label": "bad"}], tmp_path)
-    assert isinstance(seen.source, ClassificationSource)
-    assert seen.source.labels == ["bad", "good"]
-    document: Any = seen.sample[0][0]
+    summary = summary_of([*rows, {"text": "last", "label": "bad"}], tmp_path)
+    assert isinstance(summary.source, ClassificationSource)
+    assert summary.source.labels == ["bad", "good"]
+    document: Any = summary.sample[0][0]
     assert document.messages[0].content == "Answer with one of: bad, good."
 
 
 @pytest.mark.parametrize("count", [module.MOST_LABELS, module.MOST_LABELS + 1])
-def test_many_labels_are_no_list_to_choose_from(count: int, tmp_path: Path):
-    seen = look([{"text": f"t{i}", "label": f"l{i}"} for i in range(count)], tmp_path)
-    assert bool(seen.labels) == (count <= module.MOST_LABELS)
+def test_summary_omits_labels_above_limit(count: int, tmp_path: Path):
+    summary = summary_of([{"text": f"t{i}", "label": f"l{i}"} for i in range(count)], tmp_path)
+    assert bool(summary.labels) == (count <= module.MOST_LABELS)
 
 
-def test_more_rows_than_are_counted_say_so_and_list_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_summary_above_counting_limit_is_partial_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "COUNTED_ROWS", 4)
-    seen = look([{"text": f"t{i}", "label": "good"} for i in range(9)], tmp_path)
-    assert (seen.rows, seen.is_whole, seen.labels) == (4, False, ())
+    summary = summary_of([{"text": f"t{i}", "label": "good"} for i in range(9)], tmp_path)
+    assert (summary.rows, summary.is_whole, summary.labels) == (4, False, ())
 
 
-def test_answers_in_json_and_tools_are_seen(tmp_path: Path):
-    assert look([{"prompt": "a", "completion": '{"b": 1}'}], tmp_path).answers_json
-    assert not look([{"prompt": "a", "completion": "[1]"}], tmp_path).answers_json
+def test_summary_detects_json_answers_and_tools(tmp_path: Path):
+    assert summary_of([{"prompt": "a", "completion": '{"b": 1}'}], tmp_path).answers_json
+    assert not summary_of([{"prompt": "a", "completion": "[1]"}], tmp_path).answers_json
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    assert look([{**chat_rows(1)[0], "tools": [tool]}], tmp_path).has_tools
-    assert not look(chat_rows(2), tmp_path).has_tools
+    assert summary_of([{**chat_rows(1)[0], "tools": [tool]}], tmp_path).has_tools
+    assert not summary_of(chat_rows(2), tmp_path).has_tools
 
 
-def test_the_longest_row_is_that_of_the_template_and_the_estimate_is_near(tmp_path: Path):
-    seen = look(
+def test_longest_row_counts_template_tokens_and_estimate_is_close(tmp_path: Path):
+    summary = summary_of(
         [*chat_rows(5), {"messages": [{"role": "user", "content": "x" * 900}, *chat_rows(1)[0]["messages"][2:]]}],
         tmp_path,
     )
-    tokens, apart = longest_row(seen.sample, tiny_tokenizer())
+    tokens, needs_split = longest_row(summary.sample, tiny_tokenizer())
     assert 900 < tokens < 1000
-    assert not apart
-    assert estimated_longest_row(seen.sample) == pytest.approx(tokens / module.BYTES_A_TOKEN, rel=0.2)
+    assert not needs_split
+    assert estimated_longest_row(summary.sample) == pytest.approx(tokens / module.BYTES_A_TOKEN, rel=0.2)
 
 
-def test_a_template_that_refuses_a_row_in_every_way_is_told_of(tmp_path: Path):
+def test_longest_row_raises_when_template_rejects_row_split_or_not(tmp_path: Path):
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-    seen = look([{**chat_rows(2)[1], "tools": [tool]}], tmp_path)
-    with pytest.raises(DataError, match="leaves out the tool"):
-        longest_row(seen.sample, tiny_tokenizer())
-    assert longest_row(seen.sample, family_tokenizer("qwen2_5"))[0] > 0
+    summary = summary_of([{**chat_rows(2)[1], "tools": [tool]}], tmp_path)
+    with pytest.raises(DataError, match="omits the tool"):
+        longest_row(summary.sample, tiny_tokenizer())
+    assert longest_row(summary.sample, family_tokenizer("qwen2_5"))[0] > 0
 
 
-def test_a_file_without_rows_is_told_of(tmp_path: Path):
+def test_summary_of_empty_file_raises(tmp_path: Path):
     with pytest.raises(DataError, match="no rows"):
-        look([], tmp_path)
+        summary_of([], tmp_path)
