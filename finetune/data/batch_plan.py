@@ -67,6 +67,7 @@ class BatchPlan:
         flat = cls(len(lengths), None, flattened, training.micro_batch_size, restarts_positions=True)
         if may_share and training.prefix_sharing == "auto":
             flat = replace(flat, batch=partial(flattened, shares_prefixes=True), shares_prefixes=True)
+        # Packing is never a default: it changes the unit of a step, and with it the meaning of the batch size.
         match training.batching:
             case "packed":
                 return replace(flat, packs=packed(lengths, training.pack_length or max_length, training.seed))
@@ -117,7 +118,7 @@ class BatchPlan:
             return [by_length[first : first + size] for first in range(0, len(tokens), size)]
         groups: list[list[int]] = [[] for _ in range(-(-len(tokens) // size))]
         for index in reversed(by_length):
-            with_room = (group for group in groups if len(group) < size)
+            with_room = (group for group in groups if len(group) < size)  # never empty: there is room for all units
             min(with_room, key=lambda group: sum(tokens[other] for other in group)).append(index)
         return groups
 
@@ -145,4 +146,5 @@ def groups_of_rank(groups: Sequence[list[Unit]], rank: int, world_size: int) -> 
     is filled with an example without targets, whose loss and gradient are zero.
     """
     idle = Example(groups[0][0][0].ids[:2], [False, False])
+    # Strided: the groups of one round are neighbours in length, so no rank waits long for a slower one.
     return [*groups, *[[[idle]]] * (-len(groups) % world_size)][rank::world_size]

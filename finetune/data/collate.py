@@ -45,6 +45,7 @@ class Batch:
     @property
     def targets(self) -> int:
         """Number of target tokens."""
+        # A label in the first column has no prediction: the loss compares logits of position t - 1 with label t.
         return int((self.labels_BT[:, 1:] != IGNORED).sum())
 
     @property
@@ -54,6 +55,7 @@ class Batch:
         Defined for examples without shared prefixes.
         """
         if self.positions_BT is not None:
+            # Index of each token's example from the count of starts up to it, then the size of each example.
             starts_BT = (self.positions_BT == 0).long()
             index_BT = starts_BT.flatten().cumsum(0) - 1
             return index_BT.bincount()[index_BT].view_as(self.ids_BT).float()
@@ -73,6 +75,7 @@ class Batch:
 
 def padded(examples: Sequence[Example], padding: int) -> Batch:
     """Examples as rows padded on the right; `padding` is any token id, because the mask hides it."""
+    # On the right: every example begins at position 0, and causal attention never reaches the padding after it.
     longest = max(len(example.ids) for example in examples)
     ids, labels, mask = [], [], []
     for example in examples:
@@ -104,6 +107,7 @@ def flattened(examples: Sequence[Example], shares_prefixes: bool = False) -> Bat
     labels: list[int] = []
     positions: list[int] = []
     before = None
+    # Without sharing the order is kept: rows of a unit stay side by side.
     for example in sorted(examples, key=lambda each: each.ids) if shares_prefixes else examples:
         shared = shared_prefix_length(before, example) if before is not None and shares_prefixes else 0
         ids += example.ids[shared:]
@@ -164,7 +168,7 @@ class BatchOrder:
         first = step * self.units_per_step
         last = min(first + self.units_per_step, self.total_units)
         indices: list[int] = []
-        while first < last:
+        while first < last:  # once for each epoch that the step touches
             epoch, start = divmod(first, self.units)
             taken: list[int] = _permutation(self.units, self.seed, epoch)[start : start + last - first].tolist()
             indices += taken
@@ -176,7 +180,8 @@ class BatchOrder:
         return min(step * self.units_per_step, self.total_units) / self.units
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a step at the border of two epochs needs both
 def _permutation(units: int, seed: int, epoch: int) -> Tensor:
+    # On the CPU, whatever the device: generators of GPUs draw other numbers from the same seed.
     generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     return torch.randperm(units, generator=generator)

@@ -133,7 +133,9 @@ class TokenizedDataset(Sequence[Example]):
         """For each example the index of its file row, counted from 0 over the rows that the data set has."""
         # Examples of one row are neighbours, so that a new row begins where (source, row) changes. Five examples:
         #   source 0 0 0 1 1,  rows 4 4 7 7 9  ->  is_new 1 0 1 1 1  ->  cumsum - 1 = 0 0 1 2 3
-        source = np.searchsorted(self._offsets, self._indices, side="right")
+        source = np.searchsorted(
+            self._offsets, self._indices, side="right"
+        )  # right: the source that begins at an index
         rows = self.column("rows")
         is_new = (np.diff(source, prepend=-1) != 0) | (np.diff(rows, prepend=-1) != 0)
         indices: IntArray = np.cumsum(is_new) - 1

@@ -26,6 +26,7 @@ def read_hub(hub: Hub) -> Iterator[Row]:
             datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.stream)
         )
     number = 0
+    # A loop over `next` instead of `for`: an error that the consumer raises at the `yield` must not be translated.
     while True:
         with _as_data_errors(where):
             values = next(rows, None)
@@ -78,7 +79,7 @@ def _as_data_errors(where: str) -> Iterator[None]:
         raise DataError(
             f"the data set cannot be read: {excerpt(str(error))}", where=where, hint="check its subset and split"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:  # ConnectionError and offline mode are OSErrors
         raise EnvironmentFault(
             f"the data set is not in the local cache and the hub cannot be reached ({type(error).__name__})",
             where=where,

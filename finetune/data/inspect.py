@@ -74,6 +74,7 @@ def summarize_source(source: SourceSection) -> DatasetSummary:
         raise DataError("there are no rows", where=source.place, hint="check the file")
     section = _with_detected_format(source, first[0])
     labels = _Labels(section)
+    # The other rows are read for their labels only, one at a time.
     count = labels.add(first) + sum(labels.add([row]) for row in rows)
     are_all = labels.are_few and count < COUNTED_ROWS
     if are_all:
@@ -106,7 +107,7 @@ def longest_row(sample: Iterable[tuple[Document, str]], tokenizer: PreTrainedTok
         return max(len(encoder.example(document, where).ids) for document, where in sample), False
     except DataError:
         split = [(part, where) for document, where in sample for part in _parts(document)]
-        if len(split) == len(sample):
+        if len(split) == len(sample):  # nothing was split, so the error has another cause
             raise
         return max(len(encoder.example(document, where).ids) for document, where in split), True
 

@@ -12,6 +12,7 @@ def sampled(size: int, count: int, seed: int) -> npt.NDArray[np.int64]:
     """Indices of a uniform sample of `count` of `size` rows, ascending, int64; all rows if there are fewer."""
     if count >= size:
         return np.arange(size)
+    # The beginning of a permutation: with the same seed, a smaller sample is a subset of a larger one.
     return np.sort(np.random.default_rng(seed).permutation(size)[:count])
 
 

@@ -62,7 +62,7 @@ class _Decompressed(io.RawIOBase):
             raise DataError(
                 f"the file cannot be decompressed: {error}", where=str(self._path), hint="download or compress it again"
             ) from error
-        self._allowance -= len(chunk)
+        self._allowance -= len(chunk)  # counted while reading: sizes in headers can lie
         if self._allowance < 0:
             raise DataError(
                 f"the file decompresses to more than {HIGHEST_RATIO} times its size",
@@ -102,6 +102,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     with open_bytes(path) as stream:
         number = 0
+        # One byte above the limit tells a line that is too long, without reading a file of one endless line.
         while line := stream.readline(LONGEST_LINE_BYTES + 1):
             number += 1
             if len(line) > LONGEST_LINE_BYTES:

@@ -32,7 +32,7 @@ def _items(cursor: JsonCursor) -> Iterator[Row]:
         cursor.take("]")
         return
     while True:
-        where = cursor.where
+        where = cursor.where  # before the value is consumed
         yield Row(cursor.object(), where)
         if cursor.take(",]") == "]":
             return

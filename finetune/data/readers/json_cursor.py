@@ -66,6 +66,7 @@ class JsonCursor:
         start = self._skip_space()
         try:
             value, self._position = _DECODER.raw_decode(self._text, start)
+            # Encoding the value is the proof, but costs as much as parsing; few values contain an escaped surrogate.
             is_unicode = _SURROGATE.search(self._text, start, self._position) is None or _is_unicode(value)
         except json.JSONDecodeError as error:
             raise self._fault(f"not valid JSON: {error.msg}", error.pos) from error

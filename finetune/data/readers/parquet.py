@@ -32,6 +32,7 @@ def read_parquet(path: Path, options: Options) -> Iterator[Row]:
             file = ParquetFile(stream)
         _check_sizes(path, file.metadata)
         batches = file.iter_batches(ROWS_PER_BATCH)
+        # A loop over `next` instead of `for`: an error that the consumer raises at the `yield` must not be translated.
         while True:
             with _as_data_errors(path):
                 batch = next(batches, None)
