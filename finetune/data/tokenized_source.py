@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import finetune.data
+import finetune.recipe.sections
 from finetune.data.hub import revision_of
 from finetune.data.mixing import sampled
 from finetune.data.rows import Row
@@ -127,7 +128,8 @@ def _key(
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
         "packages": {name: version(name) for name in SHAPING_PACKAGES},
-        "code": sources_digest(finetune.data),  # a fixed bug in masks must not return from the cache
+        # A fixed bug in masks must not return from the cache; the store has a section, which new code must accept.
+        "code": sources_digest(finetune.data, finetune.recipe.sections),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
