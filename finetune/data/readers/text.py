@@ -1,4 +1,4 @@
-"""Plain text: a file, a line or a paragraph is a row with the one column `text`."""
+"""Plain text: each file, line or paragraph is a row with the single column `text`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.errors import DataError
 
 
 def read_text(path: Path, options: Options) -> Iterator[Row]:
-    """The rows of a text file, in order; empty files, lines and paragraphs are passed over.
+    """The rows of a text file, in order; empty files, lines and paragraphs are skipped.
 
     Raises:
         DataError: A row is longer than 16 MiB, or not UTF-8.
@@ -36,7 +36,7 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def _paragraphs(path: Path) -> Iterator[Row]:
-    """Runs of lines between blank ones."""
+    """Paragraphs: runs of lines between blank lines."""
     for is_text, run in groupby(numbered_lines(path), key=lambda line: bool(line[1].strip())):
         if is_text:
             yield _paragraph(run, path)
@@ -50,5 +50,7 @@ def _paragraph(numbered: Iterator[tuple[int, str]], path: Path) -> Row:
         lines.append(line)
         length += len(line) + 1
         if length > LONGEST_LINE_BYTES:
-            raise DataError("the paragraph is longer than 16 MiB", where=where, hint="put blank lines in it")
+            raise DataError(
+                "the paragraph is longer than 16 MiB", where=where, hint="separate paragraphs by blank lines"
+            )
     return Row({"text": "\n".join(lines)}, where)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from finetune.data.dataset import TokenizedDataset
-from finetune.data.mixing import drawn
+from finetune.data.mixing import sampled
 from finetune.models.calibration import quantize_by_inputs
 from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.dtype import file_dtype
@@ -52,7 +52,7 @@ def calibrated_base(
     """
     check_storable(quantizers.in_use)
     count = max(quantizer.calibration_rows for quantizer in quantizers.calibrated)
-    chosen = drawn(len(train), count, seed).tolist()
+    chosen = sampled(len(train), count, seed).tolist()
     rows: list[list[int]] = [train[row].ids for row in chosen]
 
     def make(folder: Path) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from pydantic import TypeAdapter
 
-from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, survey
+from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, summarize_source
 from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
 from finetune.errors import DataError, UsageError
@@ -56,10 +56,10 @@ def inspect_dataset(
         DataError: The data cannot be used.
     """
     source = _source(data, data_format, columns)
-    found = survey(source)
+    found = summarize_source(source)
     is_text = source.path is not None and all(map(is_plain_text, files_of(source)))
     if is_text and isinstance(found.source, TextSource) and found.rows < FEW_TEXTS:
-        apart = survey(found.source.model_copy(update={"split": "paragraph"}))
+        apart = summarize_source(found.source.model_copy(update={"split": "paragraph"}))
         return apart if apart.rows >= FEW_TEXTS else found
     return found
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.models.kernels.packing_check import use_packing_attention
 from finetune.recipe.sections.adapter import Adapter
@@ -68,7 +68,7 @@ def rows(kind: str, lengths: list[int]) -> Batch:
         Example([(7 * row + place) % 256 for place in range(length)], [place >= 5 for place in range(length)])
         for row, length in enumerate(lengths)
     ]
-    return padded(examples, 0) if kind in PROMPTS else joined(examples)
+    return padded(examples, 0) if kind in PROMPTS else flattened(examples)
 
 
 def outcome(model: nn.Module, batch: Batch) -> tuple[float, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, GPT2Config, MistralConfig, PretrainedConfig, Qwen3Config
 
-from finetune.data.collate import joined, padded
+from finetune.data.collate import flattened, padded
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
@@ -43,7 +43,7 @@ def test_cross_contamination_is_zero_with_own_kernels(attention: str):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_flattened_rows_match_padded_rows_in_loss_and_gradients(attention: str):
     results = []
-    for batch in (padded(ROWS, padding=0), joined(ROWS)):
+    for batch in (padded(ROWS, padding=0), flattened(ROWS)):
         model = model_with(attention)
         loss = summed_cross_entropy(model, batch)
         loss.backward()
@@ -65,7 +65,7 @@ BRANCHES = [
 )
 def test_shared_prefix_rows_match_padded_rows_in_loss_and_gradients(changes: dict[str, int]):
     results = []
-    for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=True)):
+    for batch in (padded(BRANCHES, padding=0), flattened(BRANCHES, shares_prefixes=True)):
         model = tiny_llama(**changes)
         use_packing_attention(model, may_choose=True)
         assert prefix_sharing_blocker(model) is None
@@ -84,7 +84,7 @@ def test_shared_prefix_matches_padded_rows_with_sliding_windows_or_is_off(model_
     assert may_share == (model_type is not Gemma2Config)  # its kernel is its own, since its scores have a soft cap
     losses = [
         summed_cross_entropy(model, batch).item()
-        for batch in (padded(BRANCHES, padding=0), joined(BRANCHES, shares_prefixes=may_share))
+        for batch in (padded(BRANCHES, padding=0), flattened(BRANCHES, shares_prefixes=may_share))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -129,7 +129,7 @@ def test_model_with_attention_dropout_keeps_its_own_kernel():
     model = random_model(GPT2Config(**SMALL_GPT2, attn_pdrop=0.1))
     use_packing_attention(model, may_choose=True)
     assert model.config._attn_implementation == "sdpa"
-    summed_cross_entropy(model.train(), joined(ROWS)).backward()
+    summed_cross_entropy(model.train(), flattened(ROWS)).backward()
 
 
 def test_prefix_sharing_off_if_logits_differ(monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter
 from torch import nn
 
-from finetune.data.collate import joined
+from finetune.data.collate import flattened
 from finetune.data.encode import Example
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import use_packing_attention
@@ -71,7 +71,7 @@ def per_token(kind: str, folder: Path, *, plain: bool = False, selective: bool =
 
 def kept(model: nn.Module, examples: int) -> int:
     trains = [place >= 20 for place in range(40)]
-    batch = joined([Example([(7 * row + place) % 256 for place in range(40)], trains) for row in range(examples)])
+    batch = flattened([Example([(7 * row + place) % 256 for place in range(40)], trains) for row in range(examples)])
     summed_cross_entropy(model, batch)  # probes, once
     return saved_bytes(lambda: summed_cross_entropy(model, batch))
 

@@ -1,4 +1,4 @@
-"""Reading for tests: files of bytes, their rows, and the error that one of them is refused with."""
+"""Helpers for reader tests: write files, read their rows, and catch their error."""
 
 from __future__ import annotations
 

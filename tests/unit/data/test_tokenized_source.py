@@ -1,4 +1,4 @@
-"""Tokenized rows: the same on one process and on several, and never found again where they could differ."""
+"""Tokenized sources: the same on one process and several; cache hits only where tokens cannot differ."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chats(folder: Path, count: int = 6, change: Callable[[int, dict[str, Any]], 
 def tokenized(
     file: Path, tokenizer: PreTrainedTokenizerBase = TOKENIZER, seed: int = 1, source: Any = None, **settings: Any
 ) -> tuple[TokenStore, bool]:
-    """The store, and whether it was made now."""
+    """The store, and whether it was made by this call."""
     events: list[Event] = []
     train = [{"path": str(file), "format": "chat", **(source or {})}]
     section = Data.model_validate({"train": train, "max_dropped": 1, **settings})
@@ -52,7 +52,7 @@ def columns(store: TokenStore) -> list[Any]:
     return [list(store), places, store.rows.tolist(), store.targets.tolist(), store.digests.tolist(), store.counts]
 
 
-def test_a_store_gives_back_what_the_encoder_made_with_its_places(tmp_path: Path):
+def test_token_store_returns_encoded_examples_with_places(tmp_path: Path):
     file = chats(tmp_path)
     store, _ = tokenized(file)
     rows = [Row(json.loads(line), "row") for line in file.read_text().splitlines()]
@@ -70,24 +70,24 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_two_processes_make_the_same_store_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tokenization_on_two_processes_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = chats(tmp_path, count=21)
     alone, _ = tokenized(file, workers=1)
     expected = columns(alone)
     monkeypatch.setenv("FT_CACHE", str(tmp_path / "another"))
-    together, made = tokenized(file, workers=2)
+    parallel, made = tokenized(file, workers=2)
     assert made
-    assert columns(together) == expected
+    assert columns(parallel) == expected
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_the_first_bad_row_is_named_wherever_it_is_found_and_nothing_is_kept(tmp_path: Path):
-    def spoil(number: int, row: dict[str, Any]) -> None:
+def test_tokenization_error_names_first_bad_row_and_keeps_no_entry(tmp_path: Path):
+    def break_row(number: int, row: dict[str, Any]) -> None:
         if number in (13, 17):
             row["messages"] = "nothing"
 
     with pytest.raises(DataError, match="messages") as caught:
-        tokenized(chats(tmp_path, 21, spoil), workers=2)
+        tokenized(chats(tmp_path, 21, break_row), workers=2)
     assert str(caught.value.where).endswith("chat.jsonl:14")
     assert caught.value.hint
     assert list((tmp_path / "cache" / "tokens").glob("[!.]*")) == []
@@ -95,7 +95,7 @@ def test_the_first_bad_row_is_named_wherever_it_is_found_and_nothing_is_kept(tmp
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_template_that_is_hostile_to_one_row_is_stopped_there_and_the_row_is_named(tmp_path: Path, workers: int):
+def test_hostile_template_raises_with_place_of_row(tmp_path: Path, workers: int):
     def mark(number: int, row: dict[str, Any]) -> None:
         if number == 13:
             row["messages"][0]["content"] = "now"
@@ -137,14 +137,14 @@ def another_template() -> PreTrainedTokenizerBase:
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_whatever_shapes_tokens_makes_them_anew(tmp_path: Path, changed: dict[str, Any]):
+def test_cache_misses_when_tokens_could_change(tmp_path: Path, changed: dict[str, Any]):
     file = chats(tmp_path)
     assert tokenized(file)[1]
     assert tokenized(file, **changed)[1]
     assert not tokenized(file)[1]
 
 
-def test_changed_bytes_make_tokens_anew_though_size_and_time_are_the_same(tmp_path: Path):
+def test_cache_misses_on_changed_bytes_with_same_size_and_time(tmp_path: Path):
     file = chats(tmp_path)
     before, _ = tokenized(file)
     seen = file.stat()
@@ -165,13 +165,13 @@ def test_changed_bytes_make_tokens_anew_though_size_and_time_are_the_same(tmp_pa
     [{"seed": 9}, {"workers": 3}, {"max_dropped": 0.5}, {"on_bad_row": "drop"}, {"source": {"weight": 2}}],
     ids=str,
 )
-def test_whatever_shapes_no_tokens_finds_them_again(tmp_path: Path, changed: dict[str, Any]):
+def test_cache_hits_when_tokens_cannot_change(tmp_path: Path, changed: dict[str, Any]):
     file = chats(tmp_path)
     assert tokenized(file)[1]
     assert not tokenized(file, **changed)[1]
 
 
-def test_a_drawn_part_depends_on_the_seed_and_is_a_part_of_the_whole(tmp_path: Path):
+def test_rows_option_samples_subset_by_seed(tmp_path: Path):
     file = chats(tmp_path, count=12)
     whole, _ = tokenized(file)
     draws = [tokenized(file, source={"rows": 3}, seed=seed)[0].rows.tolist() for seed in range(8)]
@@ -181,7 +181,7 @@ def test_a_drawn_part_depends_on_the_seed_and_is_a_part_of_the_whole(tmp_path: P
     assert list(part) == [whole[row] for row in draws[0]]
 
 
-def test_a_pinned_commit_that_the_local_cache_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_pinned_commit_missing_in_local_cache_raises(monkeypatch: pytest.MonkeyPatch):
     pinned, held = "a" * 40, "b" * 40
     monkeypatch.setattr("finetune.data.tokenized_source.revision_of", lambda hub: held)
     section = Data.model_validate({"train": [{"hub": {"name": "org/name", "revision": pinned}, "format": "chat"}]})
@@ -190,9 +190,7 @@ def test_a_pinned_commit_that_the_local_cache_does_not_hold_is_refused(monkeypat
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["made", "found"])
-def test_what_the_user_should_know_is_said_whether_tokens_are_made_or_found(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, again: bool
-):
+def test_warnings_are_logged_on_cache_miss_and_hit(tmp_path: Path, caplog: pytest.LogCaptureFixture, again: bool):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
