@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError
-from finetune.jobs.plan.estimate import WATCHED_FROM, MemoryPlanner
+from finetune.jobs.plan.estimate import ESTIMATED_FROM_STEPS, MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
 from finetune.jobs.train import prepare
 from finetune.plan.gpu_specs import GpuSpec
@@ -74,12 +74,12 @@ def trained(recipe: Path, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_tells_what_the_plan_foresees_unless_it_is_over_in_a_moment(recipe: Path, tmp_path: Path):
-    steps = f"training.max_steps={WATCHED_FROM}"
+    steps = f"training.max_steps={ESTIMATED_FROM_STEPS}"
     planned = json.loads(ft("plan", recipe, "--set", steps, "--json")[1].splitlines()[-1])
-    started = trained(recipe, WATCHED_FROM, tmp_path / "watched")
+    started = trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "watched")
     # What the libraries hold depends on what the process did before.
     assert started["planned_memory_bytes"] == pytest.approx(planned["peak"], rel=0.3)
-    assert trained(recipe, WATCHED_FROM - 1, tmp_path / "short")["planned_memory_bytes"] is None
+    assert trained(recipe, ESTIMATED_FROM_STEPS - 1, tmp_path / "short")["planned_memory_bytes"] is None
 
 
 def test_a_run_that_cannot_be_planned_trains_all_the_same(
@@ -89,13 +89,13 @@ def test_a_run_that_cannot_be_planned_trains_all_the_same(
         raise RuntimeError("cannot be traced")
 
     monkeypatch.setattr(MemoryPlanner, "plan", fail)
-    assert trained(recipe, WATCHED_FROM, tmp_path / "run")["planned_memory_bytes"] is None
+    assert trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "run")["planned_memory_bytes"] is None
 
 
 def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
+    assert trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "planned")["planned_memory_bytes"]
     monkeypatch.setattr(prepare, "estimated_peak", lambda context, rows, total_steps: None)
-    assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
+    assert trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "unplanned")["planned_memory_bytes"] is None
     planned, unplanned = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")
     )
