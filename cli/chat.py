@@ -31,9 +31,9 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Talk with a run or a model, turn by turn."""
-    from finetune.jobs.load.model_ref import named
+    from finetune.jobs.load.model_ref import resolve_model_refs
 
-    (found,) = named([name])
+    (found,) = resolve_model_refs([name])
     with console.reporting(quiet, as_json=False) as report:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.chat import Chat

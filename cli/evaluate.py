@@ -68,11 +68,11 @@ def evaluate(
     What is measured stays in the cache row by row: a call that was interrupted goes on where it was.
     """
     from finetune.evaluation.gates import Gate
-    from finetune.jobs.load.model_ref import named
+    from finetune.jobs.load.model_ref import resolve_model_refs
 
     wanted = tuple(Gate.parse(text) for text in gates or ())
     _refuse_taken(output, overwrite)
-    found = named([name] if against in (None, "base") else [name, str(against)])
+    found = resolve_model_refs([name] if against in (None, "base") else [name, str(against)])
     with console.reporting(quiet, as_json) as report:
         from finetune.jobs.infer.evaluate import Asked
         from finetune.jobs.infer.evaluate import evaluate as evaluate_job

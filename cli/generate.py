@@ -55,9 +55,9 @@ def generate(
         )
     if output and output.exists() and not overwrite:
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
-    from finetune.jobs.load.model_ref import named
+    from finetune.jobs.load.model_ref import resolve_model_refs
 
-    found = named(names)
+    found = resolve_model_refs(names)
     with console.reporting(quiet, as_json) as report:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.generate import answer, questions_in, questions_of

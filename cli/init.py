@@ -54,12 +54,12 @@ def init(
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
     with console.reporting(quiet, as_json) as report:
         from finetune.jobs.plan.init import inspect_dataset, likely_objective, write_recipe
-        from finetune.jobs.plan.starter_recipe import AIMS
+        from finetune.jobs.plan.starter_recipe import OBJECTIVES
 
         seen = inspect_dataset(data, format, dict(map(_column, column or [])))
     if not quiet:
         console.show_note(f"{seen.rows} rows{'' if seen.is_whole else ' and more'} of format {seen.format}")
-    aim = aim or _asked("--aim", f"Aim: {', '.join(AIMS)}", likely_objective(seen))
+    aim = aim or _asked("--aim", f"Aim: {', '.join(OBJECTIVES)}", likely_objective(seen))
     model = model or _asked("--model", "Base model (hub id, folder, or .gguf file)")
     if memory is None:
         gpu = _gpu(_asked("--memory", "Fit into (a GPU, such as 24GB or A100, or this machine)", HERE))

@@ -55,7 +55,7 @@ def test_adalora_starts_there_too_with_a_course_of_its_own(tiny_recipe: dict[str
     ("change", "what"),
     [
         ({"adapter": {"method": "lora", "r": 2}}, "other shapes"),
-        ({"adapter": {"method": "oft", "block_size": 8}}, "belong to"),
+        ({"adapter": {"method": "oft", "block_size": 8}}, "the weights have format"),
         ({"quantization": {"kind": "hqq"}}, "quantized to other weights"),
     ],
 )

@@ -17,7 +17,7 @@ from finetune.errors import FinetuneError, RefusedError, UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.load.finetuned_model import SharedBase
-from finetune.jobs.load.model_ref import Kind, named
+from finetune.jobs.load.model_ref import Kind, resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
@@ -268,7 +268,7 @@ def test_what_stands_on_another_base_is_refused_with_what_differs(
     for name, (change, what) in changes.items():
         run = RunDirectory.create(tmp_path / name)
         train(as_recipe({**tiny_recipe, **change}, tmp_path), run)
-        with pytest.raises(RefusedError, match=f"another base than short: .*{what}"):
+        with pytest.raises(RefusedError, match=f"differs from that of short: .*{what}"):
             answers(runs / "short", run.path, prompts=["Hi"])
 
 
@@ -289,15 +289,15 @@ def test_full_fine_tuning_answers_beside_its_base_but_beside_no_adapter(
 
 
 def test_a_name_means_what_lies_there(runs: Path, tmp_path: Path):
-    (run, weights) = named([str(runs / "short"), str(runs / "long" / "adapter") + "/"])
+    (run, weights) = resolve_model_refs([str(runs / "short"), str(runs / "long" / "adapter") + "/"])
     assert (run.kind, run.label, weights.kind, weights.label) == (Kind.RUN, "short", Kind.RUN, "long")
     twins = [tmp_path / "a" / "short", runs / "short"]
     twins[0].mkdir(parents=True)
     (twins[0] / "config.json").write_text("{}", encoding="utf-8")
-    assert [each.label for each in named([str(reference) for reference in twins])] == [
+    assert [each.label for each in resolve_model_refs([str(reference) for reference in twins])] == [
         str(reference) for reference in twins
     ]
-    assert [each.kind for each in named(["org/name", "package://llm/file.gguf"])] == [Kind.MODEL] * 2
+    assert [each.kind for each in resolve_model_refs(["org/name", "package://llm/file.gguf"])] == [Kind.MODEL] * 2
 
 
 @pytest.mark.parametrize("case", ["slip", "foreign", "unfinished", "damaged"])

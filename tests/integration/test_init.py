@@ -211,7 +211,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(
         (["--data", "none.jsonl", "--model", "org/base-7B"], 3, "there is no such file"),
         (["--data", "book.txt", "--model", "org/base-7B", "--aim", "chat"], 2, "add --aim pretraining"),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "pretraining"], 2, "pretraining is for plain text"),
-        (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "aims: chat, "),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "objectives: chat, "),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--format", "qaa"], 2, "did you mean `qa`?"),
         (["--data", "qa.jsonl", "--format", "qa", "--column", "questin=q"], 2, "did you mean `question`?"),
         (["--data", "qa.jsonl", "--column", "question=q"], 2, "add --format"),
