@@ -1,4 +1,4 @@
-"""`ft init` writes recipes that are valid, say what they are, and train."""
+"""`ft init` writes valid, commented recipes that train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from finetune.jobs.plan.starter_recipe import AIMS, batch_size
+from finetune.jobs.plan.starter_recipe import OBJECTIVES, batch_size
 from finetune.recipe.load import load_recipe
 from tests.fixtures.tiny import chat_rows, tiny_config, tiny_tokenizer
 
@@ -44,7 +44,7 @@ DATA = {
     ),
     "one.jsonl": jsonl([{"prompt": "a", "completion": "b"}]),
 }
-LIKELY_AIM = {
+LIKELY_OBJECTIVE = {
     "chat.jsonl": "chat",
     "labels.csv": "classification",
     "numbers.jsonl": "classification",
@@ -74,7 +74,7 @@ def ft(*arguments: object) -> Result:
 
 
 def read_to_the_end(terminal: int) -> str:
-    """What is written to a terminal until no process has it."""
+    """Output to a terminal until no process has it open."""
     parts = []
     with suppress(OSError), open(terminal, "rb", buffering=0) as stream:
         while part := stream.read(1 << 12):
@@ -87,39 +87,39 @@ def init(data: str, model: object, *options: object) -> Result:
 
 
 PAIRS = {
-    *LIKELY_AIM.items(),
-    *(("chat.jsonl", aim) for aim in AIMS if aim != "pretraining"),
+    *LIKELY_OBJECTIVE.items(),
+    *(("chat.jsonl", aim) for aim in OBJECTIVES if aim != "pretraining"),
     *(("book.txt", aim) for aim in ("pretraining", "long-context")),
 }
-"""Every data set with its own aim, and every aim with data that it fits."""
+"""Each dataset with its likely objective, and each objective with data that it suits."""
 
 
 @pytest.mark.parametrize(("data", "aim"), sorted(PAIRS))
-def test_every_data_set_and_every_aim_gives_a_valid_recipe(data: str, aim: str, folder: Path, tiny_model: Path):
+def test_init_writes_a_valid_recipe_for_each_dataset_and_objective(data: str, aim: str, folder: Path, tiny_model: Path):
     result = init(data, tiny_model, "--aim", aim, "--memory", "8GB", "new/recipe.yaml")
     assert result.exit_code == 0, result.output
     recipe = load_recipe(folder / "new/recipe.yaml").recipe
     assert recipe.data.train[0].path == str(folder / data)
-    assert recipe.evaluation.max_new_tokens == AIMS[aim].max_new_tokens
-    assert AIMS[aim].what[1:] in (folder / "new/recipe.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert recipe.evaluation.max_new_tokens == OBJECTIVES[aim].max_new_tokens
+    assert OBJECTIVES[aim].what[1:] in (folder / "new/recipe.yaml").read_text(encoding="utf-8").splitlines()[0]
 
 
 @pytest.mark.parametrize("data", DATA)
-def test_the_data_tells_what_it_is_for(data: str, folder: Path, tiny_model: Path):
+def test_init_derives_the_objective_from_the_data(data: str, folder: Path, tiny_model: Path):
     result = init(data, tiny_model, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_AIM[data]
+    assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_OBJECTIVE[data]
 
 
 @pytest.mark.parametrize("data", ["labels.csv", "book.txt", "chat.jsonl", "ids.jsonl"])
-def test_what_it_wrote_trains(data: str, folder: Path, tiny_model: Path):
+def test_init_recipe_trains(data: str, folder: Path, tiny_model: Path):
     assert init(data, tiny_model).exit_code == 0
     result = ft("train", "recipe.yaml", "--set", "training.max_steps=2", "--run-dir", "run")
     assert result.exit_code == 0, result.output
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_columns_that_tell_no_format_are_named(folder: Path, tiny_model: Path):
+def test_init_with_column_names_writes_them(folder: Path, tiny_model: Path):
     (folder / "own.jsonl").write_text(jsonl([{"query": f"{i}+1?", "text": "1", "reply": str(i)} for i in range(24)]))
     columns = {"question": "query", "context": "text", "answers": "reply"}
     options = [part for key, name in columns.items() for part in ("--column", f"{key}={name}")]
@@ -129,7 +129,7 @@ def test_columns_that_tell_no_format_are_named(folder: Path, tiny_model: Path):
     assert ft("preview", "recipe.yaml").exit_code == 0
 
 
-def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_model: Path):
+def test_init_lists_labels_and_asks_for_names_of_numbers(folder: Path, tiny_model: Path):
     init("labels.csv", tiny_model, "words.yaml")
     init("numbers.jsonl", tiny_model, "numbers.yaml")
     words, numbers = (load_recipe(folder / f"{name}.yaml").recipe.data.train[0] for name in ("words", "numbers"))
@@ -140,7 +140,7 @@ def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_mo
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config and tokenizer of a model of 600 million numbers, and no weights."""
+    """Config and tokenizer of a model of 600 million parameters, without weights."""
     folder = tmp_path_factory.mktemp("models") / "large"
     wide = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 32}
     tiny_config(**wide, num_hidden_layers=3, max_position_embeddings=4096).save_pretrained(folder)
@@ -150,21 +150,21 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory", "kind"), [("24GB", "none"), ("1.5GB", "nf4")])
-def test_it_writes_what_fits_by_the_plan(memory: str, kind: str, folder: Path, large_model: Path):
+def test_init_recipe_fits_by_its_plan(memory: str, kind: str, folder: Path, large_model: Path):
     result = init("qa.jsonl", large_model, "--memory", memory, "--json")
     assert result.exit_code == 0, result.output
-    foreseen = json.loads(result.stdout.splitlines()[-1])["peak"]
+    planned_peak = json.loads(result.stdout.splitlines()[-1])["peak"]
     loaded = load_recipe(folder / "recipe.yaml")
     assert loaded.recipe.quantization.kind == kind
     assert ("would not fit" in loaded.text) == (kind == "nf4")
     planned = json.loads(ft("plan", "recipe.yaml", "--gpu", memory, "--json").stdout.splitlines()[-1])
     assert planned["fits"]
-    assert planned["peak"] <= foreseen <= float(memory.removesuffix("GB")) * 1e9
+    assert planned["peak"] <= planned_peak <= float(memory.removesuffix("GB")) * 1e9
     in_full = ("--set", "quantization.kind=none", "--gpu", memory, "--json")
     assert json.loads(ft("plan", "recipe.yaml", *in_full).stdout.splitlines()[-1])["fits"] == (kind == "none")
 
 
-def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_init_with_a_hub_id_writes_a_hub_source(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     import datasets
 
     rows = [{"text": f"Story {i}"} for i in range(5)]
@@ -177,7 +177,7 @@ def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, m
 
 
 @pytest.mark.slow
-def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path, large_model: Path):
+def test_init_with_less_memory_lowers_micro_batches_and_keeps_the_batch_size(folder: Path, large_model: Path):
     (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 2000, "completion": "b"}] * 8))
     sizes = []
     for memory in ("80GB", "8GB"):
@@ -188,7 +188,7 @@ def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path, large_
     assert sizes[0] > sizes[1]
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(folder: Path, tmp_path: Path):
+def test_init_splits_turns_if_the_template_rewrites_earlier_ones(folder: Path, tmp_path: Path):
     from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer, tiny_llama
 
     rewriting = CHAT_TEMPLATE.replace(
@@ -228,7 +228,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(
         ([], 2, "--data is missing"),
     ],
 )
-def test_what_cannot_be_done_is_told_with_the_remedy_and_nothing_is_written(
+def test_init_error_has_a_hint_and_writes_nothing(
     options: list[str], code: int, words: str, folder: Path, large_model: Path
 ):
     result = ft("init", *(large_model if option is LARGE else option for option in options))
@@ -237,7 +237,7 @@ def test_what_cannot_be_done_is_told_with_the_remedy_and_nothing_is_written(
     assert not (folder / "recipe.yaml").exists()
 
 
-def test_a_file_that_is_there_is_not_overwritten_unless_told(folder: Path, tiny_model: Path):
+def test_init_replaces_a_file_only_with_overwrite(folder: Path, tiny_model: Path):
     (folder / "recipe.yaml").write_text("mine")
     result = init("qa.jsonl", tiny_model)
     assert result.exit_code == 6
@@ -246,7 +246,7 @@ def test_a_file_that_is_there_is_not_overwritten_unless_told(folder: Path, tiny_
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["adapter"]["method"] == "lora"
 
 
-def test_on_a_terminal_it_asks_and_takes_what_the_data_tells_for_an_empty_line(folder: Path, tiny_model: Path):
+def test_init_on_a_terminal_asks_and_an_empty_line_takes_the_default(folder: Path, tiny_model: Path):
     ours, theirs = pty.openpty()
     os.write(ours, f"qa.jsonl\n\n{tiny_model}\n\n".encode())
     process = subprocess.Popen(
@@ -258,4 +258,4 @@ def test_on_a_terminal_it_asks_and_takes_what_the_data_tells_for_an_empty_line(f
     process.wait()
     assert process.returncode == 0, asked
     assert "Aim: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
-    assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == AIMS["qa"].max_new_tokens
+    assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == OBJECTIVES["qa"].max_new_tokens

@@ -250,7 +250,7 @@ def test_an_adapter_is_put_on_the_quantized_weights_that_it_was_trained_on_and_n
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"convention": "W x - B A x"}, "the weights have format"), ({"format": 9}, "not of this version")],
+    [({"convention": "W x - B A x"}, "weights have format"), ({"format": 9}, "not of this version")],
 )
 def test_weights_of_another_formula_or_version_are_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], what: str

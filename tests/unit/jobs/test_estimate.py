@@ -77,7 +77,7 @@ def test_train_records_the_planned_memory_unless_the_run_is_short(recipe: Path, 
     steps = f"training.max_steps={ESTIMATED_FROM_STEPS}"
     planned = json.loads(ft("plan", recipe, "--set", steps, "--json")[1].splitlines()[-1])
     started = trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "watched")
-    # What the libraries hold depends on what the process did before.
+    # The memory of the libraries depends on the history of the process.
     assert started["planned_memory_bytes"] == pytest.approx(planned["peak"], rel=0.3)
     assert trained(recipe, ESTIMATED_FROM_STEPS - 1, tmp_path / "short")["planned_memory_bytes"] is None
 

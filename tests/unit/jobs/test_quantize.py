@@ -104,9 +104,7 @@ def test_quantize_record_has_sizes_and_errors(tiny_recipe: dict[str, Any], tiny_
         assert record["output_error"] is record["nearest_output_error"] is None
 
 
-def test_quantize_record_of_a_layer_has_the_error_of_its_weight(
-    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
-):
+def test_quantize_record_has_the_error_of_each_weight(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     sections = {**tiny_recipe, "quantization": KINDS["affine"]}
     record = json.loads((quantized(sections, tmp_path) / "quantize.json").read_text())
     model = TrainingContext.of(as_recipe(sections, tmp_path), ignore).load_base(ignore)
