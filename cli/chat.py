@@ -33,9 +33,9 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Chat with a run or a model."""
-    from finetune.jobs.load.model_ref import named
+    from finetune.jobs.load.model_ref import resolve_model_refs
 
-    (found,) = named([name])
+    (found,) = resolve_model_refs([name])
     with event_handler(quiet, as_json=False) as on_event:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.chat import Chat

@@ -71,12 +71,12 @@ def evaluate(
     Results are cached row by row: an interrupted call resumes where it stopped.
     """
     from finetune.evaluation.gates import Gate
-    from finetune.jobs.load.model_ref import named
+    from finetune.jobs.load.model_ref import resolve_model_refs
 
     wanted = tuple(Gate.parse(text) for text in gates or ())
     if output is not None:
         _check_replaceable(output, overwrite)
-    found = named([name] if against in (None, "base") else [name, str(against)])
+    found = resolve_model_refs([name] if against in (None, "base") else [name, str(against)])
     with event_handler(quiet, as_json) as on_event:
         from finetune.jobs.infer.evaluate import EvaluationOptions
         from finetune.jobs.infer.evaluate import evaluate as evaluate_job

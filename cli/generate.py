@@ -58,9 +58,9 @@ def generate(
         from finetune.storage.files import check_not_taken
 
         check_not_taken(output, overwrite)
-    from finetune.jobs.load.model_ref import named
+    from finetune.jobs.load.model_ref import resolve_model_refs
 
-    found = named(names)
+    found = resolve_model_refs(names)
     with event_handler(quiet, as_json) as on_event:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.generate import answer, questions_in, questions_of

@@ -62,12 +62,12 @@ def init(
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
     with event_handler(quiet, as_json) as on_event:
         from finetune.jobs.plan.init import inspect_dataset, likely_objective, write_recipe
-        from finetune.jobs.plan.starter_recipe import AIMS
+        from finetune.jobs.plan.starter_recipe import OBJECTIVES
 
         seen = inspect_dataset(data, format, dict(map(_column, column or [])))
     if not quiet:
         show_note(f"{seen.rows} rows{'' if seen.is_whole else ' or more'} of format {seen.format}")
-    objective = objective or _asked("--objective", f"Objective: {', '.join(AIMS)}", likely_objective(seen))
+    objective = objective or _asked("--objective", f"Objective: {', '.join(OBJECTIVES)}", likely_objective(seen))
     model = model or _asked("--model", "Base model (hub id, folder, or .gguf file)")
     if memory is None:
         gpu = _gpu(_asked("--memory", "Memory to fit into (a GPU such as 24GB or A100, or this machine)", HERE))

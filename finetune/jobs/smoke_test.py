@@ -18,7 +18,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.infer.evaluate import evaluate
-from finetune.jobs.load.model_ref import named
+from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.meta_model import meta_model, read_config, with_blocks
@@ -74,7 +74,7 @@ def smoke(recipe: Recipe, on_event: EventHandler = ignore) -> Smoke:
         run = RunDirectory.create(Path(folder) / "run")
         finished = train(small, run, on_event)
         has_rows = bool(small.data.validation or small.data.validation_fraction)
-        answered = evaluate(named([str(run.path)])[0], on_event=on_event).answered if has_rows else 0
+        answered = evaluate(resolve_model_refs([str(run.path)])[0], on_event=on_event).answered if has_rows else 0
         written, difference = small.adapter.standalone_by, None
         if written == "merge":
             difference = merge(run, on_event=on_event).agreement.relative_difference

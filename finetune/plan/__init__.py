@@ -1,1 +1,1 @@
-"""What a run will take, foreseen from shapes: memory by part, and time."""
+"""Estimates of a run's memory and time from shapes."""

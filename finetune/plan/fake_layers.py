@@ -1,4 +1,4 @@
-"""What stands for a quantizer where weights have no memory: tensors of the true sizes, and nothing computed."""
+"""Fake quantizers: tensors of the true sizes without memory, and no computation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from finetune.quantizers.on_load import quantizable_layers, replacement
 
 
 class FakeQuantizer(PackedQuantizer):
-    """A quantizer's sizes: what a layer stores, and what rebuilding its weight takes.
+    """Allocates what a quantizer does: a layer's stored tensors, its dequantized weight and the temporaries of that.
 
     Args:
-        quantizer: That it stands for.
-        kernels_dtype: The type in which kernels of the device rebuild a weight, with nothing beside it; None where
-            PyTorch unpacks it, in float32.
+        quantizer: The quantizer that it replaces.
+        kernels_dtype: Dtype of weights that the device's kernels dequantize, without temporaries; None if PyTorch
+            operations unpack them in float32.
     """
 
     def __init__(self, quantizer: Quantizer, kernels_dtype: torch.dtype | None) -> None:
@@ -31,41 +31,42 @@ class FakeQuantizer(PackedQuantizer):
         self._quantizer = quantizer
         self._packed = quantizer if isinstance(quantizer, PackedQuantizer) else None
         self._kernels_dtype = kernels_dtype
-        self._beside: dict[tuple[int, int], int] = {}
+        self._temporaries: dict[tuple[int, int], int] = {}
 
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """The quantizer's own tensors; for one whose layers are not ours, as many bytes as its bits come to."""
+        """The quantizer's tensors. A quantizer with layers of another library gets the bytes of its bits per weight."""
         if self._packed is not None:
             return self._packed.tensor_specs(out_features, in_features)
         size = ceil(out_features * in_features * self.bits_per_weight / 8)
         return {"weight": TensorSpec((size,), torch.uint8)}
 
     def refuse(self, in_features: int, out_features: int) -> str | None:
-        """As the quantizer does."""
+        """The quantizer's reason to refuse a layer; None if it takes it."""
         return self._quantizer.refuse(in_features, out_features)
 
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """Never: there are no weights."""
+        """Not supported: there are no weights."""
         raise NotImplementedError
 
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
-        """A weight without memory, and for a moment what rebuilding it takes beside it."""
+        """A fake weight (O, I), after the allocation of the temporaries."""
         packed, shape = tensors["weight"], (out_features, in_features)
         if self._kernels_dtype is not None:
             return packed.new_empty(shape, dtype=self._kernels_dtype)
-        if shape not in self._beside:
-            self._beside[shape] = self._measure(*shape)
-        beside = packed.new_empty(self._beside[shape])
-        del beside
+        if shape not in self._temporaries:
+            self._temporaries[shape] = self._measure(*shape)
+        temporaries = packed.new_empty(self._temporaries[shape])  # raises the traced peak
+        del temporaries
         return packed.new_empty(shape, dtype=torch.float32)
 
     def _measure(self, out_features: int, in_features: int) -> int:
-        """Bytes that unpacking takes at most, the weight itself counted."""
+        """Peak bytes of unpacking a weight, the weight included."""
         if self._packed is None:
             return 0
         fakes = FakeTensors()
         specs = self.tensor_specs(out_features, in_features).items()
         stored = {name: fakes.like(torch.empty(spec.shape, dtype=spec.dtype, device="meta")) for name, spec in specs}
+        # The outer trace must not count this measurement.
         with torch.utils._python_dispatch._disable_current_modes(), MemoryTrace(fakes) as trace:
             self._packed.unpack(stored, out_features, in_features)
         return trace.peak
@@ -78,17 +79,17 @@ def quantize_shapes(
     dtype: torch.dtype,
     kernels_dtype: torch.dtype | None,
 ) -> None:
-    """Put layers of stand-ins in the place of those that would be quantized.
+    """Replace layers that would be quantized with layers of fake quantizers.
 
     Args:
         model: On the meta device; changed in place.
-        choose: From a layer's name to its quantizer, None for a layer that keeps its weight.
-        with_head: Whether the output head may be among them.
-        dtype: In which layers multiply.
+        choose: Maps a layer's name to its quantizer, or to None for a layer that stays as it is.
+        with_head: Whether the output head may be quantized.
+        dtype: Compute dtype of the layers.
         kernels_dtype: As for `FakeQuantizer`.
 
     Raises:
-        UnsupportedError: A quantizer cannot take a layer.
+        UnsupportedError: A quantizer does not support a layer.
     """
     fake_quantizers: dict[int, FakeQuantizer] = {}
     layer: Any

@@ -1,4 +1,8 @@
-"""Bytes of a run by part. What is resident is counted, what passes take is traced on few blocks and extended to all."""
+"""Memory of a run by part, and FLOPs of its passes.
+
+Tensors that are held between steps are counted from their shapes. Passes are traced on models of two and three blocks,
+and extended linearly to the model's own number of blocks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from finetune.models.linear_layers import ParameterCount, count_parameters, line
 from finetune.models.loading.dtype import autocast
 from finetune.models.loading.meta_model import meta_model, with_blocks
 from finetune.plan.fake_layers import quantize_shapes
-from finetune.plan.speed import layer_shapes
+from finetune.plan.speed import PassFlops, layer_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.sections.model import Model
@@ -34,28 +38,28 @@ from finetune.train.optimizers import state_bytes
 from finetune.train.prepare_model import prepare_model
 
 FEW_BLOCKS = (2, 3)
-"""Blocks of the models that passes are traced on. All but the first and last of a model are alike: what one more takes,
-every further one takes."""
+"""Blocks of the two models that passes are traced on. All blocks but the first and the last cost the same, so the
+difference of the two traces is the cost of each further block."""
 
 
 @dataclass(frozen=True)
 class EstimateInputs:
-    """All that decides how much memory a run takes, but for its batches.
+    """Inputs of the memory estimate, except for the batches.
 
     Attributes:
-        config: Of the model.
+        config: The model's config.
         model: The recipe's section.
-        choose: From a linear layer's name to its quantizer.
-        quantizes_head: Whether the output head may have one.
-        weight_dtype: Of weights that are not quantized.
-        compute_dtype: Of passes.
-        method: What trains.
-        total_steps: Of the run.
+        choose: Maps a linear layer's name to its quantizer, or to None.
+        quantizes_head: Whether the output head may be quantized.
+        weight_dtype: Dtype of weights that are not quantized.
+        compute_dtype: Dtype of the forward and backward passes.
+        method: The adapter method, or full fine-tuning.
+        total_steps: Optimizer steps of the run.
         optimizer: The recipe's section.
-        checkpointing: What is computed again in backward, as the recipe says it.
-        noise: On embeddings, if any.
-        flattens_rows: Whether rows stand in one line.
-        gpu_memory: Bytes of the GPU that the run is for; None for a CPU.
+        checkpointing: The recipe's `training.gradient_checkpointing`.
+        noise: NEFTune's alpha; None without noise.
+        flattens_rows: Whether a micro-batch is one row of packed examples.
+        gpu_memory: Bytes of the target GPU; None for a CPU.
     """
 
     config: Any
@@ -74,12 +78,12 @@ class EstimateInputs:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the run is for a GPU."""
+        """Whether the target is a GPU."""
         return self.gpu_memory is not None
 
     @property
     def chunks(self) -> Chunks:
-        """How many logits the output head computes at a time there."""
+        """Logits that the output head computes at a time on the target."""
         return Chunks.on(torch.device("cpu")) if self.gpu_memory is None else Chunks.on_gpu(self.gpu_memory)
 
 
@@ -87,10 +91,10 @@ class Base(NamedTuple):
     """Bytes of a base.
 
     Attributes:
-        weights: All of it.
-        block: Parameters of its largest decoder block.
-        non_block: Parameters around the blocks.
-        buffers: What is no parameter, such as the scales of quantized weights.
+        weights: Parameters and buffers.
+        block: Parameters of the largest decoder block.
+        non_block: Parameters outside of the decoder blocks: embeddings, output head, last norm.
+        buffers: Buffers, such as the scales of quantized weights.
     """
 
     weights: int
@@ -101,17 +105,16 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class ResidentMemory:
-    """What is held from step to step, in bytes.
+    """Memory that is held between steps, in bytes.
 
     Attributes:
         base: The base.
-        adapter: What the method adds, trained or not.
-        gradients: Of what trains.
-        optimizer: Moments, and what the method keeps between steps.
+        adapter: Parameters and buffers that the method adds, trainable or not.
+        gradients: Gradients of the trainable parameters.
+        optimizer: Moments, and the method's own state.
         count: Numbers of parameters.
-        largest_trained: Bytes of the largest tensor that trains.
-        shapes: How many linear layers the base has of each shape, its head left out.
-        head: The output head's shape.
+        largest_trained: Bytes of the largest trainable parameter.
+        shapes: Number of the base's linear layers by shape (O, I), without the output head.
     """
 
     base: Base
@@ -121,39 +124,39 @@ class ResidentMemory:
     count: ParameterCount
     largest_trained: int
     shapes: Counter[tuple[int, int]]
-    head: tuple[int, int]
 
     @property
     def weights(self) -> int:
-        """Of all of the base."""
+        """Bytes of the base's parameters and buffers."""
         return self.base.weights
 
 
 @dataclass(frozen=True)
-class TransientMemory:
-    """What passes take for a moment beside what is resident, in bytes.
+class PassCosts:
+    """Memory that passes take beside the resident memory, in bytes, and their FLOPs.
 
     Attributes:
-        activations: Of a forward and backward pass, logits not counted.
-        logits: And their gradients.
-        evaluation: Of a forward pass over held-out rows.
-        pinned: Of the machine's memory, in which inputs of a GPU's blocks wait.
+        activations: Peak of a forward and backward pass, without logits.
+        logits: Logits and their gradients at that peak.
+        evaluation: Peak of a forward pass over validation rows.
+        flops: FLOPs of the forward and backward pass.
+        pinned: Pinned host memory for offloaded inputs of a GPU's blocks.
     """
 
     activations: int
     logits: int
     evaluation: int
+    flops: PassFlops
     pinned: int = 0
 
 
 def resident(inputs: EstimateInputs) -> ResidentMemory:
-    """Count what is held from step to step; no weights are there.
+    """Count the memory that is held between steps, on a model without weights.
 
     Raises:
-        UnsupportedError: The method or a quantizer cannot take the model.
+        UnsupportedError: The method or a quantizer does not support the model.
     """
     plain = meta_model(inputs.config, inputs.model, inputs.weight_dtype)
-    vocabulary, width = plain.get_output_embeddings().weight.shape
     model, _, base = _attached(inputs, inputs.config)
     trained = trainable(model)
     sizes = _sizes([*model.parameters(), *model.buffers()])
@@ -166,17 +169,16 @@ def resident(inputs: EstimateInputs) -> ResidentMemory:
         count=count_parameters(model),
         largest_trained=max(parameter.nbytes for parameter in trained.values()),
         shapes=layer_shapes(plain),
-        head=(vocabulary, width),
     )
 
 
-def passes(inputs: EstimateInputs, train: Batch, held_out: Batch | None) -> TransientMemory:
-    """Trace a training pass and a held-out one.
+def passes(inputs: EstimateInputs, train: Batch, validation: Batch | None) -> PassCosts:
+    """Trace a forward and backward pass, and a forward pass over validation rows.
 
     Args:
-        inputs: Of the run.
+        inputs: Inputs of the estimate.
         train: The largest micro-batch.
-        held_out: The largest batch of held-out rows, if there are any.
+        validation: The largest batch of validation rows; None without any.
 
     Raises:
         UnsupportedError: The model's passes cannot be traced.
@@ -184,33 +186,35 @@ def passes(inputs: EstimateInputs, train: Batch, held_out: Batch | None) -> Tran
     blocks = inputs.config.get_text_config().num_hidden_layers
     few, more = FEW_BLOCKS
     if blocks <= more:
-        return _traced(inputs, inputs.config, train, held_out)
+        return _traced(inputs, inputs.config, train, validation)
     try:
-        least, most = (_traced(inputs, with_blocks(inputs.config, count), train, held_out) for count in (few, more))
-    except UnsupportedError:  # such as targets that name blocks by their numbers
-        return _traced(inputs, inputs.config, train, held_out)
+        least, most = (_traced(inputs, with_blocks(inputs.config, count), train, validation) for count in (few, more))
+    except UnsupportedError:  # such as target_modules that contain block numbers beyond these
+        return _traced(inputs, inputs.config, train, validation)
 
     def extended(at_least: int, at_most: int) -> int:
         return at_most + (at_most - at_least) * (blocks - more) // (more - few)
 
     if inputs.on_gpu and inputs.checkpointing == "offload":
-        # One more block keeps no more than its input, and of these all but one are elsewhere.
+        # A further block saves its input only. Inputs lie in host memory, except for that of the current block.
         input_of_block = (most.activations - least.activations) // (more - few)
         activations = most.activations - (more - 1) * input_of_block
         pinned = blocks * (1 << (input_of_block - 1).bit_length())  # PyTorch pins powers of two
     else:
         activations, pinned = extended(least.activations, most.activations), 0
-    return TransientMemory(
+    return PassCosts(
         activations=activations,
         logits=most.logits,
         evaluation=extended(least.evaluation, most.evaluation),
+        flops=PassFlops(extended(least.flops.body, most.flops.body), most.flops.head),
         pinned=pinned,
     )
 
 
-def _traced(inputs: EstimateInputs, config: Any, train: Batch, held_out: Batch | None) -> TransientMemory:
+def _traced(inputs: EstimateInputs, config: Any, train: Batch, validation: Batch | None) -> PassCosts:
     model, fakes, _ = _attached(inputs, config)
     vocabulary = config.get_text_config().vocab_size
+    # Gradients are resident and are added to: without them here, backward would allocate them as transient memory.
     for parameter in trainable(model).values():
         parameter.grad = torch.empty_like(parameter)
 
@@ -222,23 +226,25 @@ def _traced(inputs: EstimateInputs, config: Any, train: Batch, held_out: Batch |
 
     try:
         with trace() as trained:
+            trained.watch(model.get_output_embeddings())  # type: ignore[operator]
             with _autocast(inputs), embedding_noise(model, train, inputs.noise):
                 loss = chunked_cross_entropy(model.train(), train, inputs.chunks)
             penalty = inputs.method.penalty(model)
             (loss if penalty is None else loss + penalty).backward()
         evaluated = 0
-        if held_out is not None:
+        if validation is not None:
             with trace() as measured, torch.no_grad(), _autocast(inputs):
-                chunked_cross_entropy(model.eval(), held_out, inputs.chunks)
+                chunked_cross_entropy(model.eval(), validation, inputs.chunks)
             evaluated = measured.peak
-    except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+    except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(
             f"the passes of this model cannot be traced: {reason}",
             where=f"model.name ({config.model_type})",
             hint="run one step, and read its peak: ft train recipe.yaml --set training.max_steps=1",
         ) from error
-    return TransientMemory(trained.peak - trained.logits_at_peak, trained.logits_at_peak, evaluated)
+    flops = PassFlops(trained.flops - trained.module_flops, trained.module_flops)
+    return PassCosts(trained.peak - trained.logits_at_peak, trained.logits_at_peak, evaluated, flops)
 
 
 def _attached(inputs: EstimateInputs, config: Any) -> tuple[nn.Module, FakeTensors, Base]:
@@ -284,7 +290,7 @@ def _fuses(inputs: EstimateInputs) -> bool:
 
 
 def _keep_as_compiled(model: PreTrainedModel) -> None:
-    """Have fused blocks keep what compiled ones do: as little of each function, but its result too."""
+    """Have fused blocks save the same tensors as compiled ones: the inputs and the output of each function."""
     blocks = list_of_blocks(model, linear_layers(model))
     for block in model.get_submodule(blocks).children() if blocks else ():
         block.forward = saving_everything()(block.forward)  # type: ignore[method-assign]
@@ -297,16 +303,16 @@ def _base(model: nn.Module) -> Base:
     )
     parameters = _sizes(model.parameters())
     buffers = sum(size for key, size in _sizes(model.buffers()).items() if key not in parameters)
-    whole = sum(parameters.values())
-    return Base(whole + buffers, max(blocks), whole - sum(blocks), buffers)
+    weights = sum(parameters.values())
+    return Base(weights + buffers, max(blocks), weights - sum(blocks), buffers)
 
 
 def _autocast(inputs: EstimateInputs) -> torch.autocast:
-    """As in training; on the CPU, where tensors without memory are."""
+    """Training's autocast, but for the CPU, which is the device of fake tensors."""
     return autocast(torch.device("cpu"), inputs.compute_dtype)
 
 
 def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of memory by what tensors lie in, which some share."""
+    """Bytes by storage: tied weights and views share one."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage._cdata: storage.nbytes() for storage in storages}

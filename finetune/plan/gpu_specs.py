@@ -1,8 +1,9 @@
-"""Common GPUs: memory and speed as their makers state them."""
+"""Common GPUs: memory and speed as their vendors state them."""
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from finetune.errors import UsageError
@@ -14,9 +15,10 @@ class GpuSpec(NamedTuple):
     """A GPU.
 
     Attributes:
-        name: As people call it.
-        memory_bytes: Counted in 10^9 for each GB it is sold with, which is about what the driver leaves to programs.
-        teraflops: Dense products in 16 bits with sums in 32, in 10^12 operations a second, as stated; None if unknown.
+        name: Common name, without the vendor.
+        memory_bytes: 10^9 for each GB that it is sold with, which is about what the driver leaves to programs.
+        teraflops: Stated speed of dense 16-bit matmuls with 32-bit accumulation, in 10^12 FLOPs per second; None if
+            unknown. Variants with several speeds have that of the fastest.
     """
 
     name: str
@@ -42,12 +44,15 @@ GPU_SPECS = (
     GpuSpec("B200", 180 * GB, 2250),
 )
 
+_OTHER_SPEEDS = {"LAPTOP", "MOBILE", "MAX", "MIG", "TI", "SUPER", "D"}
+"""Words in a device's name for a variant with another speed, or for a partition of a GPU."""
+
 
 def gpu_spec(text: str) -> GpuSpec:
-    """The GPU of that name, or one of that much memory: `24GB`.
+    """The GPU of a name, such as `A100`, or of a memory size, such as `24GB`.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: The text is neither.
     """
     wanted = text.strip().upper().replace(" ", "").removeprefix("NVIDIA")
     for known in GPU_SPECS:
@@ -58,3 +63,15 @@ def gpu_spec(text: str) -> GpuSpec:
         names = ", ".join(known.name for known in GPU_SPECS)
         raise UsageError(f"{text!r} is no GPU that ft knows", hint=f"give its memory, such as 24GB, or one of {names}")
     return GpuSpec("a GPU", int(float(size[1]) * GB), None)
+
+
+def spec_of_device(name: str) -> GpuSpec | None:
+    """The GPU with the name that its driver reports, such as `NVIDIA A100-SXM4-80GB`; None if it is not listed.
+
+    Only its speed is that of the device: an A100 has 40 GB or 80, and a driver reports the true size.
+    """
+    words = re.findall(r"[A-Z0-9]+", name.upper())
+    if _OTHER_SPEEDS & set(words):
+        return None
+    names = {*words, *(f"{one}{two}" for one, two in pairwise(words))}  # "RTX 4090" is two words
+    return next((known for known in GPU_SPECS if known.name in names), None)

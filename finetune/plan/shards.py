@@ -1,21 +1,21 @@
-"""What one of several processes holds of a run, in bytes."""
+"""Memory of one of several processes of a run, in bytes."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from finetune.plan.footprint import ResidentMemory
-from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.distributed import Distributed
 
 
-class Held(NamedTuple):
-    """Bytes that a process holds from step to step, and its communication buffers.
+class ProcessMemory(NamedTuple):
+    """Resident memory of a process, and its communication buffers, in bytes.
 
     Attributes:
-        weights: Of the base.
-        gradients: Of what trains.
-        optimizer: Moments.
-        communication: Unsharded weights during their computation, and gradients in reduction.
+        weights: The base, or a shard of it.
+        gradients: Gradients of the trainable parameters, or a shard of them.
+        optimizer: Moments, or a shard of them.
+        communication: Unsharded weights during their computation, and gradients during their reduction.
     """
 
     weights: int
@@ -24,22 +24,31 @@ class Held(NamedTuple):
     communication: int
 
 
-def per_process(held: ResidentMemory, recipe: Recipe) -> Held:
-    """What one process of a recipe's run holds, of what a run in one process would.
+def per_process(held: ResidentMemory, distributed: Distributed, trains_base: bool, accumulation: int) -> ProcessMemory:
+    """Memory of one process, from the memory of a run in a single process.
 
-    DDP lays gradients out a second time, in the buckets that it sums. Of shares, what stands around the blocks is whole
-    during a step, and so is a block that computes, beside what was gathered of it or of the next one. Gradients of
-    shares are whole until the last pass of a step.
+    DDP copies gradients into the buckets that it reduces. With FSDP, the weights outside of the decoder blocks are
+    unsharded during a step. So is the block that computes, beside the buffer of its own all-gather or of the next
+    block's. Sharded gradients stay unsharded until the last micro-batch of a step.
+
+    Args:
+        held: Memory of a run in one process.
+        distributed: The recipe's section.
+        trains_base: Whether the base's own weights are trainable.
+        accumulation: Micro-batches of a step in a single process.
     """
-    base, count = held.base, recipe.distributed.processes
+    base, count = held.base, distributed.processes
     if count == 1:
-        return Held(base.weights, held.gradients, held.optimizer, 0)
-    if recipe.distributed.strategy == "ddp":
-        return Held(base.weights, held.gradients, held.optimizer, held.gradients)
-    share = (base.weights - base.buffers) // count + base.buffers
-    whole = base.non_block + 2 * base.block
-    if not recipe.adapter.trains_base:
-        return Held(share, held.gradients, held.optimizer, whole + held.gradients)
-    adds_up = recipe.training.gradient_accumulation_steps > count
-    gradients = held.gradients if adds_up else held.gradients // count
-    return Held(share, gradients, held.optimizer // count, whole + base.non_block + 2 * base.block)
+        return ProcessMemory(base.weights, held.gradients, held.optimizer, 0)
+    if distributed.strategy == "ddp":
+        return ProcessMemory(base.weights, held.gradients, held.optimizer, held.gradients)
+    # Parameters are sharded; buffers, such as the scales of quantized weights, are replicated.
+    shard = (base.weights - base.buffers) // count + base.buffers
+    unsharded = base.non_block + 2 * base.block
+    if not trains_base:  # the adapter is replicated, and its gradients are all-reduced in one flat buffer
+        return ProcessMemory(shard, held.gradients, held.optimizer, unsharded + held.gradients)
+    # Without accumulation in a process, the only micro-batch is the last, and gradients are reduce-scattered at once.
+    accumulates = accumulation > count
+    gradients = held.gradients if accumulates else held.gradients // count
+    of_gradients = base.non_block + 2 * base.block
+    return ProcessMemory(shard, gradients, held.optimizer // count, unsharded + of_gradients)

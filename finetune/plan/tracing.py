@@ -1,13 +1,14 @@
-"""Which tensors are alive in a computation, found out without their memory.
+"""Peak memory and FLOPs of a computation, measured without its memory.
 
-Tensors of floating-point numbers have shape, type and device and no numbers: PyTorch's fake tensors. Integers and truth
-values are real, so that whatever depends on them (which positions are trained, where examples end) has its true shape.
-The computation itself is the one that training runs.
+Floating-point tensors are PyTorch's fake tensors: shape, dtype and device without data. Integer and boolean tensors are
+real, because shapes depend on their values (positions of target tokens, boundaries of examples). The traced computation
+is the one that training runs: a dispatch mode sees each ATen operation, adds the storages that it allocates to the live
+bytes, and subtracts each storage when Python frees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from math import prod
 from typing import Any
@@ -18,26 +19,37 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 
 SMALL = 1 << 16
-"""Numbers below which a tensor that is made out of nothing is real: scalars, tables and the like."""
+"""Factory functions return real tensors up to this many elements: scalars, tables and the like."""
 
 _DEVICE = torch.ops.prim.device.default
-"""What the core asks of a fake tensor before each operation: half of all that is dispatched."""
+"""Query that PyTorch's core makes on a fake tensor before each operation: half of all dispatched calls."""
 
 _CPU = torch.device("cpu")
 _PLACES = ("device", "pin_memory")
-"""Arguments that say where a result lies."""
+"""Arguments for the location of a result."""
+
+_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten.addmm_: addmm_flop,
+    torch.ops.aten.baddbmm_: baddbmm_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+"""FLOPs of an operation from the shapes of its arguments: PyTorch's formulas for matmuls, convolutions and attention on
+GPUs. Its registry lacks the in-place matmuls and attention on a CPU."""
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 _FILLING = ("aten::uniform_", "aten::normal_", "aten::zero_", "aten::fill_")
 
 
 class _Mixed(TorchDispatchMode):
-    """Operations on fake tensors and real ones together.
+    """Runs operations whose arguments mix fake and real tensors.
 
     Args:
-        tensors: What makes fake tensors.
+        tensors: Factory of the fake tensors.
     """
 
     def __init__(self, tensors: FakeTensors) -> None:
@@ -54,7 +66,7 @@ class _Mixed(TorchDispatchMode):
             return self.run_real(func, args, kwargs, given)
         written = _written(func, args, kwargs)
         if written is not None and not isinstance(written, FakeTensor):
-            return written  # a real tensor, whose value nobody will know
+            return written  # a real tensor with a fake argument: its new values are unknown, and no shape needs them
         if _is_plain(func):
             return self.tensors.run(func, args, kwargs)
         if func in _INDEXING:
@@ -62,22 +74,25 @@ class _Mixed(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def run_real(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        """Run one that no fake tensor takes part in; `given` are its tensors."""
+        """Run an operation without fake arguments; `given` are its tensors."""
         return func(*args, **kwargs)
 
 
 class Unfilled(_Mixed):
-    """In the block new tensors of floating-point numbers are not written to, so that the system gives no memory."""
+    """Skips the initialization of new floating-point tensors in the block.
+
+    The system commits a page of memory at its first write, so unwritten tensors take none.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation; what becomes a parameter is a tensor of its own, which modules can be moved with."""
+        """Run one operation; a detached fake tensor gets its own storage, as parameters of a movable module need."""
         made = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.detach.default and isinstance(made, FakeTensor):
             return self.tensors.like(made)
         return made
 
     def run_real(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        """Run it, if it does not fill a tensor."""
+        """Run the operation, unless it fills a floating-point tensor."""
         if func._schema.name in _FILLING and args[0].is_floating_point():
             return args[0]
         if func is torch.ops.aten.zeros.default and _is_large_factory(args, kwargs):
@@ -86,37 +101,54 @@ class Unfilled(_Mixed):
 
 
 class MemoryTrace(_Mixed):
-    """Counts, in its block, the bytes of the tensors that are alive.
+    """Counts the bytes of live tensors and the FLOPs of operations in its block.
+
+    FLOPs are those of matmuls, attention and convolutions; a multiply-add counts as two. An operation that is
+    recomputed for backward counts again.
 
     Args:
-        tensors: What makes fake tensors.
-        width: The vocabulary: tensors whose last dimension is as long count as logits.
+        tensors: Factory of the fake tensors.
+        width: Vocabulary size; a tensor with this last dimension counts as logits.
 
     Attributes:
-        live: Bytes of the tensors that were made in the block and are still alive.
-        peak: The most that `live` has been.
-        logits_at_peak: How much of it was logits.
+        live: Bytes of tensors that were allocated in the block and are still alive.
+        peak: Maximum of `live`.
+        logits_at_peak: Bytes of logits in `peak`.
+        flops: FLOPs of all operations.
+        module_flops: FLOPs during the forward pass of the module given to `watch`.
     """
 
     def __init__(self, tensors: FakeTensors, width: int = 0) -> None:
         super().__init__(tensors)
         self.live = self.peak = self.logits_at_peak = 0
+        self.flops = self.module_flops = 0
         self._width, self._logits = width, 0
         self._sizes: dict[int, tuple[int, bool]] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave tensors out of the count that were there before the block."""
+        """Exclude tensors that were allocated before the block."""
         self._sizes |= {tensor.untyped_storage()._cdata: (0, False) for tensor in tensors}
 
+    def watch(self, module: nn.Module) -> None:
+        """Count the FLOPs of this module's forward passes in `module_flops` too."""
+        flops_before: list[int] = []
+        module.register_forward_pre_hook(lambda *_: flops_before.append(self.flops))
+        module.register_forward_hook(lambda *_: self._count_module(flops_before.pop()))
+
+    def _count_module(self, flops_before: int) -> None:
+        self.module_flops += self.flops - flops_before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, and count what it has made."""
+        """Run one operation; count its FLOPs and the tensors that it allocates."""
         made = super().__torch_dispatch__(func, types, args, kwargs)
+        if (formula := _FLOP_FORMULAS.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=made)
         for tensor in _tensors((made,)):
             self._count(tensor)
         return made
 
     def run_real(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        """Run it; a large tensor that is made out of nothing is a fake one."""
+        """Run the operation; a large tensor of a factory function becomes a fake one."""
         if not given and _is_large_factory(args, kwargs):
             with self.tensors.mode:
                 return func(*args, **kwargs)
@@ -142,50 +174,50 @@ class MemoryTrace(_Mixed):
 
 
 class FakeTensors:
-    """Makes tensors without memory that pass for those of a device.
+    """Factory of fake tensors, which have a shape, a dtype and a device but no memory.
 
     Attributes:
-        mode: PyTorch's, which the tensors belong to.
+        mode: PyTorch's mode, which the tensors belong to.
     """
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same shape and type on the CPU, without memory."""
+        """A fake tensor of the same shape, strides and dtype on the CPU."""
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         return FakeTensor(self.mode, meta, torch.device("cpu"))
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation of which `_is_plain` holds, on fake tensors or with real ones among them.
+        """Run an operation that satisfies `_is_plain`, with at least one fake tensor among its arguments.
 
-        What PyTorch has for tensors on the meta device tells shapes and types. Its mode for fake tensors does the same
-        with checks and a memory that nothing here needs, and takes several times as long.
+        PyTorch's meta kernels compute the result's shape and dtype. `FakeTensorMode` calls the same kernels, with
+        checks and a cache that are not needed here, and takes several times as long.
         """
-        args = self._without_numbers(args)
-        kwargs = {name: self._without_numbers(value) for name, value in kwargs.items() if name not in _PLACES}
-        with in_kernel_invocation_manager(self.mode):
+        args = self._without_data(args)
+        kwargs = {name: self._without_data(value) for name, value in kwargs.items() if name not in _PLACES}
+        with in_kernel_invocation_manager(self.mode):  # fake tensors report the meta device, so meta kernels run
             made = func(*args, **kwargs)
         if isinstance(made, (tuple, list)):
             return type(made)(map(self._faked, made))
         return self._faked(made)
 
-    def _without_numbers(self, given: Any) -> Any:
+    def _without_data(self, given: Any) -> Any:
         if isinstance(given, Tensor):
             return given if isinstance(given, FakeTensor) else self.like(given)
-        return type(given)(map(self._without_numbers, given)) if isinstance(given, (tuple, list)) else given
+        return type(given)(map(self._without_data, given)) if isinstance(given, (tuple, list)) else given
 
     def _faked(self, made: Any) -> Any:
         is_new = isinstance(made, Tensor) and not isinstance(made, FakeTensor)
         return FakeTensor(self.mode, made, _CPU) if is_new else made
 
     def to_placeholders(self, model: nn.Module, vectors_too: bool) -> None:
-        """Put tensors without memory in the place of a model's parameters, and of its buffers on the meta device.
+        """Replace a model's parameters, and its buffers on the meta device, with fake tensors.
 
         Args:
-            model: Changed in place; shared weights stay shared.
-            vectors_too: Whether parameters of one dimension are among them. Those on the meta device become ones
-                otherwise, for whoever has to look at what a norm computes.
+            model: Changed in place; tied weights stay tied.
+            vectors_too: Whether one-dimensional parameters are replaced too. Otherwise those become real tensors of
+                ones, because some code reads the values that a norm computes.
         """
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
@@ -193,13 +225,13 @@ class FakeTensors:
                 if parameter is None or isinstance(parameter, FakeTensor):
                     continue
                 if id(parameter) not in made:
-                    made[id(parameter)] = self._hollow(parameter, vectors_too)
+                    made[id(parameter)] = self._placeholder(parameter, vectors_too)
                 module._parameters[name] = made[id(parameter)]
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = self.like(buffer)
 
-    def _hollow(self, parameter: nn.Parameter, vectors_too: bool) -> nn.Parameter:
+    def _placeholder(self, parameter: nn.Parameter, vectors_too: bool) -> nn.Parameter:
         is_float_vector = parameter.dim() <= 1 and parameter.is_floating_point()
         if is_float_vector and not vectors_too:
             data = torch.ones(parameter.shape, dtype=parameter.dtype)
@@ -209,7 +241,7 @@ class FakeTensors:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors in nested arguments or results of an operation."""
+    """Tensors in nested arguments or results of an operation."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -220,7 +252,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """The tensor that an operation writes into, if it does."""
+    """The argument that an operation writes into; None if it writes into none."""
     for place, name in _places_written(func):
         value = args[place] if place < len(args) else kwargs.get(name)
         if isinstance(value, Tensor):
@@ -239,14 +271,14 @@ def _places_written(func: Any) -> tuple[tuple[int, str], ...]:
 
 @cache
 def _is_plain(func: Any) -> bool:
-    """Whether an operation's results have shapes and types that follow from those of its arguments, without numbers."""
-    needs_numbers = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+    """Whether the shapes and dtypes of an operation's results depend on those of its arguments alone, not on values."""
+    needs_values = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
     has_shapes = torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "Meta")
-    return func.namespace == "aten" and has_shapes and not needs_numbers
+    return func.namespace == "aten" and has_shapes and not needs_values
 
 
 def _as_places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Indices with numbers in the place of truth values: how many are true must be known."""
+    """Indices with boolean masks replaced by positions: a result's shape depends on the number of true values."""
     places: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype is torch.bool:
@@ -257,7 +289,7 @@ def _as_places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 def _is_large_factory(args: Any, kwargs: Any) -> bool:
-    """Whether a tensor of many floating-point numbers is made out of nothing."""
+    """Whether a factory function is called for a large floating-point tensor."""
     size = args[0] if args else kwargs.get("size", ())
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     is_shape = isinstance(size, (list, tuple)) and all(isinstance(length, int) for length in size)

@@ -139,13 +139,21 @@ class Ordered(NamedTuple):
 
 def in_order(recipe: Recipe) -> Ordered:
     """Tokenize the rows of a recipe, and order them as its run does."""
-    from finetune.jobs.load.context import TrainingContext, layout_of
+    from finetune.jobs.load.context import TrainingContext, batch_plan_of
     from finetune.run.events import ignore
     from finetune.train.loop import batch_order
 
     context = TrainingContext.of(recipe, ignore)
     rows = context.read_data(ignore).train
-    layout = layout_of(recipe, context.folder, rows.lengths, context.padding)
+    layout = batch_plan_of(
+        recipe.training,
+        recipe.data.max_length,
+        recipe.adapter,
+        recipe.model.attention,
+        context.folder,
+        rows.lengths,
+        context.padding,
+    )
     order = batch_order(layout.units, recipe.training)
     units = [
         [row for unit in order.step_units(step) for row in layout.rows_of(unit)] for step in range(order.total_steps)

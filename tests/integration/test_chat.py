@@ -23,7 +23,7 @@ from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling
 from finetune.jobs.infer.chat import Chat
 from finetune.jobs.infer.generate import Question, answer
-from finetune.jobs.load.model_ref import named
+from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.run.events import ignore
 from tests.fixtures.tiny import write_tiny_model
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def chat(model: Path) -> Chat:
-    (found,) = named([str(model)])
+    (found,) = resolve_model_refs([str(model)])
     return Chat.open(found, None, Sampling(TOKENS), ignore)
 
 

@@ -57,7 +57,7 @@ def test_continue_from_adalora_starts_a_new_rank_schedule(tiny_recipe: dict[str,
     ("change", "what"),
     [
         ({"adapter": {"method": "lora", "r": 2}}, "other shapes"),
-        ({"adapter": {"method": "oft", "block_size": 8}}, "belong to"),
+        ({"adapter": {"method": "oft", "block_size": 8}}, "the weights have format"),
         ({"quantization": {"kind": "hqq"}}, "quantized to other weights"),
     ],
 )

@@ -243,7 +243,8 @@ def test_adapter_loads_only_over_the_quantized_weights_of_its_training(tiny_reci
 
 
 @pytest.mark.parametrize(
-    ("change", "what"), [({"convention": "W x - B A x"}, "belong to"), ({"format": 9}, "not of this version")]
+    ("change", "what"),
+    [({"convention": "W x - B A x"}, "weights have format"), ({"format": 9}, "not of this version")],
 )
 def test_adapter_with_another_weight_format_or_version_is_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], what: str

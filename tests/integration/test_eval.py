@@ -27,7 +27,7 @@ from finetune.jobs.infer import evaluate as job
 from finetune.jobs.infer.evaluate import EvaluationOptions, evaluate
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
-from finetune.jobs.load.model_ref import named
+from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
@@ -267,7 +267,7 @@ def test_interrupted_evaluation_resumes_with_equal_scores(
     runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     options = EvaluationOptions(tasks=("validation", str(tasks)), batch_size=2, output=tmp_path / "out")
-    (run,) = named([str(runs / "low-rank")])
+    (run,) = resolve_model_refs([str(runs / "low-rank")])
 
     def interrupt(event: Event) -> None:
         if isinstance(event, Progress) and "talk" in event.doing and event.done >= 6:

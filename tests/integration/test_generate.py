@@ -17,7 +17,7 @@ from finetune.errors import FinetuneError, RefusedError, UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.load.finetuned_model import SharedBase
-from finetune.jobs.load.model_ref import Kind, named
+from finetune.jobs.load.model_ref import Kind, resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
@@ -266,7 +266,7 @@ def test_runs_over_another_base_are_refused_with_the_difference(
     for name, (change, what) in changes.items():
         run = RunDirectory.create(tmp_path / name)
         train(as_recipe({**tiny_recipe, **change}, tmp_path), run)
-        with pytest.raises(RefusedError, match=f"another base than short: .*{what}"):
+        with pytest.raises(RefusedError, match=f"differs from that of short: .*{what}"):
             answers(runs / "short", run.path, prompts=["Hi"])
 
 
@@ -285,15 +285,15 @@ def test_full_fine_tuning_cannot_share_a_base_with_adapters(runs: Path, tiny_rec
 
 
 def test_model_ref_kind_depends_on_the_path(runs: Path, tmp_path: Path):
-    (run, weights) = named([str(runs / "short"), str(runs / "long" / "adapter") + "/"])
+    (run, weights) = resolve_model_refs([str(runs / "short"), str(runs / "long" / "adapter") + "/"])
     assert (run.kind, run.label, weights.kind, weights.label) == (Kind.RUN, "short", Kind.RUN, "long")
     namesakes = [tmp_path / "a" / "short", runs / "short"]
     namesakes[0].mkdir(parents=True)
     (namesakes[0] / "config.json").write_text("{}", encoding="utf-8")
-    assert [each.label for each in named([str(reference) for reference in namesakes])] == [
+    assert [each.label for each in resolve_model_refs([str(reference) for reference in namesakes])] == [
         str(reference) for reference in namesakes
     ]
-    assert [each.kind for each in named(["org/name", "package://llm/file.gguf"])] == [Kind.MODEL] * 2
+    assert [each.kind for each in resolve_model_refs(["org/name", "package://llm/file.gguf"])] == [Kind.MODEL] * 2
 
 
 @pytest.mark.parametrize("case", ["slip", "foreign", "unfinished", "damaged"])

@@ -18,7 +18,7 @@ from finetune.evaluation.engine import Engine, ModelGenerator
 from finetune.evaluation.measurement import Measurement
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
-from finetune.jobs.load.model_ref import named
+from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.recipe.sections.evaluation import HarnessTask
@@ -100,7 +100,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def engine_of(name: Path, batch_size: int = 4) -> Engine:
-    tuned = FineTunedModel.find(named([str(name)])[0], ignore)
+    tuned = FineTunedModel.find(resolve_model_refs([str(name)])[0], ignore)
     shared = SharedBase([tuned], ignore)
     return Engine(
         label=tuned.label,

@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from finetune.jobs.plan.starter_recipe import AIMS, batch_size
+from finetune.jobs.plan.starter_recipe import OBJECTIVES, batch_size
 from finetune.recipe.load import load_recipe
 from tests.fixtures.tiny import chat_rows, tiny_config, tiny_tokenizer
 
@@ -44,7 +44,7 @@ DATA = {
     ),
     "one.jsonl": jsonl([{"prompt": "a", "completion": "b"}]),
 }
-LIKELY_AIM = {
+LIKELY_OBJECTIVE = {
     "chat.jsonl": "chat",
     "labels.csv": "classification",
     "numbers.jsonl": "classification",
@@ -87,11 +87,11 @@ def init(data: str, model: object, *options: object) -> Result:
 
 
 PAIRS = {
-    *LIKELY_AIM.items(),
-    *(("chat.jsonl", aim) for aim in AIMS if aim != "pretraining"),
+    *LIKELY_OBJECTIVE.items(),
+    *(("chat.jsonl", aim) for aim in OBJECTIVES if aim != "pretraining"),
     *(("book.txt", aim) for aim in ("pretraining", "long-context")),
 }
-"""Every data set with its own aim, and every aim with data that it fits."""
+"""Each dataset with its likely objective, and each objective with data that it suits."""
 
 
 @pytest.mark.parametrize(("data", "aim"), sorted(PAIRS))
@@ -102,15 +102,15 @@ def test_init_with_every_data_set_and_objective_writes_a_valid_recipe(
     assert result.exit_code == 0, result.output
     recipe = load_recipe(folder / "new/recipe.yaml").recipe
     assert recipe.data.train[0].path == str(folder / data)
-    assert recipe.evaluation.max_new_tokens == AIMS[aim].max_new_tokens
-    assert AIMS[aim].what[1:] in (folder / "new/recipe.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert recipe.evaluation.max_new_tokens == OBJECTIVES[aim].max_new_tokens
+    assert OBJECTIVES[aim].what[1:] in (folder / "new/recipe.yaml").read_text(encoding="utf-8").splitlines()[0]
 
 
 @pytest.mark.parametrize("data", DATA)
 def test_init_detects_the_objective_from_the_data(data: str, folder: Path, tiny_model: Path):
     result = init(data, tiny_model, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_AIM[data]
+    assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_OBJECTIVE[data]
 
 
 @pytest.mark.parametrize("data", ["labels.csv", "book.txt", "chat.jsonl", "ids.jsonl"])
@@ -155,13 +155,13 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_init_recipe_fits_into_memory_by_the_plan(memory: str, kind: str, folder: Path, large_model: Path):
     result = init("qa.jsonl", large_model, "--memory", memory, "--json")
     assert result.exit_code == 0, result.output
-    foreseen = json.loads(result.stdout.splitlines()[-1])["peak"]
+    planned_peak = json.loads(result.stdout.splitlines()[-1])["peak"]
     loaded = load_recipe(folder / "recipe.yaml")
     assert loaded.recipe.quantization.kind == kind
     assert ("would not fit" in loaded.text) == (kind == "nf4")
     planned = json.loads(ft("plan", "recipe.yaml", "--gpu", memory, "--json").stdout.splitlines()[-1])
     assert planned["fits"]
-    assert planned["peak"] <= foreseen <= float(memory.removesuffix("GB")) * 1e9
+    assert planned["peak"] <= planned_peak <= float(memory.removesuffix("GB")) * 1e9
     in_full = ("--set", "quantization.kind=none", "--gpu", memory, "--json")
     assert json.loads(ft("plan", "recipe.yaml", *in_full).stdout.splitlines()[-1])["fits"] == (kind == "none")
 
@@ -213,7 +213,7 @@ def test_init_sets_split_turns_for_templates_that_rewrite_earlier_turns(folder: 
         (["--data", "none.jsonl", "--model", "org/base-7B"], 3, "there is no such file"),
         (["--data", "book.txt", "--model", "org/base-7B", "--aim", "chat"], 2, "add --aim pretraining"),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "pretraining"], 2, "pretraining is for plain text"),
-        (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "aims: chat, "),
+        (["--data", "qa.jsonl", "--model", "org/base-7B", "--aim", "chatt"], 2, "objectives: chat, "),
         (["--data", "qa.jsonl", "--model", "org/base-7B", "--format", "qaa"], 2, "did you mean `qa`?"),
         (["--data", "qa.jsonl", "--format", "qa", "--column", "questin=q"], 2, "did you mean `question`?"),
         (["--data", "qa.jsonl", "--column", "question=q"], 2, "add --format"),
@@ -260,4 +260,4 @@ def test_init_on_a_terminal_prompts_and_detects_for_an_empty_line(folder: Path, 
     process.wait()
     assert process.returncode == 0, asked
     assert "Objective: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
-    assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == AIMS["qa"].max_new_tokens
+    assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == OBJECTIVES["qa"].max_new_tokens

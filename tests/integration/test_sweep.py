@@ -38,7 +38,7 @@ def ignore(event: Event) -> None:
 
 
 def run_all(file: Path, folder: Path, stop_in: int | None = None) -> list[Trial]:
-    """Every trial, or until a signal comes in the first step of one."""
+    """Run all trials; with `stop_in`, until a signal in the first step of that trial."""
     sweep = Sweep(load_recipe(file), folder)
     while (trial := sweep.next_trial()) is not None:
         interruption = Interruption()
@@ -85,8 +85,8 @@ def test_stopped_sweep_ends_as_uninterrupted(tiny_recipe: dict[str, Any], tmp_pa
     file = swept(tiny_recipe, tmp_path)
     with pytest.raises(Stopped) as stopped:
         run_all(file, tmp_path / "stopped", stop_in=stop_in)
-    assert stopped.value.hint == "go on with the same command"
-    assert facts(run_all(file, tmp_path / "stopped")) == facts(run_all(file, tmp_path / "whole"))
+    assert stopped.value.hint == "resume with the same command"
+    assert facts(run_all(file, tmp_path / "stopped")) == facts(run_all(file, tmp_path / "unstopped"))
 
 
 @needs_optuna

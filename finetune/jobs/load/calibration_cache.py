@@ -1,4 +1,4 @@
-"""A base that is quantized by what its layers see: made once for a base, a section and rows, then kept in the cache."""
+"""Cache of bases with calibrated quantization, by base, recipe section and calibration rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finetune.storage.cache import cached
 from finetune.storage.files import write_json
 
 RECORD = "calibration.json"
-"""In the folder: the rows' number and tokens, and by layer its outputs' error and that of rounding to nearest."""
+"""File in the folder: number of rows and tokens, and each layer's output error, with that of rounding to nearest."""
 
 
 def calibrated_base(
@@ -37,18 +37,21 @@ def calibrated_base(
     device: torch.device,
     on_event: EventHandler,
 ) -> ModelFolder:
-    """The folder of the quantized base, bit for bit the same for every run until it leaves the cache.
+    """The folder of the quantized base; calibrates it unless it is in the cache.
+
+    All runs that share the entry have bitwise the same base. Calibration is deterministic on one machine, so an entry
+    that left the cache is rebuilt with the same weights.
 
     Args:
         base: The model in full precision.
-        quantizers: Of its weights, some of which need calibration.
-        train: The rows to draw from.
-        seed: Of the draw.
-        device: Where to compute.
-        on_event: Told how far it is.
+        quantizers: Quantizers of its layers, some of which need calibration.
+        train: Training rows, from which calibration rows are sampled.
+        seed: Seed of the sampling.
+        device: Device of the calibration.
+        on_event: Receives `Progress`.
 
     Raises:
-        FinetuneError: The model cannot be quantized in this way.
+        FinetuneError: The model does not support the quantization.
     """
     check_storable(quantizers.in_use)
     count = max(quantizer.calibration_rows for quantizer in quantizers.calibrated)
@@ -61,8 +64,8 @@ def calibrated_base(
             Model(name=base.name),
             Quantizers(NoQuantization()),
             weight_dtype=file_dtype(base.path),
-            compute_dtype=torch.float32,
-            device=torch.device("cpu"),
+            compute_dtype=torch.float32,  # the same weights, whatever dtype a run computes in
+            device=torch.device("cpu"),  # blocks move to `device` one at a time
         )
         errors = quantize_by_inputs(
             model,
@@ -79,7 +82,7 @@ def calibrated_base(
 
 
 def _key(base: ModelFolder, quantizers: Quantizers, rows: list[list[int]]) -> str:
-    """A name that differs where codes could."""
+    """Cache key: a hash of everything that the quantized weights depend on."""
     parts = {
         "base": fingerprint(base.path),
         "section": quantizers.section.model_dump(),

@@ -1,4 +1,4 @@
-"""What every job sets up from a recipe: device and types, the base model, the rows."""
+"""The setup that jobs share: device, dtypes, base model, tokenizer and datasets of a recipe."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.adapter import AdapterSection
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.quantization import NoQuantization
-from finetune.recipe.sections.training import Precision
+from finetune.recipe.sections.training import Precision, Training
 from finetune.resolve import build
 from finetune.run.events import EventHandler, Phase
 from finetune.train.memory import bound_kernel_caches, reset_peak_memory
@@ -44,16 +45,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """A model and how its weights are stored, before any of them is loaded.
+    """A model and the storage of its weights, before any weight is loaded.
 
     Attributes:
-        section: What names it.
+        section: The recipe's section `model`.
         accelerator: Processes and device.
-        folder: Its files.
-        tokenizer: Its tokenizer.
-        quantizers: How each of its linear layers is stored.
-        weight_dtype: Type of all other weights.
-        compute_dtype: Type of the forward pass.
+        folder: The model's files.
+        tokenizer: The model's tokenizer.
+        quantizers: Quantizer of each linear layer.
+        weight_dtype: Dtype of weights that are not quantized.
+        compute_dtype: Dtype of the forward pass.
     """
 
     section: Model
@@ -74,23 +75,23 @@ class ModelSetup:
         trains_base: bool = False,
         weights: bool = True,
     ) -> ModelSetup:
-        """Find a model, fetched or converted first where needed.
+        """Find a model; download or convert it first if necessary.
 
         Args:
-            section: What names it.
-            on_event: Told what takes long.
-            quantizers: Of its layers; by default they are as in its files.
+            section: The recipe's section `model`.
+            on_event: Receives a `Phase` before each slow part.
+            quantizers: Quantizers of its layers; by default they stay as they are in its files.
             precision: As in `training.precision`.
-            trains_base: Whether its own weights train.
-            weights: Whether its weights are needed, or its config and tokenizer alone.
+            trains_base: Whether the model's own weights are trainable.
+            weights: Whether its weights are needed, or only its config and tokenizer.
 
         Raises:
             ModelError: The model or its tokenizer cannot be used.
-            EnvironmentFault: The machine lacks what is asked for.
+            EnvironmentFault: The machine lacks something that the model needs.
         """
         bound_kernel_caches()
         accelerator = make_accelerator()
-        with accelerator.main_process_first():  # one process fetches or converts, the others find it done
+        with accelerator.main_process_first():  # one process downloads or converts, the others read the cache
             folder = find_model(section, _phases(on_event), weights)
         computes_in = compute_dtype(precision, accelerator.device)
         return ModelSetup(
@@ -105,7 +106,7 @@ class ModelSetup:
 
     @property
     def padding(self) -> int:
-        """The token that fills rows up."""
+        """The id of the padding token."""
         return padding_id(self.tokenizer)
 
     @property
@@ -114,25 +115,29 @@ class ModelSetup:
         return self.folder.positions
 
     def base_folder(self, on_event: EventHandler) -> ModelFolder:
-        """The files that the model is loaded from.
+        """The folder that the model is loaded from.
 
         Raises:
-            UsageError: Its codes come of calibration on rows that nothing names here.
+            UsageError: Its quantization is calibrated on training rows, which are not known here.
         """
         if self.quantizers.calibrated and not stored_quantization(self.folder):
             raise UsageError(
-                "the base is quantized by what its layers see on the training rows, which only the recipe names",
+                "the quantization of the base is calibrated on the training rows, which only the recipe names",
                 where=self.section.name,
                 hint="name the run's directory instead of the folder of its weights",
             )
         return self.folder
 
     def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The frozen model on the device, its layers stored as they should be.
+        """Load the frozen model to the device, with quantized layers.
 
         Args:
-            on_event: Told that it is loading.
-            dtype: Store and compute in this type instead of the chosen ones.
+            on_event: Receives a `Phase`.
+            dtype: Weight and compute dtype, in place of the chosen ones.
+
+        Raises:
+            OutOfMemoryError: The model does not fit.
+            UnsupportedError: A rule for single layers matches no layer.
         """
         folder = self.base_folder(on_event)
         kind = self.quantizers.section.kind
@@ -146,36 +151,41 @@ class ModelSetup:
                 compute_dtype=dtype or self.compute_dtype,
                 device=self.accelerator.device,
             )
-        _refuse_idle_rules(self.quantizers.modules, base)
+        _refuse_unused_rules(self.quantizers.modules, base)
+        # Loading may hold two copies of a weight; a run reports the peak of its own steps.
         reset_peak_memory(self.accelerator.device)
         return base
 
 
 @dataclass(frozen=True)
 class TrainingContext(ModelSetup):
-    """The parts that a recipe names, before any weight is loaded.
+    """Objects that are built from a recipe, before any weight is loaded.
 
     Attributes:
-        recipe: Where they come from.
-        method: What is trained on the base model.
+        recipe: The recipe.
+        method: The adapter method, or full fine-tuning.
     """
 
     recipe: Recipe
     method: AdapterMethod
-    _rows: list[Datasets] = field(default_factory=list, repr=False, compare=False)
+    # A cell for the datasets, empty until `read_data` reads them: attributes of a frozen dataclass cannot be assigned.
+    # `dataclasses.replace` shares it with the copy, so a copy's recipe must have the same `data` and `training.seed`.
+    _datasets: list[Datasets] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, recipe: Recipe, on_event: EventHandler, weights: bool = True) -> TrainingContext:
-        """Find and build the parts.
+        """Find the model and build the method.
+
+        Reads no rows and loads no weights: see `read_data` and `load_base`.
 
         Args:
-            recipe: Names them.
-            on_event: Told what takes long.
+            recipe: A valid recipe.
+            on_event: Receives a `Phase` before each slow part.
             weights: Whether the base's weights are needed.
 
         Raises:
             ModelError: The base model or its tokenizer cannot be used.
-            EnvironmentFault: The machine lacks what the recipe needs.
+            EnvironmentFault: The machine lacks something that the recipe needs.
         """
         quantizers = Quantizers(recipe.quantization, recipe.modules)
         trains_base = recipe.adapter.trains_base
@@ -183,34 +193,34 @@ class TrainingContext(ModelSetup):
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
     def read_data(self, on_event: EventHandler) -> Datasets:
-        """The recipe's rows, tokenized; read once.
+        """The recipe's tokenized datasets; read once.
 
         Raises:
-            DataError: A file or row cannot be used, or a row is too long for the prompt that is trained before it.
+            DataError: A file or row cannot be used, or a row and the soft prompt before it exceed the context length.
         """
-        if not self._rows:
+        if not self._datasets:
             on_event(Phase("reading the data"))
             rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, on_event)
-            self._refuse_crowded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
-            self._rows.append(rows)
-        return self._rows[0]
+            self._refuse_exceeded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
+            self._datasets.append(rows)
+        return self._datasets[0]
 
     @property
     def encoder(self) -> Encoder:
-        """Turns the recipe's documents into tokens."""
+        """The encoder of the recipe's documents into tokens."""
         return Encoder(self.tokenizer, self.recipe.data.train_on)
 
     @property
     def shards_base(self) -> bool:
-        """Whether processes of the run hold shares of the base."""
+        """Whether the base is sharded across the run's processes."""
         return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
 
     def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The frozen model on the device, or this process's share of it; see `ModelSetup.load_base`."""
+        """Load the frozen model, or this process's shard of it, to the device; see `ModelSetup.load_base`."""
         if not self.shards_base:
             return super().load_base(on_event, dtype)
         folder = self.base_folder(on_event)
-        on_event(Phase(f"loading shares of {self.section.name}"))
+        on_event(Phase(f"loading shards of {self.section.name}"))
         with _loading(self.section.name):
             base = load_sharded_model(
                 folder,
@@ -219,19 +229,19 @@ class TrainingContext(ModelSetup):
                 weight_dtype=dtype or self.weight_dtype,
                 device=self.accelerator.device,
             )
-        _refuse_idle_rules(self.quantizers.modules, base)
+        _refuse_unused_rules(self.quantizers.modules, base)
         reset_peak_memory(self.accelerator.device)
         return base
 
     def seed(self) -> None:
-        """Seed every generator, so that what is initialised next is the recipe's and the same in every process."""
+        """Seed all random generators, so that the next initialization is the same in each process and each run."""
         set_seed(self.recipe.training.seed)
 
     def base_folder(self, on_event: EventHandler) -> ModelFolder:
-        """The files that the base is loaded from: where codes come of calibration, a folder with them, made if need be.
+        """The folder that the base is loaded from; with calibrated quantization, a folder of the calibration cache.
 
         Raises:
-            FinetuneError: The rows cannot be read, or the model cannot be quantized in this way.
+            FinetuneError: The rows cannot be read, or the model does not support the quantization.
         """
         if not self.quantizers.calibrated or stored_quantization(self.folder):
             return self.folder
@@ -239,35 +249,50 @@ class TrainingContext(ModelSetup):
         seed = self.recipe.training.seed
         return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, on_event)
 
-    def _refuse_crowded_context(self, longest: int) -> None:
-        positions, places = self.positions, self.recipe.adapter.prompt_tokens
-        if places and positions and longest + places > positions:
+    def _refuse_exceeded_context(self, longest: int) -> None:
+        positions, prompt = self.positions, self.recipe.adapter.prompt_tokens
+        if prompt and positions and longest + prompt > positions:
             raise DataError(
-                f"the longest row has {longest} tokens and the prompt before it {places}, "
+                f"the longest row has {longest} tokens and the soft prompt before it {prompt}, "
                 f"more together than the {positions} positions of the model",
                 where="data.max_length",
-                hint=f"set data.max_length to {positions - places} or less, or lower adapter.tokens",
+                hint=f"set data.max_length to {positions - prompt} or less, or lower adapter.tokens",
             )
 
 
-def layout_of(recipe: Recipe, folder: ModelFolder, lengths: npt.NDArray[np.int64], padding: int) -> BatchPlan:
-    """How the recipe's training rows are laid out, as far as the settings of the model in the folder tell.
+def batch_plan_of(
+    training: Training,
+    max_length: int,
+    adapter: AdapterSection,
+    attention: str,
+    folder: ModelFolder,
+    lengths: npt.NDArray[np.int64],
+    padding: int,
+) -> BatchPlan:
+    """The batch plan of training rows, as far as the model's config decides it: its weights may still rule packing out.
 
-    See `BatchPlan.of`.
+    Args:
+        training: The recipe's section.
+        max_length: The recipe's `data.max_length`.
+        adapter: The recipe's section.
+        attention: The recipe's `model.attention`.
+        folder: The model's files.
+        lengths: Tokens of each training row.
+        padding: Any token id.
     """
-    may_join = not recipe.adapter.prompt_tokens  # a prompt stands before every row
-    draws_for_each_row = recipe.training.neftune_alpha or getattr(recipe.adapter, "dropout", 0)
-    is_ours = recipe.model.attention == "auto" and supports_prefix_sharing(read_config(folder))
-    may_share = is_ours and not draws_for_each_row
-    return BatchPlan.of(recipe.training, lengths, recipe.data.max_length, padding, may_join, may_share)
+    may_join = not adapter.prompt_tokens  # a soft prompt must stand before each row
+    # Noise and dropout differ from row to row, so rows with the same first tokens have different activations.
+    is_random = training.neftune_alpha or getattr(adapter, "dropout", 0)
+    may_share = attention == "auto" and supports_prefix_sharing(read_config(folder)) and not is_random
+    return BatchPlan.of(training, lengths, max_length, padding, may_join, may_share)
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """In the block a base loads: where memory runs out, the error names what makes a base smaller.
+    """Convert an out-of-memory error in the block, where a base loads, to one with hints for a smaller base.
 
     Raises:
-        OutOfMemoryError: It did.
+        OutOfMemoryError: Memory ran out in the block.
     """
     try:
         yield
@@ -280,11 +305,11 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_idle_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
-    """Each rule for single layers must be about some layer.
+def _refuse_unused_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
+    """Check that each rule for single layers matches a layer.
 
     Raises:
-        UnsupportedError: One is about none.
+        UnsupportedError: A rule matches none.
     """
     layers = linear_layers(base)
     for index, rule in enumerate(rules):

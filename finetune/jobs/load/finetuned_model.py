@@ -1,4 +1,4 @@
-"""What answers: trained weights of any kind, or a model as it is; several of them over one base that is loaded once."""
+"""Fine-tuned models that generate: trained weights of any kind, or a plain model; several share one loaded base."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ from finetune.train.checkpoint import TRAINED
 logger = logging.getLogger(__name__)
 
 VERIFICATION_REPORTS = ("merge.json", "export.json")
-"""Files of ours in a model's folder that say whether it was trained on conversations."""
+"""Files that `ft merge` and `ft export` write to a model's folder; they record whether it uses the chat template."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """Weights that were trained, not yet loaded.
+    """Trained weights and the function that attaches them to a loaded base.
 
     Attributes:
-        method: What trained them.
-        codes: What the base was quantized to, if it was.
-        put_on: Puts them on the base, frozen.
-        prompt_tokens: Places that they take in front of every row.
-        weights: The folder of their files.
+        method: The adapter method.
+        codes: Record of the quantized base; None if it was not quantized.
+        attach_to: Attaches the weights, frozen, to a base; returns the model.
+        prompt_tokens: Soft prompt tokens before each row.
+        weights: Folder of the weights.
     """
 
     method: AdapterMethod
@@ -69,13 +69,13 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class FineTunedModel:
-    """Something that answers, not yet loaded.
+    """A model that can generate, not loaded yet.
 
     Attributes:
-        label: What it is called.
+        label: Its short name.
         setup: Its base.
-        trained: What goes on it; None for the base as it is.
-        uses_chat_template: Whether prompts go through the chat template, as the rows of the training did.
+        trained: Its adapter; None for the base alone.
+        uses_chat_template: Whether prompts are rendered by the chat template, as the training rows were.
     """
 
     label: str
@@ -85,10 +85,10 @@ class FineTunedModel:
 
     @classmethod
     def find(cls, named: ModelRef, on_event: EventHandler) -> FineTunedModel:
-        """Find what a name means, and make sure that its base is the one that it was trained on.
+        """Open a reference, and check that its base is the one of the training.
 
         Raises:
-            FinetuneError: It cannot be opened, or its base is another one now.
+            FinetuneError: It cannot be opened, or its base has changed.
         """
         match named.kind:
             case Kind.RUN:
@@ -102,17 +102,17 @@ class FineTunedModel:
 
     @property
     def untuned(self) -> FineTunedModel:
-        """The base by itself."""
+        """The base alone."""
         return FineTunedModel("base", self.setup, None, self.uses_chat_template)
 
     @property
     def prompt_tokens(self) -> int:
-        """Places that what was trained takes in front of every row."""
+        """Soft prompt tokens before each row."""
         return self.trained.prompt_tokens if self.trained else 0
 
     @property
     def has_embedded_prompt(self) -> bool:
-        """Whether it is a prompt of embeddings, of which several go into one batch."""
+        """Whether it is a soft prompt of embeddings; one batch can mix rows of several such prompts."""
         return self.trained is not None and isinstance(self.trained.method, EmbeddedPromptMethod)
 
 
@@ -122,9 +122,9 @@ def _of_run(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
 
 
 def _from_weights(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
-    """The base is found as the record names it, wherever the folder lies now."""
+    """The model of a folder of weights, over the base that its record names."""
     record = TrainingRecord.read(named.path)
-    if record.adapter.trains_base:  # a whole model
+    if record.adapter.trains_base:  # the folder holds a full model
         section = record.model.model_copy(update={"name": str(named.path), "revision": None})
         setup = ModelSetup.find(section, on_event, precision=record.precision, trains_base=True)
         return FineTunedModel(named.label, setup, None, record.uses_chat_template)
@@ -153,6 +153,7 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     refuse_other_base(facts["base"], context.folder)
 
     def attach_to(base: PreTrainedModel) -> nn.Module:
+        # As in training: PEFT draws the same values that PiSSA/OLoRA's difference was taken from.
         context.seed()
         model: nn.Module = context.method.attach(base, facts["total_steps"])
         context.method.initialize(model, context.folder.weight)
@@ -168,33 +169,37 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
 def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
     setup = ModelSetup.find(section, on_event)
-    told = _from_verification_report(named.path)
-    return FineTunedModel(named.label, setup, None, bool(setup.tokenizer.chat_template) if told is None else told)
+    recorded = _from_verification_report(named.path)
+    uses_template = bool(setup.tokenizer.chat_template) if recorded is None else recorded
+    return FineTunedModel(named.label, setup, None, uses_template)
 
 
 def _from_verification_report(folder: Path) -> bool | None:
-    """What a file of ours says in the folder of a model that a run became; None where there is none."""
+    """Whether a merged or exported model uses the chat template; None for a model without a verification report."""
     for name in VERIFICATION_REPORTS:
         with suppress(OSError, ValueError):
             verification = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(verification, dict) and isinstance(told := recorded_chat_template(verification), bool):
-                return told
+            if isinstance(verification, dict) and isinstance(recorded := recorded_chat_template(verification), bool):
+                return recorded
     return None
 
 
 class SharedBase:
-    """One base in memory, and what is put on it by turns.
+    """One loaded base, to which the adapters of several models are attached in turn.
+
+    It has two states: the bare base, or the base with one adapter attached. `model` detaches the adapter of another
+    model before it attaches the wanted one, so a model that it returned is valid until the next call.
 
     Args:
-        finetuned: What is to answer, all over the same base; it is loaded here.
-        on_event: Told of every phase.
+        finetuned: Models over the same base, which is loaded here.
+        on_event: Receives a `Phase`.
 
     Attributes:
-        finetuned: As given.
+        finetuned: The same models.
 
     Raises:
-        RefusedError: Their bases are not the same, or not quantized to the codes of the training.
-        UnsupportedError: One has no adapter that could be put on a base and taken off.
+        RefusedError: Their bases differ, or the quantized base differs from that of the training.
+        UnsupportedError: A model replaces the base's own weights, so no other adapter can share it.
     """
 
     def __init__(self, finetuned: Sequence[FineTunedModel], on_event: EventHandler) -> None:
@@ -204,27 +209,27 @@ class SharedBase:
         for each in finetuned:
             if each.trained is not None:
                 check_same_quantized_weights(each.trained.codes, each.setup, self._base)
-        self._on_it: tuple[LoadedAdapter, nn.Module] | None = None
+        self._attached: tuple[LoadedAdapter, nn.Module] | None = None  # None: the base is bare
 
     def model(self, number: int) -> nn.Module:
-        """The model of one; what was on the base before is taken off."""
+        """The model of this number, after another model's adapter is detached."""
         trained = self.finetuned[number].trained
-        if self._on_it is not None:
-            before, model = self._on_it
+        if self._attached is not None:
+            before, model = self._attached
             if before is trained:
                 return model
-            self._base, self._on_it = before.method.detach(model), None
+            self._base, self._attached = before.method.detach(model), None
         if trained is None:
             base: nn.Module = self._base  # transformers has no types
             return base
         model = trained.attach_to(self._base)
-        self._on_it = (trained, model)
+        self._attached = (trained, model)
         return model
 
     def supports_prefix_sharing(self, number: int) -> bool:
-        """Whether one computes once what rows in one line begin with alike; its attention may become that which can.
+        """Whether a model can compute a shared prefix of packed rows once; may change its attention implementation.
 
-        A prompt that was trained stands before every row, which none then has in common with another.
+        A model with a soft prompt cannot: the prompt stands before each row, so packed rows share no prefix.
         """
         finetuned = self.finetuned[number]
         self.model(number)
@@ -232,7 +237,7 @@ class SharedBase:
 
     @cached_property
     def _shares_prefixes(self) -> bool:
-        """Of the base, with whatever adapter is on it: those change each token by itself."""
+        """The same for the base, with any adapter: adapters change each token independently of the others."""
         try:
             setup = self.finetuned[0].setup
             with autocast(setup.accelerator.device, setup.compute_dtype):
@@ -241,12 +246,13 @@ class SharedBase:
         except UnsupportedError as error:
             objection = str(error)
         if objection:
-            logger.info("what rows begin with alike is computed for each: %s", objection)
+            logger.info("shared prefixes are computed for each row: %s", objection)
         return objection is None
 
     def with_prompts(self, numbers: Sequence[int]) -> PromptChoiceModel:
-        """One model for several that are prompts of embeddings, in this order."""
-        prompted = [self.model(number) for number in numbers]  # the base stays as it is, so all of them hold
+        """One model for several soft prompts of embeddings, in this order."""
+        # Soft prompts leave the base unchanged, so all of these models stay valid together.
+        prompted = [self.model(number) for number in numbers]
         assert all(isinstance(model, EmbeddedPromptModel) for model in prompted)
         return PromptChoiceModel([model for model in prompted if isinstance(model, EmbeddedPromptModel)])
 
@@ -258,28 +264,28 @@ def _refuse_other_bases(finetuned: Sequence[FineTunedModel]) -> None:
         both = [key for key in ours if key in theirs]
         if differing := [f"{key} {theirs[key]} and not {ours[key]}" for key in both if ours[key] != theirs[key]]:
             raise RefusedError(
-                f"it stands on another base than {first.label}: {', '.join(differing)}",
+                f"its base differs from that of {first.label}: {', '.join(differing)}",
                 where=other.label,
-                hint="answer together with what stands on one base, stored in one way; the rest by itself",
+                hint="name models over one base, stored in one way; run the others separately",
             )
     replacing = next((each for each in finetuned if each.trained and each.trained.method.section.trains_base), None)
     if replacing and any(each.trained for each in finetuned if each is not replacing):
         raise UnsupportedError(
-            "it has changed the base's own weights, so that no other adapter can go on them",
+            "it replaces the base's own weights, so no other adapter can share the base",
             where=replacing.label,
-            hint="let it answer by itself",
+            hint="run it separately",
         )
 
 
 def _base_facts(finetuned: FineTunedModel) -> dict[str, str]:
-    """What must be the same for two to answer over one base as each does over its own."""
+    """Properties of a base that models must agree on to share it."""
     setup = finetuned.setup
     quantizers = setup.quantizers
     facts = {
         "fingerprint": fingerprint(setup.folder.path)[:12],
-        "quantization": _in_words(quantizers.section),
+        "quantization": _summary(quantizers.section),
         "quantization of single layers": "; ".join(
-            f"{rule.match}: {_in_words(rule.quantization)}" for rule in quantizers.modules if rule.quantization
+            f"{rule.match}: {_summary(rule.quantization)}" for rule in quantizers.modules if rule.quantization
         ),
         "type": str(setup.weight_dtype).removeprefix("torch."),
         "computing in": str(setup.compute_dtype).removeprefix("torch."),
@@ -289,5 +295,5 @@ def _base_facts(finetuned: FineTunedModel) -> dict[str, str]:
     return {**facts, "codes": codes.fingerprint[:12]} if codes else facts
 
 
-def _in_words(section: Section) -> str:
+def _summary(section: Section) -> str:
     return " ".join(f"{key}={value}" for key, value in section.model_dump().items())

@@ -1,6 +1,6 @@
-"""What a name on the command line means: a run, a checkpoint of one, a folder of trained weights, or a model.
+"""Model references on the command line: a run, a checkpoint, a folder of trained weights, or a model.
 
-Answered without torch, so that a wrong name is told at once.
+Does not import torch, so a wrong reference is reported at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune.run.directory import TRAINED_RECORD, RunDirectory
 
 
 class Kind(Enum):
-    """Of what a name means."""
+    """Kinds of references."""
 
     RUN = "a finished run"
     CHECKPOINT = "a checkpoint of a run"
@@ -26,13 +26,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Something to generate with.
+    """A resolved reference to a model.
 
     Attributes:
-        kind: What it is.
-        given: As it was written.
-        path: Its folder, absolute; for a model the folder or file that it may be.
-        label: What it is called in answers.
+        kind: Its kind.
+        given: The reference as it was written.
+        path: The absolute folder. For a model: the path that the reference would have; it may be a hub id instead.
+        label: Its short name in outputs.
     """
 
     kind: Kind
@@ -41,30 +41,30 @@ class ModelRef:
     label: str
 
 
-def named(names: Sequence[str]) -> list[ModelRef]:
-    """What names mean; each gets its last part for a label where that tells it from the others.
+def resolve_model_refs(names: Sequence[str]) -> list[ModelRef]:
+    """Resolve references; the label of each is its last path component, or all of it where two share the component.
 
     Raises:
-        UsageError: One means nothing, or stands there twice.
+        UsageError: A reference is none of the kinds, or is given twice.
     """
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError("this stands there twice", where=twice, hint="name each once")
-    found = [_named(name) for name in names]
+        raise UsageError("this is given twice", where=twice, hint="name each once")
+    found = [_resolved(name) for name in names]
     labels = [each.label for each in found]
     return [replace(each, label=each.given) if labels.count(each.label) > 1 else each for each in found]
 
 
-def _named(name: str) -> ModelRef:
+def _resolved(name: str) -> ModelRef:
     path = Path(name).expanduser().absolute()
     label = path.name
     if (path / MANIFEST).is_file():
         return ModelRef(Kind.CHECKPOINT, name, path, f"{path.parent.parent.name}/{label}")
     if (path / TRAINED_RECORD).is_file():
         is_of_run = RunDirectory(path.parent).marker.is_file()
-        return _named(str(path.parent)) if is_of_run else ModelRef(Kind.WEIGHTS, name, path, label)
+        return _resolved(str(path.parent)) if is_of_run else ModelRef(Kind.WEIGHTS, name, path, label)
     if (path / "adapter_config.json").is_file():
         raise UsageError(
-            f"this adapter has no {TRAINED_RECORD}, which says what it is and what it was trained on",
+            f"this adapter has no {TRAINED_RECORD}, the record of its method and base",
             where=name,
             hint="name a run of ft, or the adapter's folder as ft train wrote it",
         )
@@ -73,7 +73,7 @@ def _named(name: str) -> ModelRef:
         _refuse_unfinished(run)
         return ModelRef(Kind.RUN, name, path, label)
     if not path.exists() and any(path.parent.glob("*/run.json")):
-        RunDirectory.open(path)  # a slip of the pen among runs: says which there are
+        RunDirectory.open(path)  # probably a misspelled run: the error lists the runs of that folder
     if path.is_dir() and not (path / "config.json").is_file():
         inside = sorted(file.parent.name for file in path.glob("*/run.json"))
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A finished run, opened again: its recipe, its base if it still is the same, and its trained weights."""
+"""A finished run: its recipe, its base, which must be unchanged, and its trained weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from finetune.run.events import EventHandler, Phase
 
 @dataclass(frozen=True)
 class FineTunedRun:
-    """A run whose weights can be loaded.
+    """A run with trained weights.
 
     Attributes:
         run: Its directory.
-        context: The parts of its recipe.
-        weights: The folder of its trained weights.
-        record: What stands beside them.
+        context: Context of its recipe.
+        weights: Folder of its trained weights.
+        record: Record in that folder.
     """
 
     run: RunDirectory
@@ -38,11 +38,11 @@ class FineTunedRun:
 
     @classmethod
     def open(cls, run: RunDirectory, on_event: EventHandler) -> FineTunedRun:
-        """Open a run and make sure that its base is the one that it was trained on.
+        """Open a run and check that its base is unchanged.
 
         Raises:
             UsageError: The run has no trained weights.
-            RefusedError: The base's weights are others now.
+            RefusedError: The base's weights have changed.
         """
         if not run.recipe.is_file():
             raise UsageError("the run never started", where=str(run.path), hint="train it: ft train")
@@ -52,7 +52,7 @@ class FineTunedRun:
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(run.path),
-                hint="go on with it: ft train --resume RUN",
+                hint="resume it: ft train --resume RUN",
             )
         context = TrainingContext.of(recipe, on_event)
         record = TrainingRecord.read(weights)
@@ -60,28 +60,28 @@ class FineTunedRun:
         return cls(run, context, weights, record)
 
     def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The base, quantized to the very weights that the run was trained on.
+        """Load the base, and check that its quantized weights are those of the training.
 
         Args:
-            on_event: Told that it is loading.
-            dtype: Store and compute in this type instead of the recipe's.
+            on_event: Receives a `Phase`.
+            dtype: Weight and compute dtype, in place of the recipe's.
 
         Raises:
-            RefusedError: It is quantized to others.
+            RefusedError: The quantized weights differ.
         """
         base = self.context.load_base(on_event, dtype)
         self.record.refuse_other_quantization(self.context, base)
         return base
 
     def stream_base(self, on_event: EventHandler, dequantized: bool) -> StreamedModel:
-        """The base in float32 without its weights, which are read when they are needed.
+        """The base in float32, with weights that are read from its files when a layer needs them.
 
         Args:
-            on_event: Told what is checked.
-            dequantized: Whether the adapter is to be folded into weights, and not put on the codes that it trained on.
+            on_event: Receives a `Phase`.
+            dequantized: Whether layers have dequantized weights, for a merge, or stay quantized as in training.
 
         Raises:
-            RefusedError: It is quantized to others than those that were trained on.
+            RefusedError: The quantized weights differ from those of the training.
         """
         context = self.context
         if context.recipe.adapter.trains_base:  # the trained weights are a whole model
@@ -90,12 +90,12 @@ class FineTunedRun:
             folder = context.base_folder(on_event)
         base = StreamedModel(folder, context.section, context.quantizers, context.accelerator.device, dequantized)
         if base.quantizers:
-            on_event(Phase("comparing the quantized base with the one that was trained on"))
+            on_event(Phase("comparing the quantized base with that of the training"))
             found = fingerprint_layers(base.quantized_layers())
             refuse_other_record(self.record.quantized_base, as_record(context, found), context)
         return base
 
     def attach(self, base: PreTrainedModel, on_event: EventHandler) -> nn.Module:
-        """Put the trained weights on a freshly loaded base."""
+        """Attach the trained weights to a newly loaded base."""
         on_event(Phase(f"loading the trained weights of {self.run.path.name}"))
         return self.context.method.load(base, self.weights)

@@ -1,4 +1,4 @@
-"""`ft_adapter.json`: what trained weights are, and what they belong to."""
+"""`ft_adapter.json`: the record of trained weights, with their method, weight format and base."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class BaseRecord(Section):
 
 
 class QuantizedRecord(Section):
-    """The base as it was quantized: a fingerprint of the layers' tensors, and the kind of device they were made on."""
+    """The quantized base: a fingerprint of the layers' tensors, and the type of device that quantized them."""
 
     device: str
     fingerprint: str
 
 
 class TrainingRecord(Section):
-    """What stands beside trained weights.
+    """Record in the folder of trained weights.
 
     Attributes:
-        adapter: The recipe's section of the method.
-        convention: The formula that the tensors belong to.
-        quantization: How the base was stored.
-        modules: What differed for single layers.
-        model: What named the base, and the type of the weights that were not quantized.
-        precision: What the forward pass was computed in.
-        base: What it was trained on.
-        quantized_base: The same as stored; None where no layer was quantized.
-        uses_chat_template: Whether rows went through the chat template, so that prompts will too.
+        adapter: The recipe's section `adapter`.
+        convention: Weight format: the formula that the tensors are parameters of, with its version.
+        quantization: The recipe's section `quantization`.
+        modules: The recipe's rules for single layers.
+        model: The recipe's section `model`.
+        precision: The recipe's `training.precision`.
+        base: The base.
+        quantized_base: The quantized base; None if no layer was quantized.
+        uses_chat_template: Whether rows were rendered by the chat template; prompts then are too.
     """
 
     format: Literal[1] = 1
@@ -68,7 +68,13 @@ class TrainingRecord(Section):
 
     @classmethod
     def of(cls, context: TrainingContext, quantized_base: str | None, uses_chat_template: bool) -> TrainingRecord:
-        """The record of what was trained in this process, over a base of that fingerprint as it was quantized."""
+        """The record of a run of this process.
+
+        Args:
+            context: Of the run.
+            quantized_base: Fingerprint of the quantized base; None if no layer was quantized.
+            uses_chat_template: Whether rows were rendered by the chat template.
+        """
         recipe = context.recipe
         return cls(
             adapter=recipe.adapter,
@@ -83,23 +89,23 @@ class TrainingRecord(Section):
         )
 
     def write(self, folder: Path) -> None:
-        """Put the record beside the weights in `folder`."""
+        """Write the record to the folder of the weights."""
         write_json(folder / TRAINED_RECORD, self.model_dump(mode="json"))
 
     @classmethod
     def read(cls, folder: Path) -> TrainingRecord:
-        """The record in `folder`.
+        """Read the record of a folder.
 
         Raises:
-            UsageError: There is none.
-            RefusedError: It is not one of ours.
+            UsageError: The folder has none.
+            RefusedError: It is damaged or of another version.
         """
         file = folder / TRAINED_RECORD
         if not file.is_file():
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(folder.parent),
-                hint="go on with it: ft train --resume RUN",
+                hint="resume it: ft train --resume RUN",
             )
         try:
             return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
@@ -109,20 +115,20 @@ class TrainingRecord(Section):
             ) from error
 
     def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod) -> None:
-        """The base's files and the method's formula must be those of the training.
+        """Check that the base's files and the method's weight format are those of the training.
 
         Args:
-            weights: The folder that the record stands in.
-            base: What the weights are to go on.
-            method: What computes with them.
+            weights: The record's folder.
+            base: The base to attach the weights to.
+            method: The method to load them with.
 
         Raises:
-            RefusedError: One of them is another now.
+            RefusedError: One of them differs.
         """
         refuse_other_base(self.base.fingerprint, base)
         if self.convention != method.convention:
             raise RefusedError(
-                f"the weights belong to {self.convention}, this version computes {method.convention}",
+                f"the weights have format {self.convention}, this version reads {method.convention}",
                 where=str(weights / TRAINED_RECORD),
                 hint="train the run again",
             )
@@ -133,16 +139,16 @@ class TrainingRecord(Section):
 
 
 def base_record(context: TrainingContext) -> BaseRecord:
-    """The base of a recipe."""
+    """The record of a recipe's base."""
     folder = context.folder
     return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
 
 
 def refuse_other_base(known: str, base: ModelFolder) -> None:
-    """The base's files must have the fingerprint of those that were trained on.
+    """Check that the base's files have the fingerprint of the training.
 
     Raises:
-        RefusedError: They have another.
+        RefusedError: They have another fingerprint.
     """
     found = fingerprint(base.path)
     if found != known:
@@ -150,23 +156,22 @@ def refuse_other_base(known: str, base: ModelFolder) -> None:
             f"the base's weights are not those that the run was trained on "
             f"(fingerprint {found[:12]}, trained on {known[:12]})",
             where=str(base.path),
-            hint="bring back the base that the run was trained on, or train again on this one",
+            hint="restore the base that the run was trained on, or train again on this one",
         )
 
 
 def check_same_quantized_weights(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:
-    """The loaded base must be quantized to the very tensors that were trained on.
-
-    Another kind of device may round a tie the other way, so only the same kind is held to it.
+    """Check that the loaded base's quantized tensors are bitwise those of the training.
 
     Raises:
-        RefusedError: It is not.
+        RefusedError: They are not, on the same type of device.
     """
     refuse_other_record(known, as_record(setup, fingerprint_quantized(base)), setup)
 
 
 def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | None, setup: ModelSetup) -> None:
-    """The same where the record of the base is taken already."""
+    """The same check for a record that exists already."""
+    # Another type of device may round ties in another direction, so only the same type is compared.
     if found == known or (found and known and found.device != known.device):
         return
     raise RefusedError(
@@ -177,14 +182,14 @@ def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | 
 
 
 def as_record(setup: ModelSetup, fingerprint: str | None) -> QuantizedRecord | None:
-    """The record of a base of this fingerprint, quantized on the device of `setup`; None where nothing is quantized."""
+    """The record of a base with this fingerprint, quantized on the device of `setup`; None without a fingerprint."""
     if fingerprint is None:
         return None
     return QuantizedRecord(device=setup.accelerator.device.type, fingerprint=fingerprint)
 
 
 def recorded_chat_template(record: Mapping[str, Any]) -> Any:
-    """Whether training used the chat template, as a JSON record says it; None where it does not.
+    """Whether training used the chat template, by a JSON record; None if it has no such key.
 
     Version 0.1 wrote the key as `in_conversation`.
     """

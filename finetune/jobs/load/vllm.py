@@ -1,4 +1,4 @@
-"""What vLLM is given of something that answers: a folder of plain weights, and a LoRA adapter that it can serve."""
+"""A fine-tuned model in vLLM: a folder of plain weights, and a LoRA adapter that vLLM can serve."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from finetune.run.events import EventHandler
 
 
 def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generator:
-    """Answers of `tuned` by vLLM, which loads it when it is first asked, and tells `report` so.
+    """A generator that runs a fine-tuned model in vLLM, which loads it at the first call.
 
     Raises:
-        UnsupportedError: vLLM would refuse it, or answer as something else than was trained.
+        UnsupportedError: vLLM cannot load the model, or its outputs would differ from those of the trained model.
         UsageError: vLLM is not installed.
     """
     setup, trained = finetuned.setup, finetuned.trained
     if not setup.quantizers.quantize_nothing or stored_quantization(setup.folder):
         raise UnsupportedError(
-            "its weights are quantized by ft, and vLLM does not load those",
+            "its weights are quantized by ft, and vLLM does not load such weights",
             where=finetuned.label,
-            hint="measure it in plain weights, which ft merge --dtype bfloat16 writes of a run; or leave --engine out",
+            hint="evaluate the folder that ft merge --dtype bfloat16 writes, or leave --engine out",
         )
     folder, adapter, rank = setup.folder.path, None, None
     if trained is not None:
@@ -32,7 +32,7 @@ def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generat
             rank = vllm_lora_rank(section, setup.quantizers.modules)
         if not (trained.weights / form).is_file():
             raise UnsupportedError(
-                "vLLM reads no checkpoint",
+                "vLLM does not load checkpoints",
                 where=finetuned.label,
                 hint="name the run when it has finished, or leave --engine out",
             )

@@ -1,4 +1,4 @@
-"""`ft plan`: what a run will take of memory and time, from its rows and its model's shapes. Loads no weights."""
+"""`ft plan`: memory and time of a run, estimated from its rows and its model's shapes. Loads no weights."""
 
 from __future__ import annotations
 
@@ -9,67 +9,52 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import Batch, BatchOrder
-from finetune.data.dataset import Datasets
-from finetune.jobs.load.context import TrainingContext, layout_of
-from finetune.malloc import is_tcmalloc
-from finetune.models.loading.dtype import file_dtype, weight_dtype
+from finetune.data.dataset import Datasets, TokenizedDataset
+from finetune.jobs.load.context import TrainingContext, batch_plan_of
+from finetune.jobs.plan.targets import CpuTarget, GpuTarget, MappedFiles, Target
+from finetune.models.loading.dtype import weight_dtype
 from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.models.safetensors_io import stored_tensors
-from finetune.plan.footprint import Base, EstimateInputs, ResidentMemory, TransientMemory, passes, resident
+from finetune.plan.footprint import EstimateInputs, PassCosts, ResidentMemory, passes, resident
 from finetune.plan.gpu_specs import GpuSpec
-from finetune.plan.machine import local_gpu, matmul_workspace_bytes, memory_bytes, rss_bytes
-from finetune.plan.shards import per_process
-from finetune.plan.speed import SHARE_OF_PRODUCTS, SHARE_OF_STATED, measured_speed, operations
+from finetune.plan.machine import local_gpu
+from finetune.plan.shards import ProcessMemory, per_process
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.on_load import OnLoadConfig
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.evaluation import Evaluation
 from finetune.resolve import build
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.train.loop import batch_order
 
 logger = logging.getLogger(__name__)
 
-WATCHED_FROM = 20
-"""Steps of a run from which on its memory is foreseen before it starts, which takes some seconds: little of so many."""
+ESTIMATED_FROM_STEPS = 20
+"""Minimum steps of a run that estimates its memory before it starts: the estimate takes some seconds."""
 
-LARGEST_LOOKED_AT = 8
-"""Micro-batches of most tokens that are looked at where rows share some: which computes most is not known before."""
+LARGEST_CANDIDATES = 8
+"""Micro-batches of most tokens that are laid out to find the largest, where shared prefixes reduce computed tokens."""
 
-STEPS_LOOKED_AT = 16
-"""Steps in which it is counted how many tokens rows share."""
-
-FRAGMENTATION_OF_GLIBC = 0.3
-"""Memory that the C library holds between tensors, as a share of what passes take: from float32 steps of a few recipes.
-Those of long rows leave more."""
-
-FRAGMENTATION_OF_TCMALLOC = 0.15
-"""The same of tcmalloc: from bfloat16 steps of the shipped recipes."""
-
-FRAGMENTATION_ON_GPU = 0.1
-"""The same of PyTorch's allocator on GPUs, whose blocks are kept by size; an estimate."""
-
-CONTEXT_ON_GPU = 600_000_000
-"""Bytes that CUDA and its libraries take on a GPU; an estimate."""
+SAMPLED_STEPS = 16
+"""Steps whose shared prefixes are counted; the run's are estimated from them."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much there is to do.
+    """Rows, tokens and steps of a run.
 
     Attributes:
-        rows: To train on.
-        tokens: Of one epoch, padding not counted.
-        steps_per_epoch: Optimizer steps of one pass over the rows.
-        steps: Of the whole run.
-        largest_pass: Tokens of the largest micro-batch, padding counted, each once that rows share.
-        computed: The same of the whole run; where rows share tokens, as the steps looked at say.
-        shared: Share of tokens that are computed with another row's, of the same steps.
-        targets: Trained tokens of the whole run.
+        rows: Training rows.
+        tokens: Tokens of one epoch, without padding.
+        steps_per_epoch: Optimizer steps of one epoch.
+        steps: Optimizer steps of the run.
+        largest_pass: Computed tokens of the largest micro-batch: with padding, and with a shared prefix once.
+        computed: Computed tokens of the run; estimated from `SAMPLED_STEPS` where rows share prefixes.
+        shared: Fraction of the sampled tokens that are not computed, because they are in a prefix of another row.
+        targets: Target tokens of the run.
     """
 
     rows: int
@@ -84,23 +69,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """Estimated memory and time of a run.
 
     Attributes:
-        device: In words.
-        processes: Of the run on this machine; memory is that of one, time that of all.
-        strategy: How they share the base.
-        capacity: Memory for each in bytes; None where it is not known.
+        device: Name of the device.
+        processes: Processes of the run on this machine; memory is that of one, time that of all.
+        strategy: The recipe's `distributed.strategy`.
+        capacity: Bytes of memory for each process; None if unknown.
         parts: Bytes of the largest training step by part.
-        paged: Whether the optimizer's part moves to the CPU's memory where the GPU's is short.
-        while_loading: The most while the base loads.
-        while_evaluating: The most while the held-out loss is measured.
-        pinned: Bytes of the machine's own memory in which what is offloaded from a GPU waits.
-        trainable: Numbers that train.
-        total: Numbers of model and adapter, packed ones counted one by one.
-        workload: How much there is to do.
-        seconds: Of training; None where the device's speed is not known, or was not asked for.
-        is_measured: Whether the speed was measured here, or is the one stated for the card.
+        paged: Whether the optimizer's state moves to host memory when the GPU's is short.
+        while_loading: Peak while the base loads, in bytes.
+        while_evaluating: Peak while the validation loss is computed, in bytes.
+        pinned: Bytes of pinned host memory for activations that are offloaded from a GPU.
+        trainable: Number of trainable parameters.
+        total: Number of parameters of model and adapter; a quantized weight counts by its elements.
+        workload: Rows, tokens and steps.
+        seconds: Time of training; None if the device's speed is unknown or was not measured.
+        is_measured: Whether the speed was measured here; otherwise it is the GPU's stated speed.
     """
 
     device: str
@@ -120,12 +105,12 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most memory that the run takes, in bytes."""
+        """Peak memory of the run in bytes."""
         return max(sum(self.parts.values()), self.while_loading, self.while_evaluating)
 
     @property
     def needed(self) -> int:
-        """What must be there: the peak without what can be paged out."""
+        """Bytes that must be available: the peak without state that can be paged out."""
         return max(self._needed_to_train, self.while_evaluating)
 
     @property
@@ -135,87 +120,90 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it does; None where the memory is not known."""
+        """Whether the run fits into the memory; None if the capacity is unknown."""
         return None if self.capacity is None else self.needed <= self.capacity
 
     @property
     def evaluation_is_too_large(self) -> bool:
-        """Whether nothing but measuring the held-out loss does not fit."""
+        """Whether training fits and only the validation loss does not."""
         return self.fits is False and self._needed_to_train <= (self.capacity or 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {**asdict(self), "peak": self.peak, "needed": self.needed, "fits": self.fits}
+        """All attributes and properties as JSON values; the workload has the key `work`."""
+        attributes = {("work" if name == "workload" else name): value for name, value in asdict(self).items()}
+        return {**attributes, "peak": self.peak, "needed": self.needed, "fits": self.fits}
 
 
 class MemoryPlanner:
-    """Plans recipes that differ in settings and have rows and model in common.
+    """Plans recipes that differ in settings and have the same rows and model.
 
     Args:
-        context: Of one of them, before its base is loaded: what the process holds now counts as its libraries.
-        rows: Its rows.
+        context: Of one of the recipes. Its base is not loaded yet: the process's present memory counts as libraries.
+        rows: Rows of the recipes.
         gpu: The GPU to plan for; None for this machine.
-        on_event: Told what takes long.
+        on_event: Receives a `Phase` before each slow part.
 
     Raises:
-        FinetuneError: What would stop the training too.
+        FinetuneError: A mistake that would stop the training too.
     """
 
     def __init__(
         self, context: TrainingContext, rows: Datasets, gpu: GpuSpec | None, on_event: EventHandler = ignore
     ) -> None:
-        self._on_event, self._gpu = on_event, gpu or local_gpu()
+        gpu = gpu or local_gpu()
+        self._on_event = on_event
+        self._target: Target = CpuTarget() if gpu is None else GpuTarget(gpu)
         self._context, self._rows = context, rows
-        self._held = rss_bytes()
         self._resident: dict[str, ResidentMemory] = {}
 
     @property
     def on_gpu(self) -> bool:
         """Whether it plans for a GPU."""
-        return self._gpu is not None
+        return isinstance(self._target, GpuTarget)
 
     @classmethod
     def of(cls, recipe: Recipe, gpu: GpuSpec | None, on_event: EventHandler = ignore) -> MemoryPlanner:
-        """A planner for recipes like this one; needs no weights.
+        """A planner for recipes with this one's rows and model; needs no weights.
 
         Raises:
-            FinetuneError: What would stop the training too.
+            FinetuneError: A mistake that would stop the training too.
         """
         context = TrainingContext.of(recipe, on_event, weights=False)
         return cls(context, context.read_data(on_event), gpu, on_event)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
-        """What a run of this recipe will take.
+        """Memory and time of a recipe's run.
 
         Args:
-            recipe: With the rows and the model of the planner's.
-            measures_time: Whether this machine's speed is measured, which takes about a second, where the run is on it.
+            recipe: With the planner's rows and model.
+            measures_time: Whether to measure this machine's speed if the run is on its CPU, which takes about a second.
 
         Raises:
-            FinetuneError: The settings do not go with the model, or it cannot be traced.
+            FinetuneError: The settings do not suit the model, or its passes cannot be traced.
         """
         self._on_event(Phase("laying out the rows"))
-        context, layout, order = self._laid_out(recipe)
-        batch, workload = _largest(
-            self._rows, layout, order, recipe.adapter.prompt_tokens, recipe.distributed.processes
-        )
-        inputs = self._inputs(context, layout, order)
-        self._on_event(Phase("counting what stays in memory"))
+        context, batch_plan, order = self._laid_out(recipe)
+        processes = recipe.distributed.processes
+        batch, workload = _largest(self._rows, batch_plan, order, recipe.adapter.prompt_tokens, processes)
+        inputs = self._inputs(context, batch_plan, order)
+        self._on_event(Phase("counting resident memory"))
         held = self._held_by(recipe, inputs)
         self._on_event(Phase("tracing the largest passes"))
-        traced = passes(inputs, batch, _validation(self._rows, recipe, layout))
-        return self._assembled(context, inputs, held, traced, workload, measures_time)
+        costs = passes(inputs, batch, _validation(self._rows.validation, recipe.evaluation, batch_plan))
+        flops = costs.flops.scaled(workload.computed / workload.largest_pass, workload.targets / max(1, batch.targets))
+        seconds = self._seconds(flops, held, workload, inputs, processes, measures_time)
+        return self._assembled(context, inputs, held, costs, workload, seconds)
 
     def least(self, recipe: Recipe) -> int:
-        """Bytes that such a run holds from step to step, and so must be there; to count them no pass is traced.
+        """Lower bound of the bytes that a run needs: its resident memory, for which no pass is traced.
 
         Raises:
-            FinetuneError: The settings do not go with the model.
+            FinetuneError: The settings do not suit the model.
         """
         held = self._held_by(recipe, self._inputs(*self._laid_out(recipe)))
-        libraries, own = self._held if self._gpu is None else CONTEXT_ON_GPU, per_process(held, recipe)
-        moments = 0 if self._pages(recipe) else own.optimizer
-        return libraries + own.weights + held.adapter + own.gradients + moments
+        own = _own(held, recipe)
+        moments = 0 if self._target.pages(recipe.optimizer.name) else own.optimizer
+        return self._target.libraries + own.weights + held.adapter + own.gradients + moments
 
     def _laid_out(self, recipe: Recipe) -> tuple[TrainingContext, BatchPlan, BatchOrder]:
         context = replace(
@@ -224,25 +212,27 @@ class MemoryPlanner:
             quantizers=Quantizers(recipe.quantization, recipe.modules),
             method=build(recipe.adapter, recipe.modules, self._context.tokenizer),
         )
-        layout = layout_of(recipe, context.folder, self._rows.train.lengths, context.padding)
-        return context, layout, batch_order(layout.units, recipe.training)
+        batch_plan = batch_plan_of(
+            recipe.training,
+            recipe.data.max_length,
+            recipe.adapter,
+            recipe.model.attention,
+            context.folder,
+            self._rows.train.lengths,
+            context.padding,
+        )
+        return context, batch_plan, batch_order(batch_plan.units, recipe.training)
 
     def _held_by(self, recipe: Recipe, inputs: EstimateInputs) -> ResidentMemory:
-        """Counted once for all recipes that hold the same."""
+        """The resident memory, counted once for all recipes that have the same."""
         key = repr((recipe.quantization, recipe.modules, recipe.adapter, recipe.optimizer, inputs.weight_dtype))
         if key not in self._resident:
             self._resident[key] = resident(inputs)
         return self._resident[key]
 
-    def _pages(self, recipe: Recipe) -> bool:
-        """Whether the optimizer's part moves to the CPU's memory where the GPU's is short."""
-        return self._gpu is not None and recipe.optimizer.name.startswith("paged")
-
-    def _inputs(self, context: TrainingContext, layout: BatchPlan, order: BatchOrder) -> EstimateInputs:
+    def _inputs(self, context: TrainingContext, batch_plan: BatchPlan, order: BatchOrder) -> EstimateInputs:
         recipe, stored = context.recipe, stored_quantization(context.folder)
-        computes_in = context.compute_dtype
-        if self._gpu is not None:
-            computes_in = torch.float32 if recipe.training.precision == "float32" else torch.bfloat16
+        computes_in = self._target.compute_dtype(context, recipe.training.precision)
         return EstimateInputs(
             config=read_config(context.folder),
             model=recipe.model,
@@ -255,171 +245,161 @@ class MemoryPlanner:
             optimizer=recipe.optimizer,
             checkpointing=recipe.training.gradient_checkpointing,
             noise=recipe.training.neftune_alpha,
-            flattens_rows=layout.restarts_positions,
-            gpu_memory=self._gpu.memory_bytes if self._gpu else None,
+            flattens_rows=batch_plan.restarts_positions,
+            gpu_memory=self._target.gpu_memory,
         )
+
+    def _seconds(
+        self,
+        flops: float,
+        held: ResidentMemory,
+        workload: Workload,
+        inputs: EstimateInputs,
+        processes: int,
+        measures_time: bool,
+    ) -> float | None:
+        if self._target.is_measured:
+            if not measures_time:
+                return None
+            self._on_event(Phase("measuring matmuls"))
+        speed = self._target.flops_per_second(held.shapes, workload.largest_pass, inputs.compute_dtype, processes)
+        return flops / speed if speed else None
 
     def _assembled(
         self,
         context: TrainingContext,
         inputs: EstimateInputs,
         held: ResidentMemory,
-        traced: TransientMemory,
+        costs: PassCosts,
         workload: Workload,
-        measures_time: bool,
+        seconds: float | None,
     ) -> Plan:
-        recipe, gpu = context.recipe, self._gpu
-        libraries = self._held + matmul_workspace_bytes(inputs.compute_dtype) if gpu is None else CONTEXT_ON_GPU
-        on_cpu = FRAGMENTATION_OF_TCMALLOC if is_tcmalloc() else FRAGMENTATION_OF_GLIBC
-        fragmentation = on_cpu if gpu is None else FRAGMENTATION_ON_GPU
-        step = max(traced.activations + traced.logits, 2 * held.largest_trained)  # the latter in the optimizer's step
-        own = per_process(held, recipe)
+        recipe, target = context.recipe, self._target
+        # Passes and the optimizer's step follow each other, so the larger counts. AdamW on a CPU updates one parameter
+        # after the other, with two temporaries of its size: `exp_avg_sq.sqrt()`, and that divided by the bias
+        # correction. Other optimizers need at most as much; a GPU's "foreach" kernels, which update all parameters of a
+        # group at once, need more with full fine-tuning, which is not counted.
+        step = max(costs.activations + costs.logits, 2 * held.largest_trained)
+        own = _own(held, recipe)
         is_sharded = recipe.distributed.strategy == "fsdp" and recipe.distributed.processes > 1
-        is_mapped = gpu is None and not is_sharded
-        if is_mapped:
-            own = own._replace(weights=own.weights + _left_mapped(context, held.base, inputs.weight_dtype))
-        parts = {
-            "libraries": libraries,
-            "weights": own.weights,
-            "adapter": held.adapter,
-            "gradients": own.gradients,
-            "optimizer": own.optimizer,
-            **({"communication": own.communication} if own.communication else {}),
-            "activations": step - traced.logits,
-            "logits": traced.logits,
-            "fragmentation": round(fragmentation * step),
-        }
-        mapped = _mapped_bytes(context, inputs.weight_dtype) if is_mapped else 0
-        whole = held.base.block + held.base.non_block if is_sharded else 0
-        speed = gpu.teraflops * 1e12 * SHARE_OF_STATED if gpu and gpu.teraflops else None
-        if gpu is None and measures_time:
-            self._on_event(Phase("measuring products"))
-            speed = SHARE_OF_PRODUCTS * measured_speed(held.shapes, workload.largest_pass, inputs.compute_dtype)
-        flops = operations(
-            held.shapes,
-            held.head,
-            held.count.trainable,
-            workload.computed,
-            workload.targets,
-            recipe.adapter.trains_base,
-            recipe.training.gradient_checkpointing,
-        )
+        # A process that keeps a shard of the base copies it out of the files, a tensor at a time.
+        mapped = MappedFiles(0, 0) if is_sharded else target.mapped_files(context, held.base, inputs.weight_dtype)
+        unsharded = held.base.block + held.base.non_block if is_sharded else 0
+        weights = own.weights + mapped.afterwards
+        libraries = target.libraries + target.workspace(inputs.compute_dtype)
+        evaluation = round((1 + target.fragmentation) * costs.evaluation)
         return Plan(
-            device=gpu.name if gpu else "this machine's CPU",
+            device=target.name,
             processes=recipe.distributed.processes,
             strategy=recipe.distributed.strategy,
-            capacity=gpu.memory_bytes if gpu else memory_bytes(recipe.distributed.processes),
-            parts=parts,
-            paged=self._pages(recipe),
-            while_loading=(self._held if gpu is None else CONTEXT_ON_GPU) + own.weights + whole + mapped,
-            while_evaluating=libraries
-            + own.weights
-            + whole
-            + held.adapter
-            + own.optimizer
-            + round((1 + fragmentation) * traced.evaluation),
-            pinned=traced.pinned,
+            capacity=target.capacity(recipe.distributed.processes),
+            parts={
+                "libraries": libraries,
+                "weights": weights,
+                "adapter": held.adapter,
+                "gradients": own.gradients,
+                "optimizer": own.optimizer,
+                **({"communication": own.communication} if own.communication else {}),
+                "activations": step - costs.logits,
+                "logits": costs.logits,
+                "fragmentation": round(target.fragmentation * step),
+            },
+            paged=target.pages(recipe.optimizer.name),
+            while_loading=target.libraries + weights + unsharded + mapped.while_loading,
+            while_evaluating=libraries + weights + unsharded + held.adapter + own.optimizer + evaluation,
+            pinned=costs.pinned,
             trainable=held.count.trainable,
             total=held.count.total,
             workload=workload,
-            seconds=flops / (speed * (recipe.distributed.processes if gpu else 1)) if speed else None,
-            is_measured=gpu is None,
+            seconds=seconds,
+            is_measured=target.is_measured,
         )
 
 
-def estimated_peak(context: TrainingContext, rows: Datasets, total_steps: int) -> int | None:
-    """The most memory that a run should take, of several processes the first, in bytes, for whoever watches it.
+def _own(held: ResidentMemory, recipe: Recipe) -> ProcessMemory:
+    """The resident memory of one of the run's processes."""
+    accumulation = recipe.training.gradient_accumulation_steps
+    return per_process(held, recipe.distributed, recipe.adapter.trains_base, accumulation)
 
-    None in the others, and where it cannot be told, for a model whose passes cannot be traced. It is no reason to stop
-    a run.
+
+def estimated_peak(context: TrainingContext, rows: Datasets, total_steps: int) -> int | None:
+    """Estimated peak memory of the main process of a run, in bytes, for display beside the measured memory.
+
+    None in other processes, in a short run, and for a model whose passes cannot be traced: a failed estimate does not
+    stop a run.
 
     Args:
-        context: Of the run, before its base is loaded.
-        rows: Of the run.
-        total_steps: Of the run.
+        context: Of the run; its base is not loaded yet.
+        rows: Rows of the run.
+        total_steps: Optimizer steps of the run.
     """
-    if total_steps < WATCHED_FROM or not context.accelerator.is_main_process:
+    if total_steps < ESTIMATED_FROM_STEPS or not context.accelerator.is_main_process:
         return None
-    # As many as there are, whoever started them and on however many machines.
-    shared = context.recipe.distributed.model_copy(update={"processes": context.accelerator.num_processes})
-    recipe = context.recipe.model_copy(update={"distributed": shared})
+    # `distributed.processes` counts one machine's; torchrun and a job scheduler may start more, on several machines.
+    distributed = context.recipe.distributed.model_copy(update={"processes": context.accelerator.num_processes})
+    recipe = context.recipe.model_copy(update={"distributed": distributed})
     try:
         return MemoryPlanner(context, rows, None).plan(recipe, measures_time=False).peak
     except Exception as error:
-        logger.debug("the memory of the run is not foreseen: %s", error)
+        logger.debug("no memory estimate for this run: %s", error)
         return None
 
 
 def _largest(
-    rows: Datasets, layout: BatchPlan, order: BatchOrder, prompt: int, processes: int
+    rows: Datasets, batch_plan: BatchPlan, order: BatchOrder, prompt: int, processes: int
 ) -> tuple[Batch, Workload]:
-    """The micro-batch of most tokens in the run, and how much there is to do in all."""
+    """The micro-batch of most computed tokens in the run, and the run's workload.
+
+    Args:
+        rows: Rows of the run.
+        batch_plan: Their layout.
+        order: Units of each step.
+        prompt: Soft prompt tokens before each row.
+        processes: Processes of the run.
+    """
 
     def batch_of(chosen: list[int]) -> Batch:
-        return layout.batch([rows.train[row] for row in chosen])
+        return batch_plan.batch([rows.train[row] for row in chosen])
 
     lengths, targets = rows.train.lengths, rows.train.column("targets")
-    large: list[tuple[int, list[int]]] = []
-    computed = trained = seen = together = 0
+    every = -(-order.total_steps // SAMPLED_STEPS)
+    large: list[tuple[int, list[int]]] = []  # a min-heap, whose smallest candidate is dropped first
+    computed = target_tokens = sampled = sampled_computed = 0
     for step in range(order.total_steps):
-        units = [layout.rows_of(unit) for unit in order.step_units(step)]
-        for group in layout.group_indices([int(lengths[unit].sum()) for unit in units], processes):
+        units = [batch_plan.rows_of(unit) for unit in order.step_units(step)]
+        for group in batch_plan.group_indices([int(lengths[unit].sum()) for unit in units], processes):
             chosen = [row for place in group for row in units[place]]
-            tokens = _computed(lengths[chosen] + prompt, layout.restarts_positions)
-            computed, trained = computed + tokens, trained + int(targets[chosen].sum())
+            tokens = _computed(lengths[chosen] + prompt, batch_plan.restarts_positions)
+            computed, target_tokens = computed + tokens, target_tokens + int(targets[chosen].sum())
             heappush(large, (tokens, chosen))
-            if len(large) > (LARGEST_LOOKED_AT if layout.shares_prefixes else 1):
+            if len(large) > (LARGEST_CANDIDATES if batch_plan.shares_prefixes else 1):
                 heappop(large)
-            if layout.shares_prefixes and step % -(-order.total_steps // STEPS_LOOKED_AT) == 0:
-                seen, together = seen + tokens, together + batch_of(chosen).ids_BT.numel()
+            if batch_plan.shares_prefixes and step % every == 0:
+                sampled, sampled_computed = sampled + tokens, sampled_computed + batch_of(chosen).ids_BT.numel()
     largest = max((batch_of(chosen) for _, chosen in large), key=lambda batch: batch.ids_BT.numel())
-    shared = 1 - together / seen if seen else 0.0
+    shared = 1 - sampled_computed / sampled if sampled else 0.0
     workload = Workload(
         rows=len(lengths),
         tokens=int(lengths.sum()),
-        steps_per_epoch=layout.units / order.units_per_step,
+        steps_per_epoch=batch_plan.units / order.units_per_step,
         steps=order.total_steps,
         largest_pass=largest.ids_BT.numel() + prompt * len(largest.ids_BT),
         computed=round(computed * (1 - shared)),
         shared=shared,
-        targets=trained,
+        targets=target_tokens,
     )
     return largest, workload
 
 
-def _computed(lengths: npt.NDArray[np.int64], in_one_line: bool) -> int:
-    """Tokens that a pass over rows of these lengths computes."""
-    return int(lengths.sum() if in_one_line else len(lengths) * lengths.max())
+def _computed(lengths: npt.NDArray[np.int64], is_flattened: bool) -> int:
+    """Computed tokens of a pass over rows of these lengths: their sum if flattened, or else with padding."""
+    return int(lengths.sum() if is_flattened else len(lengths) * lengths.max())
 
 
-def _validation(rows: Datasets, recipe: Recipe, layout: BatchPlan) -> Batch | None:
-    """The largest batch of held-out rows; those of like length stand together."""
-    examples = rows.validation[: recipe.evaluation.max_rows]
+def _validation(rows: TokenizedDataset, evaluation: Evaluation, batch_plan: BatchPlan) -> Batch | None:
+    """The largest batch of validation rows, which are sorted by length before they are batched."""
+    examples = rows[: evaluation.max_rows]
     if not len(examples):
         return None
-    longest = np.argsort(examples.lengths, kind="stable")[-recipe.evaluation.batch_size :]
-    return layout.batch([examples[int(row)] for row in longest])
-
-
-def _left_mapped(context: TrainingContext, base: Base, dtype: torch.dtype) -> int:
-    """Bytes of a file that stay mapped after weights of another type were made of them: for codes beside them stay."""
-    in_file = file_dtype(context.folder.path)
-    return base.non_block * in_file.itemsize // dtype.itemsize if _reads_codes(context) and in_file is not dtype else 0
-
-
-def _mapped_bytes(context: TrainingContext, dtype: torch.dtype) -> int:
-    """Bytes of the base's files, which are mapped into memory while weights of another type are made of them.
-
-    Weights of the files' own type stay in their mapping, and so take nothing beside it; so do codes.
-    """
-    if _reads_codes(context):
-        return 0
-    stored = stored_tensors(context.folder.path).values()
-    files = sum(tensor.end - tensor.start for tensor in stored)
-    stay = context.quantizers.quantize_nothing and file_dtype(context.folder.path) is dtype
-    return 0 if stay else files
-
-
-def _reads_codes(context: TrainingContext) -> bool:
-    """Whether the base's codes stand in files, as calibration or `ft quantize` has written them."""
-    return bool(context.quantizers.calibrated) or stored_quantization(context.folder) is not None
+    longest = np.argsort(examples.lengths, kind="stable")[-evaluation.batch_size :]
+    return batch_plan.batch([examples[int(row)] for row in longest])

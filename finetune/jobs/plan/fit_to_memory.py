@@ -1,4 +1,4 @@
-"""`ft plan --fit`: the smallest change of a recipe with which its run fits into a memory."""
+"""`ft plan --fit`: the smallest change of a recipe that makes its run fit into the memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from finetune.recipe.yaml.edit import edited
 SMALLEST_RANK = 4
 
 Changes = dict[str, str]
-"""New values of a recipe's keys."""
+"""New values of a recipe by key."""
 
-SHORT_MOMENTS = {"adamw": "adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit"}
+OPTIMIZERS_IN_8_BITS = {"adamw": "adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Fitted:
     """A change that makes a run fit.
 
     Attributes:
-        changes: Keys and their new values; none where the run fits as it is.
-        before: What the run would take as it is.
-        after: And with the changes.
+        changes: Keys and their new values; empty if the run fits without.
+        before: Plan of the given recipe.
+        after: Plan of the changed recipe.
         recipe: The changed recipe.
     """
 
@@ -39,28 +39,28 @@ class Fitted:
     recipe: Recipe
 
     def text(self, loaded: LoadedRecipe) -> str:
-        """The changed recipe as a file: the written one with its comments, or else with every default written out.
+        """The changed recipe as YAML: the given file with its comments, or with overrides, a dump with all defaults.
 
         Args:
-            loaded: What the recipe was read from.
+            loaded: The given recipe.
         """
         changed = edited(loaded.text, self.changes)
         return changed if not loaded.overrides else dump_recipe(self.recipe)
 
 
 def fit(planner: MemoryPlanner, loaded: LoadedRecipe) -> Fitted:
-    """Find the smallest change with which a run fits into the memory that is planned for.
+    """Find the smallest change that makes a run fit into the memory of the planner's device.
 
-    In this order, each only where what comes before does not suffice: smaller micro-batches, as many more of which keep
-    the rows of a step; what widening layers put out computed again in backward; blocks; on a GPU, their inputs kept
-    elsewhere; moments in 8 bits; the base in NF4; half the rank, and a quarter. Up to the moments, the result stays as
-    it is but for rounding. Held-out rows are measured as few at a time where they alone would not fit.
+    The changes in order, each tried only if those before do not suffice: smaller micro-batches with more accumulation,
+    so that the rows of a step stay the same; selective gradient checkpointing; full gradient checkpointing; on a GPU,
+    offloaded checkpoints; 8-bit moments; an NF4 base; half the rank, then a quarter. Changes before the 8-bit moments
+    leave the result the same up to rounding. The evaluation batch size is lowered if only evaluation does not fit.
 
     Raises:
-        OutOfMemoryError: No such change suffices.
+        OutOfMemoryError: No change suffices.
     """
     before = planner.plan(loaded.recipe, measures_time=False)
-    if before.fits is not False:  # where the memory is not known there is nothing to fit into
+    if before.fits is not False:  # None: the capacity is unknown, so nothing has to fit
         return Fitted({}, before, before, loaded.recipe)
     for larger in larger_changes(loaded.recipe, planner.on_gpu):
 
@@ -68,7 +68,7 @@ def fit(planner: MemoryPlanner, loaded: LoadedRecipe) -> Fitted:
             return _fitting(planner, loaded, {**_micro_batches(loaded.recipe, size), **larger}, before)
 
         *sizes, smallest = _micro_batch_sizes(loaded.recipe)
-        if (least := fitting(smallest)) is not None:  # where it does not fit, no other does
+        if (least := fitting(smallest)) is not None:  # larger micro-batches fit only if the smallest does
             return next(filter(None, map(fitting, sizes)), least)
     capacity = (before.capacity or 0) / 1e9
     raise OutOfMemoryError(
@@ -79,11 +79,11 @@ def fit(planner: MemoryPlanner, loaded: LoadedRecipe) -> Fitted:
 
 
 def _fitting(planner: MemoryPlanner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
-    """The changed recipe if it fits; None too where the recipe's other settings do not allow the change."""
+    """The changed recipe if it fits; None if it does not, or if the recipe's other settings forbid the change."""
     overrides = [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]
     try:
         recipe = recipe_of(loaded.text, loaded.path, overrides).recipe
-        if planner.least(recipe) > (before.capacity or 0):
+        if planner.least(recipe) > (before.capacity or 0):  # cheap: traces no pass
             return None
         after = planner.plan(recipe, measures_time=False)
     except (RecipeError, UnsupportedError):
@@ -95,7 +95,7 @@ def _fitting(planner: MemoryPlanner, loaded: LoadedRecipe, changes: Changes, bef
 
 
 def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
-    """What may be changed beside micro-batches, the least first: no set holds a change that a later one could spare."""
+    """Sets of changes beside micro-batches, ordered by their largest change; the first is empty."""
     single: list[Changes] = []
     if not recipe.training.gradient_checkpointing:
         single.append({"training.gradient_checkpointing": "selective"})
@@ -103,8 +103,8 @@ def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
         single.append({"training.gradient_checkpointing": "true"})
     if on_gpu and recipe.training.gradient_checkpointing != "offload":
         single.append({"training.gradient_checkpointing": "offload"})
-    if recipe.optimizer.name in SHORT_MOMENTS:
-        single.append({"optimizer.name": SHORT_MOMENTS[recipe.optimizer.name]})
+    if recipe.optimizer.name in OPTIMIZERS_IN_8_BITS:
+        single.append({"optimizer.name": OPTIMIZERS_IN_8_BITS[recipe.optimizer.name]})
     if not recipe.quantization.quantizes:
         single.append({"quantization.kind": "nf4"})
     if isinstance(recipe.adapter, LowRank):
@@ -113,13 +113,13 @@ def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
     for last, largest in enumerate(single):
         for count in range(last + 1):
             for others in combinations(single[:last], count):
-                together = [entry for change in (*others, largest) for entry in change.items()]
-                if len(merged := dict(together)) == len(together):  # no key is given twice
+                entries = [entry for change in (*others, largest) for entry in change.items()]
+                if len(merged := dict(entries)) == len(entries):  # two values of one key exclude each other
                     yield merged
 
 
 def _rank(adapter: LowRank, part: int) -> Changes:
-    """A part of the rank, with the scale that the update has now."""
+    """The rank divided by `part`, with alpha lowered to keep the update's scale alpha / r."""
     return {
         "adapter.r": str(adapter.r // part),
         "adapter.alpha": f"{adapter.alpha * (adapter.r // part) / adapter.r:g}",
@@ -127,14 +127,14 @@ def _rank(adapter: LowRank, part: int) -> Changes:
 
 
 def _micro_batch_sizes(recipe: Recipe) -> list[int]:
-    """The recipe's own and all smaller ones that divide the rows of a step, the largest first."""
+    """The recipe's micro-batch size and all smaller divisors of a step's rows, the largest first."""
     size = recipe.training.micro_batch_size
     rows = size * recipe.training.gradient_accumulation_steps
     return [smaller for smaller in range(size, 0, -1) if rows % smaller == 0]
 
 
 def _micro_batches(recipe: Recipe, size: int) -> Changes:
-    """Micro-batches of this size, as many more as they are smaller."""
+    """Changes for micro-batches of this size, with the accumulation that keeps the rows of a step."""
     training = recipe.training
     if size == training.micro_batch_size:
         return {}
@@ -143,7 +143,7 @@ def _micro_batches(recipe: Recipe, size: int) -> Changes:
 
 
 def write(fitted: Fitted, loaded: LoadedRecipe, file: Path) -> None:
-    """Write the changed recipe, and make sure that it is the one that was planned.
+    """Write the changed recipe, and check that it is the planned one.
 
     Raises:
         RecipeError: It cannot be read back.

@@ -1,4 +1,4 @@
-"""`ft init`: look at somebody's data and base, and write a first recipe for them."""
+"""`ft init`: inspect a dataset and a model, and write a starter recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.data.sources import files_of
 from finetune.errors import DataError, UsageError
 from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
-from finetune.jobs.plan.starter_recipe import AIMS, Facts, starter_recipe
+from finetune.jobs.plan.starter_recipe import OBJECTIVES, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import find_model
 from finetune.plan.gpu_specs import GpuSpec
@@ -35,7 +35,7 @@ from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_file
 
 FEW_TEXTS = 20
-"""Text of fewer files is taken apart into paragraphs, so that some of it can be held out."""
+"""Texts of fewer files are split into paragraphs, so that some of them can be validation rows."""
 
 LONG_ROW_TOKENS = 4096
 TEXT_ROW_TOKENS = 2048
@@ -44,23 +44,23 @@ TEXT_ROW_TOKENS = 2048
 def inspect_dataset(
     data: str, data_format: str = "auto", columns: Mapping[str, str] = MappingProxyType({})
 ) -> DatasetSummary:
-    """Look at a data set.
+    """Detect a dataset's format and size.
 
     Args:
-        data: A file, a pattern, a folder, or the id of a data set on the hub.
-        data_format: A format, for data whose columns do not tell it.
-        columns: Names of columns, by the format's keys for them.
+        data: A file, a glob pattern, a folder, or the id of a dataset on the hub.
+        data_format: The format; `auto` detects it from columns.
+        columns: Column names by the format's keys for them.
 
     Raises:
-        UsageError: There is no such format, or it has no such key.
+        UsageError: The format does not exist, or it has no such key.
         DataError: The data cannot be used.
     """
     source = _source(data, data_format, columns)
     found = summarize_source(source)
     is_text = source.path is not None and all(map(is_plain_text, files_of(source)))
     if is_text and isinstance(found.source, TextSource) and found.rows < FEW_TEXTS:
-        apart = summarize_source(found.source.model_copy(update={"split": "paragraph"}))
-        return apart if apart.rows >= FEW_TEXTS else found
+        paragraphs = summarize_source(found.source.model_copy(update={"split": "paragraph"}))
+        return paragraphs if paragraphs.rows >= FEW_TEXTS else found
     return found
 
 
@@ -82,13 +82,13 @@ def _source(data: str, data_format: str, columns: Mapping[str, str]) -> SourceSe
 
 
 def _one_of(found: str, known: Sequence[str], what: str) -> str:
-    """What could have been meant."""
+    """A hint: the nearest known name, or all of them."""
     near = nearest(found, known)
     return f"did you mean `{near}`?" if near else f"{what}: {', '.join(known) or 'none; add --format'}"
 
 
 def likely_objective(seen: DatasetSummary) -> str:
-    """What data of this kind is usually for."""
+    """The usual objective of data of this kind."""
     if seen.is_text:
         return "pretraining"
     if seen.has_tools:
@@ -105,22 +105,22 @@ def likely_objective(seen: DatasetSummary) -> str:
 def write_recipe(
     seen: DatasetSummary, model: str, objective: str, gpu: GpuSpec | None, output: Path, on_event: EventHandler = ignore
 ) -> Fitted:
-    """Write a recipe that is valid, and that fits by the plan whatever rows come, if they are no longer than it allows.
+    """Write a valid recipe that fits into the memory by its plan, with rows of up to `data.max_length`.
 
     Args:
-        seen: The data.
+        seen: The dataset.
         model: Name of the base, as in `model.name`; a relative path starts at the working directory.
-        objective: One of `AIMS`.
+        objective: One of `OBJECTIVES`.
         gpu: The GPU to fit into; None for this machine.
         output: The recipe's file, which is replaced.
-        on_event: Told what is being done.
+        on_event: Receives a `Phase` before each slow part.
 
     Returns:
-        What had to be changed to make it fit, and what it will take.
+        The changes that made the recipe fit, and its plan.
 
     Raises:
-        UsageError: The aim does not go with the data.
-        OutOfMemoryError: Nothing fits into the memory.
+        UsageError: The objective does not suit the data.
+        OutOfMemoryError: No change makes it fit.
         DataError: The model's chat template cannot render a row.
         ModelError: There is no such model, or it has no chat template and rows are conversations.
         EnvironmentFault: The hub cannot be reached, or the file cannot be written.
@@ -138,24 +138,24 @@ def write_recipe(
 
 
 def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with rows that are all as long as it allows, as many as an optimizer step takes."""
+    """The recipe with one step of rows that all have `data.max_length` tokens."""
     rows = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
     file = folder / "rows.jsonl"
     file.write_text(f"{json.dumps({'input_ids': [0] * recipe.data.max_length})}\n" * rows, encoding="utf-8")
     source = TokenizedSource(format="tokenized", path=str(file))
-    held_out = [source] if recipe.data.validation_fraction else []
-    data = {"train": [source], "validation": held_out, "validation_fraction": 0.0}
+    validation = [source] if recipe.data.validation_fraction else []
+    data = {"train": [source], "validation": validation, "validation_fraction": 0.0}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
 
 
 def _refuse_mismatch(seen: DatasetSummary, objective: str) -> None:
-    if objective not in AIMS:
-        raise UsageError(f"there is no aim {objective!r}", hint=f"aims: {', '.join(AIMS)}")
+    if objective not in OBJECTIVES:
+        raise UsageError(f"there is no objective {objective!r}", hint=f"objectives: {', '.join(OBJECTIVES)}")
     if seen.is_text and objective not in ("pretraining", "long-context"):
         raise UsageError(
-            f"the rows are plain text, which asks nothing and answers nothing, and the aim is {objective}",
+            f"the rows are plain text without prompts and answers, and the objective is {objective}",
             where=seen.source.place,
-            hint="add --aim pretraining, or bring rows with questions and answers",
+            hint="add --aim pretraining, or name rows with prompts and answers",
         )
     if not seen.is_text and objective == "pretraining":
         raise UsageError(
@@ -168,8 +168,8 @@ def _refuse_mismatch(seen: DatasetSummary, objective: str) -> None:
 def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHandler) -> Facts:
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
     folder = find_model(section, lambda doing: on_event(Phase(doing)), weights=False)
-    on_event(Phase("looking at the data"))
-    longest, apart = longest_row(seen.sample, load_tokenizer(folder))
+    on_event(Phase("inspecting the data"))
+    longest, splits_turns = longest_row(seen.sample, load_tokenizer(folder))
     wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
     return Facts(
         seen=seen,
@@ -177,10 +177,10 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         objective=objective,
         longest_row=longest,
         row_tokens=min(wanted, folder.positions or wanted),
-        splits_turns=apart,
+        splits_turns=splits_turns,
     )
 
 
 def _next_length(tokens: int) -> int:
-    """The next power of two, and no less than 128: a little room for rows that were not looked at."""
+    """The next power of two, at least 128: a margin for longer rows outside of the sample."""
     return max(128, 1 << (tokens - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The recipe that `ft init` writes: which key gets which value, and why, as a remark beside it."""
+"""The recipe that `ft init` writes: the value of each key, and a comment with its reason."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MICRO_BATCH_SIZE = 8
 BATCH_SIZE = 16
 SMALL_BATCH_SIZE = 8
 FEW_ROWS = 500
-"""Rows below which a step takes fewer of them, so that there are enough steps."""
+"""Number of rows below which the batch size is smaller, so that there are enough steps."""
 
 MANY_ROWS = 5000
-"""Rows from which one epoch is enough to begin with."""
+"""Number of rows from which one epoch is enough for a first run."""
 
 VALIDATION_FRACTION = 0.05
 CHECKS_AN_EPOCH = 4
@@ -31,7 +31,7 @@ CHECKS_AN_EPOCH = 4
 
 @dataclass(frozen=True)
 class Objective:
-    """What people come for.
+    """A training objective.
 
     Attributes:
         what: In words.
@@ -42,7 +42,7 @@ class Objective:
     max_new_tokens: int
 
 
-AIMS: Mapping[str, Objective] = {
+OBJECTIVES: Mapping[str, Objective] = {
     "chat": Objective("answers in conversations", 256),
     "classification": Objective("a label for a text", 16),
     "extraction": Objective("JSON out of a text", 256),
@@ -55,13 +55,13 @@ AIMS: Mapping[str, Objective] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe is made of.
+    """Inputs of a starter recipe.
 
     Attributes:
-        seen: The data.
+        seen: The dataset.
         model: The base's name, as it was given.
-        objective: One of `AIMS`.
-        longest_row: Tokens of the longest row that was looked at.
+        objective: One of `OBJECTIVES`.
+        longest_row: Tokens of the longest sampled row.
         row_tokens: `data.max_length`.
         splits_turns: Whether each answer needs a row of its own.
     """
@@ -80,12 +80,12 @@ def batch_size(rows: int) -> int:
 
 
 def starter_recipe(facts: Facts, file: Path, fitted: Fitted | None = None) -> str:
-    """The recipe as text, for the place where it will be.
+    """The recipe as YAML with comments; relative paths in it start at its folder.
 
     Args:
-        facts: What it is made of.
-        file: Its place.
-        fitted: What must be changed of it to fit; None for the recipe that takes what it likes.
+        facts: Inputs of the recipe.
+        file: Where it will be written.
+        fitted: Changes that make it fit; None for the recipe without a memory limit.
     """
     changes = fitted.changes if fitted else {}
     sections = _sections(facts, file.parent)
@@ -100,13 +100,13 @@ def _head(facts: Facts, file: Path, fitted: Fitted | None) -> list[str]:
     seen = facts.seen
     rows = f"{seen.rows} rows" if seen.is_whole else f"{seen.rows} rows and more"
     looked_at = min(seen.rows, SAMPLED_ROWS)
-    what = AIMS[facts.objective].what
+    what = OBJECTIVES[facts.objective].what
     return [
-        f"{what[0].upper()}{what[1:]}: a first recipe, by ft init.",
+        f"{what[0].upper()}{what[1:]}: a starter recipe by ft init.",
         f"Data:    {rows} of format {seen.format}; the longest of the first {looked_at} has {facts.longest_row} tokens",
         *([_estimated(fitted, facts.row_tokens)] if fitted else []),
         f"Command: ft train {file}",
-        "Every key with its default: ft explain; what the model will see: ft preview; what it takes: ft plan",
+        "Every key with its default: ft explain; tokenized rows: ft preview; memory and time: ft plan",
     ]
 
 
@@ -150,7 +150,7 @@ def _data(facts: Facts, folder: Path) -> dict[str, Any]:
 
 
 def _validation(facts: Facts) -> int:
-    """Rows that are held out; a source of one row has none to spare."""
+    """Number of validation rows; none of a single row."""
     return max(1, round(VALIDATION_FRACTION * facts.seen.rows)) if facts.seen.rows > 1 else 0
 
 
@@ -170,44 +170,44 @@ def _evaluation(facts: Facts) -> dict[str, Any]:
     steps_an_epoch = facts.seen.rows // batch_size(facts.seen.rows)
     if _validation(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
         evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
-    return {**evaluation, "max_new_tokens": AIMS[facts.objective].max_new_tokens}
+    return {**evaluation, "max_new_tokens": OBJECTIVES[facts.objective].max_new_tokens}
 
 
 def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:
     remarks = {
         "adapter.r": "rank of the update: more learns more, and takes more",
-        "data.validation_fraction": "held out, for the loss while training and for ft eval",
+        "data.validation_fraction": "validation rows, for the loss while training and for ft eval",
         "data.max_length": "tokens; a longer row stops the run, unless overlength says otherwise",
         "optimizer.learning_rate": "the first thing to vary: half and double of it",
         "training.gradient_accumulation_steps": f"makes {batch_size(facts.seen.rows)} rows an optimizer step",
-        "training.batching": "rows are put together into packs of max_length, which do not read each other",
+        "training.batching": "rows are packed into max_length tokens, without attention between them",
         "evaluation.max_new_tokens": "longest answer in ft eval",
         "evaluation.every_steps": f"about {CHECKS_AN_EPOCH} times an epoch",
     }
     if fitted is not None:
         plan = fitted.after
         size = count(plan.total - plan.trainable)
-        remarks["model.name"] = f"{size} numbers"
+        remarks["model.name"] = f"{size} parameters"
         remarks |= {key: why for key, why in _reasons(size).items() if key in fitted.changes}
     if "quantization.kind" in remarks:
         remarks["quantization"] = remarks.pop("quantization.kind")
     if facts.seen.format == "text":
-        remarks["data.max_length"] = "tokens; longer texts become several rows, every token trained once"
+        remarks["data.max_length"] = "tokens; longer texts become several rows, each token is a target once"
     elif facts.longest_row > facts.row_tokens:
         remarks["data.overlength"] = "some rows are longer than the model's context: their prompt's beginning is cut"
     if facts.splits_turns:
         remarks["data.split_turns"] = "the model's template renders earlier answers in another way than the last"
     if any(isinstance(label, int) for label in facts.seen.labels):
-        remarks["data.train"] = "labels are numbers in the file: name them in `labels`, for the model writes the names"
+        remarks["data.train"] = "labels are numbers in the file: name them in `labels`, the model generates names"
     return remarks
 
 
 def _reasons(size: str) -> dict[str, str]:
-    """Why a key differs from the recipe that takes what memory it likes."""
+    """Why a key differs from the recipe without a memory limit."""
     return {
-        "quantization.kind": f"The base in 4 bits, because {size} numbers in 16 or 32 would not fit.",
+        "quantization.kind": f"The base in 4 bits: {size} parameters in 16 or 32 bits would not fit.",
         "adapter.r": f"rank of the update: {RANK} would not fit",
         "optimizer.name": "moments in 8 bits",
-        "training.gradient_checkpointing": "computes activations again in backward: less memory, more time",
-        "evaluation.batch_size": "held-out rows at once: more would not fit",
+        "training.gradient_checkpointing": "recomputes activations in backward: less memory, more time",
+        "evaluation.batch_size": "validation rows at a time: more would not fit",
     }

@@ -1,4 +1,4 @@
-"""`ft sweep`: one trial after the other, each a run like any other, in a folder of the sweep."""
+"""`ft sweep`: trials in sequence, each an ordinary run in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.errors import (
     UnsupportedError,
     UsageError,
 )
-from finetune.jobs.sweep.sampler import draw, refuse_missing_package
+from finetune.jobs.sweep.sampler import refuse_missing_package, suggest
 from finetune.jobs.train.run import train
 from finetune.recipe.diff import changes
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -33,27 +33,27 @@ from finetune.storage.files import disk_faults, write_text
 
 logger = logging.getLogger(__name__)
 
-OF_ITS_VALUES = (DivergedError, OutOfMemoryError, RecipeError, UnsupportedError)
-"""What a trial can fail of because of what it tries; anything else would befall all of them."""
+TRIAL_ERRORS = (DivergedError, OutOfMemoryError, RecipeError, UnsupportedError)
+"""Errors that a trial's values can cause: only the trial fails. Any other error ends the sweep."""
 
 
 class Sweep:
-    """A sweep that is begun, or gone on with.
+    """A new or resumed sweep.
 
     Args:
         loaded: A recipe with a section `sweep`.
         path: The sweep's folder.
 
     Raises:
-        UsageError: The recipe has no such section.
+        UsageError: The recipe has no section `sweep`.
         UnsupportedError: Optuna is not installed, or the recipe wants several processes.
-        RefusedError: The folder is in use for something else, or for a sweep of another recipe.
+        RefusedError: The folder holds something else, or a sweep of another recipe.
     """
 
     def __init__(self, loaded: LoadedRecipe, path: Path) -> None:
         if loaded.recipe.sweep is None:
             raise UsageError(
-                "the recipe names nothing to sweep",
+                "the recipe has no section `sweep`",
                 where=str(loaded.path),
                 hint="add a section: sweep: {keys: [{key: optimizer.learning_rate, draw: log_uniform, "
                 "low: 1e-5, high: 1e-3}]}",
@@ -71,20 +71,20 @@ class Sweep:
         self._claim()
 
     def next_trial(self) -> Trial | None:
-        """The trial that was stopped, or else a new one; None where all are done."""
+        """The interrupted trial, or else a new one; None if all are done."""
         trials = self.directory.trials()
         if opened := [trial for trial in trials if trial.is_open]:
             return opened[0]
         if len(trials) >= self.section.trials:
             return None
-        values = draw(self._loaded.recipe, self.section, trials)
+        values = suggest(self._loaded.recipe, self.section, trials)
         if values is None:
             logger.warning("every combination of values was tried; the sweep ends after %d trials", len(trials))
             return None
         return self.directory.begin(values)
 
     def run_of(self, trial: Trial) -> RunDirectory:
-        """The run directory of a trial, made if it is not there."""
+        """The run directory of a trial; created if it does not exist."""
         if RunDirectory(trial.path).marker.is_file():
             return RunDirectory.open(trial.path)
         run = RunDirectory.create(trial.path)
@@ -94,30 +94,30 @@ class Sweep:
     def train(
         self, trial: Trial, run: RunDirectory, on_event: EventHandler, interruption: Interruption | None = None
     ) -> None:
-        """Train a trial to its end, or find that its values cannot be trained.
+        """Train a trial to its end, or record that its values cannot be trained.
 
         Args:
-            trial: One that is open.
+            trial: An open trial.
             run: Its run directory.
-            on_event: Told of every phase and step.
+            on_event: Receives the events of the run.
             interruption: Whether to save and stop.
 
         Raises:
-            Stopped: A signal ended it; it is gone on with when the sweep is.
-            FinetuneError: What has nothing to do with its values.
+            Stopped: A signal ended it; it resumes when the sweep does.
+            FinetuneError: An error that its values do not cause.
         """
         try:
             recipe = self._recipe_of(trial.values, trial.name)
             train(recipe, run, on_event, interruption)
         except Stopped as stopped:
-            raise Stopped(stopped.what, where=trial.name, hint="go on with the same command") from None
-        except OF_ITS_VALUES as failure:
+            raise Stopped(stopped.what, where=trial.name, hint="resume with the same command") from None
+        except TRIAL_ERRORS as failure:
             logger.warning("%s has no result: %s", trial.name, failure.lines()[0])
             self.directory.fail(trial, failure.lines()[0])
             if not run.metrics.is_file():  # nothing was trained
                 shutil.rmtree(run.path, ignore_errors=True)
         finally:
-            gc.collect()  # the next model needs the room
+            gc.collect()  # frees reference cycles of this trial's model before the next one loads
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         write_text(self.directory.page, sweep_page(self.directory, self._loaded.recipe))
@@ -128,14 +128,14 @@ class Sweep:
             begun = load_recipe(directory.recipe).recipe
             if found := changes(_ignoring(begun), _ignoring(self._loaded.recipe)):
                 raise RefusedError(
-                    f"the sweep was begun with another recipe: {'; '.join(map(str, found))}",
+                    f"the sweep was started with another recipe: {'; '.join(map(str, found))}",
                     where=str(directory.path),
-                    hint="take the change back, or choose another --sweep-dir",
+                    hint="undo the change, or choose another --sweep-dir",
                 )
             return
         if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
             raise RefusedError(
-                "the folder is not empty, and holds no sweep",
+                "the folder is not empty and holds no sweep",
                 where=str(directory.path),
                 hint="choose another --sweep-dir",
             )
@@ -144,7 +144,7 @@ class Sweep:
         write_text(directory.recipe, dump_recipe(self._loaded.recipe))
 
     def _recipe_of(self, values: Values, name: str) -> Recipe:
-        """The recipe of a trial: without the sweep, and with its values in place."""
+        """The recipe of a trial: without the section `sweep`, and with the trial's values."""
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         recipe = load_recipe(self._loaded.path, [*self._loaded.overrides, *overrides]).recipe
         where = recipe.run.model_copy(update={"name": name, "directory": str(self.directory.path)})
@@ -152,7 +152,7 @@ class Sweep:
 
 
 def _ignoring(recipe: Recipe) -> Recipe:
-    """A recipe without what may change from one call of a sweep to the next: its number of trials, and its name."""
+    """A recipe without the values that may change when a sweep resumes: the number of trials, and the run's name."""
     assert recipe.sweep is not None
     sweep = recipe.sweep.model_copy(update={"trials": 1})
     return recipe.model_copy(update={"sweep": sweep, "run": recipe.run.model_copy(update={"name": "sweep"})})

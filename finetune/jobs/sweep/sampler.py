@@ -1,4 +1,4 @@
-"""What the next trial of a sweep tries, by Optuna."""
+"""Values of the next trial of a sweep, from an Optuna sampler."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.sweep import Choice, Integer, LogUniform, Sweep, Swept
 from finetune.run.sweep_trials import Trial, Values
 
-DRAWS = 20
-"""Draws of values that were all tried before, after which a sweep is over."""
+ATTEMPTS = 20
+"""Suggestions of values that were all tried before, after which a sweep ends."""
 
-MOST_AT_RANDOM = 10
-"""Trials that TPE draws at random first; a third of all where that is less."""
+MAX_STARTUP_TRIALS = 10
+"""Maximum number of random trials before TPE starts; a third of all trials if that is less."""
 
 
 def refuse_missing_package() -> None:
-    """Optuna must be installed.
+    """Check that Optuna is installed.
 
     Raises:
         UnsupportedError: It is not.
@@ -30,24 +30,25 @@ def refuse_missing_package() -> None:
         )
 
 
-def draw(recipe: Recipe, sweep: Sweep, trials: Sequence[Trial]) -> Values | None:
-    """Values for the next trial: first the recipe's own, where they could be drawn, then what the sampler says.
+def suggest(recipe: Recipe, sweep: Sweep, trials: Sequence[Trial]) -> Values | None:
+    """Values for the next trial: first the recipe's own, if they are in the search space, then the sampler's.
 
-    A function of its arguments alone: a sweep that goes on draws what it would have drawn.
+    The result depends on the arguments only, so a resumed sweep gets the values that it would have got.
 
     Args:
-        recipe: Of the sweep.
-        sweep: Its section.
-        trials: All so far, none of them open.
+        recipe: The recipe with the sweep.
+        sweep: Its section `sweep`.
+        trials: All trials so far; none is open.
 
     Returns:
-        None where only values come that were tried before.
+        The values by key; None if the sampler suggests only values that were tried before.
     """
     own = {swept.key: _value_at(recipe, swept.key) for swept in sweep.keys}
     if not trials and all(swept.holds(own[swept.key]) for swept in sweep.keys):
         return own
     tried = [dict(trial.values) for trial in trials]
-    for attempt in range(DRAWS):
+    for attempt in range(ATTEMPTS):
+        # Each attempt of each trial has a seed of its own; attempts of different trials never share one.
         values = _ask(sweep, trials, sweep.seed + len(trials) + attempt * sweep.trials)
         if values not in tried:
             return values
@@ -59,9 +60,9 @@ def _ask(sweep: Sweep, trials: Sequence[Trial], seed: int) -> Values:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {swept.key: _distribution(swept) for swept in sweep.keys}
-    at_random = min(MOST_AT_RANDOM, -(-sweep.trials // 3))
+    startup_trials = min(MAX_STARTUP_TRIALS, -(-sweep.trials // 3))
     sampler = (
-        optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random)
+        optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials)
         if sweep.sampler == "tpe"
         else optuna.samplers.RandomSampler(seed=seed)
     )
@@ -90,7 +91,7 @@ def _distribution(swept: Swept) -> Any:
 
 
 def _value_at(recipe: Recipe, key: str) -> Any:
-    """A recipe's value at a dotted key; None where its kind of section has no such key."""
+    """A recipe's value at a dotted key; None if its kind of section has no such key."""
     found: Any = recipe.model_dump(mode="json")
     for segment in key.split("."):
         if isinstance(found, dict):

@@ -19,7 +19,7 @@ from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
 from finetune.data.report import data_report
 from finetune.errors import UnsupportedError, UsageError
-from finetune.jobs.load.context import TrainingContext, layout_of
+from finetune.jobs.load.context import TrainingContext, batch_plan_of
 from finetune.jobs.load.training_record import TrainingRecord
 from finetune.jobs.plan.estimate import estimated_peak
 from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, check_same_on_all_ranks
@@ -101,7 +101,15 @@ class PreparedRun:
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event)
         rows = context.read_data(on_event)
-        plan = layout_of(recipe, context.folder, rows.train.lengths, context.padding)
+        plan = batch_plan_of(
+            recipe.training,
+            recipe.data.max_length,
+            recipe.adapter,
+            recipe.model.attention,
+            context.folder,
+            rows.train.lengths,
+            context.padding,
+        )
         order = batch_order(plan.units, recipe.training)
         _refuse_idle_processes(context, order)
         facts = _facts(context, rows, order)

@@ -1,4 +1,4 @@
-"""A preview shows what training sees, without weights."""
+"""`ft preview` shows the rows of training, without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.jobs.plan.preview import preview
 from tests.fixtures.recipes import as_recipe, write_recipe
 
 
-def test_trained_text_is_the_answers_and_all_text_is_the_row(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_preview_marks_answers_as_targets_and_has_all_text_of_a_row(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_recipe["data"]["validation_fraction"] = 0
     shown = preview(as_recipe(tiny_recipe, tmp_path), rows=32)
     rows = {row.where: row for row in shown.rows}
@@ -27,12 +27,12 @@ def test_trained_text_is_the_answers_and_all_text_is_the_row(tiny_recipe: dict[s
         assert all(message["content"] in "".join(s.text for s in row.stretches) for message in messages)
 
 
-def test_special_tokens_are_told_apart(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_preview_separates_special_tokens(tiny_recipe: dict[str, Any], tmp_path: Path):
     (row,) = preview(as_recipe(tiny_recipe, tmp_path), rows=1).rows
     assert {s.text for s in row.stretches if s.special} <= {"<|begin|><|turn|>", "<|turn|>", "<|end|>"}
 
 
-def test_the_first_step_is_the_loops_own_layout(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_preview_has_the_micro_batches_of_the_first_step(tiny_recipe: dict[str, Any], tmp_path: Path):
     padded = preview(as_recipe(tiny_recipe, tmp_path), rows=1)
     packed = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1)
     assert [len(batch.lengths) for batch in padded.first_step] == [2, 2]
@@ -43,14 +43,14 @@ def test_the_first_step_is_the_loops_own_layout(tiny_recipe: dict[str, Any], tmp
     assert all(len(batch.lengths) >= 2 and batch.computed <= 2 * 128 for batch in packed.first_step)
 
 
-def test_no_weights_are_needed(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
+def test_preview_needs_no_weights(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     tiny_recipe["model"]["name"] = str(tmp_path / "model")
     assert preview(as_recipe(tiny_recipe, tmp_path), rows=1).ledger["train"]["used"] == 24
 
 
-def test_the_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_preview_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = write_recipe(tiny_recipe, tmp_path)
     result = CliRunner().invoke(app, ["preview", str(recipe), "--rows", "2"])
     assert result.exit_code == 0
@@ -61,7 +61,7 @@ def test_the_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any], tmp
     assert json.loads(as_json)["ledger"]["train"]["used"] == 24
 
 
-def test_a_page_is_written_once_and_replaced_only_on_request(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_preview_page_is_replaced_only_with_overwrite(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = write_recipe(tiny_recipe, tmp_path)
     page = tmp_path / "page.html"
     call = ["preview", str(recipe), "--html", str(page)]

@@ -1,4 +1,4 @@
-"""`ft quantize`, and bases that are quantized by calibration: made once, and again when they are gone."""
+"""`ft quantize`, and the calibration cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTQ = KINDS["optq"]
 
 @pytest.fixture
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """The rows of each calibration that takes place."""
+    """The rows of each calibration."""
     seen: list[list[list[int]]] = []
     real = finetune.jobs.load.calibration_cache.quantize_by_inputs
 
@@ -68,7 +68,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_folder_is_a_model_with_the_weights_that_the_recipe_trains_over(
+def test_quantized_folder_has_the_weights_that_the_recipe_trains_over(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
 ):
     sections = {**tiny_recipe, "quantization": KINDS[kind]}
@@ -78,7 +78,7 @@ def test_the_folder_is_a_model_with_the_weights_that_the_recipe_trains_over(
     assert (folder / "chat_template.jinja").is_file()
 
 
-def test_a_recipe_trains_and_merges_over_the_folder(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_quantized_folder_can_be_trained_over_and_merged(tiny_recipe: dict[str, Any], tmp_path: Path):
     folder = quantized({**tiny_recipe, "quantization": OPTQ}, tmp_path)
     run = RunDirectory.create(tmp_path / "run")
     train(as_recipe({**tiny_recipe, "model": {"name": str(folder)}}, tmp_path), run)
@@ -86,9 +86,7 @@ def test_a_recipe_trains_and_merges_over_the_folder(tiny_recipe: dict[str, Any],
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_record_says_what_was_stored_and_how_far_off_it_is(
-    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, kind: str
-):
+def test_quantize_record_has_sizes_and_errors(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, kind: str):
     folder = quantized({**tiny_recipe, "quantization": KINDS[kind]}, tmp_path)
     record = json.loads((folder / "quantize.json").read_text())
     tensors, plain = load_file(folder / "model.safetensors"), load_file(tiny_model / "model.safetensors")
@@ -106,7 +104,7 @@ def test_the_record_says_what_was_stored_and_how_far_off_it_is(
         assert record["output_error"] is record["nearest_output_error"] is None
 
 
-def test_the_error_of_a_layer_is_that_of_its_weight(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
+def test_quantize_record_has_the_error_of_each_weight(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     sections = {**tiny_recipe, "quantization": KINDS["affine"]}
     record = json.loads((quantized(sections, tmp_path) / "quantize.json").read_text())
     model = TrainingContext.of(as_recipe(sections, tmp_path), ignore).load_base(ignore)
@@ -116,7 +114,7 @@ def test_the_error_of_a_layer_is_that_of_its_weight(tiny_recipe: dict[str, Any],
     assert record["layers"][name]["weight_error"] == pytest.approx(float(off.norm() / weight.norm()), rel=1e-6)
 
 
-def test_optqs_folder_loads_as_affine(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_optq_folder_loads_as_affine(tiny_recipe: dict[str, Any], tmp_path: Path):
     sections = {**tiny_recipe, "quantization": OPTQ}
     folder = quantized(sections, tmp_path)
     before = packed({**tiny_recipe, "model": {"name": str(folder)}}, tmp_path)
@@ -137,7 +135,7 @@ def test_optqs_folder_loads_as_affine(tiny_recipe: dict[str, Any], tmp_path: Pat
     assert type(model.get_submodule("model.layers.0.mlp.up_proj").quantizer) is AffineQuantizer
 
 
-def test_a_base_is_calibrated_once_for_all_that_use_it(
+def test_calibration_runs_once_for_all_users_of_a_base(
     tiny_recipe: dict[str, Any], tmp_path: Path, calibrations: list[list[list[int]]]
 ):
     sections = {**tiny_recipe, "quantization": OPTQ}
@@ -152,7 +150,7 @@ def test_a_base_is_calibrated_once_for_all_that_use_it(
     assert len(rows) == 8
 
 
-def test_a_base_that_left_the_cache_is_made_again_bit_for_bit(
+def test_calibration_after_removal_from_the_cache_is_bitwise_the_same(
     tiny_recipe: dict[str, Any], tmp_path: Path, calibrations: list[list[list[int]]]
 ):
     sections = {**tiny_recipe, "quantization": OPTQ}
@@ -164,7 +162,7 @@ def test_a_base_that_left_the_cache_is_made_again_bit_for_bit(
 
 
 @pytest.mark.parametrize("change", ["base", "bits", "damping", "rows", "seed", "algorithm"])
-def test_what_changes_codes_makes_another_entry(
+def test_calibration_cache_has_an_entry_for_each_input(
     tiny_recipe: dict[str, Any],
     tmp_path: Path,
     calibrations: list[list[list[int]]],
@@ -194,7 +192,7 @@ def test_what_changes_codes_makes_another_entry(
     assert (calibrations[0] == calibrations[1]) is (change not in ("rows", "seed"))
 
 
-def test_a_failed_calibration_leaves_nothing_in_the_cache(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_failed_calibration_leaves_no_cache_entry(tiny_recipe: dict[str, Any], tmp_path: Path):
     write_tiny_model(tmp_path / "odd", intermediate_size=80)
     sections = {**tiny_recipe, "model": {"name": str(tmp_path / "odd")}, "quantization": OPTQ}
     with pytest.raises(UnsupportedError, match="80 inputs"):
@@ -203,7 +201,7 @@ def test_a_failed_calibration_leaves_nothing_in_the_cache(tiny_recipe: dict[str,
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])
-def test_what_has_no_form_on_disk_is_refused_before_anything_is_loaded(
+def test_quantize_refuses_kinds_without_a_file_format_before_loading(
     tiny_recipe: dict[str, Any], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(TrainingContext, "load_base", lambda *_: pytest.fail("loaded"))
@@ -213,14 +211,14 @@ def test_what_has_no_form_on_disk_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_quantized_already_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_quantize_refuses_a_quantized_model(tiny_recipe: dict[str, Any], tmp_path: Path):
     sections = {**tiny_recipe, "quantization": KINDS["affine"]}
     folder = quantized(sections, tmp_path)
     with pytest.raises(ModelError, match="quantized already"):
         quantized({**sections, "model": {"name": str(folder)}}, tmp_path, name="again")
 
 
-def test_a_folder_that_is_there_is_replaced_only_when_asked(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_quantize_replaces_a_folder_only_with_overwrite(tiny_recipe: dict[str, Any], tmp_path: Path):
     sections = {**tiny_recipe, "quantization": KINDS["affine"]}
     folder = quantized(sections, tmp_path)
     before = (folder / "config.json").read_bytes()
@@ -237,7 +235,7 @@ def ft(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["quantize", *arguments])
 
 
-def test_the_command_shows_sizes_and_errors(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_quantize_command_shows_sizes_and_errors(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = write_recipe({**tiny_recipe, "quantization": OPTQ}, tmp_path)
     result = ft(str(recipe), "--output", str(tmp_path / "out"), "--quiet")
     assert result.exit_code == 0, result.output
@@ -246,7 +244,7 @@ def test_the_command_shows_sizes_and_errors(tiny_recipe: dict[str, Any], tmp_pat
     assert ft(str(recipe), "--output", str(tmp_path / "out")).exit_code == 6
 
 
-def test_with_json_the_last_line_is_the_record(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_quantize_json_ends_with_the_record(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = write_recipe({**tiny_recipe, "quantization": {"kind": "none"}}, tmp_path)
     output = tmp_path / "out"
     result = ft(str(recipe), "--output", str(output), "--set", "quantization={kind: affine}", "--json")

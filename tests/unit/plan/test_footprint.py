@@ -1,4 +1,4 @@
-"""Bytes by part: those of the real model and optimizer, and those of the QLoRA paper's largest model."""
+"""Memory by part, against the real model and optimizer, and against the QLoRA paper's largest model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("adapter", METHODS, ids=lambda adapter: "-".join(map(str, adapter.values())))
-def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any]):
+def test_resident_memory_equals_that_of_the_real_model(adapter: dict[str, Any]):
     planned = resident(inputs(adapter=adapter))
     base = tiny_llama(num_hidden_layers=6).requires_grad_(False)
     weights = sum(parameter.nbytes for parameter in base.parameters())
@@ -86,20 +86,20 @@ def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any
     assert passes(small, padded(ROWS, 0), padded(ROWS, 0)).activations > 0
 
 
-def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.MonkeyPatch):
+def test_passes_extended_from_few_blocks_equal_those_of_all_blocks(monkeypatch: pytest.MonkeyPatch):
     six = inputs(tiny_config(num_hidden_layers=6))
     extended = passes(six, flattened(ROWS), padded(ROWS, 0))
     monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
     assert extended == passes(six, flattened(ROWS), padded(ROWS, 0))
 
 
-def test_a_model_whose_attention_drops_out_is_traced_with_its_own():
-    """Ours would refuse the pass."""
+def test_passes_of_attention_with_dropout_trace_the_models_attention():
+    """Packed attention refuses dropout."""
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=4, n_head=2, attn_pdrop=0.1)
     assert passes(inputs(config), flattened(ROWS), None).activations > 0
 
 
-def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
+def test_activations_with_offload_hold_one_block_input_for_any_number_of_blocks():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
         found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, gpu_memory=80 * 10**9)
         return passes(found, flattened(ROWS), None).activations
@@ -109,7 +109,7 @@ def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
     assert activations(6, "offload") == activations(12, "offload")
 
 
-def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
+def test_pinned_memory_of_offloaded_inputs_is_a_power_of_two_each():
     for blocks in (6, 12):
         found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing="offload", gpu_memory=80 * 10**9)
         of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
@@ -119,7 +119,7 @@ def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
         assert passes(replace(found, gpu_memory=None), flattened(ROWS), None).pinned == 0
 
 
-def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at_work():
+def test_selective_checkpointing_keeps_gate_and_up_of_the_current_block_only():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
         found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing)
         return passes(found, flattened(ROWS), None).activations
@@ -130,9 +130,9 @@ def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at
     assert activations(12, "selective") < activations(12, False) - 10 * of_one
 
 
-def test_compiled_blocks_keep_what_norms_and_gates_put_out():
+def test_compiled_blocks_save_outputs_of_norms_and_gates():
     def more(kernels: str) -> int:
-        """What six more blocks take."""
+        """Activations of six more blocks."""
         model = Model(name="tiny", kernels=kernels)
         few, many = (inputs(tiny_config(num_hidden_layers=blocks), model=model) for blocks in (6, 12))
         return passes(many, flattened(ROWS), None).activations - passes(few, flattened(ROWS), None).activations
@@ -146,7 +146,7 @@ def test_compiled_blocks_keep_what_norms_and_gates_put_out():
     ("quantization", "bits"),
     [({"kind": "nf4", "double_quant": True}, 4.127), ({"kind": "affine", "bits": 3}, 4), ({"kind": "int8"}, 8)],
 )
-def test_quantized_weights_take_their_bits(quantization: dict[str, Any], bits: float):
+def test_quantized_weights_take_their_bits_per_weight(quantization: dict[str, Any], bits: float):
     config = tiny_config(hidden_size=256, intermediate_size=512)
     plain = resident(inputs(config))
     packed = resident(inputs(config, choose=Quantizers(section(Quantization, **quantization))))
@@ -166,8 +166,8 @@ def llama(width: int, inner: int, blocks: int, heads: int) -> LlamaConfig:
     )
 
 
-def on_paper(config: LlamaConfig, **changes: Any) -> EstimateInputs:
-    """The paper's setting: NF4 with double quantization, LoRA r=64 on every linear layer, blocks computed again."""
+def qlora_inputs(config: LlamaConfig, **changes: Any) -> EstimateInputs:
+    """The setting of the paper: NF4 with double quantization, LoRA r=64 on every linear layer, blocks recomputed."""
     quantizers = Quantizers(section(Quantization, kind="nf4", double_quant=True))
     optimizer = section(Optimizer, name="paged_adamw_32bit")
     types = {"weight_dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
@@ -182,17 +182,17 @@ def on_paper(config: LlamaConfig, **changes: Any) -> EstimateInputs:
 
 
 @pytest.mark.slow
-def test_65_billion_parameters_fit_into_48_gb_as_the_paper_says_and_not_without_quantization():
+def test_qlora_of_65_billion_parameters_fits_into_48_gb():
     """Source: Dettmers et al. 2023, arXiv 2305.14314: from more than 780 GB to less than 48, in rows of 512 tokens."""
     config = llama(8192, 22016, 80, 64)
-    held = resident(on_paper(config))
+    held = resident(qlora_inputs(config))
     assert held.count.total - held.count.trainable == pytest.approx(65.29e9, rel=0.001)
     batch = flattened([Example(list(range(1, 513)), [False] * 256 + [True] * 256)])
-    taken = passes(on_paper(config), batch, None)
-    needed = held.weights + held.adapter + held.gradients + taken.activations + taken.logits
-    assert 40 * GB < needed < 46 * GB  # which leaves room for the libraries and the allocator
-    assert held.weights + held.adapter + held.gradients + held.optimizer > 47 * GB  # so paging is what makes it fit
-    full = resident(on_paper(config, method=build(section(Adapter, method="full")), choose=lambda name: None))
+    costs = passes(qlora_inputs(config), batch, None)
+    needed = held.weights + held.adapter + held.gradients + costs.activations + costs.logits
+    assert 40 * GB < needed < 46 * GB  # the rest is for libraries and fragmentation
+    assert held.weights + held.adapter + held.gradients + held.optimizer > 47 * GB  # without paging it would not fit
+    full = resident(qlora_inputs(config, method=build(section(Adapter, method="full")), choose=lambda name: None))
     in_16_bits = full.weights + full.gradients + 2 * 4 * full.count.total
     assert in_16_bits > 780 * GB
 

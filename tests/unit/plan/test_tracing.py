@@ -1,4 +1,4 @@
-"""What is traced without memory is what is alive with it."""
+"""Memory traced on fake tensors equals that of real tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def peak(model: nn.Module, batch: Batch, fakes: FakeTensors) -> int:
 
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("batch", [flattened(ROWS), padded(ROWS, 0)], ids=["flattened", "padded"])
-def test_a_pass_without_memory_takes_what_the_real_one_takes(batch: Batch, recomputes: bool):
+def test_traced_peak_without_memory_equals_the_real_peak(batch: Batch, recomputes: bool):
     peaks = []
     for is_real in (True, False):
         fakes, model = FakeTensors(), tiny_llama()
@@ -47,14 +47,14 @@ def test_a_pass_without_memory_takes_what_the_real_one_takes(batch: Batch, recom
     assert real > 500_000
 
 
-def test_the_control_sees_what_recomputing_saves():
+def test_traced_peak_is_lower_with_gradient_checkpointing():
     fakes, model = FakeTensors(), tiny_llama(num_hidden_layers=6)
     plain = peak(model, flattened(ROWS), fakes)
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert peak(model, flattened(ROWS), fakes) < 0.7 * plain
 
 
-def test_only_what_is_alive_counts():
+def test_live_bytes_exclude_freed_tensors():
     fakes = FakeTensors()
     with MemoryTrace(fakes) as trace:
         x = torch.empty(1000, 100)  # large enough to be without memory
@@ -67,7 +67,7 @@ def test_only_what_is_alive_counts():
     assert trace.peak == 800_000
 
 
-def test_logits_are_told_by_their_width():
+def test_logits_are_recognized_by_their_last_dimension():
     fakes = FakeTensors()
     with MemoryTrace(fakes, width=320) as trace:
         logits = torch.empty(500, 320)
@@ -76,14 +76,14 @@ def test_logits_are_told_by_their_width():
     assert trace.peak == logits.nbytes + other.nbytes
 
 
-def test_chosen_rows_have_their_true_number():
+def test_boolean_indexing_of_a_fake_tensor_has_the_true_shape():
     fakes = FakeTensors()
     hidden = fakes.like(torch.empty(6, 4))
     with MemoryTrace(fakes):
         assert hidden[torch.tensor([True, False, True, False, False, True])].shape == (3, 4)
 
 
-def test_a_fake_model_can_be_moved_and_its_weights_are_shared_as_before():
+def test_placeholders_can_be_moved_and_tied_weights_stay_tied():
     fakes, model = FakeTensors(), tiny_llama()
     fakes.to_placeholders(model, vectors_too=True)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight

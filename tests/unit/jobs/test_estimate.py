@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import OutOfMemoryError
-from finetune.jobs.plan.estimate import WATCHED_FROM, MemoryPlanner
+from finetune.jobs.plan.estimate import ESTIMATED_FROM_STEPS, MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
 from finetune.jobs.train import prepare
 from finetune.plan.gpu_specs import GpuSpec
@@ -30,19 +30,19 @@ def recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
     return write_recipe(tiny_recipe, tmp_path)
 
 
-def test_it_tells_rows_steps_parameters_and_memory(recipe: Path):
+def test_plan_json_has_rows_steps_parameters_and_memory(recipe: Path):
     code, out, _ = ft("plan", recipe, "--json")
     assert code == 0
     plan = json.loads(out.splitlines()[-1])
     assert plan["event"] == "plan"
-    assert (plan["workload"]["rows"], plan["workload"]["steps"], plan["workload"]["steps_per_epoch"]) == (24, 3, 6)
+    assert (plan["work"]["rows"], plan["work"]["steps"], plan["work"]["steps_per_epoch"]) == (24, 3, 6)
     assert plan["peak"] == max(sum(plan["parts"].values()), plan["while_loading"], plan["while_evaluating"])
     assert plan["parts"]["gradients"] == 4 * plan["trainable"]
     assert plan["fits"] is True
     assert plan["seconds"] > 0
 
 
-def test_a_person_sees_a_table_of_80_columns(recipe: Path):
+def test_plan_text_is_a_table_of_80_columns(recipe: Path):
     code, out, _ = ft("plan", recipe, "--gpu", "24GB")
     assert code == 0
     assert "a GPU, 24.0 GB" in out
@@ -51,7 +51,7 @@ def test_a_person_sees_a_table_of_80_columns(recipe: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "words"),
     [
         (["--gpu", "24"], 2, "give its memory, such as 24GB"),
         (["--gpu", "24GB", "--fit", "24GB"], 2, "omit --gpu"),
@@ -59,50 +59,48 @@ def test_a_person_sees_a_table_of_80_columns(recipe: Path):
         (["--fit", "24GB", "--output", "."], 6, "choose another"),
     ],
 )
-def test_what_contradicts_is_told(recipe: Path, arguments: list[str], code: int, said: str):
+def test_plan_refuses_contradicting_options(recipe: Path, arguments: list[str], code: int, words: str):
     found, _, err = ft("plan", recipe, *arguments)
     assert found == code
-    assert said in err
+    assert words in err
 
 
 def trained(recipe: Path, steps: int, folder: Path) -> dict[str, Any]:
-    """What a run started with, as its directory tells."""
+    """The facts that a run records when it starts."""
     code, _, err = ft("train", recipe, "--set", f"training.max_steps={steps}", "--run-dir", folder, "-q")
     assert code == 0, err
     started: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["started"]
     return started
 
 
-def test_a_run_tells_what_the_plan_foresees_unless_it_is_over_in_a_moment(recipe: Path, tmp_path: Path):
-    steps = f"training.max_steps={WATCHED_FROM}"
+def test_train_records_the_planned_memory_unless_the_run_is_short(recipe: Path, tmp_path: Path):
+    steps = f"training.max_steps={ESTIMATED_FROM_STEPS}"
     planned = json.loads(ft("plan", recipe, "--set", steps, "--json")[1].splitlines()[-1])
-    started = trained(recipe, WATCHED_FROM, tmp_path / "watched")
-    # What the libraries hold depends on what the process did before.
+    started = trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "watched")
+    # The memory of the libraries depends on the history of the process.
     assert started["planned_memory_bytes"] == pytest.approx(planned["peak"], rel=0.3)
-    assert trained(recipe, WATCHED_FROM - 1, tmp_path / "short")["planned_memory_bytes"] is None
+    assert trained(recipe, ESTIMATED_FROM_STEPS - 1, tmp_path / "short")["planned_memory_bytes"] is None
 
 
-def test_a_run_that_cannot_be_planned_trains_all_the_same(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_train_continues_without_an_estimate(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*arguments: object, **settings: object) -> None:
         raise RuntimeError("cannot be traced")
 
     monkeypatch.setattr(MemoryPlanner, "plan", fail)
-    assert trained(recipe, WATCHED_FROM, tmp_path / "run")["planned_memory_bytes"] is None
+    assert trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "run")["planned_memory_bytes"] is None
 
 
-def test_planning_a_run_changes_nothing_of_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert trained(recipe, WATCHED_FROM, tmp_path / "planned")["planned_memory_bytes"]
+def test_estimate_does_not_change_the_trained_weights(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "planned")["planned_memory_bytes"]
     monkeypatch.setattr(prepare, "estimated_peak", lambda context, rows, total_steps: None)
-    assert trained(recipe, WATCHED_FROM, tmp_path / "unplanned")["planned_memory_bytes"] is None
+    assert trained(recipe, ESTIMATED_FROM_STEPS, tmp_path / "unplanned")["planned_memory_bytes"] is None
     planned, unplanned = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("planned", "unplanned")
     )
     assert planned == unplanned
 
 
-def test_held_out_rows_that_alone_do_not_fit_are_measured_fewer_at_a_time(recipe: Path):
+def test_fit_lowers_the_evaluation_batch_size_if_only_evaluation_does_not_fit(recipe: Path):
     one_row = ("training.micro_batch_size=1", "training.gradient_accumulation_steps=4", "data.validation_fraction=0.5")
     planner, loaded = sized(recipe, 0.9999, *one_row, "evaluation.batch_size=16")
     fitted = fit(planner, loaded)
@@ -118,13 +116,13 @@ def sized(recipe: Path, share: float, *overrides: str) -> tuple[MemoryPlanner, A
     return MemoryPlanner.of(loaded.recipe, GpuSpec("small", round(share * plan.needed), None)), loaded
 
 
-def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):
+def test_plan_counts_shared_prefixes_once(recipe: Path):
     plans = []
     for sharing in ("auto", "never"):
         code, out, _ = ft("plan", recipe, "--json", "--set", f"training.prefix_sharing={sharing}")
         assert code == 0
         plans.append(json.loads(out.splitlines()[-1]))
-    (one, other), (with_sharing, without) = (plan["workload"] for plan in plans), (plan["parts"] for plan in plans)
+    (one, other), (with_sharing, without) = (plan["work"] for plan in plans), (plan["parts"] for plan in plans)
     assert one["tokens"] == other["tokens"]
     assert one["shared"] > 0.1
     assert other["shared"] == 0
@@ -134,8 +132,8 @@ def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):
     assert with_sharing["activations"] < without["activations"]
 
 
-def test_weights_of_another_type_than_in_a_file_of_codes_are_there_twice(recipe: Path):
-    """Their place in the file stays mapped, as long as the codes beside them do."""
+def test_weights_of_another_dtype_than_in_a_calibrated_file_count_twice(recipe: Path):
+    """The file stays mapped, because its quantized weights are used in place."""
 
     def weights(kind: str, dtype: str) -> int:
         changes = (f"quantization.kind={kind}", "quantization.group_size=32", f"model.dtype={dtype}")
@@ -149,12 +147,12 @@ def test_weights_of_another_type_than_in_a_file_of_codes_are_there_twice(recipe:
     assert weights("optq", "bfloat16") - weights("optq", "float32") == pytest.approx(narrower, rel=0.05)
 
 
-def test_what_fits_is_left_as_it_is(recipe: Path):
+def test_fit_changes_nothing_if_the_run_fits(recipe: Path):
     planner, loaded = sized(recipe, 1.01)
     assert fit(planner, loaded).changes == {}
 
 
-def test_smaller_micro_batches_come_first_and_keep_the_rows_of_a_step(recipe: Path, tmp_path: Path):
+def test_fit_lowers_micro_batches_first_and_keeps_the_rows_of_a_step(recipe: Path, tmp_path: Path):
     planner, loaded = sized(recipe, 0.9999)
     fitted = fit(planner, loaded)
     assert fitted.changes == {"training.micro_batch_size": "2", "training.gradient_accumulation_steps": "2"}
@@ -165,13 +163,13 @@ def test_smaller_micro_batches_come_first_and_keep_the_rows_of_a_step(recipe: Pa
     assert load_recipe(tmp_path / "fits.yaml").recipe.training == fitted.recipe.training
 
 
-def test_what_nothing_makes_fit_is_told_as_a_shortage(recipe: Path):
+def test_fit_raises_out_of_memory_if_no_change_suffices(recipe: Path):
     planner, loaded = sized(recipe, 0.1, "training.gradient_checkpointing=true", "optimizer.name=adamw_8bit")
     with pytest.raises(OutOfMemoryError, match="nothing that ft can change"):
         fit(planner, loaded)
 
 
-def test_changes_come_in_order_of_what_they_cost(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_larger_changes_are_ordered_by_their_cost(tiny_recipe: dict[str, Any], tmp_path: Path):
     recipe = as_recipe({**tiny_recipe, "adapter": {"method": "lora", "r": 8}}, tmp_path)
     changes = list(larger_changes(recipe, on_gpu=False))
     assert changes[:6] == [

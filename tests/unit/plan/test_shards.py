@@ -1,4 +1,4 @@
-"""What one of several processes holds of a run."""
+"""Memory of one of several processes of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sections(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
     return {**tiny_recipe, "training": training}
 
 
-def test_ddp_holds_all_and_lays_gradients_out_a_second_time(sections: dict[str, Any], tmp_path: Path):
+def test_ddp_replicates_weights_and_copies_gradients_into_buckets(sections: dict[str, Any], tmp_path: Path):
     one, _ = planned(sections, tmp_path, processes=1, strategy="fsdp")
     four, _ = planned(sections, tmp_path, processes=4)
     assert "communication" not in one.parts
@@ -40,18 +40,16 @@ def test_ddp_holds_all_and_lays_gradients_out_a_second_time(sections: dict[str, 
     assert four.workload.steps_per_epoch == one.workload.steps_per_epoch
 
 
-def test_processes_of_one_machine_share_its_memory_and_each_has_a_gpu_of_its_own(
-    sections: dict[str, Any], tmp_path: Path
-):
+def test_capacity_of_a_cpu_is_divided_by_processes_and_that_of_a_gpu_is_not(sections: dict[str, Any], tmp_path: Path):
     one, four = (as_recipe({**sections, "distributed": {"processes": count}}, tmp_path) for count in (1, 4))
     planner = MemoryPlanner.of(one, None)
-    alone, together = (planner.plan(recipe, measures_time=False).capacity for recipe in (one, four))
-    assert alone // 4 == together
+    of_one, of_four = (planner.plan(recipe, measures_time=False).capacity for recipe in (one, four))
+    assert of_one // 4 == of_four
     assert planned(sections, tmp_path, processes=4)[0].capacity == gpu_spec("24GB").memory_bytes
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "affine"}], ids=lambda section: section["kind"])
-def test_shares_are_of_weights_and_not_of_scales_or_adapters(
+def test_fsdp_shards_weights_and_replicates_scales_and_adapters(
     quantization: dict[str, Any], sections: dict[str, Any], tmp_path: Path
 ):
     sections["quantization"] = quantization
@@ -64,12 +62,12 @@ def test_shares_are_of_weights_and_not_of_scales_or_adapters(
     assert four.parts["communication"] == 2 * base.block + base.non_block + one.parts["gradients"]
 
 
-@pytest.mark.parametrize(("processes", "are_whole"), [(2, True), (4, False)])
-def test_of_weights_that_train_gradients_are_whole_while_they_add_up(
-    processes: int, are_whole: bool, sections: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(("processes", "are_unsharded"), [(2, True), (4, False)])
+def test_fsdp_gradients_of_trainable_weights_are_unsharded_while_they_accumulate(
+    processes: int, are_unsharded: bool, sections: dict[str, Any], tmp_path: Path
 ):
     sections["adapter"] = {"method": "full"}
     one, _ = planned(sections, tmp_path)
     several, _ = planned(sections, tmp_path, processes=processes, strategy="fsdp")
     assert several.parts["optimizer"] == one.parts["optimizer"] // processes
-    assert several.parts["gradients"] == one.parts["gradients"] // (1 if are_whole else processes)
+    assert several.parts["gradients"] == one.parts["gradients"] // (1 if are_unsharded else processes)
