@@ -92,8 +92,8 @@ def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_jso
     match summary.state:
         case "finished":
             lines.append(f"next: ft eval {run}   ft report {run}")
-        case "can go on":
-            lines.append(f"go on with it: ft train --resume {run}")
+        case "resumable":
+            lines.append(f"resume it: ft train --resume {run}")
     show_result("\n".join(lines))
 
 

@@ -21,6 +21,7 @@ from finetune.jobs.train.run import train
 from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
 from finetune.run.events import CheckpointSaved, Event, Phase, RunResumed, StepMetrics
+from finetune.run.lock import exclusive_lock
 from finetune.run.signals import Interruption
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
@@ -469,7 +470,7 @@ def test_auto_starts_goes_on_and_has_nothing_left_to_do(
 
 def test_a_run_that_is_being_trained_is_refused_with_who_trains_it(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
-    with run._locked():
+    with exclusive_lock(run.lock):
         result = ft("--resume", run.path)
     assert result.exit_code == 6
     assert f"process {os.getpid()} on" in result.stderr

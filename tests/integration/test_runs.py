@@ -40,7 +40,7 @@ def test_each_run_is_listed_with_how_far_it_has_come(runs: Path):
     found = [json.loads(line) for line in ft("runs", "--directory", runs, "--json").stdout.splitlines()]
     assert [(Path(each["path"]).name, each["state"], each["step"]) for each in found] == [
         ("done", "finished", 3),
-        ("half", "can go on", 1),
+        ("half", "resumable", 1),
         ("new", "never started", 0),
     ]
     size = sum(file.stat().st_size for file in (runs / "done").rglob("*") if file.is_file())
@@ -48,7 +48,7 @@ def test_each_run_is_listed_with_how_far_it_has_come(runs: Path):
     lines = [json.loads(line) for line in (runs / "done" / "metrics.jsonl").read_text().splitlines()]
     assert found[0]["validation_loss"] == lines[-1]["loss"]
     shown = ft("runs", "--directory", runs).stdout
-    assert "can go on" in shown
+    assert "resumable" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -52,7 +52,7 @@ class FineTunedRun:
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(run.path),
-                hint="go on with it: ft train --resume RUN",
+                hint="resume it: ft train --resume RUN",
             )
         context = TrainingContext.of(recipe, on_event)
         record = TrainingRecord.read(weights)

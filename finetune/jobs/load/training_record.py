@@ -99,7 +99,7 @@ class TrainingRecord(Section):
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(folder.parent),
-                hint="go on with it: ft train --resume RUN",
+                hint="resume it: ft train --resume RUN",
             )
         try:
             return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))

@@ -183,7 +183,7 @@ def test_a_training_that_contradicts_itself_is_exit_code_2_and_says_how(argument
 
 @pytest.mark.parametrize(
     ("command", "what"),
-    [("eval", "this folder holds no run, no trained weights and no model"), ("merge", "this is no run directory")],
+    [("eval", "this folder holds no run, no trained weights and no model"), ("merge", "this is not a run directory")],
 )
 def test_a_directory_that_is_no_run_is_exit_code_2_and_json_where_asked(tmp_path: Path, command: str, what: str):
     result = ft(command, str(tmp_path), "--json")

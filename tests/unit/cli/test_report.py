@@ -60,7 +60,7 @@ def test_a_run_whose_process_was_killed_is_told_by_what_it_left(tmp_path: Path):
     run.outcome.unlink()
     assert ft("watch", run.path).stdout == "failed after step 2\n"
     (run.checkpoints / "step-00000001").mkdir(parents=True)
-    assert f"go on with it: ft train --resume {run.path}" in ft("watch", run.path).stdout
+    assert f"resume it: ft train --resume {run.path}" in ft("watch", run.path).stdout
 
 
 def test_watching_tells_programs_every_event(run: RunDirectory):
