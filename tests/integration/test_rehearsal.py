@@ -88,14 +88,14 @@ def test_a_step_that_does_not_fit_is_told_before_the_first(
 def test_a_layer_that_merges_into_something_else_is_refused(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fold = dry_run.peft_bridge.fold
+    fold = dry_run.peft_bridge.merge_layer
 
     def off(layer: torch.nn.Module) -> torch.nn.Module:
         folded = fold(layer)
         folded.weight.data *= 1.01
         return folded
 
-    monkeypatch.setattr(dry_run.peft_bridge, "fold", off)
+    monkeypatch.setattr(dry_run.peft_bridge, "merge_layer", off)
     with pytest.raises(RefusedError, match="merged layer"):
         train(
             as_recipe(sections(tiny_model, chat_file, "lora", rehearsal=True), tmp_path),

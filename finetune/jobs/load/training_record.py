@@ -45,7 +45,7 @@ class TrainingRecord(Section):
 
     Attributes:
         adapter: The recipe's section of the method.
-        convention: The formula that the tensors belong to.
+        weight_format: The formula that the tensors belong to; `convention` on disk.
         quantization: How the base was stored.
         modules: What differed for single layers.
         model: What named the base, and the type of the weights that were not quantized.
@@ -57,7 +57,9 @@ class TrainingRecord(Section):
 
     format: Literal[1] = 1
     adapter: Adapter
-    convention: str
+    weight_format: str = Field(
+        validation_alias=AliasChoices("convention", "weight_format"), serialization_alias="convention"
+    )
     quantization: Quantization
     modules: list[ModuleRule]
     model: Model
@@ -72,7 +74,7 @@ class TrainingRecord(Section):
         recipe = context.recipe
         return cls(
             adapter=recipe.adapter,
-            convention=context.method.convention,
+            weight_format=context.method.weight_format,
             quantization=recipe.quantization,
             modules=recipe.modules,
             model=recipe.model,
@@ -84,7 +86,7 @@ class TrainingRecord(Section):
 
     def write(self, folder: Path) -> None:
         """Put the record beside the weights in `folder`."""
-        write_json(folder / TRAINED_RECORD, self.model_dump(mode="json"))
+        write_json(folder / TRAINED_RECORD, self.model_dump(mode="json", by_alias=True))
 
     @classmethod
     def read(cls, folder: Path) -> TrainingRecord:
@@ -120,9 +122,9 @@ class TrainingRecord(Section):
             RefusedError: One of them is another now.
         """
         refuse_other_base(self.base.fingerprint, base)
-        if self.convention != method.convention:
+        if self.weight_format != method.weight_format:
             raise RefusedError(
-                f"the weights belong to {self.convention}, this version computes {method.convention}",
+                f"the weights belong to {self.weight_format}, this version computes {method.weight_format}",
                 where=str(weights / TRAINED_RECORD),
                 hint="train the run again",
             )
