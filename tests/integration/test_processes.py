@@ -164,7 +164,7 @@ from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.signals import Interruption
 from finetune.train.loop import fit
-from finetune.train.grad_sync import prepared
+from finetune.train.grad_sync import wrap_for_ddp
 
 recipe = load_recipe(Path(sys.argv[1])).recipe
 told = []
@@ -177,7 +177,7 @@ with torch.no_grad():
     for weight in (*trained, *kept):
         weight.add_(rank if weight.dtype is torch.uint8 else rank * 1e-3)
 before = [weight.clone() for weight in kept]
-state.model = prepared(accelerator, model)
+state.model = wrap_for_ddp(accelerator, model)
 next(fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout))
 everyones = accelerator.gather(torch.cat([weight.detach().flatten() for weight in trained])[None])
 found = {

@@ -123,14 +123,14 @@ def test_their_sum_is_the_held_out_loss():
 
 def test_a_head_that_cannot_run_in_chunks_gives_the_same(monkeypatch: pytest.MonkeyPatch):
     in_chunks = found(ROWS)
-    monkeypatch.setattr("finetune.train.loss._agrees_in_chunks", lambda model, batch: False)
+    monkeypatch.setattr("finetune.train.loss._head_is_chunkable", lambda model, batch: False)
     for got, expected in zip(found(ROWS), in_chunks, strict=True):
         assert got.log_prob == pytest.approx(expected.log_prob, abs=1e-5)
 
 
 def test_chunks_of_few_positions_give_the_same(monkeypatch: pytest.MonkeyPatch):
     whole = found(ROWS)
-    monkeypatch.setattr("finetune.train.loss.LOGITS_AT_ONCE", 700)  # two positions
+    monkeypatch.setattr("finetune.train.loss.LOGITS_PER_CHUNK", 700)  # two positions
     for got, expected in zip(found(ROWS), whole, strict=True):
         assert got == Likelihood(pytest.approx(expected.log_prob, abs=1e-5), expected.tokens, expected.is_greedy)
 
