@@ -33,7 +33,7 @@ def report(
         raise UsageError("several runs need a file to write to", where="--output", hint="add --output comparison.html")
     if output and (output.is_dir() or (output.exists() and not overwrite)):
         raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
-    from finetune.report.facts import RunMetadata
+    from finetune.report.run_metadata import RunMetadata
 
     facts = [RunMetadata.of(run) for run in directories]
     if len(directories) == 1:

@@ -229,7 +229,7 @@ def test_adalora_goes_the_road_and_tells_where_its_ranks_went(tiny_recipe: dict[
     totals = {choice["step"]: sum(choice["ranks"].values()) for choice in choices}
     assert totals | {4: 28} == {0: 56, 1: 39, 2: 31, 3: 28, 4: 28}  # of 6 steps the last 2 leave ranks as they are
     assert choices[-1]["ranks"] == finished.ranks
-    assert "56 in all at first, 28 in the end" in run.ranks_picture.read_text()
+    assert "56 in total at first, 28 at the end" in run.ranks_picture.read_text()
     assert merge(run).agreement.relative_difference <= 2e-5
 
 
