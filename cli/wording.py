@@ -67,7 +67,7 @@ def line(event: Event) -> str | None:
         case Phase():
             return f"{event.doing} ..."
         case DataRead():
-            return "\n".join(ledger(event.ledger))
+            return "\n".join(ledger(event.report))
         case TrainingStarted():
             return _start(event)
         case RunResumed():
@@ -75,7 +75,7 @@ def line(event: Event) -> str | None:
         case CheckpointSaved():
             return f"saved step {event.step}: {size(event.size_bytes)} in {event.seconds:.1f} s"
         case DryRunPassed():
-            merged = ", a layer merged" if event.folded else ""
+            merged = ", a layer merged" if event.merged else ""
             return (
                 f"rehearsed in {duration(event.seconds)}: {event.tokens} tokens at once, peak memory "
                 f"{memory(event.peak_memory_bytes)}, checkpoint {size(event.checkpoint_bytes)}{merged}"

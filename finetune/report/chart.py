@@ -36,7 +36,7 @@ class Series:
         color: Number of its colour, from 1.
         dotted: Draw markers too, for a line of few points.
         faint: A background line, such as the raw values of a smoothed one, without legend and tooltips.
-        joined: Draw the line between the points.
+        connected: Draw the line between the points.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Series:
     color: int = 1
     dotted: bool = False
     faint: bool = False
-    joined: bool = True
+    connected: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Axis:
         may_be_logarithmic: Use a logarithmic axis if the range is wide.
         from_zero: Start the axis at 0.
         name: Name of the quantity, in tooltips.
-        whole: Whether values are integers; the axis then ends at the first and last of them.
+        integer: Whether values are integers; the axis then ends at the first and last of them.
     """
 
     words: Callable[[float], str]
     may_be_logarithmic: bool = False
     from_zero: bool = False
     name: str = ""
-    whole: bool = False
+    integer: bool = False
 
 
-STEPS = Axis(lambda step: f"{step:.0f}", name="step", whole=True)
+STEPS = Axis(lambda step: f"{step:.0f}", name="step", integer=True)
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -112,7 +112,7 @@ def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS)
             for tick, at in x_axis.ticks()
         ),
         f'<svg class="lines" viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none">',
-        *(_line(s, x_axis, y_axis) for s in drawn if s.joined),
+        *(_line(s, x_axis, y_axis) for s in drawn if s.connected),
         "</svg>",
         *(_dots(s, x_axis, y_axis) for s in drawn if s.dotted),
         _readings(named, x_axis, axis.words, along),
@@ -133,7 +133,7 @@ class _Scale:
     low: float
     high: float
     logarithmic: bool
-    whole: bool
+    integer: bool
 
     @classmethod
     def over(cls, values: Sequence[float], axis: Axis) -> _Scale:
@@ -142,8 +142,8 @@ class _Scale:
         if is_logarithmic:
             low, high = math.log10(low), math.log10(high)
         low = min(0.0, low) if axis.from_zero else low
-        room = 0 if axis.whole else 0.05 * (high - low)
-        return cls(low if axis.from_zero else low - room, high + room, is_logarithmic, axis.whole)
+        room = 0 if axis.integer else 0.05 * (high - low)
+        return cls(low if axis.from_zero else low - room, high + room, is_logarithmic, axis.integer)
 
     def at(self, value: float) -> float:
         """The position of a value on the axis, in percent."""
@@ -160,7 +160,7 @@ class _Scale:
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-        stride = max(1.0, stride) if self.whole else stride
+        stride = max(1.0, stride) if self.integer else stride
         first = math.ceil(self.low / stride - 1e-9)
         return [stride * n for n in range(first, first + 12) if stride * n <= self.high + 1e-9 * stride]
 
@@ -194,7 +194,7 @@ def _places(points: Sequence[Point], x_axis: _Scale, y_axis: _Scale) -> str:
 
 def _dots(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
     stride = -(-len(series.points) // MOST_READINGS)
-    radius = 3 if series.joined else 4.5
+    radius = 3 if series.connected else 4.5
     return "".join(
         f'<circle class="c{series.color}" cx="{x_axis.at(x):.2f}%" cy="{100 - y_axis.at(y):.2f}%" r="{radius}"/>'
         for x, y in series.points[::stride]

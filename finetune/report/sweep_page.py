@@ -64,11 +64,11 @@ def _effects(keys: Sequence[Swept], done: Sequence[Trial]) -> str:
     in_time = chart(
         "Validation loss by trial",
         [
-            Series("trial", losses, dotted=True, joined=False),
+            Series("trial", losses, dotted=True, connected=False),
             Series("lowest so far", list(lowest), color=2),
         ],
         training_curves.LOSS,
-        Axis(lambda number: f"{number:.0f}", name="trial", whole=True),
+        Axis(lambda number: f"{number:.0f}", name="trial", integer=True),
     )
     return training_curves.charts([in_time], [_effect(swept, done) for swept in keys])
 
@@ -78,9 +78,11 @@ def _effect(swept: Swept, done: Sequence[Trial]) -> str:
     if isinstance(swept, Choice):
         choices = [as_text(choice) for choice in swept.choices]
         places = {trial.number: choices.index(as_text(trial.values[swept.key])) for trial in done}
-        along = Axis(lambda place: choices[round(place)], name=swept.key, whole=True)
+        along = Axis(lambda place: choices[round(place)], name=swept.key, integer=True)
         points = [(float(places[trial.number]), trial.loss or 0.0) for trial in done]
     else:
         along = Axis(as_text, may_be_logarithmic=isinstance(swept, LogUniform), name=swept.key)
         points = [(float(trial.values[swept.key]), trial.loss or 0.0) for trial in done]
-    return chart(swept.key, [Series(swept.key, sorted(points), dotted=True, joined=False)], training_curves.LOSS, along)
+    return chart(
+        swept.key, [Series(swept.key, sorted(points), dotted=True, connected=False)], training_curves.LOSS, along
+    )

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all records; `kind` names the record in JSON."""
+    """Base of all records.
+
+    Attributes:
+        kind: Name of the record in JSON.
+        json_keys: JSON keys of fields whose name in Python is another one.
+    """
 
     kind: ClassVar[str]
+    json_keys: ClassVar[Mapping[str, str]] = {}
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values, kind first; JSON has no NaN or infinity, so they become null."""
-        values = {name: None if _is_non_finite(value) else value for name, value in asdict(self).items()}
+        values = {
+            self.json_keys.get(name, name): None if _is_non_finite(value) else value
+            for name, value in asdict(self).items()
+        }
         return {"event": self.kind, **values}
 
 
@@ -95,15 +104,16 @@ class DryRunPassed(Event):
         tokens: Tokens of the longest micro-batch.
         peak_memory_bytes: Peak memory so far.
         checkpoint_bytes: Size of a checkpoint with the full optimizer state.
-        folded: Whether a layer was merged, which only some methods can.
+        merged: Whether a layer was merged, which only some methods can.
         seconds: Duration.
     """
 
     kind: ClassVar[str] = "rehearsed"
+    json_keys: ClassVar[Mapping[str, str]] = {"merged": "folded"}
     tokens: int
     peak_memory_bytes: int
     checkpoint_bytes: int
-    folded: bool
+    merged: bool
     seconds: float
 
 
@@ -215,10 +225,11 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class DataRead(Event):
-    """All rows are tokenized; `ledger` is the content of `data_report.json`."""
+    """All rows are tokenized; `report` is the content of `data_report.json`."""
 
     kind: ClassVar[str] = "data"
-    ledger: dict[str, Any]
+    json_keys: ClassVar[Mapping[str, str]] = {"report": "ledger"}
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_a_run_is_the_same_with_and_without_it(kind: str, tiny_model: Path, chat
     rehearsed = result(sections(tiny_model, chat_file, kind, rehearsal=True), tmp_path / "rehearsed")
     assert rehearsed[:2] == plain[:2]
     (event,) = [event for event in rehearsed[2] if isinstance(event, DryRunPassed)]
-    assert event.folded == (kind in FOLDED)
+    assert event.merged == (kind in FOLDED)
     assert event.tokens > 0
     assert event.checkpoint_bytes > 0
     assert not any(isinstance(event, DryRunPassed) for event in plain[2])

@@ -102,7 +102,7 @@ def rehearse(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -
         elif state.is_sharded:
             write_state(state, None)
             context.method.gather_for_save(state.bare_model)
-        folded = context.recipe.adapter.standalone_by == "merge" and _fold(prepared)
+        merged = context.recipe.adapter.standalone_by == "merge" and _fold(prepared)
         accelerator.wait_for_everyone()
         for folder in (after, before):
             state.optimizer.state.clear()
@@ -113,7 +113,7 @@ def rehearse(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - began
-    on_event(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, folded, seconds))
+    on_event(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, merged, seconds))
 
 
 def _step(prepared: PreparedRun) -> int:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.events import BestCheckpoint, Event, RanksChosen, SampleGenerated, TrainingWarning, ValidationResult
+from finetune.run.events import (
+    BestCheckpoint,
+    DataRead,
+    DryRunPassed,
+    Event,
+    RanksChosen,
+    SampleGenerated,
+    TrainingWarning,
+    ValidationResult,
+)
 from finetune.run.history import History, events, records
 from tests.fixtures.runs import steps, written_run
 
@@ -60,3 +69,8 @@ def test_events_restore_non_finite_numbers():
     (back,) = events([json.loads(json.dumps(event.to_json()))])
     assert isinstance(back, ValidationResult)
     assert (back.loss, math.isnan(back.perplexity)) == (800.0, True)
+
+
+def test_json_keys_of_renamed_fields_are_unchanged():
+    assert DataRead(report={"train": {}}).to_json() == {"event": "data", "ledger": {"train": {}}}
+    assert DryRunPassed(1, 2, 3, True, 4.0).to_json()["folded"] is True
