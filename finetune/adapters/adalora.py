@@ -47,6 +47,7 @@ class AdaLoraLinear(LowRankLinear):
             self.lora_E = nn.ParameterDict({})
         super().update_layer(adapter_name, r, lora_alpha, config, **settings)
         a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        # E = 0 makes the update zero, so neither A nor B has to be: both get gradients from the penalty at once.
         nn.init.normal_(a, std=0.02)
         nn.init.normal_(b, std=0.02)
         self.lora_E[adapter_name] = nn.Parameter(torch.zeros(r, 1, device=a.device))
@@ -128,6 +129,7 @@ class AdaLoraMethod(LowRankMethod):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a plain LoRA of uniform rank, which all engines read, and the AdaLoRA factors beside it."""
         layers = peft_bridge.low_rank_layers(model)
+        # At least 1: PEFT accepts no rank of 0, even if every triplet was pruned.
         rank = max(1, *(len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers.values()))
         peft_bridge.save_as_lora(model, self._one_rank(layers, rank), folder, rank)
 
@@ -176,5 +178,6 @@ class AdaLoraMethod(LowRankMethod):
                 hint="lower it, or raise adapter.r in modules",
             )
         phases = self.section.phases(total_steps)
+        # About a hundred allocations, if the recipe does not say.
         every = self.section.allocate_every or max(1, round(phases.falling / 100))
         return Budget(first, last, phases.initial, phases.falling, every)

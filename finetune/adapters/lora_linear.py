@@ -87,9 +87,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, base: Any, a_RJ: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         device = x.device.type
-        # Autocast does not apply inside custom functions, so its casts are done here: operands in the compute dtype.
+        # Cast once, here: the saved tensors then have the dtype of backward, where autocast is off.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        # If z is x, layers with the same input (q, k, v) save the same tensor, which is in memory once.
         z_TJ = x_TI if z is None else z.reshape(-1, z.shape[-1]).to(dtype)
         # Scale B in float32 and round once: a scaled product in 16 bits would round twice.
         a, scaled_b = a_RJ.to(dtype), (b_OR * scale).to(dtype)
@@ -111,6 +112,7 @@ class _LoraLinear(torch.autograd.Function):
         of_inner_TR = of_TO @ scaled_b
         # Gradients in the dtype of A and B, float32: optimizer updates would be lost in 16 bits.
         of_a_RJ = (of_inner_TR.T @ z_TJ).to(ctx.factor_type)
+        # The saved A z is unscaled, so s comes last, on the smallest tensor.
         of_b_OR = (of_TO.T @ inner_TR).mul_(ctx.scale).to(ctx.factor_type)
         of_x = of_z = None
         if ctx.needs_input_grad[0]:

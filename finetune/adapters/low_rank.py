@@ -52,6 +52,7 @@ class LowRankLinear(lora.Linear):
     """Whether the update is B A minus its initial value B0 A0 (PiSSA, OLoRA)."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
+        # Before PEFT's constructor, which calls the overridden methods below.
         self.group_size = _group_size(base_layer, settings.get("target_name", "")) if self.is_grouped else 1
         self.base_row_norms: dict[str, Tensor] = {}
         super().__init__(base_layer, adapter_name, config, **settings)
@@ -66,7 +67,7 @@ class LowRankLinear(lora.Linear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **settings: Any) -> None:
         """Add an adapter; B and the betas start at zero, so the output is unchanged."""
-        if not hasattr(self, "lora_beta"):
+        if not hasattr(self, "lora_beta"):  # the first call comes from within PEFT's constructor
             self.lora_beta = nn.ParameterDict({})
             self.lora_start_A, self.lora_start_B = nn.ParameterDict({}), nn.ParameterDict({})
         super().update_layer(adapter_name, r, lora_alpha, config, **settings)
@@ -84,6 +85,7 @@ class LowRankLinear(lora.Linear):
                 start[adapter_name] = nn.Parameter(values, requires_grad=False)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(self._row_norms(adapter_name))
+        # PEFT has done so before the parameters above existed; it sets which of them are trainable.
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -127,6 +129,7 @@ class LowRankLinear(lora.Linear):
         """
         if adapter not in self.lora_magnitude_vector:
             return product
+        # The quotient in float32: m and the norm are close, and their ratio is what trains.
         scale_O = (self.lora_magnitude_vector[adapter].weight / self._row_norms(adapter)).to(product.dtype)
         bias = self.get_base_layer().bias  # is not part of the adapted weight, so it must not be scaled
         return product * scale_O if bias is None else (product - bias) * scale_O + bias
@@ -195,6 +198,7 @@ class LowRankLinear(lora.Linear):
             b_OR = b_OR + beta2 * _mean_pattern(b_OR.shape[0], b_OR.shape[1], b_OR)
             parts = [Factors(a_RL, b_OR), Factors(beta1 * _mean_pattern(a_RL.shape[0], a_RL.shape[1], a_RL), b_OR)]
         if adapter in self.lora_start_A:
+            # minus B0 A0
             parts.append(Factors(self.lora_start_A[adapter], -self.lora_start_B[adapter]))
         return parts
 
@@ -226,6 +230,7 @@ class LowRankLinear(lora.Linear):
         weight_OI = base.weight if is_plain else self.base_weight()
         if adapter not in self.base_row_norms:
             self.base_row_norms[adapter] = self.base_weight().square().sum(1)
+        # Autocast would round the float32 terms to 16 bits.
         with torch.autocast(a_RI.device.type, enabled=False):
             crossed_OR = (weight_OI @ a_RI.T.to(weight_OI.dtype)).float()
             changed_OR = b_OR * (2 * scale * crossed_OR + scale**2 * b_OR @ (a_RI @ a_RI.T))
@@ -283,5 +288,6 @@ def _mean_pattern(rows: int, columns: int, like: Tensor) -> Tensor:
     Source: Qin et al. 2024, arXiv 2402.05445, equation 16.
     """
     parts = gcd(rows, columns)
+    # A mean over columns / parts inputs has the weight parts / columns.
     block = torch.full((rows // parts, columns // parts), parts / columns, dtype=like.dtype, device=like.device)
     return torch.block_diag(*[block] * parts)

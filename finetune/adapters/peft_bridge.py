@@ -123,6 +123,7 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
         rank: Pad the factors of every layer to this rank with zeros and multiply its scale into B: engines that serve
             adapters support only a uniform rank and scale. By default rank and scale of each layer are kept.
     """
+    # The rest of the adapter, modules_to_save and trainable tokens, is saved unchanged.
     tensors = {name: tensor for name, tensor in _tensors(model).items() if "lora_" not in name}
     for name, layer in low_rank_layers(model).items():
         a_RI, b_OR = layer.factors(ADAPTER_NAME)
@@ -134,6 +135,7 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
     config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
     config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
+    # safetensors refuses tensors that share memory, such as tied weights.
     save_file(apart(tensors), folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(apart(_tensors(model)), folder / NATIVE_WEIGHTS)
 

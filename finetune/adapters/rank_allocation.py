@@ -89,7 +89,7 @@ class RankAllocator:
         The allocation depends only on weights and gradients, which are equal on all ranks; so is the result.
         """
         if step < self.budget.final_from and self._gradients_are_finite():
-            self._update_scores()
+            self._update_scores()  # not needed after the last allocation
         if self.budget.is_due(step):
             self._choose(self.budget.after(step))
         # After the last allocation the optimizer would revive pruned entries: zero them after every step.

@@ -233,6 +233,7 @@ class PrefixedModel(SoftPromptModel):
         computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.base.dtype
         prefix_LPHD = prefix_PW.to(computes_in).view(-1, 2 * layers, heads, width).transpose(0, 1)
         keys_and_values = prefix_LPHD.transpose(1, 2)[:, None].expand(-1, rows, -1, -1, -1)
+        # The configuration tells the cache which layers have a sliding window.
         return DynamicCache(
             [(keys_and_values[2 * layer], keys_and_values[2 * layer + 1]) for layer in range(layers)],
             config=self.base.config,

@@ -86,6 +86,7 @@ class Checkpoints:
         Raises:
             EnvironmentFault: The disk is full or the folder cannot be written.
         """
+        # A folder with an unreadable manifest counts as 0 here: a number may then repeat, and names break the tie.
         number = 1 + int(max((_commit_number(folder, unreadable=0) for folder in self.folders()), default=0))
         target = self.folder / f"step-{step:08}"
         if os.path.lexists(target):
@@ -94,7 +95,7 @@ class Checkpoints:
         try:
             with disk_faults(target):
                 aside.mkdir(parents=True)
-                sync(self.folder.parent)
+                sync(self.folder.parent)  # the entry `checkpoints/`, which the first commit creates
                 write(aside)
                 open_to_readers(aside)
                 files = {file.name: _hashed(file) for file in sorted(aside.iterdir())}
@@ -102,6 +103,7 @@ class Checkpoints:
                 (aside / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
                 sync(aside / MANIFEST)
                 sync(aside)
+                # The commit: a crash before this line leaves a hidden folder, one after it a complete checkpoint.
                 aside.rename(target)
                 sync(self.folder)
         finally:

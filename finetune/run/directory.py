@@ -106,6 +106,7 @@ class RunDirectory:
                     shutil.rmtree(path)
             run._refuse_if_used()
             path.mkdir(parents=True, exist_ok=True)
+            # Exclusive creation decides between two processes that both found the path free.
             with run.marker.open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"format": FORMAT, "created": now()}) + "\n")
         except FileExistsError as error:
@@ -253,7 +254,7 @@ class RunDirectory:
         """
         with exclusive_lock(self.lock) if self.is_writer else nullcontext():
             attempt = Attempt()
-            is_new = not self.recipe.is_file()
+            is_new = not self.recipe.is_file()  # `begin` writes it
             try:
                 yield attempt
             except StopRequested as request:
@@ -292,7 +293,7 @@ class RunDirectory:
         if not self.outcome.is_file():
             return
         known = json.loads(self.outcome.read_text(encoding="utf-8"))
-        if known["code"] == ProcessLost.exit_code:
+        if known["code"] == ProcessLost.exit_code:  # any other code is a root cause itself
             with suppress(EnvironmentFault):
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})
 

@@ -53,7 +53,7 @@ def write_state(state: TrainState, folder: Path | None) -> None:
             return
         plans = {
             file: {name: Planned(tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()}
-            for file, part in ((TRAINED, trained), (OPTIMIZER, moments))
+            for file, part in ((TRAINED, trained), (OPTIMIZER, moments))  # in the order of the gather
         }
         _refuse_full_disk(folder, sum(plan.bytes for part in plans.values() for plan in part.values()))
         for file, planned in plans.items():
@@ -109,7 +109,7 @@ def _optimizer_state(
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         own = {key: value.detach() for key, value in sorted(state.items()) if isinstance(value, Tensor)}
-        values = {key: value for key, value in state.items() if key not in own}
+        values = {key: value for key, value in state.items() if key not in own}  # such as bitsandbytes' step
         entries[name] = {"tensors": sorted(own), "values": values}
         tensors |= {f"{name}:{key}": tensor for key, tensor in own.items()}
     return entries, tensors

@@ -39,6 +39,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr_multiplier: Calla
             `lr_multiplier`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # Few groups: optimizers with fused or foreach kernels work on a whole group at a time.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = weight_decay if parameter.ndim >= 2 else 0.0

@@ -36,7 +36,7 @@ def sections(tiny_model: Path, chat_file: Path, kind: str, rehearsal: bool) -> d
         "model": {"name": str(tiny_model)},
         "data": {"train": [{"path": str(chat_file)}], "validation_fraction": 0.25, "max_length": 128},
         "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-2},
-        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": dry_run},
+        "training": {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "rehearsal": rehearsal},
         "evaluation": {"every_steps": 3},
         **METHODS[kind],
     }
