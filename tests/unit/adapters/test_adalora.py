@@ -73,8 +73,8 @@ def layers(model: nn.Module) -> list[AdaLoraLinear]:
     return [layer for layer in model.modules() if isinstance(layer, AdaLoraLinear)]
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-6) -> bool:
-    return bool((found - expected).abs().max() <= share * expected.abs().max())
+def is_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> bool:
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 # The layer
@@ -169,13 +169,13 @@ def test_penalty_is_in_neither_reported_nor_validation_loss():
 
 
 def test_adalora_micro_batches_match_one_batch():
-    whole = take_steps(state_of(adalora(), tiny_llama()), STEPS)
+    batched = take_steps(state_of(adalora(), tiny_llama()), STEPS)
     parts = take_steps(state_of(adalora(), tiny_llama()), STEPS, micro_batches=4)
-    assert whole.method.ranks(whole.model) == parts.method.ranks(parts.model)
-    for one, other in zip(layers(whole.model), layers(parts.model), strict=True):
+    assert batched.method.ranks(batched.model) == parts.method.ranks(parts.model)
+    for one, other in zip(layers(batched.model), layers(parts.model), strict=True):
         for factor, same in zip(one.triplets("default"), other.triplets("default"), strict=True):
             assert torch.allclose(factor, same, atol=1e-4)
-    assert len(set(whole.method.ranks(whole.model).values())) > 2  # ranks did move
+    assert len(set(batched.method.ranks(batched.model).values())) > 2  # ranks did move
 
 
 # The budget
@@ -275,14 +275,14 @@ def test_adalora_works_over_conv1d(tmp_path: Path):
 
 @pytest.mark.parametrize("stop", [4, 8])
 def test_restored_state_resumes_bitwise(stop: int):
-    whole = take_steps(state_of(adalora(), tiny_llama()), STEPS)
+    uninterrupted = take_steps(state_of(adalora(), tiny_llama()), STEPS)
     first = take_steps(state_of(adalora(), tiny_llama()), stop)
     kept = {name: tensor.clone() for name, tensor in first.method.state(first.model).items()}
     second = state_of(adalora(), tiny_llama())
     second.method.restore(second.model, kept)
     second.step = stop
     take_steps(second, STEPS)
-    found, expected = second.method.state(second.model), whole.method.state(whole.model)
+    found, expected = second.method.state(second.model), uninterrupted.method.state(uninterrupted.model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 

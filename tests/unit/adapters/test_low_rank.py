@@ -59,8 +59,8 @@ def alone(in_features: int, out_features: int, r: int, *, iec: bool = True, drop
     return trained(layer).double()
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor, share: float = 2e-5) -> bool:
-    return bool((found - expected).abs().max() <= share * expected.abs().max())
+def is_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> bool:
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 # QA-LoRA

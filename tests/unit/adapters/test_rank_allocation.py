@@ -229,29 +229,29 @@ def test_overflowed_step_is_not_scored_but_counts_in_schedule():
 
 @pytest.mark.parametrize("stop", [2, 6, 9, 16, 17, 20])
 def test_restored_tensors_resume_bitwise(stop: int):
-    whole = allocator()
-    list(run(whole))
+    uninterrupted = allocator()
+    list(run(uninterrupted))
     first = allocator()
     list(run(first, range(1, stop + 1)))
     second = allocator()
     hand_over(first, second)
     list(run(second, range(stop + 1, STEPS + 1)))
-    found, expected = second.tensors(), whole.tensors()
+    found, expected = second.tensors(), uninterrupted.tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert all(torch.equal(second.layers[name].e_R1, whole.layers[name].e_R1) for name in SIZES)
+    assert all(torch.equal(second.layers[name].e_R1, uninterrupted.layers[name].e_R1) for name in SIZES)
 
 
 @pytest.mark.parametrize(("dropped", "stop"), [("sensitivity", 9), ("uncertainty", 9), ("kept", 18)])
 def test_resume_without_any_of_the_tensors_differs(dropped: str, stop: int):
-    whole = allocator()
-    list(run(whole))
+    uninterrupted = allocator()
+    list(run(uninterrupted))
     first = allocator()
     list(run(first, range(1, stop + 1)))
     second = allocator()
     hand_over(first, second, without=dropped)
     list(run(second, range(stop + 1, STEPS + 1)))
-    found, expected = second.tensors(), whole.tensors()
+    found, expected = second.tensors(), uninterrupted.tensors()
     assert not all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 

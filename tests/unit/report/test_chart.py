@@ -17,7 +17,7 @@ def plot(*series: Series, axis: Axis = PLAIN) -> ElementTree.Element:
     return ElementTree.fromstring(chart("title", series, axis))
 
 
-def places(path: ElementTree.Element) -> list[tuple[float, float]]:
+def coordinates(path: ElementTree.Element) -> list[tuple[float, float]]:
     return [tuple(map(float, place.split())) for place in re.split("[MLZ]", path.get("d", "")) if place]  # type: ignore[misc]
 
 
@@ -32,7 +32,7 @@ def ticks(root: ElementTree.Element) -> dict[str, float]:
 
 def test_chart_line_spans_plot_and_orders_values():
     (path,) = plot(Series("loss", [(1, 3.0), (2, 1.0), (3, 2.0)])).iter("path")
-    (left, top), (middle, bottom), (right, between) = places(path)
+    (left, top), (middle, bottom), (right, between) = coordinates(path)
     assert (left, middle, right) == (0, BOX / 2, BOX)
     assert 0 < top < between < bottom < BOX
     assert between == (top + bottom) / 2
@@ -43,7 +43,7 @@ def test_chart_ticks_match_positions_of_values():
     (path,) = root.iter("path")
     found = ticks(root)
     assert {"1", "2", "4"} <= found.keys()
-    for value, (_, y) in zip(("1", "4", "2"), places(path), strict=True):
+    for value, (_, y) in zip(("1", "4", "2"), coordinates(path), strict=True):
         assert found[value] == pytest.approx(100 * y / BOX, abs=0.1)
 
 
@@ -51,7 +51,7 @@ def test_chart_axis_is_logarithmic_for_wide_range_if_allowed():
     points = [(0, 100.0), (1, 10.0), (2, 1.0)]
     for may_be, is_even in ((True, True), (False, False)):
         (path,) = plot(Series("loss", points), axis=Axis(str, may_be_logarithmic=may_be)).iter("path")
-        first, second, third = (y for _, y in places(path))
+        first, second, third = (y for _, y in coordinates(path))
         assert (second - first == pytest.approx(third - second, abs=0.2)) == is_even
 
 
@@ -64,14 +64,14 @@ def test_chart_axis_is_logarithmic_for_wide_range_if_allowed():
 def test_chart_stays_inside_plot_for_any_range(points: list[tuple[float, float]], axis: Axis):
     root = plot(Series("loss", points, dotted=True), axis=axis)
     for path in root.iter("path"):
-        assert all(0 <= coordinate <= BOX for place in places(path) for coordinate in place)
+        assert all(0 <= coordinate <= BOX for place in coordinates(path) for coordinate in place)
     assert all(0 <= y <= 100 for y in ticks(root).values())
     assert 1 <= len(ticks(root)) <= 13
 
 
 def test_chart_drops_non_finite_points():
     (path,) = plot(Series("loss", [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)])).iter("path")
-    assert len(places(path)) == 2
+    assert len(coordinates(path)) == 2
     assert chart("title", [Series("loss", [(0, math.nan)])], PLAIN) == ""
     assert chart("title", [], PLAIN) == ""
 
@@ -80,9 +80,9 @@ def test_chart_of_many_points_draws_means_and_band():
     points = [(step, float(step % 2)) for step in range(100_000)]
     text = chart("title", [Series("loss", points)], PLAIN)
     band, line = ElementTree.fromstring(text).iter("path")
-    assert len(places(line)) <= MOST_POINTS
-    assert len({y for _, y in places(line)}) == 1  # the mean
-    assert len({y for _, y in places(band)}) == 2  # both values
+    assert len(coordinates(line)) <= MOST_POINTS
+    assert len({y for _, y in coordinates(line)}) == 1  # the mean
+    assert len({y for _, y in coordinates(band)}) == 2  # both values
     assert len(text) < 100_000
 
 

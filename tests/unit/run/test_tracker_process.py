@@ -72,23 +72,23 @@ def test_tracker_receives_recipe_steps_and_end(
     events_seen = follow(run, recipe({"name": name}))
     assert [type(event) for event in events_seen] == [Phase, *[StepMetrics] * 3, ValidationResult, Phase]
     values: dict[int, dict[str, float]] = {}
-    for numbers, at, *named in fakes.told("log"):
+    for numbers, at, *named in fakes.calls("log"):
         values.setdefault(at if not isinstance(at, dict) else at["step"], {}).update(numbers)
         assert named in ([], [{}])
     assert list(values) == [1, 2, 3]
     assert values[2]["train/loss"] == 2.0
     assert "train/gradient_norm" not in values[2]  # infinite: trackers accept finite numbers only
     assert values[3]["validation/loss"] == 1.5
-    (finish,) = fakes.told("finish")
+    (finish,) = fakes.calls("finish")
     assert finish[:-1] == {"wandb": [0], "mlflow": ["FINISHED"]}.get(name, [])
-    (opening,) = fakes.told("init")
+    (opening,) = fakes.calls("init")
     if name in ("wandb", "trackio"):
         assert opening[-1]["config"]["adapter"]["method"] == "lora"
     if name == "mlflow":
         assert {"adapter.method": "lora"}.items() <= {
-            k: v for p in fakes.told("params") for k, v in p[0].items()
+            k: v for p in fakes.calls("params") for k, v in p[0].items()
         }.items()
-        assert fakes.told("uri")[0][0].startswith(f"sqlite:///{run.path}")
+        assert fakes.calls("uri")[0][0].startswith(f"sqlite:///{run.path}")
     assert not warnings(caplog)
 
 
@@ -97,7 +97,7 @@ def test_wandb_gets_no_code_or_arguments_and_may_stay_offline(
     section: dict[str, Any], mode: str | None, fakes: Fakes, run: RunDirectory
 ):
     follow(run, recipe({"name": "wandb", **section}))
-    ((opening,),) = fakes.told("init")
+    ((opening,),) = fakes.calls("init")
     assert (opening["mode"], opening["project"]) == (mode, section.get("project"))
     assert opening["settings"].items() >= {"disable_git": True, "disable_code": True, "x_disable_meta": True}.items()
     assert Path(opening["dir"]).is_relative_to(run.path)
@@ -108,15 +108,15 @@ def test_mlflow_offline_stays_in_the_run_whatever_the_environment_says(
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracker.invalid")
     follow(run, recipe({"name": "mlflow"}))
-    assert fakes.told("uri") == []
+    assert fakes.calls("uri") == []
     follow(run, recipe({"name": "mlflow", "offline": True}))
-    assert fakes.told("uri")[0][0].startswith(f"sqlite:///{run.path}")
+    assert fakes.calls("uri")[0][0].startswith(f"sqlite:///{run.path}")
 
 
 def test_tracker_id_is_stable_per_run(fakes: Fakes, run: RunDirectory, tmp_path: Path):
     for each in (run, run, RunDirectory.create(tmp_path / "other")):
         follow(each, recipe({"name": "wandb"}))
-    first, again, other = (named["id"] for (named,) in fakes.told("init"))
+    first, again, other = (named["id"] for (named,) in fakes.calls("init"))
     assert first == again != other
 
 
@@ -127,7 +127,7 @@ def test_tracker_of_failed_run_is_finished_as_failed(fakes: Fakes, run: RunDirec
 
     with pytest.raises(KeyError), tracked(recipe({"name": "wandb"}), run, report_and_fail) as report:
         report(ValidationResult(step=1, loss=1.5, perplexity=4.5, rows=4))
-    assert [arguments[0] for arguments in fakes.told("finish")] == [1]
+    assert [arguments[0] for arguments in fakes.calls("finish")] == [1]
 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
@@ -159,8 +159,8 @@ def test_misbehaving_tracker_does_not_disturb_others(fakes: Fakes, run: RunDirec
     fakes.misbehave("raises in params")  # a call that only mlflow gets
     follow(run, recipe({"name": "mlflow"}, {"name": "wandb"}))
     assert len(warnings(caplog)) == 1
-    assert [at for _, at, _ in fakes.told("log")] == [1, 2, 3, 3]
-    assert len(fakes.told("finish")) == 1
+    assert [at for _, at, _ in fakes.calls("log")] == [1, 2, 3, 3]
+    assert len(fakes.calls("finish")) == 1
 
 
 def test_output_of_tracker_package_is_discarded(
@@ -169,7 +169,7 @@ def test_output_of_tracker_package_is_discarded(
     fakes.misbehave("prints in log")
     follow(run, recipe({"name": "wandb"}))
     assert "noise" not in "".join(capfd.readouterr()) + caplog.text
-    assert len(fakes.told("finish")) == 1
+    assert len(fakes.calls("finish")) == 1
 
 
 def test_stopped_tracker_process_never_blocks_the_run(

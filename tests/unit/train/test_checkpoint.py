@@ -258,14 +258,14 @@ def test_read_refuses_incomplete_checkpoint(damage: str, whole: Callable[[Path],
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", ["weight", "moment"])
-def test_write_refuses_non_finite_values(place: str, value: float, tmp_path: Path):
+@pytest.mark.parametrize("location", ["weight", "moment"])
+def test_write_refuses_non_finite_values(location: str, value: float, tmp_path: Path):
     setup = Setup("full", "adamw")
     state = setup.fresh()
     next(setup.steps(state))
     weight = dict(state.model.named_parameters())[NAME]
     with torch.no_grad():
-        (weight if place == "weight" else state.optimizer.state[weight]["exp_avg"])[3] = value
+        (weight if location == "weight" else state.optimizer.state[weight]["exp_avg"])[3] = value
     with pytest.raises(DivergedError, match=NAME):
         write_state(state, tmp_path)
     assert not list(tmp_path.iterdir())
