@@ -1,26 +1,18 @@
-# Every target makes what it needs. PYTHON picks the interpreter of the environment.
+# Every target builds what it needs. PYTHON picks the interpreter of the environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 BROWSER ?= chromium
-RIVAL := .venv-trl
-# Overridden where a machine with a GPU has its own packages and no network to make an environment.
+TRL := .venv-trl
+# Override on a machine with a GPU that has its own packages and no network.
 GPU_PYTHON ?= $(BIN)/python
 
-# Halves of like length: tests whose processes take long to start stand with the unit tests, those of damage with the kills.
-TOGETHER := tests/integration/test_shares.py tests/integration/test_processes.py
-ON_DISK := tests/faults/test_kill.py tests/faults/test_disk.py tests/faults/test_full_disk.py
+# Each worker has one thread: the tiny model gains nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n 2 --dist worksteal
 
-# Two halves of a suite side by side: the first where Ctrl-C is not heard, which its tests must not need.
-define on_two_cores
-	export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(1) > $(VENV)/tests.txt 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest $(2); failed=$$?; \
-	wait $$others || failed=$$?; cat $(VENV)/tests.txt; exit $$failed
-endef
-
-.PHONY: help quickstart test test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shares pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-fast test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shards pictures lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,34 +24,38 @@ quickstart: $(VENV)/quickstart  ## Train, compare, merge and try a real model: a
 	$(BIN)/ft generate $(RUN) --system "Extract the booking as JSON with the keys name, day, time, guests." \
 		--prompt "Hello, this is Kim Lee. Could we come on Tuesday at 18.30? We are three."
 
-test: $(VENV)/dev  ## The tests of every change, on two cores
-	$(call on_two_cores,-m "not slow" tests/integration tests/architecture $(TOGETHER:%=--ignore=%),-m "not slow" tests/unit tests/faults $(TOGETHER))
+test-fast: $(VENV)/dev  ## Under a minute: recipes, data, run directories, reports, command line, conventions; loads no model
+	$(PYTEST) $(WORKERS) -m "not slow and not model" tests/architecture \
+		tests/unit/recipe tests/unit/data tests/unit/run tests/unit/report tests/unit/cli
 
-test-slow: $(VENV)/dev $(VENV)/quickstart  ## The rest: the real model
+test: $(VENV)/dev  ## Unit and integration tests on a tiny model, on two cores
+	$(PYTEST) $(WORKERS) -m "not slow" tests
+
+test-slow: $(VENV)/dev $(VENV)/quickstart  ## Tests on the real model, and matrices
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
-test-faults: $(VENV)/dev  ## Every fault that a run survives: kills, damage, full disks; minutes
-	$(call on_two_cores,$(ON_DISK),tests/faults $(ON_DISK:%=--ignore=%))
+test-faults: $(VENV)/dev  ## Fault injection: kills, damaged files, full disks; minutes
+	$(PYTEST) $(WORKERS) tests/faults
 
-bench: $(VENV)/dev $(VENV)/quickstart $(RIVAL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
-	$(BIN)/python -m tests.benchmarks.rival $(DATA) --rival $(RIVAL)/bin/python
+bench: $(VENV)/dev $(VENV)/quickstart $(TRL)/ready  ## Speed, memory and loss beside TRL with PEFT, on DATA=file: about half an hour
+	$(BIN)/python -m tests.benchmarks.trl_comparison $(DATA) --trl $(TRL)/bin/python
 
-bench-growth: $(VENV)/dev  ## Time and memory of a step by context and vocabulary, of files by their size: ten minutes
+bench-growth: $(VENV)/dev  ## Time and memory of a step by context length and vocabulary, of loading by file size: ten minutes
 	$(BIN)/python -m tests.benchmarks.growth
 
 bench-data: $(VENV)/dev $(VENV)/quickstart  ## Rows a second and memory of tokenizing 10 thousand to a million rows
 	$(BIN)/python -m tests.benchmarks.data
 
-bench-generation: $(VENV)/dev $(VENV)/quickstart  ## Answers in batches beside one by one, lm-evaluation-harness beside its own model: half an hour
+bench-generation: $(VENV)/dev $(VENV)/quickstart  ## Batched generation against single rows, and lm-evaluation-harness against its own model: half an hour
 	$(BIN)/python -m tests.benchmarks.generation
 
 bench-quantizers: $(VENV)/dev  ## Size, error, loss, time and memory of every quantization, on TEXT=file: about half an hour
 	$(BIN)/python -m tests.benchmarks.quantizers $(TEXT)
 
-bench-methods: $(VENV)/dev $(VENV)/quickstart  ## What each method reaches with as many numbers, on TRAIN=file TEST=file: hours
+bench-methods: $(VENV)/dev $(VENV)/quickstart  ## Accuracy of each method with a similar number of trainable parameters, on TRAIN=file TEST=file: hours
 	$(BIN)/python -m tests.benchmarks.methods $(TRAIN) $(TEST)
 
-bench-plan: $(VENV)/dev $(VENV)/quickstart  ## Memory as planned beside memory as measured, of every recipe: half an hour
+bench-plan: $(VENV)/dev $(VENV)/quickstart  ## Planned and measured memory of every recipe: half an hour
 	$(BIN)/python -m tests.benchmarks.plan
 
 # GPU_PYTHON=python3 for a machine that has everything, BENCH_GPU="--device cpu --tiny" for one without a GPU.
@@ -68,10 +64,10 @@ PART ?= 1
 bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## Speed, memory and a trace beside TRL on a GPU, PART=1, 2 or 3: ten minutes each
 	$(GPU_PYTHON) -m tests.benchmarks.gpu --part $(PART) --page $(BENCH_GPU)
 
-bench-shares: $(VENV)/dev  ## Memory of a process and bytes sent, by strategy and number of processes
-	$(BIN)/python -m tests.benchmarks.shares
+bench-shards: $(VENV)/dev  ## Memory per process and bytes sent, by strategy and number of processes
+	$(BIN)/python -m tests.benchmarks.shards
 
-pictures: $(VENV)/dev $(VENV)/quickstart  ## README's pictures, of a real run in a Chromium: BROWSER="chromium --no-sandbox" for root
+pictures: $(VENV)/dev $(VENV)/quickstart  ## Pictures of README from a real run, in a Chromium: BROWSER="chromium --no-sandbox" for root
 	$(BIN)/ft train recipes/quickstart.yaml --run-dir runs/bookings --overwrite \
 		--set evaluation.every_steps=4 --set evaluation.sample_rows=1
 	$(BIN)/ft eval runs/bookings --against base
@@ -81,7 +77,7 @@ pictures: $(VENV)/dev $(VENV)/quickstart  ## README's pictures, of a real run in
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## The tests that need a CUDA device; on a bare machine with GPU_PYTHON=python3
 	$(GPU_PYTHON) -m tests.gpu $(GPU_FLAGS)
 
-lint: $(VENV)/dev  ## Format, style, and which room may import which
+lint: $(VENV)/dev  ## Format, style and import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
@@ -91,7 +87,7 @@ types: $(VENV)/dev  ## Static types
 
 check: lint types test  ## What CI runs
 
-fmt: $(VENV)/dev  ## Format, and mend what can be mended
+fmt: $(VENV)/dev  ## Format, and fix lint errors that ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -99,7 +95,7 @@ wheel: $(VENV)/dev  ## dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean:  ## Remove the environment and what was built
-	rm -rf $(VENV) $(RIVAL) build dist *.egg-info
+	rm -rf $(VENV) $(TRL) build dist *.egg-info
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -115,9 +111,9 @@ $(VENV)/dev: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
 	touch $@
 
-# The rival's environment holds nothing of ft's; pinned, so that a table can be made again.
-$(RIVAL)/ready: constraints.txt
-	$(PYTHON) -m venv $(RIVAL)
-	$(RIVAL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(RIVAL)/bin/pip install --quiet --disable-pip-version-check trl==1.16.0 peft==0.21.2 bitsandbytes==0.50.2
+# TRL has an environment of its own, without ft. Versions are pinned so that tables can be reproduced.
+$(TRL)/ready: constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check trl==1.16.0 peft==0.21.2 bitsandbytes==0.50.2
 	touch $@

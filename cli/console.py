@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from finetune.jobs.infer.evaluate import Evaluated, Score
+    from finetune.jobs.infer.evaluate_results import EvaluationResult, Score
     from finetune.jobs.plan.estimate import Plan
     from finetune.jobs.plan.preview import MicroBatch, Preview
     from finetune.jobs.smoke_test import Smoke
@@ -289,7 +289,7 @@ def show_smoke(passed: Smoke, recipe: Path, as_json: bool) -> None:
     show_result(f"{recipe}: the path works ({'; '.join(done)}; {passed.seconds:.0f} s)")
 
 
-def show_evaluation(evaluated: Evaluated, as_json: bool) -> None:
+def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
     """Print what a model reached, beside another where there is one, and what became of the gates."""
     if as_json:
         show_result(json.dumps({"event": "evaluated", "folder": _text(evaluated.folder), **evaluated.to_json()}))
@@ -311,7 +311,7 @@ def show_evaluation(evaluated: Evaluated, as_json: bool) -> None:
         show_result(f"results and answers: {evaluated.folder}")
 
 
-def _scores_table(title: str, evaluated: Evaluated, scores: dict[str, Score]) -> Table:
+def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Score]) -> Table:
     from rich.table import Table
 
     from . import wording
@@ -324,12 +324,12 @@ def _scores_table(title: str, evaluated: Evaluated, scores: dict[str, Score]) ->
     for column in (*models, *compared, "95 % interval", *(["better/worse"] if has_flips else [])):
         table.add_column(column, justify="right", overflow="fold")
     for name, score in scores.items():
-        values = [wording.score(score.form, each.value) for each in (score.theirs, score.ours) if each]
+        values = [wording.score(score.unit, each.value) for each in (score.theirs, score.ours) if each]
         change = [wording.difference(score)] if evaluated.against else []
         spread = score.difference.change if score.difference else None if evaluated.against else score.ours
         flipped = [wording.flips(score.difference) if score.difference else ""] if has_flips else []
         table.add_row(
-            name.replace("_", " "), *values, *change, wording.interval(score.form, spread, bool(change)), *flipped
+            name.replace("_", " "), *values, *change, wording.interval(score.unit, spread, bool(change)), *flipped
         )
     return table
 

@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="Tasks of the recipe (held_out: its held-out rows), a YAML file of tasks, or tasks of "
+            help="Tasks of the recipe (validation: its validation rows), a YAML file of tasks, or tasks of "
             "lm-evaluation-harness. By default all of the recipe. Repeatable.",
         ),
     ] = None,
@@ -42,7 +42,7 @@ def evaluate(
         typer.Option(
             "--gate",
             metavar="METRIC>=NUMBER",
-            help="Exit with 5 unless it holds, such as exact_match>=0.8 or held_out/loss<=0.5. Repeatable.",
+            help="Exit with 5 unless it holds, such as exact_match>=0.8 or validation/loss<=0.5. Repeatable.",
         ),
     ] = None,
     engine: Annotated[
@@ -74,12 +74,12 @@ def evaluate(
     _refuse_taken(output, overwrite)
     found = named([name] if against in (None, "base") else [name, str(against)])
     with console.reporting(quiet, as_json) as report:
-        from finetune.jobs.infer.evaluate import Asked
+        from finetune.jobs.infer.evaluate import EvaluationOptions
         from finetune.jobs.infer.evaluate import evaluate as evaluate_job
 
         names = tuple(part for text in tasks or () for part in text.split(",") if part)
-        asked = Asked(names, limit, wanted, engine.value, batch_size, output)
-        evaluated = evaluate_job(found[0], asked, "base" if against == "base" else (*found, None)[1], report)
+        options = EvaluationOptions(names, limit, wanted, engine.value, batch_size, output)
+        evaluated = evaluate_job(found[0], options, "base" if against == "base" else (*found, None)[1], report)
     console.show_evaluation(evaluated, as_json)
     evaluated.refuse_failed_gates()
 

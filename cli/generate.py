@@ -80,7 +80,7 @@ def generate(
             answers = answer(shared, questions, sampling, batch_size=batch_size, on_event=report)
     if streams:  # when the moving line is gone
         with console.words() as tell:
-            answer(shared, questions, sampling, tell=tell)
+            answer(shared, questions, sampling, on_text=tell)
         return
     rows: list[dict[str, Any]] = [
         {**columns, "adapter": finetuned[question.to].label, "generated": text}

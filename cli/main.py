@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +46,8 @@ class Commands(TyperGroup):
         """Run the command that was asked for."""
         console.use_json(False)  # until the command's own --json is read
         try:
-            return super().invoke(ctx)
+            with _showing_warnings():
+                return super().invoke(ctx)
         except FinetuneError as error:
             raise typer.Exit(_tell(error)) from None
         except KeyboardInterrupt as interrupt:
@@ -59,6 +63,24 @@ class Commands(TyperGroup):
             if not distributed.has_launcher():
                 raise
             raise typer.Exit(_leave_word(error, 1)) from None
+
+
+@contextmanager
+def _showing_warnings() -> Iterator[None]:
+    """Show warnings of the library while no job reports them, such as those on the keys of a recipe."""
+    logger, handler = logging.getLogger("finetune"), _WarningHandler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _WarningHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # A launcher has read the same recipe, and shows its warnings.
+        if distributed.Rank.here().is_main and not distributed.has_launcher():
+            console.show_note(f"warning: {record.getMessage()}")
 
 
 def _tell(error: FinetuneError) -> int:

@@ -12,7 +12,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     Says as well how vLLM will serve what is trained, or why it will not.
     """
     from finetune.recipe.load import load_recipe
-    from finetune.recipe.vllm_support import serving
+    from finetune.recipe.vllm_support import describe_vllm_support
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
@@ -20,4 +20,4 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"
     )
-    console.show_result(serving(plan))
+    console.show_result(describe_vllm_support(plan))

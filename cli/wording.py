@@ -31,7 +31,7 @@ from .sanitize import sanitize
 if TYPE_CHECKING:
     from finetune.evaluation.measurement import Interval, PairedDifference
     from finetune.evaluation.metrics import MetricUnit
-    from finetune.jobs.infer.evaluate import Score
+    from finetune.jobs.infer.evaluate_results import Score
     from finetune.jobs.plan.estimate import Plan
     from finetune.jobs.plan.preview import Preview
     from finetune.recipe.explain import Explanation, Meaning
@@ -269,6 +269,7 @@ def explanation(explanation: Explanation, values: dict[str, list[str]], width: i
     facts = {
         "on resume": resume if not explanation.keys else "",
         "elsewhere": ", ".join(explanation.spellings),
+        "earlier": ", ".join(explanation.earlier),
         "in recipes": "; ".join(f"{value}: {', '.join(files)}" for value, files in values.items()),
     }
     return lines + _titled(facts, width)
@@ -316,7 +317,7 @@ def _wrapped(text: str, width: int, first: str, further: str) -> list[str]:
 
 
 def task_title(task: str, scores: Mapping[str, Score]) -> str:
-    """`held_out: 48 rows`; where metrics are measured on different rows, the most and the fewest."""
+    """`validation: 48 rows`; where metrics are measured on different rows, the most and the fewest."""
     counts = sorted({score.rows for score in scores.values() if score.rows is not None})
     return f"{task}: {' to '.join(map(str, counts))} rows" if counts else task
 
@@ -347,7 +348,7 @@ def difference(score_of: Score) -> str:
     if score_of.theirs is None:
         return ""
     change = score_of.ours.value - score_of.theirs.value
-    return _signed(score(score_of.form, change), change)
+    return _signed(score(score_of.unit, change), change)
 
 
 def flips(difference: PairedDifference) -> str:

@@ -1,6 +1,6 @@
-"""The errors that a user can cause, each with the exit code that a scheduler acts on.
+"""Errors that a user can fix, each with an exit code for schedulers.
 
-Anything else that escapes is a bug of ours: it keeps its traceback and exits with 1.
+Any other exception is a bug in ft: it keeps its traceback and exits with 1.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 
 class FinetuneError(Exception):
-    """What went wrong in the user's terms, where, and the one thing to do about it.
+    """An error in the user's terms: the problem, its place and the fix.
 
     Args:
-        what: One sentence: what happened and, where it helps, what was found.
+        what: One sentence: the problem and, if it helps, the value found.
         where: The place: `file:line:column`, a path, or a run and step.
-        hint: The remedy, as an instruction.
+        hint: The fix, as an instruction.
     """
 
     exit_code: int = 1
@@ -28,7 +28,7 @@ class FinetuneError(Exception):
         self.hint = hint
 
     def lines(self) -> list[str]:
-        """The message, a line each for what happened and for the remedy."""
+        """The message: one line for the problem, one for the fix."""
         first = f"{self.where}: {self.what}" if self.where else self.what
         return [first, *([f"  -> {self.hint}"] if self.hint else [])]
 
@@ -38,13 +38,13 @@ class FinetuneError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a recipe.
+    """A problem in a recipe.
 
     Attributes:
-        where: `file:line:column`, or the `--set` argument that brought the value.
+        where: `file:line:column`, or the `--set` argument of the value.
         key: Dotted path of the key, such as `adapter.r` or `data.train.0.path`.
-        what: What was expected and what was found.
-        hint: The remedy, where one is known.
+        what: The expected and the found value.
+        hint: The fix, if one is known.
     """
 
     where: str
@@ -54,13 +54,13 @@ class Problem:
 
 
 class UsageError(FinetuneError):
-    """The command line asks for something that cannot be done."""
+    """The command line is not valid."""
 
     exit_code = 2
 
 
 class RecipeError(FinetuneError):
-    """A recipe that cannot be run; carries every problem of the file at once."""
+    """A recipe that is not valid, with all its problems."""
 
     exit_code = 2
 
@@ -70,7 +70,7 @@ class RecipeError(FinetuneError):
         super().__init__(f"{count} problem{'s' if count != 1 else ''} in the recipe")
 
     def lines(self) -> list[str]:
-        """A line for each problem, and its remedy below it."""
+        """A line for each problem, and its fix below it."""
         lines = []
         for problem in self.problems:
             key = f"{problem.key}: " if problem.key and not problem.where.endswith(problem.key) else ""
@@ -81,13 +81,13 @@ class RecipeError(FinetuneError):
 
 
 class ModelError(FinetuneError):
-    """A model or tokenizer that is missing, incomplete or unfit for the recipe."""
+    """A model or tokenizer that is missing, incomplete or not suitable for the recipe."""
 
     exit_code = 2
 
 
 class UnsupportedError(FinetuneError):
-    """A combination that cannot be done, with the reason."""
+    """A combination that is not supported, with the reason."""
 
     exit_code = 2
 
@@ -105,13 +105,13 @@ class OutOfMemoryError(FinetuneError):
 
 
 def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
-    """The user's error for PyTorch's or Python's word that memory is used up, on a GPU or a CPU; else None."""
-    is_shortage = (
+    """Convert an out-of-memory error of PyTorch or Python, on a GPU or a CPU; None for other errors."""
+    is_out_of_memory = (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or any(words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
     )
-    if not is_shortage:
+    if not is_out_of_memory:
         return None
     return OutOfMemoryError(
         "out of memory",
@@ -121,35 +121,35 @@ def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 
 
 class DivergedError(FinetuneError):
-    """A loss or gradient that is not finite; the weights are those of the last good step."""
+    """A loss or gradient is NaN or infinite; the weights are those of the last good step."""
 
     exit_code = 5
 
 
 class CheckFailedError(FinetuneError):
-    """A check that was asked for, such as that of a reproduction, came out negative."""
+    """A requested check failed, such as a reproduction or a gate."""
 
     exit_code = 5
 
 
 class RefusedError(FinetuneError):
-    """Refused for safety: another base, a directory that is not ours, a lock."""
+    """Refused for safety: another base, a directory that ft did not create, a lock."""
 
     exit_code = 6
 
 
 class EnvironmentFault(FinetuneError):
-    """The machine: disk, permission, network, a device that is not there."""
+    """A fault of the machine: disk, permissions, network, a missing device."""
 
     exit_code = 7
 
 
 class ProcessLost(EnvironmentFault):
-    """Another process of the run has ended, or cannot be reached."""
+    """Another process of the run has ended or is unreachable."""
 
 
 def as_lost_process(error: BaseException) -> ProcessLost | None:
-    """The user's error for gloo's or NCCL's word that another process is gone; else None."""
+    """Convert an error of gloo or NCCL on a lost process; None for other errors."""
     is_loss = type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error)
     if not is_loss:
         return None
@@ -157,7 +157,7 @@ def as_lost_process(error: BaseException) -> ProcessLost | None:
 
 
 class ProcessFailed(FinetuneError):
-    """What ended one of several processes, and with it the run; the exit code is that of its own error."""
+    """The error of one of several processes, which ended the run; it has that error's exit code."""
 
     def __init__(
         self, what: str, *, code: int = 1, traceback: str = "", where: str | None = None, hint: str | None = None
@@ -167,18 +167,18 @@ class ProcessFailed(FinetuneError):
         self.traceback = traceback
 
     def lines(self) -> list[str]:
-        """The message, and below it the traceback if it is a bug."""
+        """The message, followed by the traceback of a bug."""
         return [*super().lines(), *self.traceback.splitlines()]
 
 
 class Stopped(FinetuneError):
-    """A signal ended the run in good order: it goes on from a checkpoint when it is started again."""
+    """A signal stopped the run after a checkpoint; the run can be resumed."""
 
     exit_code = 75  # EX_TEMPFAIL: the one code after which a scheduler should try again
 
 
 class Interrupted(FinetuneError):
-    """A signal ended the run before there was anything to go on from."""
+    """A signal ended the run before its first checkpoint."""
 
     exit_code = 128 + signal.SIGINT
 

@@ -1,4 +1,4 @@
-"""From the string that a recipe section carries to the object that does the work."""
+"""Imports and constructs the implementation that a recipe section names."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Buildable(Protocol):
 def resolve(reference: str) -> Any:
     """Import `module:Name` and return the object.
 
-    References stand in our schema, never in a recipe: a recipe is data and cannot name code.
+    References are class attributes of the schema, never values of a recipe: a recipe cannot name code.
     """
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def build(section: Any, *context: Any) -> Any:
-    """The implementation of a section, constructed from that section and what else it is told.
+    """Construct the implementation of a section from the section and further arguments.
 
-    This is where heavy modules are imported: validating a recipe never gets here.
+    Heavy modules are imported here, and not when a recipe is validated.
     """
     return resolve(type(section).implementation)(section, *context)

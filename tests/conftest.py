@@ -21,8 +21,19 @@ GPU_TESTS_DEVICE = "FT_GPU_TESTS_DEVICE"
 """Environment variable: `cpu` runs the tests marked `gpu` on a CPU, except what needs CUDA itself (tests/gpu)."""
 
 
+MODEL_FIXTURES = {"tiny_model", "tiny_tool_model", "tiny_recipe"}
+"""Fixtures that build a model: `make test-fast` leaves out the tests that use one."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none, unless FT_GPU_TESTS_DEVICE asks for a dry run on a CPU."""
+    """Mark tests that build a model, and skip those that need a GPU where there is none.
+
+    FT_GPU_TESTS_DEVICE=cpu asks for a dry run of the latter on a CPU.
+    """
+    for item in items:
+        if MODEL_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("model")
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests or os.environ.get(GPU_TESTS_DEVICE) == "cpu":
         return

@@ -222,12 +222,12 @@ def refuse_losses(split: TokenizedDataset, section: Data) -> None:
     rows = counts.read + counts.added
     too_long = [place for source in split.sources for place in source.store.too_long]
     untrainable = [place for source in split.sources for place in source.store.untrainable]
-    if counts.untrainable and (section.on_untrainable == "stop" or counts.untrainable == rows):
+    if counts.untrainable and (section.on_bad_row == "error" or counts.untrainable == rows):
         have = "row has" if counts.untrainable == 1 else "rows have"
         raise DataError(
             f"{counts.untrainable} {have} no token to train on: {_listed(untrainable, counts.untrainable)}",
             where=untrainable[0],
-            hint="give them an answer, remove them, or set data.on_untrainable to skip",
+            hint="give them an answer, remove them, or set data.on_bad_row to drop",
         )
     if counts.too_long == rows > 0:
         raise DataError(

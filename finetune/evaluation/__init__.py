@@ -1,1 +1,1 @@
-"""Held-out loss, generated answers and their scores, and two models side by side."""
+"""Validation loss, generated answers and their scores, and the agreement of two models."""

@@ -23,35 +23,36 @@ def in_batches(
     shared: Sequence[int] | None = None,
     may_halve: bool = True,
 ) -> Iterator[tuple[list[int], T]]:
-    """Work on rows of like length together, the longest first, so that a shortage of memory shows at once.
+    """Process rows in batches of similar length, the longest first, so that a shortage of memory shows at once.
 
-    Rows that share tokens stay as they are given instead, each after the one that it shares them with, and as many of
-    them go together as have no more tokens than `batch_size` of the longest.
+    Rows with shared prefixes keep their order instead: each one follows the row that it shares tokens with. A batch of
+    them has at most as many tokens as `batch_size` rows of the greatest length.
 
-    A batch that does not fit is tried again with half its tokens, which from then on are the most of any batch:
-    shorter rows still go through in larger numbers.
+    After a shortage of memory the batch is tried again with half its tokens. That number is then the limit for all
+    later batches, so that shorter rows still form larger batches.
 
     Args:
         lengths: Tokens of each row.
-        batch_size: Most rows of a batch, if they share nothing.
-        work: Told the numbers of a batch's rows.
-        shared: How many tokens each row need not be computed for if the row before it is in the same batch; None where
+        batch_size: Most rows of a batch without shared prefixes.
+        work: Processes the rows of these indices.
+        shared: Tokens of each row that are in the cache if the previous row is in the same batch; None where
             rows are padded to the longest of their batch.
-        may_halve: False where other processes have to make the same passes: what does not fit is an error then.
+        may_halve: False where all processes must run the same passes; a shortage of memory is an error then.
 
     Yields:
-        The numbers of the rows and what came of them.
+        The indices of the rows of a batch, and the result of `work`.
 
     Raises:
         OutOfMemoryError: A row by itself does not fit.
     """
+    # Shared rows keep their order: a prefix is shared with the row before.
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row]) if shared is None else list(range(len(lengths)))
     done, most_tokens = 0, batch_size * max(lengths, default=0)
     while done < len(order):
         if shared is None:
             count, tokens = _padded(lengths[order[done]], most_tokens, min(batch_size, len(order) - done))
         else:
-            count, tokens = _in_one_line(lengths, shared, done, most_tokens)
+            count, tokens = _flattened(lengths, shared, done, most_tokens)
         rows = order[done : done + count]
         try:
             result = work(rows)
@@ -62,25 +63,27 @@ def in_batches(
                 raise OutOfMemoryError(
                     f"out of memory: a row of {tokens} tokens does not fit by itself",
                     where="evaluation",
-                    hint="leave out the longest rows, or answer shorter",
+                    hint="drop the longest rows, or lower max_new_tokens",
                 ) from shortage
+            # Half of this batch, not of the limit: the batch may have been far below it.
             most_tokens = tokens // 2
         else:
             done += count
             yield rows, result
             continue
-        torch.cuda.empty_cache()  # out of the handler, where the traceback holds the batch's tensors no more
-        logger.warning("out of memory while evaluating: on with %d tokens at once", most_tokens)
+        # Outside of the handler: in it, the traceback still references the tensors of the batch.
+        torch.cuda.empty_cache()
+        logger.warning("out of memory while evaluating: batches have at most %d tokens from here on", most_tokens)
 
 
 def _padded(longest: int, most_tokens: int, most_rows: int) -> tuple[int, int]:
-    """How many rows go together, at least one, and their tokens with the padding."""
+    """The number of rows of the next batch, at least 1, and its tokens with padding."""
     count = max(1, min(most_rows, most_tokens // max(1, longest)))
     return count, count * longest
 
 
-def _in_one_line(lengths: Sequence[int], shared: Sequence[int], first: int, most_tokens: int) -> tuple[int, int]:
-    """The same from a row on, by the tokens that each of the others adds."""
+def _flattened(lengths: Sequence[int], shared: Sequence[int], first: int, most_tokens: int) -> tuple[int, int]:
+    """The same for flattened rows from `first` on: each further row adds only the tokens that it does not share."""
     count, tokens = 1, lengths[first]
     for row in range(first + 1, len(lengths)):
         if tokens + lengths[row] - shared[row] > most_tokens:

@@ -1,7 +1,7 @@
-"""A model that is asked row by row and answers in batches, and what it said before is not asked again.
+"""Predictions of one model: likelihoods and answers, computed in batches and cached by row.
 
-Likelihoods are computed here, for every model and in one way. Answers come from a `Generator`: from our own generation
-(`ModelGenerator`) or by vLLM (`VllmGenerator`, imported on demand).
+Likelihoods are computed here, in one way for every model. Answers come from a `Generator`: our own generation
+(`ModelGenerator`) or vLLM (`VllmGenerator`, imported on demand).
 """
 
 from __future__ import annotations
@@ -19,47 +19,46 @@ from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.likelihood import Likelihood, likelihoods
 from finetune.evaluation.prediction_cache import PredictionCache, digest
 
-Tell = Callable[[int, int], None]
-"""Told how many rows are done, and of how many."""
+OnProgress = Callable[[int, int], None]
+"""Receives the number of rows that are done, and of all rows."""
+
+OnAnswers = Callable[[dict[int, str]], None]
+"""Receives finished answers without special tokens, by the indices of their prompts."""
 
 
 class Generator(ABC):
-    """What writes answers.
+    """A generation backend.
 
     Attributes:
-        name: What it is called where results are shown, with its version if it is another program; answers are kept
-            under it.
+        name: Its name in results, with a version if it is another program. Part of the key of cached answers.
     """
 
     name: str
 
     @abstractmethod
-    def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
-    ) -> None:
-        """Continue each prompt until an end token of tokenizer or model, a stop of `sampling`, or the longest answer.
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_answers: OnAnswers) -> None:
+        """Continue each prompt until an end token of tokenizer or model, a stop of `sampling`, or `max_new_tokens`.
 
         Args:
             prompts: Token ids, at least one prompt.
-            sampling: How tokens are chosen.
-            tell: Told answers without special tokens, by the prompts' numbers, as soon as they are whole; and once
-                told none, when the model is loaded.
+            sampling: Selection of tokens.
+            on_answers: Receives answers as soon as they are complete, and an empty dict when the model is loaded.
 
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
 
     def close(self) -> None:
-        """Give back what it holds; it may be asked again."""
+        """Free the model. The generator stays usable: the next call loads the model again."""
         return None
 
 
 @dataclass(frozen=True)
 class ModelGenerator(Generator):
-    """Our own generation, by the model that likelihoods are computed with.
+    """Our own generation, with the model that computes likelihoods.
 
     Attributes:
-        load: Loads the model, or gives the loaded one.
+        load: Loads the model at the first call, and returns it.
         tokenizer: Its tokenizer.
         batch_size: Most rows of one forward pass; fewer where memory is short.
         padding: Any token id.
@@ -71,12 +70,10 @@ class ModelGenerator(Generator):
     padding: int
     name = "ft"
 
-    def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
-    ) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_answers: OnAnswers) -> None:
         """See the base class."""
         model = self.load()
-        tell({})
+        on_answers({})
         generate(
             model,
             self.tokenizer,
@@ -84,26 +81,26 @@ class ModelGenerator(Generator):
             sampling,
             batch_size=self.batch_size,
             padding=self.padding,
-            tell_batch=tell,
+            on_batch=on_answers,
         )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What answers the questions of tasks.
+    """A model as the tasks use it.
 
     Attributes:
-        label: What it is called.
+        label: Its name in results.
         tokenizer: Its tokenizer.
         uses_chat_template: Whether it was trained on conversations.
-        load: Loads the model, or gives the loaded one; called only if something is asked that is not kept.
-        generator: Writes its answers.
-        kept: What it said before.
+        load: Loads the model at the first call, and returns it; called only for predictions that are not cached.
+        generator: Generates its answers.
+        cache: Its earlier predictions.
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass; fewer where memory is short.
         padding: Any token id.
-        may_share: Whether the loaded model can compute once what rows begin with alike.
-        positions: Tokens that it can read and write in one row; None where nothing says.
+        may_share: Whether the loaded model can compute the shared prefix of rows once.
+        positions: Its context length in tokens; None if unknown.
     """
 
     label: str
@@ -111,49 +108,51 @@ class Engine:
     uses_chat_template: bool
     load: Callable[[], nn.Module]
     generator: Generator
-    kept: PredictionCache
+    cache: PredictionCache
     compute_dtype: torch.dtype
     batch_size: int
     padding: int
     may_share: Callable[[], bool]
     positions: int | None
 
-    def likelihoods(self, examples: Sequence[Example], tell: Tell) -> list[Likelihood]:
-        """How likely the trained tokens of each example are.
+    def likelihoods(self, examples: Sequence[Example], on_progress: OnProgress) -> list[Likelihood]:
+        """The likelihood of each example's target tokens, in the order of the examples.
 
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
+        # Cached by content: tasks that share rows, and tasks under another name, share predictions.
         keys = [digest(["likelihood", example.ids, example.is_target]) for example in examples]
         missing = self._missing(keys)
         done = len(keys) - len(missing)
 
         def keep(found: dict[int, Likelihood]) -> None:
             nonlocal done
-            self.kept.add({keys[missing[number]]: asdict(likelihood) for number, likelihood in found.items()})
+            self.cache.add({keys[missing[index]]: asdict(likelihood) for index, likelihood in found.items()})
             done += len(found)
-            tell(done, len(keys))
+            on_progress(done, len(keys))
 
         if missing:
             model = self.load()
-            tell(done, len(keys))
+            on_progress(done, len(keys))
             likelihoods(
                 model,
-                [examples[number] for number in missing],
+                [examples[index] for index in missing],
                 compute_dtype=self.compute_dtype,
                 batch_size=self.batch_size,
                 padding=self.padding,
                 may_share=self.may_share,
-                tell=keep,
+                on_batch=keep,
             )
-        return [Likelihood(**self.kept.get(key)) for key in keys]
+        return [Likelihood(**self.cache.get(key)) for key in keys]
 
-    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Tell) -> list[str]:
-        """What is written after each prompt.
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_progress: OnProgress) -> list[str]:
+        """The answer to each prompt (token ids), in the order of the prompts.
 
         Raises:
             OutOfMemoryError: A row by itself does not fit.
         """
+        # With the name of the generator: ft and vLLM may differ by rounding.
         keys = [digest(["answer", self.generator.name, list(prompt), asdict(sampling)]) for prompt in prompts]
         missing = self._missing(keys)
         done = len(keys) - len(missing)
@@ -161,15 +160,16 @@ class Engine:
         def keep(found: dict[int, str]) -> None:
             nonlocal done
             if found:
-                self.kept.add({keys[missing[number]]: text for number, text in found.items()})
+                self.cache.add({keys[missing[index]]: text for index, text in found.items()})
             done += len(found)
-            tell(done, len(keys))
+            on_progress(done, len(keys))
 
         if missing:
-            self.generator.write([prompts[number] for number in missing], sampling, keep)
-        return [self.kept.get(key) for key in keys]
+            self.generator.generate([prompts[index] for index in missing], sampling, keep)
+        return [self.cache.get(key) for key in keys]
 
     def _missing(self, keys: Sequence[str]) -> list[int]:
-        """The numbers of the keys that nothing is kept for; of equal ones the first."""
-        first = {key: number for number, key in reversed(list(enumerate(keys)))}
-        return sorted(number for key, number in first.items() if self.kept.get(key) is None)
+        """The indices of the keys that are not cached; of equal keys the first."""
+        # Reversed: the last write of a key in the dict is its first occurrence in the list.
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        return sorted(index for key, index in first.items() if self.cache.get(key) is None)

@@ -1,4 +1,4 @@
-"""Conditions that results must meet, such as `exact_match>=0.8`. Read without torch, so that a slip is told at once."""
+"""Conditions on results, such as `exact_match>=0.8`. Parsed without torch, so that a typo is reported at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.errors import UsageError
+from finetune.recipe.sections.evaluation import current_task_name
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _GATE = re.compile(r"\s*(?P<measured>[^<>=]*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>\S+)\s*")
-_HINT = "write a metric, >=, >, <= or <, and a number: --gate 'exact_match>=0.8', or 'held_out/exact_match>=0.8'"
+_HINT = "write a metric, >=, >, <= or <, and a number: --gate 'exact_match>=0.8', or 'validation/exact_match>=0.8'"
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Gate:
     """A condition.
 
     Attributes:
-        text: As it was written.
+        text: The condition as given.
         measured: Metric, or task/metric.
-        sign: How it must stand to the bound.
+        sign: The comparison of value and bound.
         bound: A number.
     """
 
@@ -33,14 +34,14 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str) -> Gate:
-        """Read a condition.
+        """Parse a condition.
 
         Raises:
-            UsageError: It is none.
+            UsageError: The text is not a condition.
         """
         match = _GATE.fullmatch(text)
         if match is None or not match["measured"]:
-            raise UsageError("this is no condition", where=f"--gate {text}", hint=_HINT)
+            raise UsageError("this is not a condition", where=f"--gate {text}", hint=_HINT)
         try:
             bound = float(match["bound"])
         except ValueError:
@@ -48,14 +49,16 @@ class Gate:
         if not math.isfinite(bound):
             found = match["bound"]
             percent = f"; {found} is {float(found[:-1]) / 100:g}" if re.fullmatch(r"\d+(\.\d*)?%", found) else ""
-            raise UsageError(f"{found!r} is no number", where=f"--gate {text}", hint=_HINT + percent)
-        return cls(text.strip(), match["measured"], match["sign"], bound)
+            raise UsageError(f"{found!r} is not a number", where=f"--gate {text}", hint=_HINT + percent)
+        task, slash, metric = match["measured"].partition("/")
+        measured = f"{current_task_name(task)}/{metric}" if slash else task
+        return cls(text.strip(), measured, match["sign"], bound)
 
-    def concerned(self, names: Sequence[str]) -> list[str]:
-        """Those of the names, each task/metric, that the condition is about: of a metric by itself, in all tasks.
+    def matching(self, names: Sequence[str]) -> list[str]:
+        """The names (task/metric) that the condition applies to. A metric without a task applies to all tasks.
 
         Raises:
-            UsageError: There are none.
+            UsageError: No name matches.
         """
         found = [name for name in names if name == self.measured or name.partition("/")[2] == self.measured]
         if not found:
@@ -67,5 +70,5 @@ class Gate:
         return found
 
     def holds(self, value: float) -> bool:
-        """Whether a value meets the condition; what is no number meets none."""
+        """Whether a value meets the condition. NaN meets none."""
         return bool(_OPERATORS[self.sign](value, self.bound))

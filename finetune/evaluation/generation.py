@@ -1,4 +1,4 @@
-"""Answers written by a model, in batches. Shape legend: B prompts, T tokens."""
+"""Batched generation of answers. Shape legend: B prompts, T tokens."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from transformers.generation.streamers import BaseStreamer
 from finetune.evaluation.batching import in_batches
 from finetune.models.fsdp import sharded_base
 
-Tell = Callable[[str], None]
-"""Told an answer piece by piece while it is written."""
+OnText = Callable[[str], None]
+"""Receives an answer piece by piece while it is generated."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Selection of the next token, and the end of an answer.
 
     Attributes:
         max_new_tokens: Longest answer in tokens.
-        temperature: 0 takes the likeliest token; above, tokens are drawn.
-        top_p: Draw from the likeliest tokens that together reach this probability.
-        seed: Of the draw.
-        stops: Texts of which the first that is written ends the answer, and does not belong to it.
+        temperature: 0 is greedy decoding; above, tokens are sampled.
+        top_p: Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): sample from the most probable tokens whose
+            probabilities add up to this.
+        seed: Of the sampling.
+        stops: Stop strings. The first one that is generated ends the answer and is not part of it.
     """
 
     max_new_tokens: int
@@ -48,23 +49,23 @@ def generate(
     padding: int,
     report_rows: Callable[[int], None] = lambda rows: None,
     options_of: Callable[[Sequence[int]], dict[str, Any]] = lambda rows: {},
-    tell: Tell | None = None,
-    tell_batch: Callable[[dict[int, str]], None] = lambda answers: None,
+    on_text: OnText | None = None,
+    on_batch: Callable[[dict[int, str]], None] = lambda answers: None,
 ) -> list[str]:
     """Continue each prompt until the end-of-turn token, a stop of `sampling`, or the longest answer.
 
     Args:
-        model: A causal language model, with or without an adapter. Of one of which processes hold shares, all of them
-            must ask for the same.
+        model: A causal language model, with or without an adapter. If it is sharded, all processes must call this
+            function with the same arguments.
         tokenizer: Decodes; its end-of-turn token ends an answer.
         prompts: Token ids.
-        sampling: How tokens are chosen.
-        batch_size: Most prompts that are continued together; fewer where memory is short.
+        sampling: Selection of tokens.
+        batch_size: Most prompts of one batch; fewer where memory is short.
         padding: Any token id; prompts are padded on the left and masked.
-        report_rows: Told how many prompts are done.
-        options_of: What else `model.generate` is given for prompts of these numbers.
-        tell: Told the answer while it is written; for one prompt.
-        tell_batch: Told the answers of a batch by the prompts' numbers, as soon as they are whole.
+        report_rows: Receives the number of prompts that are done.
+        options_of: Further arguments of `model.generate`, for the prompts of these indices.
+        on_text: Receives the answer while it is generated; for a single prompt only.
+        on_batch: Receives the answers of a batch, by the indices of their prompts, when they are complete.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
@@ -72,14 +73,15 @@ def generate(
     Raises:
         OutOfMemoryError: A prompt by itself does not fit.
     """
-    assert tell is None or len(prompts) == 1
+    assert on_text is None or len(prompts) == 1
     was_training = model.training
     model.eval()
-    torch.manual_seed(sampling.seed)
-    draw = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+    torch.manual_seed(sampling.seed)  # `model.generate` samples from the global generator
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     device = next(model.parameters()).device
 
     def work(chosen: list[int]) -> dict[int, str]:
+        # Padding on the left: the last position of every row is the end of its prompt, where generation begins.
         longest = max(len(prompts[index]) for index in chosen)
         rows = [[padding] * (longest - len(prompts[i])) + list(prompts[i]) for i in chosen]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
@@ -91,23 +93,25 @@ def generate(
             do_sample=bool(sampling.temperature),
             pad_token_id=padding,
             eos_token_id=end_tokens(model.generation_config, tokenizer),
-            streamer=None if tell is None else _Stream(tokenizer, tell),
-            **draw,
+            streamer=None if on_text is None else _Stream(tokenizer, on_text),
+            **sampled,
             **stops,
             **options_of(chosen),
-        )[:, longest:]
+        )[:, longest:]  # without the prompts
         texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True)
+        # The texts still have their stop strings, and padding after them.
         return {index: up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
 
     answers = [""] * len(prompts)
     done = 0
     try:
+        # Every process of a sharded model takes part in each all-gather: none may split its batches by itself.
         may_halve = sharded_base(model) is None
         for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work, may_halve=may_halve):
             for index, text in written.items():
                 answers[index] = text
             done += len(chosen)
-            tell_batch(written)
+            on_batch(written)
             report_rows(done)
     finally:
         model.train(was_training)
@@ -115,65 +119,66 @@ def generate(
 
 
 def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those that the model's own generation settings name."""
+    """The ids that end an answer: the tokenizer's end token, and those in the model's generation settings."""
     named = settings.eos_token_id
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return sorted({*own, *(named if isinstance(named, list) else [named] if named is not None else [])})
 
 
 def up_to(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of the stops."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+    """The text before the first stop string."""
+    return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))]
 
 
 class _Stop(StoppingCriteria):
-    """Ends each row of a batch at the first of some texts.
+    """Ends each row of a batch at its first stop string.
 
-    The end of what is written is decoded anew for each token: which tokens write a text depends on what stands around.
+    The last tokens are decoded again at every step, because the tokens of a text depend on the text around it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
-        # Every token writes at least a byte, or nothing and is special; a letter before may be cut in half.
+        # In tokens: each one decodes to at least one byte, unless it is special. 4 more for a character that the
+        # window cuts in half at its beginning.
         self.window = max(len(stop.encode()) for stop in stops) + 4
         self.written = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        """Which rows are at their end, shape (B,)."""
-        self.written += 1
+        """Whether each row has ended, shape (B,)."""
+        self.written += 1  # never decode the prompt: a stop string in it does not count
         tails = self.tokenizer.batch_decode(input_ids[:, -min(self.window, self.written) :], skip_special_tokens=True)
         return torch.tensor([any(stop in tail for stop in self.stops) for tail in tails], device=input_ids.device)
 
 
 class _Stream(BaseStreamer):
-    """Tells the text of one row token by token; all pieces together are the answer as `generate` returns it.
+    """Streams the text of one row token by token; the concatenated pieces are the answer that `generate` returns.
 
-    What is written is decoded as a whole each time: many tokens say what they say only behind the ones before.
+    The full answer is decoded at every token, because the text of many tokens depends on the tokens before them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> None:
-        self.tokenizer, self.tell = tokenizer, tell
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
         self.ids: list[int] | None = None
-        self.told = ""
+        self.sent = ""
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, which comes first and is not told, or the next token."""
+        """Take the next token. The first call has the prompt, which is not streamed."""
         if self.ids is None:
             self.ids = []
             return
         self.ids += value.flatten().tolist()
         text = self._text()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a letter is still to come
-            self._tell_up_to(text)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the remaining bytes of a character are still to come
+            self._send_up_to(text)
 
     def end(self) -> None:
-        """Tell what was held back."""
-        self._tell_up_to(self._text())
+        """Send the rest, with a character that stayed incomplete."""
+        self._send_up_to(self._text())
 
     def _text(self) -> str:
         return self.tokenizer.decode(self.ids or [], skip_special_tokens=True)
 
-    def _tell_up_to(self, text: str) -> None:
-        if piece := text[len(self.told) :]:
-            self.tell(piece)
-            self.told = text
+    def _send_up_to(self, text: str) -> None:
+        if piece := text[len(self.sent) :]:
+            self.on_text(piece)
+            self.sent = text

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, by name. The package is optional: it is imported when a task is made."""
+"""Tasks of lm-evaluation-harness, by name. The package is optional: it is imported when a task is created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.run.events import EventHandler, Phase
 
 
 class Harness(Task):
-    """A task or a group of tasks of the harness.
+    """A task or a group of tasks of lm-evaluation-harness.
 
     Args:
         section: Its section.
@@ -59,24 +59,24 @@ class Harness(Task):
 
         Raises:
             EnvironmentFault: The task's data set cannot be fetched.
-            UnsupportedError: It asks for answers in a way that we have not.
+            UnsupportedError: It needs a way of sampling that ft lacks.
         """
         from lm_eval.evaluator import evaluate as harness_evaluate
 
         from finetune.evaluation.harness_model import InMemory
 
-        told = self.section.chat_template
+        chat_template = self.section.chat_template
         on_event(Phase(f"reading the data of {self.name}"))
         try:
             tasks = self._manager.load([self.name])
             _prepare(tasks["tasks"].values(), self.section.shots)
             found = harness_evaluate(
-                lm=InMemory(engine, self._tell(engine, "requests", on_event)),
+                lm=InMemory(engine, self._on_progress(engine, "requests", on_event)),
                 task_dict=tasks,
                 limit=limit,
-                apply_chat_template=engine.uses_chat_template if told is None else told,
+                apply_chat_template=engine.uses_chat_template if chat_template is None else chat_template,
                 fewshot_as_multiturn=True,
-                bootstrap_iters=0,
+                bootstrap_iters=0,  # intervals are computed here, from the scores of the rows
             )
         except OSError as error:  # no network, or no such data set any more
             raise EnvironmentFault(
@@ -88,31 +88,32 @@ class Harness(Task):
 
 
 def _prepare(tasks: Iterable[Any], shots: int | None) -> None:
-    """Set examples and seeds as `lm-eval run` does, so that its scores are ours."""
+    """Set examples and seeds as `lm-eval run` does, so that scores are the same."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
+    # Some tasks sample with the global generators.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     for task in tasks:
         own = task.get_config("num_fewshot")
-        if own is None or (shots is not None and own != 0):  # a task that says 0 is made for 0
+        if own is None or (shots is not None and own != 0):  # a task with 0 examples stays at 0
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _measurement(name: str, found: Any) -> Measurement:
-    """What the harness found: columns where a score is a mean over rows, and the numbers alone elsewhere."""
+    """The results of the harness: columns for scores that are means over rows, single numbers for all others."""
     columns: list[Column] = []
     further: dict[str, float] = {}
     for task, results in {**found["results"], **found.get("groups", {})}.items():
         rows = list(_rows(task, found))
         for key, value in results.items():
-            metric, comma, way = key.partition(",")
+            metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            title = metric if way == "none" else f"{metric}[{way}]"
+            title = metric if filter_name == "none" else f"{metric}[{filter_name}]"
             title = title if task == name else f"{task}/{title}"
-            column = _column(title, metric, way, rows, value)
+            column = _column(title, metric, filter_name, rows, value)
             if column is None:
                 further[title] = float(value)
             else:
@@ -123,32 +124,33 @@ def _measurement(name: str, found: Any) -> Measurement:
 
 
 def _rows(task: str, found: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a task, or of all tasks of a group, by their places."""
+    """The rows of a task, or of all tasks of a group, by their locations."""
     for part in found["group_subtasks"].get(task, ()):
-        yield from ((f"{part}/{place}", row) for place, row in _rows(part, found))
+        yield from ((f"{part}/{where}", row) for where, row in _rows(part, found))
     yield from ((str(row["doc_id"]), row) for row in found["samples"].get(task, ()))
 
 
 def _column(
-    title: str, metric: str, way: str, rows: Sequence[tuple[str, dict[str, Any]]], value: float
+    title: str, metric: str, filter_name: str, rows: Sequence[tuple[str, dict[str, Any]]], value: float
 ) -> Column | None:
-    """A metric row by row, if its mean is the harness' own result."""
-    measured = [(place, row[metric]) for place, row in rows if row["filter"] == way and metric in row]
+    """The metric per row, if its mean is the result of the harness; else the harness aggregates in another way."""
+    measured = [(where, row[metric]) for where, row in rows if row["filter"] == filter_name and metric in row]
     if not measured or not all(isinstance(score, int | float) for _, score in measured):
         return None
-    places, scores = [place for place, _ in measured], [float(score) for _, score in measured]
+    locations, scores = [where for where, _ in measured], [float(score) for _, score in measured]
+    # The result may be a median, a corpus score or a weighted mean: a bootstrap of rows would be about another number.
     if not math.isclose(fmean(scores), value, rel_tol=1e-9, abs_tol=1e-12):
         return None
     is_binary = set(scores) <= {0.0, 1.0}
-    form: MetricUnit = "share" if all(0 <= score <= 1 for score in scores) else "nats"
-    return Column.of(Metric(title, mean, form, is_binary), places, [(score, 1) for score in scores])
+    unit: MetricUnit = "share" if all(0 <= score <= 1 for score in scores) else "nats"
+    return Column.of(Metric(title, mean, unit, is_binary), locations, [(score, 1) for score in scores])
 
 
 def _record(task: str, row: dict[str, Any]) -> dict[str, Any]:
-    asked = row["arguments"]
+    arguments = row["arguments"]
     return {
         "row": f"{task}/{row['doc_id']}" + ("" if row["filter"] == "none" else f"[{row['filter']}]"),
-        "prompt": str(asked[0][0]),
+        "prompt": str(arguments[0][0]),
         "references": [str(row["target"])],
         "answer": row["filtered_resps"],
         "scores": {metric: row[metric] for metric in row["metrics"]},
@@ -156,11 +158,12 @@ def _record(task: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Keep remarks and bars of the harness off the terminal: what matters of them, our own lines say."""
+    """Hide log lines and progress bars of the harness: ft prints its own."""
     import datasets
     from lm_eval.api import task
 
     for name in ("lm_eval", "datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    # The harness has no setting for this bar.
     task.tqdm = lambda rows, **options: rows

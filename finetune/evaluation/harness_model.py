@@ -1,4 +1,4 @@
-"""A model in memory as lm-evaluation-harness asks it, through our templates, batches and kept results."""
+"""An `Engine` as a model of lm-evaluation-harness, with ft's templates, batches and prediction cache."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
-from finetune.evaluation.engine import Engine, Tell
+from finetune.evaluation.engine import Engine, OnProgress
 from finetune.evaluation.generation import Sampling
 from finetune.models.loading.chat_template_guard import render
 
 MAX_POSITIONS = 2048
-"""Tokens of a row where nothing says how many the model can read."""
+"""Context length where the model's is unknown."""
 
 LONGEST_ANSWER = 256
-"""Tokens of an answer where the task does not say; the harness' own number."""
+"""Tokens of an answer where the task sets none; the default of the harness."""
 
 KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
 class InMemory(TemplateLM):  # type: ignore[misc]
-    """A model as the harness asks it.
+    """A model of the harness.
 
-    Tokens, truncation and stops are as those of the harness' own class for transformers, so that scores are the same.
+    Tokens, truncation and stop strings equal those of the harness' own class for transformers (`HFLM`), so that scores
+    are the same.
 
     Args:
         engine: The model.
-        tell: Told how many requests are done.
+        on_progress: Receives the number of requests that are done.
     """
 
-    def __init__(self, engine: Engine, tell: Tell) -> None:
+    def __init__(self, engine: Engine, on_progress: OnProgress) -> None:
         super().__init__()
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.max_length = engine.positions or MAX_POSITIONS
-        self._tell = tell
+        self._on_progress = on_progress
 
     @property
     def eot_token_id(self) -> int:
@@ -51,17 +52,17 @@ class InMemory(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without a context."""
+        """The token before a text without a context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
-        """A name for requests that the harness keeps."""
+        """The name under which the harness caches requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns as text, through the template of training."""
+        """Turns as text, through the chat template."""
         return render(
             self.tokenizer,
             chat_history,
@@ -70,7 +71,7 @@ class InMemory(TemplateLM):  # type: ignore[misc]
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids; without a word on special tokens those of the tokenizer, which begin a text once."""
+        """Token ids. By default with the tokenizer's special tokens, unless the text begins with them."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -80,17 +81,17 @@ class InMemory(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         examples = []
         for _, context, continuation in requests:
-            ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is not read
-            before = max(1, len(ids) - len(continuation))  # the first token has nothing before it
+            ids = (context + continuation)[-(self.max_length + 1) :]  # the last token is predicted, not read
+            before = max(1, len(ids) - len(continuation))  # the first token has no prediction
             examples.append(Example(ids, [False] * before + [True] * (len(ids) - before)))
-        return [(each.log_prob, each.is_greedy) for each in self.engine.likelihoods(examples, self._tell)]
+        return [(each.log_prob, each.is_greedy) for each in self.engine.likelihoods(examples, self._on_progress)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """How likely each continuation is after its context, and whether it is what the model would write."""
+        """The log-likelihood of each continuation after its context, and whether greedy decoding would generate it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, longer ones in windows."""
+        """The log-likelihood of full texts, longer ones in windows."""
         windows = [
             [
                 (None, *make_disjoint_window(window))
@@ -107,40 +108,40 @@ class InMemory(TemplateLM):  # type: ignore[misc]
         return [math.fsum(next(found)[0] for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to the first of the texts that end it.
+        """Answers, each up to its first stop string.
 
         Raises:
-            UnsupportedError: The task draws tokens in a way that we have not.
+            UnsupportedError: The task needs a way of sampling that ft lacks.
         """
         prompts, groups = [], dict[Sampling, list[int]]()
         repeats: Counter[tuple[str, Sampling]] = Counter()
-        for number, request in enumerate(requests):
+        for index, request in enumerate(requests):
             text, settings = request.args
             sampling = _sampling(settings)
-            drawn_before = repeats[text, sampling] if sampling.temperature else 0
+            sampled_before = repeats[text, sampling] if sampling.temperature else 0
             repeats[text, sampling] += 1
-            # Asked for several draws, the model must not be given what it drew first.
-            groups.setdefault(replace(sampling, seed=drawn_before), []).append(number)
+            # A task may ask for several samples of one prompt. Different seeds separate them, or the cache would return the
+            # first one again.
+            groups.setdefault(replace(sampling, seed=sampled_before), []).append(index)
             room = self.max_length - sampling.max_new_tokens
             if room <= 0:
                 raise UnsupportedError(
                     f"the task asks for {sampling.max_new_tokens} tokens of a model with {self.max_length} positions",
                     where=self.engine.label,
-                    hint="leave the task out",
+                    hint="drop the task",
                 )
             prompts.append(self.tok_encode(text)[-room:])
         answers = [""] * len(requests)
         done = 0
-        for sampling, numbers in groups.items():
-            asked = [prompts[number] for number in numbers]
+        for sampling, indices in groups.items():
             written = self.engine.answers(
-                asked,
+                [prompts[index] for index in indices],
                 sampling,
-                lambda rows, _, before=done: self._tell(before + rows, len(requests)),  # type: ignore[misc]
+                lambda rows, _, before=done: self._on_progress(before + rows, len(requests)),  # type: ignore[misc]
             )
-            done += len(numbers)
-            for number, text in zip(numbers, written, strict=True):
-                answers[number] = text
+            done += len(indices)
+            for index, text in zip(indices, written, strict=True):
+                answers[index] = text
         return answers
 
 
@@ -149,7 +150,7 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
     if unknown := sorted(set(kwargs) - KNOWN_SETTINGS):
         raise UnsupportedError(
             f"the task sets {', '.join(unknown)} for its answers, which ft eval does not know",
-            hint="leave the task out",
+            hint="drop the task",
         )
     until = kwargs.get("until") or []
     return Sampling(

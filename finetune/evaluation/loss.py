@@ -1,4 +1,4 @@
-"""Held-out loss, a batch at a time: no logits outlive their batch."""
+"""Validation loss, computed batch by batch: no logits outlive their batch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from finetune.train.loss import summed_cross_entropy
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Loss over held-out rows.
+    """Loss over validation rows.
 
     Attributes:
-        loss: Mean over all trained tokens, in nats.
+        loss: Mean cross-entropy over all target tokens, in nats.
         rows: Rows that it was measured on.
-        tokens: Trained tokens of those rows.
+        tokens: Target tokens of those rows.
     """
 
     loss: float
@@ -36,7 +36,7 @@ class ValidationLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond a double."""
+        """exp(loss); infinite where that exceeds float64."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -51,20 +51,21 @@ def compute_validation_loss(
     make_batch: Callable[[Sequence[Example]], Batch],
     report_rows: Callable[[int], None] = lambda rows: None,
 ) -> ValidationLoss:
-    """The mean loss per trained token over `examples`, shared out over all processes.
+    """The mean loss per target token over `examples`, which are split over all processes.
 
-    Where memory is short, passes are halved until they fit; see `in_batches`. Not so where processes hold shares of the
-    model, each of which is part of every pass: then one that has a row less than another passes an empty one.
+    Where memory is short, batches are halved until they fit; see `in_batches`. Batches of a sharded model are not,
+    because every process takes part in the all-gathers of every pass. There, a process with one row less than others
+    adds a row without target tokens.
 
     Args:
-        model: Put into evaluation mode, and back afterwards; without a wrapper for several processes, which need not
-            make equally many passes unless they hold shares of it.
+        model: Set to evaluation mode, and back afterwards. Without a DDP wrapper: unless the model is sharded,
+            processes may run different numbers of passes.
         examples: At least one.
         accelerator: Processes and device.
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass.
-        make_batch: Lays out the rows of one forward pass, as the model can read them.
-        report_rows: Told how many rows this process has done.
+        make_batch: Collates the rows of one forward pass.
+        report_rows: Receives the number of rows that this process has done.
 
     Raises:
         OutOfMemoryError: In some process a row by itself does not fit; all of them raise it.
@@ -72,10 +73,12 @@ def compute_validation_loss(
     device = accelerator.device
     was_training = model.training
     model.eval()
+    # Rows are dealt out by length, so that all processes have about the same work.
     by_length = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     own = [examples[row] for row in by_length[accelerator.process_index :: accelerator.num_processes]]
     is_sharded = sharded_base(model) is not None
     if is_sharded and len(own) * accelerator.num_processes < len(examples):
+        # Without target tokens: it takes part in the collectives, and adds nothing to loss and count.
         own.append(Example(examples[0].ids[:2], [False] * len(examples[0].ids[:2])))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = done = 0
@@ -85,7 +88,8 @@ def compute_validation_loss(
         with autocast(device, compute_dtype):
             return summed_cross_entropy(model, batch), batch.targets
 
-    with suppress(OutOfMemoryError):  # told below, by all processes
+    # Suppressed here: a process that raised alone would leave the others waiting in `reduce`. All raise below.
+    with suppress(OutOfMemoryError):
         for rows, (batch_loss, targets) in in_batches(
             [len(row.ids) for row in own], batch_size, work, may_halve=not is_sharded
         ):
@@ -94,12 +98,13 @@ def compute_validation_loss(
             done += len(rows)
             report_rows(done)
     model.train(was_training)
+    # Sums over all processes, not a mean of means: processes have different numbers of tokens.
     sums = torch.stack([loss_sum, loss_sum.new_tensor(tokens), loss_sum.new_tensor(done < len(own))])
     total, count, is_short = accelerator.reduce(sums, "sum").tolist()
     if is_short:
         raise OutOfMemoryError(
-            "out of memory: the longest held-out row does not fit by itself",
+            "out of memory: the longest validation row does not fit by itself",
             where="evaluation",
-            hint="hold out shorter rows, or lower data.max_length",
+            hint="validate on shorter rows, or lower data.max_length",
         )
     return ValidationLoss(loss=total / count, rows=len(examples), tokens=int(count))

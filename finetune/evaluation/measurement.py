@@ -1,4 +1,4 @@
-"""What a model reached in a task, and how sure that is. Shape legend: N rows, C counts of a metric."""
+"""Scores of a model in a task with confidence intervals. Shape legend: N rows, C counts of a metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.evaluation.overlap import Numbers
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 AT_ONCE = 1 << 22
-"""Numbers of drawn rows that exist together."""
+"""Elements of the matrix of resampled row counts that are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Column:
 
     Attributes:
         metric: The metric.
-        rows: The place of each row.
-        counts_NC: What the metric counts in each row.
+        rows: The location of each row.
+        counts_NC: The counts of the metric in each row.
     """
 
     metric: Metric
@@ -50,12 +50,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model reached in a task.
+    """Scores of a model in a task.
 
     Attributes:
-        columns: The metrics that are counted row by row.
-        records: What it said to each row, as JSON values; each names its `row`.
-        further: Scores that nothing is known of row by row.
+        columns: The metrics with counts per row.
+        records: The prediction for each row, as JSON values; each names its `row`.
+        further: Scores without counts per row.
     """
 
     columns: tuple[Column, ...]
@@ -65,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number, and the interval that holds its true value with `CONFIDENCE`."""
+    """A value and its confidence interval at the level `CONFIDENCE`."""
 
     value: float
     low: float
@@ -74,12 +74,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How far one model is from another on the same rows.
+    """The difference of two models on the same rows.
 
     Attributes:
-        change: Ours less theirs.
-        better: Rows that only ours has right, where a row is right or wrong.
-        worse: Rows that only theirs has right.
+        change: Ours minus theirs.
+        better: Rows that only ours has right; empty unless the metric is binary.
+        worse: Rows that only theirs has right; empty unless the metric is binary.
     """
 
     change: Interval
@@ -88,10 +88,10 @@ class PairedDifference:
 
 
 def interval(column: Column) -> Interval:
-    """The score with its interval.
+    """The score with its confidence interval.
 
-    Of shares of rows that are right, Wilson's: no draw of rows that are all right tells how sure that is. Of all others
-    the percentile bootstrap over rows, drawn by one seed.
+    Binary metrics get Wilson's score interval, because a bootstrap of rows that are all right has no width. All other
+    metrics get the percentile bootstrap over rows, with a fixed seed.
 
     Source: Wilson 1927, Probable Inference; Efron 1979, Bootstrap Methods; for scores of corpora Koehn 2004, section 3.
     """
@@ -101,43 +101,47 @@ def interval(column: Column) -> Interval:
 
 
 def difference(ours: Column, theirs: Column) -> PairedDifference:
-    """The paired comparison of two models: each draw takes the same rows of both.
+    """The paired bootstrap: every resample takes the same rows of both models.
 
     Source: Koehn 2004, Statistical Significance Tests for Machine Translation Evaluation, section 4.
     """
-    assert ours.rows == theirs.rows, "both models answer the same rows"
+    assert ours.rows == theirs.rows, "both models are measured on the same rows"
+    # Side by side, so that one resample of rows sums the counts of both models.
     split = ours.counts_NC.shape[1]
-    score = ours.metric.score
+    score = ours.metric.score  # of a sum, not a mean of scores: BLEU and perplexity are no means over rows
     both = np.hstack([ours.counts_NC, theirs.counts_NC])
     changes = [score(sum_C[:split]) - score(sum_C[split:]) for sum_C in _resampled(both)]
     flips = [ours.row_score(row) - theirs.row_score(row) for row in range(len(ours.rows))]
-    places = list(zip(ours.rows, flips, strict=True)) if ours.metric.is_binary else []
+    by_row = list(zip(ours.rows, flips, strict=True)) if ours.metric.is_binary else []
     return PairedDifference(
         change=_spread(ours.value - theirs.value, changes),
-        better=tuple(row for row, flip in places if flip > 0),
-        worse=tuple(row for row, flip in places if flip < 0),
+        better=tuple(row for row, flip in by_row if flip > 0),
+        worse=tuple(row for row, flip in by_row if flip < 0),
     )
 
 
-def _wilson(share: float, rows: int) -> Interval:
+def _wilson(fraction: float, rows: int) -> Interval:
+    """Wilson 1927, equation for the interval of a binomial proportion, without continuity correction."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
-    reach = z / (1 + z**2 / rows) * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
+    middle = (fraction + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    reach = z / (1 + z**2 / rows) * math.sqrt(fraction * (1 - fraction) / rows + z**2 / (4 * rows**2))
+    # Clipped: rounding puts the ends slightly outside of [0, 1] for fractions of 0 and 1.
+    return Interval(fraction, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
 def _resampled(counts_NC: Numbers) -> Iterator[Numbers]:
-    """The sum of the counts of as many rows, drawn with repetition, RESAMPLES times; the same draws for the same N."""
+    """RESAMPLES sums of the counts (C,) of N rows that are drawn with replacement; the same draws for the same N."""
     rows = len(counts_NC)
-    generator = np.random.default_rng(rows)
-    at_once = max(1, AT_ONCE // rows)
+    generator = np.random.default_rng(rows)  # the seed is N: equal rows of two models get equal resamples
+    at_once = max(1, AT_ONCE // rows)  # chunks do not change the stream of random numbers
     for begin in range(0, RESAMPLES, at_once):
+        # How often each row was drawn: (resamples, N) @ (N, C) sums the counts without copying rows.
         draws = generator.multinomial(rows, np.full(rows, 1 / rows), size=min(at_once, RESAMPLES - begin))
         yield from draws @ counts_NC
 
 
 def _spread(value: float, draws: Sequence[float]) -> Interval:
-    tail = (1 - CONFIDENCE) / 2
-    with np.errstate(invalid="ignore"):  # a perplexity beyond a double
+    tail = (1 - CONFIDENCE) / 2  # two-sided
+    with np.errstate(invalid="ignore"):  # infinite perplexities: inf - inf is NaN
         low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(value, float(low), float(high))

@@ -1,7 +1,7 @@
-"""Scores of a model's answers against the data set's own.
+"""Scores of a model's answers against reference answers.
 
-Every score is worked out of a sum over rows, so that rows can be drawn anew for a confidence interval. Of most metrics
-the sum has a row's score and 1, and the score of all rows is their mean.
+A metric is a vector of counts per row, and a score of their sum. A bootstrap can therefore resample rows and sum their
+counts again. Most metrics count (score of the row, 1), so that the score of the sum is the mean.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from finetune.evaluation.overlap import Numbers
 from finetune.recipe.sections.evaluation import Answers
 
 MetricUnit = Literal["share", "points", "nats"]
-"""In [0, 1]; in [0, 100]; of a logarithm or its exponential."""
+"""`share`: a fraction in [0, 1]. `points`: in [0, 100]. `nats`: a loss or its exponential. Values in `results.json`."""
 
+# Removed before words are compared, as in the evaluation script of SQuAD.
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -33,14 +34,14 @@ class Metric:
 
     Attributes:
         name: In results and gates.
-        score: The score, of the sum of the rows' counts, shape (C,).
-        form: Its unit.
-        is_binary: Whether a row by itself is right or wrong, so that two models can be compared row by row.
+        score: The score, given the sum of the rows' counts, shape (C,).
+        unit: Its unit.
+        is_binary: Whether each row scores 0 or 1.
     """
 
     name: str
     score: Callable[[Numbers], float]
-    form: MetricUnit = "share"
+    unit: MetricUnit = "share"
     is_binary: bool = False
 
 
@@ -49,14 +50,14 @@ class AnswerMetric(Metric):
     """A score of generated answers.
 
     Attributes:
-        count: A row's counts, of its answer and references.
+        count: A row's counts (C,), given its answer and references.
     """
 
     count: Callable[[str, Sequence[str]], Sequence[float]] = lambda answer, references: ()
 
 
 def prediction(answer: str) -> str:
-    """What a model says once it has thought: all of an answer, or what follows the thinking in it."""
+    """The answer without its reasoning: the text after the last `</think>`, or all of it."""
     return answer.rpartition("</think>")[2]
 
 
@@ -66,20 +67,20 @@ def mean(counts_C: Numbers) -> float:
 
 
 def perplexity(counts_C: Numbers) -> float:
-    """exp(mean); infinite where that is beyond a double."""
+    """exp(mean); infinite where that exceeds float64."""
     return math.exp(loss) if (loss := mean(counts_C)) < 700 else math.inf
 
 
-LOSS = Metric("loss", mean, form="nats")
-PERPLEXITY = Metric("perplexity", perplexity, form="nats")
+LOSS = Metric("loss", mean, unit="nats")
+PERPLEXITY = Metric("perplexity", perplexity, unit="nats")
 
 
 def answer_metrics(section: Answers) -> list[AnswerMetric]:
-    """The metrics that a section asks for, in its order."""
-    asked = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
+    """The metrics of a section, in its order."""
+    metrics = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
     if section.pattern is not None:
-        asked.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_binary=True))
-    return asked
+        metrics.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_binary=True))
+    return metrics
 
 
 def best_of(metric: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
@@ -88,7 +89,7 @@ def best_of(metric: Callable[[str, str], float], answer: str, references: Sequen
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the two texts are equal but for white space around them, else 0."""
+    """1 where the two texts are equal except for white space around them, else 0."""
     return float(answer.strip() == reference.strip())
 
 
@@ -98,10 +99,10 @@ def accuracy(answer: str, reference: str) -> float:
 
 
 def json_valid(answer: str) -> float:
-    """1 where the answer is one JSON value (RFC 8259) and nothing else but white space, else 0."""
+    """1 where the answer is a single JSON value (RFC 8259), with white space around it at most, else 0."""
     try:
         json.loads(answer, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # answers may be nested deeper than Python's stack
         return 0.0
     return 1.0
 
@@ -113,9 +114,9 @@ def token_f1(answer: str, reference: str) -> float:
     no punctuation, no articles.
     """
     given, wanted = _words(answer), _words(reference)
-    if not given or not wanted:
+    if not given or not wanted:  # F1 is undefined: 1 only if both are empty, as in the evaluation script of SQuAD
         return float(given == wanted)
-    common = sum((Counter(given) & Counter(wanted)).values())
+    common = sum((Counter(given) & Counter(wanted)).values())  # a repeated word counts as often as both have it
     if not common:
         return 0.0
     precision, recall = common / len(given), common / len(wanted)
@@ -127,7 +128,7 @@ def _words(text: str) -> list[str]:
 
 
 def _refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity, which JSON has not."""
+    """Python's parser accepts NaN and Infinity, which are not JSON."""
     raise ValueError(name)
 
 
@@ -148,8 +149,8 @@ _METRICS = {
         _mean_of("rouge1", partial(best_of, partial(overlap.rouge_n, order=1))),
         _mean_of("rouge2", partial(best_of, partial(overlap.rouge_n, order=2))),
         _mean_of("rouge_l", partial(best_of, overlap.rouge_l)),
-        AnswerMetric("bleu", overlap.bleu, form="points", count=overlap.bleu_counts),
-        AnswerMetric("chrf", overlap.chrf, form="points", count=overlap.chrf_counts),
+        AnswerMetric("bleu", overlap.bleu, unit="points", count=overlap.bleu_counts),
+        AnswerMetric("chrf", overlap.chrf, unit="points", count=overlap.chrf_counts),
         _mean_of("json_valid", lambda answer, references: json_valid(answer), is_binary=True),
     )
 }

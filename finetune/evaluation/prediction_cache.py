@@ -1,4 +1,4 @@
-"""What a model made of single rows, kept in the cache, so that an evaluation that was interrupted goes on."""
+"""Predictions for single rows, kept on disk, so that an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class PredictionCache:
-    """The results of one model.
+    """The predictions of one model.
 
-    A file of one JSON object a line, which several processes may add to. A line that is cut off is no result.
+    A JSON Lines file that several processes may append to. An incomplete line is ignored.
 
     Args:
-        facts: All that the results depend on beside what is asked: weights, types, versions.
+        facts: Everything that predictions depend on beside the prompt: weights, types, versions. The key of the file.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -32,28 +32,29 @@ class PredictionCache:
         self._is_writable = True
 
     def get(self, key: str) -> Any:
-        """The result of a key; None where there is none."""
+        """The prediction of a key; None where there is none."""
         return self._results.get(key)
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Keep results. A disk that is full costs a warning: they can be worked out again."""
-        self._results.update(results)
+        """Add predictions. A full disk is only a warning, because they can be recomputed."""
+        self._results.update(results)  # in memory in any case: the current evaluation needs them
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in results.items())
         try:
             with disk_faults(self._file), self._file.open("a+b") as file:
+                # `a+`: appends are at the end even if another process has written since the file was opened.
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if file.tell():
+                if file.tell():  # a process that died has perhaps left half a line: end it
                     file.seek(-1, 2)
                     lines = lines if file.read() == b"\n" else "\n" + lines
                 file.write(lines.encode())
         except EnvironmentFault as fault:
             if self._is_writable:
-                logger.warning("results are not kept for a next time: %s: %s", fault.where, fault.what)
-            self._is_writable = False
+                logger.warning("predictions are not cached: %s: %s", fault.where, fault.what)
+            self._is_writable = False  # one warning, not one a batch
 
 
 def digest(facts: Any) -> str:
-    """A name for JSON values."""
+    """A hash of JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""What `ft eval` measures: answers, choices and losses, on rows that are held out or rows of a task of their own."""
+"""The tasks of `ft eval`: answers, choices and losses, on the validation rows of a recipe or on rows of a task."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune.data.documents import Conversation
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
 from finetune.data.tokenized_source import numbered_rows
 from finetune.errors import DataError
-from finetune.evaluation.engine import Engine, Tell
+from finetune.evaluation.engine import Engine, OnProgress
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, Metric, answer_metrics, mean, prediction
 from finetune.recipe.sections.evaluation import (
-    HELD_OUT,
+    VALIDATION,
     Answers,
     ChooseTask,
     Evaluation,
@@ -34,7 +34,7 @@ from finetune.run.events import EventHandler, Progress
 logger = logging.getLogger(__name__)
 
 SEED = 0
-"""Of the draw of a source's `rows`: the same rows for every model."""
+"""Seed of the sample of `rows` of a source: the same rows for every model."""
 
 ACCURACY = Metric("accuracy", mean, is_binary=True)
 ACCURACY_BY_LENGTH = Metric("accuracy_norm", mean, is_binary=True)
@@ -44,12 +44,12 @@ R = TypeVar("R", bound=RowsTask)
 
 
 class Task(ABC):
-    """Something to measure.
+    """A task.
 
     Attributes:
-        name: What it is called in results and gates.
-        metrics: Names of its metrics; None where only its results tell.
-        has_loss: Whether it measures a loss per token, which models with other tokens cannot be compared by.
+        name: Its name in results and gates.
+        metrics: Names of its metrics; None where they are known after the measurement only.
+        has_loss: Whether it measures a loss per token. Models with different tokenizers cannot be compared by it.
     """
 
     name: str
@@ -63,34 +63,34 @@ class Task(ABC):
         Args:
             engine: The model.
             limit: Take the first so many rows; None for all.
-            on_event: Told how far it is.
+            on_event: Receives the progress.
 
         Raises:
             DataError: A row cannot be used.
         """
 
-    def _tell(self, engine: Engine, doing: str, on_event: EventHandler) -> Tell:
+    def _on_progress(self, engine: Engine, doing: str, on_event: EventHandler) -> OnProgress:
         return lambda done, total: on_event(Progress(f"{engine.label}: {self.name}, {doing}", done, total))
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A prompt, and the place of its row."""
+class _PromptRow:
+    """A prompt, and the location of its row."""
 
     row: str
     prompt: Prompt
 
 
-class HeldOut(Task):
-    """The held-out rows of a recipe: their loss, and answers to the first of them.
+class ValidationTask(Task):
+    """The validation rows of a recipe: their loss, and answers to the first of them.
 
     Args:
-        split: The rows as the training had them.
+        split: The rows as training used them.
         section: The recipe's section.
         train_on: As in the recipe.
     """
 
-    name = HELD_OUT
+    name = VALIDATION
     has_loss = True
 
     def __init__(self, split: TokenizedDataset, section: Evaluation, train_on: TrainOn) -> None:
@@ -102,23 +102,23 @@ class HeldOut(Task):
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
-        split = self.split[: self.section.max_rows][:limit]
+        split = self.split[: self.section.max_rows][:limit]  # as training measures it
         places = [split.place(row) for row in range(len(split))]
-        columns = _losses(places, list(split), engine, self._tell(engine, "loss", on_event))
+        columns = _losses(places, list(split), engine, self._on_progress(engine, "loss", on_event))
         encoder = Encoder(engine.tokenizer, self.train_on)
-        whole = islice(_asked(self.split.documents(), encoder), self.section.generation_rows)
-        asked = self._cut(list(islice(whole, limit)), engine)
-        answers = _answers(asked, self.section, engine, self._tell(engine, "answers", on_event))
+        first = islice(_prompt_rows(self.split.documents(), encoder), self.section.generation_rows)
+        prompts = self._cut(list(islice(first, limit)), engine)
+        answers = _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
         return Measurement((*columns, *answers.columns), answers.records, {})
 
-    def _cut(self, asked: list[_Asked], engine: Engine) -> list[_Asked]:
-        """Prompts without what leaves no room for an answer at their beginning: rows that were cut in training too."""
+    def _cut(self, prompts: list[_PromptRow], engine: Engine) -> list[_PromptRow]:
+        """The prompts, cut at the beginning where no room for an answer is left: training truncated these rows too."""
         room = _room(self.section, engine)
-        if room is None or room < 1 or all(len(each.prompt.ids) <= room for each in asked):
-            return asked
-        cut = sum(len(each.prompt.ids) > room for each in asked)
-        logger.warning("the beginning of %d of %d prompts is cut: an answer must have room", cut, len(asked))
-        return [_Asked(each.row, Prompt(each.prompt.ids[-room:], each.prompt.references)) for each in asked]
+        if room is None or room < 1 or all(len(each.prompt.ids) <= room for each in prompts):
+            return prompts
+        cut = sum(len(each.prompt.ids) > room for each in prompts)
+        logger.warning("the beginning of %d of %d prompts is cut, to leave room for an answer", cut, len(prompts))
+        return [_PromptRow(each.row, Prompt(each.prompt.ids[-room:], each.prompt.references)) for each in prompts]
 
 
 class _OnRows(Task, Generic[R]):
@@ -153,50 +153,54 @@ class Generate(_OnRows[GenerateTask]):
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
-        asked = list(_asked(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
-        if not asked:
+        prompts = list(_prompt_rows(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
+        if not prompts:
             raise self._none_found()
-        return _answers(asked, self.section, engine, self._tell(engine, "answers", on_event))
+        return _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
 
 
 class Choose(_OnRows[ChooseTask]):
-    """Which of some answers the model finds likeliest: as they are, and by their length in characters."""
+    """Multiple choice: the answer of the highest likelihood, also normalized by length in characters.
+
+    The two scores are `acc` and `acc_norm` of lm-evaluation-harness.
+    """
 
     metrics = (ACCURACY.name, ACCURACY_BY_LENGTH.name)
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "last_turn")
-        asked = [(each, self._choices(each)) for each in _with_choices(self._documents(limit))]
-        if not asked:
+        questions = [(each, self._choices(each)) for each in _with_choices(self._documents(limit))]
+        if not questions:
             raise self._none_found()
         examples = [
             _without_end(encoder.example(_answered(each.document, choice), each.where), engine)
-            for each, choices in asked
+            for each, choices in questions
             for choice in choices
         ]
-        found = iter(engine.likelihoods(examples, self._tell(engine, "choices", on_event)))
+        found = iter(engine.likelihoods(examples, self._on_progress(engine, "choices", on_event)))
         rows, scores, records = [], [], []
-        for each, choices in asked:
-            probs = {choice: next(found).log_prob for choice in choices}
-            by_length = {choice: chance / max(1, len(choice)) for choice, chance in probs.items()}
-            chosen = max(probs, key=probs.__getitem__)
+        for each, choices in questions:
+            log_probs = {choice: next(found).log_prob for choice in choices}
+            by_length = {choice: log_prob / max(1, len(choice)) for choice, log_prob in log_probs.items()}
+            chosen = max(log_probs, key=log_probs.__getitem__)
             right = _references(each.document)
             rows.append(each.where)
+            # A longer answer has a lower likelihood: the normalized score divides by the length.
             scores.append((float(chosen in right), float(max(by_length, key=by_length.__getitem__) in right)))
             records.append(
                 {
                     "row": each.where,
                     "prompt": engine.tokenizer.decode(_prompt(encoder, each).ids),
                     "references": list(right),
-                    "choices": probs,
+                    "choices": log_probs,
                     "answer": chosen,
                     "scores": dict(zip(self.metrics, scores[-1], strict=True)),
                 }
             )
         columns = tuple(
-            Column.of(metric, rows, [(score[place], 1.0) for score in scores])
-            for place, metric in enumerate((ACCURACY, ACCURACY_BY_LENGTH))
+            Column.of(metric, rows, [(score[index], 1.0) for score in scores])
+            for index, metric in enumerate((ACCURACY, ACCURACY_BY_LENGTH))
         )
         return Measurement(columns, tuple(records), {})
 
@@ -219,7 +223,7 @@ class Choose(_OnRows[ChooseTask]):
 
 
 class Loss(_OnRows[LossTask]):
-    """The loss of the rows' trained tokens."""
+    """The loss of the rows' target tokens."""
 
     metrics = (LOSS.name, PERPLEXITY.name)
     has_loss = True
@@ -228,16 +232,16 @@ class Loss(_OnRows[LossTask]):
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "assistant")
         encoded = [(each.where, encoder.example(each.document, each.where)) for each in self._documents(limit)]
-        found = [(row, example) for row, example in encoded if example.targets]
+        found = [(row, example) for row, example in encoded if example.targets]  # others have no loss
         if not found:
             raise self._none_found()
         rows, examples = zip(*found, strict=True)
-        return Measurement(_losses(rows, examples, engine, self._tell(engine, "loss", on_event)), (), {})
+        return Measurement(_losses(rows, examples, engine, self._on_progress(engine, "loss", on_event)), (), {})
 
 
 @dataclass(frozen=True)
 class _WithChoices:
-    """A conversation whose last turn is one of several answers, and the place of its row."""
+    """A conversation whose last turn is one of several answers, and the location of its row."""
 
     document: Conversation
     where: str
@@ -247,7 +251,7 @@ def _with_choices(documents: Iterable[LocatedDocument]) -> Iterator[_WithChoices
     for each in documents:
         if not isinstance(each.document, Conversation) or each.document.messages[-1].role != "assistant":
             raise DataError(
-                "the row is no question with an answer to choose",
+                "the row is not a question with an answer to choose",
                 where=each.where,
                 hint="use data of format multiple_choice, classification, qa or instruction",
             )
@@ -255,18 +259,21 @@ def _with_choices(documents: Iterable[LocatedDocument]) -> Iterator[_WithChoices
 
 
 def _answered(document: Conversation, answer: str) -> Conversation:
-    """The same with another answer."""
-    *asked, last = document.messages
-    return replace(document, messages=(*asked, replace(last, content=answer, train=True, reasoning="")))
+    """The same conversation with another answer."""
+    *earlier, last = document.messages
+    return replace(document, messages=(*earlier, replace(last, content=answer, train=True, reasoning="")))
 
 
 def _without_end(example: Example, engine: Engine) -> Example:
-    """The row up to its last word: that an answer ends is no part of which answer it is."""
+    """The row up to the last token of its text.
+
+    The end-of-turn tokens are the same for all choices; their probability is not part of the choice.
+    """
     special = set(engine.tokenizer.all_special_ids)
-    words = [
-        place for place, is_target in enumerate(example.is_target) if is_target and example.ids[place] not in special
+    text = [
+        index for index, is_target in enumerate(example.is_target) if is_target and example.ids[index] not in special
     ]
-    end = words[-1] + 1 if words else len(example.ids)
+    end = text[-1] + 1 if text else len(example.ids)
     return Example(example.ids[:end], example.is_target[:end])
 
 
@@ -280,33 +287,36 @@ def _references(document: Conversation) -> tuple[str, ...]:
     return document.references or (document.messages[-1].content,)
 
 
-def _asked(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_Asked]:
-    """The rows that have a prompt."""
+def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_PromptRow]:
+    """The prompts of the rows that have one."""
     for each in documents:
         if (prompt := encoder.prompt(each.document, each.where)) is not None:
-            yield _Asked(each.where, prompt)
+            yield _PromptRow(each.where, prompt)
 
 
-def _losses(rows: Sequence[str], examples: Sequence[Example], engine: Engine, tell: Tell) -> tuple[Column, ...]:
-    found = engine.likelihoods(examples, tell)
+def _losses(
+    rows: Sequence[str], examples: Sequence[Example], engine: Engine, on_progress: OnProgress
+) -> tuple[Column, ...]:
+    found = engine.likelihoods(examples, on_progress)
     counts = [(-each.log_prob, each.tokens) for each in found]
     return tuple(Column.of(metric, rows, counts) for metric in (LOSS, PERPLEXITY))
 
 
-def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, tell: Tell) -> Measurement:
-    if not asked:
+def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on_progress: OnProgress) -> Measurement:
+    if not prompts:
         return Measurement((), (), {})
-    for each in asked:
+    for each in prompts:
         _refuse_lack_of_room(each, section, engine)
     sampling = Sampling(section.max_new_tokens)
-    answers = engine.answers([each.prompt.ids for each in asked], sampling, tell)
+    answers = engine.answers([each.prompt.ids for each in prompts], sampling, on_progress)
     columns = tuple(
         Column.of(
             metric,
-            [each.row for each in asked],
+            [each.row for each in prompts],
             [
+                # References of reasoning models contain their reasoning too.
                 metric.count(prediction(answer), [prediction(reference) for reference in each.prompt.references])
-                for each, answer in zip(asked, answers, strict=True)
+                for each, answer in zip(prompts, answers, strict=True)
             ],
         )
         for metric in answer_metrics(section)
@@ -317,25 +327,25 @@ def _answers(asked: Sequence[_Asked], section: Answers, engine: Engine, tell: Te
             "prompt": engine.tokenizer.decode(each.prompt.ids),
             "references": list(each.prompt.references),
             "answer": answer,
-            "scores": {column.metric.name: column.row_score(number) for column in columns},
+            "scores": {column.metric.name: column.row_score(index) for column in columns},
         }
-        for number, (each, answer) in enumerate(zip(asked, answers, strict=True))
+        for index, (each, answer) in enumerate(zip(prompts, answers, strict=True))
     )
     return Measurement(columns, records, {})
 
 
 def _room(section: Answers, engine: Engine) -> int | None:
-    """Tokens that a prompt may have before the longest answer; None where nothing says."""
+    """The most tokens of a prompt that leave room for the longest answer; None if the context length is unknown."""
     return None if engine.positions is None else engine.positions - section.max_new_tokens
 
 
-def _refuse_lack_of_room(asked: _Asked, section: Answers, engine: Engine) -> None:
+def _refuse_lack_of_room(prompt_row: _PromptRow, section: Answers, engine: Engine) -> None:
     most = _room(section, engine)
-    if most is not None and len(asked.prompt.ids) > most:
-        room = most + section.max_new_tokens - len(asked.prompt.ids)
+    if most is not None and len(prompt_row.prompt.ids) > most:
+        room = most + section.max_new_tokens - len(prompt_row.prompt.ids)
         raise DataError(
-            f"after its {len(asked.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
+            f"after its {len(prompt_row.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
             f"{engine.positions} positions of {engine.label}, not for {section.max_new_tokens}",
-            where=asked.row,
-            hint=f"set max_new_tokens to {room} or less" if room > 0 else "leave the row out",
+            where=prompt_row.row,
+            hint=f"set max_new_tokens to {room} or less" if room > 0 else "drop the row",
         )

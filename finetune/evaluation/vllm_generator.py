@@ -1,9 +1,9 @@
-"""Answers by vLLM, with the tokens, ends, limits and settings of our own generation. Imported only if asked for."""
+"""Answers by vLLM, with the tokens, ends, limits and settings of our own generation. Imported on demand."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,27 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
-from finetune.evaluation.engine import Generator
+from finetune.evaluation.engine import Generator, OnAnswers
 from finetune.evaluation.generation import Sampling, end_tokens, up_to
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.cache import cache_folder
 
-MANNERS = {
+VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for results
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # others may compute on this machine
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes may run on this machine
 }
-"""Environment variables that vLLM reads while it is imported, where the user has not set them."""
+"""Environment variables that vLLM reads at its import, unless the user has set them."""
 
 LEAST_ROOM = 2048
-"""Tokens of a row that there is room for from the beginning, if the model has so many positions."""
+"""First `max_model_len`, unless the context length of the model is shorter."""
 
 CPU_CACHE_BYTES = 4 << 30
-"""Keys and values that vLLM keeps on a CPU; memory is taken as rows need it."""
+"""KV cache of vLLM on a CPU. The memory is allocated as rows need it."""
 
 GPU_SHARE = 0.9
-"""Part of what is free on a GPU that vLLM takes at once, weights included."""
+"""Fraction of the free GPU memory that vLLM allocates at its start, weights included."""
 
 IDLE_SETTINGS = {
     "no_repeat_ngram_size": 0,
@@ -53,29 +53,29 @@ IDLE_SETTINGS = {
     "eta_cutoff": 0.0,
     "watermarking_config": None,
 }
-"""Generation settings of a model that transformers heeds and vLLM lacks, with the value that does nothing."""
+"""Generation settings that transformers applies and vLLM lacks, with the value that has no effect."""
 
 TOP_K = 50
-"""transformers draws from so many tokens where a model does not say."""
+"""The default of transformers."""
 
 
 class VllmGenerator(Generator):
-    """A model that vLLM loads when it is first asked.
+    """A model that vLLM loads at the first call.
 
     Args:
-        label: What it is called.
+        label: Its name in messages.
         folder: Its files: config.json, safetensors, tokenizer.
         tokenizer: Decodes; its end token ends an answer.
         dtype: Of weights and computation.
         device: "cpu" or "cuda".
-        positions: Tokens that the model can read and write in one row; None where nothing says.
-        adapter: Folder of a LoRA adapter in PEFT's form, which goes on it.
+        positions: Context length of the model in tokens; None if unknown.
+        adapter: Folder of a LoRA adapter in PEFT's format.
         rank: The --max-lora-rank that the adapter needs.
-        on_event: Told that it is loading.
+        on_event: Receives the phase of loading.
 
     Raises:
         UsageError: vLLM is not installed.
-        UnsupportedError: The model asks to be answered in a way that vLLM has not.
+        UnsupportedError: The model has a generation setting that vLLM lacks.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class VllmGenerator(Generator):
         rank: int | None = None,
         on_event: EventHandler = ignore,
     ) -> None:
-        os.environ |= {**MANNERS, "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"), **os.environ}
+        os.environ |= {**VLLM_ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"), **os.environ}
         try:
             import vllm
         except ModuleNotFoundError as error:
@@ -109,40 +109,39 @@ class VllmGenerator(Generator):
         self._engine: Any = None
         self._room = 0
 
-    def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, tell: Callable[[dict[int, str]], None]
-    ) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_answers: OnAnswers) -> None:
         """See the base class."""
         from vllm.lora.request import LoRARequest
 
         engine = self._loaded(max(map(len, prompts)) + sampling.max_new_tokens)
-        tell({})
+        on_answers({})
         parameters = self.parameters(sampling)
+        # vLLM batches by itself: all requests are queued at once, and finish in any order.
         adapter = LoRARequest("trained", 1, str(self.adapter)) if self.adapter else None
         with _faults_of_vllm("does not answer", self.label):
-            for number, prompt in enumerate(prompts):
-                engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters, lora_request=adapter)
+            for index, prompt in enumerate(prompts):
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, parameters, lora_request=adapter)
         while engine.has_unfinished_requests():
             with _faults_of_vllm("stopped", self.label):
                 done = [each for each in engine.step() if each.finished]
             if done:
-                tell({int(each.request_id): self._text(each.outputs[0].token_ids, sampling) for each in done})
+                on_answers({int(each.request_id): self._text(each.outputs[0].token_ids, sampling) for each in done})
 
     def close(self) -> None:
-        """End vLLM's processes, which hold the model."""
+        """Shut down vLLM's processes, which hold the model."""
         if self._engine is not None:
             self._engine.engine_core.shutdown()
             self._engine, self._room = None, 0
 
     def parameters(self, sampling: Sampling) -> Any:
-        """The words of vLLM for `sampling` and the model's own settings: what transformers would do with both."""
+        """The parameters of vLLM for what transformers does with `sampling` and the model's own settings."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         settings = self.settings
-        draw: dict[str, Any] = {}
+        sampled: dict[str, Any] = {}
         if sampling.temperature:
-            draw = {
+            sampled = {
                 "top_p": sampling.top_p,
                 "top_k": TOP_K if settings.top_k is None else settings.top_k,
                 "min_p": settings.min_p or 0.0,
@@ -153,24 +152,28 @@ class VllmGenerator(Generator):
             max_tokens=sampling.max_new_tokens,
             stop=list(sampling.stops),
             stop_token_ids=end_tokens(settings, self.tokenizer),
-            ignore_eos=True,  # those above are all
+            ignore_eos=True,  # stop_token_ids has all of them
             repetition_penalty=settings.repetition_penalty or 1.0,
+            # vLLM has no `suppress_tokens`; -100 is the lowest bias that it accepts.
             logit_bias=dict.fromkeys(settings.suppress_tokens or (), -100.0) or None,
             detokenize=bool(sampling.stops),
             output_kind=RequestOutputKind.FINAL_ONLY,
-            **draw,
+            **sampled,
         )
 
     def _text(self, ids: Sequence[int], sampling: Sampling) -> str:
-        """Decoded here, as our own generation does: vLLM's text ends at the stop that is first in its list."""
+        """The answer, decoded here: vLLM's own text ends at the stop string that is first in the list."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return up_to(text, sampling.stops)
 
     def _loaded(self, length: int) -> Any:
-        """The engine with room for rows of so many tokens: for all positions of a model memory may not suffice."""
+        """The engine for rows of `length` tokens.
+
+        Loaded again for longer rows: memory may not suffice for the full context length.
+        """
         if length > self._room:
             self.close()
-            room = max(LEAST_ROOM, 1 << (length - 1).bit_length())
+            room = max(LEAST_ROOM, 1 << (length - 1).bit_length())  # the next power of 2: few loads
             room = room if self.positions is None else max(length, min(room, self.positions))
             self._engine, self._room = self._load(room), room
         return self._engine
@@ -188,7 +191,7 @@ class VllmGenerator(Generator):
                     max_model_len=room,
                     load_format="safetensors",
                     trust_remote_code=False,
-                    generation_config="vllm",  # none: ours are in the parameters
+                    generation_config="vllm",  # no file: the settings are in the parameters
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
                     **lora,
@@ -199,12 +202,13 @@ class VllmGenerator(Generator):
     def _memory(self) -> dict[str, Any]:
         if self.device == "cpu":
             return {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}  # compiling takes a minute
+        # vLLM's setting is a fraction of the total memory: scaled to what other processes leave free.
         free, total = torch.cuda.mem_get_info()
         return {"gpu_memory_utilization": GPU_SHARE * free / total}
 
 
 def _settings(folder: Path) -> GenerationConfig:
-    """Generation settings as transformers finds them: of their own file, or of the model's."""
+    """Generation settings as transformers reads them: from their own file, or else from the model's config."""
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     return GenerationConfig.from_model_config(
@@ -213,8 +217,8 @@ def _settings(folder: Path) -> GenerationConfig:
 
 
 def _refuse_what_vllm_lacks(settings: GenerationConfig, label: str) -> None:
-    for name, idle in IDLE_SETTINGS.items():
-        if getattr(settings, name, None) not in (None, idle):
+    for name, without_effect in IDLE_SETTINGS.items():
+        if getattr(settings, name, None) not in (None, without_effect):
             raise UnsupportedError(
                 f"its generation settings have {name}, which vLLM lacks", where=label, hint="leave --engine out"
             )
@@ -222,12 +226,12 @@ def _refuse_what_vllm_lacks(settings: GenerationConfig, label: str) -> None:
 
 @contextmanager
 def _faults_of_vllm(what: str, label: str) -> Iterator[None]:
-    """Whatever vLLM raises, which has no class in common, as a word about the machine."""
+    """Turns any exception of vLLM into an `EnvironmentFault`: they have no common class."""
     try:
         yield
     except Exception as error:
         raise EnvironmentFault(
             f"vLLM {what}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
             where=label,
-            hint="see its own words above; leave --engine out to answer with ft",
+            hint="see its output above; leave --engine out to generate with ft",
         ) from error

@@ -1,4 +1,4 @@
-"""`ft train --smoke`: the whole path of a recipe in a minute, on a random model of two blocks and a few of its rows."""
+"""`ft train --smoke`: a test of the full path of a recipe in a minute, on a tiny random model and a few rows."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Smoke:
-    """What went well.
+    """The result of a smoke test.
 
     Attributes:
-        steps: That were trained.
-        loss: Of the last one, in nats; of random weights, so that it says nothing of the recipe's.
-        answered: Held-out rows that were answered by generation.
-        written: What was made of the run: `merge` or `export`, or none of them where the method has no such form.
-        difference: Of the written model's logits from the trained one's, relative; None where none was written.
-        adapter: Whether the adapter was exported for engines that serve it, which not all methods allow.
-        seconds: In all.
+        steps: Trained steps.
+        loss: Loss of the last step, in nats. The weights are random: it predicts nothing about the recipe's loss.
+        answered: Validation rows that were answered by generation.
+        written: `merge` or `export`; None where the method supports neither.
+        difference: Relative difference of written and trained logits; None where nothing was written.
+        adapter: Whether the adapter was exported for inference engines, which some methods do not support.
+        seconds: Wall-clock time.
     """
 
     steps: int
@@ -63,10 +63,10 @@ class Smoke:
 
 
 def smoke(recipe: Recipe, on_event: EventHandler = ignore) -> Smoke:
-    """Train, evaluate, merge and export in a temporary folder; nothing is left of it.
+    """Train, evaluate, merge and export in a temporary folder, which is removed.
 
     Raises:
-        FinetuneError: What would stop the real run too.
+        FinetuneError: An error that would stop the real run too.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ft-smoke-") as folder:
@@ -94,7 +94,7 @@ def smoke(recipe: Recipe, on_event: EventHandler = ignore) -> Smoke:
 def _is_exported(run: RunDirectory, folder: Path, on_event: EventHandler) -> bool:
     try:
         export_adapter(run, folder, on_event=on_event)
-    except UnsupportedError:  # engines do not serve what every method trains
+    except UnsupportedError:  # inference engines do not support every method
         return False
     return True
 
@@ -103,9 +103,9 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
     """The recipe on a random model of two blocks, with a few rows, a few steps, and no tracker.
 
     Args:
-        recipe: The real one.
-        folder: Where the model goes.
-        on_event: Told what takes long.
+        recipe: The recipe to test.
+        folder: Folder for the model.
+        on_event: Receives a phase for each slow step.
     """
     original = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
     on_event(Phase(f"making a random model of {BLOCKS} blocks"))
@@ -113,15 +113,15 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
     model: dict[str, Any] = {"name": str(folder / "model"), "revision": None}
     training: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 1}
     adapter: dict[str, Any] = {}
-    if recipe.model.attention == "flash_attention_2":  # what a CPU lacks
+    if recipe.model.attention == "flash_attention_2":  # a CPU lacks it
         model["attention"] = "auto"
     if recipe.model.dtype == "float16":
         model["dtype"] = "float32"
     if recipe.training.precision == "float16":
         training["precision"] = "float32"
-    if isinstance(recipe.adapter, AdaLora):  # whose phases may be longer than this
+    if isinstance(recipe.adapter, AdaLora):  # its phases may be longer than the smoke test
         adapter = {"initial_steps": 0, "final_steps": 1, "allocate_every": 1}
-    if getattr(recipe.adapter, "continue_from", None) is not None:  # over another base
+    if getattr(recipe.adapter, "continue_from", None) is not None:  # an adapter for the shapes of the real base
         adapter["continue_from"] = None
     changes: dict[str, dict[str, Any]] = {
         "model": model,
@@ -137,7 +137,7 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
 
 
 def _few(sources: Sequence[SourceSection]) -> list[SourceSection]:
-    """The sources with so few rows that all of them together have about ROWS."""
+    """The sources, limited to about ROWS rows in total."""
     each = -(-ROWS // max(1, len(sources)))
     return [
         source.model_copy(update={"rows": sum(1 for _ in islice(read_rows(source), min(each, source.rows or each)))})
@@ -146,7 +146,10 @@ def _few(sources: Sequence[SourceSection]) -> list[SourceSection]:
 
 
 def _rules(recipe: Recipe, folder: ModelFolder) -> list[ModuleRule]:
-    """The rules for single layers but for those about blocks that are left out; one about no layer at all stays."""
+    """The rules for single layers, without those that match removed blocks only.
+
+    A rule that matches no layer of the full model stays: it is an error of the recipe that the test must find.
+    """
     config = read_config(folder)
     few, all_layers = (
         linear_layers(meta_model(each, recipe.model, torch.float32)) for each in (with_blocks(config, BLOCKS), config)

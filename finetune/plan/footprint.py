@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse, passes_on
 from finetune.models.kernels.packing_check import takes_packed_attention
 from finetune.models.kernels.recompute import saving_everything
-from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
 from finetune.models.loading.dtype import autocast
 from finetune.models.loading.meta_model import meta_model, with_blocks
@@ -27,10 +27,11 @@ from finetune.plan.speed import layer_shapes
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.quantizers.base import Quantizer
 from finetune.recipe.sections.model import Model
-from finetune.recipe.sections.training import Checkpointing, recomputes_blocks
+from finetune.recipe.sections.training import Checkpointing
 from finetune.train.loss import Chunks, chunked_cross_entropy
 from finetune.train.noise import embedding_noise
 from finetune.train.optimizers import state_bytes
+from finetune.train.prepare_model import prepare_model
 
 FEW_BLOCKS = (2, 3)
 """Blocks of the models that passes are traced on. All but the first and last of a model are alike: what one more takes,
@@ -243,25 +244,38 @@ def _traced(inputs: EstimateInputs, config: Any, train: Batch, held_out: Batch |
 def _attached(inputs: EstimateInputs, config: Any) -> tuple[nn.Module, FakeTensors, Base]:
     """The trainable model without memory, what its tensors belong to, and the bytes of its base."""
     model, fakes = meta_model(config, inputs.model, inputs.weight_dtype), FakeTensors()
-    kernels = inputs.compute_dtype if inputs.on_gpu else None
-    quantize_shapes(model, inputs.choose, inputs.quantizes_head, inputs.compute_dtype, kernels)
+    dequantizes_in = inputs.compute_dtype if inputs.on_gpu else None
+    quantize_shapes(model, inputs.choose, inputs.quantizes_head, inputs.compute_dtype, dequantizes_in)
     fakes.to_placeholders(model, vectors_too=False)
-    if inputs.model.kernels == "compiled" or (inputs.model.kernels != "plain" and _fuses(inputs)):
-        fuse(model)
-        # Liger's passes save their inputs and outputs for backward, as compiled ones do.
-        if inputs.model.kernels == "compiled" or inputs.on_gpu:
-            _keep_as_compiled(model)
-    if inputs.flattens_rows and inputs.model.attention == "auto" and takes_packed_attention(model.config):
-        model.set_attn_implementation(packed_attention.NAME)
-    if recomputes_blocks(inputs.checkpointing):
-        model.activation_checkpointing_enable({"use_reentrant": False})
     base = _base(model)
-    widening = up_projections(model) if inputs.checkpointing == "selective" else []
-    with Unfilled(fakes):
-        attached = inputs.method.attach(model, inputs.total_steps)
-    recompute_outputs(model, widening)
+
+    def attach(model: PreTrainedModel) -> nn.Module:
+        with Unfilled(fakes):
+            return inputs.method.attach(model, inputs.total_steps)
+
+    attached = prepare_model(
+        model,
+        inputs.checkpointing,
+        kernels=partial(_emulate_kernels, inputs),
+        packing=partial(_choose_attention, inputs),
+        attach=attach,
+    )
     fakes.to_placeholders(attached, vectors_too=True)
     return attached, fakes, base
+
+
+def _emulate_kernels(inputs: EstimateInputs, model: PreTrainedModel) -> None:
+    """Save for backward what the kernels of the run save: compiled blocks and Liger's also save their outputs."""
+    is_compiled = inputs.model.kernels == "compiled"
+    if is_compiled or (inputs.model.kernels != "plain" and _fuses(inputs)):
+        fuse(model)
+        if is_compiled or inputs.on_gpu:
+            _keep_as_compiled(model)
+
+
+def _choose_attention(inputs: EstimateInputs, model: PreTrainedModel) -> None:
+    if inputs.flattens_rows and inputs.model.attention == "auto" and takes_packed_attention(model.config):
+        model.set_attn_implementation(packed_attention.NAME)
 
 
 def _fuses(inputs: EstimateInputs) -> bool:

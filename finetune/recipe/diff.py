@@ -1,4 +1,4 @@
-"""What differs between the recipe that a run was started with and the one that it is to go on with."""
+"""Differences between two recipes, such as that of a run and the one to resume it with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Change:
         key: Dotted path.
         old: Value before, in words.
         new: Value now, in words.
-        on_resume: Whether it may.
+        on_resume: Whether the key may change when a run is resumed.
     """
 
     key: str
@@ -39,23 +39,24 @@ def changes(old: Recipe, new: Recipe) -> list[Change]:
 
 
 def on_resume(section: type[Section], key: str) -> OnResume:
-    """What may become of a key when a run is resumed: its own word, or its section's."""
-    return next((word for word in section.model_fields[key].metadata if isinstance(word, OnResume)), section.on_resume)
+    """Whether a key may change when a run is resumed: the key's annotation, or else the rule of its section."""
+    annotations = section.model_fields[key].metadata
+    return next((each for each in annotations if isinstance(each, OnResume)), section.on_resume)
 
 
-def _between(key: str, old: Any, new: Any, word: OnResume) -> Iterator[Change]:
+def _between(key: str, old: Any, new: Any, rule: OnResume) -> Iterator[Change]:
     if old == new:
         return
     if isinstance(old, Section) and isinstance(new, Section):
-        # Sections of different kinds differ in their tag first, and what else they have cannot be compared.
+        # Sections of different kinds differ in their tag first; only the keys of both can be compared.
         for name in [name for name in type(old).model_fields if name in type(new).model_fields]:
             child = f"{key}.{name}" if key else name
             yield from _between(child, getattr(old, name), getattr(new, name), on_resume(type(old), name))
     elif isinstance(old, list) and isinstance(new, list) and all(isinstance(item, Section) for item in (*old, *new)):
         for index, (before, after) in enumerate(zip_longest(old, new)):
-            yield from _between(f"{key}.{index}", before, after, word)
+            yield from _between(f"{key}.{index}", before, after, rule)
     else:
-        yield Change(key, _in_words(old), _in_words(new), word)
+        yield Change(key, _in_words(old), _in_words(new), rule)
 
 
 def _in_words(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""From pydantic's errors to problems in the user's terms: where, expected what, found what, do what."""
+"""Converts pydantic's errors to problems in the user's terms: place, expected value, found value, fix."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pydantic import ValidationError
 
 from finetune.errors import Problem
 from finetune.recipe.other_tools import further_advice, translated_key, translated_value
-from finetune.recipe.schema import Shape, every_key, shape_at, whole
+from finetune.recipe.schema import Shape, every_key, recipe_shape, shape_at
 from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
 from finetune.recipe.yaml.origins import Placed, SourceMap
 
-LONGEST_EXCERPT = 60
+MAX_SHOWN_CHARACTERS = 60
 
 
 def explain(error: ValidationError, sources: SourceMap) -> list[Placed]:
-    """Every error as a problem; at most `MAX_PROBLEMS` of them.
+    """The errors as problems; at most `MAX_PROBLEMS` of them.
 
-    pydantic's own text is not used: it shows no lines, names internals, and can be huge.
+    Pydantic's text is not used: it has no line numbers, names internals, and can be very long.
     """
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     return [_explain(fault["type"], fault["loc"], fault["msg"], sources) for fault in faults[:MAX_PROBLEMS]]
@@ -36,16 +36,16 @@ def _explain(kind: str, loc: tuple[str | int, ...], message: str, sources: Sourc
     if kind == "union_tag_not_found":
         return _missing((*path, _tag_at(path)), sources)
     if kind == "union_tag_invalid":
-        return _unfit((*path, _tag_at(path)), sources)
+        return _wrong_value((*path, _tag_at(path)), sources)
     if kind == "value_error":
         origin = sources.value_origin(path)
         return origin, Problem(origin.text, dotted(path), message.removeprefix("Value error, "))
-    return _unfit(path, sources)
+    return _wrong_value(path, sources)
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
-    """The user's path: a location of pydantic without the tags and type names that it puts in."""
-    shape = whole()
+    """The path in the recipe: pydantic's location without the tags and type names in it."""
+    shape = recipe_shape()
     path: KeyPath = ()
     for segment in loc:
         if segment in shape.arms:
@@ -92,7 +92,7 @@ def _unknown_key_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str:
 
 
 def _other_kind_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str | None:
-    """For a key of another kind of the same section, which kind."""
+    """For a key of another kind of the same section, that kind."""
     key, parent = str(path[-1]), path[:-1]
     kinds = [tag for tag, kind in section.arms.items() if key in kind.fields() and key != section.tag]
     if not kinds or section.tag is None:
@@ -105,15 +105,15 @@ def _other_kind_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str |
 
 
 def _elsewhere_hint(key: str) -> str | None:
-    """For a key of another section, where it belongs, unless too many sections have one."""
-    homes = [f"`{dotted(path)}`" for path in every_key() if path[-1] == key]
-    return f"it belongs to {' or '.join(homes)}" if 1 <= len(homes) <= 2 else None
+    """For a key of another section, that section; None if more than two sections have the key."""
+    matches = [f"`{dotted(path)}`" for path in every_key() if path[-1] == key]
+    return f"it belongs to {' or '.join(matches)}" if 1 <= len(matches) <= 2 else None
 
 
 def _missing(path: KeyPath, sources: SourceMap) -> Placed:
     parent, key = path[:-1], path[-1]
     if isinstance(key, int):
-        return _unfit(parent, sources)
+        return _wrong_value(parent, sources)
     if misspelt := _misspelling(key, parent, sources):
         return _unknown_key((*parent, misspelt), sources)
     shape = _known_shape(path, sources.data)
@@ -124,15 +124,15 @@ def _missing(path: KeyPath, sources: SourceMap) -> Placed:
 
 
 def _misspelling(key: str, parent: KeyPath, sources: SourceMap) -> str | None:
-    """A key beside the missing one that is probably meant to be it."""
+    """An unknown key beside the missing one that is probably a misspelling of it."""
     section = sources.value(parent) or {}
     valid = _known_shape(parent, sources.data).fields(section)
     unknown = [other for other in list(section)[:MAX_PROBLEMS] if other not in valid]
     return next((other for other in unknown if nearest(other, valid) == key), None)
 
 
-def _unfit(path: KeyPath, sources: SourceMap) -> Placed:
-    """A value that is not what the schema wants there."""
+def _wrong_value(path: KeyPath, sources: SourceMap) -> Placed:
+    """A value that the schema does not allow."""
     shape, value = _known_shape(path, sources.data), sources.value(path)
     origin = sources.value_origin(path)
     what = f"expected {shape.expected()}, found {found(value)}"
@@ -140,16 +140,16 @@ def _unfit(path: KeyPath, sources: SourceMap) -> Placed:
 
 
 def found(value: Any) -> str:
-    """A value and its type, in a few words."""
+    """A value and its type in words."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
         return "true" if value else "false"
-    excerpt = json.dumps(value, ensure_ascii=False)
-    if len(excerpt) > LONGEST_EXCERPT:
-        excerpt = excerpt[:LONGEST_EXCERPT] + "..."
+    shown = json.dumps(value, ensure_ascii=False)
+    if len(shown) > MAX_SHOWN_CHARACTERS:
+        shown = shown[:MAX_SHOWN_CHARACTERS] + "..."
     kinds = {str: "text", int: "the number", float: "the number", list: "a list", dict: "a mapping"}
-    return f"{kinds[type(value)]} {excerpt}"
+    return f"{kinds[type(value)]} {shown}"
 
 
 def _value_hint(path: KeyPath, shape: Shape, value: Any) -> str | None:
@@ -168,7 +168,7 @@ def _value_hint(path: KeyPath, shape: Shape, value: Any) -> str | None:
 
 
 def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
-    """The choice that a text probably means, or how to write a list or section that has it."""
+    """The choice that a text probably means, or the list or section to write instead of it."""
     names = [str(segment) for segment in path if not isinstance(segment, int)]
     key = ".".join([*names, shape.tag] if shape.tag else names)
     choices = list(shape.arms) or shape.choices
@@ -180,18 +180,18 @@ def _text_hint(path: KeyPath, shape: Shape, text: str) -> str | None:
         return f"did you mean `{choice}`" + (f" with {further}?" if further else "?")
     if shape.is_mapping:
         return f"write {_entry(path, shape.example())}"
-    if shape.item and shape.item.accepts_text() and len(text) <= LONGEST_EXCERPT:
+    if shape.item and shape.item.accepts_text() and len(text) <= MAX_SHOWN_CHARACTERS:
         return f"write [{text}]"
     return None
 
 
 def _entry(path: KeyPath, value: str) -> str:
-    """A line of YAML that sets the last key of `path`, or the item itself in a list."""
+    """A line of YAML that sets the last key of `path`; in a list, the item."""
     return f"{path[-1]}: {value}" if path and isinstance(path[-1], str) else value
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `word` is probably a slip for."""
+    """The candidate that `word` is probably a misspelling of."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    near = difflib.get_close_matches(word[:LONGEST_EXCERPT].lower(), by_lower, n=1)
+    near = difflib.get_close_matches(word[:MAX_SHOWN_CHARACTERS].lower(), by_lower, n=1)
     return by_lower[near[0]] if near else None

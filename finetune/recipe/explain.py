@@ -1,4 +1,4 @@
-"""What there is to know of a key of a recipe, read from the schema."""
+"""Explanations of a recipe's keys, read from the schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from finetune.recipe import other_tools
 from finetune.recipe.diff import on_resume
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.schema import Shape, whole
+from finetune.recipe.renamed_keys import current_name, earlier_names
+from finetune.recipe.schema import Shape, recipe_shape
 from finetune.recipe.sections.section import Section
 from finetune.recipe.yaml.document import decode, read_yaml
 from finetune.recipe.yaml.writer import flow
@@ -25,14 +26,14 @@ from finetune.recipe.yaml.writer import flow
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a key is, in the kinds of its section where it is that.
+    """The meaning of a key in one or several kinds of its section.
 
     Attributes:
-        kinds: The words that choose these kinds, such as `lora`; empty where it is the same in every kind.
-        what: What the key is for.
-        values: What may stand there, in words.
-        default: Its default in YAML; None where it must be given.
-        on_resume: What may become of it when a run is resumed, in words.
+        kinds: Names of these kinds, such as `lora`; empty if the meaning is the same in every kind.
+        what: Purpose of the key.
+        values: Allowed values, in words.
+        default: Its default in YAML; None if the key is required.
+        on_resume: Whether it may change when a run is resumed, in words.
     """
 
     kinds: tuple[str, ...]
@@ -47,12 +48,13 @@ class Explanation:
     """A key, a section or a kind of section.
 
     Attributes:
-        key: Dotted path, list indices left out; of a kind of section, that of the key that chooses it.
-        word: The word that chooses the kind of section, if this is one.
-        meanings: What it is: one, or several where kinds of its section differ.
-        choices: The words that choose between kinds of section, each with what it chooses.
-        keys: Of a section, its keys, each with what it is for in a sentence.
-        spellings: What other tools call it.
+        key: Dotted path without list indices; for a kind of section, the path of the key that chooses it.
+        word: Name of the kind of section, if this is one.
+        meanings: One, or several if kinds of its section differ.
+        choices: Names of the kinds of section, each with a description.
+        keys: Keys of a section, each with its purpose in a sentence.
+        spellings: Names of the key in other tools.
+        earlier: Names of the key in earlier versions, which are still accepted.
     """
 
     key: str
@@ -61,6 +63,7 @@ class Explanation:
     choices: Mapping[str, str]
     keys: Mapping[str, str]
     spellings: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class _Kind:
         path: Dotted path of the section.
         section: Its class.
         tag: The key that chooses between kinds.
-        words: The words that choose this one.
+        words: Names of this kind.
     """
 
     path: str
@@ -80,7 +83,7 @@ class _Kind:
     words: tuple[str, ...] = ()
 
     def keys(self) -> dict[str, str]:
-        """The section's keys without the one that chooses its kind, each with a sentence and its default."""
+        """The section's keys without the one that chooses its kind, each with its purpose and default."""
         fields = {key: field for key, field in self.section.model_fields.items() if key != self.tag}
         return {
             key: f"{_sentence(field.description or _purpose(field))}{_default(field)}" for key, field in fields.items()
@@ -88,21 +91,21 @@ class _Kind:
 
 
 def sections() -> dict[str, str]:
-    """The sections of a recipe in order, each with what it is for."""
+    """The sections of a recipe in order, each with its purpose."""
     return {key: _purpose(field) for key, field in Recipe.model_fields.items()}
 
 
 def explain_key(name: str) -> list[Explanation]:
-    """What there is to know of a key.
+    """Explain a key.
 
     Args:
-        name: A dotted path, with list indices or without; the end of one, which may fit several keys; or a word that
-            chooses a kind of section, such as `lora`.
+        name: A dotted path, with list indices or without; the end of one, which may match several keys; or the name
+            of a kind of section, such as `lora`. Earlier names of a key are accepted.
 
     Raises:
-        UsageError: A recipe has no such key; with the one that was probably meant.
+        UsageError: A recipe has no such key; the hint has the key that was probably meant.
     """
-    wanted = ".".join(segment for segment in name.strip().split(".") if not segment.isdigit())
+    wanted = current_name(".".join(segment for segment in name.strip().split(".") if not segment.isdigit()))
     keys = _keys()
     found = [key for key in keys if key == wanted] or [key for key in keys if key.endswith(f".{wanted}")]
     if found:
@@ -113,13 +116,13 @@ def explain_key(name: str) -> list[Explanation]:
 
 
 def values_in(explanation: Explanation, folder: Path) -> dict[str, list[str]]:
-    """The values that the recipes of a folder give to a key: a value in YAML -> the files' names, sorted.
+    """The values of a key in the recipes of a folder: a value in YAML -> sorted file names.
 
-    A file that is no YAML is passed over: it is not what was asked about.
+    Files that are not YAML are skipped.
 
     Args:
-        explanation: The key's; of a kind of section, that word alone is looked for.
-        folder: Where the .yaml files are.
+        explanation: Explanation of the key; for a kind of section, only its name is searched.
+        folder: Folder of the .yaml files.
     """
     found: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.yaml")):
@@ -165,7 +168,7 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def _tag_of(section: type[Section], field: FieldInfo) -> tuple[str | None, tuple[str, ...]]:
-    """The key and the words that choose a section among those that a field can hold; none where it is the only one."""
+    """The key and the names that choose a section among those of a field; none if it is the only one."""
     tag = field.discriminator or _discriminator_in(field.annotation)
     if not isinstance(tag, str):
         return None, ()
@@ -179,7 +182,7 @@ def _discriminator_in(annotation: Any) -> Any:
 
 @cache
 def _keys() -> Mapping[str, list[tuple[_Kind, str]]]:
-    """Every key by its dotted path, with the kinds of section that have it and its name there."""
+    """All keys by dotted path, with the kinds of section that have the key, and its name there."""
     keys: dict[str, list[tuple[_Kind, str]]] = {}
     for kind in _kinds():
         for name in kind.section.model_fields:
@@ -201,6 +204,7 @@ def _of_key(key: str) -> Explanation:
         {word: _first_line(kind.section) for kind in chosen for word in kind.words},
         {} if inner and inner[0].tag else {name: what for kind in inner for name, what in kind.keys().items()},
         tuple(spelling for spelling, ours in other_tools.KEYS.items() if ours == key),
+        tuple(earlier_names(key)),
     )
 
 
@@ -210,15 +214,19 @@ def _of_kind(kind: _Kind, word: str) -> Explanation:
 
 
 def _choice(kinds: list[_Kind]) -> Meaning:
-    """What the key that chooses between kinds of a section is."""
+    """The meaning of the key that chooses the kind of a section."""
     defaults = [kind.section.model_fields[str(kind.tag)].get_default() for kind in kinds]
     default = next((word for word in defaults if isinstance(word, str)), None)
-    return Meaning((), "Which kind of section this is.", "one of these", default, kinds[0].section.on_resume.value)
+    return Meaning((), "Kind of the section.", "one of these", default, kinds[0].section.on_resume.value)
 
 
 def _meaning(kind: _Kind, name: str) -> Meaning:
     field = kind.section.model_fields[name]
-    shape = Shape({"$ref": f"#/$defs/{kind.section.__name__}"}).fields()[name] if kind.path else whole().fields()[name]
+    shape = (
+        Shape({"$ref": f"#/$defs/{kind.section.__name__}"}).fields()[name]
+        if kind.path
+        else recipe_shape().fields()[name]
+    )
     return Meaning(
         kind.words,
         field.description or _purpose(field),
@@ -229,7 +237,7 @@ def _meaning(kind: _Kind, name: str) -> Meaning:
 
 
 def _merged(meanings: Iterable[Meaning], every_kind: Iterable[str]) -> tuple[Meaning, ...]:
-    """Meanings that differ in their kinds only become one, whose kinds are not told where every kind has it."""
+    """Merge meanings that differ in their kinds only; the kinds are omitted if every kind has the meaning."""
     merged: dict[Meaning, tuple[str, ...]] = {}
     for meaning in meanings:
         key = replace(meaning, kinds=())
@@ -239,7 +247,7 @@ def _merged(meanings: Iterable[Meaning], every_kind: Iterable[str]) -> tuple[Mea
 
 
 def _purpose(field: FieldInfo) -> str:
-    """What a section is for, which the module of its schema says first."""
+    """Purpose of a section: the first line of its module's docstring."""
     if field.description:
         return field.description
     (found,) = _SECTION_LINE.findall(str(sys.modules[_sections_in(field.annotation)[0].__module__].__doc__))
@@ -263,12 +271,12 @@ def _default(field: FieldInfo) -> str:
 
 
 def _in_yaml(value: Any) -> str:
-    """A value on one line, as a recipe may have it; of a section what is set in it."""
+    """A value in YAML on one line; of a section, the keys that are set."""
     return flow(value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Section) else value)
 
 
 def _meant(wanted: str) -> str:
-    """What to ask for instead."""
+    """A hint for an unknown name."""
     last = wanted.rpartition(".")[2]
     if translation := other_tools.translated_key(last):
         return translation

@@ -1,11 +1,13 @@
-"""From a YAML file and overrides to a Recipe, or to every problem at once; and back to YAML."""
+"""Loads a recipe from a YAML file and overrides, or reports all its problems; and writes it back as YAML."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import NoReturn
@@ -17,20 +19,26 @@ from finetune.recipe import secrets
 from finetune.recipe.error_messages import explain
 from finetune.recipe.overrides import apply_overrides
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.renamed_keys import rename_keys
 from finetune.recipe.rules import RULES, Violation, broken_tasks
-from finetune.recipe.schema import json_schema as json_schema  # the third form of a recipe
+from finetune.recipe.schema import json_schema as json_schema  # exported here beside load and dump
 from finetune.recipe.sections.evaluation import TaskFile, TaskSection
 from finetune.recipe.yaml.document import MAX_BYTES, decode, position_at, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 from finetune.recipe.yaml.writer import block
 
+logger = logging.getLogger(__name__)
+
+RESOLVED_RECIPE = "recipe.resolved.yaml"
+"""Name of the recipe that a run or a checkpoint records."""
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe and what it was read from.
+    """A valid recipe and its source.
 
     Attributes:
-        recipe: With every default filled in, paths absolute, and a name.
+        recipe: The recipe with all defaults filled in, absolute paths and a name.
         text: The file as written.
         path: The file.
         overrides: The `--set` arguments.
@@ -50,20 +58,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         overrides: `a.b=value` each; the value is YAML, and the last one for a key wins.
 
     Raises:
-        RecipeError: With every problem of the file and of the overrides.
+        RecipeError: All problems of the file and of the overrides.
     """
     return recipe_of(decode(_read(path), str(path)), path, overrides)
 
 
 def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Validate the text of a recipe as if it stood in the file `path`, which need not be there.
+    """Validate the text of a recipe as if it were the content of the file `path`, which need not exist.
 
     Raises:
-        RecipeError: With every problem of the text and of the overrides.
+        RecipeError: All problems of the text and of the overrides.
     """
     _refuse_secrets(text, str(path), overrides)
     sources = SourceMap(read_yaml(text, str(path)), str(path))
-    problems = apply_overrides(sources, overrides)
+    of_file = rename_keys(sources)
+    of_overrides = apply_overrides(sources, overrides)
+    # A user cannot edit the recipe that a run recorded, so its old spellings are read in silence.
+    for note in (*(() if path.name == RESOLVED_RECIPE else of_file.notes), *of_overrides.notes):
+        _warn_once(note)
+    problems = [*of_file.problems, *of_overrides.problems]
     try:
         context = {"folder": path.parent.resolve()}
         recipe = Recipe.model_validate(sources.data, context=context)
@@ -76,13 +89,13 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
 
 
 def load_tasks(path: Path) -> list[TaskSection]:
-    """Read and validate a file of tasks: a recipe that has nothing but `evaluation.tasks`.
+    """Read and validate a file of tasks: a recipe with nothing but `evaluation.tasks`.
 
     Args:
         path: A YAML file. Relative paths in it start at its folder.
 
     Raises:
-        RecipeError: With every problem of the file.
+        RecipeError: All problems of the file.
     """
     text = decode(_read(path), str(path))
     _refuse_secrets(text, str(path), ())
@@ -116,7 +129,7 @@ def _read(path: Path) -> bytes:
 
 
 def _recipes_like(path: Path) -> str:
-    """The recipe that a missing one was probably meant to be, or else all of its folder."""
+    """A hint for a missing file: the recipe with a similar name, or else all recipes of its folder."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     near = difflib.get_close_matches(path.name, _recipe_names(path.parent), n=1, cutoff=0.5)
@@ -133,7 +146,7 @@ def _recipe_names(folder: Path) -> list[str]:
 
 
 def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
-    """Stop before anything can quote a secret, be it a key, a value or a comment."""
+    """Refuse secrets in keys, values and comments, before any message can quote them."""
     origins = [Origin.in_file(file, position_at(text, offset)) for offset in secrets.find_secrets(text)]
     for number, argument in enumerate(overrides, 1):
         if secrets.has_secret(argument):
@@ -141,6 +154,12 @@ def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
             origins.append(Origin.in_override(number, "..." if secrets.has_secret(key) else key))
     if origins:
         _refuse((origin, Problem(origin.text, "", secrets.WHAT, secrets.HINT)) for origin in origins)
+
+
+@cache
+def _warn_once(note: str) -> None:
+    """Log a warning once in a process: a sweep loads its recipe for each trial."""
+    logger.warning("%s", note)
 
 
 def _broken_rules(recipe: Recipe, sources: SourceMap) -> list[Placed]:
@@ -159,7 +178,7 @@ def _refuse(placed: Iterable[Placed]) -> NoReturn:
 
 
 def _named(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with a name for its run: its own, or that of the file."""
+    """The recipe with a run name: its own, or else the name of the file."""
     if recipe.run.name is not None:
         return recipe
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "run"

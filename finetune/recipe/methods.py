@@ -1,4 +1,4 @@
-"""What there is to choose from: every adapter and every quantization, as their sections describe themselves."""
+"""The table of `ft methods`: all adapters and quantizations, described by their sections."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from finetune.recipe.sections.quantization import Quantization
 
 @dataclass(frozen=True)
 class Choice:
-    """One word that a recipe can choose.
+    """One adapter method or kind of quantization.
 
     Attributes:
         key: `adapter.method` or `quantization.kind`.
-        name: The word.
-        what: What it is, in one sentence.
-        source: Authors, year and paper; empty where there is none.
-        costs: Numbers that train, or bits of a weight.
-        merges: What becomes of it in a merge.
-        loads_in: What reads the result.
+        name: Value of the key.
+        what: Description in one sentence.
+        source: Authors, year and paper; empty if there is none.
+        costs: Trainable parameters, or bits per weight.
+        merges: Result of a merge.
+        loads_in: Programs that load the result.
     """
 
     key: str
@@ -34,8 +34,8 @@ class Choice:
     loads_in: str
 
 
-def catalogue() -> list[Choice]:
-    """Every choice, adapters first, in the schema's order."""
+def method_table() -> list[Choice]:
+    """All choices, adapters first, in the order of the schema."""
     return [*_choices("adapter.method", Adapter), *_choices("quantization.kind", Quantization)]
 
 

@@ -1,7 +1,7 @@
-"""How other fine-tuning tools spell what a recipe says here.
+"""Spellings of keys and values in other fine-tuning tools.
 
-Users of Axolotl, LLaMA-Factory, TRL and Transformers, PEFT, Unsloth, LitGPT, torchtune and ms-swift have
-their names in their fingers. None of these is an alias: each is an error that gives the exact translation.
+Users of Axolotl, LLaMA-Factory, TRL and Transformers, PEFT, Unsloth, LitGPT, torchtune and ms-swift know those names.
+None of them is an alias: each is an error whose hint is the exact translation.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ KEYS: Mapping[str, str] = {
     "trackio_space_id": "trackers.space",
     "space_id": "trackers.space",
 }
-"""A rival's key and the key that takes its place here."""
+"""From a key of another tool to the key here."""
 
 SNIPPETS: Mapping[str, str] = {
     "load_in_4bit": "quantization: {kind: nf4}",
@@ -177,25 +177,25 @@ SNIPPETS: Mapping[str, str] = {
     "zero_stage": "distributed.strategy: fsdp",
     "zero_optimization": "distributed.strategy: fsdp",
 }
-"""A rival's switch and what to write for it here."""
+"""From a switch of another tool to the line to write here."""
 
 NOTES: Mapping[str, str] = {
     "template": "leave it out: chats are rendered by the tokenizer's own template",
     "chat_template": "leave it out: chats are rendered by the tokenizer's own template",
     **dict.fromkeys(
         ("tensor_parallel", "tensor_parallel_size", "tp_size", "tp_plan", "tensor_model_parallel_size"),
-        "leave it out: no layer is split between processes; `distributed.strategy: fsdp` shares out all weights",
+        "leave it out: layers are not split between processes; `distributed.strategy: fsdp` shards all weights",
     ),
     **dict.fromkeys(
         ("pipeline_parallel", "pipeline_parallel_size", "pp_size", "pipeline_model_parallel_size"),
-        "leave it out: every process computes all blocks; `distributed.strategy: fsdp` shares out their weights",
+        "leave it out: every process computes all blocks; `distributed.strategy: fsdp` shards their weights",
     ),
     **dict.fromkeys(
         ("context_parallel", "context_parallel_size", "cp_size", "sequence_parallel", "sequence_parallel_size"),
-        "leave it out: a row stays in one process; `training.gradient_checkpointing: true` makes room for longer ones",
+        "leave it out: a row stays in one process; `training.gradient_checkpointing: true` saves memory",
     ),
 }
-"""A rival's key that nothing takes the place of."""
+"""Advice on keys of other tools without an equivalent here."""
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -272,16 +272,16 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "training.precision": _DTYPES,
     "trackers.name": {"tb": "tensorboard", "weights_and_biases": "wandb"},
 }
-"""For a key of ours (list indices left out), a rival's value and ours; rivals' are in lower case."""
+"""For each key here (without list indices): from a value of another tool, in lower case, to the value here."""
 
 ADVICE: Mapping[tuple[str, str], str] = {
     ("adapter.method", "qlora"): "quantization: {kind: nf4}",
 }
-"""What a rival's value says beyond its translation: a further line to write."""
+"""A further line to write for a value of another tool, beyond its translation."""
 
 
 def translated_key(spelling: str) -> str | None:
-    """What to write in place of a rival's key, as an instruction; None if no rival has it."""
+    """An instruction what to write for a key of another tool; None if no tool has it."""
     name = spelling.lower().replace("-", "_")
     if name in KEYS:
         return f"here it is `{KEYS[name]}`"
@@ -291,10 +291,10 @@ def translated_key(spelling: str) -> str | None:
 
 
 def translated_value(key: str, spelling: str) -> str | None:
-    """Our value for a rival's value of our dotted `key` (list indices left out), if a rival has it."""
+    """The value here for a value of another tool; `key` is dotted, without list indices."""
     return VALUES.get(key, {}).get(spelling.lower())
 
 
 def further_advice(key: str, spelling: str) -> str | None:
-    """What else to write for a rival's value, if its translation is not all."""
+    """The further line to write for a value of another tool, if any."""
     return ADVICE.get((key, spelling.lower()))

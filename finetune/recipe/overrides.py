@@ -1,4 +1,4 @@
-"""`--set key=value`: the arguments that change or complete a recipe from the command line."""
+"""`--set key=value`: arguments that change or complete a recipe from the command line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from finetune.errors import Problem, RecipeError
+from finetune.recipe.renamed_keys import Renaming, rename_keys
 from finetune.recipe.schema import shape_at
 from finetune.recipe.yaml.document import KeyPath, dotted, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
@@ -18,7 +19,7 @@ _INDEX = re.compile("[0-9]{1,5}")
 
 
 class _OverrideError(Exception):
-    """An argument that cannot be applied; carries what is wrong and the remedy."""
+    """An argument that cannot be applied, with the problem and the fix."""
 
     def __init__(self, what: str, hint: str | None) -> None:
         super().__init__(what)
@@ -26,19 +27,20 @@ class _OverrideError(Exception):
         self.hint = hint
 
 
-def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> list[Placed]:
-    """Write each `a.b=value` into the recipe, the last one last.
+def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> Renaming:
+    """Write each `a.b=value` into the recipe, in their order.
 
-    Whether the schema has such a key is left to validation, which answers for file and arguments alike.
+    Validation reports keys that the schema does not have, for the file and the arguments alike.
 
     Args:
         sources: The recipe, which is changed.
         arguments: As given; the value is YAML, numbers in the key are list indices.
 
     Returns:
-        The problems of arguments that could not be applied.
+        The problems of arguments that could not be applied, and notes on keys with an earlier spelling.
     """
-    placed = []
+    notes: list[str] = []
+    problems: list[Placed] = []
     for number, argument in enumerate(arguments, 1):
         key, equals, text = argument.partition("=")
         key = key.strip()
@@ -47,8 +49,13 @@ def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> list[Placed
             _check_form(key, equals)
             _put(sources, key.split("."), _read_value(key, text), origin)
         except _OverrideError as error:
-            placed.append((origin, Problem(origin.text, key, error.what, error.hint)))
-    return placed
+            problems.append((origin, Problem(origin.text, key, error.what, error.hint)))
+        else:
+            # After each argument, so that a later one replaces an earlier one in either spelling.
+            renaming = rename_keys(sources)
+            notes += renaming.notes
+            problems += renaming.problems
+    return Renaming(tuple(notes), tuple(problems))
 
 
 def _check_form(key: str, equals: str) -> None:
@@ -70,7 +77,7 @@ def _read_value(key: str, text: str) -> Any:
 
 
 def _quoting_hint(key: str, text: str, otherwise: str | None) -> str | None:
-    """How to pass the text as text, unless it is meant as a list or mapping."""
+    """A hint on quoting the value as text, unless it looks like a list or mapping."""
     if text.lstrip().startswith(("[", "{")):
         return otherwise
     quoted = json.dumps(text, ensure_ascii=False) if len(text) <= 60 else '"..."'
@@ -78,11 +85,11 @@ def _quoting_hint(key: str, text: str, otherwise: str | None) -> str | None:
 
 
 def _put(sources: SourceMap, segments: Sequence[str], value: Any, origin: Origin) -> None:
-    """Walk to the last mapping or list, filling in those that are absent or null, and set the value."""
+    """Set the value at the path `segments`; mappings and lists on the way that are absent or null are created."""
     container = sources.data
     path: KeyPath = ()
     if not isinstance(container, dict):
-        return  # the recipe itself is no mapping: validation says so
+        return  # the recipe is not a mapping: validation reports it
     for segment, following in pairwise(segments):
         path = (*path, _slot(container, path, segment))
         if sources.value(path) is None:
@@ -95,7 +102,7 @@ def _put(sources: SourceMap, segments: Sequence[str], value: Any, origin: Origin
 
 
 def _slot(container: Any, path: KeyPath, segment: str) -> str | int:
-    """The key or index that `segment` means here; one past the end of a list adds an item."""
+    """`segment` as a key or list index; one past the end of a list adds an item."""
     if isinstance(container, dict):
         return segment
     if not isinstance(container, list):
@@ -115,7 +122,7 @@ def _store(container: Any, slot: str | int, value: Any) -> None:
 
 
 def _new_container(path: KeyPath, following: str, data: Any) -> Any:
-    """A list for an index, otherwise a mapping, of the kind that the section has by default."""
+    """A list if an index follows, otherwise a mapping with the section's default kind."""
     if _INDEX.fullmatch(following):
         return []
     shape = shape_at(path, data)

@@ -1,4 +1,4 @@
-"""The recipe: all sections together."""
+"""The recipe: all sections."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from finetune.recipe.sections.training import Training
 
 
 class Recipe(Section):
-    """The frozen description of a run. Defaults live here and nowhere else."""
+    """The immutable description of a run. Defaults are defined in the sections and nowhere else."""
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     model: Model
     quantization: Quantization = NoQuantization()
     adapter: Adapter
-    modules: list[ModuleRule] = Field([], description="What holds for single layers; of several rules, the first.")
+    modules: list[ModuleRule] = Field([], description="Settings of single layers; the first matching rule applies.")
     data: Data
     optimizer: Optimizer = AdamW(name="adamw")
     training: Training = Training()
     distributed: Distributed = Distributed()
     evaluation: Evaluation = Field(Evaluation())
     trackers: Annotated[list[Tracker], OnResume.MAY_CHANGE] = Field(
-        [], description="Programs that follow the run beside its own metrics.jsonl."
+        [], description="Experiment trackers, in addition to the run's metrics.jsonl."
     )
     run: Run = Run()
     sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(
-        None, description="What `ft sweep` tries other values of; null for nothing."
+        None, description="Keys and values that `ft sweep` searches; null for no sweep."
     )

@@ -1,4 +1,4 @@
-"""Questions about the recipe's schema, answered from its JSON Schema: which keys, which values, in words."""
+"""Keys and allowed values of a recipe, in words, read from its JSON Schema."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def _definitions() -> Mapping[str, Any]:
 
 
 @cache
-def whole() -> Shape:
-    """The shape of a whole recipe."""
+def recipe_shape() -> Shape:
+    """The shape of a recipe."""
     return Shape({"$ref": "#"})
 
 
 def shape_at(path: KeyPath, data: Any) -> Shape | None:
-    """What the schema wants at `path`, or None if it has no such place.
+    """The shape at `path`, or None if the schema has no such path.
 
     Args:
         path: Keys and indices.
-        data: What a user wrote for the whole recipe; its tags choose between kinds of section.
+        data: The recipe as written; its tags choose between kinds of section.
     """
-    shape: Shape | None = whole()
+    shape: Shape | None = recipe_shape()
     for segment in path:
         if shape is None:
             return None
@@ -54,8 +54,8 @@ def shape_at(path: KeyPath, data: Any) -> Shape | None:
 
 @cache
 def every_key() -> Mapping[KeyPath, Shape]:
-    """All keys that a recipe can have, of all kinds of sections; index 0 stands for all of a list."""
-    return dict(_walk((), whole()))
+    """All keys that a recipe can have, of all kinds of sections; index 0 stands for every item of a list."""
+    return dict(_walk((), recipe_shape()))
 
 
 def _walk(path: KeyPath, shape: Shape) -> Iterator[tuple[KeyPath, Shape]]:
@@ -75,37 +75,37 @@ def _child(data: Any, segment: str | int) -> Any:
 
 
 class Shape:
-    """What the schema wants at one place of a recipe.
+    """The part of the schema for one path of a recipe.
 
     Args:
         schema: A JSON Schema, or a reference to a definition of the recipe's.
     """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
-        # A section that may be left out is one of two alternatives, null the other: its own words stand here too.
+        # An optional section is `anyOf` section and null: merge the section's schema into this one.
         sections = [each for each in (schema, *schema.get("anyOf", [])) if "$ref" in each or "discriminator" in each]
         section = sections[0] if sections else {}
         self._schema = {**_definitions().get(section.get("$ref", ""), section), **schema}
 
     @property
     def description(self) -> str | None:
-        """What the key is for."""
+        """Purpose of the key."""
         return self._schema.get("description")
 
     @property
     def has_default(self) -> bool:
-        """Whether the key may be left out."""
+        """Whether the key is optional."""
         return "default" in self._schema
 
     @property
     def tag(self) -> str | None:
-        """The key that says which kind of section this is, if there are several kinds."""
+        """The key that chooses the kind of section, if there are several kinds."""
         tag: str | None = self._schema.get("discriminator", {}).get("propertyName")
         return tag
 
     @property
     def default_tag(self) -> str | None:
-        """The kind of section that a recipe has when it leaves this one out."""
+        """The default kind of section."""
         default = self._schema.get("default")
         return str(default[self.tag]) if self.tag and default else None
 
@@ -132,7 +132,7 @@ class Shape:
 
     @property
     def choices(self) -> list[Any]:
-        """The words or numbers that may stand here where only certain ones may."""
+        """The allowed values, if there is a fixed set of them."""
         return [choice for schema in self._alternatives() for choice in _choices(schema)]
 
     def fields(self, data: Any = None) -> Mapping[str, Shape]:
@@ -146,19 +146,19 @@ class Shape:
         return {**fields, str(self.tag): Shape({"enum": list(kinds)})}
 
     def child(self, segment: str | int, data: Any = None) -> Shape | None:
-        """The shape of a key of the section, or of an item of the list, that stands here."""
+        """The shape of a key of this section, or of an item of this list."""
         return self.item if isinstance(segment, int) else self.fields(data).get(segment)
 
     def accepts_text(self) -> bool:
-        """Whether any text may stand here."""
+        """Whether any text is allowed."""
         return any(s.get("type") == "string" and not _choices(s) for s in self._alternatives())
 
     def expected(self) -> str:
-        """What may stand here, in words: `a whole number of at least 1`."""
+        """Allowed values in words: `a whole number of at least 1`."""
         return " or ".join(_in_words(schema) for schema in self._alternatives())
 
     def example(self) -> str:
-        """The least that a user has to write here, in YAML, with `...` for what only they know."""
+        """The minimal value in YAML, with `...` for parts that only the user knows."""
         if self.item and self.item.is_mapping:
             return f"[{self.item.example()}]"
         if self.tag:

@@ -1,4 +1,4 @@
-"""Text that looks like a secret: recipes are shared and copied into run directories, so it must not stay."""
+"""Detection of text that looks like a secret: recipes are shared and copied into run directories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HINT = "take it out and revoke it; a hub token is read from HF_TOKEN or from `hf
 
 
 def redacted(text: str) -> str:
-    """`text` with dots in the place of what looks like a secret, and of what the environment holds as one."""
+    """`text` with `...` for text that looks like a secret, and for values of secret environment variables."""
     held = [value for name, value in os.environ.items() if _HOLDS_SECRET.search(name) and len(value) >= 8]
     for value in sorted(held, key=len, reverse=True):
         text = text.replace(value, "...")
@@ -32,5 +32,5 @@ def has_secret(text: str) -> bool:
 
 
 def find_secrets(text: str) -> Iterator[int]:
-    """Offsets at which something begins that looks like a token or a URL with a user in it."""
+    """Offsets of text that looks like a token or a URL with a user name."""
     return (match.start() for match in _SECRET.finditer(text))

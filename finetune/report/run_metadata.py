@@ -12,8 +12,9 @@ import yaml
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
-from finetune.recipe.sections.evaluation import HELD_OUT
+from finetune.recipe.sections.evaluation import VALIDATION
 from finetune.run.directory import RunDirectory
+from finetune.run.evaluation_results import read_results
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of
 from finetune.storage.files import read_json
@@ -68,7 +69,7 @@ class RunMetadata:
             provenance=read_json(run.provenance),
             data_report=read_json(run.data_report),
             outcome=read_json(run.outcome),
-            evaluation=read_json(run.evaluation / "results.json"),
+            evaluation=read_results(run),
             answers=list(records(run.evaluation / "generations.jsonl")),
             verifications={folder: found for folder, found in written.items() if "kl_divergence" in found},
             attempts=1 + len(list(run.path.glob("provenance.attempt-*.json"))),
@@ -76,8 +77,8 @@ class RunMetadata:
 
     @property
     def validation_scores(self) -> Mapping[str, Any]:
-        """Results of `ft eval` on the validation set, by metric."""
-        found: Mapping[str, Any] = self.evaluation.get("tasks", {}).get(HELD_OUT, {})
+        """Scores of `ft eval` on the validation rows, by metric."""
+        found: Mapping[str, Any] = self.evaluation.get("tasks", {}).get(VALIDATION, {})
         return found
 
     @property

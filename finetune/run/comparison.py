@@ -10,6 +10,7 @@ from typing import Any
 from finetune.recipe.diff import changes
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
+from finetune.run.evaluation_results import read_results
 from finetune.run.index import summarize
 from finetune.storage.files import read_json
 
@@ -69,7 +70,7 @@ def _results(run: RunDirectory) -> dict[str, Any]:
         "loss": summary.loss,
         "validation loss": summary.validation_loss,
     }
-    for task, scores in read_json(run.evaluation / "results.json").get("tasks", {}).items():
+    for task, scores in read_results(run).get("tasks", {}).items():
         results |= {f"eval {task} {metric}": score["value"] for metric, score in scores.items()}
     return results
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.formatting import value as as_text
+from finetune.recipe.renamed_keys import renamed_settings
 from finetune.run.directory import RunDirectory
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of
@@ -66,7 +67,7 @@ class SweepDirectory:
         for line in records(self.record):
             match line:
                 case {"trial": int(number), "values": dict(found)}:
-                    values[number] = found
+                    values[number] = renamed_settings(found)
                 case {"trial": int(number), "failure": str(why)}:
                     failures[number] = why
         return [self._trial(number, found, failures.get(number)) for number, found in sorted(values.items())]

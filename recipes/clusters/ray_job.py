@@ -1,7 +1,7 @@
 """On a Ray cluster: `ray job submit --working-dir . -- python recipes/clusters/ray_job.py recipe.yaml /shared/run 2 4`.
 
-One supervisor a machine, placed by Ray; the processes of the run are ft's and not Ray's. Arguments: recipe, run
-directory (on a disk that all machines see), machines, GPUs of each. Exits as ft does, so 75 means: submit it again.
+One launcher per machine, placed by Ray; the launcher starts the processes of the run. Arguments: recipe, run
+directory (on storage that all machines see), machines, GPUs of each. Exits as ft does, so 75 means: submit it again.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ PORT = 29500
 
 @ray.remote
 def address() -> str:
-    """Of the machine that runs it."""
+    """IP address of the machine that runs this task."""
     return ray.util.get_node_ip_address()
 
 
 @ray.remote
-def supervisor(command: list[str]) -> int:
+def launcher(command: list[str]) -> int:
     """Run ft on this machine; returns its exit code."""
     return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
-    """Place a supervisor on each machine and wait for all."""
+    """Place a launcher on each machine and wait for all."""
     recipe, run, nodes, gpus = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     ray.init()
     group = placement_group([{"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}] * nodes, strategy="STRICT_SPREAD")
@@ -39,9 +39,7 @@ def main() -> int:
     command = ["ft", "train", recipe, "--run-dir", run, "--resume", "auto", "--processes", str(max(1, gpus))]
     if nodes > 1:
         command += ["--nodes", str(nodes), "--rendezvous", f"{first}:{PORT}"]
-    tasks = [
-        supervisor.options(num_cpus=1, num_gpus=gpus, scheduling_strategy=place).remote(command) for place in places
-    ]
+    tasks = [launcher.options(num_cpus=1, num_gpus=gpus, scheduling_strategy=place).remote(command) for place in places]
     codes = ray.get(tasks)
     return next((code for code in codes if code not in (0, 75)), max(codes))
 

@@ -1,8 +1,8 @@
 #!/bin/bash
 # sbatch --nodes=2 --gpus-per-node=4 recipes/clusters/slurm.sh recipe.yaml runs/mine
 #
-# One supervisor a machine and a process a GPU. Two minutes before its time is up the job saves and leaves with 75, and
-# only then it goes back into the queue: any other code would come again.
+# One launcher per machine and one process per GPU. Two minutes before its time limit the job saves and exits with 75.
+# Only then it is requeued: any other error would occur again.
 #SBATCH --job-name=ft
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16

@@ -1,4 +1,4 @@
-"""Which room may import which: the contracts in pyproject.toml hold."""
+"""Import layers: the contracts in pyproject.toml hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_contracts_hold():
+def test_import_contracts_hold():
     # In a process of its own: import-linter switches off the loggers that are there.
     command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -19,9 +19,11 @@ def test_the_contracts_hold():
     assert re.search(r"Contracts: \d+ kept, 0 broken", result.stdout)
 
 
-def test_every_room_has_its_place_in_the_chain():
+def test_every_package_is_in_the_layer_contract():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if "finetune.jobs" in contract.get("layers", ()))
     placed = {name.strip() for layer in layers for name in layer.split("|")}
-    rooms = {f"finetune.{path.stem}" for path in (ROOT / "finetune").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert placed == {"cli", *rooms} - {"finetune.__init__", "finetune.__pycache__"}
+    packages = {
+        f"finetune.{path.stem}" for path in (ROOT / "finetune").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    assert placed == {"cli", *packages} - {"finetune.__init__", "finetune.__pycache__"}

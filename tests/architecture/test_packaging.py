@@ -1,4 +1,4 @@
-"""The wheel has every module of the tree and nothing else, under two names."""
+"""The wheel contains every module of the tree and no other file, under two package names."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def modules_of_the_tree() -> set[str]:
     }
 
 
-def test_every_file_of_the_tree_is_in_the_wheel_and_no_other(wheel: Path):
+def test_wheel_contains_exactly_the_files_of_the_tree(wheel: Path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == modules_of_the_tree()
     assert {name.partition("/")[0] for name in names} == {"finetune", "ft_cli"}
 
 
-def test_the_wheel_has_its_licence_its_version_and_the_command(wheel: Path, tmp_path: Path):
+def test_wheel_has_licence_version_and_command(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     (info,) = tmp_path.glob("*.dist-info")
     distribution = PathDistribution(info)
@@ -66,7 +66,7 @@ def test_the_wheel_has_its_licence_its_version_and_the_command(wheel: Path, tmp_
     assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
-def test_what_the_wheel_installs_runs_outside_the_tree(wheel: Path, tmp_path: Path):
+def test_wheel_runs_outside_of_the_tree(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import runpy; " + (
         "sys.argv = ['ft', '--version']; runpy.run_module('ft_cli', run_name='__main__')"

@@ -1,12 +1,10 @@
-"""Help and validation answer at once: they load nothing heavy."""
+"""Help and validation start fast: they import no heavy library, and few modules at all."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,8 @@ from tests.fixtures.runs import written_run
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
+MAX_MODULES = 300
+"""Upper bound of modules that `ft --help` may import; about 210 today, 50 of them of this project."""
 
 PROBE = """
 import sys
@@ -24,6 +24,7 @@ try:
     run()
 except SystemExit as end:
     loaded = sorted({name.partition(".")[0] for name in sys.modules})
+    print("MODULES", len(sys.modules))
     print("LOADED", *loaded)
     raise
 """
@@ -72,7 +73,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_what_needs_no_model_loads_nothing_heavy(recipes: Path, arguments: list[str], code: int):
+def test_commands_without_a_model_import_no_heavy_library(recipes: Path, arguments: list[str], code: int):
     result = ft(*[str(recipes / each) if each.endswith((".yaml", "-run")) else each for each in arguments])
     assert result.returncode == code, result.stderr
     last = result.stdout.splitlines()[-1].split()
@@ -80,18 +81,15 @@ def test_what_needs_no_model_loads_nothing_heavy(recipes: Path, arguments: list[
     assert not HEAVY & set(last)
 
 
-def test_the_probe_would_see_a_heavy_module(tmp_path: Path):
+def test_probe_finds_a_heavy_module(tmp_path: Path):
     (tmp_path / "peft.py").touch()
     code = PROBE.replace("    run()", f"    sys.path.insert(0, {str(tmp_path)!r}); import peft; sys.exit()")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert HEAVY & set(result.stdout.split()) == {"peft"}
 
 
-def test_help_is_there_in_a_moment():
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cli", "--help"], cwd=ROOT, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - began)
-    # Below 0.3 s on an idle machine; tests run on busy ones.
-    assert statistics.median(seconds) < 0.6
+def test_help_imports_few_modules():
+    """Time depends on the machine; the number of imported modules does not, and it is what takes the time."""
+    result = ft("--help")
+    (count,) = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("MODULES ")]
+    assert 50 < count <= MAX_MODULES

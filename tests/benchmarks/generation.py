@@ -57,8 +57,8 @@ def main() -> None:
             tokenizer=setup.tokenizer,
             uses_chat_template=True,
             load=lambda: model,
-            writer=ModelGenerator(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
-            kept=PredictionCache({"benchmark": time.time()}),
+            generator=ModelGenerator(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
+            cache=PredictionCache({"benchmark": time.time()}),
             compute_dtype=torch.float32,
             batch_size=arguments.batch_size,
             padding=setup.padding,
@@ -103,7 +103,7 @@ def answers(engine: Engine, model: Any, arguments: argparse.Namespace) -> None:
             found.append(engine.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
         return found
 
-    in_batches = partial(engine.answers, sampling=Sampling(arguments.tokens), tell=lambda done, total: None)
+    in_batches = partial(engine.answers, sampling=Sampling(arguments.tokens), on_progress=lambda done, total: None)
     row_by_row(prompts[:1])  # what is made once is not measured
     seconds, same = {"row by row": 0.0, "ft": 0.0, "ft, kept": 0.0}, 0
     size = -(-len(prompts) // 4)

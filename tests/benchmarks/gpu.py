@@ -36,7 +36,7 @@ from finetune.plan.gpu_specs import GPU_SPECS
 from tests.benchmarks.gpu_cases import PARTS, ROWS, SHAPES, STEPS, TINY, TINY_STEPS, Case, Datasets
 from tests.benchmarks.gpu_page import page, table
 from tests.benchmarks.gpu_processes import ROOT, ProcessFailure, call, command, last_lines
-from tests.benchmarks.rival import RATES
+from tests.benchmarks.trl_comparison import RATES
 
 SCHEMA = "bench-gpu/1"
 
@@ -167,7 +167,7 @@ class Part:
             call("run_ft", task, log, timeout, self._options.device)
         else:
             Path(task["trl_task"]).write_text(json.dumps(_trl_task(case, task)), encoding="utf-8")
-            command([self._options.trl, "-m", "tests.benchmarks.rival_trl", task["trl_task"]], log, timeout)
+            command([self._options.trl, "-m", "tests.benchmarks.trl_side", task["trl_task"]], log, timeout)
 
     def _measured(self, case: Case, task: dict[str, Any]) -> dict[str, Any]:
         """Everything that the case's process has written, whether or not it ended well."""
@@ -200,7 +200,7 @@ class Part:
 
 
 def _trl_task(case: Case, task: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a case as `rival_trl` reads them."""
+    """The settings of a case as `trl_side` reads them."""
     optimizers = {"adamw": "adamw_torch_fused" if task["device"] == "cuda" else "adamw_torch"}
     rows = Datasets(**task["rows"])
     return {

@@ -20,8 +20,8 @@ from finetune.recipe.recipe import Recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingStarted
 from tests.benchmarks.gpu_cases import SHAPES, TINY, Case, Datasets
-from tests.benchmarks.rival import KINDS, RATES, in_order
 from tests.benchmarks.step_recorder import StepRecorder
+from tests.benchmarks.trl_comparison import KINDS, RATES, in_order
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import tiny_tokenizer
 
@@ -160,7 +160,7 @@ def recipe_of(task: dict[str, Any], folder: Path) -> Recipe:
             "batching": "padding_free",
             "gradient_checkpointing": case.checkpointing,
             "checkpoint_every_steps": 10**6,
-            "rehearsal": False,
+            "dry_run": False,
         },
     }
     return as_recipe(sections, folder)

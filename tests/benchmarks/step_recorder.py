@@ -104,7 +104,7 @@ class StepRecorder:
 
         Args:
             tokens: Of the step's rows, padding not counted.
-            loss: Of the step, in nats per trained token; None where `note_loss` receives it later.
+            loss: Of the step, in nats per target token; None where `note_loss` receives it later.
         """
         self._synchronize()
         self.seconds.append(time.perf_counter() - self._step_began)
@@ -119,7 +119,7 @@ class StepRecorder:
         self._step_began = time.perf_counter()
 
     def note_loss(self, loss: float) -> None:
-        """The loss of the last step, in nats per trained token."""
+        """The loss of the last step, in nats per target token."""
         self.losses.append(loss)
         self._write()
 

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, which can be killed; and the run that nothing happened to."""
+"""Training processes that can be killed, and an uninterrupted run to compare with."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Run as a module: forks a process for each training that is asked for, so that torch is imported once.
+"""Run as a module: forks a process for each requested training, so that torch is imported once.
 
-A line of JSON on standard input asks for one: `arguments` of `ft`, and what goes wrong in it. A line on standard output
+A line of JSON on standard input starts one: `arguments` of `ft`, and faults to inject. A line on standard output
 gives its process id, and another one, when it has ended, its exit code, negative for a signal.
 """
 
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import finetune.jobs.export.merge
-import finetune.jobs.train.run  # noqa: F401 -- this is what takes seconds
+import finetune.jobs.train.run  # noqa: F401 -- takes seconds to import
 from cli.main import app
 from finetune.run import checkpoints
 

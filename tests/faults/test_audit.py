@@ -1,4 +1,4 @@
-"""What whole commands do to the machine, as the kernel sees it: libraries written in C, C++ and Rust included.
+"""File and network access of full commands, as the kernel sees it, including libraries in C, C++ and Rust.
 
 strace tells of every file that is changed, every connection and every program; a control shows that it would.
 """
@@ -121,14 +121,14 @@ subprocess.run(["true"])
 """
 
 
-def test_what_is_looked_for_would_be_seen(tmp_path: Path):
+def test_audit_finds_a_planted_write_and_connection(tmp_path: Path):
     found = watched(tmp_path, sys.executable, "-c", STRAY)
     assert strays(found, tmp_path / "run") == [tmp_path / "moved", tmp_path / "stray"]
     assert any("127.0.0.1" in call for call in found.reached)
     assert "true" in found.started
 
 
-def test_no_command_writes_elsewhere_or_uses_the_network(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_commands_write_only_to_their_folders_and_use_no_network(tiny_recipe: dict[str, Any], tmp_path: Path):
     """With a model and data on the disk, and without being told that it is offline."""
     recipe = write_recipe(tiny_recipe, tmp_path)
     run, cache, temporary, home = (tmp_path / name for name in ("run", "cache", "temporary", "home"))

@@ -1,4 +1,4 @@
-"""Damaged files, a full disk, and numbers that are not finite: the run goes on from what is whole, or says why not."""
+"""Damaged files, a full disk, NaN weights: the run resumes from an intact checkpoint, or reports why not."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def stopped(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for damage in DAMAGES
     ],
 )
-def test_from_damage_to_the_newest_checkpoint_it_falls_back_and_ends_with_the_same_bits(
+def test_run_with_a_damaged_checkpoint_resumes_from_the_previous_one(
     file: str, damage: str, stopped: Path, recipe: Path, uninterrupted: Result, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def full_disk_between(first: int, last: int) -> Callable[[Event], None]:
     return report
 
 
-def test_a_disk_that_is_full_for_a_while_costs_warnings_and_no_bit(
+def test_disk_that_is_full_for_a_while_causes_only_warnings(
     recipe: Path, uninterrupted: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run = RunDirectory.create(tmp_path / "run")
@@ -125,9 +125,7 @@ def test_a_disk_that_is_full_for_a_while_costs_warnings_and_no_bit(
     assert all("step 3 is still there" in warning for warning in warnings)
 
 
-def test_if_the_result_cannot_be_saved_it_is_exit_code_7_and_the_checkpoint_before_goes_on(
-    recipe: Path, uninterrupted: Result, tmp_path: Path
-):
+def test_unwritable_result_exits_with_7_and_the_run_can_be_resumed(recipe: Path, uninterrupted: Result, tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     with largest_file(resource.RLIM_INFINITY), pytest.raises(EnvironmentFault):
         train(load_recipe(recipe).recipe, run, full_disk_between(10, 99))
@@ -142,9 +140,7 @@ def test_if_the_result_cannot_be_saved_it_is_exit_code_7_and_the_checkpoint_befo
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_never_saved(
-    value: float, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_nan_weights_are_never_saved(value: float, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def poison(method: AdapterMethod, model: torch.nn.Module, step: int) -> None:
         if step == 3:
             with torch.no_grad():
@@ -174,7 +170,7 @@ def cold(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_the_command_is_stopped_once_killed_once_and_goes_on(recipe: Path, uninterrupted: Result, tmp_path: Path):
+def test_command_resumes_after_a_stop_and_a_kill(recipe: Path, uninterrupted: Result, tmp_path: Path):
     run = tmp_path / "run"
 
     def saved(count: int) -> None:
@@ -201,7 +197,7 @@ def test_the_command_is_stopped_once_killed_once_and_goes_on(recipe: Path, unint
     assert Result.of(run) == uninterrupted
 
 
-def test_a_run_that_was_killed_leaves_no_lock(server: Server, recipe: Path, tmp_path: Path):
+def test_killed_run_leaves_no_lock(server: Server, recipe: Path, tmp_path: Path):
     run = tmp_path / "run"
     process = server.start("train", recipe, "--run-dir", run, slow_disk=0.05)
     while not (run / "checkpoints").exists():

@@ -1,4 +1,4 @@
-"""A small file system that another program fills to the last byte while a run trains on it.
+"""A small file system that another program fills to the last byte during training.
 
 The file system is mounted where only the test's own processes see it, which takes a Linux that lets users do so.
 """
@@ -70,7 +70,7 @@ def _mounts(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_filled_to_the_last_byte(recipe: Path, uninterrupted: Result, tmp_path: Path):
+def test_run_on_a_full_file_system_ends_as_uninterrupted(recipe: Path, uninterrupted: Result, tmp_path: Path):
     first, again, other, last = on_a_small_disk(recipe, tmp_path, fills=True)
     for attempt in (first, again, other):
         assert attempt.code == 7, attempt.said
@@ -83,7 +83,7 @@ def test_a_disk_that_is_filled_to_the_last_byte(recipe: Path, uninterrupted: Res
 
 
 @pytest.mark.slow
-def test_on_the_same_disk_with_room_nothing_is_amiss(recipe: Path, uninterrupted: Result, tmp_path: Path):
+def test_run_on_the_same_file_system_with_space_has_no_warnings(recipe: Path, uninterrupted: Result, tmp_path: Path):
     attempts = on_a_small_disk(recipe, tmp_path, fills=False)
     assert [attempt.code for attempt in attempts] == [0] * 4
     assert "warning" not in attempts[0].said

@@ -1,4 +1,4 @@
-"""Models, adapters, templates, rows and checkpoints that bring code along: none of it runs, nothing lands elsewhere.
+"""Models, adapters, templates, rows and checkpoints with embedded code: none of it runs or writes a file.
 
 Every case plants code that would create a file, the canary. A control shows that the planted code works when something
 does run it.
@@ -150,7 +150,7 @@ def train(folder: Path, sections: dict[str, Any]) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_hostile_model_runs_nothing(tiny_model: Path, tiny_recipe: dict[str, Any], tmp_path: Path, name: str):
+def test_hostile_model_runs_no_code(tiny_model: Path, tiny_recipe: dict[str, Any], tmp_path: Path, name: str):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     canary = tmp_path / "canary"
     MODELS[name](model, canary)
@@ -166,7 +166,7 @@ def test_a_hostile_model_runs_nothing(tiny_model: Path, tiny_recipe: dict[str, A
         assert "->" in result.stderr
 
 
-def test_the_planted_code_would_run_if_anything_ran_it(tmp_path: Path):
+def test_planted_code_works_when_executed(tmp_path: Path):
     canary = tmp_path / "canary"
     pickle.loads(pickle.dumps(Payload(canary)))
     assert canary.exists()
@@ -175,7 +175,7 @@ def test_the_planted_code_would_run_if_anything_ran_it(tmp_path: Path):
     assert canary.exists()
 
 
-def test_a_hostile_adapter_and_checkpoint_run_nothing(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_hostile_adapter_and_checkpoint_run_no_code(tiny_recipe: dict[str, Any], tmp_path: Path):
     canary = tmp_path / "canary"
     assert train(tmp_path, tiny_recipe).returncode == 0
     run = tmp_path / "run"
@@ -193,7 +193,7 @@ def test_a_hostile_adapter_and_checkpoint_run_nothing(tiny_recipe: dict[str, Any
     assert not canary.exists()
 
 
-def test_a_run_writes_nowhere_but_into_its_directory_and_the_cache(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_run_writes_only_to_its_directory_and_the_cache(tiny_recipe: dict[str, Any], tmp_path: Path):
     """What stands below the home, the working and the temporary folder, before and after."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()

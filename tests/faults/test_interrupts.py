@@ -1,4 +1,4 @@
-"""Ctrl-C in every phase of `ft train`: the first waits for a good moment, the second leaves within a second."""
+"""Ctrl-C in every phase of `ft train`: the first waits for a safe moment, the second exits within a second."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PHASES = {
     "step": "finetune.train.loop.train_step",
     "evaluation": "finetune.jobs.train.evaluator.compute_validation_loss",
     "checkpoint": "finetune.jobs.train.checkpointing.write_state",
-    "saving": "finetune.jobs.train.run._save",
+    "saving": "finetune.jobs.train.training_loop._write_trained",
 }
-"""What each phase spends its time in."""
+"""The function in which each phase spends its time."""
 
 HANG = """
 import importlib, os, sys, time
@@ -40,7 +40,7 @@ run()
 @pytest.mark.parametrize(
     "phase", [phase if phase in ("step", "saving") else pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES]
 )
-def test_a_second_interrupt_leaves_a_phase_that_takes_long(phase: str, recipe: Path, tmp_path: Path):
+def test_second_interrupt_exits_from_a_long_phase(phase: str, recipe: Path, tmp_path: Path):
     errors = tmp_path / "errors.txt"
     process = subprocess.Popen(
         [sys.executable, "-c", HANG, PHASES[phase], "train", recipe, "--run-dir", tmp_path / "run"],

@@ -1,4 +1,4 @@
-"""A run that is killed, whenever that is, and started again ends as if nothing had happened."""
+"""A run that is killed at any moment and started again ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def killed_and_finished(server: Server, recipe: Path, run: Path, draw: random.Ra
 
 
 @pytest.mark.parametrize("runs", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_every_run_ends_with_the_same_bits(
+def test_run_killed_at_random_moments_ends_as_uninterrupted(
     runs: int, server: Server, recipe: Path, uninterrupted: Result, tmp_path: Path
 ):
     hits = []
@@ -97,14 +97,14 @@ def survives_kill_before(number: int, server: Server, recipe: Path, run: Path, s
 
 
 @pytest.mark.parametrize("number", random.Random(0).sample(range(1, 60), 4))
-def test_killed_before_some_change_on_the_disk_it_ends_with_the_same_bits(
+def test_run_killed_before_some_disk_changes_ends_as_uninterrupted(
     number: int, server: Server, recipe: Path, short: Result, tmp_path: Path
 ):
     assert survives_kill_before(number, server, recipe, tmp_path / "run", short)
 
 
 @pytest.mark.slow
-def test_killed_before_any_change_on_the_disk_it_ends_with_the_same_bits(
+def test_run_killed_before_any_disk_change_ends_as_uninterrupted(
     server: Server, recipe: Path, short: Result, tmp_path: Path
 ):
     number = 1

@@ -1,4 +1,4 @@
-"""Two machines of a run, each with its supervisor; here both are this one, or two of its network namespaces."""
+"""Two machines of a run, each with its launcher: both are this one, or two of its network namespaces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 class Machine:
-    """A supervisor with one process."""
+    """A launcher with one process."""
 
     def __init__(self, folder: Path, name: str, rendezvous: str, *arguments: object, prefix: tuple[str, ...] = ()):
         self.errors = folder / f"{name}.txt"
@@ -83,7 +83,7 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[
     return steps(folder / "run")
 
 
-def test_two_machines_make_what_one_process_does(recipe: Path, alone: list[tuple[int, float]], tmp_path: Path):
+def test_two_machines_have_the_losses_of_one_process(recipe: Path, alone: list[tuple[int, float]], tmp_path: Path):
     rendezvous = f"127.0.0.1:{free_port()}"
     machines = [Machine(tmp_path, name, rendezvous, recipe, *PLAIN) for name in ("first", "second")]
     for machine in machines:
@@ -95,7 +95,7 @@ def test_two_machines_make_what_one_process_does(recipe: Path, alone: list[tuple
     assert sum(machine.said().count("saving ...") for machine in machines) == 1
 
 
-def test_a_signal_to_one_machine_stops_both_after_the_same_step(recipe: Path, tmp_path: Path):
+def test_signal_to_one_machine_stops_both_after_the_same_step(recipe: Path, tmp_path: Path):
     rendezvous = f"127.0.0.1:{free_port()}"
     machines = [
         Machine(tmp_path, name, rendezvous, recipe, *PLAIN, "--set", "training.epochs=5000")
@@ -150,7 +150,7 @@ def network() -> Iterator[list[tuple[str, str]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def test_a_machine_that_is_cut_off_comes_back_and_the_run_ends_as_if_it_had_not(
+def test_disconnected_machine_rejoins_and_the_run_ends_as_uninterrupted(
     recipe: Path, alone: list[tuple[int, float]], network: list[tuple[str, str]], tmp_path: Path
 ):
     (first, address), (second, _) = network

@@ -1,4 +1,4 @@
-"""Several processes of a run under one supervisor: what ends one ends all, once and with the right word."""
+"""Several processes of a run under one launcher: they end together, with one error and the right exit code."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def all_end(ranks: list[psutil.Process]) -> bool:
     return not alive
 
 
-def test_a_process_that_is_killed_ends_all_with_one_word(launch: Callable[..., Launch], recipe: Path):
+def test_killed_process_ends_all_with_one_error(launch: Callable[..., Launch], recipe: Path):
     training = launch(recipe, *ENDLESS, "--processes", 2)
     training.wait_for_step(3)
     ranks = training.ranks()
@@ -112,9 +112,7 @@ def test_a_process_that_is_killed_ends_all_with_one_word(launch: Callable[..., L
 
 
 @pytest.mark.slow
-def test_after_a_death_all_start_again_as_often_as_the_recipe_says(
-    launch: Callable[..., Launch], recipe: Path, tmp_path: Path
-):
+def test_processes_restart_after_a_kill_up_to_the_limit(launch: Callable[..., Launch], recipe: Path, tmp_path: Path):
     plain = ["--set", "adapter.dropout=0", "--set", "training.epochs=8", "--processes", 2]
     (tmp_path / "whole").mkdir()
     whole = Launch(tmp_path / "whole", recipe, *plain)
@@ -129,7 +127,7 @@ def test_after_a_death_all_start_again_as_often_as_the_recipe_says(
 
 
 @pytest.mark.slow
-def test_a_supervisor_that_is_killed_leaves_no_process_behind(launch: Callable[..., Launch], recipe: Path):
+def test_killed_launcher_leaves_no_process(launch: Callable[..., Launch], recipe: Path):
     training = launch(recipe, *ENDLESS, "--processes", 2)
     training.wait_for_step(2)
     ranks = training.ranks()
@@ -138,7 +136,7 @@ def test_a_supervisor_that_is_killed_leaves_no_process_behind(launch: Callable[.
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_to_the_supervisor_is_one_checkpoint_and_the_code_of_one_process(
+def test_signal_to_the_launcher_saves_one_checkpoint_with_the_exit_code_of_one_process(
     number: signal.Signals, launch: Callable[..., Launch], recipe: Path
 ):
     training = launch(recipe, *ENDLESS, "--processes", 2, "--set", "training.checkpoint_every_steps=1000000")
@@ -154,7 +152,7 @@ def test_a_signal_to_the_supervisor_is_one_checkpoint_and_the_code_of_one_proces
 
 
 @pytest.mark.slow
-def test_a_signal_before_training_ends_all_and_leaves_nothing(launch: Callable[..., Launch], recipe: Path):
+def test_signal_before_training_ends_all_and_leaves_no_files(launch: Callable[..., Launch], recipe: Path):
     training = launch(recipe, *ENDLESS, "--processes", 2)
     training.wait_until(lambda: len(training.ranks()) == 2)
     ranks = training.ranks()
@@ -165,7 +163,7 @@ def test_a_signal_before_training_ends_all_and_leaves_nothing(launch: Callable[.
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_leaves_within_a_second(launch: Callable[..., Launch], recipe: Path):
+def test_second_interrupt_exits_within_a_second(launch: Callable[..., Launch], recipe: Path):
     training = launch(recipe, *ENDLESS, "--processes", 2)
     training.wait_for_step(2)
     ranks = training.ranks()
@@ -180,7 +178,7 @@ def test_a_second_interrupt_leaves_within_a_second(launch: Callable[..., Launch]
 
 
 @pytest.mark.slow
-def test_under_torchrun_the_main_process_alone_writes(launch: Callable[..., Launch], recipe: Path):
+def test_torchrun_run_is_written_by_the_main_process_only(launch: Callable[..., Launch], recipe: Path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")
     training = launch(recipe, "--set", "training.epochs=1", program=torchrun)
     assert training.process.wait(120) == 0, training.said()

@@ -1,4 +1,4 @@
-"""Rows and files that cannot be used: exit code 3, file and row, the key, what was found, what to do; no traceback."""
+"""Unusable rows and files exit with 3 and name file, row and key, the value found and a fix, without a traceback."""
 
 from __future__ import annotations
 
@@ -152,14 +152,14 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 
 
 class Outcome(NamedTuple):
-    """What `ft train` said of a file."""
+    """Result of `ft train` on a file."""
 
     code: int
     said: str
 
 
 def train(file: Path, sections: dict[str, Any], row_format: str, *overrides: str) -> Outcome:
-    """Train on a file, whatever is in it."""
+    """Train on a file with any content."""
     sections["data"] = {"train": [{"path": str(file), "format": row_format}], "max_length": 128}
     options = [part for override in overrides for part in ("--set", override)]
     recipe = write_recipe(sections, file.parent)
@@ -179,7 +179,7 @@ def is_refused(outcome: Outcome, start: str, words: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_bad_row_is_refused_by_its_line_and_key(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_bad_row_is_refused_with_line_and_key(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
     row_format, bad, words = LINES[name]
     good = json.dumps(GOOD[row_format]).encode()
     line = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
@@ -189,7 +189,7 @@ def test_a_bad_row_is_refused_by_its_line_and_key(name: str, tiny_recipe: dict[s
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_file_is_refused_by_its_name_and_place(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_bad_file_is_refused_with_name_and_position(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
     file_name, content, words = FILES[name]
     file = tmp_path / file_name
     file.write_bytes(content)
@@ -199,7 +199,7 @@ def test_a_bad_file_is_refused_by_its_name_and_place(name: str, tiny_recipe: dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["no JSON", "content null", "no UTF-8"])
-def test_a_bad_row_is_found_at_line_100000_too(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_bad_row_at_line_100000_is_found(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
     row_format, bad, words = LINES[name]
     file = tmp_path / "rows.jsonl"
     line = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
@@ -216,7 +216,7 @@ GOOD_FILES = {
 
 
 @pytest.mark.parametrize("name", GOOD_FILES)
-def test_what_editors_do_to_a_file_changes_no_row(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_file_with_editor_artifacts_has_the_same_rows(name: str, tiny_recipe: dict[str, Any], tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(GOOD_FILES[name])
     assert train(file, tiny_recipe, "chat", "training.max_steps=1").code == 0
@@ -224,11 +224,11 @@ def test_what_editors_do_to_a_file_changes_no_row(name: str, tiny_recipe: dict[s
     assert (counts["read"], counts["used"]) == (500, 500)
 
 
-def test_rows_that_a_policy_leaves_out_are_counted_by_cause(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_dropped_rows_are_counted_by_cause(tiny_recipe: dict[str, Any], tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     left_out = [LINES[name][1] for name in ("no answer", "too many words", "no answer")]
     file.write_bytes(MANY + b"".join(json.dumps(row).encode() + b"\n" for row in left_out))
-    policies = ["data.on_untrainable=skip", "data.overlength=drop", "data.max_dropped=0.1", "training.max_steps=1"]
+    policies = ["data.on_bad_row=drop", "data.overlength=drop", "data.max_dropped=0.1", "training.max_steps=1"]
     assert train(file, tiny_recipe, "chat", *policies).code == 0
     counts = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
     assert [counts[key] for key in ("read", "too_long", "untrainable", "used")] == [503, 1, 2, 500]

@@ -1,4 +1,4 @@
-"""`ft chat`: turns, commands, and keys, in a pipe and on a terminal."""
+"""`ft chat`: turns, commands and keys, in a pipe and on a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENS = 8
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that looks further back than its last token. Do not change it."""
+    """A model whose predictions depend on more than the last token. Do not change it."""
     folder = tmp_path_factory.mktemp("models") / "model"
     write_tiny_model(folder, tie_word_embeddings=False, initializer_range=0.3)
     return folder
@@ -45,7 +45,7 @@ def chat(model: Path) -> Chat:
     return Chat.open(found, None, Sampling(TOKENS), ignore)
 
 
-def said(chat: Chat, text: str) -> str:
+def reply(chat: Chat, text: str) -> str:
     pieces: list[str] = []
     chat.say(text, pieces.append)
     return "".join(pieces)
@@ -56,22 +56,22 @@ def alone(chat: Chat, *messages: tuple[str, str]) -> str:
     return answer(chat.base, [Question(conversation, 0)], Sampling(TOKENS))[0]
 
 
-def test_every_turn_is_answered_behind_all_that_was_said(chat: Chat):
-    first = said(chat, "Hi")
+def test_turn_is_answered_after_all_earlier_turns(chat: Chat):
+    first = reply(chat, "Hi")
     assert first == alone(chat, ("user", "Hi"))
-    second = said(chat, "Again")
+    second = reply(chat, "Again")
     turns = (("user", "Hi"), ("assistant", first), ("user", "Again"))
     assert second == alone(chat, *turns) != alone(chat, ("user", "Again"))
     chat.system = "Be brief."
-    third = said(chat, "And now?")
+    third = reply(chat, "And now?")
     turns += (("assistant", second), ("user", "And now?"))
     assert third == alone(chat, ("system", "Be brief."), *turns) != alone(chat, *turns)
     chat.clear()
-    assert said(chat, "Hi") == alone(chat, ("system", "Be brief."), ("user", "Hi"))
+    assert reply(chat, "Hi") == alone(chat, ("system", "Be brief."), ("user", "Hi"))
 
 
-def test_an_answer_that_is_stopped_stays_as_far_as_it_was_told(chat: Chat):
-    whole = alone(chat, ("user", "Hi"))
+def test_interrupted_answer_is_kept_as_streamed(chat: Chat):
+    full = alone(chat, ("user", "Hi"))
     pieces: list[str] = []
 
     def stop(piece: str) -> None:
@@ -81,17 +81,17 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_told(chat: Chat):
 
     with pytest.raises(KeyboardInterrupt):
         chat.say("Hi", stop)
-    told = "".join(pieces)
-    assert whole.startswith(told)
-    assert chat.turns == [Message("user", "Hi"), Message("assistant", told)]
-    assert said(chat, "Again") == alone(chat, ("user", "Hi"), ("assistant", told), ("user", "Again"))
+    streamed = "".join(pieces)
+    assert full.startswith(streamed)
+    assert chat.turns == [Message("user", "Hi"), Message("assistant", streamed)]
+    assert reply(chat, "Again") == alone(chat, ("user", "Hi"), ("assistant", streamed), ("user", "Again"))
 
 
-def test_a_turn_that_cannot_be_answered_is_forgotten(chat: Chat):
+def test_turn_without_an_answer_is_dropped(chat: Chat):
     with pytest.raises(DataError, match="room for"):
-        said(chat, "x" * 600)
+        reply(chat, "x" * 600)
     assert chat.turns == []
-    assert said(chat, "Hi") == alone(chat, ("user", "Hi"))
+    assert reply(chat, "Hi") == alone(chat, ("user", "Hi"))
 
 
 def in_pipe(model: Path, lines: str, *arguments: str) -> Any:
@@ -99,7 +99,7 @@ def in_pipe(model: Path, lines: str, *arguments: str) -> Any:
     return CliRunner().invoke(app, call, input=lines)
 
 
-def test_in_a_pipe_answers_go_out_and_nothing_else(chat: Chat, model: Path):
+def test_chat_in_a_pipe_prints_answers_only(chat: Chat, model: Path):
     first = alone(chat, ("system", "S"), ("user", "Hi"))
     second = alone(chat, ("user", "Hi"))
     result = in_pipe(model, "Hi\n/clear\n\n/system\nHi\n", "--system", "S")
@@ -108,17 +108,17 @@ def test_in_a_pipe_answers_go_out_and_nothing_else(chat: Chat, model: Path):
     assert re.sub(r"note: training.precision: auto is \w+ on this cpu\n", "", result.stderr) == ""
 
 
-def test_exit_leaves_and_an_unknown_command_tells_those_that_there_are(model: Path):
+def test_exit_command_ends_chat_and_help_lists_commands(model: Path):
     result = in_pipe(model, "/help\n/exit\nHi\n")
     assert result.exit_code == 0
     assert result.stdout == ""
     assert "/system TEXT" in result.stderr
 
 
-def test_what_goes_wrong_in_a_turn_is_told_and_the_next_one_is_answered(chat: Chat, model: Path):
+def test_error_in_a_turn_does_not_end_the_chat(chat: Chat, model: Path):
     result = in_pipe(model, "x" * 600 + "\nHi\n")
     assert result.exit_code == 0
-    assert "ask something shorter" in result.stderr
+    assert "shorten the prompt" in result.stderr
     assert result.stdout.endswith(alone(chat, ("user", "Hi")) + "\n")
 
 
@@ -128,7 +128,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background
 os.execv(sys.executable, [sys.executable, "-m", "cli", *sys.argv[1:]])
 """
-"""Run in a new process: what has threads, as this one, may hang for ever in a copy of itself."""
+"""Run in a new process: a fork of this one, which has threads, may deadlock."""
 
 
 class Terminal:
@@ -145,7 +145,7 @@ class Terminal:
         self.shown, self.deadline = "", time.monotonic() + 300
 
     def wait_until(self, is_shown: Callable[[str], bool], pressing: str = "") -> None:
-        """Read until what is shown is so, and press a key whenever nothing is shown for a second."""
+        """Read until the output meets a condition; press a key whenever there is no output for a second."""
         while not is_shown(self.shown):
             assert time.monotonic() < self.deadline, self.shown
             if select.select([self.keys], [], [], 1)[0]:
@@ -154,19 +154,19 @@ class Terminal:
                 os.write(self.keys, pressing.encode())
 
     def type(self, keys: str) -> None:
-        """Press keys; what was shown before is forgotten."""
+        """Press keys, and drop earlier output."""
         self.shown = ""
         os.write(self.keys, keys.encode())
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close the terminal and end the process."""
         os.close(self.keys)  # hangs up
         self.process.kill()
         self.process.wait()
 
 
-def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path):
-    write_tiny_model(tmp_path, max_position_embeddings=100_000)  # ends no line that it begins
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_chat(tmp_path: Path):
+    write_tiny_model(tmp_path, max_position_embeddings=100_000)  # its answers do not end
     terminal = Terminal("chat", str(tmp_path), "--max-new-tokens", "90000")
     with closing(terminal):
         terminal.wait_until(lambda shown: "Ctrl-C stops an answer" in shown and shown.endswith("> "))
@@ -177,7 +177,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path):
         terminal.type("half a line")
         terminal.wait_until(lambda shown: "half a line" in shown)
         terminal.type("")
-        # Python's `input` sees a signal that comes while it draws a key when the next key is pressed, not before.
+        # Python's `input` handles a signal that arrives while it echoes a key only at the next key.
         terminal.wait_until(lambda shown: shown.endswith("\n> "), pressing="\x03")
         terminal.type("\x04")
         assert terminal.process.wait(timeout=60) == 0

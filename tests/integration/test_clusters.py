@@ -1,4 +1,4 @@
-"""The templates for clusters, as far as a machine without one can tell."""
+"""Templates for clusters, as far as they can be tested without a cluster."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("file", sorted(CLUSTERS.iterdir()), ids=lambda file: file.name)
-def test_it_says_only_options_that_there_are(file: Path):
+def test_cluster_template_uses_only_existing_options(file: Path):
     text = re.sub(r"(?m)^ *#.*$", "", file.read_text())  # of other programs, too
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--kill-on-bad-exit", "--working-dir"}
     assert {"--resume", "--processes", "--nodes", "--rendezvous"} <= said <= OPTIONS
 
 
-def test_the_kubernetes_job_starts_again_after_75_alone():
+def test_kubernetes_job_restarts_only_after_exit_code_75():
     service, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
     spec = job["spec"]
     (container,) = spec["template"]["spec"]["containers"]
@@ -46,7 +46,7 @@ def test_the_kubernetes_job_starts_again_after_75_alone():
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
 
 
-def test_skypilot_recovers_from_75():
+def test_skypilot_recovers_from_exit_code_75():
     task = yaml.safe_load((CLUSTERS / "skypilot.yaml").read_text())
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     assert subprocess.run(["bash", "-n"], input=task["run"], text=True, check=False).returncode == 0
@@ -75,7 +75,7 @@ def scheduler(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("code", [0, 1, 4, 75, 137])
-def test_slurm_queues_a_job_again_if_and_only_if_it_left_with_75(code: int, scheduler: dict[str, str], tmp_path: Path):
+def test_slurm_requeues_a_job_only_after_exit_code_75(code: int, scheduler: dict[str, str], tmp_path: Path):
     command = ["bash", str(CLUSTERS / "slurm.sh"), "recipe.yaml", "runs/mine"]
     done = subprocess.run(command, env={**scheduler, "CODE": str(code)}, cwd=tmp_path, check=False)
     assert done.returncode == code

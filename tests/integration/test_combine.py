@@ -1,4 +1,4 @@
-"""Several runs over one base in one model."""
+"""Merges of several runs over one base into one model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.jobs.train.run import train
 from finetune.models.writing.weight_merging import WeightMerge
 from finetune.run.directory import RunDirectory
 from tests.fixtures.recipes import as_recipe
-from tests.integration.test_road import logits
+from tests.integration.test_end_to_end import logits
 
 
 def run_of(sections: dict[str, Any], folder: Path, name: str, *overrides: str) -> RunDirectory:
@@ -28,21 +28,21 @@ def run_of(sections: dict[str, Any], folder: Path, name: str, *overrides: str) -
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_of_a_run_and_nothing_of_another_is_the_run(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+def test_combination_with_weights_1_and_0_equals_the_first_run(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     sections = {**tiny_recipe, "quantization": {"kind": kind}}
     one = run_of(sections, tmp_path, "one")
     two = run_of(sections, tmp_path, "two", "adapter={method: lora, r: 2}", "training.seed=7")
     result = combine([one, two], WeightMerge("linear", (1.0, 0.0)), tmp_path / "out")
     alone = logits(AutoModelForCausalLM.from_pretrained(merge(one).folder))
-    together = logits(AutoModelForCausalLM.from_pretrained(result.folder))
-    assert (alone - together).abs().max() <= 1e-5 * alone.abs().max()
+    combined = logits(AutoModelForCausalLM.from_pretrained(result.folder))
+    assert (alone - combined).abs().max() <= 1e-5 * alone.abs().max()
     assert result.agreements["one"].top1_agreement == 1.0
     assert result.agreements["one"].relative_difference < 1e-5 < result.agreements["two"].relative_difference
     assert AutoTokenizer.from_pretrained(result.folder).chat_template
     assert not [path for path in result.folder.iterdir() if path.is_dir()]
 
 
-def test_the_command_writes_one_folder_in_the_type_asked_for(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_merge_of_several_runs_writes_one_folder_in_the_given_dtype(tiny_recipe: dict[str, Any], tmp_path: Path):
     runs = [run_of(tiny_recipe, tmp_path, name, f"training.seed={seed}") for seed, name in enumerate("ab")]
     paths = [str(run.path) for run in runs]
     call = ["merge", *paths, "--output", str(tmp_path / "out"), "--combine", "ties", "--dtype", "bfloat16", "--json"]
@@ -52,7 +52,7 @@ def test_the_command_writes_one_folder_in_the_type_asked_for(tiny_recipe: dict[s
     assert set(verification["runs"]) == {"a", "b"}
     assert verification["combination"]["weights"] == [0.5, 1.0]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype is torch.bfloat16
-    assert CliRunner().invoke(app, call).exit_code == 6  # the folder is taken
+    assert CliRunner().invoke(app, call).exit_code == 6  # the folder exists
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_command_writes_one_folder_in_the_type_asked_for(tiny_recipe: dict[s
         (["--output", "out", "--dtype", "quantized"], "--dtype"),
     ],
 )
-def test_what_several_runs_need_is_asked_for(
+def test_merge_of_several_runs_without_required_options_is_exit_code_2(
     tiny_recipe: dict[str, Any], tmp_path: Path, options: list[str], where: str
 ):
     for name in "ab":
@@ -74,7 +74,7 @@ def test_what_several_runs_need_is_asked_for(
     assert where in result.output
 
 
-def test_runs_over_another_base_are_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_merge_of_runs_over_different_bases_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     plain = run_of({**tiny_recipe, "quantization": {"kind": "none"}}, tmp_path, "plain")
     quantized = run_of({**tiny_recipe, "quantization": {"kind": "affine"}}, tmp_path, "quantized")
     from finetune.errors import RefusedError

@@ -1,4 +1,4 @@
-"""A run that starts as an earlier one has ended."""
+"""A run that starts from the adapter of an earlier run (`adapter.continue_from`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def sections_of(tiny_recipe: dict[str, Any], adapter: dict[str, Any], kind: str 
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: "-".join(map(str, adapter.values())))
-def test_it_starts_where_the_earlier_one_ended(tiny_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]):
+def test_continue_from_starts_with_the_loss_of_the_earlier_run(
+    tiny_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]
+):
     sections = sections_of(tiny_recipe, adapter)
     first = run_of(sections, tmp_path, "first")
     second = run_of(sections, tmp_path, "second", continue_from=str(tmp_path / "first"))
@@ -41,7 +43,7 @@ def test_it_starts_where_the_earlier_one_ended(tiny_recipe: dict[str, Any], tmp_
     assert second.validation_loss < first.validation_loss < first.validation_loss_before
 
 
-def test_adalora_starts_there_too_with_a_course_of_its_own(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_continue_from_adalora_starts_a_new_rank_schedule(tiny_recipe: dict[str, Any], tmp_path: Path):
     adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1}
     sections = sections_of(tiny_recipe, adapter)
     first = run_of(sections, tmp_path, "first")
@@ -59,7 +61,7 @@ def test_adalora_starts_there_too_with_a_course_of_its_own(tiny_recipe: dict[str
         ({"quantization": {"kind": "hqq"}}, "quantized to other weights"),
     ],
 )
-def test_an_adapter_of_another_form_or_base_is_refused(
+def test_continue_from_adapter_of_another_shape_or_base_is_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], what: str
 ):
     sections = sections_of(tiny_recipe, ADAPTERS[0])

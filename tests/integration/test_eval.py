@@ -1,4 +1,4 @@
-"""`ft eval`: tasks of a recipe and of a file, beside another model, gated, and gone on with after an interruption."""
+"""`ft eval`: tasks of a recipe and of a file, comparisons, gates and resumed evaluations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.evaluation.gates import Gate
 from finetune.jobs.export import model_card
 from finetune.jobs.export.merge import merge
 from finetune.jobs.infer import evaluate as job
-from finetune.jobs.infer.evaluate import Asked, evaluate
+from finetune.jobs.infer.evaluate import EvaluationOptions, evaluate
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import named
@@ -32,8 +32,8 @@ from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Progress
-from tests.fixtures.evaluating import evaluated, values
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated, values
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -42,7 +42,7 @@ COLOURS = ["red", "blue", "green"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that looks further back than its last token. Do not change it."""
+    """A model whose predictions depend on more than the last token. Do not change it."""
     folder = tmp_path_factory.mktemp("models") / "base"
     write_tiny_model(folder, tie_word_embeddings=False, initializer_range=0.3)
     return folder
@@ -99,21 +99,27 @@ def ft(*arguments: object) -> Result:
     return result
 
 
-def test_a_run_is_measured_on_its_held_out_rows_and_every_answer_is_written(runs: Path):
+def test_eval_of_a_run_scores_its_validation_rows_and_writes_answers(runs: Path):
     found = evaluated(runs / "low-rank")
     run = RunDirectory(runs / "low-rank")
     assert found.folder == run.evaluation
     assert json.loads((run.evaluation / "results.json").read_text()) == json.loads(json.dumps(found.to_json()))
     assert list(values(found)) == ["loss", "perplexity", "exact_match", "f1"]
-    assert [score.rows for score in found.scores["held_out"].values()] == [8, 8, 4, 4]
+    assert [score.rows for score in found.scores["validation"].values()] == [8, 8, 4, 4]
     records = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
-    assert [record["task"] for record in records] == ["held_out"] * 4
+    assert [record["task"] for record in records] == ["validation"] * 4
     assert all(record["row"].rpartition(":")[0].endswith("chat.jsonl") for record in records)
     mean = sum(record["scores"]["f1"] for record in records) / 4
     assert values(found)["f1"] == pytest.approx(mean)
 
 
-def test_answers_are_those_of_ft_generate(runs: Path, tasks: Path, tmp_path: Path):
+def test_earlier_name_of_the_validation_task_is_read(runs: Path, tmp_path: Path):
+    found = evaluated(runs / "low-rank", tasks=("held_out",), gates=(Gate.parse("held_out/loss<100"),), limit=1)
+    assert list(found.scores) == ["validation"]
+    assert [gate.measured for gate in found.gates] == ["validation/loss"]
+
+
+def test_eval_answers_equal_those_of_ft_generate(runs: Path, tasks: Path, tmp_path: Path):
     evaluated(runs / "low-rank", tasks=(str(tasks),), limit=5, output=tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     asked = [record for record in records if record["task"] == "talk" and "system" not in record["prompt"]]
@@ -123,7 +129,7 @@ def test_answers_are_those_of_ft_generate(runs: Path, tasks: Path, tmp_path: Pat
     assert [record["answer"] for record in single] == answers(runs / "low-rank", prompts=prompts, tokens=6)
 
 
-def test_a_choice_is_the_likeliest_answer_of_the_model_itself(base: Path, tasks: Path, tmp_path: Path):
+def test_choice_is_the_answer_of_highest_likelihood(base: Path, tasks: Path, tmp_path: Path):
     found = evaluated(base, tasks=(str(tasks),), output=tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
@@ -139,9 +145,9 @@ def test_a_choice_is_the_likeliest_answer_of_the_model_itself(base: Path, tasks:
     assert values(found, "colours")["accuracy"] == pytest.approx(right / 12)
 
 
-def test_beside_the_base_there_is_a_difference_row_by_row(runs: Path, tasks: Path, tmp_path: Path):
-    found = evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks)), output=tmp_path / "out")
-    alone = evaluated(runs / "low-rank", tasks=("held_out", str(tasks)))
+def test_eval_against_the_base_has_paired_differences(runs: Path, tasks: Path, tmp_path: Path):
+    found = evaluated(runs / "low-rank", "base", tasks=("validation", str(tasks)), output=tmp_path / "out")
+    alone = evaluated(runs / "low-rank", tasks=("validation", str(tasks)))
     assert found.against == "base"
     for task, scores in found.scores.items():
         assert {metric: score.ours for metric, score in scores.items()} == {
@@ -164,19 +170,19 @@ def test_beside_the_base_there_is_a_difference_row_by_row(runs: Path, tasks: Pat
         assert (record["row"] in flipped.better, record["row"] in flipped.worse) == (ours > theirs, ours < theirs)
 
 
-def test_cards_and_differences_of_runs_tell_the_scores(runs: Path):
+def test_model_card_and_diff_show_the_scores(runs: Path):
     found = evaluated(runs / "low-rank", "base")
     rows = model_card._evaluated(json.loads((runs / "low-rank" / "eval" / "results.json").read_text()))
     assert rows[1:3] == ["| | base | this model | 95 % interval |", "|---|---|---|---|"]
-    loss = found.scores["held_out"]["loss"]
+    loss = found.scores["validation"]["loss"]
     assert loss.theirs
-    assert rows[3].startswith(f"| held_out: loss | {loss.theirs.value:.4f} | {loss.ours.value:.4f} | ")
+    assert rows[3].startswith(f"| validation: loss | {loss.theirs.value:.4f} | {loss.ours.value:.4f} | ")
     evaluated(runs / "prompt")
-    told = [json.loads(line) for line in ft("diff", runs / "low-rank", runs / "prompt", "--json").stdout.splitlines()]
-    assert f"{loss.ours.value:.6g}" in [each["first"] for each in told if each["key"] == "eval held_out loss"]
+    diff = [json.loads(line) for line in ft("diff", runs / "low-rank", runs / "prompt", "--json").stdout.splitlines()]
+    assert f"{loss.ours.value:.6g}" in [each["first"] for each in diff if each["key"] == "eval validation loss"]
 
 
-def test_another_run_or_model_may_stand_beside(runs: Path, base: Path, tasks: Path, tmp_path: Path):
+def test_eval_against_another_run_or_model_has_its_scores(runs: Path, base: Path, tasks: Path, tmp_path: Path):
     write_tiny_model(tmp_path / "other", seed=3)
     for other in (runs / "prompt", base, tmp_path / "other"):
         alone = values(evaluated(other, tasks=(str(tasks),)), "nats")["loss"]
@@ -185,21 +191,21 @@ def test_another_run_or_model_may_stand_beside(runs: Path, base: Path, tasks: Pa
         assert found.theirs.value == alone
 
 
-def test_a_run_its_checkpoint_its_adapter_and_its_merge_reach_the_same(runs: Path, tasks: Path, tmp_path: Path):
+def test_run_checkpoint_adapter_and_merge_have_equal_scores(runs: Path, tasks: Path, tmp_path: Path):
     run = RunDirectory(runs / "low-rank")
     shutil.copytree(run.trained(False), tmp_path / "adapter")
     (checkpoint,) = run.checkpoints.glob("step-*8")
     merged = merge(run, tmp_path / "merged").folder
     expected = evaluated(run, tasks=(str(tasks),))
-    for who in (checkpoint, tmp_path / "adapter", merged):
-        found = evaluated(who, tasks=(str(tasks),))
+    for model in (checkpoint, tmp_path / "adapter", merged):
+        found = evaluated(model, tasks=(str(tasks),))
         for task in expected.scores:
             assert values(found, task) == pytest.approx(values(expected, task), rel=1e-5)
-        assert found.folder is None  # nothing is written where nobody asked
+        assert found.folder is None  # without --output nothing is written
 
 
 @pytest.mark.parametrize(("run", "shares"), [("low-rank", True), ("prompt", False)])
-def test_choices_are_the_same_whether_or_not_what_rows_begin_with_alike_is_computed_once(
+def test_choices_with_and_without_prefix_sharing_are_equal(
     runs: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, shares: bool
 ):
     passes: list[int] = []
@@ -223,14 +229,14 @@ def test_choices_are_the_same_whether_or_not_what_rows_begin_with_alike_is_compu
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_soft_prompts_choose_and_answer_too(runs: Path, tasks: Path):
+def test_soft_prompts_are_evaluated(runs: Path, tasks: Path):
     found = evaluated(runs / "prompt", "base", tasks=(str(tasks),))
     choices = found.scores["colours"]["accuracy"]
     assert choices.rows == 12
     assert found.scores["nats"]["loss"].ours != found.scores["nats"]["loss"].theirs
 
 
-def test_held_out_prompts_that_leave_no_room_are_cut_at_their_beginning_and_that_is_told(
+def test_validation_prompts_without_room_for_an_answer_are_cut_with_a_warning(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(ModelSetup, "positions", 36)
@@ -243,26 +249,24 @@ def test_held_out_prompts_that_leave_no_room_are_cut_at_their_beginning_and_that
     assert "the beginning of 4 of 4 prompts is cut" in caplog.text
 
 
-# --- what was measured before
+# --- cached predictions
 
 
-def test_what_was_measured_is_not_measured_again(
-    runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    first = evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks)))
+def test_cached_evaluation_loads_no_model(runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    first = evaluated(runs / "low-rank", "base", tasks=("validation", str(tasks)))
 
     def unwanted(*arguments: Any) -> None:
         raise AssertionError("the model is loaded")
 
     monkeypatch.setattr(job, "SharedBase", unwanted)
-    assert evaluated(runs / "low-rank", "base", tasks=("held_out", str(tasks))) == first
+    assert evaluated(runs / "low-rank", "base", tasks=("validation", str(tasks))) == first
     assert evaluated(runs / "low-rank", tasks=(str(tasks),), gates=(Gate.parse("loss<100"),)).gates[0].is_met
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
+def test_interrupted_evaluation_resumes_with_equal_scores(
     runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    asked = Asked(tasks=("held_out", str(tasks)), batch_size=2, output=tmp_path / "out")
+    options = EvaluationOptions(tasks=("validation", str(tasks)), batch_size=2, output=tmp_path / "out")
     (run,) = named([str(runs / "low-rank")])
 
     def interrupt(event: Event) -> None:
@@ -270,20 +274,20 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(run, asked, on_event=interrupt)
+        evaluate(run, options, on_event=interrupt)
     assert not (tmp_path / "out").exists()
     prompts: list[int] = []
-    whole = engine.generate
+    generate = engine.generate
     monkeypatch.setattr(
-        engine, "generate", lambda *given, **more: (prompts.append(len(given[2])), whole(*given, **more))
+        engine, "generate", lambda *given, **more: (prompts.append(len(given[2])), generate(*given, **more))
     )
-    resumed = evaluate(run, asked)
+    resumed = evaluate(run, options)
     assert prompts == [32 - 6]
     monkeypatch.setenv("FT_CACHE", str(tmp_path / "other"))
-    assert evaluate(run, asked).scores == resumed.scores
+    assert evaluate(run, options).scores == resumed.scores
 
 
-def test_other_weights_are_asked_anew(runs: Path, tasks: Path, tmp_path: Path):
+def test_changed_weights_are_evaluated_again(runs: Path, tasks: Path, tmp_path: Path):
     run = tmp_path / "copy"
     shutil.copytree(runs / "low-rank", run)
     before = values(evaluated(run, tasks=(str(tasks),)), "nats")["loss"]
@@ -298,27 +302,30 @@ def test_other_weights_are_asked_anew(runs: Path, tasks: Path, tmp_path: Path):
 # --- gates and the command line
 
 
-def test_gates_decide_the_exit_code_and_results_are_there_all_the_same(runs: Path):
+def test_failed_gate_is_exit_code_5_and_results_are_written(runs: Path):
     run = runs / "low-rank"
-    passed = ft("eval", run, "--gate", "loss<100", "--gate", "held_out/f1>=0", "--quiet")
+    passed = ft("eval", run, "--gate", "loss<100", "--gate", "validation/f1>=0", "--quiet")
     assert passed.exit_code == 0
-    assert "gate loss<100: met, held_out/loss is" in passed.stdout
+    assert "gate loss<100: met, validation/loss is" in passed.stdout
     shutil.rmtree(run / "eval")
     failed = ft("eval", run, "--gate", "loss<0.001", "--gate", "f1>=0", "--quiet")
     assert failed.exit_code == 5
     assert "gate loss<0.001: NOT met" in failed.stdout
     assert "not loss<0.001" in failed.stderr
     gates = json.loads((run / "eval" / "results.json").read_text())["gates"]
-    assert [(gate["measured"], gate["is_met"]) for gate in gates] == [("held_out/loss", False), ("held_out/f1", True)]
+    assert [(gate["measured"], gate["is_met"]) for gate in gates] == [
+        ("validation/loss", False),
+        ("validation/f1", True),
+    ]
 
 
-def test_a_table_fits_a_narrow_terminal(runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
+def test_score_table_fits_a_narrow_terminal(runs: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
-    shown = ft("eval", runs / "low-rank", "--against", "base", "--tasks", f"held_out,{tasks}", "--quiet").stdout
+    shown = ft("eval", runs / "low-rank", "--against", "base", "--tasks", f"validation,{tasks}", "--quiet").stdout
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines if line.startswith(("held_out:", "colours:", "talk:", "nats:"))] == [
-        "held_out:",
+    assert [line.split()[0] for line in lines if line.startswith(("validation:", "colours:", "talk:", "nats:"))] == [
+        "validation:",
         "colours:",
         "talk:",
         "nats:",
@@ -327,9 +334,9 @@ def test_a_table_fits_a_narrow_terminal(runs: Path, tasks: Path, monkeypatch: py
     assert header.split() == ["base", "low-rank", "difference", "95", "%", "interval", "better/worse"]
 
 
-def test_json_is_one_object_with_the_results(runs: Path, tasks: Path, tmp_path: Path):
-    told = ft("eval", runs / "low-rank", "--tasks", tasks, "--limit", 3, "--output", tmp_path / "out", "--json")
-    last = json.loads(told.stdout.splitlines()[-1])
+def test_eval_json_is_one_object_with_the_results(runs: Path, tasks: Path, tmp_path: Path):
+    result = ft("eval", runs / "low-rank", "--tasks", tasks, "--limit", 3, "--output", tmp_path / "out", "--json")
+    last = json.loads(result.stdout.splitlines()[-1])
     assert (last["event"], last["folder"], last["model"]) == ("evaluated", str(tmp_path / "out"), "low-rank")
     assert {task: {score["rows"] for score in scores.values()} for task, scores in last["tasks"].items()} == {
         "colours": {3},
@@ -338,16 +345,16 @@ def test_json_is_one_object_with_the_results(runs: Path, tasks: Path, tmp_path: 
     }
 
 
-def test_a_slip_in_a_gate_is_told_before_the_model_is_loaded(runs: Path, monkeypatch: pytest.MonkeyPatch):
+def test_typo_in_a_gate_is_an_error_before_loading(runs: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(job, "SharedBase", None)
-    told = ft("eval", runs / "low-rank", "--gate", "exact_mach>=0.8")
-    assert told.exit_code == 2
-    assert "measured: held_out/loss" in told.stderr
+    result = ft("eval", runs / "low-rank", "--gate", "exact_mach>=0.8")
+    assert result.exit_code == 2
+    assert "measured: validation/loss" in result.stderr
     assert ft("eval", runs / "low-rank", "--gate", "exact_match=0.8").exit_code == 2
 
 
-def test_what_cannot_be_measured_is_told(runs: Path, base: Path, tasks: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="known of its runs"):
+def test_eval_of_impossible_requests_is_an_error(runs: Path, base: Path, tasks: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="validation rows"):
         evaluated(base)
     with pytest.raises(UsageError, match="has no base"):
         evaluated(base, "base", tasks=(str(tasks),))
@@ -368,8 +375,8 @@ def test_what_cannot_be_measured_is_told(runs: Path, base: Path, tasks: Path, tm
 @pytest.mark.parametrize(
     ("row", "task", "what"),
     [
-        ({"text": "once"}, {"kind": "choose"}, "no question with an answer"),
-        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "no question with an answer"),
+        ({"text": "once"}, {"kind": "choose"}, "not a question"),
+        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "not a question"),
         ({"instruction": "Add", "output": "4"}, {"kind": "choose"}, "offers no choices"),
         ({"instruction": "Add", "output": "4"}, {"kind": "choose", "choices": ["5"]}, "is none of the choices"),
         ({"text": "once"}, {"kind": "generate"}, "has no rows to measure"),
@@ -377,7 +384,7 @@ def test_what_cannot_be_measured_is_told(runs: Path, base: Path, tasks: Path, tm
         (None, {"kind": "loss"}, "no rows"),
     ],
 )
-def test_a_row_that_does_not_fit_its_task_is_told(
+def test_row_that_does_not_fit_its_task_is_an_error(
     base: Path, tmp_path: Path, row: dict[str, Any] | None, task: dict[str, Any], what: str
 ):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" if row else "")
@@ -387,7 +394,7 @@ def test_a_row_that_does_not_fit_its_task_is_told(
         evaluated(base, tasks=(str(tmp_path / "tasks.yaml"),))
 
 
-def test_choices_may_be_those_of_the_task(base: Path, tmp_path: Path):
+def test_choices_of_the_task_equal_labels_of_the_data(base: Path, tmp_path: Path):
     rows = [{"text": f"Good {row}", "label": "pos" if row % 2 else "neg"} for row in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"path": "rows.jsonl", "format": "classification"}

@@ -1,4 +1,4 @@
-"""`ft eval --engine vllm`: what vLLM is told, what is kept, and what is refused. The real one: test_vllm.py."""
+"""`ft eval --engine vllm` with a fake of vLLM: requests, cached answers and refusals. The real one: test_vllm.py."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.vllm_generator import VllmGenerator
 from finetune.jobs.export.merge import merge
-from tests.fixtures.evaluating import evaluated, values
-from tests.fixtures.fake_vllm import RequestOutputKind, Told, fake_vllm
+from tests.fixtures.eval_helpers import evaluated, values
+from tests.fixtures.fake_vllm import Calls, RequestOutputKind, fake_vllm
 from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import run_of
 
 __all__ = ["fake_vllm"]
-WRITER = "vLLM 0.0.1"
+BACKEND = "vLLM 0.0.1"
 
 
 @pytest.fixture
@@ -54,34 +54,34 @@ def ft(*arguments: object) -> Result:
 
 def answers(folder: Path) -> list[str]:
     lines = (folder / "generations.jsonl").read_text().splitlines()
-    return [json.loads(line)["answer"] for line in lines if json.loads(line)["task"] in ("held_out", "talk")]
+    return [json.loads(line)["answer"] for line in lines if json.loads(line)["task"] in ("validation", "talk")]
 
 
 def answered(engine: Any) -> list[SimpleNamespace]:
-    """A step in which the next row is answered without a model."""
+    """A step that answers the next row without a model."""
     number, *_ = engine.waiting.pop()
     return [SimpleNamespace(request_id=number, finished=True, outputs=[SimpleNamespace(token_ids=[1])])]
 
 
-# --- what is asked
+# --- requests
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 12}, {"method": "full"}])
-def test_answers_are_asked_of_vllm_and_losses_and_choices_of_ft(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told, adapter: dict[str, Any]
+def test_vllm_generates_answers_and_ft_computes_losses_and_choices(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Calls, adapter: dict[str, Any]
 ):
     run = run_of({**sections, "adapter": adapter}, tmp_path)
-    names = ("held_out", str(tasks))
+    names = ("validation", str(tasks))
     ours = evaluated(run, tasks=names, output=tmp_path / "ours")
-    assert not fake_vllm.asked
+    assert not fake_vllm.requests
     found = evaluated(run, tasks=names, output=tmp_path / "theirs", engine="vllm")
-    assert (ours.generation_backend, found.generation_backend) == ("ft", WRITER)
+    assert (ours.generation_backend, found.generation_backend) == ("ft", BACKEND)
     assert found.scores == ours.scores
     assert answers(tmp_path / "theirs") == answers(tmp_path / "ours")
     assert len(set(answers(tmp_path / "ours"))) > 4
-    assert len(fake_vllm.asked) == 4 + 6  # and no choice
+    assert len(fake_vllm.requests) == 4 + 6  # validation rows and the task; no choices
     (arguments,) = fake_vllm.loaded
-    served = [adapter for _, _, adapter in fake_vllm.asked]
+    served = [adapter for _, _, adapter in fake_vllm.requests]
     if adapter["method"] == "full":
         assert arguments.model == str(run.trained(True))
         assert served == [None] * 10
@@ -93,58 +93,58 @@ def test_answers_are_asked_of_vllm_and_losses_and_choices_of_ft(
     assert arguments.dtype == "float32"
     assert arguments.trust_remote_code is False
     assert arguments.load_format == "safetensors"
-    assert fake_vllm.ended == 1
+    assert fake_vllm.shutdowns == 1
 
 
-def test_the_base_beside_it_is_asked_without_the_adapter(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told
+def test_base_is_evaluated_by_vllm_without_the_adapter(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Calls
 ):
     run = run_of(sections, tmp_path)
     found = evaluated(run, "base", tasks=(str(tasks),), engine="vllm")
     assert found.scores == evaluated(run, "base", tasks=(str(tasks),)).scores
-    assert [bool(adapter) for _, _, adapter in fake_vllm.asked] == [False] * 6 + [True] * 6
-    assert fake_vllm.ended == len(fake_vllm.loaded) == 2
+    assert [bool(adapter) for _, _, adapter in fake_vllm.requests] == [False] * 6 + [True] * 6
+    assert fake_vllm.shutdowns == len(fake_vllm.loaded) == 2
 
 
-def test_a_model_is_asked_as_it_is(sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told):
+def test_vllm_loads_a_plain_model_from_its_folder(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Calls
+):
     folder = merge(run_of(sections, tmp_path)).folder
     found = evaluated(folder, tasks=(str(tasks),), engine="vllm")
     assert found.scores == evaluated(folder, tasks=(str(tasks),)).scores
     assert fake_vllm.loaded[0].model == str(folder)
 
 
-def test_what_was_answered_is_kept_by_engine(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told, monkeypatch: pytest.MonkeyPatch
+def test_answers_are_cached_by_engine_version(
+    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Calls, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(sections, tmp_path)
     evaluated(run, tasks=(str(tasks),), engine="vllm")
-    assert len(fake_vllm.asked) == 6
+    assert len(fake_vllm.requests) == 6
     evaluated(run, tasks=(str(tasks),), engine="vllm")
-    assert len(fake_vllm.asked) == 6
+    assert len(fake_vllm.requests) == 6
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.0.2")
     evaluated(run, tasks=(str(tasks),), engine="vllm")
-    assert len(fake_vllm.asked) == 12
+    assert len(fake_vllm.requests) == 12
 
 
-def test_the_model_is_loaded_anew_for_longer_rows_only(
-    tmp_path: Path, fake_vllm: Told, monkeypatch: pytest.MonkeyPatch
-):
+def test_vllm_reloads_the_model_for_longer_rows_only(tmp_path: Path, fake_vllm: Calls, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules["vllm"].LLMEngine, "step", answered)  # type: ignore[attr-defined]
-    writer = written(tmp_path / "model")
+    generator = written(tmp_path / "model")
     for length in (4, 2046, 2047, 3000):
-        writer.write([[1] * length], Sampling(2), lambda answers: None)
+        generator.generate([[1] * length], Sampling(2), lambda answers: None)
     assert [arguments.max_model_len for arguments in fake_vllm.loaded] == [2048, 4096]
-    assert fake_vllm.ended == 1
-    writer.positions = 4500
-    writer.write([[1] * 4200], Sampling(2), lambda answers: None)
+    assert fake_vllm.shutdowns == 1
+    generator.positions = 4500
+    generator.generate([[1] * 4200], Sampling(2), lambda answers: None)
     assert fake_vllm.loaded[-1].max_model_len == 4500
 
 
-# --- how it is asked
+# --- parameters
 
 
 def written(folder: Path, **settings: Any) -> VllmGenerator:
-    """A model with generation settings of its own."""
+    """A generator of a model with its own generation settings."""
     write_tiny_model(folder)
     GenerationConfig(**{"eos_token_id": 257, **settings}).save_pretrained(folder)
     return VllmGenerator("model", folder, tiny_tokenizer(), torch.float32, "cpu", None)
@@ -167,7 +167,7 @@ GREEDY = {
     ("settings", "sampling", "changes"),
     [
         ({}, Sampling(7), {}),
-        ({"do_sample": True, "top_k": 20, "temperature": 0.6}, Sampling(7), {}),  # they are for drawing
+        ({"do_sample": True, "top_k": 20, "temperature": 0.6}, Sampling(7), {}),  # for sampling only
         ({"eos_token_id": [3, 257]}, Sampling(7), {"stop_token_ids": [3, 257]}),
         ({"eos_token_id": 3}, Sampling(7), {"stop_token_ids": [3, 257]}),
         ({"repetition_penalty": 1.1}, Sampling(7), {"repetition_penalty": 1.1}),
@@ -185,68 +185,66 @@ GREEDY = {
         ),
     ],
 )
-def test_vllm_is_told_what_transformers_would_do(
-    tmp_path: Path, fake_vllm: Told, settings: dict[str, Any], sampling: Sampling, changes: dict[str, Any]
+def test_vllm_parameters_equal_the_behaviour_of_transformers(
+    tmp_path: Path, fake_vllm: Calls, settings: dict[str, Any], sampling: Sampling, changes: dict[str, Any]
 ):
     assert vars(written(tmp_path / "model", **settings).parameters(sampling)) == {**GREEDY, **changes}
 
 
-def test_an_answer_ends_before_the_first_stop_in_the_text(tmp_path: Path, fake_vllm: Told):
-    writer = written(tmp_path / "model")
+def test_answer_ends_before_the_first_stop_string(tmp_path: Path, fake_vllm: Calls):
+    generator = written(tmp_path / "model")
     ids = tiny_tokenizer().encode("one, two; three")
-    assert writer._text([*ids, 257], Sampling(20, stops=(";", ","))) == "one"
-    assert writer._text([*ids, 257], Sampling(20)) == "one, two; three"
+    assert generator._text([*ids, 257], Sampling(20, stops=(";", ","))) == "one"
+    assert generator._text([*ids, 257], Sampling(20)) == "one, two; three"
 
 
-def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, fake_vllm: Told):
+def test_settings_that_vllm_lacks_are_refused(tmp_path: Path, fake_vllm: Calls):
     with pytest.raises(UnsupportedError, match="no_repeat_ngram_size"):
         written(tmp_path / "model", no_repeat_ngram_size=2)
 
 
-# --- what is not asked
+# --- refusals
 
 
 @pytest.mark.parametrize(
-    ("changes", "what", "remedy"),
+    ("changes", "what", "hint"),
     [
         ({"adapter": {"method": "lora", "dora": True}}, "DoRA", "ft merge"),
-        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "whole modules", "ft merge"),
+        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "fully trained modules", "ft merge"),
         ({"adapter": {"method": "prompt_tuning"}}, "prompt_tuning", "ft export"),
         ({"adapter": {"method": "prefix_tuning"}}, "prefix_tuning", "ft eval"),
         ({"quantization": {"kind": "nf4"}}, "quantized", "ft merge"),
     ],
 )
-def test_what_vllm_would_not_serve_is_refused_before_anything_is_measured(
-    sections: dict[str, Any], tmp_path: Path, fake_vllm: Told, changes: dict[str, Any], what: str, remedy: str
+def test_run_that_vllm_cannot_serve_is_refused_before_measuring(
+    sections: dict[str, Any], tmp_path: Path, fake_vllm: Calls, changes: dict[str, Any], what: str, hint: str
 ):
     run = run_of({**sections, **changes}, tmp_path)
     with pytest.raises(UnsupportedError, match=what) as caught:
         evaluated(run, engine="vllm")
-    assert remedy in str(caught.value.hint)
+    assert hint in str(caught.value.hint)
     assert not run.evaluation.exists()
     assert evaluated(run).answered == 4
 
 
-def test_weights_that_ft_has_quantized_are_refused(
-    sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Told
-):
+def test_weights_quantized_by_ft_are_refused(sections: dict[str, Any], tasks: Path, tmp_path: Path, fake_vllm: Calls):
     four_bits = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora"}}
     run = run_of({**sections, **four_bits}, tmp_path)
     packed, plain = merge(run, tmp_path / "packed").folder, merge(run, tmp_path / "plain", "float32").folder
     with pytest.raises(UnsupportedError, match="quantized") as caught:
         evaluated(packed, tasks=(str(tasks),), engine="vllm")
     assert "--dtype bfloat16" in str(caught.value.hint)
-    assert evaluated(plain, tasks=(str(tasks),), engine="vllm").generation_backend == WRITER
+    assert evaluated(plain, tasks=(str(tasks),), engine="vllm").generation_backend == BACKEND
 
 
-def test_a_checkpoint_is_refused(sections: dict[str, Any], tmp_path: Path, fake_vllm: Told):
+def test_checkpoint_is_refused_by_vllm(sections: dict[str, Any], tmp_path: Path, fake_vllm: Calls):
     run = run_of(sections, tmp_path)
     (checkpoint,) = run.checkpoints.glob("step-*3")
     with pytest.raises(UnsupportedError, match="no checkpoint"):
         evaluated(checkpoint, engine="vllm")
 
 
-def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_path: Path, fake_vllm: Told):
+def test_loading_error_of_vllm_is_an_environment_fault(sections: dict[str, Any], tmp_path: Path, fake_vllm: Calls):
     run = run_of(sections, tmp_path)
     fake_vllm.fails = ValueError("no such architecture\nTraceback")
     with pytest.raises(EnvironmentFault, match="does not load the model: no such architecture\n") as caught:
@@ -255,28 +253,30 @@ def test_a_model_that_vllm_does_not_load_is_told(sections: dict[str, Any], tmp_p
     assert not run.evaluation.exists()
 
 
-def test_an_engine_that_dies_is_told_and_what_it_answered_is_kept(
-    sections: dict[str, Any], tmp_path: Path, fake_vllm: Told, monkeypatch: pytest.MonkeyPatch
+def test_crash_of_vllm_keeps_cached_answers(
+    sections: dict[str, Any], tmp_path: Path, fake_vllm: Calls, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(sections, tmp_path)
     engine = sys.modules["vllm"].LLMEngine  # type: ignore[attr-defined]
-    whole = engine.step
+    step = engine.step
 
     def dying(self: Any) -> list[SimpleNamespace]:
         if len(self.waiting) == 1:
             raise RuntimeError("EngineCore encountered an issue")
-        return whole(self)
+        return step(self)
 
     monkeypatch.setattr(engine, "step", dying)
     with pytest.raises(EnvironmentFault, match="vLLM stopped: EngineCore"):
         evaluated(run, engine="vllm")
-    assert fake_vllm.ended == 1
-    monkeypatch.setattr(engine, "step", whole)
+    assert fake_vllm.shutdowns == 1
+    monkeypatch.setattr(engine, "step", step)
     evaluated(run, engine="vllm")
-    assert len(fake_vllm.asked) == 4 + 1
+    assert len(fake_vllm.requests) == 4 + 1
 
 
-def test_without_vllm_the_remedy_is_told(sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_vllm_is_an_error_with_a_hint(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = run_of(sections, tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UsageError, match="vllm is missing") as caught:
@@ -285,16 +285,16 @@ def test_without_vllm_the_remedy_is_told(sections: dict[str, Any], tmp_path: Pat
     assert evaluated(run).generation_backend == "ft"
 
 
-def test_results_say_who_has_answered(sections: dict[str, Any], tmp_path: Path, fake_vllm: Told):
+def test_results_name_the_generation_backend(sections: dict[str, Any], tmp_path: Path, fake_vllm: Calls):
     run = run_of(sections, tmp_path)
-    said = f"Answers were generated by {WRITER}; losses and multiple-choice scores are computed by ft."
+    note = f"Answers were written by {BACKEND}; losses and choices are ft's."
     result = ft("eval", run.path, "--engine", "vllm")
     assert result.exit_code == 0
-    assert said in result.stdout
-    assert json.loads((run.evaluation / "results.json").read_text())["generation_backend"] == WRITER
-    assert said in run.report.read_text().replace("&#x27;", "'")
+    assert note in result.stdout
+    assert json.loads((run.evaluation / "results.json").read_text())["generation_backend"] == BACKEND
+    assert note in run.report.read_text().replace("&#x27;", "'")
     merge(run)
-    assert said in (run.merged / "README.md").read_text()
+    assert note in (run.merged / "README.md").read_text()
     result = ft("eval", run.path)
     assert "Answers were written" not in result.stdout
     assert values(evaluated(run))["exact_match"] is not None

@@ -1,4 +1,4 @@
-"""What leaves ft: GGUF files, adapters for servers, model cards, and the way onto the hub."""
+"""Exports: GGUF files, adapters for inference engines, model cards, and uploads to the hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FOUR_BITS = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "a
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_1"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_says_what_the_run_says(tiny_recipe: dict[str, Any], tmp_path: Path, architecture: str, kind: Any):
+def test_gguf_file_agrees_with_the_run(tiny_recipe: dict[str, Any], tmp_path: Path, architecture: str, kind: Any):
     sections = {**tiny_recipe, **FOUR_BITS}
     if architecture != "llama":
         write_model(ARCHITECTURES[architecture], tmp_path / "base")
@@ -50,7 +50,7 @@ def test_a_gguf_file_says_what_the_run_says(tiny_recipe: dict[str, Any], tmp_pat
     assert types["output_norm.weight"] == "F32"
 
 
-def test_q4_1_holds_the_merged_codes_and_scales_as_they_are(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_q4_1_contains_the_merged_codes_and_scales_unchanged(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of({**tiny_recipe, **FOUR_BITS}, tmp_path)
     stored = load_file(merge(run).folder / "model.safetensors")
     export_gguf(run, kind="q4_1")
@@ -65,7 +65,7 @@ def test_q4_1_holds_the_merged_codes_and_scales_as_they_are(tiny_recipe: dict[st
     assert torch.equal(found.view_as(expected), expected)
 
 
-def test_other_codes_than_q4_1s_are_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_q4_1_of_other_quantizations_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     three = {"quantization": {"kind": "affine", "bits": 3}, "adapter": {"method": "qa_lora", "r": 4}}
     with pytest.raises(UnsupportedError, match="4 bits with groups of 32"):
         export_gguf(run_of({**tiny_recipe, **three}, tmp_path, "three"), kind="q4_1")
@@ -73,7 +73,7 @@ def test_other_codes_than_q4_1s_are_refused(tiny_recipe: dict[str, Any], tmp_pat
         export_gguf(run_of(tiny_recipe, tmp_path, "lora"), kind="q4_1")
 
 
-def test_an_architecture_that_is_not_written_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_gguf_of_an_unsupported_architecture_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     write_model(ARCHITECTURES["phi3"], tmp_path / "base")
     run = run_of({**tiny_recipe, "model": {"name": str(tmp_path / "base")}}, tmp_path)
     with pytest.raises(UnsupportedError, match="phi3"):
@@ -81,7 +81,7 @@ def test_an_architecture_that_is_not_written_is_refused(tiny_recipe: dict[str, A
     assert not run.exported.exists()
 
 
-def test_a_file_that_says_something_else_is_not_kept(
+def test_gguf_file_beyond_the_bound_is_not_written(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(tiny_recipe, tmp_path)
@@ -92,7 +92,7 @@ def test_a_file_that_says_something_else_is_not_kept(
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4, "rslora": True}, {"method": "lora", "iec": True}])
-def test_a_gguf_adapter_holds_the_update(tiny_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]):
+def test_gguf_adapter_contains_the_lora_update(tiny_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]):
     run = run_of({**tiny_recipe, "adapter": adapter}, tmp_path)
     read = gguf.GGUFReader(export_gguf_adapter(run) / "adapter.gguf")
     tensors = {tensor.name: tensor.data for tensor in read.tensors}
@@ -105,13 +105,13 @@ def test_a_gguf_adapter_holds_the_update(tiny_recipe: dict[str, Any], tmp_path: 
     assert read.get_field("adapter.lora.alpha").contents() == 0
 
 
-def test_what_is_no_plain_lora_becomes_no_gguf_adapter(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_gguf_adapter_of_dora_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of({**tiny_recipe, "adapter": {"method": "lora", "dora": True}}, tmp_path)
     with pytest.raises(UnsupportedError, match="low-rank updates"):
         export_gguf_adapter(run)
 
 
-def test_an_adapter_for_servers_loads_in_peft_and_names_its_command(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_exported_adapter_loads_in_peft_and_names_its_command(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of({**tiny_recipe, "adapter": {"method": "lora", "r": 12}}, tmp_path)
     folder = export_adapter(run)
     assert not [file for file in folder.iterdir() if file.name.startswith("ft_adapter")]
@@ -123,15 +123,18 @@ def test_an_adapter_for_servers_loads_in_peft_and_names_its_command(tiny_recipe:
     ("sections", "what"),
     [
         ({"adapter": {"method": "lora", "dora": True}}, "DoRA"),
-        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "whole modules"),
+        ({"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "fully trained modules"),
         ({"adapter": {"method": "lora", "trainable_tokens": ["a"]}}, "single tokens"),
-        ({"adapter": {"method": "lora"}, "modules": [{"match": "*.q_proj", "adapter": {"r": 2}}]}, "the same rank"),
+        (
+            {"adapter": {"method": "lora"}, "modules": [{"match": "*.q_proj", "adapter": {"r": 2}}]},
+            "one rank and scale",
+        ),
         ({"adapter": {"method": "lora", "r": 600}}, "not 600"),
-        ({"adapter": {"method": "vera", "r": 8}}, "none that vera"),
+        ({"adapter": {"method": "vera", "r": 8}}, "not vera"),
         (FOUR_BITS, "only ft stores"),
     ],
 )
-def test_what_a_server_would_not_serve_is_refused_with_the_remedy(
+def test_adapter_that_vllm_cannot_serve_is_refused_with_a_hint(
     tiny_recipe: dict[str, Any], tmp_path: Path, sections: dict[str, Any], what: str
 ):
     run = run_of({**tiny_recipe, **sections}, tmp_path)
@@ -140,22 +143,22 @@ def test_what_a_server_would_not_serve_is_refused_with_the_remedy(
     assert "ft merge" in str(caught.value.hint)
 
 
-def test_a_card_tells_the_runs_facts_and_no_path(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
+def test_model_card_has_facts_of_the_run_and_no_path(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     result = merge(run)
     card = (run.merged / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"pipeline_tag": "text-generation", "tags": ["ft", "lora"]}
     losses = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    held_out = [line["loss"] for line in losses if line["event"] == ValidationResult.kind]
+    validation = [line["loss"] for line in losses if line["event"] == ValidationResult.kind]
     for fact in (
         result.base["fingerprint"],
         "Training: 24 rows.",
-        "Held out: 8 rows.",
-        f"{held_out[0]:.4f} before training, {held_out[-1]:.4f} after step 3",
+        "Validation: 8 rows.",
+        f"{validation[0]:.4f} before training, {validation[-1]:.4f} after step 3",
         f"{result.agreement.kl_divergence:.2e}",
         "learning_rate: 0.01",
-        "do not say under which licence",
+        "do not name a licence",
     ):
         assert fact in card
     for path in (str(tmp_path), str(tiny_model.parent)):
@@ -163,7 +166,7 @@ def test_a_card_tells_the_runs_facts_and_no_path(tiny_recipe: dict[str, Any], ti
         assert path not in (run.merged / "merge.json").read_text()
 
 
-def test_the_licence_is_the_one_in_the_bases_card(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_model_card_has_the_licence_of_the_base(tiny_recipe: dict[str, Any], tmp_path: Path):
     from tests.fixtures.tiny import write_tiny_model
 
     write_tiny_model(tmp_path / "base")
@@ -173,7 +176,7 @@ def test_the_licence_is_the_one_in_the_bases_card(tiny_recipe: dict[str, Any], t
 
 
 class Hub:
-    """In the place of the hub's client: notes what it is asked for."""
+    """A fake of the hub's client that records its calls."""
 
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     fails: ClassVar[Exception | None] = None
@@ -201,39 +204,37 @@ def ft(*arguments: object) -> tuple[int, dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_push_is_private_unless_asked_otherwise(
-    tiny_recipe: dict[str, Any], tmp_path: Path, hub: type[Hub], public: bool
-):
+def test_push_is_private_by_default(tiny_recipe: dict[str, Any], tmp_path: Path, hub: type[Hub], public: bool):
     run = run_of(tiny_recipe, tmp_path)
     more = ["--public"] if public else []
-    code, told, _ = ft("export", run.path, "--format", "adapter", "--push", "me/mine", *more)
+    code, shown, _ = ft("export", run.path, "--format", "adapter", "--push", "me/mine", *more)
     assert code == 0
     assert hub.calls[0] == ("create", {"name": "me/mine", "private": not public, "exist_ok": True})
     assert hub.calls[1][1]["folder_path"] == run.exported
-    assert told["address"] == "https://hub.invalid/me/mine"
+    assert shown["address"] == "https://hub.invalid/me/mine"
 
 
-def test_a_push_that_fails_is_a_warning_and_the_export_stays(
-    tiny_recipe: dict[str, Any], tmp_path: Path, hub: type[Hub]
-):
+def test_failed_push_is_a_warning_and_keeps_the_export(tiny_recipe: dict[str, Any], tmp_path: Path, hub: type[Hub]):
     run = run_of(tiny_recipe, tmp_path)
     hub.fails = OSError("no route to the hub")
-    code, told, said = ft("export", run.path, "--format", "gguf", "--push", "me/mine")
+    code, shown, log = ft("export", run.path, "--format", "gguf", "--push", "me/mine")
     assert code == 0
-    assert told["address"] is None
-    assert "no route to the hub" in said
+    assert shown["address"] is None
+    assert "no route to the hub" in log
     assert (run.exported / "model.gguf").is_file()
 
 
 @pytest.mark.parametrize(
     "arguments", [["--format", "gguf", "--dtype", "bfloat16"], ["--format", "adapter", "--dtype", "f16"], ["--public"]]
 )
-def test_what_contradicts_itself_is_exit_code_2(tiny_recipe: dict[str, Any], tmp_path: Path, arguments: list[str]):
+def test_contradictory_export_options_are_exit_code_2(
+    tiny_recipe: dict[str, Any], tmp_path: Path, arguments: list[str]
+):
     RunDirectory.create(tmp_path / "run")
     assert ft("export", tmp_path / "run", *arguments)[0] == 2
 
 
-def test_ollama_puts_messages_as_the_template_does():
+def test_modelfile_template_equals_the_chat_template():
     turns = turns_of(tiny_tokenizer())
     assert turns is not None
     assert turns.system == ("<|begin|><|turn|>system\n", "<|end|>\n")

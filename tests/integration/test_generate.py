@@ -22,7 +22,7 @@ from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase
-from tests.fixtures.generating import answers, tuned
+from tests.fixtures.generate_helpers import answers, tuned
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -36,12 +36,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix_tuning", "tokens": 4, "projection": 8},
 }
 LOUD = 3.0
-"""Standard deviation of the numbers put in the place of trained ones, so that every adapter says something else."""
+"""Standard deviation of random weights that replace the trained ones, so that every adapter answers differently."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that looks further back than its last token. Do not change it."""
+    """A model whose predictions depend on more than the last token. Do not change it."""
     folder = tmp_path_factory.mktemp("models") / "base"
     write_tiny_model(folder, tie_word_embeddings=False, initializer_range=0.3)
     return folder
@@ -85,27 +85,25 @@ def all_of(runs: Path) -> list[Path]:
     return [runs / name for name in ADAPTERS]
 
 
-def test_side_by_side_each_says_what_it_says_alone(runs: Path):
-    together = answers(*all_of(runs), prompts=PROMPTS)
-    apart = [answers(run, prompts=[prompt])[0] for prompt in PROMPTS for run in all_of(runs)]
-    assert together == apart
-    for index in range(len(PROMPTS)):  # or else taking one for the other would not show
-        said = together[index * len(ADAPTERS) : (index + 1) * len(ADAPTERS)]
-        assert len(set(said)) == len(ADAPTERS)
+def test_answers_of_several_runs_equal_those_of_single_runs(runs: Path):
+    mixed = answers(*all_of(runs), prompts=PROMPTS)
+    alone = [answers(run, prompts=[prompt])[0] for prompt in PROMPTS for run in all_of(runs)]
+    assert mixed == alone
+    for index in range(len(PROMPTS)):  # the adapters differ, so that a mix-up would be seen
+        of_prompt = mixed[index * len(ADAPTERS) : (index + 1) * len(ADAPTERS)]
+        assert len(set(of_prompt)) == len(ADAPTERS)
 
 
-def test_the_base_is_loaded_once_and_prompts_of_embeddings_go_through_one_model(runs: Path):
-    told: list[Any] = []
-    base = SharedBase(tuned(*all_of(runs)), told.append)
-    assert [event.doing.partition(" ")[0] for event in told if isinstance(event, Phase)] == ["loading"]
+def test_base_is_loaded_once_for_all_runs(runs: Path):
+    events: list[Any] = []
+    base = SharedBase(tuned(*all_of(runs)), events.append)
+    assert [event.doing.partition(" ")[0] for event in events if isinstance(event, Phase)] == ["loading"]
     number = {name: index for index, name in enumerate(ADAPTERS)}
     mixed = base.with_prompts([number["short"], number["long"]])
     assert mixed.base is base.model(number["short"]).base is base.model(number["low-rank"]).get_base_model()
 
 
-def test_checkpoint_folder_of_weights_and_merged_model_say_what_the_run_says(
-    tiny_recipe: dict[str, Any], tmp_path: Path
-):
+def test_checkpoint_weights_and_merged_model_answer_as_the_run(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_recipe["training"] |= {"max_steps": 6, "checkpoint_every_steps": 3}
     for name in ("low-rank", "network"):
         run = RunDirectory.create(tmp_path / name)
@@ -116,12 +114,12 @@ def test_checkpoint_folder_of_weights_and_merged_model_say_what_the_run_says(
         assert answers(moved, prompts=PROMPTS) == expected
         assert answers(run.trained(False), prompts=PROMPTS) == expected
         assert answers(run.checkpoints / "step-00000006", prompts=PROMPTS) == expected
-        whole = merge(run).folder if name == "low-rank" else export(run).folder
-        assert answers(whole, prompts=PROMPTS) == expected
+        full = merge(run).folder if name == "low-rank" else export(run).folder
+        assert answers(full, prompts=PROMPTS) == expected
         assert answers(tiny_recipe["model"]["name"], prompts=PROMPTS) != expected
 
 
-def test_a_checkpoint_with_a_whole_module_answers_over_a_base_in_bfloat16(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_checkpoint_with_modules_to_save_answers_over_a_bfloat16_base(tiny_recipe: dict[str, Any], tmp_path: Path):
     sections = {**tiny_recipe, "adapter": ADAPTERS["head"], "model": {**tiny_recipe["model"], "dtype": "bfloat16"}}
     sections["training"] |= {"precision": "bfloat16", "checkpoint_every_steps": 3}
     run = RunDirectory.create(tmp_path / "run")
@@ -130,7 +128,7 @@ def test_a_checkpoint_with_a_whole_module_answers_over_a_base_in_bfloat16(tiny_r
     assert answers(checkpoint, prompts=PROMPTS) == answers(run.path, prompts=PROMPTS)
 
 
-def test_an_earlier_checkpoint_is_the_model_of_its_step(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_earlier_checkpoint_has_the_weights_of_its_step(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_recipe["training"] |= {"max_steps": 6, "checkpoint_every_steps": 3}
     run = RunDirectory.create(tmp_path / "run")
     train(as_recipe(tiny_recipe, tmp_path), run)
@@ -145,7 +143,7 @@ def test_an_earlier_checkpoint_is_the_model_of_its_step(tiny_recipe: dict[str, A
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_the_merged_model_of_plain_text_goes_on_with_plain_text(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_merged_model_of_plain_text_has_no_chat(tiny_recipe: dict[str, Any], tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "once upon a time"}) + "\n", encoding="utf-8")
     tiny_recipe["data"] = {"train": [{"path": str(file)}], "max_length": 64}
@@ -155,11 +153,11 @@ def test_the_merged_model_of_plain_text_goes_on_with_plain_text(tiny_recipe: dic
     assert [each.uses_chat_template for each in tuned(merge(run).folder)] == [False]
     refused = ft("generate", run.path, "-p", "Hi", "--system", "Be brief.")
     assert refused.exit_code == 3
-    assert "knows no system message" in refused.stderr
+    assert "system messages" in refused.stderr
     assert "ft generate" in ft("chat", run.path).stderr
 
 
-def test_the_base_may_answer_too_and_answers_stand_below_prompt_and_name(runs: Path):
+def test_answers_are_printed_below_prompt_and_name(runs: Path):
     prompts = ("-p", "Hi", "-p", "Say 1", "--max-new-tokens", "4")
     result = ft("generate", runs / "short", "--base", *prompts)
     assert result.exit_code == 0
@@ -169,21 +167,21 @@ def test_the_base_may_answer_too_and_answers_stand_below_prompt_and_name(runs: P
     rows = [
         json.loads(line) for line in ft("generate", runs / "short", "--base", *prompts, "--json").stdout.splitlines()
     ]
-    said = [row for row in rows if "generated" in row]
-    assert [(row["prompt"], row["adapter"]) for row in said] == [
+    generated = [row for row in rows if "generated" in row]
+    assert [(row["prompt"], row["adapter"]) for row in generated] == [
         ("Hi", "base"), ("Hi", "short"), ("Say 1", "base"), ("Say 1", "short"),
     ]  # fmt: skip
-    assert said[1]["generated"] != said[0]["generated"]
+    assert generated[1]["generated"] != generated[0]["generated"]
 
 
-def test_one_answer_is_printed_as_it_is(runs: Path):
+def test_single_answer_is_printed_unchanged(runs: Path):
     (expected,) = answers(runs / "long", prompts=["Hi"], tokens=6)
     assert (
         ft("generate", runs / "long", "-p", "Hi", "--max-new-tokens", "6", "-q").stdout == expected.rstrip("\n") + "\n"
     )
 
 
-def test_rows_of_a_file_are_answered_by_whom_they_name_in_their_order(runs: Path, tmp_path: Path):
+def test_rows_of_a_file_are_answered_by_the_named_run_in_order(runs: Path, tmp_path: Path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rows = [
         {"id": 1, "adapter": "long", "prompt": "Say 1"},
@@ -212,7 +210,7 @@ def test_rows_of_a_file_are_answered_by_whom_they_name_in_their_order(runs: Path
     assert ft(*call, "--overwrite").exit_code == 0
 
 
-def test_lines_of_a_text_file_are_prompts_and_answers_go_to_a_pipe_as_json(runs: Path, tmp_path: Path):
+def test_lines_of_a_text_file_are_prompts(runs: Path, tmp_path: Path):
     file = tmp_path / "prompts.txt"
     file.write_text("Hi\n\nSay 1\n", encoding="utf-8")
     result = ft("generate", runs / "short", "--file", file, "--max-new-tokens", "4", "-q")
@@ -227,14 +225,14 @@ def test_lines_of_a_text_file_are_prompts_and_answers_go_to_a_pipe_as_json(runs:
             {"prompt": "Hi", "adapter": "shrot"},
             "prompts.jsonl:1: the row is for 'shrot', which is none of: short, long",
         ),
-        ({"question": "Hi"}, "prompts.jsonl:1: the row asks nothing; its columns are: question"),
+        ({"question": "Hi"}, "prompts.jsonl:1: the row has no prompt; its columns are: question"),
         ({"prompt": 3}, "prompts.jsonl:1: column 'prompt' must be text"),
         ({"prompt": "half \ud83d"}, "prompts.jsonl:1"),
-        ({"messages": [{"role": "system", "content": "Hi"}]}, "prompts.jsonl:1: the conversation asks nothing"),
+        ({"messages": [{"role": "system", "content": "Hi"}]}, "prompts.jsonl:1: the conversation has no question"),
         ({"prompt": "x" * 300}, "prompts.jsonl:1: after its 320 tokens there is room for 189 more"),
     ],
 )
-def test_a_row_that_cannot_be_answered_is_told_with_its_line(
+def test_row_without_a_valid_prompt_is_an_error_with_its_line(
     runs: Path, tmp_path: Path, row: dict[str, Any], what: str
 ):
     file = tmp_path / "prompts.jsonl"
@@ -250,13 +248,13 @@ def test_a_row_that_cannot_be_answered_is_told_with_its_line(
     [["r"], ["r", "-p", "Hi", "--file", "x.jsonl"], ["same", "same", "-p", "Hi"]],
     ids=["nothing asked", "both", "twice"],
 )
-def test_a_call_that_makes_no_sense_is_refused_at_once(arguments: list[str]):
+def test_contradictory_arguments_are_a_usage_error(arguments: list[str]):
     result = ft("generate", *arguments)
     assert result.exit_code == 2
     assert "\n  -> " in result.stderr
 
 
-def test_what_stands_on_another_base_is_refused_with_what_differs(
+def test_runs_over_another_base_are_refused_with_the_difference(
     runs: Path, tiny_recipe: dict[str, Any], tmp_path: Path
 ):
     write_tiny_model(tmp_path / "other", seed=1)
@@ -272,14 +270,12 @@ def test_what_stands_on_another_base_is_refused_with_what_differs(
             answers(runs / "short", run.path, prompts=["Hi"])
 
 
-def test_full_fine_tuning_answers_beside_its_base_but_beside_no_adapter(
-    runs: Path, tiny_recipe: dict[str, Any], tmp_path: Path
-):
+def test_full_fine_tuning_cannot_share_a_base_with_adapters(runs: Path, tiny_recipe: dict[str, Any], tmp_path: Path):
     run = RunDirectory.create(tmp_path / "full")
     train(as_recipe({**tiny_recipe, "adapter": {"method": "full"}}, tmp_path), run)
     (full,) = tuned(run.path)
     assert answers(full, full.untuned, prompts=["Hi"]) == [
-        answers(who, prompts=["Hi"])[0] for who in (full, full.untuned)
+        answers(model, prompts=["Hi"])[0] for model in (full, full.untuned)
     ]
     with pytest.raises(UnsupportedError, match="own weights"):
         answers(run.path, runs / "short", prompts=["Hi"])
@@ -288,20 +284,20 @@ def test_full_fine_tuning_answers_beside_its_base_but_beside_no_adapter(
     assert answers(moved, prompts=["Hi"]) == answers(run.path, prompts=["Hi"])
 
 
-def test_a_name_means_what_lies_there(runs: Path, tmp_path: Path):
+def test_model_ref_kind_depends_on_the_path(runs: Path, tmp_path: Path):
     (run, weights) = named([str(runs / "short"), str(runs / "long" / "adapter") + "/"])
     assert (run.kind, run.label, weights.kind, weights.label) == (Kind.RUN, "short", Kind.RUN, "long")
-    twins = [tmp_path / "a" / "short", runs / "short"]
-    twins[0].mkdir(parents=True)
-    (twins[0] / "config.json").write_text("{}", encoding="utf-8")
-    assert [each.label for each in named([str(reference) for reference in twins])] == [
-        str(reference) for reference in twins
+    namesakes = [tmp_path / "a" / "short", runs / "short"]
+    namesakes[0].mkdir(parents=True)
+    (namesakes[0] / "config.json").write_text("{}", encoding="utf-8")
+    assert [each.label for each in named([str(reference) for reference in namesakes])] == [
+        str(reference) for reference in namesakes
     ]
     assert [each.kind for each in named(["org/name", "package://llm/file.gguf"])] == [Kind.MODEL] * 2
 
 
 @pytest.mark.parametrize("case", ["slip", "foreign", "unfinished", "damaged"])
-def test_a_name_that_means_nothing_says_what_would(runs: Path, tiny_recipe: dict[str, Any], tmp_path: Path, case: str):
+def test_unknown_name_is_an_error_with_suggestions(runs: Path, tiny_recipe: dict[str, Any], tmp_path: Path, case: str):
     if case == "slip":
         name, what = runs / "shrot", "runs in .*: head, .*short"
     elif case == "foreign":

@@ -1,4 +1,4 @@
-"""A real llama.cpp says what transformers says, of files that `ft export` wrote from a real model.
+"""The real llama.cpp answers as transformers, with files that `ft export` wrote from a real model.
 
 It needs an environment with llama-cpp-python, whose Python the variable FT_LLAMA_CPP names.
 """
@@ -38,7 +38,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
 
 
 @pytest.mark.parametrize(("method", "kind"), [("lora", "f16"), ("lora", "q8_0"), ("qa_lora", "q4_1")])
-def test_the_same_text_on_twenty_prompts(runs: dict[str, RunDirectory], tmp_path: Path, method: str, kind: Any):
+def test_llama_cpp_answers_equal_transformers_on_twenty_prompts(
+    runs: dict[str, RunDirectory], tmp_path: Path, method: str, kind: Any
+):
     result = export_gguf(runs[method], tmp_path / "gguf", kind)
     expected = of_transformers(result.folder, gguf_file="model.gguf", tokenizer=runs[method].trained(False))
     found = of_engine("FT_LLAMA_CPP", result.folder / "model.gguf", TOKENS)
@@ -47,7 +49,7 @@ def test_the_same_text_on_twenty_prompts(runs: dict[str, RunDirectory], tmp_path
     assert same(found, expected) == 20, list(zip(found, expected, strict=True))
 
 
-def test_an_adapter_over_the_base_says_what_the_merged_model_says(runs: dict[str, RunDirectory], tmp_path: Path):
+def test_gguf_adapter_over_the_base_answers_as_the_merged_model(runs: dict[str, RunDirectory], tmp_path: Path):
     folder = export_gguf_adapter(runs["lora"], tmp_path / "adapter")
     expected = of_transformers(merge(runs["lora"], tmp_path / "merged").folder)
     base = tmp_path / "base.gguf"

@@ -1,7 +1,7 @@
 """Runs on a CUDA device: every method, quantized bases, paged optimizer state, half precision, memory.
 
-Without a GPU, `python -m tests.gpu --device cpu` runs what has a meaning there. Tests stand in the order of what they
-tell: `tests.gpu` runs the first parametrization of each before the second of any.
+Without a GPU, `python -m tests.gpu --device cpu` runs the tests that have a meaning on a CPU. The most informative
+tests stand first: `tests.gpu` runs the first parametrization of each before the second of any.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from finetune.jobs.train.run import train
 from finetune.models.kernels import packed_attention
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics, TrainingFinished
-from tests.fixtures.evaluating import evaluated
-from tests.fixtures.generating import answers
+from tests.fixtures.eval_helpers import evaluated
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.processes import ROOT
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
@@ -143,7 +143,7 @@ def test_run_over_base_trains_evaluates_and_merges(
     if has_packed_attention(device, precision):
         assert set(attention_kernels) == {packed_attention.NAME}
     assert finished.validation_loss < finished.validation_loss_before - 0.2
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     assert merge(run).agreement.top1_agreement > 0.99
 
 
@@ -176,16 +176,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", METHODS)
-def test_method_trains_evaluates_and_stands_alone(
-    tiny_recipe: dict[str, Any], tmp_path: Path, name: str, precision: str
-):
+def test_method_trains_evaluates_and_merges(tiny_recipe: dict[str, Any], tmp_path: Path, name: str, precision: str):
     """The written model agrees with the trained one: a merged folder, or an exported prompt."""
     kind, adapter = METHODS[name]
     sections = {**tiny_recipe, "quantization": {"kind": kind}, "adapter": adapter}
     overrides = [f"training.precision={precision}", "training.max_steps=8", "optimizer.learning_rate=5e-3"]
     run, finished, losses = trained(sections, tmp_path, *overrides)
     assert losses[-1] < losses[0]
-    loss = evaluated(run).scores["held_out"]["loss"].ours.value
+    loss = evaluated(run).scores["validation"]["loss"].ours.value
     assert loss == pytest.approx(finished.validation_loss, rel=1e-2 if precision == "bfloat16" else 1e-4)
     write = {"merge": merge, "export": export, None: None}[finished.standalone_by]
     if write is not None:
@@ -250,7 +248,7 @@ def test_checkpointing_takes_less_memory_for_the_same_loss(
         "data": long_rows(tmp_path, 24, 700 if is_gpu else 60),
     }
     overrides = ["training.max_steps=2", f"training.micro_batch_size={8 if is_gpu else 2}"]
-    overrides += [f"training.precision={'bfloat16' if is_gpu else 'float32'}", "training.rehearsal=false"]
+    overrides += [f"training.precision={'bfloat16' if is_gpu else 'float32'}", "training.dry_run=false"]
     found = {}
     for value in (more, less):
         empty_cache()
@@ -402,7 +400,7 @@ def test_planned_memory_is_near_measured_peak(
         "adapter": {"method": method},
         "data": long_rows(tmp_path, 32, 900 if is_gpu else 60),
     }
-    overrides = [f"training.micro_batch_size={8 if is_gpu else 1}", "training.max_steps=2", "training.rehearsal=false"]
+    overrides = [f"training.micro_batch_size={8 if is_gpu else 1}", "training.max_steps=2", "training.dry_run=false"]
     recipe = as_recipe(sections, tmp_path, ["training.precision=bfloat16", *overrides])
     plan = MemoryPlanner.of(recipe, None).plan(recipe, measures_time=False)
     planned = sum(plan.parts.values()) - plan.parts["libraries"]
@@ -435,7 +433,7 @@ def test_run_over_quantized_folder_has_losses_of_run_that_quantizes(
 
 @pytest.mark.parametrize("batching", ["padding_free", "packed"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_run_with_joined_rows_finishes(
+def test_run_with_flattened_rows_finishes(
     tiny_recipe: dict[str, Any],
     tmp_path: Path,
     batching: str,
@@ -443,7 +441,7 @@ def test_run_with_joined_rows_finishes(
     device: torch.device,
     attention_kernels: list[str],
 ):
-    """A run refuses to start if examples in one row see each other."""
+    """A run refuses to start if examples of one flattened row attend to each other."""
     overrides = [f"training.batching={batching}", f"training.precision={precision}"]
     assert trained(tiny_recipe, tmp_path, *overrides)[1].steps == 3
     if has_packed_attention(device, precision):
@@ -464,7 +462,7 @@ def test_prefix_sharing_changes_no_step(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_answers_in_batch_with_left_padding_are_answers_one_by_one(
+def test_generation_in_batch_with_left_padding_equals_single_prompts(
     tiny_recipe: dict[str, Any], tmp_path: Path, precision: str
 ):
     overrides = [f"training.precision={precision}", "training.max_steps=40", "optimizer.learning_rate=1e-2"]

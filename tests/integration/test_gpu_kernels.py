@@ -1,6 +1,6 @@
 """Kernels on a CUDA device beside a reference: attention, fused blocks, methods, padded batches, quantized loading.
 
-Without a GPU, `python -m tests.gpu --device cpu` runs what has a meaning there.
+Without a GPU, `python -m tests.gpu --device cpu` runs what has a meaning on a CPU.
 
 Shape legend: H heads, G heads of keys and values, T tokens of the row, D numbers of a head.
 """
@@ -284,7 +284,7 @@ def test_padded_batch_matches_rows_one_by_one(
 def test_nf4_base_loads_in_less_memory_than_its_float32_size_beside_another_allocation(
     tmp_path: Path, device: torch.device, record_property: Callable[[str, Any], None]
 ):
-    """As on a card that a desktop or another process uses: PyTorch may allocate half of the float32 size."""
+    """As on a GPU that a desktop or another process uses: PyTorch may allocate half of the float32 size."""
     is_gpu = device.type == "cuda"
     torch.manual_seed(0)
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8 if is_gpu else 1}

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness give the scores that its own class for transformers gives, without a network."""
+"""Tasks of lm-evaluation-harness have the scores of its own class for transformers, without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.models.loading import dtype
 from finetune.recipe.sections.evaluation import HarnessTask
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -68,7 +68,7 @@ def text(draw: random.Random, words: int) -> str:
 
 @pytest.fixture
 def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The harness, which knows four tasks of ours and no other, on rows of this machine."""
+    """The harness with the four tasks above only, on local rows."""
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(dtype, "_has_bfloat16", lambda device: False)
@@ -99,16 +99,16 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def engine_of(who: Path, batch_size: int = 4) -> Engine:
-    tuned = FineTunedModel.find(named([str(who)])[0], ignore)
+def engine_of(name: Path, batch_size: int = 4) -> Engine:
+    tuned = FineTunedModel.find(named([str(name)])[0], ignore)
     shared = SharedBase([tuned], ignore)
     return Engine(
         label=tuned.label,
         tokenizer=tuned.setup.tokenizer,
         uses_chat_template=tuned.uses_chat_template,
         load=lambda: shared.model(0),
-        writer=ModelGenerator(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
-        kept=PredictionCache({"who": str(who), "batch": batch_size}),
+        generator=ModelGenerator(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
+        cache=PredictionCache({"name": str(name), "batch": batch_size}),
         compute_dtype=torch.float32,
         batch_size=batch_size,
         padding=tuned.setup.padding,
@@ -130,7 +130,7 @@ def scores(found: Measurement) -> dict[str, float]:
 
 @pytest.mark.parametrize("chat_template", [False, True])
 @pytest.mark.parametrize("name", TASKS)
-def test_scores_are_the_harness_own(manager: Any, base: Path, name: str, chat_template: bool):
+def test_harness_scores_equal_those_of_lm_eval(manager: Any, base: Path, name: str, chat_template: bool):
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -152,7 +152,7 @@ def test_scores_are_the_harness_own(manager: Any, base: Path, name: str, chat_te
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
-def test_adapters_and_soft_prompts_are_asked_as_they_were_trained(
+def test_harness_evaluates_adapters_and_soft_prompts_with_the_chat_template(
     manager: Any, tiny_recipe: dict[str, Any], tmp_path: Path, method: str
 ):
     run = RunDirectory.create(tmp_path / "run")
@@ -160,7 +160,7 @@ def test_adapters_and_soft_prompts_are_asked_as_they_were_trained(
     train(as_recipe({**tiny_recipe, "adapter": {"method": method}}, tmp_path), run)
     found = evaluated(run, "base", tasks=("ft_choices", "ft_texts"), limit=4)
     choices, perplexity = found.scores["ft_choices"]["acc"], found.scores["ft_texts"]["word_perplexity"]
-    assert (choices.rows, choices.form) == (4, "share")
+    assert (choices.rows, choices.unit) == (4, "share")
     assert choices.difference is not None
     assert perplexity.theirs is not None
     assert perplexity.ours.value != pytest.approx(perplexity.theirs.value, rel=1e-3)
@@ -168,14 +168,14 @@ def test_adapters_and_soft_prompts_are_asked_as_they_were_trained(
     assert records[0]["prompt"].startswith("<|begin|><|turn|>user\n")
 
 
-def test_a_task_that_was_asked_is_not_asked_again(manager: Any, base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_harness_task_is_cached(manager: Any, base: Path, monkeypatch: pytest.MonkeyPatch):
     engine = engine_of(base)
     first = scores(measured("ft_answers", engine, False))
     monkeypatch.setattr("finetune.evaluation.engine.generate", None)
     assert scores(measured("ft_answers", engine, False)) == first
 
 
-def test_a_group_is_measured_row_by_row_where_rows_count_alike(manager: Any, base: Path, tmp_path: Path):
+def test_harness_group_has_scores_per_row(manager: Any, base: Path, tmp_path: Path):
     group = {
         "group": "ft_group",
         "task": ["ft_choices", "ft_letters"],
@@ -183,20 +183,20 @@ def test_a_group_is_measured_row_by_row_where_rows_count_alike(manager: Any, bas
     }
     (tmp_path / "ft_group.yaml").write_text(yaml.safe_dump(group))
     found = measured("ft_group", engine_of(base), False)
-    (whole, *parts) = found.columns
+    (total, *parts) = found.columns
     assert [column.metric.name for column in found.columns] == [
         "acc",
         "ft_choices/acc",
         "ft_choices/acc_norm",
         "ft_letters/acc",
     ]
-    assert len(whole.rows) == 20
-    assert {row.partition("/")[0] for row in whole.rows} == {"ft_choices", "ft_letters"}
-    assert whole.value == pytest.approx((parts[0].value + parts[2].value) / 2)
+    assert len(total.rows) == 20
+    assert {row.partition("/")[0] for row in total.rows} == {"ft_choices", "ft_letters"}
+    assert total.value == pytest.approx((parts[0].value + parts[2].value) / 2)
     assert len(found.records) == 20
 
 
-def test_settings_that_we_have_not_are_refused(manager: Any, base: Path, tmp_path: Path):
+def test_unsupported_generation_settings_are_refused(manager: Any, base: Path, tmp_path: Path):
     section = {**TASKS["ft_answers"], "generation_kwargs": {"until": ["a"], "num_beams": 4}, "task": "ft_beams"}
     source = yaml.safe_load((tmp_path / "ft_answers.yaml").read_text())
     (tmp_path / "ft_beams.yaml").write_text(yaml.safe_dump({**source, **section}))
@@ -204,13 +204,13 @@ def test_settings_that_we_have_not_are_refused(manager: Any, base: Path, tmp_pat
         measured("ft_beams", engine_of(base), False)
 
 
-def test_a_name_that_nobody_knows_is_told_with_near_ones(manager: Any, base: Path):
+def test_unknown_task_is_an_error_with_suggestions(manager: Any, base: Path):
     with pytest.raises(UsageError, match="neither a task of the recipe") as caught:
         evaluated(base, tasks=("ft_chioces",))
     assert "ft_choices" in str(caught.value.hint)
 
 
-def test_without_the_package_the_remedy_is_told(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_lm_eval_is_an_error_with_a_hint(base: Path, monkeypatch: pytest.MonkeyPatch):
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`ft init` writes recipes that are valid, say what they are, and train."""
+"""`ft init` writes recipes that are valid, explain their choices, and train."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def ft(*arguments: object) -> Result:
 
 
 def read_to_the_end(terminal: int) -> str:
-    """What is written to a terminal until no process has it."""
+    """Output of a terminal until no process has it open."""
     parts = []
     with suppress(OSError), open(terminal, "rb", buffering=0) as stream:
         while part := stream.read(1 << 12):
@@ -95,7 +95,9 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("data", "aim"), sorted(PAIRS))
-def test_every_data_set_and_every_aim_gives_a_valid_recipe(data: str, aim: str, folder: Path, tiny_model: Path):
+def test_init_with_every_data_set_and_objective_writes_a_valid_recipe(
+    data: str, aim: str, folder: Path, tiny_model: Path
+):
     result = init(data, tiny_model, "--aim", aim, "--memory", "8GB", "new/recipe.yaml")
     assert result.exit_code == 0, result.output
     recipe = load_recipe(folder / "new/recipe.yaml").recipe
@@ -105,21 +107,21 @@ def test_every_data_set_and_every_aim_gives_a_valid_recipe(data: str, aim: str, 
 
 
 @pytest.mark.parametrize("data", DATA)
-def test_the_data_tells_what_it_is_for(data: str, folder: Path, tiny_model: Path):
+def test_init_detects_the_objective_from_the_data(data: str, folder: Path, tiny_model: Path):
     result = init(data, tiny_model, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["aim"] == LIKELY_AIM[data]
 
 
 @pytest.mark.parametrize("data", ["labels.csv", "book.txt", "chat.jsonl", "ids.jsonl"])
-def test_what_it_wrote_trains(data: str, folder: Path, tiny_model: Path):
+def test_init_recipe_trains(data: str, folder: Path, tiny_model: Path):
     assert init(data, tiny_model).exit_code == 0
     result = ft("train", "recipe.yaml", "--set", "training.max_steps=2", "--run-dir", "run")
     assert result.exit_code == 0, result.output
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_columns_that_tell_no_format_are_named(folder: Path, tiny_model: Path):
+def test_init_with_columns_of_unknown_format_names_them(folder: Path, tiny_model: Path):
     (folder / "own.jsonl").write_text(jsonl([{"query": f"{i}+1?", "text": "1", "reply": str(i)} for i in range(24)]))
     columns = {"question": "query", "context": "text", "answers": "reply"}
     options = [part for key, name in columns.items() for part in ("--column", f"{key}={name}")]
@@ -129,7 +131,7 @@ def test_columns_that_tell_no_format_are_named(folder: Path, tiny_model: Path):
     assert ft("preview", "recipe.yaml").exit_code == 0
 
 
-def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_model: Path):
+def test_init_finds_labels_and_proposes_names_for_numbers(folder: Path, tiny_model: Path):
     init("labels.csv", tiny_model, "words.yaml")
     init("numbers.jsonl", tiny_model, "numbers.yaml")
     words, numbers = (load_recipe(folder / f"{name}.yaml").recipe.data.train[0] for name in ("words", "numbers"))
@@ -140,7 +142,7 @@ def test_labels_are_found_and_numbers_get_names_to_replace(folder: Path, tiny_mo
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config and tokenizer of a model of 600 million numbers, and no weights."""
+    """Config and tokenizer of a model of 600 million parameters, without weights."""
     folder = tmp_path_factory.mktemp("models") / "large"
     wide = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 32}
     tiny_config(**wide, num_hidden_layers=3, max_position_embeddings=4096).save_pretrained(folder)
@@ -150,7 +152,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory", "kind"), [("24GB", "none"), ("1.5GB", "nf4")])
-def test_it_writes_what_fits_by_the_plan(memory: str, kind: str, folder: Path, large_model: Path):
+def test_init_recipe_fits_into_memory_by_the_plan(memory: str, kind: str, folder: Path, large_model: Path):
     result = init("qa.jsonl", large_model, "--memory", memory, "--json")
     assert result.exit_code == 0, result.output
     foreseen = json.loads(result.stdout.splitlines()[-1])["peak"]
@@ -164,7 +166,7 @@ def test_it_writes_what_fits_by_the_plan(memory: str, kind: str, folder: Path, l
     assert json.loads(ft("plan", "recipe.yaml", *in_full).stdout.splitlines()[-1])["fits"] == (kind == "none")
 
 
-def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_init_with_a_hub_data_set_writes_its_name(folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     import datasets
 
     rows = [{"text": f"Story {i}"} for i in range(5)]
@@ -177,7 +179,7 @@ def test_a_data_set_of_the_hub_is_named_as_one(folder: Path, tiny_model: Path, m
 
 
 @pytest.mark.slow
-def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path, large_model: Path):
+def test_init_with_less_memory_keeps_the_batch_in_smaller_passes(folder: Path, large_model: Path):
     (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 2000, "completion": "b"}] * 8))
     sizes = []
     for memory in ("80GB", "8GB"):
@@ -188,7 +190,7 @@ def test_less_memory_means_smaller_passes_of_the_same_batch(folder: Path, large_
     assert sizes[0] > sizes[1]
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(folder: Path, tmp_path: Path):
+def test_init_sets_split_turns_for_templates_that_rewrite_earlier_turns(folder: Path, tmp_path: Path):
     from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer, tiny_llama
 
     rewriting = CHAT_TEMPLATE.replace(
@@ -228,7 +230,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_answers_rows_of_their_own(
         ([], 2, "--data is missing"),
     ],
 )
-def test_what_cannot_be_done_is_told_with_the_remedy_and_nothing_is_written(
+def test_init_error_has_a_hint_and_writes_nothing(
     options: list[str], code: int, words: str, folder: Path, large_model: Path
 ):
     result = ft("init", *(large_model if option is LARGE else option for option in options))
@@ -237,7 +239,7 @@ def test_what_cannot_be_done_is_told_with_the_remedy_and_nothing_is_written(
     assert not (folder / "recipe.yaml").exists()
 
 
-def test_a_file_that_is_there_is_not_overwritten_unless_told(folder: Path, tiny_model: Path):
+def test_init_overwrites_a_file_only_with_the_option(folder: Path, tiny_model: Path):
     (folder / "recipe.yaml").write_text("mine")
     result = init("qa.jsonl", tiny_model)
     assert result.exit_code == 6
@@ -246,7 +248,7 @@ def test_a_file_that_is_there_is_not_overwritten_unless_told(folder: Path, tiny_
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["adapter"]["method"] == "lora"
 
 
-def test_on_a_terminal_it_asks_and_takes_what_the_data_tells_for_an_empty_line(folder: Path, tiny_model: Path):
+def test_init_on_a_terminal_prompts_and_detects_for_an_empty_line(folder: Path, tiny_model: Path):
     ours, theirs = pty.openpty()
     os.write(ours, f"qa.jsonl\n\n{tiny_model}\n\n".encode())
     process = subprocess.Popen(

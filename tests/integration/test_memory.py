@@ -1,4 +1,4 @@
-"""Memory that runs out, by injection: an evaluation shrinks or is left out, a step that does not fit says what would.
+"""Injected memory shortage: evaluations use smaller passes or are skipped, a step that does not fit suggests settings.
 
 The model is made to refuse batches of too many rows, as a device does whose memory they do not fit into.
 """
@@ -69,9 +69,7 @@ def held_out(batch_size: int) -> ValidationLoss:
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: type(shortage).__name__)
-def test_passes_are_halved_until_they_fit_and_the_loss_is_the_same(
-    shortage: Exception, monkeypatch: pytest.MonkeyPatch
-):
+def test_passes_are_halved_until_they_fit_with_the_same_loss(shortage: Exception, monkeypatch: pytest.MonkeyPatch):
     in_full = held_out(batch_size=8)
     passes = refusing(30, shortage, "evaluation.loss", monkeypatch, size=lambda batch: batch.ids_BT.numel())
     measured = held_out(batch_size=8)
@@ -80,14 +78,14 @@ def test_passes_are_halved_until_they_fit_and_the_loss_is_the_same(
     assert (measured.rows, measured.tokens) == (in_full.rows, in_full.tokens)
 
 
-def test_what_is_no_shortage_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+def test_passes_are_not_retried_after_other_errors(monkeypatch: pytest.MonkeyPatch):
     passes = refusing(0, RuntimeError("shapes cannot be multiplied"), "evaluation.loss", monkeypatch)
     with pytest.raises(RuntimeError, match="shapes"):
         held_out(batch_size=8)
     assert passes == [8]
 
 
-def test_a_single_row_that_does_not_fit_is_told_as_a_shortage(monkeypatch: pytest.MonkeyPatch):
+def test_row_that_does_not_fit_raises_out_of_memory(monkeypatch: pytest.MonkeyPatch):
     passes = refusing(0, SHORTAGES[0], "evaluation.loss", monkeypatch)
     with pytest.raises(OutOfMemoryError) as caught:
         held_out(batch_size=8)
@@ -105,7 +103,7 @@ def trained(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_training_outlives_an_evaluation_that_does_not_fit(
+def test_training_continues_after_an_evaluation_that_does_not_fit(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     recipe = write_recipe({**tiny_recipe, "evaluation": {"every_steps": 1}}, tmp_path)
@@ -119,7 +117,7 @@ def test_training_outlives_an_evaluation_that_does_not_fit(
     assert events == ["step"] * 3
 
 
-def test_eval_says_that_it_is_out_of_memory(
+def test_eval_command_reports_out_of_memory(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert ft("train", write_recipe(tiny_recipe, tmp_path), "--run-dir", tmp_path / "run", "--quiet")[0] == 0
@@ -129,7 +127,7 @@ def test_eval_says_that_it_is_out_of_memory(
     assert "does not fit by itself" in said
 
 
-def test_the_command_proposed_after_a_shortage_fits_and_ends_as_if_there_had_been_none(
+def test_command_suggested_after_out_of_memory_fits_and_ends_with_the_same_weights(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     tiny_recipe["training"] |= {"checkpoint_every_steps": 1, "batching": "padded"}
@@ -162,7 +160,7 @@ def test_the_command_proposed_after_a_shortage_fits_and_ends_as_if_there_had_bee
         (["training.micro_batch_size=1", "adapter={method: prefix_tuning}"], None),
     ],
 )
-def test_what_is_proposed_is_possible(
+def test_oom_hints_are_valid_settings(
     tiny_recipe: dict[str, Any], tmp_path: Path, changes: list[str], proposed: dict[str, str] | None
 ):
     recipe = as_recipe(tiny_recipe, tmp_path, changes)
@@ -172,7 +170,7 @@ def test_what_is_proposed_is_possible(
         as_recipe(tiny_recipe, tmp_path, [*changes, *(f"{key}={value}" for key, value in expected.items())])
 
 
-def test_on_a_gpu_the_inputs_of_blocks_may_go_elsewhere(
+def test_oom_hints_on_a_gpu_include_offload(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     recipe = as_recipe(tiny_recipe, tmp_path, ["training.micro_batch_size=1", "training.gradient_checkpointing=true"])

@@ -1,4 +1,4 @@
-"""Merging: what it takes of memory, ties, biases, fused and converted weights, and what its certificate says."""
+"""Merging: memory, tied weights, biases, fused and converted weights, and the verification report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.train.run import train
 from finetune.models.fingerprint import fingerprint
 from finetune.run.directory import RunDirectory
-from tests.fixtures.generating import answers
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import tiny_config, tiny_tokenizer, write_tiny_model
 
@@ -63,16 +63,16 @@ def run_of(sections: dict[str, Any], folder: Path, name: str = "run", *overrides
 
 
 def plain_answer(folder: Path, prompt: str, tokens: int = 8) -> str:
-    model, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": prompt}]
-    ids = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     written = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
-    return words.decode(written, skip_special_tokens=True)
+    return tokenizer.decode(written, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_goes_round_and_says_the_same_in_plain_transformers(
+def test_merged_model_of_each_architecture_answers_as_the_run(
     tiny_recipe: dict[str, Any], tmp_path: Path, architecture: str, quantization: str
 ):
     write_model(ARCHITECTURES[architecture], tmp_path / "base")
@@ -82,7 +82,7 @@ def test_every_architecture_goes_round_and_says_the_same_in_plain_transformers(
     result = merge(run)
     assert result.agreement.relative_difference <= 2e-5
     names = [load_file(folder / "model.safetensors").keys() for folder in (result.folder, tmp_path / "base")]
-    assert names[0] == names[1]  # experts one by one again
+    assert names[0] == names[1]  # one tensor per expert again
     (expected,) = answers(run.path, prompts=["Say 3"], tokens=8)
     assert plain_answer(result.folder, "Say 3") == expected
 
@@ -95,7 +95,7 @@ def test_every_architecture_goes_round_and_says_the_same_in_plain_transformers(
         (True, {"trainable_tokens": ["a", "b"]}),
     ],
 )
-def test_weights_that_are_tied_stay_so_and_others_do_not_become_so(
+def test_merge_keeps_weights_tied_or_untied(
     tiny_recipe: dict[str, Any], tmp_path: Path, tied: bool, adapter: dict[str, Any]
 ):
     write_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
@@ -112,14 +112,14 @@ def test_weights_that_are_tied_stay_so_and_others_do_not_become_so(
     assert plain_answer(result.folder, "Say 3") == expected
 
 
-def test_a_vocabulary_that_is_larger_than_the_tokenizers_stays_so(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_merge_keeps_a_vocabulary_larger_than_the_tokenizer(tiny_recipe: dict[str, Any], tmp_path: Path):
     write_tiny_model(tmp_path / "base", vocab_size=384)
     result = merge(run_of({**tiny_recipe, "model": {"name": str(tmp_path / "base")}}, tmp_path))
     assert load_file(result.folder / "model.safetensors")["model.embed_tokens.weight"].shape == (384, 64)
     assert AutoConfig.from_pretrained(result.folder).vocab_size == 384
 
 
-def test_the_certificate_names_base_adapter_and_rows(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
+def test_verification_report_names_base_adapter_and_rows(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     written = merge(run).to_json()
     assert json.loads((run.merged / "merge.json").read_text()) == written
@@ -132,7 +132,7 @@ def test_the_certificate_names_base_adapter_and_rows(tiny_recipe: dict[str, Any]
     assert merge(without).held_out is False
 
 
-def test_weights_that_are_no_numbers_are_not_merged(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_nan_weights_are_not_merged(tiny_recipe: dict[str, Any], tmp_path: Path):
     from safetensors.torch import save_file
 
     run = run_of(tiny_recipe, tmp_path)
@@ -146,8 +146,8 @@ def test_weights_that_are_no_numbers_are_not_merged(tiny_recipe: dict[str, Any],
 
 
 def grown_by(*arguments: object) -> int:
-    """Megabytes by which a process grows at most."""
-    command = [sys.executable, "-m", "tests.fixtures.merging_memory", *map(str, arguments)]
+    """Peak growth of a process in megabytes."""
+    command = [sys.executable, "-m", "tests.fixtures.merge_memory", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
@@ -155,14 +155,12 @@ def grown_by(*arguments: object) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_a_model_is_merged_in_a_fraction_of_the_memory_that_it_takes(
-    tiny_recipe: dict[str, Any], tmp_path: Path, kind: str
-):
+def test_merge_needs_a_fraction_of_the_models_memory(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     write_tiny_model(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
     megabytes = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) >> 20
     sections = {**tiny_recipe, "quantization": {"kind": kind}}
     small = run_of(sections, tmp_path, "small")
     large = run_of({**sections, "model": {"name": str(tmp_path / "base")}}, tmp_path, "large", "training.max_steps=1")
-    assert grown_by(small.path, large.path, "whole") > 0.9 * megabytes  # so growth is seen
+    assert grown_by(small.path, large.path, "full") > 0.9 * megabytes  # the measurement sees a full model
     assert grown_by(small.path, large.path) < megabytes / (5 if kind == "none" else 2.5)
     assert json.loads((large.merged / "merge.json").read_text())["relative_difference"] <= 2e-5

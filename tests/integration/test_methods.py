@@ -1,4 +1,4 @@
-"""Every method and every quantizer goes the whole road: trains, stops, goes on, is evaluated, and stands alone."""
+"""End to end for every method and quantizer: train, stop, resume, evaluate, merge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.quantization import Quantization
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, StepMetrics
-from tests.fixtures.evaluating import evaluated, values
+from tests.fixtures.eval_helpers import evaluated, values
 from tests.fixtures.recipes import as_recipe
 from tests.integration.test_resume import after_step, results, stopped_at
 
@@ -80,13 +80,13 @@ def tags(union: Any, key: str) -> set[str]:
     return {tag for kind in kinds for tag in get_args(kind.model_fields[key].annotation)}
 
 
-def test_every_method_and_quantizer_is_on_some_road():
+def test_every_method_and_quantizer_has_a_case():
     assert {adapter["method"] for _, adapter in ROADS.values()} == tags(Adapter, "method")
     assert {kind["kind"] for kind, _ in ROADS.values()} == tags(Quantization, "kind") - BY_PACKAGES
 
 
 @pytest.mark.parametrize("name", ROADS)
-def test_it_trains_stops_goes_on_and_stands_alone(tiny_recipe: dict[str, Any], tmp_path: Path, name: str):
+def test_method_trains_stops_resumes_and_merges(tiny_recipe: dict[str, Any], tmp_path: Path, name: str):
     quantization, adapter = ROADS[name]
     sections = {**tiny_recipe, "quantization": quantization, "adapter": adapter}
     sections["training"] |= {"max_steps": 4}
@@ -115,7 +115,7 @@ def test_it_trains_stops_goes_on_and_stands_alone(tiny_recipe: dict[str, Any], t
 
 
 @pytest.mark.parametrize("name", ["lora", "prompt_tuning", "prefix_tuning", "full"])
-def test_noise_on_embeddings_goes_with_every_method_and_is_drawn_anew_when_it_goes_on(
+def test_embedding_noise_works_with_every_method_and_is_the_same_after_resuming(
     tiny_recipe: dict[str, Any], tmp_path: Path, name: str
 ):
     sections = {**tiny_recipe, "adapter": METHODS[name]}

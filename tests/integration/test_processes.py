@@ -27,7 +27,7 @@ from finetune.adapters.adalora import AdaLoraMethod
 from finetune.adapters.full import FullMethod
 from finetune.data.collate import BatchOrder, padded
 from finetune.data.encode import Example
-from finetune.data.batch_plan import Layout
+from finetune.data.batch_plan import BatchPlan
 from finetune.evaluation.loss import compute_validation_loss
 from finetune.recipe.sections.adapter import AdaLora, Full
 from finetune.recipe.sections.optimizer import Sgd
@@ -49,7 +49,7 @@ order = BatchOrder(units=11, units_per_step=4, seed=3, total_units=14)
 model = accelerator.prepare_model(tiny_llama())
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 state = TrainState(accelerator, model, FullMethod(Full(method="full")), optimizer, torch.float32)
-layout = Layout.of(training, np.array([len(row.ids) for row in rows]), 64, 0)
+layout = BatchPlan.of(training, np.array([len(row.ids) for row in rows]), 64, 0)
 section = Sgd(name="sgd", learning_rate=0.1, schedule="linear")
 metrics = list(fit(state, rows, order, section, training, layout))
 steps = [[step.loss, step.gradient_norm, step.learning_rate, step.tokens] for step in metrics]
@@ -80,7 +80,7 @@ if accelerator.is_main_process:
 """
 
 
-def test_two_processes_give_the_losses_gradients_rates_and_ranks_of_one(tmp_path: Path):
+def test_two_processes_have_the_losses_gradients_learning_rates_and_ranks_of_one(tmp_path: Path):
     one, two = results(SCRIPT, 1, tmp_path), results(SCRIPT, 2, tmp_path)
     assert len(one["steps"]) == 4  # the last step has two rows
     for alone, together in zip(one["steps"], two["steps"], strict=True):
@@ -113,7 +113,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if line["event"] == "step"]
 
 
-def test_a_run_of_two_processes_is_that_of_one_and_goes_on_in_one(tiny_model: Path, chat_file: Path, tmp_path: Path):
+def test_run_of_two_processes_equals_one_and_resumes_in_one(tiny_model: Path, chat_file: Path, tmp_path: Path):
     sections: dict[str, Any] = {
         "model": {"name": str(tiny_model)},
         "adapter": {"method": "lora", "r": 4},
@@ -138,7 +138,7 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_in_one(tiny_model: Pa
     assert losses(alone)[0] != losses(alone)[5]
 
 
-def test_what_every_process_runs_into_is_told_once_with_the_code_of_one(tiny_model: Path, tmp_path: Path):
+def test_error_in_every_process_is_reported_once_with_its_exit_code(tiny_model: Path, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n', encoding="utf-8")
     sections = {
         "model": {"name": str(tiny_model)},
@@ -158,18 +158,18 @@ import json, sys
 from pathlib import Path
 import torch
 from finetune.errors import EnvironmentFault
-from finetune.jobs.train.prepare import Ready
+from finetune.jobs.train.prepare import PreparedRun
 from finetune.jobs.train.rank_consistency import check_same_on_all_ranks
 from finetune.recipe.load import load_recipe
 from finetune.run.events import ignore
 from finetune.run.signals import Interruption
 from finetune.train.loop import fit
-from finetune.train.grad_sync import wrap_for_ddp
+from finetune.train import grad_sync
 
 recipe = load_recipe(Path(sys.argv[1])).recipe
 told = []
-ready = Ready.of(recipe, lambda event: told.append(getattr(event, "text", "")), Interruption())
-accelerator, state = ready.bench.accelerator, ready.state
+prepared = PreparedRun.of(recipe, lambda event: told.append(getattr(event, "text", "")), Interruption())
+accelerator, state = prepared.context.accelerator, prepared.state
 rank, model = accelerator.process_index, state.bare_model
 numbers = lambda choose: [weight for weight in (*model.parameters(), *model.buffers()) if choose(weight)]
 trained, kept = numbers(lambda weight: weight.requires_grad), numbers(lambda weight: not weight.requires_grad)
@@ -177,17 +177,17 @@ with torch.no_grad():
     for weight in (*trained, *kept):
         weight.add_(rank if weight.dtype is torch.uint8 else rank * 1e-3)
 before = [weight.clone() for weight in kept]
-state.model = wrap_for_ddp(accelerator, model)
-next(fit(state, ready.rows.train, ready.order, recipe.optimizer, recipe.training, ready.layout))
+state.model = grad_sync.prepared(accelerator, model)
+next(fit(state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan))
 everyones = accelerator.gather(torch.cat([weight.detach().flatten() for weight in trained])[None])
 found = {
     "kept": len(kept),
     "sent": accelerator.gather(torch.tensor([sum(map(lambda *each: not torch.equal(*each), before, kept))])).tolist(),
     "trained_apart": (everyones - everyones[0]).abs().max().item(),
-    "planned": accelerator.gather(torch.tensor([ready.planned_memory or 0])).tolist(),
+    "planned": accelerator.gather(torch.tensor([prepared.planned_memory or 0])).tolist(),
 }
 try:
-    check_same_on_all_ranks({**ready.facts, "data": "rows of " + "ab"[rank]})
+    check_same_on_all_ranks({**prepared.facts, "data": "rows of " + "ab"[rank]})
 except EnvironmentFault as error:
     found["refused"] = str(error)
 if accelerator.is_main_process:
@@ -196,7 +196,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_only_what_trains_is_sent_and_another_base_or_other_rows_are_refused(
+def test_only_trainable_parameters_are_sent_and_other_inputs_are_refused(
     tiny_model: Path, chat_file: Path, tmp_path: Path
 ):
     sections = {

@@ -1,4 +1,4 @@
-"""Soft prompts on the road: trained, answered with, exported as tokens, and what is refused on the way."""
+"""Soft prompts end to end: training, answers, export as tokens, and refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
-from tests.fixtures.generating import answers
+from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
 
 PROMPT = {"method": "prompt_tuning", "tokens": 4}
@@ -30,21 +30,21 @@ def run_of(sections: dict[str, Any], folder: Path, name: str = "run", **adapter:
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "affine"])
-def test_an_exported_run_answers_as_the_run_does(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
+def test_exported_prompt_answers_as_the_run(tiny_recipe: dict[str, Any], tmp_path: Path, kind: str):
     run = run_of({**tiny_recipe, "quantization": {"kind": kind}}, tmp_path)
     result = export(run)
     assert result.agreement.relative_difference <= 2e-5
 
-    plain, words = AutoModelForCausalLM.from_pretrained(result.folder), AutoTokenizer.from_pretrained(result.folder)
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(result.folder), AutoTokenizer.from_pretrained(result.folder)
     chat = [{"role": "user", "content": "Say 3"}]
-    ids = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    assert words.decode(ids[0]).startswith(result.prompt)
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]).startswith(result.prompt)
     written = plain.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
     (expected,) = answers(run.path, prompts=["Say 3"], tokens=8)
-    assert words.decode(written, skip_special_tokens=True) == expected
+    assert tokenizer.decode(written, skip_special_tokens=True) == expected
 
 
-def test_an_export_that_says_something_else_is_not_kept(
+def test_export_beyond_the_bound_is_not_written(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = run_of(tiny_recipe, tmp_path)
@@ -54,7 +54,7 @@ def test_an_export_that_says_something_else_is_not_kept(
     assert not run.exported.exists()
 
 
-def test_export_tells_where_and_how_near(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_export_json_has_folder_and_agreement(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     result = CliRunner().invoke(app, ["export", str(run.path), "--json"])
     told = json.loads(result.stdout.splitlines()[-1])
@@ -64,7 +64,7 @@ def test_export_tells_where_and_how_near(tiny_recipe: dict[str, Any], tmp_path: 
     assert "the folder's chat template begins with them" in again.stdout
 
 
-def test_a_merge_is_refused_before_weights_are_loaded(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_merge_of_a_soft_prompt_is_refused_before_loading(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = run_of(tiny_recipe, tmp_path)
     told: list[Any] = []
     with pytest.raises(UnsupportedError, match="ft export"):
@@ -72,7 +72,7 @@ def test_a_merge_is_refused_before_weights_are_loaded(tiny_recipe: dict[str, Any
     assert not [event for event in told if "loading" in str(event)]
 
 
-def test_only_a_prompt_of_embeddings_is_exported(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_export_of_other_methods_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     low_rank = run_of(tiny_recipe, tmp_path, "low_rank", method="lora", r=2)
     with pytest.raises(UnsupportedError, match="ft merge"):
         export(low_rank)
@@ -81,14 +81,14 @@ def test_only_a_prompt_of_embeddings_is_exported(tiny_recipe: dict[str, Any], tm
         export(prefix)
 
 
-def test_rows_leave_room_for_the_prompt(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_prompt_longer_than_the_context_is_an_error(tiny_recipe: dict[str, Any], tmp_path: Path):
     longest = max(len(line) for line in Path(tiny_recipe["data"]["train"][0]["path"]).read_text().splitlines())
-    assert longest < 500  # so that rows alone would fit into the 512 positions
+    assert longest < 500  # rows without the prompt fit into the 512 positions
     with pytest.raises(DataError, match="512 positions"):
         run_of(tiny_recipe, tmp_path, method="prompt_tuning", tokens=500)
 
 
-def test_the_same_seed_gives_the_same_prompt_and_another_one_another(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_trained_prompt_depends_on_the_seed(tiny_recipe: dict[str, Any], tmp_path: Path):
     files = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         sections = {**tiny_recipe, "training": {**tiny_recipe["training"], "seed": seed}}

@@ -1,4 +1,4 @@
-"""The README says what is so: its commands run, its recipe is valid, its targets exist."""
+"""README: commands run, recipes are valid, make targets exist, links resolve, exit codes are those of the code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_its_ft_commands_run_in_their_order(
+def test_readme_commands_run_in_their_order(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -55,7 +55,7 @@ def test_its_ft_commands_run_in_their_order(
     assert (tmp_path / "runs" / "mine" / "merged" / "model.safetensors").is_file()
 
 
-def test_its_recipe_and_its_tasks_are_valid(tmp_path: Path):
+def test_readme_recipe_and_tasks_are_valid(tmp_path: Path):
     recipe, tasks = blocks("yaml")
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe, encoding="utf-8")
@@ -64,27 +64,27 @@ def test_its_recipe_and_its_tasks_are_valid(tmp_path: Path):
     assert len(load_tasks(file)) == 4
 
 
-def test_the_picture_of_a_run_is_drawn_up_to_a_step_and_fetches_nothing(tmp_path: Path):
+def test_terminal_picture_ends_at_its_step_and_fetches_nothing(tmp_path: Path):
     picture = terminal(written_run(tmp_path / "run", course=steps([3.0, 2.0, 1.0])), "ft train r.yaml", until=2)
     assert "2/3" in picture
     assert "3/3" not in picture
     assert "url(http" not in picture
 
 
-def test_its_make_targets_exist():
+def test_readme_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")}
     assert targets >= {"quickstart", "test"}
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def test_its_links_lead_somewhere():
+def test_readme_links_resolve():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
     assert all((ROOT / link).exists() for link in links)
 
 
-def test_each_promise_is_linked_to_tests():
+def test_readme_guarantees_link_to_tests():
     table = README.partition("| promise, shown on CPUs | test |\n|---|---|\n")[2].partition("\n\n")[0]
     promises = table.splitlines()
     assert len(promises) >= 15
@@ -95,7 +95,7 @@ def test_each_promise_is_linked_to_tests():
             assert re.search(r"^def test_", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE), file
 
 
-def test_its_exit_codes_are_the_errors_own():
+def test_readme_exit_codes_are_those_of_the_errors():
     import finetune.errors as errors
 
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}

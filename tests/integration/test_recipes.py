@@ -1,4 +1,4 @@
-"""Every shipped recipe runs: two steps on the tiny model, evaluated, and written as a model of its own."""
+"""Every shipped recipe runs: two steps on the tiny model, evaluated, and written as a standalone model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 ON_TINY = ["training.max_steps=2", "evaluation.generation_rows=2", "evaluation.max_new_tokens=4", "data.max_length=512"]
@@ -22,7 +22,7 @@ WITH_TOOLS = "tool-calling"
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_it_trains_evaluates_and_stands_alone(file: Path, tiny_model: Path, tiny_tool_model: Path, tmp_path: Path):
+def test_recipe_trains_evaluates_and_merges(file: Path, tiny_model: Path, tiny_tool_model: Path, tmp_path: Path):
     base = [f"model.name={tiny_model}"]
     if file.stem == WITH_TOOLS:  # definitions of tools are long in bytes
         base = [f"model.name={tiny_tool_model}", "data.max_length=2048"]
@@ -42,7 +42,7 @@ def test_it_trains_evaluates_and_stands_alone(file: Path, tiny_model: Path, tiny
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_it_is_short_and_its_head_tells_how_to_run_it(file: Path):
+def test_recipe_is_short_and_its_header_has_the_command(file: Path):
     lines = file.read_text(encoding="utf-8").splitlines()
     head = [line for line in lines if line.startswith("#")]
     assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= 40
@@ -50,7 +50,7 @@ def test_it_is_short_and_its_head_tells_how_to_run_it(file: Path):
     assert any(f"recipes/{file.name}" in line for line in head)
 
 
-def test_a_resolved_recipe_is_a_recipe(tiny_model: Path, tmp_path: Path):
+def test_resolved_recipe_is_a_valid_recipe(tiny_model: Path, tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     recipe = load_recipe(RECIPES[0], [*ON_TINY, f"model.name={tiny_model}", "adapter={method: lora, r: 2}"]).recipe
     train(recipe, run)

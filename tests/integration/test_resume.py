@@ -1,4 +1,4 @@
-"""A run that was stopped, wherever that was, ends bit for bit as one that was not."""
+"""A stopped and resumed run ends bit for bit as an uninterrupted one, wherever it was stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EPOCHS = ["training.max_steps=null", "training.epochs=2", "evaluation.every_step
 
 
 def stopped_at(sections: dict[str, Any], run: RunDirectory, overrides: list[str], is_time: Callable[[Event], bool]):
-    """Train until an event, and let a signal come then."""
+    """Train until an event, and send a signal then."""
     interruption = Interruption()
 
     def report(event: Event) -> None:
@@ -47,7 +47,7 @@ def after_step(step: int) -> Callable[[Event], bool]:
 
 
 def results(run: RunDirectory, is_whole_model: bool = False) -> dict[str, Any]:
-    """All that a run leaves but times and memory."""
+    """Results of a run, without times and memory."""
     folder = run.trained(is_whole_model)
     (last,) = sorted(run.checkpoints.iterdir())[-1:]
     timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
@@ -62,7 +62,7 @@ def results(run: RunDirectory, is_whole_model: bool = False) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Holds what a run that is never stopped leaves; made once."""
+    """Holds the results of an uninterrupted run; made once."""
     return {"folder": tmp_path_factory.mktemp("uninterrupted")}
 
 
@@ -78,7 +78,7 @@ def uninterrupted(base: dict[str, Any], sections: dict[str, Any], overrides: lis
 
 
 @pytest.mark.parametrize("step", range(1, 13))
-def test_stopped_after_any_step_it_ends_as_if_it_never_was(
+def test_run_stopped_after_any_step_ends_as_uninterrupted(
     step: int, tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     run = RunDirectory.create(tmp_path / "run")
@@ -120,7 +120,7 @@ def steps_of(run: RunDirectory) -> int:
         ("none", {"method": "prefix_tuning", "tokens": 4, "projection": 8}),
     ],
 )
-def test_over_other_bases_and_with_other_methods_too(
+def test_run_with_other_bases_and_methods_ends_as_uninterrupted(
     kind: str, adapter: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     quantized = {"quantization": {"kind": kind}, "adapter": adapter, "optimizer": {"name": "paged_adamw_8bit"}}
@@ -132,7 +132,7 @@ def test_over_other_bases_and_with_other_methods_too(
     assert results(run) == uninterrupted(base, sections, [])
 
 
-def test_a_base_with_other_codes_is_refused(
+def test_resume_with_other_quantized_weights_is_refused(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import finetune.jobs.train.prepare as module
@@ -144,7 +144,7 @@ def test_a_base_with_other_codes_is_refused(
         train(as_recipe(sections, tmp_path), run)
 
 
-def test_full_fine_tuning_too(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_full_fine_tuning_ends_as_uninterrupted(tiny_recipe: dict[str, Any], tmp_path: Path):
     sections = {**tiny_recipe, "adapter": {"method": "full"}, "optimizer": {"name": "adamw_8bit"}}
     never = RunDirectory.create(tmp_path / "never")
     train(as_recipe(sections, tmp_path), never)
@@ -156,7 +156,7 @@ def test_full_fine_tuning_too(tiny_recipe: dict[str, Any], tmp_path: Path):
 
 
 @pytest.mark.parametrize("step", [1, 4, 6])
-def test_ranks_that_a_method_chooses_are_chosen_as_if_it_never_was(
+def test_ranks_of_adalora_are_those_of_an_uninterrupted_run(
     step: int, tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     """Before the first choice, between two, and after the last; every choice is in the metrics."""
@@ -169,7 +169,7 @@ def test_ranks_that_a_method_chooses_are_chosen_as_if_it_never_was(
     assert results(run) == uninterrupted(base, sections, ["training.max_steps=8"])
 
 
-def test_stopped_again_and_again_it_still_ends_the_same(
+def test_run_stopped_repeatedly_ends_as_uninterrupted(
     tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     run = RunDirectory.create(tmp_path / "run")
@@ -180,7 +180,7 @@ def test_stopped_again_and_again_it_still_ends_the_same(
     assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
 
 
-def test_a_half_done_step_is_thrown_away(
+def test_step_interrupted_by_a_signal_is_discarded(
     tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     import finetune.train.step as module
@@ -203,7 +203,7 @@ def test_a_half_done_step_is_thrown_away(
     assert results(run) == uninterrupted(base, tiny_recipe, EPOCHS)
 
 
-def test_stopped_in_an_evaluation_it_measures_again(
+def test_run_stopped_in_an_evaluation_repeats_it(
     tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     import finetune.evaluation.loss as module
@@ -227,7 +227,7 @@ def test_stopped_in_an_evaluation_it_measures_again(
 
 
 @pytest.mark.parametrize("phase", ["reading the data", "loading"])
-def test_stopped_before_the_first_step_it_leaves_nothing(phase: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_run_stopped_before_the_first_step_leaves_no_files(phase: str, tiny_recipe: dict[str, Any], tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(Interrupted) as caught:
         stopped_at(tiny_recipe, run, [], lambda event: isinstance(event, Phase) and event.doing.startswith(phase))
@@ -235,7 +235,7 @@ def test_stopped_before_the_first_step_it_leaves_nothing(phase: str, tiny_recipe
     assert not run.path.exists()
 
 
-def test_stopped_while_it_gets_ready_to_go_on_it_can_still_go_on(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_run_stopped_while_resuming_can_be_resumed(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(Stopped):
         stopped_at(tiny_recipe, run, [], after_step(2))
@@ -255,7 +255,7 @@ def stopped_run(sections: dict[str, Any], folder: Path, step: int = 2, *override
     return run
 
 
-def test_another_base_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_resume_with_another_base_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     write_tiny_model(tmp_path / "base")
     sections = {**tiny_recipe, "model": {"name": str(tmp_path / "base")}}
     run = stopped_run(sections, tmp_path)
@@ -265,7 +265,7 @@ def test_another_base_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     assert json.loads(run.outcome.read_text())["code"] == 75
 
 
-def test_other_rows_are_refused_and_the_same_ones_elsewhere_are_not(
+def test_resume_with_other_rows_is_refused_but_moved_rows_are_accepted(
     tiny_recipe: dict[str, Any], chat_file: Path, tmp_path: Path
 ):
     run = stopped_run(tiny_recipe, tmp_path)
@@ -278,7 +278,7 @@ def test_other_rows_are_refused_and_the_same_ones_elsewhere_are_not(
     assert train(as_recipe(tiny_recipe, tmp_path, [f"data.train.0.path={moved}"]), run).steps == 3
 
 
-def test_smaller_micro_batches_go_on_if_a_step_sees_the_same_rows(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_resume_with_smaller_micro_batches_of_the_same_step_is_accepted(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
     with pytest.raises(RefusedError, match="of one step"):
         train(as_recipe(tiny_recipe, tmp_path, ["training.micro_batch_size=1"]), run)
@@ -286,7 +286,7 @@ def test_smaller_micro_batches_go_on_if_a_step_sees_the_same_rows(tiny_recipe: d
     assert train(as_recipe(tiny_recipe, tmp_path, smaller), run).steps == 3
 
 
-def test_a_frozen_key_is_refused_with_both_values(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_resume_with_a_changed_frozen_key_names_both_values(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
     with pytest.raises(RefusedError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.1"):
         train(as_recipe(tiny_recipe, tmp_path, ["optimizer.learning_rate=0.1"]), run)
@@ -295,7 +295,7 @@ def test_a_frozen_key_is_refused_with_both_values(tiny_recipe: dict[str, Any], t
         train(as_recipe(tiny_recipe, tmp_path, ["training.seed=43"]), run)
 
 
-def test_a_longer_run_goes_on_with_its_own_schedule_and_says_so(
+def test_resume_with_more_steps_uses_their_schedule_and_logs_it(
     tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run = RunDirectory.create(tmp_path / "run")
@@ -311,9 +311,7 @@ def test_a_longer_run_goes_on_with_its_own_schedule_and_says_so(
         train(as_recipe(tiny_recipe, tmp_path, ["training.max_steps=4"]), run)
 
 
-def test_a_course_over_all_steps_is_not_made_longer_and_the_refusal_says_what_to_do(
-    tiny_recipe: dict[str, Any], tmp_path: Path
-):
+def test_resume_with_more_steps_is_refused_for_a_schedule_over_all_steps(tiny_recipe: dict[str, Any], tmp_path: Path):
     adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1}
     sections = {**tiny_recipe, "adapter": adapter, "training": {**tiny_recipe["training"], "max_steps": 4}}
     run = stopped_run(sections, tmp_path)
@@ -325,7 +323,7 @@ def test_a_course_over_all_steps_is_not_made_longer_and_the_refusal_says_what_to
     assert ft("--resume", run.path, "--set", "training.max_steps=6").exit_code == RefusedError.exit_code
 
 
-def test_a_horizon_that_changed_unasked_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_resume_with_a_changed_number_of_steps_by_other_keys_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
     (folder,) = run.checkpoints.iterdir()
     manifest = json.loads((folder / "MANIFEST.json").read_text())
@@ -335,7 +333,7 @@ def test_a_horizon_that_changed_unasked_is_refused(tiny_recipe: dict[str, Any], 
         train(as_recipe(tiny_recipe, tmp_path), run)
 
 
-def test_a_run_without_a_checkpoint_starts_again_in_its_place(
+def test_run_without_a_checkpoint_starts_again_in_its_directory(
     tiny_recipe: dict[str, Any], tmp_path: Path, base: dict[str, Any]
 ):
     run = stopped_run(tiny_recipe, tmp_path, 5, *EPOCHS)
@@ -356,13 +354,13 @@ def saved_steps(sections: dict[str, Any], folder: Path, *overrides: str) -> list
     return [event.step for event in events if isinstance(event, CheckpointSaved)]
 
 
-def test_checkpoints_come_when_the_recipe_says_and_at_the_end(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_checkpoints_are_saved_at_the_interval_and_at_the_end(tiny_recipe: dict[str, Any], tmp_path: Path):
     every = ["training.max_steps=7", "training.checkpoint_every_steps=3", "training.checkpoints_kept=1"]
     assert saved_steps(tiny_recipe, tmp_path, *every) == [3, 6, 7]
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000007"]
 
 
-def test_without_a_word_checkpoints_come_by_the_clock(
+def test_checkpoints_without_an_interval_are_saved_by_time(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert saved_steps(tiny_recipe, tmp_path) == [3]
@@ -375,7 +373,7 @@ def test_without_a_word_checkpoints_come_by_the_clock(
     assert saved_steps(tiny_recipe, tmp_path / "slow") == [1, 3]
 
 
-def test_a_full_disk_while_training_is_a_warning(
+def test_full_disk_while_training_is_a_warning(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     write, full = checkpointing.write_state, {2, 3}
@@ -393,7 +391,7 @@ def test_a_full_disk_while_training_is_a_warning(
     assert "step 1 is still there" in warnings[0]
 
 
-def test_a_full_disk_when_it_is_to_stop_is_told_and_the_checkpoint_before_is_kept(
+def test_full_disk_while_stopping_is_an_error_and_keeps_the_previous_checkpoint(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write = checkpointing.write_state
@@ -419,7 +417,7 @@ def ft(*arguments: str | Path) -> Result:
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Let a signal come to this very process after a step."""
+    """Send a signal to this process after a step."""
     append = RunDirectory.append_metrics
 
     def append_and_signal(run: RunDirectory, record: Event) -> None:
@@ -431,7 +429,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_is_exit_code_75_and_the_command_that_is_shown_goes_on(
+def test_signal_exits_with_75_and_the_printed_command_resumes(
     number: int, tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     recipe = write_recipe(tiny_recipe, tmp_path)
@@ -447,7 +445,7 @@ def test_a_signal_is_exit_code_75_and_the_command_that_is_shown_goes_on(
     assert "trained 3 steps" in finished.stdout
 
 
-def test_auto_starts_goes_on_and_has_nothing_left_to_do(
+def test_resume_auto_starts_resumes_and_ends(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     recipe = write_recipe(tiny_recipe, tmp_path)
@@ -468,7 +466,7 @@ def test_auto_starts_goes_on_and_has_nothing_left_to_do(
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["tiny"]
 
 
-def test_a_run_that_is_being_trained_is_refused_with_who_trains_it(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_run_in_training_is_refused_with_its_process(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
     with exclusive_lock(run.lock):
         result = ft("--resume", run.path)
@@ -476,9 +474,7 @@ def test_a_run_that_is_being_trained_is_refused_with_who_trains_it(tiny_recipe: 
     assert f"process {os.getpid()} on" in result.stderr
 
 
-def test_if_every_checkpoint_is_damaged_the_run_is_refused_and_left_as_it_is(
-    tiny_recipe: dict[str, Any], tmp_path: Path
-):
+def test_run_with_only_damaged_checkpoints_is_refused_and_unchanged(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
     (folder,) = run.checkpoints.iterdir()
     os.truncate(folder / "trained.safetensors", 100)

@@ -1,4 +1,4 @@
-"""Runs listed, cleaned, compared and reproduced."""
+"""Runs are listed, cleaned, compared and reproduced."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def runs(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
     return folder
 
 
-def test_each_run_is_listed_with_how_far_it_has_come(runs: Path):
+def test_runs_lists_each_run_with_its_step(runs: Path):
     found = [json.loads(line) for line in ft("runs", "--directory", runs, "--json").stdout.splitlines()]
     assert [(Path(each["path"]).name, each["state"], each["step"]) for each in found] == [
         ("done", "finished", 3),
@@ -52,7 +52,7 @@ def test_each_run_is_listed_with_how_far_it_has_come(runs: Path):
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_a_run_that_is_being_trained_says_so_and_is_left_alone(runs: Path):
+def test_runs_shows_a_run_in_training_and_clean_skips_it(runs: Path):
     run = RunDirectory.open(runs / "done")
     (run.path / ".adapter-1a2b3c4d").mkdir()
     with run.lock.open("a+") as held:
@@ -63,7 +63,7 @@ def test_a_run_that_is_being_trained_says_so_and_is_left_alone(runs: Path):
     assert removable(run)
 
 
-def test_cleaning_asks_first_and_keeps_what_a_run_needs(runs: Path):
+def test_runs_clean_prompts_and_keeps_necessary_files(runs: Path):
     leftover = runs / "half" / "checkpoints" / ".tmp-step-00000002"
     leftover.mkdir()
     refused = ft("runs", "clean", "--directory", runs)
@@ -79,7 +79,7 @@ def test_cleaning_asks_first_and_keeps_what_a_run_needs(runs: Path):
     assert "nothing to remove" in ft("runs", "clean", "--directory", runs).output
 
 
-def test_a_difference_of_any_kind_is_shown_and_nothing_else(tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path):
+def test_diff_shows_every_kind_of_difference_and_no_others(tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path):
     assert ft("diff", runs / "done", runs / "done").output.strip() == "no difference"
     train(as_recipe(tiny_recipe, tmp_path, ["adapter.r=2"]), RunDirectory.create(runs / "other"))
     provenance = runs / "other" / "provenance.json"
@@ -96,7 +96,7 @@ def test_a_difference_of_any_kind_is_shown_and_nothing_else(tiny_recipe: dict[st
     assert {part for part, _ in keys} == {"recipe", "versions", "data", "results"}
 
 
-def test_a_run_is_reproduced_bit_for_bit(runs: Path):
+def test_reproduce_equals_the_run_bit_for_bit(runs: Path):
     result = ft("reproduce", runs / "done", "--json", "--quiet")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout.splitlines()[-1])
@@ -106,7 +106,7 @@ def test_a_run_is_reproduced_bit_for_bit(runs: Path):
     assert (runs / "done-again" / "adapter").is_dir()
 
 
-def test_other_weights_are_told_and_fail(runs: Path):
+def test_reproduce_with_other_weights_fails_and_names_them(runs: Path):
     from safetensors.torch import load_file, save_file
 
     file = runs / "done" / "adapter" / "adapter_model.safetensors"
@@ -118,6 +118,6 @@ def test_other_weights_are_told_and_fail(runs: Path):
     assert "not the same" in result.output
 
 
-def test_only_a_finished_run_is_reproduced(runs: Path):
+def test_reproduce_refuses_an_unfinished_run(runs: Path):
     assert ft("reproduce", runs / "half", "--quiet").exit_code == 2
     shutil.rmtree(runs / "half-again", ignore_errors=True)

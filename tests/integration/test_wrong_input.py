@@ -1,4 +1,4 @@
-"""What users get wrong: a clear message, the documented exit code, no traceback, nothing left behind."""
+"""User errors give a clear message and the documented exit code, without a traceback, and leave no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
 
 def ft(*arguments: object) -> tuple[int, str]:
-    """Run `ft`; returns the exit code and what it said on standard error."""
+    """Run `ft`; returns the exit code and standard error."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output
@@ -30,13 +30,13 @@ def train(sections: dict[str, Any], tmp_path: Path, *overrides: str) -> tuple[in
     return code, said
 
 
-def test_a_missing_recipe(tmp_path: Path):
+def test_missing_recipe_is_refused(tmp_path: Path):
     code, said = ft("train", tmp_path / "no.yaml")
     assert code == 2
     assert "there is no such file" in said
 
 
-def test_bad_yaml_names_the_place(tmp_path: Path):
+def test_bad_yaml_is_refused_with_its_position(tmp_path: Path):
     file = tmp_path / "recipe.yaml"
     file.write_text("model: {name: x\nadapter: y\n")
     code, said = ft("train", file)
@@ -44,7 +44,7 @@ def test_bad_yaml_names_the_place(tmp_path: Path):
     assert f"{file}:" in said
 
 
-def test_unknown_keys_come_all_at_once_with_place_and_remedy(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_unknown_keys_are_reported_together_with_position_and_hint(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_recipe["adapter"]["lora_r"] = 4
     tiny_recipe["training"]["max_stepz"] = 4
     code, said = train(tiny_recipe, tmp_path)
@@ -54,7 +54,7 @@ def test_unknown_keys_come_all_at_once_with_place_and_remedy(tiny_recipe: dict[s
     assert "`max_steps`" in said
 
 
-def test_missing_data(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_missing_data_file_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     code, said = train(tiny_recipe, tmp_path, "data.train.0.path=gone.jsonl")
     assert code == 3
     assert str(tmp_path / "gone.jsonl") in said
@@ -69,7 +69,7 @@ def test_missing_data(tiny_recipe: dict[str, Any], tmp_path: Path):
         ('{"messages": [{"role": "user", "content": "a"}]}', "no token to train on"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tiny_recipe: dict[str, Any], tmp_path: Path, line: str, words: str):
+def test_bad_row_is_refused_with_file_and_line(tiny_recipe: dict[str, Any], tmp_path: Path, line: str, words: str):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(good) + "\n" + json.dumps(good) + "\n" + line + "\n")
@@ -79,14 +79,14 @@ def test_a_bad_row_is_named_by_file_and_line(tiny_recipe: dict[str, Any], tmp_pa
     assert words in said
 
 
-def test_a_row_that_is_too_long_names_its_place_and_the_key(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_too_long_row_is_refused_with_position_and_key(tiny_recipe: dict[str, Any], tmp_path: Path):
     code, said = train(tiny_recipe, tmp_path, "data.max_length=16")
     assert code == 3
     assert "data.max_length: 16" in said
     assert ".jsonl:" in said
 
 
-def test_a_model_folder_without_weights(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_model_folder_without_weights_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_llama().config.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     code, said = train(tiny_recipe, tmp_path, "model.name=./model")
@@ -94,13 +94,13 @@ def test_a_model_folder_without_weights(tiny_recipe: dict[str, Any], tmp_path: P
     assert "no weights as safetensors" in said
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_unknown_model_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     code, said = train(tiny_recipe, tmp_path, "model.name=nobody/nothing")
     assert code == 7
     assert "nobody/nothing" in said
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_tokenizer_larger_than_the_embeddings_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     tiny_llama(vocab_size=258, eos_token_id=257).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     code, said = train(tiny_recipe, tmp_path, "model.name=./model")
@@ -108,7 +108,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(tiny_recipe:
     assert "259 tokens, the model 258 embeddings" in said
 
 
-def test_a_model_with_weights_missing(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_model_with_missing_weights_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
     tiny_llama().save_pretrained(tmp_path / "model")
@@ -122,20 +122,20 @@ def test_a_model_with_weights_missing(tiny_recipe: dict[str, Any], tmp_path: Pat
     assert "model.norm.weight" in said
 
 
-def test_target_modules_that_are_not_there(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_unknown_target_modules_are_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     code, said = train(tiny_recipe, tmp_path, "adapter.target_modules=[query]")
     assert code == 2
     assert "q_proj" in said
 
 
-def test_a_run_directory_that_cannot_be_written(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_unwritable_run_directory_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     (tmp_path / "file").write_text("")
     code, said = ft("train", write_recipe(tiny_recipe, tmp_path), "--run-dir", tmp_path / "file" / "run")
     assert code == 7
     assert "cannot be written" in said
 
 
-def test_a_run_directory_that_holds_something_else(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_run_directory_with_other_files_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     precious = tmp_path / "mine" / "precious.txt"
     precious.parent.mkdir()
     precious.write_text("keep")
@@ -146,14 +146,14 @@ def test_a_run_directory_that_holds_something_else(tiny_recipe: dict[str, Any], 
     assert precious.read_text() == "keep"
 
 
-def test_commands_on_something_that_is_no_run(tmp_path: Path):
+def test_commands_on_a_folder_that_is_no_run_are_refused(tmp_path: Path):
     for command in ("eval", "merge"):
         code, said = ft(command, tmp_path)
         assert code == 2
         assert "no run" in said
 
 
-def test_float16_on_a_cpu_is_the_machines_fault(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_float16_on_a_cpu_exits_with_7(tiny_recipe: dict[str, Any], tmp_path: Path):
     import torch
 
     if torch.cuda.is_available():
@@ -163,7 +163,7 @@ def test_float16_on_a_cpu_is_the_machines_fault(tiny_recipe: dict[str, Any], tmp
     assert "training.precision" in said
 
 
-def test_running_out_of_memory_names_what_to_change(
+def test_out_of_memory_names_settings_to_change(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import torch
@@ -180,7 +180,7 @@ def test_running_out_of_memory_names_what_to_change(
     assert not list((tmp_path / "runs").glob("*"))
 
 
-def test_json_mode_is_json_on_standard_output_alone(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_json_mode_prints_only_json_on_standard_output(tiny_recipe: dict[str, Any], tmp_path: Path):
     result = CliRunner().invoke(app, ["train", str(write_recipe(tiny_recipe, tmp_path)), "--json"])
     assert result.exit_code == 0
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]

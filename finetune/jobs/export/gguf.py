@@ -1,4 +1,4 @@
-"""`ft export --format gguf`: a run's model, or its adapter, as a file for llama.cpp and Ollama, proved on real rows."""
+"""`ft export --format gguf`: a run's model, or its adapter, for llama.cpp and Ollama, verified on real rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
-from finetune.errors import RefusedError, UnsupportedError
+from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import QUANTIZED, merge, refuse_taken, verification_rows, written_logits
+from finetune.jobs.export.merge import merge, refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import modelfile
+from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
@@ -33,22 +34,22 @@ from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
-"""Largest difference of two logits, as a share of the largest logit, that rounding to a type explains; q4_1 rounds
-minimums alone."""
+"""Largest difference of two logits, as a fraction of the largest logit, that rounding to a type explains. Of a QA-LoRA
+model in q4_1, only the minimums are rounded."""
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 
 
 @dataclass(frozen=True)
 class GgufResult:
-    """Where the file is, and the proof that it says what the run does.
+    """A GGUF file and its verification.
 
     Attributes:
-        folder: Holds `model.gguf`, a Modelfile for Ollama and the certificate.
+        folder: Contains `model.gguf`, a Modelfile for Ollama and the verification report.
         type: Of the weight matrices.
-        merge: The certificate of the merge before.
-        bound: What `agreement.relative_difference` had to stay below.
-        agreement: Logits of the file as transformers reads it against those of the merged model, both in float32.
+        merge: The verification report of the merge.
+        bound: The largest allowed `agreement.relative_difference`.
+        agreement: Logits of the file, read by transformers, against those of the merged model, both in float32.
     """
 
     folder: Path
@@ -58,7 +59,7 @@ class GgufResult:
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
-        """The certificate that stands in `export.json`."""
+        """The verification report: the content of `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
         uses_chat_template = self.merge["uses_chat_template"]
         facts = {"format": "gguf", "type": self.type, "uses_chat_template": uses_chat_template, "bound": self.bound}
@@ -75,27 +76,29 @@ def export_gguf(
     """Write the run's model as a GGUF file with its tokenizer and chat template.
 
     Args:
-        run: A finished run whose method merges.
+        run: A finished run whose method can be merged.
         output: Folder to write, by default the run's `exported/`.
-        kind: Type of the weight matrices; q4_1 takes the codes of a 4-bit base that qa_lora was trained over.
-        overwrite: Replace a folder that is there.
-        on_event: Told of every phase.
+        kind: Type of the weight matrices; q4_1 copies the codes of a 4-bit base with a qa_lora adapter.
+        overwrite: Replace an existing folder.
+        on_event: Receives an event at every phase.
 
     Raises:
-        UnsupportedError: The method does not merge, or the model is of a kind that is not written as GGUF here.
-        RefusedError: The base is another one, the folder is taken, or what was written does not agree; then nothing is.
+        UnsupportedError: The method cannot be merged, or the architecture cannot be written as GGUF here.
+        RefusedError: The base is not that of the training, the folder exists, or the file does not agree with the
+            model. Nothing is written then.
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
+        # Through a verified merge, so that the comparison below sees the rounding of the file type only.
         merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event)
         on_event(Phase(f"writing {MODEL} in {kind}"))
         trained = FineTunedRun.open(run, on_event)
         context = trained.context
         source = ModelFolder(part, context.folder.name)
-        nothing = Quantizers(NoQuantization())
-        streamed = StreamedModel(source, context.section, nothing, torch.device("cpu"), dequantized=False)
+        plain = Quantizers(NoQuantization())
+        streamed = StreamedModel(source, context.section, plain, torch.device("cpu"), dequantized=False)
         write_gguf(streamed, context.tokenizer, kind, folder / MODEL, run.path.name)
         on_event(Phase("comparing the file's and the merged model's logits"))
         rows = verification_rows(trained, on_event).rows
@@ -103,13 +106,7 @@ def export_gguf(
             written_logits(trained, part, rows), logits_of(_read_back(folder, streamed.model.config), rows)
         )
         result = GgufResult(target, kind, merged.to_json(), BOUNDS[kind], found)
-        if not found.relative_difference <= result.bound:
-            raise RefusedError(
-                f"logits of the file and of the merged model differ by {found.relative_difference:.2g} of the largest "
-                f"logit, more than the {result.bound:.0e} that rounding to {kind} explains",
-                where=str(target),
-                hint="choose --dtype f16",
-            )
+        check_agreement(result, kind, hint="choose --dtype f16")
         shutil.rmtree(part)
         (folder / "Modelfile").write_text(modelfile(context.tokenizer, MODEL), encoding="utf-8")
         write_json(folder / "export.json", result.to_json())
@@ -123,11 +120,11 @@ def export_gguf(
 def export_gguf_adapter(
     run: RunDirectory, output: Path | None = None, overwrite: bool = False, on_event: EventHandler = ignore
 ) -> Path:
-    """Write the run's adapter as a GGUF file that llama.cpp puts on a GGUF file of the base; returns the folder.
+    """Write the run's adapter as a GGUF file that llama.cpp loads over a GGUF file of the base; returns the folder.
 
     Raises:
-        UnsupportedError: It is no plain LoRA, or the base's architecture is not written as GGUF here.
-        RefusedError: The base is another one, or the folder is taken.
+        UnsupportedError: It is not plain LoRA, or the base's architecture cannot be written as GGUF here.
+        RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
@@ -137,9 +134,9 @@ def export_gguf_adapter(
     if not isinstance(method, LowRankMethod) or further:
         what = f"adapter.{further[0]}" if further else f"adapter.method: {section.method}"
         raise UnsupportedError(
-            "a GGUF adapter holds low-rank updates and nothing else",
+            "a GGUF adapter can contain low-rank updates only",
             where=what,
-            hint="export the whole model: --format gguf",
+            hint="export the full model: --format gguf",
         )
     on_event(Phase(f"writing {ADAPTER}"))
     streamed = trained.stream_base(on_event, dequantized=False)
@@ -147,6 +144,7 @@ def export_gguf_adapter(
     factors = {}
     for name, layer in layers.items():
         a_RI, b_OR = layer.factors(peft_bridge.ADAPTER_NAME)
+        # llama.cpp scales by alpha / r, which rsLoRA is not: the factor is part of B, and alpha is written as 0.
         factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
     with recording_errors(run), written_aside(target) as folder:
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
@@ -156,11 +154,11 @@ def export_gguf_adapter(
 
 
 def _read_back(folder: Path, config: PreTrainedConfig) -> nn.Module:
-    """The file's tensors as transformers' own reader understands them; of sizes it does not read all."""
+    """The file as transformers reads it, with the config of the base: GGUF metadata lacks some of its sizes."""
     config = deepcopy(config)
-    if hasattr(config, "quantization_config"):  # of the merged model's own codes
+    if hasattr(config, "quantization_config"):  # it describes the merged model's codes, not the file's
         del config.quantization_config
-    with redirect_stderr(io.StringIO()):  # a progress bar that no setting takes away
+    with redirect_stderr(io.StringIO()):  # no setting hides its progress bar
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=MODEL, config=config, dtype=torch.float32
         )

@@ -1,4 +1,4 @@
-"""`--push`: a folder that was made of a run, sent to the hub."""
+"""`--push`: the upload of an exported folder to the hub."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ logger = logging.getLogger(__name__)
 
 
 def push(folder: Path, repository: str, public: bool, on_event: EventHandler) -> str | None:
-    """Send a folder to a repository of the hub, which is made if it is not there.
+    """Upload a folder to a repository of the hub, which is created if it does not exist.
 
-    What was made stays on the disk whatever happens here, so that a failure is a warning and no error.
+    A failure is a warning, not an error, because the export itself is complete on disk.
 
     Args:
-        folder: With a model card.
+        folder: The folder, with a model card.
         repository: `name` or `org/name`.
-        public: Whether a repository that is made here can be seen by everybody.
-        on_event: Told that it is sent.
+        public: Whether a new repository is public.
+        on_event: Receives the phase of the upload.
 
     Returns:
-        The repository's address; None where it could not be sent.
+        The repository's address; None if the upload failed.
     """
-    on_event(Phase(f"sending {folder.name} to {repository}"))
+    on_event(Phase(f"uploading {folder.name} to {repository}"))
     try:
         api = HfApi()
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="From ft")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         logger.warning(
-            "%s is not on the hub: %s; it is still in %s: check HF_TOKEN and the network, and send it again",
+            "%s was not uploaded to the hub: %s; its files are in %s: check HF_TOKEN and the network, and try again",
             repository,
             str(error).splitlines()[0] if str(error) else type(error).__name__,
             folder,

@@ -1,6 +1,6 @@
-"""`ft merge`: trained weights folded into the base's, proved on real rows.
+"""`ft merge`: an adapter merged into the base's weights, and verified on real rows.
 
-Base, adapter and merged model are read and written a layer at a time, so that memory holds no model.
+Base, adapter and merged model are read and written a layer at a time: no full model is in memory.
 """
 
 from __future__ import annotations
@@ -15,60 +15,39 @@ from torch import Tensor, nn
 from finetune.adapters import peft_bridge
 from finetune.data.encode import Example
 from finetune.errors import RefusedError
-from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.evaluation.agreement import Agreement, agreement
 from finetune.jobs.export.model_card import public_name, write_card
+from finetune.jobs.export.verification import (
+    BOUNDS,
+    QUANTIZED,
+    check_agreement,
+    streamed_logits,
+    verification_rows,
+    written_logits,
+)
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.dtype import DTYPES
-from finetune.models.loading.layerwise import StreamedModel
-from finetune.models.loading.model_files import ModelFolder
 from finetune.models.writing.rewrite import write_merged, write_merged_quantized
-from finetune.quantizers.choice import Quantizers
-from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_json, written_aside
 
-QUANTIZED = "quantized"
-"""In the place of a dtype: the base's own codes and scales, its minimums moved."""
-
-BOUNDS = {QUANTIZED: 2e-5, "float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
-"""Largest difference of two logits, as a share of the largest logit, that rounding weights to a dtype explains."""
-
-VERIFICATION_TOKENS = 512
-"""Positions at which merged and unmerged logits are compared, padding included."""
-
-ROW_TOKENS = 256
-"""Most of one row that is compared."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Rows on which two models are compared.
-
-    Attributes:
-        held_out: Whether they were kept out of training.
-        rows: The rows.
-    """
-
-    held_out: bool
-    rows: list[Example]
-
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the merged model is, and the proof that it is the trained one.
+    """A merged model and its verification.
 
     Attributes:
         folder: A model folder: one that plain transformers loads, or of quantized weights.
         dtype: Of its weights, or QUANTIZED.
         uses_chat_template: Whether the run was trained through the chat template.
         base: Name, commit and fingerprint of the base.
-        adapter: Method and fingerprint of what was trained.
-        held_out: Whether the compared rows were kept out of training.
-        bound: What `agreement.relative_difference` had to stay below.
-        agreement: Merged logits, read back from disk, against base-plus-adapter logits, both in float32.
+        adapter: Method and fingerprint of the adapter.
+        held_out: Whether the compared rows are validation rows.
+        bound: The largest allowed `agreement.relative_difference`.
+        agreement: Logits of the merged model, read back from disk, against those of base and adapter, both in float32.
     """
 
     folder: Path
@@ -81,7 +60,7 @@ class MergeResult:
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
-        """The certificate that stands in `merge.json`."""
+        """The verification report: the content of `merge.json`."""
         facts = {key: value for key, value in vars(self).items() if key not in ("folder", "agreement")}
         return {**facts, **asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
 
@@ -93,23 +72,23 @@ def merge(
     overwrite: bool = False,
     on_event: EventHandler = ignore,
 ) -> MergeResult:
-    """Write the run's model without its adapter.
+    """Merge the run's adapter into its base, and write the model.
 
-    The base of the merge is what the adapter was trained on: for a quantized base, its dequantized weights, or the
+    The adapter is merged into the weights that it was trained on: for a quantized base its dequantized weights, or the
     quantized weights themselves.
 
     Args:
         run: A finished run.
         output: Folder to write, by default the run's `merged/`.
-        dtype: Of the written weights; QUANTIZED keeps the base's codes. By default QUANTIZED where the method merges
-            without loss into quantized weights, and else float32.
-        overwrite: Replace a folder that is there.
-        on_event: Told of every phase.
+        dtype: Of the written weights; QUANTIZED keeps the base's codes. By default QUANTIZED for methods that merge
+            into quantized weights without loss, and else float32.
+        overwrite: Replace an existing folder.
+        on_event: Receives an event at every phase.
 
     Raises:
-        UnsupportedError: The method does not merge, or not into quantized weights, or there are none.
-        RefusedError: The base is another one, the folder is taken, or the merged model does not agree with
-            the trained one; then nothing is written.
+        UnsupportedError: The method cannot be merged, or not into quantized weights, or the base has none.
+        RefusedError: The base is not that of the training, the folder exists, or the merged model does not agree with
+            the trained one. Nothing is written then.
     """
     target = (output or run.merged).absolute()
     refuse_taken(target, overwrite)
@@ -117,8 +96,9 @@ def merge(
     context = trained.context
     context.method.check_merge()
     dtype = dtype or (QUANTIZED if context.method.fits_quantized else "float32")
-    proof = verification_rows(trained, on_event)
-    reference = _trained_logits(trained, proof.rows, on_event)
+    verification = verification_rows(trained, on_event)
+    reference = _trained_logits(trained, verification.rows, on_event)
+    # Written aside: the folder gets its final name only if the model has passed the verification.
     with recording_errors(run), written_aside(target) as folder:
         _write(trained, folder, dtype, on_event)
         on_event(Phase("comparing merged and trained logits"))
@@ -128,70 +108,32 @@ def merge(
             uses_chat_template=trained.record.uses_chat_template,
             base={**trained.record.base.model_dump(), "name": public_name(context.section)},
             adapter={"method": context.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
-            held_out=proof.held_out,
+            held_out=verification.held_out,
             bound=BOUNDS[dtype],
-            agreement=agreement(reference, written_logits(trained, folder, proof.rows)),
+            agreement=agreement(reference, written_logits(trained, folder, verification.rows)),
         )
-        if not result.agreement.relative_difference <= result.bound:
-            raise RefusedError(
-                f"merged and trained logits differ by {result.agreement.relative_difference:.2g} of the largest logit, "
-                f"more than the {result.bound:.0e} that rounding to {dtype} explains",
-                where=str(target),
-                hint="choose a wider --dtype",
-            )
+        check_agreement(result, dtype)
         write_json(folder / "merge.json", result.to_json())
         use = "ft generate" if dtype == QUANTIZED else "vllm serve"
-        what = (
-            f"{result.base['name']} with what {context.recipe.adapter.method} has trained in its weights, in {dtype}."
-        )
+        what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
 
 
 def refuse_taken(target: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless that was asked for.
+    """Check that a folder does not exist, or may be overwritten.
 
     Raises:
-        RefusedError: The folder is there.
+        RefusedError: The folder exists.
     """
     if target.exists() and not overwrite:
         raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
-def verification_rows(trained: FineTunedRun, on_event: EventHandler) -> Verification:
-    """Real rows, held-out ones if there are any, as many as fill a batch of VERIFICATION_TOKENS."""
-    split = trained.context.read_data(on_event)
-    held_out = len(split.validation) > 0
-    rows: list[Example] = []
-    longest = 0
-    for example in split.validation if held_out else split.train:
-        cut = Example(example.ids[:ROW_TOKENS], example.is_target[:ROW_TOKENS])
-        longest = max(longest, len(cut.ids))
-        if (len(rows) + 1) * longest > VERIFICATION_TOKENS:
-            break
-        rows.append(cut)
-    return Verification(held_out, rows)
-
-
-def streamed_logits(streamed: StreamedModel, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-    """`logits_of` a model over a streamed base.
-
-    Architectures whose layers reach into each other's weights need all of them at once: there logits are no numbers
-    otherwise.
-    """
-    with streamed.streaming():
-        logits = logits_of(model, examples)
-    if all(logits_KV.isfinite().all() for logits_KV in logits):
-        return logits
-    with streamed.filled():
-        return logits_of(model, examples)
-
-
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:
-    """Logits of base plus trained weights in float32, as they were trained.
-
-    A quantizer that rounds inputs too adds noise that no merge can reproduce: there the base is dequantized.
-    """
+    """Float32 logits of the base with its adapter, quantized as in training."""
+    # But for layers whose quantizer rounds activations too: no merge can reproduce that noise, and `StreamedModel`
+    # dequantizes them.
     base = trained.stream_base(on_event, dequantized=False)
     model: nn.Module = base.model
     if not trained.context.recipe.adapter.trains_base:
@@ -214,16 +156,3 @@ def _write(trained: FineTunedRun, folder: Path, dtype: str, on_event: EventHandl
             context.method.mergeable(base.model, trained.weights)
         write_merged(base, peft_bridge.merge_layer, DTYPES[dtype], folder)
     context.tokenizer.save_pretrained(folder)
-
-
-def written_logits(trained: FineTunedRun, folder: Path, examples: Sequence[Example]) -> list[Tensor]:
-    """Logits in float32 of a model that was written from a run, read back from the disk."""
-    context = trained.context
-    written = StreamedModel(
-        ModelFolder(folder, str(folder)),
-        context.section,
-        Quantizers(NoQuantization()),
-        context.accelerator.device,
-        dequantized=False,
-    )
-    return streamed_logits(written, written.model, examples)

@@ -1,4 +1,4 @@
-"""`ft merge` of several runs: what each has learned about one base, put together in one model."""
+"""`ft merge` of several runs over one base: their weights, merged into one model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from finetune.adapters import peft_bridge
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement
-from finetune.jobs.export.merge import merge, refuse_taken, verification_rows, written_logits
+from finetune.jobs.export.merge import merge, refuse_taken
 from finetune.jobs.export.model_card import CARD
+from finetune.jobs.export.verification import verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.writing.rewrite import write_merged
@@ -27,14 +28,14 @@ from finetune.storage.files import write_json, written_aside
 
 @dataclass(frozen=True)
 class ModelMergeResult:
-    """Where the combined model is, and how much of each run is in it.
+    """A combined model, and its agreement with each run.
 
     Attributes:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
         uses_chat_template: Whether every run was trained through the chat template.
-        combination: The rule.
-        agreements: Of each run, by its name: combined logits against the run's own, on the run's own rows.
+        combination: The rule and the weights of the runs.
+        agreements: By the name of a run: combined logits against the logits of the run, on rows of the run.
     """
 
     folder: Path
@@ -44,7 +45,7 @@ class ModelMergeResult:
     agreements: dict[str, Agreement]
 
     def to_json(self) -> dict[str, Any]:
-        """What stands in `merge.json`."""
+        """The content of `merge.json`."""
         return {
             "dtype": self.dtype,
             "uses_chat_template": self.uses_chat_template,
@@ -61,21 +62,21 @@ def combine(
     overwrite: bool = False,
     on_event: EventHandler = ignore,
 ) -> ModelMergeResult:
-    """Write one model that has what several runs over one base have learned.
+    """Merge several runs over one base into one model.
 
-    Each run is merged by itself first, with its own certificate; what it has changed is its difference from the base.
-    That takes the room of as many float32 models on the disk beside `output` as there are runs, and one more.
+    Each run is merged and verified by itself first; its task vector is the difference from the base. That needs disk
+    space for one float32 model per run, and for one of the base.
 
     Args:
         runs: Finished runs over the same base, quantized in the same way.
-        combination: Rule, and a weight for each run.
+        combination: The rule, and a weight for each run.
         output: Folder to write.
         dtype: Of the written weights.
-        overwrite: Replace a folder that is there.
-        on_event: Told of every phase.
+        overwrite: Replace an existing folder.
+        on_event: Receives an event at every phase.
 
     Raises:
-        RefusedError: The runs have different bases, a merge does not agree with its run, or the folder is taken.
+        RefusedError: The runs have different bases, a merge does not agree with its run, or the folder exists.
     """
     target = output.absolute()
     refuse_taken(target, overwrite)
@@ -85,6 +86,7 @@ def combine(
         parts = [folder / f"part-{index}" for index in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
             merge(run, part, "float32", on_event=on_event)
+        # The base goes through the same writer as the merged runs, so that names and dtypes are the same.
         start = folder / "base"
         start.mkdir()
         write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
@@ -93,6 +95,7 @@ def combine(
         for file in parts[0].iterdir():
             if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
+        # Copied from the float32 part: transformers would load the weights in that dtype.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})
         on_event(Phase("comparing the combined model with each run"))
@@ -118,8 +121,8 @@ def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:
         )
         if not same:
             raise RefusedError(
-                f"{other.run.path.name} was trained on another base than {first.run.path.name}, or on it quantized "
-                "in another way",
+                f"{other.run.path.name} was trained on another base than {first.run.path.name}, or on another "
+                "quantization of it",
                 where=str(other.run.path),
                 hint="combine runs over one base",
             )

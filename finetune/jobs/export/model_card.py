@@ -1,6 +1,6 @@
-"""The model card: `README.md` beside what was made of a run, written from the run's own facts.
+"""The model card: `README.md` of a model that was written from a run, with facts of the run.
 
-It may be published, so it names no path of this machine.
+The card may be published, so it contains no path of this machine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
 from finetune.report.run_page import answered_by
+from finetune.run.evaluation_results import read_results
 from finetune.run.history import History
 from finetune.storage.files import read_json
 
@@ -36,11 +37,11 @@ def write_card(
 
     Args:
         trained: The run.
-        folder: Where to.
-        what: The thing, in a sentence.
+        folder: The folder of the card.
+        what: A sentence about the model.
         use: Commands or code that use it.
-        verification: What was measured of it against the trained model.
-        relation: To its base, as the hub names it: `finetune`, `adapter` or `quantized`.
+        verification: Its verification report.
+        relation: `base_model_relation` of the hub: `finetune`, `adapter` or `quantized`.
     """
     section = trained.context.section
     licence = licence_of(trained.context.folder, section)
@@ -57,7 +58,7 @@ def write_card(
         "```\n" + "\n".join(use) + "\n```",
         "## Base",
         f"{base}{f' at commit {commit}' if commit else ''}, fingerprint `{trained.record.base.fingerprint}`.\n"
-        + (f"Its licence: {licence}." if licence else "Its files do not say under which licence it is."),
+        + (f"Its licence: {licence}." if licence else "Its files do not name a licence."),
         "## Data",
         _data(trained),
         "## Training",
@@ -66,7 +67,7 @@ def write_card(
         _metrics(trained),
     ]
     if verification is not None:
-        parts += ["## Certificate", _proof(verification)]
+        parts += ["## Verification", _verification(verification)]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -76,13 +77,13 @@ def section_method(trained: FineTunedRun) -> str:
 
 
 def public_name(section: Model) -> str:
-    """A base's name without the path that it has on this machine."""
+    """The name of a base, without its path on this machine."""
     is_public = section.is_hub_id or section.name.startswith("package://")
     return section.name if is_public else Path(section.name).name
 
 
 def licence_of(folder: ModelFolder, section: Model) -> str | None:
-    """The licence that a base's own files name: the head of its card, or a .gguf file's metadata."""
+    """The licence in a base's files: in the front matter of its card, or in the metadata of a .gguf file."""
     with suppress(OSError, ValueError, IndexError, yaml.YAMLError):
         head = (folder.path / CARD).read_text(encoding="utf-8").split("---", 2)[1]
         found = yaml.safe_load(head)
@@ -98,7 +99,7 @@ def licence_of(folder: ModelFolder, section: Model) -> str | None:
 def _data(trained: FineTunedRun) -> str:
     report = read_json(trained.run.data_report)
     lines = []
-    for split, title in (("train", "Training"), ("validation", "Held out")):
+    for split, title in (("train", "Training"), ("validation", "Validation")):
         counted = report.get(split) or {}
         if counted.get("used"):
             lines.append(f"{title}: {counted['used']} rows.")
@@ -127,15 +128,15 @@ def _metrics(trained: FineTunedRun) -> str:
     if history.result:
         step, loss = history.result
         lines.append(
-            f"Held-out loss: {history.validations[0].loss:.4f} before training, {loss:.4f} after step {step}, "
-            "in nats per trained token."
+            f"Validation loss: {history.validations[0].loss:.4f} before training, {loss:.4f} after step {step}, "
+            "in nats per target token."
         )
-    lines += _evaluated(read_json(run.evaluation / "results.json"))
+    lines += _evaluated(read_results(run))
     return "\n".join(lines) or "None were measured."
 
 
 def _evaluated(results: Mapping[str, Any]) -> list[str]:
-    """A table of what `ft eval` found, if it was called."""
+    """A table of the results of `ft eval`, if there are any."""
     if not results.get("tasks"):
         return []
     against = results["against"]
@@ -155,14 +156,14 @@ def _shown(number: float | None) -> str:
     return "-" if number is None else f"{number:.4f}"
 
 
-def _proof(verification: Mapping[str, Any]) -> str:
-    rows = "held-out rows" if verification.get("held_out", True) else "training rows"
+def _verification(verification: Mapping[str, Any]) -> str:
+    rows = "validation rows" if verification.get("held_out", True) else "training rows"
     return (
-        f"Compared with the model before, in float32, at {verification['positions']} positions of "
+        f"Logits compared with those of the trained model, in float32, at {verification['positions']} positions of "
         f"{verification['rows']} {rows}:\n\n"
         "| | |\n|---|---|\n"
         f"| KL divergence | {verification['kl_divergence']:.2e} nats |\n"
-        f"| same likeliest token | {100 * verification['top1_agreement']:.2f} % |\n"
+        f"| same top-1 token | {100 * verification['top1_agreement']:.2f} % |\n"
         f"| largest logit difference | {verification['largest_difference']:.2e}, "
         f"{verification['relative_difference']:.2e} of the largest logit (bound {verification['bound']:.0e}) |"
     )

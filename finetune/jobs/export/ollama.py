@@ -1,4 +1,4 @@
-"""A Modelfile, from which `ollama create` makes a model out of a GGUF file."""
+"""The Modelfile for `ollama create`, with the chat template in Ollama's language."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 MARK = "\u2063"
-"""Stands for the words of a message while the form of its turn is looked for: an invisible sign, in no template."""
+"""Placeholder for the text of a message: an invisible character that no template contains."""
 
 
 class Turns(NamedTuple):
-    """The words that a chat template puts around those of messages.
+    """The text that a chat template puts around messages.
 
     Attributes:
         begin: Before a conversation without a system message.
-        system: Before a system message, which stands first, and after it; None where the template takes none.
+        system: Before and after a system message at the beginning; None where the template has no system role.
         user: Before a user's message.
         assistant: Between a user's message and its answer, and after that.
-        answer: Between the last message and the answer that the model is to write.
+        answer: Between the last message and the answer that is generated.
     """
 
     begin: str
@@ -30,7 +30,7 @@ class Turns(NamedTuple):
     answer: str
 
     def write(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation that ends with a user's message, as the template would write it."""
+        """A conversation that ends with a user's message, in the form of the template."""
         system = self.system or ("", "")
         around = {"system": system, "user": (self.user, ""), "assistant": self.assistant}
         turns = [around[each["role"]][0] + each["content"] + around[each["role"]][1] for each in messages]
@@ -38,7 +38,7 @@ class Turns(NamedTuple):
         return begin + "".join(turns) + self.answer
 
     def as_template(self) -> str:
-        """The same in Ollama's language."""
+        """The same in Ollama's template language (Go's text/template)."""
         begin = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{self.begin}{{{{ end }}}}' if self.begin else ""
         before, after = self.system or ("", "")
         return (
@@ -50,31 +50,34 @@ class Turns(NamedTuple):
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """What a tokenizer's template puts around messages; None where that depends on more than their roles."""
-    first, asked, second, _, closed = _around(tokenizer, ["user", "assistant", "user", "assistant"])
+    """The text around messages in a tokenizer's template; None where it depends on more than their roles."""
+    # With the same placeholder in every message, the rest is the text around them. A user's turn that is not the first
+    # begins with the end of the answer before: that part belongs to the assistant.
+    first, between, second, _, closed = _around(tokenizer, ["user", "assistant", "user", "assistant"])
     user = second.removeprefix(closed)
     turns = Turns(
         begin=first.removesuffix(user),
         system=None,
         user=user,
-        assistant=(asked, closed),
+        assistant=(between, closed),
         answer=_around(tokenizer, ["user"], prompt=True)[-1],
     )
     try:
         before, after, _ = _around(tokenizer, ["system", "user"])
         turns = turns._replace(system=(before, after.removesuffix(user)))
-    except TemplateError:  # it knows no such role
+    except TemplateError:  # it has no system role
         pass
-    words = [{"role": role, "content": role.upper()} for role in ("user", "assistant", "user")]
-    conversations = [words, words[:1]]
+    messages = [{"role": role, "content": role.upper()} for role in ("user", "assistant", "user")]
+    conversations = [messages, messages[:1]]
     if turns.system is not None:
-        conversations.append([{"role": "system", "content": "SYSTEM"}, *words])
+        conversations.append([{"role": "system", "content": "SYSTEM"}, *messages])
+    # Ollama has no conditions on more than roles: turns must rebuild each conversation as the template writes it.
     holds = all(turns.write(each) == _written(tokenizer, each, prompt=True) for each in conversations)
     return turns if holds else None
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, file: str) -> str:
-    """The Modelfile: the likeliest token, until the turn ends, in the form that the model was trained in."""
+    """The Modelfile: greedy decoding until the end of the turn, with the chat template of the training."""
     lines = [f"FROM ./{file}", "PARAMETER temperature 0"]
     if not tokenizer.chat_template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
@@ -88,7 +91,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, file: str) -> str:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], prompt: bool = False) -> list[str]:
-    """What stands before, between and after the messages of a conversation."""
+    """The text before, between and after the messages of a conversation."""
     return _written(tokenizer, [{"role": role, "content": MARK} for role in roles], prompt).split(MARK)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import FineTunedRun
-from finetune.recipe.vllm_support import served_rank
+from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
 from finetune.storage.files import written_aside
@@ -20,20 +20,20 @@ def export_adapter(
     """Write the adapter with its tokenizer, and a card with the command that serves it; returns the folder.
 
     Raises:
-        UnsupportedError: vLLM would refuse it, or serve something else than was trained.
-        RefusedError: The base is another one, or the folder is taken.
+        UnsupportedError: vLLM would reject it, or compute something else than was trained.
+        RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
     trained = FineTunedRun.open(run, on_event)
-    rank = served_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
+    rank = vllm_lora_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
     base = public_name(trained.context.section)
     name = run.path.name
     with written_aside(target) as folder:
-        own = ("ft_adapter.safetensors", TRAINED_RECORD)  # of these no engine knows
+        own = ("ft_adapter.safetensors", TRAINED_RECORD)  # files of ft, which no engine reads
         shutil.copytree(trained.weights, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
         serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name}"
         kind = trained.context.recipe.quantization.kind
-        stored = "" if kind == "none" else f", which was stored in {kind} while it trained"
+        stored = "" if kind == "none" else f", which was quantized to {kind} in training"
         write_card(trained, folder, f"A LoRA adapter for {base}{stored}.", [serve], relation="adapter")
     return target

@@ -1,4 +1,4 @@
-"""`ft export`: a trained prompt as tokens of a model that needs no adapter, proved on real rows."""
+"""`ft export`: a soft prompt as tokens of the vocabulary of a plain model, verified on real rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetune.adapters.base import PromptTokens
 from finetune.data.encode import Example
-from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import BOUNDS, refuse_taken, verification_rows
+from finetune.jobs.export.merge import refuse_taken
+from finetune.jobs.export.verification import BOUNDS, check_agreement, verification_rows
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.linear_layers import dequantize_model, rounds_activations
 from finetune.models.loading.dtype import DTYPES
@@ -28,16 +28,16 @@ from finetune.storage.files import write_json, written_aside
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the exported model is, and the proof that it is the trained one.
+    """An exported model and its verification.
 
     Attributes:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
-        prompt: What the model's input has to begin with, as a text that is tokenized without adding special tokens.
+        prompt: The beginning of every input, as a text that is tokenized without adding special tokens.
         uses_chat_template: Whether the run was trained through the chat template, which then begins with the prompt.
-        bound: What `agreement.relative_difference` had to stay below.
-        agreement: Logits read back from disk, behind the new tokens, against those of the base with its prompt, both in
-            float32 and over the tokens that the base's tokenizer knows.
+        bound: The largest allowed `agreement.relative_difference`.
+        agreement: Logits of the model, read back from disk, after the new tokens, against those of the base with its
+            soft prompt; both in float32 and over the tokens of the base's tokenizer.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class ExportResult:
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
-        """The certificate that stands in `export.json`."""
+        """The verification report: the content of `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
         return {
             "dtype": self.dtype,
@@ -72,13 +72,13 @@ def export(
         run: A finished run.
         output: Folder to write, by default the run's `exported/`.
         dtype: Of the written weights.
-        overwrite: Replace a folder that is there.
-        on_event: Told of every phase.
+        overwrite: Replace an existing folder.
+        on_event: Receives an event at every phase.
 
     Raises:
-        UnsupportedError: What the run trains is no prompt of embeddings.
-        RefusedError: The base is another one, the folder is taken, or the exported model does not agree with the
-            trained one; then nothing is written.
+        UnsupportedError: The run has not trained a prompt of embeddings.
+        RefusedError: The base is not that of the training, the folder exists, or the exported model does not agree with
+            the trained one. Nothing is written then.
     """
     target = (output or run.exported).absolute()
     refuse_taken(target, overwrite)
@@ -87,8 +87,9 @@ def export(
     known = len(trained.context.tokenizer)
     examples = verification_rows(trained, on_event).rows
     on_event(Phase("computing the trained model's logits"))
+    # Only the tokens of the base: the exported vocabulary has the prompt's tokens after them.
     reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, on_event)]
-    gc.collect()
+    gc.collect()  # the model has reference cycles, and the next one needs its memory
     with recording_errors(run), written_aside(target) as folder:
         on_event(Phase(f"writing the prompt as tokens in {dtype}"))
         exported_prompt = _write_prompt_tokens(trained, folder, DTYPES[dtype], _least_likely_token(reference), on_event)
@@ -99,6 +100,7 @@ def export(
             Example(exported_prompt.ids + row.ids, [False] * len(exported_prompt.ids) + row.is_target)
             for row in examples
         ]
+        # Without the positions of the prompt, which the trained model has no logits for.
         found = [logits_KV[len(exported_prompt.ids) :, :known] for logits_KV in logits_of(reloaded, behind)]
         result = ExportResult(
             folder=target,
@@ -110,19 +112,13 @@ def export(
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
         )
-        if not result.agreement.relative_difference <= result.bound:
-            raise RefusedError(
-                f"exported and trained logits differ by {result.agreement.relative_difference:.2g} of the largest "
-                f"logit, more than the {result.bound:.0e} that rounding to {dtype} explains",
-                where=str(target),
-                hint="choose a wider --dtype",
-            )
+        check_agreement(result, dtype)
         write_json(folder / "export.json", result.to_json())
     return result
 
 
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:
-    """Logits of the base behind its prompt in float32; a quantizer that rounds inputs too is left out of it."""
+    """Float32 logits of the base with its soft prompt; without a quantizer that also rounds activations."""
     base = trained.load_base(on_event, torch.float32)
     if rounds_activations(base):
         base = dequantize_model(base, torch.float32)
@@ -130,13 +126,17 @@ def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event
 
 
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that this tokenizer puts before every text, if it does: the prompt was trained to stand before it."""
+    """The token that this tokenizer puts before every text, if any: in training the prompt precedes it."""
     begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return str(tokenizer.bos_token) if begins else ""
 
 
 def _least_likely_token(logits: Sequence[Tensor]) -> int:
-    """The token that these rows come least near to."""
+    """The token whose highest logit over all rows is the lowest.
+
+    The output rows of the prompt's tokens are copies of this token's, so that the model does not generate them. Zero
+    rows would not do: a logit of 0 is the top-1 of models with negative logits, such as GPT-2.
+    """
     return int(torch.cat(list(logits)).amax(dim=0).argmin())
 
 

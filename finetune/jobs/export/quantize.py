@@ -1,4 +1,4 @@
-"""`ft quantize`: a base model's weights in few bits, as a folder that recipes name like any other model."""
+"""`ft quantize`: a base model with quantized weights, as a folder for `model.name` of recipes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class QuantizedLayer:
     """One layer of the written model.
 
     Attributes:
-        weights: Numbers in its weight.
-        stored_bytes: Bytes of the tensors that stand for it.
+        weights: Elements of its weight.
+        stored_bytes: Bytes of the stored tensors: codes, scales and minimums.
         weight_error: ||W - Q|| / ||W||, Frobenius norms.
-        output_error: ||W X - Q X|| / ||W X|| on the calibration rows, where there were any.
+        output_error: ||W X - Q X|| / ||W X|| on the calibration rows; None without calibration.
         nearest_output_error: The same for rounding to nearest.
     """
 
@@ -52,7 +52,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """What was written, beside what it was made from.
+    """A quantized model, compared with its base.
 
     Attributes:
         folder: A model folder for recipes.
@@ -92,15 +92,15 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
     """Write the recipe's base, quantized as its section `quantization` says, with its tokenizer.
 
     Args:
-        recipe: Its data are read only where the kind needs calibration.
+        recipe: Its data are read only if the kind needs calibration.
         output: Folder to write.
-        overwrite: Replace a folder that is there.
-        on_event: Told of every phase.
+        overwrite: Replace an existing folder.
+        on_event: Receives an event at every phase.
 
     Raises:
-        RefusedError: The folder is taken.
+        RefusedError: The folder exists.
         ModelError: The base is quantized already.
-        UnsupportedError: The kind has no form on disk, or cannot take the model.
+        UnsupportedError: The kind has no format on disk, or does not support the model.
     """
     target = output.absolute()
     if target.exists() and not overwrite:
@@ -141,7 +141,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
 def _measured(
     context: TrainingContext, model: PreTrainedModel, dtype: torch.dtype, on_event: EventHandler
 ) -> dict[str, QuantizedLayer]:
-    """Every quantized layer beside its weight in the base's files, of which one is read at a time."""
+    """Every quantized layer, compared with its weight in the base's files."""
     plain = load_model(
         context.folder,
         context.recipe.model,
@@ -157,13 +157,14 @@ def _measured(
         if not isinstance(layer, QuantizedLinear):
             continue
         stored = plain.get_submodule(name).weight.float()
+        # GPT-2's Conv1D stores (in, out).
         weight_OI = stored.T if layer.stored_transposed else stored
-        lost_OI = layer.quantizer.dequantize(layer).cpu() - weight_OI
+        error_OI = layer.quantizer.dequantize(layer).cpu() - weight_OI
         errors = outputs.get(name, {})
         layers[name] = QuantizedLayer(
             weights=weight_OI.numel(),
             stored_bytes=sum(tensor.nbytes for tensor in layer.packed().values()),
-            weight_error=float(lost_OI.norm() / weight_OI.norm().clamp(min=1e-30)),
+            weight_error=float(error_OI.norm() / weight_OI.norm().clamp(min=1e-30)),
             output_error=errors.get("calibrated"),
             nearest_output_error=errors.get("nearest"),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.data.documents import Conversation, Message
 from finetune.errors import UsageError
-from finetune.evaluation.generation import Sampling, Tell
+from finetune.evaluation.generation import OnText, Sampling
 from finetune.jobs.infer.generate import Question, answer
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.jobs.load.model_ref import ModelRef
@@ -12,16 +12,16 @@ from finetune.run.events import EventHandler
 
 
 class Chat:
-    """The turns so far, and who answers.
+    """A conversation so far, and the model that answers.
 
     Args:
-        base: Who answers, alone.
-        system: Message to put first.
-        sampling: How tokens are chosen.
+        base: The model.
+        system: System message at the beginning.
+        sampling: Selection of tokens.
 
     Attributes:
         system: May be set between two turns.
-        turns: User and assistant by turns.
+        turns: Messages of user and assistant in turn.
     """
 
     def __init__(self, base: SharedBase, system: str | None, sampling: Sampling) -> None:
@@ -30,50 +30,50 @@ class Chat:
 
     @classmethod
     def open(cls, named: ModelRef, system: str | None, sampling: Sampling, on_event: EventHandler) -> Chat:
-        """Find and load who answers.
+        """Find and load the model.
 
         Raises:
-            UsageError: It knows no turns.
+            UsageError: It was trained on plain text, without turns.
             FinetuneError: It cannot be opened.
         """
         finetuned = FineTunedModel.find(named, on_event)
         if not finetuned.uses_chat_template:
             raise UsageError(
-                "it goes on with plain text and knows no turns",
+                "it was trained on plain text, without turns",
                 where=named.given,
-                hint=f'let it go on with a text: ft generate {named.given} --prompt "..."',
+                hint=f'continue a text instead: ft generate {named.given} --prompt "..."',
             )
         chat = cls(SharedBase([finetuned], on_event), system, sampling)
         chat.base.model(0)
         return chat
 
-    def say(self, text: str, tell: Tell) -> None:
-        """Take a user's turn and answer it.
+    def say(self, text: str, on_text: OnText) -> None:
+        """Add a user's turn and generate the answer.
 
-        An answer that is interrupted stays as far as it was told; a turn that got no word of an answer is forgotten.
+        An interrupted answer is kept as far as it was streamed. A turn whose answer has no text is dropped.
 
         Args:
-            text: What the user says.
-            tell: Told the answer piece by piece.
+            text: The message of the user.
+            on_text: Receives the answer piece by piece.
 
         Raises:
-            DataError: The template refuses the turns, or they leave no room for an answer.
+            DataError: The template rejects the turns, or they leave no room for an answer.
         """
         opening = [Message("system", self.system)] if self.system else []
-        asked = Message("user", text)
-        told: list[str] = []
+        turn = Message("user", text)
+        streamed: list[str] = []
 
         def note(piece: str) -> None:
-            told.append(piece)
-            tell(piece)
+            streamed.append(piece)
+            on_text(piece)
 
-        question = Question(Conversation((*opening, *self.turns, asked)), 0, "the conversation")
+        question = Question(Conversation((*opening, *self.turns, turn)), 0, "the conversation")
         try:
-            answer(self.base, [question], self.sampling, tell=note)
+            answer(self.base, [question], self.sampling, on_text=note)
         finally:
-            if told:
-                self.turns += [asked, Message("assistant", "".join(told))]
+            if streamed:  # in `finally`: Ctrl-C ends an answer, not the conversation
+                self.turns += [turn, Message("assistant", "".join(streamed))]
 
     def clear(self) -> None:
-        """Forget all turns."""
+        """Drop all turns."""
         self.turns.clear()

@@ -1,4 +1,4 @@
-"""`ft generate`: answers of one or several over one base, through the template that they were trained with."""
+"""`ft generate`: answers of one or several runs over one base, through the chat template of their training."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from finetune.data.readers.files import read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
-from finetune.evaluation.generation import Sampling, Tell, generate
+from finetune.evaluation.generation import OnText, Sampling, generate
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.recipe.sections.data import ChatSource
 from finetune.run.events import EventHandler, Progress, ignore
 
 ADAPTER = "adapter"
-"""Column of a file of prompts: the label of what is to answer the row."""
+"""Column of a file of prompts: the label of the run that answers the row."""
 
 BATCH_SIZE = 16
-"""Prompts that are answered together, if nothing else is said."""
+"""Default number of prompts in a batch."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one of several is to answer.
+    """A prompt for one of several models.
 
     Attributes:
-        conversation: So far; it ends before the answer.
-        to: The number of who answers.
-        where: The place of the question, for messages.
+        conversation: The turns before the answer.
+        to: The index of the model that answers.
+        where: The location of the question, for messages.
     """
 
     conversation: Conversation
@@ -45,11 +45,11 @@ class Question:
 
 @dataclass(frozen=True)
 class FileQuestion:
-    """A question of a file's row.
+    """A question from a row of a file.
 
     Attributes:
-        row: All its columns.
-        question: What is asked in it.
+        row: The row with all its columns.
+        question: The question in it.
     """
 
     row: Row
@@ -57,23 +57,23 @@ class FileQuestion:
 
 
 def questions_of(prompt: str, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[Question]:
-    """One prompt to each."""
-    return [Question(_opened(prompt, system), number) for number in range(len(finetuned))]
+    """One prompt for each model."""
+    return [Question(_opened(prompt, system), index) for index in range(len(finetuned))]
 
 
 def questions_in(file: Path, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
-    """The questions of a file, in its order: each row to whom its column `adapter` names, or else to all.
+    """The questions of a file, in its order: each row for the model in its column `adapter`, or else for all models.
 
-    A row has a column `prompt`, `text`, or `messages` as for training, where an answer that stands last is left out.
+    A row has a column `prompt`, `text`, or `messages` as for training; an answer in the last message is dropped.
 
     Raises:
-        DataError: A row asks nothing, or names somebody else.
+        DataError: A row has no question, or names an unknown model.
     """
     rows = read_files(str(file), Options(split="line"))
     found = [
-        FileQuestion(row, Question(_conversation(row, system), number, row.where))
+        FileQuestion(row, Question(_conversation(row, system), index, row.where))
         for row in rows
-        for number in _asked(row, [each.label for each in finetuned])
+        for index in _asked(row, [each.label for each in finetuned])
     ]
     if not found:
         raise DataError("the file has no rows", where=str(file), hint='write rows such as {"prompt": "Hello"}')
@@ -87,29 +87,29 @@ def answer(
     *,
     batch_size: int = BATCH_SIZE,
     on_event: EventHandler = ignore,
-    tell: Tell | None = None,
+    on_text: OnText | None = None,
 ) -> list[str]:
-    """The answers to `questions`, each as its model gives it alone.
+    """The answers to `questions`, each equal to the answer of its model by itself.
 
-    What stands on the base by itself answers first, prompts of embeddings together in mixed batches, and the rest one
-    model after the other.
+    The base without an adapter answers first, then prompts of embeddings in mixed batches, then each other
+    adapter.
 
     Args:
-        base: Who answers.
-        questions: What is asked.
-        sampling: How tokens are chosen.
-        batch_size: Questions that are answered together.
-        on_event: Told how many are answered.
-        tell: Told the answer while it is written; for one question.
+        base: The models.
+        questions: The questions.
+        sampling: Selection of tokens.
+        batch_size: Questions in a batch.
+        on_event: Receives the progress.
+        on_text: Receives the answer while it is generated; for a single question only.
 
     Raises:
-        DataError: The template refuses a conversation, or a question leaves no room for an answer.
+        DataError: The template rejects a conversation, or a question leaves no room for an answer.
     """
     encoders = [Encoder(finetuned.setup.tokenizer, "assistant") for finetuned in base.finetuned]
     ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask, sampling.max_new_tokens) for ask in questions]
     answers = [""] * len(questions)
     done = 0
-    for group in _groups(base, questions):
+    for group in _groups(base, questions):  # one group at a time: the base holds one adapter at a time
         model, options_of = _model_of(base, [questions[index].to for index in group])
         setup = base.finetuned[questions[group[0]].to].setup
         written = generate(
@@ -123,7 +123,7 @@ def answer(
                 Progress("answering", before + rows, len(questions), "prompts")
             ),  # type: ignore[misc]
             options_of=options_of,
-            tell=tell,
+            on_text=on_text,
         )
         done += len(group)
         for index, text in zip(group, written, strict=True):
@@ -136,7 +136,7 @@ def _opened(prompt: str, system: str | None) -> Conversation:
 
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """The conversation with a system message, if it has none of its own."""
+    """The conversation with a system message, unless it has its own."""
     if system is None or conversation.messages[0].role == "system":
         return conversation
     return replace(conversation, messages=(Message("system", system), *conversation.messages))
@@ -147,7 +147,7 @@ def _conversation(row: Row, system: str | None) -> Conversation:
         column = next((name for name in ("prompt", "text") if name in row.values), None)
         if column is None:
             raise DataError(
-                f"the row asks nothing; its columns are: {excerpt(', '.join(row.values)) or 'none'}",
+                f"the row has no prompt; its columns are: {excerpt(', '.join(row.values)) or 'none'}",
                 where=row.where,
                 hint="a row has a column prompt, text or messages",
             )
@@ -155,7 +155,7 @@ def _conversation(row: Row, system: str | None) -> Conversation:
     conversation = ChatFormat(ChatSource(format="chat")).document(row)
     messages = conversation.messages[:-1] if conversation.messages[-1].role == "assistant" else conversation.messages
     if not messages or messages[-1].role in ("system", "assistant"):
-        raise DataError("the conversation asks nothing", where=row.where, hint="end it with a user's message")
+        raise DataError("the conversation has no question", where=row.where, hint="end it with a user's message")
     return _with_system(replace(conversation, messages=messages), system)
 
 
@@ -173,13 +173,13 @@ def _asked(row: Row, labels: Sequence[str]) -> Sequence[int]:
 
 
 def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question, longest: int) -> list[int]:
-    """The tokens that a model is to go on from.
+    """The token ids of the prompt.
 
     Raises:
-        DataError: The template refuses the conversation, or there is no room for the longest answer.
+        DataError: The template rejects the conversation, or there is no room for the longest answer.
     """
     if not all(_is_unicode(message.content) for message in question.conversation.messages):
-        raise DataError("the text has half of a letter in it", where=question.where, hint="write it as UTF-8")
+        raise DataError("the text has half of a surrogate pair in it", where=question.where, hint="write it as UTF-8")
     prompt = encoder.prompt(_document(finetuned, question), question.where)
     if prompt is None:
         raise DataError("the prompt is empty", where=question.where, hint="write the beginning of a text")
@@ -190,32 +190,33 @@ def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question, lo
             f"after its {len(prompt.ids)} tokens there is room for {max(room, 0)} more in the {positions} positions "
             f"of the model, not for {longest}",
             where=question.where,
-            hint=f"set --max-new-tokens to {room} or less" if room > 0 else "ask something shorter",
+            hint=f"set --max-new-tokens to {room} or less" if room > 0 else "shorten the prompt",
         )
     return prompt.ids
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether no code stands alone that is only half of a letter, as where bytes were not UTF-8."""
+    """Whether the text has no lone surrogates, which Python makes of bytes that are not UTF-8."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _document(finetuned: FineTunedModel, question: Question) -> Document:
-    """The question in the form of the training rows: turns, or plain text."""
+    """The question in the format of the training rows: turns, or plain text."""
     messages = question.conversation.messages
     if finetuned.uses_chat_template:
         return replace(question.conversation, messages=(*messages, Message("assistant", "")))
     if [message.role for message in messages] != ["user"]:
         raise DataError(
-            f"{finetuned.label} goes on with plain text and knows no system message and no turns",
+            f"{finetuned.label} was trained on plain text, without system messages and turns",
             where=question.where,
-            hint="give it one text",
+            hint="prompt it with one text",
         )
     return PlainText(messages[0].content, "")
 
 
 def _groups(base: SharedBase, questions: Sequence[Question]) -> list[list[int]]:
-    """The numbers of the questions that go through one model together, those to the base by itself first."""
+    """The indices of the questions by model, those for the base without an adapter first."""
+    # All prompts of embeddings are one group (-1): a batch may mix them, because they differ in input embeddings only.
     groups: dict[tuple[bool, int], list[int]] = {}
     for index, question in enumerate(questions):
         finetuned = base.finetuned[question.to]
@@ -225,8 +226,8 @@ def _groups(base: SharedBase, questions: Sequence[Question]) -> list[list[int]]:
 
 
 def _model_of(base: SharedBase, to: Sequence[int]) -> tuple[nn.Module, Callable[[Sequence[int]], dict[str, Any]]]:
-    """The model that answers a group, and what it must be told of the questions by their numbers in the group."""
+    """The model of a group, and its arguments of `generate` for the questions of given indices in the group."""
     if len(set(to)) == 1:
         return base.model(to[0]), lambda rows: {}
-    numbers = sorted(set(to))
-    return base.with_prompts(numbers), lambda rows: {"prompt_of_row": [numbers.index(to[row]) for row in rows]}
+    models = sorted(set(to))
+    return base.with_prompts(models), lambda rows: {"prompt_of_row": [models.index(to[row]) for row in rows]}

@@ -6,7 +6,7 @@ from finetune.errors import UnsupportedError
 from finetune.evaluation.engine import Generator
 from finetune.jobs.load.finetuned_model import FineTunedModel
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.recipe.vllm_support import served_rank
+from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.events import EventHandler
 
 
@@ -29,7 +29,7 @@ def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generat
         section = trained.method.section
         form = "config.json" if section.trains_base else "adapter_config.json"
         if not section.trains_base:
-            rank = served_rank(section, setup.quantizers.modules)
+            rank = vllm_lora_rank(section, setup.quantizers.modules)
         if not (trained.weights / form).is_file():
             raise UnsupportedError(
                 "vLLM reads no checkpoint",

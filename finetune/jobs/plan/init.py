@@ -30,7 +30,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
 from finetune.recipe.sections.data import Source, SourceSection, TextSource, TokenizedSource
 from finetune.recipe.sections.model import Model
-from finetune.recipe.sections.section import anchored
+from finetune.recipe.sections.section import absolute_to
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_file
 
@@ -65,7 +65,7 @@ def inspect_dataset(
 
 
 def _source(data: str, data_format: str, columns: Mapping[str, str]) -> SourceSection:
-    path = anchored(data, Path.cwd())
+    path = absolute_to(data, Path.cwd())
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not is_local(data)
     if not (is_hub_id or glob.has_magic(path) or os.path.exists(path)):
         raise DataError("there is no such file", where=data, hint="name a file, a folder, or org/name of the hub")

@@ -1,4 +1,4 @@
-"""When a training run is saved."""
+"""Checkpoints of a run: when they are due, and how they are committed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from finetune.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN = 300.0
-"""The most work that a power cut costs, where the recipe does not say otherwise."""
+"""Between two checkpoints where the recipe sets no interval: a crash costs this much work at most."""
 
 LARGEST_SHARE = 0.05
-"""Of the time that may be spent saving: checkpoints that take long to write are written more seldom."""
+"""Fraction of the time that saving may take: checkpoints that are slow to write are written less often."""
 
 
 class CheckpointManager:
     """Commits checkpoints of a run when they are due.
 
-    Only the main process needs one: what trains is the same in all, so the others do not wait for it. Where they hold
-    shares of it, all have one, do what the main one's says, and help it to put tensors together.
+    Without shards only the main process needs one, because the trainable parameters are the same in all. With shards
+    every rank has one, follows the main rank's decision, and takes part in the all-gathers.
 
     Args:
-        run: Where to.
-        attempt: Told of each.
-        training: How often, and how many are kept.
-        facts: What must be the same when the run goes on.
-        on_event: Told of each.
-        best: The step whose weights may become the result: its checkpoint is never removed.
+        run: The run directory.
+        attempt: Its field `checkpoint` is set to each committed step.
+        training: The recipe's section: how often, and how many are kept.
+        facts: Identity of the run, which must be the same when it resumes.
+        on_event: Called with each checkpoint.
+        best: The step with the lowest validation loss: its checkpoint is never removed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CheckpointManager:
         self._best = best
 
     def save_if_due(self, state: TrainState) -> None:
-        """Commit a checkpoint if it is time for one; a disk that is full costs a warning and no more.
+        """Commit a checkpoint if one is due; a full disk is a warning.
 
         Raises:
             DivergedError: A number in it is not finite.
@@ -70,7 +70,7 @@ class CheckpointManager:
             self._save_if_there_is_room(state)
 
     def save_best(self, state: TrainState) -> None:
-        """The same for a state whose weights may become the result, in the place of what was the best before.
+        """Commit a checkpoint of the state with the lowest validation loss, and release the previous best one.
 
         Raises:
             DivergedError: A number in it is not finite.
@@ -84,11 +84,11 @@ class CheckpointManager:
         except EnvironmentFault as fault:
             self._due = time.monotonic() + SECONDS_BETWEEN
             saved = self._attempt.checkpoint
-            rest = "nothing is saved yet" if saved is None else f"step {saved} is still there"
-            logger.warning("step %d could not be saved: %s (%s; training goes on)", state.step, fault.what, rest)
+            rest = "nothing is saved yet" if saved is None else f"the checkpoint of step {saved} remains"
+            logger.warning("step %d could not be saved: %s (%s; training continues)", state.step, fault.what, rest)
 
     def save(self, state: TrainState) -> None:
-        """Commit a checkpoint of the last finished step, unless that is the one that is there.
+        """Commit a checkpoint of the last finished step, unless it is committed already.
 
         Raises:
             DivergedError: A number in it is not finite.

@@ -1,7 +1,7 @@
-"""The whole path of a run in its first minute, on its longest rows; then everything is put back bit for bit.
+"""A dry run: every phase of a run once, on its longest rows, before the first step.
 
-What would stop a run after hours shows itself here: memory, a full disk, a method that does not merge. A checkpoint of
-the state before is what puts it back, so that this is proved as well.
+It finds what would otherwise stop a run after hours: memory, a full disk, a method that does not merge. A checkpoint
+restores the state bit for bit, so that saving and resuming are tested as well.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from finetune.models.fsdp import unsharded_weights
 from finetune.models.linear_layers import plain_layer
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.training import Training
 from finetune.run.directory import RunDirectory
 from finetune.run.events import DryRunPassed, EventHandler, Phase
 from finetune.run.signals import Interruption
@@ -34,50 +35,50 @@ from finetune.train.schedules import learning_rate
 from finetune.train.step import train_step
 
 STEPS_WORTH_IT = 200
-"""Steps of a run from which on a rehearsal, which costs about as much as three, is less than a fiftieth of it."""
+"""Steps from which a run begins with a dry run, which costs about as much as three steps."""
 
 MERGED_TOLERANCE = 1e-4
-"""Most that outputs of a merged layer may differ, relative to the largest, in float32."""
+"""Largest difference of a merged layer's outputs, relative to the largest output, in float32."""
 
 
-def is_worth_it(recipe: Recipe, total_steps: int) -> bool:
-    """Whether a run begins with a rehearsal."""
-    wanted = recipe.training.rehearsal
+def is_worth_it(training: Training, total_steps: int) -> bool:
+    """Whether a run begins with a dry run."""
+    wanted = training.dry_run
     return total_steps >= STEPS_WORTH_IT if wanted == "auto" else wanted
 
 
 def dry_run_only(recipe: Recipe, on_event: EventHandler, interruption: Interruption) -> None:
-    """A rehearsal that nothing follows: of the run's directory, which is made for it, nothing is left.
+    """A dry run alone, in a run directory that is removed afterwards.
 
     Raises:
-        FinetuneError: What would stop the run.
-        StopRequested: A signal came.
+        FinetuneError: An error that would stop the run.
+        StopRequested: A signal arrived.
     """
     wanted = Path(recipe.run.directory) / str(recipe.run.name)
     run = RunDirectory.create(RunDirectory.free_path(wanted))
     try:
-        rehearse(PreparedRun.of(recipe, on_event, interruption), run, on_event)
+        dry_run(PreparedRun.of(recipe, on_event, interruption), run, on_event)
     finally:
         shutil.rmtree(run.path, ignore_errors=True)
 
 
-def rehearse(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -> None:
-    """Take a step, measure, save, read back and merge a layer; then put everything back.
+def dry_run(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -> None:
+    """Take a step, validate, save, load and merge a layer; then restore the state.
 
     Args:
-        prepared: Before its first step; the same afterwards.
-        run: Its files lie there meanwhile.
-        on_event: Told that it begins, and what it came to.
+        prepared: Before its first step; unchanged afterwards.
+        run: Holds the temporary files.
+        on_event: Called with the phase and the result.
 
     Raises:
-        FinetuneError: What would have stopped the run.
+        FinetuneError: An error that would stop the run.
     """
-    on_event(Phase("rehearsing on the longest rows"))
+    on_event(Phase("dry run on the longest rows"))
     began = time.perf_counter()
     context, state = prepared.context, prepared.state
     accelerator = context.accelerator
-    # Left behind by a process that was killed, it goes with what else is half-done.
-    before, after, trained = folders = [run.path / f".rehearsal-{number:08x}" for number in range(3)]
+    # A hidden name with a number: leftovers of a killed process are removed like other unfinished files.
+    before, after, trained = folders = [run.path / f".dry-run-{number:08x}" for number in range(3)]
     try:
         if accelerator.is_main_process:
             for folder in folders:
@@ -102,7 +103,7 @@ def rehearse(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -
         elif state.is_sharded:
             write_state(state, None)
             context.method.gather_for_save(state.bare_model)
-        merged = context.recipe.adapter.standalone_by == "merge" and _fold(prepared)
+        merges = context.recipe.adapter.standalone_by == "merge" and _merge_one_layer(prepared)
         accelerator.wait_for_everyone()
         for folder in (after, before):
             state.optimizer.state.clear()
@@ -113,12 +114,12 @@ def rehearse(prepared: PreparedRun, run: RunDirectory, on_event: EventHandler) -
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - began
-    on_event(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, merged, seconds))
+    on_event(DryRunPassed(tokens, peak_memory_bytes(accelerator.device), size, merges, seconds))
 
 
 def _step(prepared: PreparedRun) -> int:
     """An optimizer step over two micro-batches of the longest units; returns the tokens of the longer one."""
-    context, layout, state = prepared.context, prepared.layout, prepared.state
+    context, layout, state = prepared.context, prepared.batch_plan, prepared.state
     training, accelerator = context.recipe.training, context.accelerator
     lengths = np.asarray(prepared.rows.train.lengths)
     of_unit = np.array([lengths[layout.rows_of(unit)].sum() for unit in range(layout.units)])
@@ -134,29 +135,29 @@ def _step(prepared: PreparedRun) -> int:
 
 
 def _measure(prepared: PreparedRun) -> None:
-    """The held-out loss of one pass of the longest rows."""
+    """Compute the validation loss of the longest rows, in one pass."""
     settings = prepared.context.recipe.evaluation
-    held_out = prepared.rows.validation[: settings.max_rows]
-    if not held_out:
+    validation = prepared.rows.validation[: settings.max_rows]
+    if not validation:
         return
     count = settings.batch_size * prepared.context.accelerator.num_processes
-    longest: list[Example] = [held_out[int(row)] for row in np.argsort(-np.asarray(held_out.lengths))[:count]]
+    longest: list[Example] = [validation[int(row)] for row in np.argsort(-np.asarray(validation.lengths))[:count]]
     compute_validation_loss(
         prepared.state.bare_model,
         longest,
         accelerator=prepared.context.accelerator,
         compute_dtype=prepared.context.compute_dtype,
         batch_size=settings.batch_size,
-        make_batch=prepared.layout.batch,
+        make_batch=prepared.batch_plan.batch,
     )
 
 
-def _fold(prepared: PreparedRun) -> bool:
-    """Merge a copy of the first adapted layer, over its dequantized weights; whether there is one.
+def _merge_one_layer(prepared: PreparedRun) -> bool:
+    """Merge a copy of the first adapted layer into its dequantized weights; False where no layer is adapted.
 
     Raises:
         UnsupportedError: The method does not merge with these settings.
-        RefusedError: The merged layer computes something else.
+        RefusedError: The outputs of the merged layer differ.
     """
     prepared.context.method.check_merge()
     layers = [layer for layer in prepared.state.bare_model.modules() if isinstance(layer, BaseTunerLayer)]

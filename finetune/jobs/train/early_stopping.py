@@ -1,4 +1,4 @@
-"""Early stopping: the weights whose held-out loss is the lowest are kept, and become the result."""
+"""Early stopping: the weights with the lowest validation loss are kept and become the result."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyStopping:
-    """Follows the held-out loss of a run; idle where the recipe has no patience.
+    """Compares the validation losses of a run; idle where the recipe sets no patience.
 
     Args:
         limit: Measurements in a row without a lower loss after which training stops; None for no limit.
-        history: The course so far, of which an earlier attempt may have measured a part.
+        history: Of the run so far, earlier attempts included.
     """
 
     def __init__(self, limit: int | None, history: History) -> None:
@@ -32,39 +32,40 @@ class EarlyStopping:
 
     @property
     def best_step(self) -> int | None:
-        """The step whose weights may become the result; None where only the last ones can."""
+        """The step with the lowest loss so far; None without patience."""
         return self._best.step if self._limit is not None and self._best is not None else None
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has waited long enough."""
+        """Whether so many measurements in a row brought no lower loss that training stops."""
         return self._limit is not None and self._without >= self._limit
 
-    def see(
-        self, validated: ValidationResult | None, state: TrainState, checkpoints_: CheckpointManager | None
+    def update(
+        self, validated: ValidationResult | None, state: TrainState, checkpoints: CheckpointManager | None
     ) -> None:
-        """Take a measurement, and keep a checkpoint of the state if it is the best so far.
+        """Compare a measurement, and save a checkpoint of the state if it is the best so far.
 
         Args:
             validated: The measurement; None where there was none.
-            state: That was measured.
-            checkpoints_: Of the main process; the others have none.
+            state: The state that was measured.
+            checkpoints: Of a rank that takes part in saving; None in the others.
         """
-        if self._limit is not None and validated is not None and self._take(validated) and checkpoints_ is not None:
-            checkpoints_.save_best(state)
+        if self._limit is not None and validated is not None and self._take(validated) and checkpoints is not None:
+            checkpoints.save_best(state)
 
     def restore(self, state: TrainState, run: RunDirectory, total_steps: int) -> BestCheckpoint | None:
-        """Put the best weights into the state, unless it has them; None where they are those of the last step."""
+        """Load the best weights into the state; None where the last weights are the best."""
         best, step = self._best, state.step
         if self._limit is None or best is None or best.step == step:
             return None
         if best.step == 0:
-            logger.warning("training has never lowered the held-out loss; the last weights are kept")
+            logger.warning("training never lowered the validation loss; the last weights are kept")
             return None
         checkpoint = Checkpoints(run.checkpoints).at_step(best.step)
         if checkpoint is None:
             logger.warning(
-                "the weights of step %d, whose held-out loss was lowest, are lost; the last are kept", best.step
+                "the checkpoint with the lowest validation loss, of step %d, is lost; the last weights are kept",
+                best.step,
             )
             return None
         read_state(state, checkpoint.path)

@@ -1,64 +1,54 @@
-"""Measuring a run on held-out rows while it trains: the loss, and answers where the recipe asks for some."""
+"""Validation while a run trains: the loss, and generated answers where the recipe asks for them."""
 
 from __future__ import annotations
 
 import logging
 from itertools import islice
 
-from finetune.data.batch_plan import BatchPlan
 from finetune.data.dataset import TokenizedDataset
 from finetune.data.encode import Prompt
 from finetune.errors import OutOfMemoryError, as_out_of_memory
 from finetune.evaluation.generation import Sampling, generate
 from finetune.evaluation.loss import compute_validation_loss
-from finetune.jobs.load.context import TrainingContext
+from finetune.jobs.train.prepare import PreparedRun
+from finetune.recipe.sections.evaluation import Evaluation
 from finetune.run.events import EventHandler, Phase, SampleGenerated, ValidationResult
-from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Measures when it is time to; whatever does not fit into memory is left out, for training is worth more.
+    """Measures when it is due. A measurement that does not fit into memory is skipped with a warning.
 
     Args:
-        context: The run's parts.
-        state: What is measured.
-        layout: Of the rows in a pass, as in training.
-        held_out: Rows that are not trained on.
-        total_steps: Of the run.
-        on_event: Told what takes long.
-        record: Told what was measured.
+        prepared: The run; its rows are batched as in training.
+        settings: The recipe's section.
+        on_event: Called with phases.
+        record: Called with measurements.
     """
 
     def __init__(
-        self,
-        context: TrainingContext,
-        state: TrainState,
-        layout: BatchPlan,
-        held_out: TokenizedDataset,
-        total_steps: int,
-        on_event: EventHandler,
-        record: EventHandler,
+        self, prepared: PreparedRun, settings: Evaluation, on_event: EventHandler, record: EventHandler
     ) -> None:
-        self._context, self._state, self._layout, self._total_steps = context, state, layout, total_steps
+        self._context, self._state, self._settings = prepared.context, prepared.state, settings
+        self._batch_plan, self._total_steps = prepared.batch_plan, prepared.order.total_steps
         self._on_event, self._record = on_event, record
-        self._settings = context.recipe.evaluation
-        self._examples = held_out[: self._settings.max_rows]
-        self._is_main = context.accelerator.is_main_process
-        answers = self._is_main or context.shards_base  # a pass puts weights together with all processes
-        self._prompts = self._first_prompts(held_out) if answers else []
+        self._examples = prepared.rows.validation[: settings.max_rows]
+        self._is_main = prepared.is_main
+        # With a sharded base every rank generates, because each pass all-gathers the weights.
+        generates = self._is_main or self._context.shards_base
+        self._prompts = self._first_prompts(prepared.rows.validation) if generates else []
 
     def measure_if_due(self) -> ValidationResult | None:
-        """Measure, record and report the held-out loss, and answers beside it.
+        """Measure and record the validation loss, then generate answers.
 
-        None where no rows are held out, it is not time for it, or memory does not suffice.
+        None without validation rows, where it is not due, or where memory does not suffice.
         """
         state, every = self._state, self._settings.every_steps
         is_due = state.step in (0, self._total_steps) or (every and state.step % every == 0)
         if not self._examples or not is_due or state.validation_step == state.step:
             return None
-        self._on_event(Phase("measuring the held-out loss"))
+        self._on_event(Phase("measuring the validation loss"))
         try:
             measured = compute_validation_loss(
                 state.bare_model,
@@ -66,12 +56,12 @@ class Evaluator:
                 accelerator=self._context.accelerator,
                 compute_dtype=self._context.compute_dtype,
                 batch_size=self._settings.batch_size,
-                make_batch=self._layout.batch,
+                make_batch=self._batch_plan.batch,
                 report_rows=self._stop_if_alone,
             )
         except OutOfMemoryError as shortage:
             logger.warning(
-                "the held-out loss of step %d is left out: %s (%s)", state.step, shortage.what, shortage.hint
+                "the validation loss of step %d is skipped: %s (%s)", state.step, shortage.what, shortage.hint
             )
             return None
         state.validation_step = state.step
@@ -81,14 +71,14 @@ class Evaluator:
             step=state.step, loss=measured.loss, perplexity=measured.perplexity, rows=measured.rows
         )
         self._record(event)
-        self._answer()
+        self._generate()
         return event
 
-    def _answer(self) -> None:
-        """Answer the first held-out prompts, with the likeliest token each time."""
+    def _generate(self) -> None:
+        """Generate answers to the first validation prompts by greedy decoding."""
         if not self._prompts:
             return
-        self._on_event(Phase("answering held-out rows"))
+        self._on_event(Phase("answering validation rows"))
         try:
             with self._state.autocast():
                 answers = generate(
@@ -102,7 +92,7 @@ class Evaluator:
         except (MemoryError, RuntimeError) as error:
             if (shortage := as_out_of_memory(error)) is None or self._context.shards_base:
                 raise
-            logger.warning("the answers of step %d are left out: %s", self._state.step, shortage.what)
+            logger.warning("the answers of step %d are skipped: %s", self._state.step, shortage.what)
             return
         for prompt, answer in zip(self._prompts, answers, strict=True) if self._is_main else ():
             text = self._context.tokenizer.decode(prompt.ids)
@@ -110,12 +100,12 @@ class Evaluator:
                 SampleGenerated(step=self._state.step, prompt=text, answer=answer, reference=prompt.references[0])
             )
 
-    def _first_prompts(self, held_out: TokenizedDataset) -> list[Prompt]:
-        asked = (self._context.encoder.prompt(row.document, row.where) for row in held_out.documents())
+    def _first_prompts(self, validation: TokenizedDataset) -> list[Prompt]:
+        asked = (self._context.encoder.prompt(row.document, row.where) for row in validation.documents())
         return list(islice((prompt for prompt in asked if prompt is not None), self._settings.sample_rows))
 
     def _stop_if_alone(self, rows: int) -> None:
-        """Stop between two batches where that was asked for; of several processes none may leave by itself."""
+        """Poll the interruption between two batches; with several ranks none may leave alone."""
         del rows
         if self._context.accelerator.num_processes == 1:
             self._state.interruption.poll()

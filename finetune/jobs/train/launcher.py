@@ -1,8 +1,8 @@
-"""Several processes of a run under one supervisor, on PyTorch's elastic agent.
+"""The launcher of a run with several ranks, on PyTorch's elastic agent.
 
-The agent starts the processes, lets machines find each other, watches, and ends all when one has died. What it leaves
-to us: a signal reaches every process once and they have the time that saving takes, the first error is told once, in
-the words and with the exit code of a run in one process, and nothing outlives the supervisor.
+The agent starts the workers, runs the rendezvous of the machines, monitors, and ends all workers when one has died. The
+launcher adds three things. A signal reaches every worker once, and workers have the time that saving takes. The first
+error is reported once, with the message and exit code of a run in one process. No worker outlives the launcher.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from finetune.run.directory import RunDirectory
 from finetune.run.distributed import LAUNCH, LAUNCHER, RankExit, published_run_dir
 from finetune.run.signals import Interruption
 
-LOOK_EVERY_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class RendezvousConfig:
-    """Where the machines of a run find each other.
+    """The rendezvous of the machines of a run.
 
     Attributes:
-        nodes: How many there are; each has a supervisor of its own.
-        host: Name or address of one of them, which keeps the books.
-        port: There.
+        nodes: Number of machines; each has its own launcher.
+        host: Name or address of the machine that hosts the store.
+        port: Port of the store.
     """
 
     nodes: int = 1
@@ -54,7 +54,7 @@ class RendezvousConfig:
         """As `--nodes` and `--rendezvous HOST:PORT` say.
 
         Raises:
-            UsageError: One needs the other, or the place is none.
+            UsageError: One is given without the other, or the endpoint is malformed.
         """
         if nodes == 1:
             if rendezvous is not None:
@@ -70,7 +70,7 @@ class RendezvousConfig:
         return cls(nodes, host, int(port))
 
     def parameters(self) -> RendezvousParameters:
-        """For PyTorch's agent: this machine's own address is the one that it reaches the host from."""
+        """For PyTorch's agent; the local address is that of the interface which reaches the host."""
         if self.nodes == 1:
             address, more = "localhost", {}
         else:
@@ -88,15 +88,15 @@ class RendezvousConfig:
     def _own_address(self) -> str:
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((self.host, self.port))  # of a datagram socket: nothing is sent
+                probe.connect((self.host, self.port))  # a datagram socket sends nothing here
                 return str(probe.getsockname()[0])
         except OSError as error:
             raise EnvironmentFault(
-                f"no way leads to {self.host}: {error.strerror or error}", hint="see --rendezvous HOST:PORT"
+                f"{self.host} cannot be reached: {error.strerror or error}", hint="see --rendezvous HOST:PORT"
             ) from error
 
     def _is_here(self) -> bool:
-        """Whether the books are kept in this process: an address can be bound only where it belongs, and once."""
+        """Whether this process hosts the store: only the machine of an address can bind it, and only once."""
         try:
             with socket.create_server((self.host, self.port)):
                 return True
@@ -109,38 +109,40 @@ def launch_ranks(
     processes: int,
     restarts: int,
     leave: Callable[[], None],
-    meeting: RendezvousConfig | None = None,
+    rendezvous: RendezvousConfig | None = None,
 ) -> None:
-    """Run a command as this machine's processes of one run, and come back when all have ended well.
+    """Run a command as the ranks of this machine; returns when all have ended without an error.
 
     Args:
-        command: Program and arguments, the same for every process.
-        processes: How many there are on this machine.
-        restarts: How many times all start again after one has died.
-        leave: Ends this process at once; called when a second SIGINT comes.
-        meeting: With other machines; by default there are none.
+        command: Program and arguments, the same for every rank.
+        processes: Number of ranks on this machine.
+        restarts: How many times all ranks restart after one has died.
+        leave: Ends this process immediately; called at a second SIGINT.
+        rendezvous: With other machines; by default there are none.
 
     Raises:
         UsageError: There are fewer GPUs.
-        FinetuneError: What ended the first process that ended by itself.
+        FinetuneError: The first error of a rank.
     """
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UsageError(
             f"{processes} processes need a GPU each, and this machine has {torch.cuda.device_count()}",
             hint="lower --processes or distributed.processes",
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what ended a process, we say ourselves
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # errors of workers are reported by the launcher
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     with tempfile.TemporaryDirectory(prefix="ft-launch-") as folder:
-        launch = _Launch(_agent(command, processes, restarts, folder, meeting or RendezvousConfig()), Path(folder))
+        launch = _Launch(_agent(command, processes, restarts, folder, rendezvous or RendezvousConfig()), Path(folder))
         interruption = Interruption()
 
         def leave_all() -> None:
             launch.send(signal.SIGKILL)
             leave()
 
-        # In a store that outlives them, processes that start again find the addresses of those that died.
+        # Without a shared store: restarted workers would find the addresses of dead ones in it.
         environment = {LAUNCHER: str(os.getpid()), LAUNCH: folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         os.environ |= environment
         try:
@@ -158,9 +160,9 @@ def launch_ranks(
 
 
 def _agent(
-    command: Sequence[str], processes: int, restarts: int, folder: str, meeting: RendezvousConfig
+    command: Sequence[str], processes: int, restarts: int, folder: str, rendezvous: RendezvousConfig
 ) -> LocalElasticAgent:
-    parameters = meeting.parameters()
+    parameters = rendezvous.parameters()
     spec = WorkerSpec(
         role="ft",
         local_world_size=processes,
@@ -168,62 +170,62 @@ def _agent(
         args=tuple(command[1:]),
         rdzv_handler=_rendezvous(parameters),
         max_restarts=restarts,
-        monitor_interval=LOOK_EVERY_SECONDS,
+        monitor_interval=POLL_SECONDS,
         local_addr=parameters.local_addr,
     )
     return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder))
 
 
 def _rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
-    """The place where machines meet, kept here or reached from here.
+    """The rendezvous, hosted by this process or by another machine.
 
     Raises:
-        EnvironmentFault: Nothing answers there.
+        EnvironmentFault: The endpoint does not answer.
     """
     try:
         return get_rendezvous_handler(parameters)
     except RendezvousConnectionError as error:
         if not parameters.get_as_bool("is_host"):
             raise EnvironmentFault(
-                f"nobody keeps a rendezvous at {parameters.endpoint}",
+                f"no rendezvous answers at {parameters.endpoint}",
                 hint="start the run on the machine that --rendezvous names, at most a minute later than on this one",
             ) from error
-    # Of two supervisors on one machine both may have found the place free; the other was first to take it.
+    # Two launchers on one machine: both found the port free, and the other one bound it first.
     parameters.config["is_host"] = False
     return _rendezvous(parameters)
 
 
 class _Launch:
-    """An agent at work in a thread of its own: it takes signals for itself in the main one.
+    """An agent in its own thread, because in the main thread it would handle signals itself.
 
     Args:
         agent: Before its start.
-        folder: Where its processes leave what ended them.
+        folder: Holds the error files of its workers.
     """
 
     def __init__(self, agent: LocalElasticAgent, folder: Path) -> None:
         self.agent, self.folder = agent, folder
         self.result: RunResult | None = None
         self.fault: Exception | None = None
-        self._told: set[int] = set()
+        self._signalled: set[int] = set()
 
     def watch(self, interruption: Interruption) -> None:
-        """Wait for the end of all processes; a signal is passed on to each of them once."""
+        """Wait for the end of all workers; a signal is forwarded to each of them once."""
         thread = Thread(target=self._run, daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(LOOK_EVERY_SECONDS)
+            thread.join(POLL_SECONDS)
             if interruption.number is not None:
-                self.send(interruption.number, but_not_to=self._told)
+                self.send(interruption.number, but_not_to=self._signalled)
 
     def _run(self) -> None:
         try:
             self.result = self.agent.run()
-        except Exception as error:  # told in the main thread
+        except Exception as error:  # raised in the main thread
             self.fault = error
 
     def send(self, number: int, but_not_to: set[int] | None = None) -> None:
-        """Send a signal to every process; those that got one are added to `but_not_to`."""
+        """Send a signal to every worker but those in `but_not_to`, and add the others to it."""
         pids = {worker.id for worker in self.agent.get_worker_group().workers if isinstance(worker.id, int)}
         for pid in pids - (but_not_to or set()):
             with suppress(ProcessLookupError):
@@ -232,44 +234,49 @@ class _Launch:
             but_not_to |= pids
 
     def error(self, interruption: Interruption) -> FinetuneError | None:
-        """What ended the run: an error before a stop, the first before later ones, and what others died of last."""
+        """The root cause of the end of the run, or None.
+
+        In this order: an exception of the agent; the earliest error of a rank which is no consequence of another
+        rank's end; a rank that a signal killed, unless the run was asked to stop; a stop; an interruption before
+        anything was saved; an exit without an error file; the end of a rank on another machine.
+        """
         if self.fault is not None:
             reason = str(self.fault) or type(self.fault).__name__
-            return EnvironmentFault(f"the processes of the run did not meet: {reason}", hint="start the run again")
-        endings = self._endings()
-        errors = [ending for ending in endings if not ending.is_stop and not ending.is_consequence]
+            return EnvironmentFault(f"the rendezvous of the run failed: {reason}", hint="start the run again")
+        exits = self._exits()
+        errors = [each for each in exits if not each.is_stop and not each.is_consequence]
         if errors:
-            return min(errors, key=lambda ending: ending.timestamp).error()
-        told = {ending.rank for ending in endings}
+            return min(errors, key=lambda each: each.timestamp).error()
+        reported = {each.rank for each in exits}
         failures = self.result.failures if self.result is not None else {}
         for rank, failure in sorted(failures.items()):
-            if rank not in told and failure.exitcode < 0 and interruption.number is None:
+            if rank not in reported and failure.exitcode < 0 and interruption.number is None:
                 name = signal.Signals(-failure.exitcode).name
-                hint = "see in the system's log whether memory ran out" if name == "SIGKILL" else None
+                hint = "look in the system log whether memory ran out" if name == "SIGKILL" else None
                 return ProcessFailed(
                     f"ended by {name}", code=128 - failure.exitcode, where=f"process {rank}", hint=hint
                 )
-        stops = sorted((ending for ending in endings if ending.is_stop), key=lambda ending: ending.rank)
+        stops = sorted((each for each in exits if each.is_stop), key=lambda each: each.rank)
         if stops:
-            return stops[0].error()  # the main process knows what is saved
+            return stops[0].error()  # the main rank reports what is saved
         if interruption.number is not None and failures:
             name = signal.Signals(interruption.number).name
             return Interrupted(f"by {name} before anything could be saved", number=interruption.number)
         for rank, failure in sorted(failures.items()):
-            if rank not in told:
-                return ProcessFailed("ended without a word", code=failure.exitcode, where=f"process {rank}")
-        return ProcessLost("a process of the run on another machine has ended", hint="see there") if failures else None
+            if rank not in reported:
+                return ProcessFailed("ended without an error message", code=failure.exitcode, where=f"process {rank}")
+        return ProcessLost("a rank on another machine has ended", hint="look at the output there") if failures else None
 
-    def _endings(self) -> list[RankExit]:
-        """Of the last start of the processes."""
+    def _exits(self) -> list[RankExit]:
+        """Error files of the last start of the workers."""
         starts = sorted(self.folder.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
         found = [RankExit.read(file) for file in starts[-1].rglob("error.json")] if starts else []
-        return [ending for ending in found if ending is not None]
+        return [each for each in found if each is not None]
 
 
 def rank_command(package: str) -> list[str]:
-    """The command of this process once more, as one that a launcher can start.
+    """The command of this process, for a launcher to start.
 
-    The working directory stays off the import path: what lies there must not be taken for a module.
+    `-P` keeps the working directory off the import path: a file there must not be imported as a module.
     """
     return [sys.executable, "-P", "-m", package, *sys.argv[1:]]

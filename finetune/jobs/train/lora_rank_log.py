@@ -1,4 +1,4 @@
-"""Writing down the ranks that a method gives to layers while it trains."""
+"""The log of LoRA ranks that a method assigns to layers during training (AdaLoRA)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune.train.state import TrainState
 
 
 class LoraRankLogger:
-    """Follows the ranks of a run into `metrics.jsonl`, and draws them in the end; idle where a method chooses none.
+    """Records changed ranks and plots them at the end; idle where the method assigns none.
 
     Args:
         state: Of the run, before its next step.
-        record: Told of every choice.
+        record: Called with each assignment.
     """
 
     def __init__(self, state: TrainState, record: EventHandler) -> None:
@@ -25,14 +25,14 @@ class LoraRankLogger:
             self._write()
 
     def follow(self) -> None:
-        """Write down what the last step has changed."""
+        """Record the ranks if the last step changed them."""
         ranks = self.state.method.ranks(self.state.bare_model)
         if ranks != self.ranks:
             self.ranks = ranks
             self._write()
 
-    def draw(self, run: RunDirectory, total_steps: int) -> None:
-        """Leave a picture of all choices in the run directory."""
+    def plot(self, run: RunDirectory, total_steps: int) -> None:
+        """Write the plot of all assignments into the run directory."""
         if self.ranks is None:
             return
         write_text(run.ranks_picture, picture(History.of(run).ranks, total_steps))

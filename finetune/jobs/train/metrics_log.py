@@ -1,4 +1,4 @@
-"""What a run records of its course: each event goes to `metrics.jsonl`, then to whoever follows."""
+"""The metrics log: each recorded event goes to `metrics.jsonl`, then to the event handler."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from finetune.train.diagnostics import TrainingDiagnostics
 
 
 class MetricsLogger:
-    """A report of the main process that also records, and adds what the events show to be worth acting on.
+    """An event handler of the main process that also records, and adds the warnings of the diagnostics.
 
     Args:
-        run: Where to.
-        on_event: Told of each.
-        diagnostics: Of the run's course so far.
+        run: The run directory.
+        on_event: Called with each recorded event.
+        diagnostics: With the history of the run so far.
     """
 
     def __init__(self, run: RunDirectory, on_event: EventHandler, diagnostics: TrainingDiagnostics) -> None:
         self._run, self._on_event, self._diagnostics = run, on_event, diagnostics
 
     def __call__(self, event: Event) -> None:
-        """Record an event and tell it."""
-        self._tell(event)
+        """Record an event, and any warning that follows from it."""
+        self._log(event)
         if isinstance(event, StepMetrics | ValidationResult):
             for warning in self._diagnostics.see(event):
-                self._tell(warning)
+                self._log(warning)
 
-    def _tell(self, event: Event) -> None:
+    def _log(self, event: Event) -> None:
         assert isinstance(event, Recorded)
         self._run.append_metrics(event)
         self._on_event(event)

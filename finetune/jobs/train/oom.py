@@ -1,4 +1,4 @@
-"""What to do about a training step that does not fit into memory."""
+"""Hints for a training step that runs out of memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from finetune.recipe.rules import RULES
 
 
 def oom_error_with_hints(recipe: Recipe, step: int, resume_command: str | None) -> OutOfMemoryError:
-    """The error that names settings for which `step` takes less memory.
+    """The error, with settings that lower the memory of a step.
 
     Args:
         recipe: Of the run.
         step: From 1.
-        resume_command: The command that goes on with the run; None where nothing is saved yet.
+        resume_command: The command that resumes the run; None where nothing is saved yet.
     """
     smaller = less_memory(recipe)
     if smaller is None:
@@ -28,7 +28,7 @@ def oom_error_with_hints(recipe: Recipe, step: int, resume_command: str | None) 
 
 
 def less_memory(recipe: Recipe) -> dict[str, str] | None:
-    """Keys and values that make a step's passes smaller but leave its rows as they are; None where there are none."""
+    """Keys and values that lower the memory of a step and keep its rows; None where there are none."""
     training = recipe.training
     size = training.micro_batch_size
     if size > 1:

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: rows, their order, the model with its method, the optimizer."""
+"""The preparation of a run: rows, their order, the model with its method, the optimizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from finetune.models.fsdp import sharded_trainable_params, trains_through_blocks
 from finetune.models.kernels.compiled import compile_blocks
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
-from finetune.models.kernels.selective_checkpointing import recompute_outputs, up_projections
 from finetune.models.loading.dtype import autocast
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
@@ -40,6 +39,7 @@ from finetune.train.checkpoint import read_state
 from finetune.train.grad_sync import wrap_for_ddp
 from finetune.train.loop import batch_order
 from finetune.train.optimizers import make_optimizer
+from finetune.train.prepare_model import prepare_model
 from finetune.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _KERNELS: dict[str, Callable[[PreTrainedModel], str]] = {
     "plain": lambda model: "the model's own",
     "compiled": compile_blocks,
 }
-"""What gives a base the passes of `model.kernels`; each says in words what it did."""
+"""By `model.kernels`: replaces forward passes of a base, and returns a description for the log."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,19 @@ class PreparedRun:
 
     Attributes:
         context: Model folder, tokenizer, method, device and types.
-        rows: To train on, and held out.
-        read: What became of the rows.
-        layout: From the units of a step to its micro-batches.
-        order: Which units each step sees.
-        state: All that changes.
-        planned_memory: The most that the run should take, in bytes; see `estimated_peak`.
-        facts: What the run is: much of it must be the same for it to go on from a checkpoint.
+        rows: Training and validation rows.
+        read: The data report.
+        batch_plan: From the units of a step to its micro-batches.
+        order: The units of each step.
+        state: Model, optimizer and counters.
+        planned_memory: The estimated peak in bytes; see `estimated_peak`.
+        facts: Identity of the run. A run resumes only where most of it is the same as in the checkpoint.
     """
 
     context: TrainingContext
     rows: Datasets
     read: DataRead
-    layout: BatchPlan
+    batch_plan: BatchPlan
     order: BatchOrder
     state: TrainState
     planned_memory: int | None
@@ -85,46 +85,51 @@ class PreparedRun:
         checkpoint: Checkpoint | None = None,
         is_extended: bool = False,
     ) -> PreparedRun:
-        """Make everything ready.
+        """Read the rows, load the base, attach the method and restore the checkpoint.
 
         Args:
             recipe: A valid recipe.
-            on_event: Told of every phase.
-            interruption: Looked at after each report.
-            checkpoint: What the run goes on from.
-            is_extended: Whether the recipe makes the run longer than it was then.
+            on_event: Called with every phase.
+            interruption: Polled after each phase.
+            checkpoint: The one to resume from.
+            is_extended: Whether the recipe makes the run longer than it was in the checkpoint.
 
         Raises:
-            FinetuneError: What the user can mend.
+            FinetuneError: An error that the user can fix.
             StopRequested: The run was asked to stop.
         """
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event)
         rows = context.read_data(on_event)
-        layout = layout_of(recipe, context.folder, rows.train.lengths, context.padding)
-        order = batch_order(layout.units, recipe.training)
+        plan = layout_of(recipe, context.folder, rows.train.lengths, context.padding)
+        order = batch_order(plan.units, recipe.training)
         _refuse_idle_processes(context, order)
         facts = _facts(context, rows, order)
+        # In two stages: the fingerprint of quantized weights exists only after the base is loaded.
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
-        read = DataRead(ledger(rows, layout))
+        read = DataRead(ledger(rows, plan))
         on_event(read)
+        # Before the base is loaded: the memory that the process has at this moment counts as its libraries.
         planned_memory = estimated_peak(context, rows, order.total_steps)
-        base = context.load_base(on_event)
-        logger.info("model.kernels: %s", _KERNELS[recipe.model.kernels](base))
-        layout = _settle(layout, context, base, on_event)
-        state = _start(context, base, order, interruption)
+        preparation = _Preparation(context, plan, order, on_event)
+        state = preparation.state(context.load_base(on_event), interruption)
         facts["quantized_base"] = fingerprint_quantized(state.bare_model)
         check_same_on_all_ranks(facts, QUANTIZED_BASE)
         if checkpoint is not None:
             check_same_quantized_weights(checkpoint, facts)
             read_state(state, checkpoint.path)
-        return cls(context, rows, read, layout, order, state, planned_memory, facts)
+        return cls(context, rows, read, preparation.batch_plan, order, state, planned_memory, facts)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the main one of the run, which writes its files."""
+        return bool(self.context.accelerator.is_main_process)
 
 
 def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandler:
-    """Report, and stop there if that was asked for."""
+    """A handler that also polls the interruption, so that a run can stop between two phases."""
 
     def report_or_stop(event: Event) -> None:
         on_event(event)
@@ -136,13 +141,13 @@ def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandle
 def _refuse_idle_processes(context: TrainingContext, order: BatchOrder) -> None:
     if order.units_per_step < (processes := context.accelerator.num_processes):
         raise UsageError(
-            f"a step has {order.units_per_step} rows or packs for {processes} processes: some would have nothing to do",
-            hint="raise training.gradient_accumulation_steps, or take fewer processes",
+            f"a step has {order.units_per_step} rows or packs for {processes} processes: some would be idle",
+            hint="raise training.gradient_accumulation_steps, or start fewer processes",
         )
 
 
 def _facts(context: TrainingContext, rows: Datasets, order: BatchOrder) -> dict[str, Any]:
-    """What a run is: much of it must be the same for a run to go on from a checkpoint."""
+    """Identity of a run, written into each checkpoint: a run resumes only where most of it is the same."""
     first = next(rows.train.documents())
     return {
         "uses_chat_template": isinstance(first.document, Conversation),
@@ -156,94 +161,121 @@ def _facts(context: TrainingContext, rows: Datasets, order: BatchOrder) -> dict[
     }
 
 
-def _settle(layout: BatchPlan, context: TrainingContext, base: PreTrainedModel, on_event: EventHandler) -> BatchPlan:
-    """Rows stay in one line where the base keeps them apart; where not, they are padded if the recipe leaves it open.
+class _Preparation:
+    """From a loaded base to the state of a run.
 
-    In one line, what they begin with alike stands once where the base computes the same then.
-
-    Raises:
-        UnsupportedError: The recipe wants them in one line.
+    Args:
+        context: Of the run.
+        batch_plan: As the settings of the model suggest; replaced where the loaded model does not keep packed examples
+            isolated, or computes other values with shared prefixes.
+        order: Of the units in the run.
+        on_event: Called with every phase.
     """
-    if not layout.restarts_positions:
-        return layout
-    on_event(Phase("proving that examples in one row do not see each other"))
-    # In the compute type: where the base trains its weights are in float32, and its attention is in 16 bits.
-    computing = partial(autocast, context.accelerator.device, context.compute_dtype)
-    try:
+
+    def __init__(
+        self, context: TrainingContext, batch_plan: BatchPlan, order: BatchOrder, on_event: EventHandler
+    ) -> None:
+        self.context, self.batch_plan, self.order, self._on_event = context, batch_plan, order, on_event
+
+    def state(self, base: PreTrainedModel, interruption: Interruption) -> TrainState:
+        """The state before the first step: model, method and optimizer."""
+        context, recipe = self.context, self.context.recipe
+        model = prepare_model(
+            base,
+            recipe.training.gradient_checkpointing,
+            kernels=self._replace_kernels,
+            packing=self._check_packing,
+            attach=self._attach,
+            offload=self._offloads(),
+            log=lambda message: logger.info("training.gradient_checkpointing: %s", message),
+        )
+        context.method.initialize(model, context.folder.weight)
+        _load_initial_adapter(context, model)
+        _check_sharded_training(context, base)
+        return TrainState(
+            accelerator=context.accelerator,
+            model=wrap_for_ddp(context.accelerator, model),
+            method=context.method,
+            optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier),
+            compute_dtype=context.compute_dtype,
+            interruption=interruption,
+            noise=recipe.training.neftune_alpha,
+        )
+
+    def _replace_kernels(self, base: PreTrainedModel) -> None:
+        logger.info("model.kernels: %s", _KERNELS[self.context.recipe.model.kernels](base))
+
+    def _check_packing(self, base: PreTrainedModel) -> None:
+        """Check that the base isolates packed examples, and whether it computes shared prefixes once.
+
+        Where it does not isolate them, rows are padded if the recipe leaves the batching open.
+
+        Raises:
+            UnsupportedError: The recipe wants packed or padding-free rows.
+        """
+        context, recipe = self.context, self.context.recipe
+        if not self.batch_plan.restarts_positions:
+            return
+        self._on_event(Phase("checking that packed examples are isolated"))
+        # In the compute type: a base that trains has float32 weights, and computes its attention in 16 bits.
+        computing = partial(autocast, context.accelerator.device, context.compute_dtype)
+        try:
+            with computing():
+                use_packing_attention(base, may_choose=recipe.model.attention == "auto")
+        except UnsupportedError as error:
+            if recipe.training.batching != "auto":
+                raise
+            logger.info("training.batching: auto is padded: %s", error)
+            self.batch_plan = self.batch_plan.with_padding(context.padding)
+            return
+        if not self.batch_plan.shares_prefixes:
+            return
         with computing():
-            use_packing_attention(base, may_choose=context.recipe.model.attention == "auto")
-    except UnsupportedError as error:
-        if context.recipe.training.batching != "auto":
-            raise
-        logger.info("training.batching: auto is padded: %s", error)
-        return layout.with_padding(context.padding)
-    if not layout.shares_prefixes:
-        return layout
-    with computing():
-        objection = prefix_sharing_blocker(base)
-    if objection:
-        logger.info("training.prefix_sharing: auto shares nothing in this model: %s", objection)
-        return layout.without_sharing()
-    logger.info("training.prefix_sharing: auto computes once what rows of a line begin with alike")
-    return layout
+            blocker = prefix_sharing_blocker(base)
+        if blocker:
+            logger.info("training.prefix_sharing: auto is off for this model: %s", blocker)
+            self.batch_plan = self.batch_plan.without_sharing()
+            return
+        logger.info("training.prefix_sharing: auto computes shared prefixes of packed rows once")
 
+    def _attach(self, base: PreTrainedModel) -> nn.Module:
+        # Seeded just before: every rank, and an evaluation that opens a checkpoint, draws the same initial values.
+        self.context.seed()
+        return self.context.method.attach(base, self.order.total_steps)
 
-def _start(
-    context: TrainingContext, base: PreTrainedModel, order: BatchOrder, interruption: Interruption
-) -> TrainState:
-    """Attach the method, and make the optimizer."""
-    recipe = context.recipe
-    if recipe.training.recomputes_blocks:
-        offloads = recipe.training.gradient_checkpointing == "offload"
-        if offloads and context.accelerator.device.type == "cpu":
-            offloads = False
-            logger.info("training.gradient_checkpointing: offload is true on a CPU: there is no other memory")
-        base.activation_checkpointing_enable({"use_reentrant": False}, offload=offloads)
-    is_selective = recipe.training.gradient_checkpointing == "selective"
-    widening = up_projections(base) if is_selective else []
-    context.seed()
-    model = context.method.attach(base, order.total_steps)
-    if is_selective:
-        logger.info("training.gradient_checkpointing: %s", recompute_outputs(base, widening))
-    context.method.initialize(model, context.folder.weight)
-    _load_initial_adapter(context, model)
-    _check_sharded_training(context, base)
-    return TrainState(
-        accelerator=context.accelerator,
-        model=wrap_for_ddp(context.accelerator, model),
-        method=context.method,
-        optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier),
-        compute_dtype=context.compute_dtype,
-        interruption=interruption,
-        noise=recipe.training.neftune_alpha,
-    )
+    def _offloads(self) -> bool:
+        wanted = self.context.recipe.training.gradient_checkpointing == "offload"
+        if wanted and self.context.accelerator.device.type == "cpu":
+            logger.info("training.gradient_checkpointing: offload is true on a CPU, which has no other memory")
+            return False
+        return wanted
 
 
 def _check_sharded_training(context: TrainingContext, base: PreTrainedModel) -> None:
-    """What trains of a base that processes hold shares of must go with how they sum and check gradients.
+    """Refuse sharded parameters that train in a way which FSDP2 does not support.
 
     Raises:
-        UnsupportedError: They would each skip other steps of float16, or never be told that a backward pass has begun:
-            blocks tell them.
+        UnsupportedError: In float16 each rank would skip other steps, because each checks its own shards for overflow.
+            Without gradients through the blocks, FSDP2's backward hooks would never run.
     """
     if not sharded_trainable_params(base):
         return
     if context.compute_dtype is torch.float16:
         raise UnsupportedError(
-            "weights of which processes hold shares do not train in float16",
+            "sharded weights do not train in float16",
             where="training.precision",
             hint="set it to bfloat16 or float32, or distributed.strategy to ddp",
         )
     if not trains_through_blocks(base):
         raise UnsupportedError(
-            "nothing trains in the blocks or before them, and only blocks are worth sharing out",
+            "nothing trains in the blocks or before them, so that sharding them has no use",
             where="distributed.strategy",
             hint="set it to ddp",
         )
 
 
 def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
-    """Start from the adapter of an earlier run over the same base, if the recipe says so."""
+    """Start from the adapter of an earlier run over the same base, if the recipe names one."""
     earlier = getattr(context.recipe.adapter, "continue_from", None)
     if earlier is None:
         return

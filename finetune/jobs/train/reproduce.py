@@ -1,4 +1,4 @@
-"""`ft reproduce`: a run trained once more, and held against the first."""
+"""`ft reproduce`: train a run again and compare the weights bit for bit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finetune.run.signals import Interruption
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of it.
+    """The result of a reproduction.
 
     Attributes:
         run_directory: Of the second run.
         is_identical: Whether every trained tensor is the same bit for bit.
         files: Compared, by name.
-        differences: What differs between the runs, versions and results among it.
+        differences: Between the runs, in versions and results too.
     """
 
     run_directory: Path
@@ -37,17 +37,17 @@ def reproduce(
 ) -> Reproduction:
     """Train the resolved recipe of a finished run in a directory of its own and compare the trained weights.
 
-    On the same machine with the same versions and number of threads they are the same bit for bit.
+    On the same machine with the same versions and number of threads they are equal bit for bit.
 
     Args:
         first: A finished run.
         again: A directory made for the second.
-        on_event: Told of every phase and step.
-        interruption: Looked at again and again: whether to save and stop.
+        on_event: Called with every phase and step.
+        interruption: Asks to save and stop.
 
     Raises:
         UsageError: The first run is not finished.
-        RefusedError: Data or base are not those of the first run any more.
+        RefusedError: Data or base have changed since the first run.
     """
     if not first.is_finished:
         raise UsageError("the run is not finished", where=str(first.path), hint=first.resume_command)
@@ -59,7 +59,7 @@ def reproduce(
         raise RefusedError(
             f"{changed[0].key} is not what the run was trained on: {changed[0].first} -> {changed[0].second}",
             where=str(again.path),
-            hint="bring back the data and base of the first run",
+            hint="restore the data and base of the first run",
         )
     weights = [run.trained(recipe.adapter.trains_base) for run in (first, again)]
     names = sorted(file.name for file in weights[0].glob("*.safetensors"))

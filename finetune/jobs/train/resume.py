@@ -1,4 +1,4 @@
-"""Whether a run may go on with a recipe; answered without torch, so that a refusal comes at once."""
+"""Whether a run can resume with a recipe; decided without torch, so that a refusal is immediate."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SAME_INPUTS = {
     "data": "the rows (fingerprint)",
     "units_per_step": "rows or packs of one step, over all processes",
 }
-"""Facts of a checkpoint that must be the same when the run goes on."""
+"""Facts of a checkpoint that must be the same when the run resumes."""
 
 
 def recipe_of_run(run: RunDirectory, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a run that is to go on, with what the command line changes of it.
+    """The recipe of a run to resume, with the overrides of the command line.
 
     Raises:
         UsageError: The run never started.
@@ -38,31 +38,30 @@ def recipe_of_run(run: RunDirectory, overrides: Sequence[str]) -> Recipe:
 
 
 def permitted_changes(before: Path, recipe: Recipe) -> list[Change]:
-    """What differs between a resolved recipe and the one to go on with.
+    """The differences between a resolved recipe and the one to resume with.
 
     Args:
         before: The file of the resolved recipe, in a run or in its checkpoint.
-        recipe: To go on with.
+        recipe: To resume with.
 
     Raises:
-        RefusedError: A frozen key differs, which would make it another run, or the run is made longer and its method
-            has laid out its course over all steps.
+        RefusedError: A frozen key differs, or the recipe makes the run longer and its method depends on the number of
+            steps.
     """
     found = changes(load_recipe(before).recipe, recipe)
     if frozen := [str(change) for change in found if change.on_resume is OnResume.FROZEN]:
         raise RefusedError(
             f"the run was started with another recipe: {'; '.join(frozen)}",
             where=str(before.parent),
-            hint="take the change back, or train another run with another --run-dir",
+            hint="undo the change, or train another run with another --run-dir",
         )
     if extends(found) and not recipe.adapter.can_be_extended:
         longer = "; ".join(str(change) for change in found if change.on_resume is OnResume.EXTENDS)
         raise RefusedError(
-            f"the run cannot get another length ({longer}): {recipe.adapter.method} chooses ranks by a course over all "
-            "steps, and would have chosen others so far",
+            f"the run cannot change its length ({longer}): {recipe.adapter.method} schedules its ranks over all steps, "
+            "and would have chosen others so far",
             where=str(before.parent),
-            hint="take the change back, or train on from its weights in a run of its own: --set "
-            "adapter.continue_from=RUN",
+            hint="undo the change, or continue from its weights in a new run: --set adapter.continue_from=RUN",
         )
     return found
 
@@ -73,15 +72,15 @@ def extends(found: Sequence[Change]) -> bool:
 
 
 def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_extended: bool) -> None:
-    """Make sure that base, rows and length are those that a checkpoint was made with.
+    """Check that base, rows and number of steps are those of the checkpoint.
 
     Args:
-        checkpoint: To go on from.
-        facts: Of the run now, as they would stand in its next checkpoint.
-        is_extended: Whether the recipe says that the run has another length now.
+        checkpoint: To resume from.
+        facts: Of the run now.
+        is_extended: Whether the recipe changes the number of steps.
 
     Raises:
-        RefusedError: One of them is another, or the run would end before the checkpoint.
+        RefusedError: One of them differs, or the run would end before the checkpoint.
     """
     before, where = checkpoint.facts, str(checkpoint.path)
     for name, words in SAME_INPUTS.items():
@@ -89,52 +88,54 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
             raise RefusedError(
                 f"{words} changed since the checkpoint: {shortened(before.get(name))} -> {shortened(facts[name])}",
                 where=where,
-                hint="bring back what the run was started with, or train another run",
+                hint="restore the original files and settings, or train another run",
             )
     steps_before, steps = before.get("total_steps"), facts["total_steps"]
     if steps != steps_before and not is_extended:
         raise RefusedError(
-            f"the run had {steps_before} steps and would have {steps}, and with them another learning rate",
+            f"the run had {steps_before} steps and would have {steps}, with another learning rate schedule",
             where=where,
-            hint="bring back what the run was started with, or train another run",
+            hint="restore the original files and settings, or train another run",
         )
     if steps < checkpoint.step:
         raise RefusedError(
-            f"the run would end after {steps} steps, and {checkpoint.step} are done",
+            f"the run would end after {steps} steps, but {checkpoint.step} are done",
             where=where,
             hint="raise training.epochs or training.max_steps",
         )
     if steps != steps_before:
-        logger.info("the run has %d steps instead of %d; from here on the schedule is theirs", steps, steps_before)
-        if (left_out := checkpoint.step * facts["units_per_step"] - before["total_units"]) > 0:
+        logger.info(
+            "the run has %d steps instead of %d; the learning rate schedule follows from now on", steps, steps_before
+        )
+        if (dropped := checkpoint.step * facts["units_per_step"] - before["total_units"]) > 0:
             logger.warning(
-                "step %d was the last and a short one: %d rows are left out this once", checkpoint.step, left_out
+                "step %d was the last of an epoch and shorter: %d rows are dropped once", checkpoint.step, dropped
             )
     if facts["processes"] != before.get("processes"):
         logger.warning(
-            "the run had %s processes and has %s: sums are rounded and dropout is drawn in another way",
+            "the run had %s processes and has %s: rounding and dropout differ from here on",
             before.get("processes"),
             facts["processes"],
         )
 
 
 def check_same_quantized_weights(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
-    """Make sure that the base was quantized to the very codes of the checkpoint.
+    """Check that the quantized weights of the base are those of the checkpoint.
 
-    Another kind of device may round a tie the other way, so only the same kind is held to it.
+    They are compared on the same kind of device only: another kind may round ties differently.
 
     Raises:
-        RefusedError: It was not.
+        RefusedError: They differ.
     """
     before = checkpoint.facts
     if before.get("device") == facts["device"] and before.get("quantized_base") != facts["quantized_base"]:
         raise RefusedError(
-            "the base is quantized to other codes than when the checkpoint was made",
+            "the quantized weights of the base differ from those of the checkpoint",
             where=str(checkpoint.path),
             hint="use the versions of ft and of the libraries that provenance.json names, or train another run",
         )
 
 
 def shortened(value: Any) -> str:
-    """A fingerprint, as far as people read it."""
+    """The first characters of a fingerprint."""
     return str(value)[:12]

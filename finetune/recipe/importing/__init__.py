@@ -1,1 +1,1 @@
-"""Configurations of other fine-tuning tools as recipes: one table of translation for each."""
+"""Translation of other tools' configurations to recipes: one table of rules per tool."""

@@ -17,7 +17,7 @@ FORMATS = {
     "pretrain": "text",
     "context_qa": "qa",
 }
-"""Prompt strategies that read the same columns as a format here; what follows a dot or a colon is a template."""
+"""Prompt strategies with the same columns as a format here; a dot or a colon precedes the template."""
 
 CHAT_ROLES = {"role": ("from", "role"), "content": ("value", "content")}
 WANDB = "wandb reads WANDB_PROJECT, WANDB_ENTITY and its own settings; ft names the run"
@@ -37,7 +37,7 @@ def _data_sets(split: str) -> Any:
 
 
 def _streamed(context: Context, value: Any) -> Settings:
-    """Data for pre-training, which are read over the network while training."""
+    """Data for pre-training, which is streamed over the network."""
     settings = _data_sets("train")(context, value)
     for source in settings["data.train"]:
         if "hub" in source:
@@ -46,7 +46,7 @@ def _streamed(context: Context, value: Any) -> Settings:
 
 
 def _source(context: Context, key: str, entry: Any) -> dict[str, Any]:
-    """A source; what it cannot say is left behind."""
+    """A source; keys without an equivalent are recorded."""
     if isinstance(entry, str):
         entry = {"path": entry, "type": "pretrain"}
     entry = values.mapping(entry)
@@ -69,7 +69,7 @@ def _format(context: Context, key: str, entry: Mapping[str, Any]) -> dict[str, A
     chosen = FORMATS.get(strategy) or FORMATS.get(strategy.partition(".")[0])
     if chosen is None:
         if kind is not None:
-            context.leave(f"{key}.type", f"{kind}: the rows' columns tell their format, or write it")
+            context.leave(f"{key}.type", f"{kind}: ft detects the format from the columns, or write format")
         return {}
     if chosen == "text":
         return {"format": "text", **({"text": entry["field"]} if entry.get("field") else {})}
@@ -79,7 +79,7 @@ def _format(context: Context, key: str, entry: Mapping[str, Any]) -> dict[str, A
 
 
 def _turns(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Conversations, whose turns have role and content under these names or those of ShareGPT."""
+    """Conversations in the format `chat` or, with other names of role and content, `sharegpt`."""
     names = {
         "role": entry.get("message_field_role"),
         "content": entry.get("message_field_content"),
@@ -94,7 +94,7 @@ def _turns(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _custom(context: Context, key: str, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """A strategy that names its columns; its own wording of prompts is the chat template's matter here."""
+    """A strategy with named columns; its prompt wording is not carried over, since the chat template defines it."""
     columns = {
         "field_instruction": "instruction",
         "field_input": "input",
@@ -123,7 +123,7 @@ def _lora(key: str) -> Any:
 
 
 def _all_linear(context: Context, value: Any) -> Settings:
-    """Every linear layer; a list of names beside it is added to them, and so says nothing more."""
+    """All linear layers; a list of names beside it adds nothing."""
     if value is not True or context.at("adapter") not in ("lora", "qlora"):
         return {}
     return {"adapter.target_modules": "all-linear"}
@@ -131,7 +131,7 @@ def _all_linear(context: Context, value: Any) -> Settings:
 
 def _target_modules(context: Context, value: Any) -> Settings:
     if context.at("lora_target_linear") is True:
-        raise NotCarried("lora_target_linear takes all linear layers in")
+        raise NotCarried("lora_target_linear includes all linear layers")
     return _lora("adapter.target_modules")(context, value)  # type: ignore[no-any-return]
 
 
@@ -144,7 +144,7 @@ def _each_epoch(context: Context, value: Any) -> Settings:
 
 def _plugins(context: Context, value: Any) -> Settings:
     for plugin in values.listed(value):
-        context.leave("plugins", f"{str(plugin).rpartition('.')[2]}: a recipe names no code")
+        context.leave("plugins", f"{str(plugin).rpartition('.')[2]}: a recipe cannot name code")
     return {}
 
 
@@ -153,30 +153,30 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         return f"rl: {config['rl']} learns from preferences or rewards"
     for key in ("reward_model", "process_reward_model"):
         if config.get(key):
-            return f"{key} trains a judge of answers"
-    return "base_model is missing: it is no configuration of a training" if "base_model" not in config else None
+            return f"{key} trains a reward model"
+    return "base_model is missing: this is not a training configuration" if "base_model" not in config else None
 
 
 RULES: Mapping[str, Rule] = {
     **transformers_arguments.ARGUMENTS,
     "base_model": To("model.name"),
-    "base_model_config": Without("the model's own config.json"),
-    "base_model_ignore_patterns": Without("weights are read from safetensors alone"),
+    "base_model_config": Without("ft reads the model's config.json"),
+    "base_model_ignore_patterns": Without("weights are read from safetensors only"),
     "revision_of_model": To("model.revision"),
-    "model_type": Without("config.json says it"),
-    "tokenizer_type": Without("tokenizer_config.json says it"),
-    "tokenizer_config": Without("the model's own tokenizer"),
-    "tokenizer_use_fast": Without("tokenizers have character offsets, or are refused", sanitize=(True,)),
-    "tokenizer_use_mistral_common": Without("the tokenizer in the model's folder", sanitize=(False,)),
-    "is_llama_derived_model": Without("config.json says it"),
-    "is_falcon_derived_model": Without("config.json says it"),
-    "is_mistral_derived_model": Without("config.json says it"),
-    "strict": Without("unknown keys are errors here in any case", sanitize=(False,)),
+    "model_type": Without("ft reads it from config.json"),
+    "tokenizer_type": Without("ft reads it from tokenizer_config.json"),
+    "tokenizer_config": Without("ft uses the model's tokenizer"),
+    "tokenizer_use_fast": Without("ft always uses fast tokenizers", unless=(True,)),
+    "tokenizer_use_mistral_common": Without("the tokenizer in the model's folder", unless=(False,)),
+    "is_llama_derived_model": Without("ft reads it from config.json"),
+    "is_falcon_derived_model": Without("ft reads it from config.json"),
+    "is_mistral_derived_model": Without("ft reads it from config.json"),
+    "strict": Without("unknown keys are always errors", unless=(False,)),
     "plugins": _plugins,
     "load_in_4bit": values.four_bit,
     "bnb_4bit_use_double_quant": values.read_elsewhere,
     "load_in_8bit": Switch(on={"quantization.kind": "int8"}),
-    "gptq": Without("name a base in plain weights, and quantization: {kind: optq}", sanitize=(False,)),
+    "gptq": Without("use an unquantized base, and quantization: {kind: optq}", unless=(False,)),
     "bnb_config_kwargs": Without("write quantization: {kind: nf4, double_quant: true}"),
     "adapter": _adapter,
     "lora_r": _lora("adapter.r"),
@@ -185,8 +185,8 @@ RULES: Mapping[str, Rule] = {
     "lora_target_linear": _all_linear,
     "lora_target_modules": _target_modules,
     "lora_modules_to_save": _lora("adapter.modules_to_save"),
-    "lora_fan_in_fan_out": Without("layers know how they store weights", sanitize=(False,)),
-    "lora_model_dir": Without("write adapter.continue_from: a run of ft's"),
+    "lora_fan_in_fan_out": Without("ft detects it per layer", unless=(False,)),
+    "lora_model_dir": Without("write adapter.continue_from: RUN, a run of ft"),
     "lora_mlp_kernel": Without(values.OWN_KERNELS),
     "lora_qkv_kernel": Without(values.OWN_KERNELS),
     "lora_o_kernel": Without(values.OWN_KERNELS),
@@ -195,32 +195,32 @@ RULES: Mapping[str, Rule] = {
     "peft_use_dora": _lora("adapter.dora"),
     "peft_target_modules": values.targets,
     "peft_feedforward_modules": To("adapter.feedforward_modules"),
-    "peft_fan_in_fan_out": Without("layers know how they store weights", sanitize=(False,)),
+    "peft_fan_in_fan_out": Without("ft detects it per layer", unless=(False,)),
     "peft_layers_to_transform": Without("write modules: [{match: ..., adapter: {skip: true}}]"),
     "unfrozen_parameters": Without("write adapter: {method: full, train: [patterns]}"),
-    "relora_steps": Without("the update stays one of rank r"),
+    "relora_steps": Without("ft has no ReLoRA"),
     "datasets": _data_sets("train"),
     "pretraining_dataset": _streamed,
     "test_datasets": _data_sets("validation"),
-    "dataset_prepared_path": Without("the cache is where FT_CACHE says"),
+    "dataset_prepared_path": Without("set the environment variable FT_CACHE"),
     "dataset_processes": Without(values.LOADING),
-    "dataset_exact_deduplication": Without("duplicates are counted in data_report.json", sanitize=(False,)),
-    "shuffle_merged_datasets": Without("rows are shuffled in every epoch", sanitize=(True,)),
-    "val_set_size": values.share_or_rows,
+    "dataset_exact_deduplication": Without("duplicates are counted in data_report.json", unless=(False,)),
+    "shuffle_merged_datasets": Without("rows are shuffled in every epoch", unless=(True,)),
+    "val_set_size": values.fraction_or_rows,
     "sequence_len": To("data.max_length"),
     "excess_length_strategy": To("data.overlength"),
     "sample_packing": Switch(on={"training.batching": "packed"}),
-    "eval_sample_packing": Without("held-out rows are measured one by one", sanitize=(False,)),
-    "sample_packing_eff_est": Without("packs are made by best fit"),
-    "pad_to_sequence_len": Without("rows are not filled up to the longest length", sanitize=(False,)),
+    "eval_sample_packing": Without("validation rows are not packed", unless=(False,)),
+    "sample_packing_eff_est": Without("ft packs by best fit"),
+    "pad_to_sequence_len": Without("rows are not padded to the maximum length", unless=(False,)),
     "train_on_inputs": Switch(on={"data.train_on": "all"}),
-    "chat_template": Without(values.NO_TEMPLATE, sanitize=("tokenizer_default",)),
+    "chat_template": Without(values.NO_TEMPLATE, unless=("tokenizer_default",)),
     "chat_template_jinja": Without(values.NO_TEMPLATE),
     "default_system_message": Without("write system in the source, where its format has one"),
-    "eot_tokens": Without("the end of a trained turn trains with it, as the template writes it"),
-    "special_tokens": Without("the tokenizer's own; adapter.trainable_tokens trains single ones", sanitize=({},)),
-    "tokens": Without("the vocabulary stays; adapter.trainable_tokens trains single tokens"),
-    "resize_token_embeddings_to_32x": Without("the vocabulary stays", sanitize=(False,)),
+    "eot_tokens": Without("the end-of-turn token of the template is a target token"),
+    "special_tokens": Without("ft keeps the tokenizer's; adapter.trainable_tokens trains single tokens", unless=({},)),
+    "tokens": Without("ft keeps the vocabulary; adapter.trainable_tokens trains single tokens"),
+    "resize_token_embeddings_to_32x": Without("ft keeps the vocabulary", unless=(False,)),
     "micro_batch_size": To("training.micro_batch_size"),
     "eval_batch_size": To("evaluation.batch_size"),
     "num_epochs": To("training.epochs"),
@@ -230,40 +230,40 @@ RULES: Mapping[str, Rule] = {
     "flash_attention": Switch(on={"model.attention": "flash_attention_2"}),
     "sdp_attention": Switch(on={"model.attention": "sdpa"}),
     "eager_attention": Switch(on={"model.attention": "eager"}),
-    "flex_attention": Without("write model.attention: sdpa", sanitize=(False,)),
-    "xformers_attention": Without("write model.attention: sdpa", sanitize=(False,)),
-    "s2_attention": Without("attention is the model's own", sanitize=(False,)),
-    "scaling_softmax": Without("attention is the model's own", sanitize=(False,)),
-    "flash_attn_cross_entropy": Without(values.OWN_KERNELS, sanitize=(False,)),
-    "flash_attn_rms_norm": Without(values.OWN_KERNELS, sanitize=(False,)),
-    "flash_attn_fuse_qkv": Without(values.OWN_KERNELS, sanitize=(False,)),
-    "flash_attn_fuse_mlp": Without(values.OWN_KERNELS, sanitize=(False,)),
+    "flex_attention": Without("write model.attention: sdpa", unless=(False,)),
+    "xformers_attention": Without("write model.attention: sdpa", unless=(False,)),
+    "s2_attention": Without("ft keeps the model's attention", unless=(False,)),
+    "scaling_softmax": Without("ft keeps the model's attention", unless=(False,)),
+    "flash_attn_cross_entropy": Without(values.OWN_KERNELS, unless=(False,)),
+    "flash_attn_rms_norm": Without(values.OWN_KERNELS, unless=(False,)),
+    "flash_attn_fuse_qkv": Without(values.OWN_KERNELS, unless=(False,)),
+    "flash_attn_fuse_mlp": Without(values.OWN_KERNELS, unless=(False,)),
     "unsloth_lora_mlp": Without(values.OWN_KERNELS),
     "early_stopping_patience": To("evaluation.patience"),
-    "loss_watchdog_threshold": Without("a loss that is not finite stops the run before it touches the weights"),
-    "loss_watchdog_patience": Without("a loss that is not finite stops the run before it touches the weights"),
+    "loss_watchdog_threshold": Without("a NaN or infinite loss always stops the run before the weights change"),
+    "loss_watchdog_patience": Without("a NaN or infinite loss always stops the run before the weights change"),
     "evals_per_epoch": _each_epoch,
     "saves_per_epoch": _each_epoch,
-    "save_first_step": Without("ft saves by time from the start", sanitize=(False,)),
+    "save_first_step": Without("ft saves checkpoints by time", unless=(False,)),
     "eval_table_size": To("evaluation.sample_rows"),
     "eval_table_max_new_tokens": To("evaluation.max_new_tokens"),
     "eval_max_new_tokens": To("evaluation.max_new_tokens"),
-    "eval_causal_lm_metrics": Without("ft eval tells exact match and F1"),
+    "eval_causal_lm_metrics": Without("ft eval computes exact match and F1"),
     "wandb_project": lambda context, value: {"trackers": [{"name": "wandb", "project": value}]},
     "wandb_entity": Without(WANDB),
-    "wandb_watch": Without(WANDB, sanitize=("", "false")),
+    "wandb_watch": Without(WANDB, unless=("", "false")),
     "wandb_name": Without(WANDB),
     "wandb_run_id": Without(WANDB),
-    "wandb_log_model": Without(WANDB, sanitize=("", "false")),
+    "wandb_log_model": Without(WANDB, unless=("", "false")),
     "mlflow_experiment_name": lambda context, value: {"trackers": [{"name": "mlflow", "experiment": value}]},
-    "mlflow_tracking_uri": Without("mlflow reads MLFLOW_TRACKING_URI"),
+    "mlflow_tracking_uri": Without("set the environment variable MLFLOW_TRACKING_URI"),
     "fsdp_version": Without(values.DISTRIBUTED),
-    "context_parallel_size": Without(values.DISTRIBUTED, sanitize=(1,)),
-    "tensor_parallel_size": Without(values.DISTRIBUTED, sanitize=(1,)),
-    "dp_shard_size": Without(values.DISTRIBUTED, sanitize=(1,)),
-    "dp_replicate_size": Without(values.DISTRIBUTED, sanitize=(1,)),
-    "debug": Without("ft preview shows what the model will see", sanitize=(False,)),
-    "fp8": Without("training.precision: bfloat16", sanitize=(False,)),
+    "context_parallel_size": Without(values.DISTRIBUTED, unless=(1,)),
+    "tensor_parallel_size": Without(values.DISTRIBUTED, unless=(1,)),
+    "dp_shard_size": Without(values.DISTRIBUTED, unless=(1,)),
+    "dp_replicate_size": Without(values.DISTRIBUTED, unless=(1,)),
+    "debug": Without("a command: ft preview", unless=(False,)),
+    "fp8": Without("training.precision: bfloat16", unless=(False,)),
 }
 
 DEFAULTS: Mapping[str, Any] = {

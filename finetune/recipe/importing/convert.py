@@ -1,4 +1,4 @@
-"""A configuration of another tool as the text of a recipe that is valid, and all that was not carried over."""
+"""Converts a configuration of another tool to the text of a valid recipe, and lists the keys not carried over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.recipe.importing.translation import Context, Left, Tool, translate
 from finetune.recipe.load import recipe_of
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.schema import whole
+from finetune.recipe.schema import recipe_shape
 from finetune.recipe.yaml.document import Document, decode, read_yaml
 from finetune.recipe.yaml.writer import commented
 
@@ -27,19 +27,19 @@ TOOLS: Mapping[str, Tool] = {
 PLACEHOLDER = "rows.jsonl"
 NO_ROWS = [{"path": PLACEHOLDER}]
 KINDS = ("quantization.kind", "adapter.method")
-"""Keys without which the rest of their section means nothing."""
+"""Keys that the rest of their section depends on."""
 
 _DEFAULT_KINDS = {"optimizer": ("name", "adamw"), "adapter": ("method", "lora")}
 
 
 @dataclass(frozen=True)
 class NotCarriedOver:
-    """A key of the configuration that has no place in the recipe.
+    """A key of the configuration without an equivalent in the recipe.
 
     Attributes:
-        line: Where it is written; None for what the file does not say and ft needs.
+        line: Line of the key; None for a key that the file lacks and ft needs.
         key: The key, dotted.
-        reason: Why, and what is nearest here.
+        reason: The reason, and the nearest equivalent here.
     """
 
     line: int | None
@@ -49,13 +49,13 @@ class NotCarriedOver:
 
 @dataclass(frozen=True)
 class Imported:
-    """A recipe that was made of a configuration.
+    """A recipe made from a configuration.
 
     Attributes:
-        tool: The other tool's name.
+        tool: Name of the other tool.
         text: The recipe.
-        carried: Keys of the configuration that are in the recipe, or say what ft does anyway.
-        left: The others.
+        carried: Number of keys that are in the recipe or match what ft does anyway.
+        left: The other keys.
     """
 
     tool: str
@@ -69,28 +69,30 @@ def imported(tool_name: str, file: Path, output: Path) -> Imported:
 
     Args:
         tool_name: One of `TOOLS`.
-        file: The configuration, in YAML; relative paths in it start at the working directory, as its tool has them.
-        output: Where the recipe will be; it is not written.
+        file: The configuration, in YAML; its relative paths start at the working directory, as in its tool.
+        output: Future path of the recipe; nothing is written.
 
     Raises:
         UsageError: There is no such tool, the file cannot be read, or it names no model.
-        RecipeError: It is not YAML.
-        UnsupportedError: It trains in another way than by the next token of given answers.
+        RecipeError: The file is not YAML.
+        UnsupportedError: The configuration is not for supervised fine-tuning or pre-training.
     """
     if tool_name not in TOOLS:
-        raise UsageError(f"{tool_name} is not translated", hint=f"tools: {', '.join(TOOLS)}")
+        raise UsageError(f"configurations of {tool_name} cannot be imported", hint=f"tools: {', '.join(TOOLS)}")
     tool, document = TOOLS[tool_name], _read(file)
     config = torchtune.resolved(document.data) if tool is torchtune.TOOL else document.data
     if reason := tool.refuse(config):
         raise UnsupportedError(
-            reason, where=str(file), hint="ft trains on given answers and text: translate the configuration of that"
+            reason,
+            where=str(file),
+            hint="ft does supervised fine-tuning and continued pre-training: import such a configuration",
         )
     context = translated(tool, config)
     if "model.name" not in context.settings:
         raise UsageError("the file names no model", where=str(file), hint=f"is it a configuration of {tool.name}?")
     if "data.train" not in context.settings:
         context.settings["data.train"] = NO_ROWS
-        context.leave("data.train", f"no rows that ft can find are named: put their path in the place of {PLACEHOLDER}")
+        context.leave("data.train", f"the file names no rows that ft can find: replace {PLACEHOLDER} by their path")
     text = _valid(tool, file, context, output)
     left = sorted((_placed(each, document) for each in _each_once(context.left)), key=lambda each: each.line or 0)
     sources = {key for key, value in config.items() if value is not None}
@@ -109,11 +111,11 @@ def _read(file: Path) -> Document:
 
 
 def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
-    """The recipe's text; what validation refuses is left behind with its reason."""
+    """The recipe's text; values that validation refuses are removed and listed with the reason."""
     while True:
         sections = _sections(context, output.parent)
-        remarks = _remarks(tool, context)
-        text = commented(_head(tool, file, context, output), sections, remarks)
+        comments = _comments(tool, context)
+        text = commented(_head(tool, file, context, output), sections, comments)
         try:
             recipe_of(text, output)
         except RecipeError as error:
@@ -123,25 +125,25 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
             return text
 
 
-def _remarks(tool: Tool, context: Context) -> dict[str, str]:
-    """Behind a key the rival's, and what it does not say there but means."""
-    remarks = {key: origin for key, origin in context.origins.items() if key in context.settings}
-    meant = {"training.gradient_accumulation_steps": f"{tool.name} counts those of one process, ft those of all"}
+def _comments(tool: Tool, context: Context) -> dict[str, str]:
+    """For each key, a comment with the other tool's key and differences in meaning."""
+    comments = {key: origin for key, origin in context.origins.items() if key in context.settings}
+    meant = {"training.gradient_accumulation_steps": f"{tool.name} counts them per process, ft over all processes"}
     if "data.overlength" not in context.settings:
-        meant["data.max_length"] = f"{tool.name} cuts or drops longer rows, ft stops: data.overlength"
-    return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in remarks.items()}
+        meant["data.max_length"] = f"{tool.name} cuts or drops longer rows, ft stops: see data.overlength"
+    return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in comments.items()}
 
 
 def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
-    """Take a value out that the recipe refuses; rows have a place to fill instead."""
+    """Remove a value that the recipe refuses; rows are replaced by a placeholder."""
     segments = problem.key.split(".")
     prefixes = (".".join(segments[:length]) for length in range(len(segments), 0, -1))
     found = next((prefix for prefix in prefixes if prefix in context.settings), None)
     if found is None or found == "model.name" or context.settings[found] == NO_ROWS:
         raise error
     section = found.partition(".")[0]
-    gone = [key for key in context.settings if key == found or (found in KINDS and key.startswith(f"{section}."))]
-    for key in gone:
+    removed = [key for key in context.settings if key == found or (found in KINDS and key.startswith(f"{section}."))]
+    for key in removed:
         del context.settings[key]
         context.leave(context.origins.pop(key, key), f"{problem.key}: {problem.what}")
     if found == "data.train":
@@ -151,7 +153,7 @@ def _leave(problem: Problem, context: Context, error: RecipeError) -> None:
 def _sections(context: Context, folder: Path) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     for section in Recipe.model_fields:
-        prefix, order = f"{section}.", list(whole().fields()[section].fields())
+        prefix, order = f"{section}.", list(recipe_shape().fields()[section].fields())
         inside = {key.removeprefix(prefix): v for key, v in context.settings.items() if key.startswith(prefix)}
         whole_section = context.settings.get(section)
         tag, kind = _DEFAULT_KINDS.get(section, ("", ""))
@@ -169,7 +171,7 @@ def _sections(context: Context, folder: Path) -> dict[str, Any]:
 
 
 def _place_in(order: list[str], key: str) -> int:
-    """Where a key comes in its section: what chooses the kind first, then as in the schema."""
+    """Sort position of a key in its section: the key that chooses the kind first, then in schema order."""
     if key in ("kind", "method", "name"):
         return -1
     return order.index(key) if key in order else len(order)
@@ -182,7 +184,7 @@ def _near(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _head(tool: Tool, file: Path, context: Context, output: Path) -> list[str]:
     left = [f"  {each.key}: {each.reason}" for each in _each_once(context.left)]
     return [
-        f"Translated from {tool.name}'s {file.name} by ft import; behind a key stands the one that it comes from.",
+        f"Translated from {tool.name}'s {file.name} by ft import; the comment of a key is its source.",
         f"Command: ft train {output}",
         *(["Not carried over:", *left] if left else []),
     ]

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's register of data sets: `dataset_info.json` in the folder of the data."""
+"""LLaMA-Factory's registry of data sets: `dataset_info.json` in the data folder."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _PLACE_KEYS = ("file_name", "hf_hub_url", "subset", "split", "formatting", "colu
 
 
 def registered(context: Context, name: str, folder: str, is_text: bool) -> dict[str, Any] | None:
-    """The source that a name stands for; None where there is no register, or it does not know the name.
+    """The source of a registered name; None without a registry, or if it lacks the name.
 
     Args:
-        context: Told what of the entry is not carried over.
-        name: As the configuration has it.
-        folder: Where the register and the files are.
-        is_text: Whether rows are for pre-training, as plain text.
+        context: Records the keys of the entry that are not carried over.
+        name: Name in the configuration.
+        folder: Folder of the registry and the files.
+        is_text: Whether the rows are plain text for pre-training.
 
     Raises:
-        NotCarried: The entry is of rows that ft cannot read.
+        NotCarried: ft cannot read the rows of the entry.
     """
     entry = _register(Path(folder) / REGISTER).get(name)
     if not isinstance(entry, Mapping):
         return None
     if entry.get("ranking"):
-        raise NotCarried(f"{name} has answers that are ranked")
+        raise NotCarried(f"{name} has ranked answers")
     key = f"{REGISTER}: {name}"
     context.leave_others(key, entry, _PLACE_KEYS, "ft has no such key")
     rows = {"rows": entry["num_samples"]} if isinstance(entry.get("num_samples"), int) else {}

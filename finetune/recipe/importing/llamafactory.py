@@ -11,7 +11,7 @@ from finetune.recipe.importing.translation import Context, NotCarried, Rule, Set
 
 STAGES = {"rm": "a reward model", "ppo": "rewards", "dpo": "preferences", "kto": "preferences"}
 METHODS = {"lora": "lora", "full": "full", "freeze": "full", "oft": "oft"}
-GALORE = "gradients are not projected: an adapter, or optimizer.name: adafactor, takes less memory"
+GALORE = "ft has no gradient projection; an adapter, or optimizer.name: adafactor, saves memory"
 
 
 def _method(context: Context, value: Any) -> Settings:
@@ -19,12 +19,12 @@ def _method(context: Context, value: Any) -> Settings:
     if method is None:
         raise NotCarried("write adapter: {method: lora}")
     if value == "freeze":
-        context.leave("finetuning_type", "freeze: all weights train now; write adapter.train, patterns of names")
+        context.leave("finetuning_type", "freeze: all weights train now; write adapter.train, name patterns")
     return {"adapter.method": method}
 
 
 def _data_sets(split: str) -> Any:
-    """Names of data sets, which a register in the data's folder tells; its own data lie beside it under their names."""
+    """Names of data sets: registered ones, or else files of that name in the data folder."""
 
     def rule(context: Context, value: Any) -> Settings:
         names = value if isinstance(value, list) else str(value).split(",")
@@ -60,7 +60,7 @@ def _quantization(context: Context, value: Any) -> Settings:
 
 
 def _rank(context: Context, value: Any) -> Settings:
-    """Without a scale of its own it is twice the rank."""
+    """Rank and scale; the default of `lora_alpha` is twice the rank."""
     if context.at("finetuning_type") != "lora":
         raise NotCarried("finetuning_type is not lora")
     return {"adapter.r": value, "adapter.alpha": context.at("lora_alpha") or 2 * values.number(value)}
@@ -69,7 +69,7 @@ def _rank(context: Context, value: Any) -> Settings:
 def _schedule_steps(context: Context, value: Any) -> Settings:
     if context.at("val_size") or context.at("eval_dataset"):
         return values.steps("evaluation.every_steps")(context, value)  # type: ignore[no-any-return]
-    raise NotCarried("no rows are held out")
+    raise NotCarried("there are no validation rows")
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:
@@ -84,15 +84,15 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
 RULES: Mapping[str, Rule] = {
     **transformers_arguments.ARGUMENTS,
     "stage": values.read_elsewhere,
-    "adapter_name_or_path": Without("write adapter.continue_from: a run of ft's"),
-    "cache_dir": Without("the hub's cache is where HF_HOME says"),
+    "adapter_name_or_path": Without("write adapter.continue_from: RUN, a run of ft"),
+    "cache_dir": Without("set the environment variable HF_HOME"),
     "flash_attn": To("model.attention", {"disabled": "eager"}),
     "enable_liger_kernel": Without(values.OWN_KERNELS),
-    "use_unsloth": Without(values.OWN_KERNELS, sanitize=(False,)),
+    "use_unsloth": Without(values.OWN_KERNELS, unless=(False,)),
     "use_unsloth_gc": Switch(on={"training.gradient_checkpointing": "offload"}),
-    "use_kt": Without(values.OWN_KERNELS, sanitize=(False,)),
-    "rope_scaling": Without("the model's own config.json says it"),
-    "resize_vocab": Without("the vocabulary stays; adapter.trainable_tokens trains single tokens", sanitize=(False,)),
+    "use_kt": Without(values.OWN_KERNELS, unless=(False,)),
+    "rope_scaling": Without("ft reads it from the model's config.json"),
+    "resize_vocab": Without("ft keeps the vocabulary; adapter.trainable_tokens trains single tokens", unless=(False,)),
     "finetuning_type": _method,
     "lora_rank": _rank,
     "lora_alpha": values.read_elsewhere,
@@ -102,24 +102,24 @@ RULES: Mapping[str, Rule] = {
     "use_rslora": To("adapter.rslora"),
     "use_dora": To("adapter.dora"),
     "pissa_init": Switch(on={"adapter.initialization": "pissa"}),
-    "pissa_iter": Without("singular vectors are computed exactly"),
-    "pissa_convert": Without("an adapter is saved as a plain LoRA in any case"),
+    "pissa_iter": Without("ft computes exact singular vectors"),
+    "pissa_convert": Without("ft always saves a plain LoRA"),
     "loraplus_lr_ratio": To("adapter.loraplus_ratio"),
-    "create_new_adapter": Without("a run makes a new adapter in any case"),
+    "create_new_adapter": Without("a run always makes a new adapter"),
     "oft_block_size": To("adapter.block_size"),
     "oft_target": values.targets,
-    "freeze_trainable_layers": Without("write adapter.train, patterns of names"),
-    "freeze_trainable_modules": Without("write adapter.train, patterns of names"),
-    "use_galore": Without(GALORE, sanitize=(False,)),
+    "freeze_trainable_layers": Without("write adapter.train, name patterns"),
+    "freeze_trainable_modules": Without("write adapter.train, name patterns"),
+    "use_galore": Without(GALORE, unless=(False,)),
     "galore_layerwise": Without(GALORE),
     "galore_target": Without(GALORE),
     "galore_rank": Without(GALORE),
     "galore_scale": Without(GALORE),
-    "use_apollo": Without(GALORE, sanitize=(False,)),
-    "use_badam": Without(GALORE, sanitize=(False,)),
-    "use_adam_mini": Without("optimizer.name: adamw_8bit keeps less too", sanitize=(False,)),
-    "use_muon": Without("optimizers: ft explain optimizer.name", sanitize=(False,)),
-    "use_dft_loss": Without("the loss is the next token's", sanitize=(False,)),
+    "use_apollo": Without(GALORE, unless=(False,)),
+    "use_badam": Without(GALORE, unless=(False,)),
+    "use_adam_mini": Without("optimizer.name: adamw_8bit saves memory too", unless=(False,)),
+    "use_muon": Without("optimizers: ft explain optimizer.name", unless=(False,)),
+    "use_dft_loss": Without("ft has the next-token loss only", unless=(False,)),
     "pure_bf16": Switch(on={"model.dtype": "bfloat16", "training.precision": "bfloat16"}),
     "quantization_bit": _quantization,
     "quantization_method": values.read_elsewhere,
@@ -136,20 +136,20 @@ RULES: Mapping[str, Rule] = {
     "mask_history": Switch(on={"data.train_on": "last_turn"}),
     "packing": Switch(on={"training.batching": "packed"}),
     "neat_packing": Switch(on={"training.batching": "packed"}),
-    "streaming": Without("write data.train.0.hub.stream: true", sanitize=(False,)),
-    "buffer_size": Without("rows are shuffled as a whole"),
-    "mix_strategy": Without("sources have a weight each, or are joined", sanitize=("concat",)),
+    "streaming": Without("write data.train.0.hub.stream: true", unless=(False,)),
+    "buffer_size": Without("ft shuffles all rows, without a buffer"),
+    "mix_strategy": Without("give each source of data.train a weight, or none", unless=("concat",)),
     "interleave_probs": Without("give each source of data.train a weight"),
-    "overwrite_cache": Without("the cache knows data, tokenizer and options"),
+    "overwrite_cache": Without("ft's cache detects changes of data, tokenizer and options"),
     "preprocessing_num_workers": Without(values.LOADING),
-    "tokenized_path": Without("the cache knows data, tokenizer and options"),
-    "ignore_pad_token_for_loss": Without("padding is never trained", sanitize=(True,)),
-    "val_size": values.share_or_rows,
+    "tokenized_path": Without("ft's cache detects changes of data, tokenizer and options"),
+    "ignore_pad_token_for_loss": Without("padding is never a target", unless=(True,)),
+    "val_size": values.fraction_or_rows,
     "eval_steps": _schedule_steps,
     "plot_loss": Without("metrics.jsonl, or a tracker: trackers: [{name: tensorboard}]"),
-    "predict_with_generate": Without("ft eval RUN, when it is done", sanitize=(False,)),
-    "upcast_layernorm": Without("ft explain model.dtype", sanitize=(False,)),
-    "print_param_status": Without("how many numbers train is told at the start", sanitize=(False,)),
+    "predict_with_generate": Without("a command after training: ft eval RUN", unless=(False,)),
+    "upcast_layernorm": Without("ft explain model.dtype", unless=(False,)),
+    "print_param_status": Without("ft always prints the number of trainable parameters", unless=(False,)),
     "ray_run_name": Without(values.DISTRIBUTED),
 }
 

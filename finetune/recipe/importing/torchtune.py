@@ -14,10 +14,10 @@ OTHER_TRAININGS = {
     "reward_functions": "rewards of generated answers",
     "reward_and_value_model": "rewards of generated answers",
     "ref_checkpointer": "preferences or rewards",
-    "teacher_model": "a teacher's answers",
+    "teacher_model": "the outputs of a teacher model",
     "quantizer": "rounded weights (QAT)",
 }
-"""Sections that only other recipes than fine-tuning have, and what those learn from."""
+"""Sections of recipes other than supervised fine-tuning, each with its training signal."""
 
 DATA_SETS: Mapping[str, Mapping[str, Any]] = {
     "alpaca_dataset": {"hub": {"name": "tatsu-lab/alpaca"}, "format": "instruction"},
@@ -34,10 +34,10 @@ DATA_SETS: Mapping[str, Mapping[str, Any]] = {
     "chat_dataset": {"format": "auto"},
     "text_completion_dataset": {"format": "text"},
 }
-"""What a builder of data sets reads; the last three read the source that the configuration names."""
+"""The source of each data set builder; the last three use the source in the configuration."""
 
-WHOLE_TEXT = ("alpaca_dataset", "alpaca_cleaned_dataset")
-"""Builders that train on the prompts too, unless they are told otherwise."""
+TRAINED_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")
+"""Builders that train on the prompts too by default."""
 
 LAYERS = {"output_proj": "o_proj"}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -90,7 +90,7 @@ def _targets(context: Context, value: Any) -> Settings:
 
 
 def _checkpoint_dir(context: Context, value: Any) -> Settings:
-    """The model's folder; Meta's own files lie in `original` inside it."""
+    """The model's folder; Meta's files are in its subfolder `original`."""
     return {"model.name": str(value).rstrip("/").removesuffix("/original")}
 
 
@@ -113,7 +113,7 @@ def _sources(context: Context, key: str, value: Any, split: str) -> Settings:
 def _source(context: Context, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     builder = str(entry.get("_component_")).rpartition(".")[2]
     if builder not in DATA_SETS:
-        raise NotCarried(f"what {builder} reads is not known: write data.train: [{{path: ...}}]")
+        raise NotCarried(f"{builder} is not known: write data.train: [{{path: ...}}]")
     source = dict(DATA_SETS[builder])
     if "hub" not in source or entry.get("source"):
         name = str(entry.get("source"))
@@ -150,8 +150,8 @@ def _columns(chosen: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
     builder = str(entry.get("_component_")).rpartition(".")[2]
     strategy = entry.get("masking_strategy")
-    whole = entry.get("train_on_input", strategy == "train_on_all" if strategy else builder in WHOLE_TEXT)
-    trained = "all" if whole else {"train_on_last": "last_turn"}.get(str(strategy))
+    trains_prompt = entry.get("train_on_input", strategy == "train_on_all" if strategy else builder in TRAINED_PROMPTS)
+    trained = "all" if trains_prompt else {"train_on_last": "last_turn"}.get(str(strategy))
     packed = {"training.batching": "packed"} if entry.get("packed") is True else {}
     return {**packed, **({"data.train_on": trained} if trained else {})}
 
@@ -161,7 +161,7 @@ def _optimizer(context: Context, value: Any) -> Settings:
     if name is None:
         raise NotCarried("optimizers: ft explain optimizer.name")
     settings: dict[str, Any] = {"optimizer.name": name}
-    # Where nothing is said, PyTorch's AdamW decays weights, and gradients are not clipped.
+    # torchtune's defaults: PyTorch's AdamW decays weights by 0.01, and gradients are not clipped.
     if name == "adamw" and context.at("optimizer.weight_decay") is None:
         settings["optimizer.weight_decay"] = 0.01
     if context.at("clip_grad_norm") is None:
@@ -170,7 +170,7 @@ def _optimizer(context: Context, value: Any) -> Settings:
 
 
 def _schedule(context: Context, value: Any) -> Settings:
-    """Without a section for it, the rate stays as it is."""
+    """The schedule; torchtune's default is a constant learning rate."""
     name = str(value).rpartition(".")[2]
     if name == "constant":
         return {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
@@ -186,13 +186,13 @@ def _steps_each_epoch(context: Context, value: Any) -> Settings:
 def _tracker(context: Context, value: Any) -> Settings:
     name = TRACKERS.get(str(value).rpartition(".")[2])
     if name is None:
-        raise NotCarried("metrics.jsonl is written in any case")
+        raise NotCarried("metrics.jsonl is always written")
     project = context.at("metric_logger.project")
     return {"trackers": [{"name": name, **({"project": project} if name == "wandb" and project else {})}]}
 
 
 def _precision(context: Context, value: Any) -> Settings:
-    """Weights are kept in this type too, those that train included."""
+    """Compute type; torchtune stores all weights in it, including trainable ones."""
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     if str(value) not in names:
         raise NotCarried("types: bfloat16, float16, float32")
@@ -205,9 +205,9 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
             return f"{key} is of a recipe that learns from {learned}"
     component = str(_found(config, "loss._component_"))
     if re.search(r"rlhf|DPO|PPO|GRPO|ForwardKL", component):
-        return f"{component} is no next-token loss"
+        return f"{component} is not a next-token loss"
     if "optimizer" not in config or "model" not in config:
-        return "it trains nothing: a configuration for generation, evaluation or quantization"
+        return "this is not a training configuration, but one for generation, evaluation or quantization"
     return None
 
 
@@ -215,7 +215,7 @@ RULES: Mapping[str, Rule] = {
     "model._component_": _model,
     "model.lora_attn_modules": _targets,
     "model.apply_lora_to_mlp": values.read_elsewhere,
-    "model.apply_lora_to_output": Without("all linear layers but the output head are adapted", sanitize=(False,)),
+    "model.apply_lora_to_output": Without("the output head is not adapted", unless=(False,)),
     "model.lora_rank": To("adapter.r"),
     "model.lora_alpha": To("adapter.alpha"),
     "model.lora_dropout": To("adapter.dropout"),
@@ -223,23 +223,23 @@ RULES: Mapping[str, Rule] = {
     "model.quantize_base": Switch(on={"quantization.kind": "nf4"}),
     "tokenizer.max_seq_len": To("data.max_length"),
     "tokenizer.prompt_template": Without(values.NO_TEMPLATE),
-    "tokenizer._component_": Without("the tokenizer in the model's folder"),
-    "tokenizer.path": Without("the tokenizer in the model's folder"),
-    "tokenizer.merges_file": Without("the tokenizer in the model's folder"),
+    "tokenizer._component_": Without("ft uses the tokenizer in the model's folder"),
+    "tokenizer.path": Without("ft uses the tokenizer in the model's folder"),
+    "tokenizer.merges_file": Without("ft uses the tokenizer in the model's folder"),
     "checkpointer.checkpoint_dir": _checkpoint_dir,
     "checkpointer._component_": Without("weights are read from safetensors"),
-    "checkpointer.checkpoint_files": Without("weights are read from safetensors, all of the folder"),
-    "checkpointer.model_type": Without("config.json says it"),
-    "checkpointer.output_dir": Without("a run keeps its own checkpoints"),
-    "checkpointer.recipe_checkpoint": Without("say it when you call it: ft train --resume RUN"),
-    "resume_from_checkpoint": Without("say it when you call it: ft train --resume RUN", sanitize=(False,)),
-    "save_adapter_weights_only": Without("an adapter is saved as an adapter; ft merge writes a model"),
+    "checkpointer.checkpoint_files": Without("ft reads all safetensors of the folder"),
+    "checkpointer.model_type": Without("ft reads it from config.json"),
+    "checkpointer.output_dir": Without("checkpoints are in the run directory"),
+    "checkpointer.recipe_checkpoint": Without("a command-line option: ft train --resume RUN"),
+    "resume_from_checkpoint": Without("a command-line option: ft train --resume RUN", unless=(False,)),
+    "save_adapter_weights_only": Without("ft saves the adapter; ft merge writes a full model"),
     "dataset": _data_set,
     "dataset_val": _validation,
     "run_val_every_n_steps": values.steps("evaluation.every_steps"),
     "batch_size_val": To("evaluation.batch_size"),
     "seed": To("training.seed"),
-    "shuffle": Without("rows are shuffled in every epoch", sanitize=(True,)),
+    "shuffle": Without("rows are shuffled in every epoch", unless=(True,)),
     "batch_size": To("training.micro_batch_size"),
     "gradient_accumulation_steps": To("training.gradient_accumulation_steps"),
     "epochs": To("training.epochs"),
@@ -250,30 +250,32 @@ RULES: Mapping[str, Rule] = {
     "optimizer.betas": To("optimizer.betas"),
     "optimizer.eps": To("optimizer.epsilon"),
     "optimizer.momentum": To("optimizer.momentum"),
-    "optimizer.fused": Without("ft chooses the form of the step"),
-    "optimizer_in_bwd": Without("gradients are summed first; optimizer.name: adamw_8bit takes less", sanitize=(False,)),
+    "optimizer.fused": Without("ft chooses the implementation"),
+    "optimizer_in_bwd": Without(
+        "ft accumulates gradients first; optimizer.name: adamw_8bit saves memory", unless=(False,)
+    ),
     "lr_scheduler._component_": _schedule,
     "lr_scheduler.num_warmup_steps": values.warmup_steps,
     "clip_grad_norm": To("training.max_grad_norm"),
-    "loss": Without("the next token's cross-entropy, in pieces"),
+    "loss": Without("ft always uses next-token cross-entropy, in chunks"),
     "compile": values.compiled,
-    "device": Without("the GPU where there is one"),
+    "device": Without("ft uses a GPU if there is one"),
     "dtype": _precision,
     "enable_activation_checkpointing": values.checkpointing("enable_activation_offloading"),
     "enable_activation_offloading": values.offloading("enable_activation_checkpointing"),
-    "fsdp_cpu_offload": Without(values.DISTRIBUTED, sanitize=(False,)),
+    "fsdp_cpu_offload": Without(values.DISTRIBUTED, unless=(False,)),
     "fsdp_reshard_after_forward": Without(values.DISTRIBUTED),
     "custom_sharded_layers": Without(values.DISTRIBUTED),
-    "tensor_parallel_dim": Without(values.DISTRIBUTED, sanitize=(1,)),
+    "tensor_parallel_dim": Without(values.DISTRIBUTED, unless=(1,)),
     "mixed_precision": Without("training.precision: bfloat16"),
     "output_dir": values.output_dir,
     "name": To("run.name"),
     "metric_logger._component_": _tracker,
     "metric_logger.project": values.read_elsewhere,
     "metric_logger.log_dir": Without("trackers write into the run directory"),
-    "metric_logger.name": Without("a tracker gets the run's name"),
+    "metric_logger.name": Without("ft passes the run's name to trackers"),
     "log_every_n_steps": Without(values.SECONDS),
-    "log_peak_memory_stats": Without("peak memory is told in any case"),
+    "log_peak_memory_stats": Without("ft always logs peak memory"),
     "log_level": Without("ft train --quiet"),
     "profiler": Without("ft has no profiler"),
 }

@@ -1,7 +1,7 @@
-"""How a table of translation is applied to a configuration, and what comes of it.
+"""Applies a tool's table of rules to a configuration.
 
-A table has a rule for each key that a tool knows. Keys of mappings are joined by dots; a rule for a mapping takes all
-of it. What no rule knows, and what a rule cannot take, is left behind by name with the reason.
+A table has a rule for each key of a tool. Keys of nested mappings are dotted; a rule for a mapping covers all of it.
+Keys without a rule, and values that a rule cannot translate, are listed with the reason.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from finetune.recipe.other_tools import translated_key, translated_value
 
 Settings = Mapping[str, Any]
-"""Values of a recipe by dotted key; a mapping as value is put into the section that is there."""
+"""Values of a recipe by dotted key; a value that is a mapping is merged into the existing section."""
 
 
 @dataclass(frozen=True)
 class To:
-    """The value stands at another key here, as it is or as the table of values says.
+    """The value moves to another key here, unchanged or through a table of values.
 
     Attributes:
         key: Dotted key of a recipe.
-        values: Our value for a rival's, where they differ beyond what `rivals.VALUES` has.
+        values: From the tool's value to the value here, in addition to `other_tools.VALUES`.
     """
 
     key: str
@@ -31,11 +31,11 @@ class To:
 
 @dataclass(frozen=True)
 class Switch:
-    """A yes or no that stands for settings.
+    """A boolean that stands for settings.
 
     Attributes:
-        on: What yes is here.
-        off: What no is here.
+        on: Settings for true.
+        off: Settings for false.
     """
 
     on: Settings = field(default_factory=dict)
@@ -44,25 +44,25 @@ class Switch:
 
 @dataclass(frozen=True)
 class Without:
-    """There is nothing of the kind.
+    """The key has no equivalent here.
 
     Attributes:
-        reason: Why, and what is nearest.
-        harmless: Values that ask for nothing else than what ft does anyway.
+        reason: The reason, and the nearest equivalent.
+        unless: Values that match what ft does anyway; with them, the key counts as carried over.
     """
 
     reason: str
-    sanitize: tuple[Any, ...] = ()
+    unless: tuple[Any, ...] = ()
 
 
 Compute = Callable[["Context", Any], Settings]
-"""What a value is here, where it depends on more than itself."""
+"""Computes settings from a value that depends on other keys."""
 
 Rule = To | Switch | Without | Compute
 
 
 class NotCarried(Exception):
-    """A value cannot be taken over; says why."""
+    """A value that cannot be translated, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Left:
     """A key that was not carried over.
 
     Attributes:
-        key: The rival's, dotted.
-        reason: Why, and what is nearest here.
+        key: Dotted key of the tool.
+        reason: The reason, and the nearest equivalent here.
     """
 
     key: str
@@ -83,10 +83,10 @@ class Tool:
     """A fine-tuning tool.
 
     Attributes:
-        name: As it writes itself.
-        rules: For each of its keys.
-        defaults: Its values for keys that a file leaves out, where they are not ft's.
-        refuse: Why a configuration is no next-token training on given answers, or None.
+        name: Its name.
+        rules: A rule for each of its keys.
+        defaults: Its defaults that differ from ft's.
+        refuse: Returns why a configuration is not supervised next-token training, or None.
     """
 
     name: str
@@ -97,13 +97,13 @@ class Tool:
 
 @dataclass
 class Context:
-    """A configuration on its way.
+    """A configuration during translation.
 
     Attributes:
-        config: As the tool reads it, its defaults filled in.
+        config: The configuration with the tool's defaults filled in.
         settings: The recipe's values by dotted key.
-        origins: For each of them, the rival's key.
-        left: What was not carried over.
+        origins: For each of them, the tool's key.
+        left: Keys that are not carried over.
     """
 
     config: Mapping[str, Any]
@@ -112,18 +112,18 @@ class Context:
     left: list[Left] = field(default_factory=list)
 
     def at(self, key: str) -> Any:
-        """The value of a dotted key of the configuration; None where it has none."""
+        """The value of a dotted key of the configuration; None if it is absent."""
         found: Any = self.config
         for segment in key.split("."):
             found = found.get(segment) if isinstance(found, Mapping) else None
         return found
 
     def leave(self, key: str, reason: str) -> None:
-        """Note that a key is not carried over."""
+        """Record that a key is not carried over."""
         self.left.append(Left(key, reason))
 
     def leave_others(self, key: str, mapping: Mapping[str, Any], known: Sequence[str], reason: str) -> None:
-        """Note the same of all keys of a mapping but those that were read."""
+        """Record the same for all keys of a mapping except the known ones."""
         for name, value in mapping.items():
             if name not in known and value is not None:
                 self.leave(f"{key}.{name}", reason)
@@ -132,7 +132,7 @@ class Context:
 def translated(tool: Tool, config: Mapping[str, Any]) -> Context:
     """Apply a tool's table to a configuration.
 
-    Keys without a value set nothing and are passed over.
+    Keys without a value are skipped.
     """
     context = Context({**tool.defaults, **{key: value for key, value in config.items() if value is not None}})
     for key, value in _entries("", context.config, tool.rules):
@@ -140,7 +140,7 @@ def translated(tool: Tool, config: Mapping[str, Any]) -> Context:
         try:
             settings = _applied(rule, key, value, context)
         except NotCarried as reason:
-            if key.partition(".")[0] in config:  # a default that has no place here says nothing
+            if key.partition(".")[0] in config:  # defaults of the tool are not listed
                 context.leave(key, str(reason))
             continue
         for ours, setting in settings.items():
@@ -168,7 +168,7 @@ def _applied(rule: Rule | None, key: str, value: Any, context: Context) -> Setti
         case Switch():
             return rule.on if _is_yes(value) else rule.off
         case Without():
-            if value in rule.sanitize:
+            if value in rule.unless:
                 return {}
             raise NotCarried(rule.reason)
     return rule(context, value)

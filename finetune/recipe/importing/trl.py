@@ -16,9 +16,9 @@ OTHER_TRAININGS = {
     "reward_funcs": "rewards of generated answers",
     "reward_model_path": "rewards of generated answers",
     "desirable_weight": "preferences",
-    "teacher_model_name_or_path": "a teacher's answers",
+    "teacher_model_name_or_path": "the outputs of a teacher model",
 }
-"""Keys that only other trainers than SFT have, and what those train on."""
+"""Keys of trainers other than SFT, each with its training signal."""
 
 
 def _data_set(context: Context, value: Any) -> Settings:
@@ -32,7 +32,7 @@ def _data_set(context: Context, value: Any) -> Settings:
 
 
 def _mixture(context: Context, value: Any) -> Settings:
-    """Several data sets: `weight` is a share of each one's rows, which ft has as a number of rows only."""
+    """Several data sets; `weight` is a fraction of a data set's rows, and ft has only their number, `rows`."""
     mixture = values.mapping(value)
     sources = []
     for index, entry in enumerate(map(values.mapping, values.listed(mixture.get("datasets")))):
@@ -44,7 +44,7 @@ def _mixture(context: Context, value: Any) -> Settings:
         known = ("id", "path", "config", "name", "split", "weight", "columns")
         context.leave_others(key, entry, known, "ft has no such key")
     if "test_split_size" in mixture:
-        context.leave("dataset_mixture.test_split_size", "ft holds out a share: data.validation_fraction")
+        context.leave("dataset_mixture.test_split_size", "ft takes a fraction: data.validation_fraction")
     context.leave_others("dataset_mixture", mixture, ("datasets", "test_split_size", "seed"), "ft has no such key")
     return {"data.train": sources}
 
@@ -66,7 +66,7 @@ def _lora(key: str) -> Any:
 
 def _refuse(config: Mapping[str, Any]) -> str | None:
     found = next((key for key in OTHER_TRAININGS if config.get(key) is not None), None)
-    return f"{found} is of a trainer that learns from {OTHER_TRAININGS[found]}" if found else None
+    return f"{found} belongs to a trainer that learns from {OTHER_TRAININGS[found]}" if found else None
 
 
 RULES: Mapping[str, Rule] = {
@@ -80,7 +80,7 @@ RULES: Mapping[str, Rule] = {
     "lora_dropout": _lora("adapter.dropout"),
     "lora_target_modules": _lora("adapter.target_modules"),
     "lora_modules_to_save": _lora("adapter.modules_to_save"),
-    "lora_task_type": Without("ft trains causal language models", sanitize=("CAUSAL_LM",)),
+    "lora_task_type": Without("ft trains causal language models", unless=("CAUSAL_LM",)),
     "use_rslora": _lora("adapter.rslora"),
     "use_dora": _lora("adapter.dora"),
     "load_in_4bit": values.four_bit,
@@ -93,25 +93,25 @@ RULES: Mapping[str, Rule] = {
     "dataset_train_split": values.read_elsewhere,
     "dataset_test_split": values.read_elsewhere,
     "data_files": values.read_elsewhere,
-    "dataset_streaming": Without("write data.train.0.hub.stream: true", sanitize=(False,)),
-    "dataset_text_field": Without("write data.train.0: {format: text, text: <column>}", sanitize=("text",)),
-    "dataset_kwargs": Without("a source of data.train has options of its own"),
+    "dataset_streaming": Without("write data.train.0.hub.stream: true", unless=(False,)),
+    "dataset_text_field": Without("write data.train.0: {format: text, text: <column>}", unless=("text",)),
+    "dataset_kwargs": Without("a source of data.train has other options"),
     "dataset_num_proc": Without(values.LOADING),
     "chat_template": Without(values.NO_TEMPLATE),
     "chat_template_path": Without(values.NO_TEMPLATE),
-    "eos_token": Without("the tokenizer's own; its template ends turns"),
-    "pad_token": Without("padding is masked by position, whatever its token is"),
+    "eos_token": Without("ft keeps the tokenizer's; its template ends turns"),
+    "pad_token": Without("ft masks padding by position, whatever the token"),
     "max_length": To("data.max_length"),
     "max_seq_length": To("data.max_length"),
     "packing": Switch(on={"training.batching": "packed"}),
-    "packing_strategy": Without("packs are made by best fit", sanitize=("bfd",)),
-    "eval_packing": Without("held-out rows are measured one by one"),
+    "packing_strategy": Without("ft packs by best fit", unless=("bfd",)),
+    "eval_packing": Without("validation rows are not packed"),
     "padding_free": Switch(on={"training.batching": "padding_free"}),
     "assistant_only_loss": Switch(on={"data.train_on": "assistant"}),
     "completion_only_loss": Switch(on={"data.train_on": "completion"}),
     "gradient_checkpointing": values.checkpointing("activation_offloading"),
     "activation_offloading": values.offloading("gradient_checkpointing"),
-    "env": Without("set the environment where you call ft"),
+    "env": Without("set environment variables when you run ft"),
 }
 
 DEFAULTS: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""Values that several tools write alike, brought to ours."""
+"""Translation of values that several tools have in common."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz|zst))?$"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
-NO_TEMPLATE = "chats are rendered by the tokenizer's own template; change tokenizer_config.json for another"
-ALWAYS = "ft does so in any case"
-DISTRIBUTED = "write distributed: {processes: N}, one for each device, and strategy: fsdp there to share out weights"
-NO_CODE = "ft runs no code that a model brings"
-OWN_KERNELS = "ft chooses its own kernels: model.kernels"
-HUB_PUSH = "push when it is done: ft export --push ORG/NAME"
-SECONDS = "the progress line and metrics.jsonl have every step"
-LOADING = "ft tokenizes on all cores into its cache (data.workers)"
+NO_TEMPLATE = "ft renders chats with the tokenizer's template; for another, change tokenizer_config.json"
+ALWAYS = "ft always does so"
+DISTRIBUTED = "write distributed: {processes: N}, one per device, and strategy: fsdp there to shard weights"
+NO_CODE = "ft never runs code of a model repository"
+OWN_KERNELS = "ft chooses kernels: model.kernels"
+HUB_PUSH = "a command after training: ft export --push ORG/NAME"
+SECONDS = "ft logs every step, in the progress line and metrics.jsonl"
+LOADING = "ft tokenizes on all cores into a cache (data.workers)"
 
 
 def is_local(path: str) -> bool:
-    """Whether a data set's or model's name is a path."""
+    """Whether the name of a data set or model is a path."""
     return path.startswith((".", "/", "~")) or bool(_FILE.search(path)) or os.path.exists(path)
 
 
 def place(name: str, subset: Any = None, split: Any = None, revision: Any = None, files: Any = None) -> dict[str, Any]:
-    """Where rows come from, as the keys of a source.
+    """The location of rows, as keys of a source.
 
     Args:
         name: A path, a data set on the hub, or the kind of the files, such as `json`.
-        subset: Of a data set on the hub.
-        split: Of the same.
-        revision: Of the same.
-        files: Path of a file, where `name` is a kind or a folder.
+        subset: Subset of a data set on the hub.
+        split: Its split.
+        revision: Its revision.
+        files: Path of a file if `name` is a kind or a folder.
 
     Raises:
-        NotCarried: It is none of these.
+        NotCarried: The name is none of these.
     """
     if isinstance(files, list) and len(files) == 1:
         files = files[0]
@@ -56,7 +56,7 @@ def place(name: str, subset: Any = None, split: Any = None, revision: Any = None
 
 
 def run_of(path: str) -> Settings:
-    """An output folder as folder and name of a run."""
+    """An output folder as directory and name of a run."""
     folder, _, last = path.rstrip("/").rpartition("/")
     name = _NOT_IN_NAMES.sub("-", last).strip("._-")[:64]
     return {**({"run.directory": folder} if folder not in ("", ".") else {}), **({"run.name": name} if name else {})}
@@ -69,13 +69,13 @@ def output_dir(context: Context, value: Any) -> Settings:
 
 
 def compiled(context: Context, value: Any) -> Settings:
-    """The rule for a switch that compiles a model."""
+    """The rule for a switch of torch.compile."""
     del context
     return {"model.kernels": "compiled"} if value is True else {}
 
 
 def checkpointing(offloading: str) -> Any:
-    """A rule for the switch that recomputes blocks, beside one of that name that moves what is kept."""
+    """A rule for gradient checkpointing; `offloading` names the switch that offloads activations."""
 
     def rule(context: Context, value: Any) -> Settings:
         return {"training.gradient_checkpointing": "offload" if value is True and context.at(offloading) else value}
@@ -84,48 +84,48 @@ def checkpointing(offloading: str) -> Any:
 
 
 def offloading(checkpointing: str) -> Any:
-    """A rule for the switch that moves what is kept for backward; `checkpointing` names the one that recomputes."""
+    """A rule for activation offloading; `checkpointing` names the switch of gradient checkpointing."""
 
     def rule(context: Context, value: Any) -> Settings:
         if value and not context.at(checkpointing):
-            raise NotCarried("only blocks' inputs are moved: training.gradient_checkpointing: offload")
+            raise NotCarried("ft offloads block inputs only: training.gradient_checkpointing: offload")
         return {}
 
     return rule
 
 
-def share_or_rows(context: Context, value: Any) -> Settings:
-    """A held-out set, given as a share of the rows or as a number of them."""
+def fraction_or_rows(context: Context, value: Any) -> Settings:
+    """The size of the validation set, as a fraction or a number of rows."""
     del context
     found = number(value)
     if found == 0:
         return {}
     if found >= 1:
-        raise NotCarried("a number of rows: ft holds out a share, data.validation_fraction")
+        raise NotCarried("a number of rows: ft takes a fraction, data.validation_fraction")
     return {"data.validation_fraction": found}
 
 
 def steps(key: str) -> Any:
-    """A rule for a number of steps, which some tools also take as a share of all."""
+    """A rule for a number of steps; some tools also take a fraction of all."""
 
     def rule(context: Context, value: Any) -> Settings:
         del context
         found = number(value)
         if found < 1:
-            raise NotCarried(f"a share of the steps: ft takes their number, {key}")
+            raise NotCarried(f"a fraction of the steps: ft takes their number, {key}")
         return {key: int(found)}
 
     return rule
 
 
 def positive_steps(context: Context, value: Any) -> Settings:
-    """Optimizer steps, where a number below 1 means none."""
+    """Optimizer steps; a number below 1 means no limit."""
     del context
     return {"training.max_steps": int(value)} if number(value) >= 1 else {}
 
 
 def warmup_steps(context: Context, value: Any) -> Settings:
-    """Steps of warm-up, of which a number below 1 is a share; none leave it to the ratio."""
+    """Warm-up steps; a number below 1 is a fraction, and 0 defers to `warmup_ratio`."""
     found = number(value)
     if found == 0 and context.at("warmup_ratio") is not None:
         return {}
@@ -133,14 +133,14 @@ def warmup_steps(context: Context, value: Any) -> Settings:
 
 
 def warmup_ratio(context: Context, value: Any) -> Settings:
-    """Share of warm-up, which steps replace."""
+    """Warm-up as a fraction; `warmup_steps` takes precedence."""
     if context.at("warmup_steps"):
         raise NotCarried("warmup_steps replaces it")
     return {"optimizer.warmup_ratio": number(value)}
 
 
 def beta(index: int) -> Any:
-    """The rule for one of Adam's two decays, which is written as a pair here."""
+    """The rule for one of Adam's two decay rates, which are a pair here."""
 
     def rule(context: Context, value: Any) -> Settings:
         betas = list(context.settings.get("optimizer.betas", [0.9, 0.999]))
@@ -151,7 +151,7 @@ def beta(index: int) -> Any:
 
 
 def trackers(context: Context, value: Any) -> Settings:
-    """Programs that follow a run, by name or as a list of names."""
+    """Experiment trackers, by name or as a list of names."""
     names = [str(name) for name in listed(value)]
     known = ("tensorboard", "wandb", "mlflow", "trackio")
     for name in names:
@@ -161,21 +161,21 @@ def trackers(context: Context, value: Any) -> Settings:
 
 
 def targets(context: Context, value: Any) -> Settings:
-    """Layers that an adapter changes: names, a comma-separated text of them, or all."""
+    """Target modules of an adapter: names, a comma-separated text of them, or all."""
     del context
     if value in ("all", "all-linear", ["all-linear"]):
         return {"adapter.target_modules": "all-linear"}
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list):
         raise NotCarried("write adapter.target_modules: a list of name endings")
-    # A pattern is more than an ending of names.
+    # Name endings cannot express a regular expression.
     if any(re.search(r"[\\^$*+?()\[\]|]", str(name)) for name in names):
         raise NotCarried("a pattern: write adapter.target_modules as a list of name endings")
     return {"adapter.target_modules": list(dict.fromkeys(str(name).strip() for name in names))}
 
 
 def four_bit(context: Context, value: Any) -> Settings:
-    """A base in 4 bits, of the kind and with the double quantization that other keys say."""
+    """A base in 4 bits; other keys choose the kind and double quantization."""
     if str(value).lower() != "true":
         return {}
     kind = context.at("bnb_4bit_quant_type") or "nf4"
@@ -187,13 +187,13 @@ _DOUBLE = ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantiza
 
 
 def read_elsewhere(context: Context, value: Any) -> Settings:
-    """A key that another key's rule reads."""
+    """A key that the rule of another key reads."""
     del context, value
     return {}
 
 
 def precision(name: str) -> Any:
-    """The rule for a switch of a compute type, which may also be `auto`, the default here."""
+    """The rule for a switch of a compute type; `auto` is the default here."""
 
     def rule(context: Context, value: Any) -> Settings:
         del context
@@ -203,26 +203,26 @@ def precision(name: str) -> Any:
 
 
 def only(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The entries of a mapping that have a name here, under it."""
+    """The entries of a mapping that have a name here, under that name."""
     return {ours: mapping[name] for name, ours in names.items() if mapping.get(name) is not None}
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """A value that must be a mapping."""
+    """The value, which must be a mapping."""
     if not isinstance(value, Mapping):
         raise NotCarried("expected a mapping")
     return value
 
 
 def listed(value: Any) -> list[Any]:
-    """A list, of which one item may stand for itself."""
+    """A list; a single item becomes a list of one."""
     if value == []:
         raise NotCarried("the list is empty")
     return value if isinstance(value, list) else [value]
 
 
 def number(value: Any) -> float:
-    """A number, also where YAML 1.1 made text of `1e-4`."""
+    """A number, including text such as `1e-4`, which is text in YAML 1.1."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Section `data`: where rows come from, what they look like, which of their tokens are trained."""
+"""Section `data`: sources of rows, their format, and the target tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
 
 
 class _NamesColumn:
-    """Marks a key of a source that names one of its columns."""
+    """Marks a key of a source whose value is a column name."""
 
 
 ColumnName = Annotated[str, _NamesColumn()]
@@ -21,8 +21,8 @@ AnswerColumn = Annotated[
     _NamesColumn(),
     Field(
         description=(
-            "Column with the answer where it stands apart, such as `chosen` of preference data: a text, a message or a "
-            "list of them. The conversation before it is its prompt then, and not trained."
+            "Column with the answer if it is separate, such as `chosen` of preference data: a text, a message or a "
+            "list of messages. The conversation is then its prompt, without target tokens."
         ),
     ),
 ]
@@ -30,18 +30,18 @@ TextSplit = Literal["file", "line", "paragraph"]
 
 
 class Hub(Section):
-    """A data set on the hub; that its rows are the same is checked by their hashes, as for files."""
+    """A data set on the hub; row hashes detect changed rows, as for files."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     name: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Its id: `org/name`.")
-    subset: str | None = Field(None, description="Which of its configurations; by default the only one.")
-    split: str = Field("train", description="Which of its splits; `train[:1000]` is a part of one.")
+    subset: str | None = Field(None, description="Configuration of the data set; by default the only one.")
+    split: str = Field("train", description="Split of the data set, or a part of one: `train[:1000]`.")
     revision: str | None = Field(None, description="Branch, tag or commit. Pin a commit to make a run repeatable.")
-    stream: bool = Field(False, description="Read over the network without keeping a copy in the cache.")
+    stream: bool = Field(False, description="Read over the network without a copy in the cache.")
 
 
 class SourceSection(Section):
-    """Where rows come from and the names of their columns."""
+    """A source of rows and the names of its columns."""
 
     implementation: ClassVar[str]
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
@@ -56,39 +56,38 @@ class SourceSection(Section):
         None, description="A data set on the hub, instead of `path`."
     )
     delimiter: Delimiter | None = Field(
-        None, description="What separates the cells of a CSV file; by default it is seen from the header."
+        None, description="Separator of the cells of a CSV file; by default detected from the header."
     )
     rows: int | None = Field(
         None,
         ge=1,
         description=(
-            "Take this many rows of the source, drawn by `training.seed`; by default all of them. "
-            "Of a stream the first ones are taken."
+            "Number of rows to use, sampled with `training.seed`; by default all. Of a stream, the first ones."
         ),
     )
     weight: float | None = Field(
         None,
         gt=0,
         description=(
-            "Share of the source among all, relative to the other weights. Rows are drawn without repetition until "
-            "the source that runs out first relative to its weight is used up."
+            "Weight of the source in the mixture, relative to the other weights. Rows are sampled without replacement "
+            "until the first source is exhausted."
         ),
     )
 
     @classmethod
     def column_keys(cls) -> list[str]:
-        """Keys that name a column."""
+        """Keys whose value is a column name."""
         fields = cls.model_fields.items()
         return [key for key, field in fields if any(isinstance(each, _NamesColumn) for each in field.metadata)]
 
     @property
     def place(self) -> str:
-        """The source in a word, for messages."""
+        """The source in short, for messages."""
         return self.path or (f"{self.hub.name}[{self.hub.split}]" if self.hub else "")
 
 
 class AutoSource(SourceSection):
-    """Rows whose format is told by the columns of the first one."""
+    """Rows whose format is detected from the columns of the first row."""
 
     implementation: ClassVar[str] = "finetune.data.formats.auto:AutoFormat"
     format: Literal["auto"] = "auto"
@@ -101,7 +100,7 @@ class ChatSource(SourceSection):
     format: Literal["chat"]
     messages: ColumnName = Field("messages", description="Column with the list of messages.")
     answer: AnswerColumn = None
-    tools: ColumnName = Field("tools", description="Column with the tools that may be called; may be absent.")
+    tools: ColumnName = Field("tools", description="Column with the callable tools; may be absent.")
 
 
 class ShareGptSource(SourceSection):
@@ -114,14 +113,14 @@ class ShareGptSource(SourceSection):
     role_key: str = Field("from", description="Key of a turn with its role.")
     content_key: str = Field("value", description="Key of a turn with its text.")
     system: ColumnName = Field("system", description="Column with a system message; may be absent.")
-    tools: ColumnName = Field("tools", description="Column with the tools that may be called; may be absent.")
+    tools: ColumnName = Field("tools", description="Column with the callable tools; may be absent.")
     user_roles: list[str] = Field(["human", "user"], description="Names of the user's role.")
     assistant_roles: list[str] = Field(
         ["gpt", "assistant", "chatgpt", "model"], description="Names of the assistant's role."
     )
     system_roles: list[str] = Field(["system"], description="Names of the system's role.")
     call_roles: list[str] = Field(
-        ["function_call", "tool_call"], description="Names of the role whose text is the JSON of a tool call."
+        ["function_call", "tool_call"], description="Names of the role with tool calls in JSON."
     )
     tool_roles: list[str] = Field(
         ["observation", "tool", "tool_response", "function_response"], description="Names of a tool's role."
@@ -129,7 +128,7 @@ class ShareGptSource(SourceSection):
 
 
 class InstructionSource(SourceSection):
-    """Rows with an instruction, an optional input, and the output to learn, as in the Alpaca data set."""
+    """Rows with an instruction, an optional input and a target output, as in the Alpaca data set."""
 
     implementation: ClassVar[str] = "finetune.data.formats.instruction:InstructionFormat"
     format: Literal["instruction"]
@@ -139,9 +138,9 @@ class InstructionSource(SourceSection):
     history: ColumnName = Field(
         "history", description="Column with earlier pairs of instruction and answer; may be absent."
     )
-    system: str | None = Field(None, description="A system message to put before every row.")
+    system: str | None = Field(None, description="System message of every row.")
     system_column: ColumnName = Field(
-        "system", description="Column with a system message of the row's own, instead; may be absent or empty."
+        "system", description="Column with a system message per row, which replaces `system`; may be absent or empty."
     )
 
 
@@ -153,32 +152,32 @@ class CompletionSource(SourceSection):
     prompt: ColumnName = Field("prompt", description="Column with the prompt.")
     completion: ColumnName = Field("completion", description="Column with the completion.")
     chat_template: bool = Field(
-        False, description="Render as a user's turn and the assistant's; otherwise the texts are joined as they are."
+        False, description="Render as a user turn and an assistant turn; otherwise the two texts are concatenated."
     )
 
 
 class QaSource(SourceSection):
-    """Rows with a question, an optional context, and answers: the first is trained, all of them count as right."""
+    """Rows with a question, an optional context, and answers: the first is the target, all count as correct."""
 
     implementation: ClassVar[str] = "finetune.data.formats.qa:QaFormat"
     format: Literal["qa"]
     context: ColumnName = Field(
-        "context", description="Column with the text that holds the answer; may be absent or empty."
+        "context", description="Column with the passage that holds the answer; may be absent or empty."
     )
     question: ColumnName = Field("question", description="Column with the question.")
     answers: ColumnName = Field(
         "answers", description='Column with the answers: a text, a list of texts, or `{"text": [...]}` as in SQuAD.'
     )
-    system: str | None = Field(None, description="A system message to put before every row.")
+    system: str | None = Field(None, description="System message of every row.")
 
 
 class MultipleChoiceSource(SourceSection):
-    """Rows with a question, several choices, and which of them is right, as in MMLU and ARC."""
+    """Rows with a question, several choices and the correct one, as in MMLU and ARC."""
 
     implementation: ClassVar[str] = "finetune.data.formats.multiple_choice:MultipleChoiceFormat"
     format: Literal["multiple_choice"]
     context: ColumnName = Field(
-        "context", description="Column with a text to put before the question; may be absent or empty."
+        "context", description="Column with a text before the question; may be absent or empty."
     )
     question: ColumnName = Field("question", description="Column with the question.")
     choices: ColumnName = Field(
@@ -186,12 +185,12 @@ class MultipleChoiceSource(SourceSection):
         description='Column with the choices: a list of texts, or `{"text": [...], "label": [...]}` as in ARC.',
     )
     answer: ColumnName = Field(
-        "answer", description="Column with the right choice: its number from 0, its letter or label, or its text."
+        "answer", description="Column with the correct choice: its index from 0, its letter or label, or its text."
     )
     answer_with: Literal["letter", "text"] = Field(
-        "letter", description="What the model learns to answer with: the letter of the choice, or its text."
+        "letter", description="Target answer: the letter of the choice, or its text."
     )
-    system: str | None = Field(None, description="A system message to put before every row.")
+    system: str | None = Field(None, description="System message of every row.")
 
 
 class ClassificationSource(SourceSection):
@@ -200,37 +199,35 @@ class ClassificationSource(SourceSection):
     implementation: ClassVar[str] = "finetune.data.formats.classification:ClassificationFormat"
     format: Literal["classification"]
     text: ColumnName = Field("text", description="Column with the text.")
-    label: ColumnName = Field("label", description="Column with the label: its name, or its number in `labels`.")
-    labels: list[str] = Field([], description="Names of the labels, in the order of their numbers.")
+    label: ColumnName = Field("label", description="Column with the label: its name, or its index in `labels`.")
+    labels: list[str] = Field([], description="Names of the labels, in the order of their indices.")
     system: str | None = Field(
-        None, description="A system message to put before every row; `{labels}` in it stands for their names."
+        None, description="System message of every row; `{labels}` is replaced by the label names."
     )
 
 
 class TextSource(SourceSection):
-    """Rows of plain text, every token of which is trained."""
+    """Rows of plain text; every token is a target."""
 
     implementation: ClassVar[str] = "finetune.data.formats.text:TextFormat"
     format: Literal["text"]
     text: ColumnName = Field("text", description="Column with the text.")
     split: TextSplit | None = Field(
         None,
-        description=(
-            "What of a .txt or .md file is a row: the file (default), a line, or a paragraph up to a blank line."
-        ),
+        description=("Row of a .txt or .md file: the file (default), a line, or a paragraph up to a blank line."),
     )
 
 
 class TokenizedSource(SourceSection):
-    """Rows of token ids, all of which are trained unless labels or a mask say otherwise."""
+    """Rows of token ids; every token is a target unless labels or a mask exclude it."""
 
     implementation: ClassVar[str] = "finetune.data.formats.tokenized:TokenizedFormat"
     format: Literal["tokenized"]
     input_ids: ColumnName = Field("input_ids", description="Column with the token ids.")
     labels: ColumnName = Field(
-        "labels", description="Column with the ids again, and -100 where not trained; may be absent."
+        "labels", description="Column with the ids of target tokens, and -100 elsewhere; may be absent."
     )
-    mask: ColumnName = Field("loss_mask", description="Column with 1 where trained and 0 elsewhere; may be absent.")
+    mask: ColumnName = Field("loss_mask", description="Column with 1 for target tokens and 0 elsewhere; may be absent.")
 
 
 Source = Annotated[
@@ -249,51 +246,56 @@ Source = Annotated[
 
 
 class Data(Section):
-    """Training and held-out rows."""
+    """Training and validation rows."""
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
-    train: list[Source] = Field(min_length=1, description="Sources of training rows, joined or mixed by weight.")
-    validation: list[Source] = Field([], description="Sources of held-out rows.")
+    train: list[Source] = Field(min_length=1, description="Sources of training rows, concatenated or mixed by weight.")
+    validation: list[Source] = Field([], description="Sources of validation rows.")
     validation_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the training rows to hold out instead, drawn by the seed."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the training rows to split off for validation instead, sampled with the seed.",
     )
-    max_length: int = Field(2048, ge=8, description="Longest row in tokens.")
+    max_length: int = Field(2048, ge=8, description="Maximum row length in tokens.")
     overlength: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = Field(
         "error",
         description=(
-            "What to do with a longer row: stop; leave it out; cut the beginning of its prompt, but not the system "
-            "message and the tools before the first user's message; cut its end; "
-            "or make several rows of it, which only text without a prompt allows. What is cut is counted."
+            "What to do with a longer row. error: stop. drop: drop the row. truncate_prompt: cut the start of its "
+            "prompt, but not the system message and the tools. truncate: cut its end. split: make several rows of it, "
+            "for text without a prompt only. Cut tokens and dropped rows are counted."
         ),
     )
     train_on: Literal["assistant", "last_turn", "completion", "all"] = Field(
         "assistant",
         description=(
-            "Tokens that are trained: every answer of the assistant, the last answer only, every answer after the "
-            "last user's message, or all tokens. The end of a trained turn is always trained with it."
+            "Target tokens. assistant: every assistant turn. last_turn: the last assistant turn. completion: all "
+            "assistant turns after the last user turn. all: all tokens. The end-of-turn token of a target turn is a "
+            "target too."
         ),
     )
     split_turns: bool = Field(
         False,
         description=(
-            "Make a row of its own of every answer, with the turns before it as its prompt: "
-            "for chat templates that render the last turn in another way than earlier ones."
+            "Make one row per assistant turn, with the turns before it as its prompt: "
+            "for chat templates that render the last turn differently from earlier ones."
         ),
     )
-    on_untrainable: Literal["stop", "skip"] = Field(
-        "stop", description="What to do with a row that has no token to train on: stop, or leave it out and count it."
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with a row without target tokens. error: stop. drop: drop the row and count it.",
     )
     max_dropped: float = Field(
-        0.01, ge=0, le=1, description="Stop if a larger share of the rows would be left out, for whatever cause."
+        0.01, ge=0, le=1, description="Maximum fraction of dropped rows, whatever the reason; beyond it, stop."
     )
     workers: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
-        None, ge=1, description="Processes that tokenize many rows; by default one for each core."
+        None, ge=1, description="Processes that tokenize rows; by default one per core."
     )
 
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _format_is_auto_by_default(cls, sources: Any) -> Any:
-        """A tagged union has no default tag of its own."""
+        """Fill in `format: auto`: a tagged union has no default tag."""
         if not isinstance(sources, list):
             return sources
         return [{"format": "auto", **source} if isinstance(source, dict) else source for source in sources]

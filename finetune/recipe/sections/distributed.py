@@ -1,4 +1,4 @@
-"""Section `distributed`: the processes that share a run."""
+"""Section `distributed`: the processes of a run and the sharding of the base."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from finetune.recipe.sections.section import OnResume, Section
 
 
 class Distributed(Section):
-    """How many processes compute a step together. They make it faster, or possible at all, and no other."""
+    """Data-parallel processes. They change speed and memory, not the result."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     processes: int = Field(
         1,
         ge=1,
-        description="Processes on this machine, one for each GPU; a step's micro-batches are shared out to them.",
+        description="Processes on this machine, one per GPU; they split the micro-batches of each step.",
     )
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description=(
-            "What each process holds of the base. ddp: all of it. fsdp: a share of each weight, with its gradient and "
-            "its moments; decoder blocks are put together one after the other as they compute. The losses are the same."
+            "ddp: each process holds a full copy of the base. fsdp: shards every weight of the base (and, for full "
+            "fine-tuning, its gradient and optimizer state) across processes; each decoder block is all-gathered for "
+            "its computation and resharded afterwards. The losses are the same."
         ),
     )
     restarts: int = Field(
-        0, ge=0, description="How many times all processes start again from the last checkpoint after one has died."
+        0, ge=0, description="Number of times to restart all processes from the last checkpoint after one has failed."
     )

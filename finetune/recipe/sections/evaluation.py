@@ -1,4 +1,4 @@
-"""Section `evaluation`: what is measured on the held-out rows and in tasks, and when."""
+"""Section `evaluation`: validation during training, and the tasks of `ft eval`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from finetune.recipe.sections.section import OnResume, Section
 
 MetricName = Literal["exact_match", "f1", "accuracy", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid"]
 
-HELD_OUT = "held_out"
-"""Name of the task that the held-out rows of a recipe are."""
+VALIDATION = "validation"
+"""Name of the task that measures the validation rows of a recipe."""
+
+EARLIER_TASK_NAMES = {"held_out": VALIDATION}
+"""Names of earlier versions and their current names. They are read in `--tasks`, in `--gate` and in `results.json`."""
+
+
+def current_task_name(name: str) -> str:
+    """The name of a task in this version; other names are returned unchanged."""
+    return EARLIER_TASK_NAMES.get(name, name)
 
 
 class Answers(Section):
@@ -23,15 +31,15 @@ class Answers(Section):
     metrics: list[MetricName] = Field(
         ["exact_match", "f1"],
         description=(
-            "What answers are scored by, what a model thinks first left out, up to `</think>`. Of several references "
-            "the best counts. `accuracy` is an exact match but for case, punctuation and articles; `bleu` and `chrf` "
-            "are in [0, 100] and over all answers together."
+            "Metrics of generated answers; text up to `</think>` is ignored. With several references the best score "
+            "counts. `accuracy` is an exact match that ignores case, punctuation and articles; `bleu` and `chrf` "
+            "are corpus scores in [0, 100]."
         ),
     )
     pattern: str | None = Field(
-        None, description="A regular expression that passes an answer in which it is found, as the metric `pattern`."
+        None, description="Regular expression; the metric `pattern` is the fraction of answers in which it is found."
     )
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    max_new_tokens: int = Field(128, ge=1, description="Maximum length of a generated answer in tokens.")
 
     @field_validator("pattern")
     @classmethod
@@ -40,62 +48,60 @@ class Answers(Section):
             try:
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"this is no regular expression: {error}") from None
+                raise ValueError(f"this is not a regular expression: {error}") from None
         return pattern
 
 
 class TaskSection(Section):
-    """Something to measure in `ft eval`."""
+    """A task of `ft eval`."""
 
     implementation: ClassVar[str]
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="What it is called in results and gates.")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="Name of the task in results and gates.")
 
 
 class RowsTask(TaskSection):
-    """A task on rows of one's own."""
+    """A task on rows of a source."""
 
     data: Source = Field(description="The rows: a source as in `data.train`.")
 
     @field_validator("data", mode="before")
     @classmethod
     def _format_is_auto_by_default(cls, source: Any) -> Any:
-        """A tagged union has no default tag of its own."""
+        """Fill in `format: auto`: a tagged union has no default tag."""
         return {"format": "auto", **source} if isinstance(source, dict) else source
 
 
 class GenerateTask(RowsTask, Answers):
-    """Answers written by the model and compared with the rows' own."""
+    """Generated answers, compared with those of the rows."""
 
     implementation: ClassVar[str] = "finetune.evaluation.tasks:Generate"
     kind: Literal["generate"]
 
 
 class ChooseTask(RowsTask):
-    """Choices, of which the model finds one likeliest, and whether it is the right one."""
+    """Multiple choice: the choice with the highest log-probability, compared with the correct one."""
 
     implementation: ClassVar[str] = "finetune.evaluation.tasks:Choose"
     kind: Literal["choose"]
-    choices: list[str] = Field(
-        [], description="The answers to choose from; by default those that a row of `multiple_choice` offers."
-    )
+    choices: list[str] = Field([], description="The choices; by default those of each row of format `multiple_choice`.")
 
 
 class LossTask(RowsTask):
-    """Loss and perplexity per trained token."""
+    """Loss and perplexity per target token."""
 
     implementation: ClassVar[str] = "finetune.evaluation.tasks:Loss"
     kind: Literal["loss"]
 
 
 class HarnessTask(TaskSection):
-    """A task of lm-evaluation-harness, by its name there."""
+    """A task of lm-evaluation-harness, named as there."""
 
     implementation: ClassVar[str] = "finetune.evaluation.harness:Harness"
     kind: Literal["lm_eval"]
-    shots: int | None = Field(None, ge=0, description="Examples before the question; by default as the task has it.")
+    shots: int | None = Field(None, ge=0, description="Few-shot examples; by default the task's number.")
     chat_template: bool | None = Field(
-        None, description="Whether prompts go through the chat template; by default as the rows of the training did."
+        None, description="Render prompts with the chat template; by default as in training."
     )
 
 
@@ -110,36 +116,36 @@ class TaskList(Section):
 
 
 class TaskFile(Section):
-    """A file of tasks: a recipe with nothing but those."""
+    """A file of tasks: a recipe with nothing but `evaluation.tasks`."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     evaluation: TaskList
 
 
 class Evaluation(Answers):
-    """Held-out loss during training; loss, answers and further tasks in `ft eval`."""
+    """Validation loss during training; loss, generated answers and further tasks in `ft eval`."""
 
     every_steps: int | None = Field(
-        None, ge=1, description="Measure the held-out loss every so many steps; null for the end only."
+        None, ge=1, description="Compute the validation loss every N steps; null for the end only."
     )
-    max_rows: int | None = Field(None, ge=1, description="Held-out rows to measure the loss on; null for all.")
+    max_rows: int | None = Field(None, ge=1, description="Number of validation rows for the loss; null for all.")
     batch_size: int = Field(
         16,
         ge=1,
-        description="Rows in one pass, or the tokens of so many where rows begin alike; fewer where memory is short.",
+        description="Rows per forward pass, or as many tokens if rows have a shared prefix; fewer if memory is short.",
     )
     generation_rows: int = Field(
-        64, ge=0, description="Held-out rows to answer by generation in `ft eval`; 0 for none."
+        64, ge=0, description="Number of validation rows to generate answers for in `ft eval`; 0 for none."
     )
     sample_rows: int = Field(
-        0, ge=0, description="Held-out rows to answer whenever the held-out loss is measured in training; 0 for none."
+        0, ge=0, description="Number of validation rows to generate answers for at each validation; 0 for none."
     )
     patience: Annotated[int | None, OnResume.FROZEN] = Field(
         None,
         ge=1,
         description=(
-            "Stop when so many measurements in a row have not lowered the held-out loss, and keep the weights of the "
-            "lowest; null to train to the end and keep the last."
+            "Early stopping: stop after N consecutive validations without a lower loss, and keep the weights of the "
+            "lowest loss; null to train to the end and keep the last weights."
         ),
     )
     tasks: list[Task] = Field([], description="Further tasks of `ft eval`.")

@@ -1,4 +1,4 @@
-"""Section `model`: which base, which revision, which dtype."""
+"""Section `model`: the base, its revision, its dtype and its kernels."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from finetune.recipe.sections.section import OnResume, Section, anchored
+from finetune.recipe.sections.section import OnResume, Section, absolute_to
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Model(Section):
-    """The base model; that its weights are the same is checked by their fingerprint."""
+    """The base model; a fingerprint detects changed weights."""
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     name: Annotated[str, OnResume.MAY_CHANGE] = Field(
         min_length=1,
         description=(
             "Hub id (`org/name`), a folder, a .gguf file, or `package://<package>/<file>.gguf` "
-            "for a file that an installed Python package carries."
+            "for a file of an installed Python package."
         ),
     )
     revision: Annotated[str | None, OnResume.MAY_CHANGE] = Field(
@@ -30,29 +30,29 @@ class Model(Section):
     dtype: Dtype = Field(
         "auto",
         description=(
-            "Storage type of the weights that are not quantized. `auto`: the compute type of "
-            "`training.precision` for a frozen base, float32 where every weight trains."
+            "Storage type of unquantized weights. `auto`: the compute type of "
+            "`training.precision` for a frozen base, float32 for full fine-tuning."
         ),
     )
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], OnResume.MAY_CHANGE] = Field(
-        "auto", description="Attention kernel; `auto` is the best one that the model and device support."
+        "auto", description="Attention kernel. `auto`: the fastest one that the model and the device support."
     )
     kernels: Annotated[Literal["auto", "plain", "compiled"], OnResume.MAY_CHANGE] = Field(
         "auto",
         description=(
-            "Blocks in training. `auto`: norms and gated units that keep less for backward, ft's own on CPU and "
-            "Liger's on CUDA where liger-kernel is installed. `plain`: the model's own. `compiled`: the model's own, "
-            "compiled by PyTorch in the first steps, which takes a minute and a C++ compiler (for a GPU, triton)."
+            "Kernels of the decoder blocks in training. `auto`: fused norms and gated MLPs that save fewer "
+            "activations: ft's on CPU, Liger's on CUDA if liger-kernel is installed. `plain`: the model's. `compiled`: "
+            "the model's under torch.compile, which takes about a minute and needs a C++ compiler (on a GPU, triton)."
         ),
     )
 
     @field_validator("name")
     @classmethod
-    def _anchor_local(cls, name: str, info: ValidationInfo) -> str:
-        """Make local names absolute; `org/name` stays a hub id unless such a folder is there."""
+    def _make_local_absolute(cls, name: str, info: ValidationInfo) -> str:
+        """Make local names absolute; `org/name` is a hub id unless such a folder exists."""
         if not info.context or name.startswith("package://"):
             return name
-        path = anchored(name, info.context["folder"])
+        path = absolute_to(name, info.context["folder"])
         is_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or os.path.isdir(path)
         return path if is_local else name
 

@@ -1,4 +1,4 @@
-"""Section `modules`: what holds for single layers of the model."""
+"""Section `modules`: settings of single layers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from finetune.recipe.sections.section import OnResume, Section
 
 
 class ModuleAdapter(Section):
-    """The update of the layers that match."""
+    """The update of the matching layers."""
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
-    r: int | None = Field(None, ge=1, description="Rank, in the place of adapter.r.")
-    alpha: float | None = Field(None, gt=0, description="Scale, in the place of adapter.alpha.")
-    skip: bool = Field(False, description="Leave these layers without an update.")
+    r: int | None = Field(None, ge=1, description="Rank, instead of adapter.r.")
+    alpha: float | None = Field(None, gt=0, description="Scale, instead of adapter.alpha.")
+    skip: bool = Field(False, description="Do not adapt these layers.")
 
 
 class ModuleRule(Section):
-    """One entry: which layers, and what holds for them."""
+    """One entry: a name pattern, and the settings of the layers that match it."""
 
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     match: str = Field(
@@ -30,9 +30,9 @@ class ModuleRule(Section):
         description="Pattern of layer names with * and ?, such as `*.down_proj` or `*.layers.0.*`.",
     )
     quantization: Quantization | None = Field(
-        None, description="How these layers' weights are stored, in the place of the section `quantization`."
+        None, description="Quantization of these layers, instead of the section `quantization`."
     )
-    adapter: ModuleAdapter | None = Field(None, description="What is trained on these layers.")
+    adapter: ModuleAdapter | None = Field(None, description="Adapter of these layers.")
 
     def matches(self, layer: str) -> bool:
         """Whether the pattern matches a layer's full name."""

@@ -12,26 +12,28 @@ Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """What every optimizer has: a learning rate that follows a schedule, and weight decay."""
+    """Base class of all optimizers: a scheduled learning rate and weight decay."""
 
     implementation: ClassVar[str]
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay on matrices; vectors have none.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices; vectors are not decayed.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="Course of the learning rate after warm-up; linear and cosine end at 0."
+        "cosine", description="Learning-rate schedule after warm-up; linear and cosine end at 0."
     )
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps over which the rate rises from 0.")
+    warmup_ratio: float = Field(
+        0.03, ge=0, lt=1, description="Fraction of all steps in which the learning rate rises from 0."
+    )
     warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; replaces warmup_ratio.")
 
 
 class AdamW(OptimizerSection):
-    """AdamW (Loshchilov and Hutter 2019), its moments in 32 or 8 bits, optionally in paged memory."""
+    """AdamW (Loshchilov and Hutter 2019) with moments in 32 or 8 bits, optionally in paged memory."""
 
     implementation: ClassVar[str] = "finetune.train.optimizers:adamw"
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Decay of the two moments.")
-    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Decay rates of the two moments.")
+    epsilon: float = Field(1e-8, gt=0, description="Term added to the denominator.")
 
 
 class Lion(OptimizerSection):
@@ -39,7 +41,9 @@ class Lion(OptimizerSection):
 
     implementation: ClassVar[str] = "finetune.train.optimizers:lion"
     name: Literal["lion_8bit"]
-    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="Interpolation of the update, and decay of the moment.")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.99), description="Interpolation of the update, and decay rate of the moment."
+    )
 
 
 class Sgd(OptimizerSection):
@@ -55,7 +59,7 @@ class Adafactor(OptimizerSection):
 
     implementation: ClassVar[str] = "finetune.train.optimizers:adafactor"
     name: Literal["adafactor"]
-    beta2_decay: float = Field(-0.8, lt=0, description="Exponent c of the second moment's decay, 1 - step^c.")
+    beta2_decay: float = Field(-0.8, lt=0, description="Exponent c of the second moment's decay rate, 1 - step^c.")
 
 
 Optimizer = Annotated[AdamW | Lion | Sgd | Adafactor, Field(discriminator="name")]

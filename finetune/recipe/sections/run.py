@@ -1,4 +1,4 @@
-"""Section `run`: the name of the run and where it goes."""
+"""Section `run`: name and directory of the run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ class Run(Section):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="Name of the run; by default that of the recipe file.",
+        description="Name of the run; by default the name of the recipe file.",
     )
-    directory: str = Field(
-        "runs", min_length=1, description="Folder of all runs; a relative one starts at the working directory."
-    )
+    directory: str = Field("runs", min_length=1, description="Folder of all runs; relative to the working directory.")

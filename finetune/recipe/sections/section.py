@@ -1,4 +1,4 @@
-"""What all sections of a recipe have in common."""
+"""The base class of all sections, and paths in a recipe."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, mode
 
 
 class OnResume(Enum):
-    """What may become of a key when a run is resumed."""
+    """Whether the value of a key may change when a run is resumed."""
 
-    FROZEN = "it stays as it was: another value would be another run"
-    MAY_CHANGE = "it changes neither what is computed nor on what, or that is checked by itself"
-    EXTENDS = "it makes the run longer"
+    FROZEN = "must stay the same: another value is another run"
+    MAY_CHANGE = "may change: the results stay the same, or a separate check covers the key"
+    EXTENDS = "may change: it makes the run longer"
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe that refuses unknown keys, infinities and booleans in the place of numbers.
+    """An immutable part of a recipe; it refuses unknown keys, infinities, and booleans for numbers.
 
-    Every section says in `on_resume` what may become of its keys when a run is resumed; a key of which something else
-    is true is `Annotated` with that.
+    `on_resume` of a section applies to all its keys. A key with another rule is `Annotated` with it.
     """
 
     on_resume: ClassVar[OnResume]
@@ -31,7 +30,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_boolean_as_number(cls, values: Any) -> Any:
-        """Where a number is wanted, pydantic takes `true` for 1; such a field sees the word that was written."""
+        """Pass a boolean for a number on as text, so that it is refused: pydantic would convert `true` to 1."""
         if not isinstance(values, dict):
             return values
         return {key: cls._as_written(key, value) for key, value in values.items()}
@@ -48,14 +47,14 @@ def _is_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_is_number(arm) for arm in get_args(annotation))
 
 
-def anchored(path: str, folder: Path) -> str:
-    """`path` made absolute: `~` is the home folder, a relative path starts at `folder`."""
+def absolute_to(path: str, folder: Path) -> str:
+    """The absolute form of `path`: `~` is the home folder, a relative path starts at `folder`."""
     return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
 
 
-def _anchor(path: str, info: ValidationInfo) -> str:
-    return anchored(path, info.context["folder"]) if info.context else path
+def _absolute(path: str, info: ValidationInfo) -> str:
+    return absolute_to(path, info.context["folder"]) if info.context else path
 
 
-FilePath = Annotated[str, AfterValidator(_anchor)]
-"""A path of a recipe: relative ones start at the recipe's own folder."""
+FilePath = Annotated[str, AfterValidator(_absolute)]
+"""A path in a recipe: relative paths start at the recipe's folder."""

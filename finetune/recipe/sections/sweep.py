@@ -1,4 +1,4 @@
-"""Section `sweep`: keys of the recipe that `ft sweep` tries other values of. Training itself does not read it."""
+"""Section `sweep`: keys and value ranges that `ft sweep` searches. Training does not read it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from finetune.recipe.sections.section import OnResume, Section
 
 
 class SweptKey(Section):
-    """What every swept key has: the key, by which one draw is told from another."""
+    """Base class of the distributions of a swept key."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     key: str = Field(min_length=1, description="Dotted path of a key of the recipe, such as optimizer.learning_rate.")
     draw: str
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one that could be drawn."""
+        """Whether a value can be sampled."""
         raise NotImplementedError
 
 
 class Numbers(SweptKey):
-    """A range of numbers, both ends included."""
+    """A range of numbers, inclusive."""
 
     low: float = Field(description="Smallest value.")
     high: float = Field(description="Largest value.")
@@ -33,28 +33,28 @@ class Numbers(SweptKey):
 
 
 class Uniform(Numbers):
-    """A number between two others."""
+    """A number, sampled uniformly."""
 
     draw: Literal["uniform"]
 
 
 class LogUniform(Numbers):
-    """A number whose logarithm is drawn evenly, as is usual for learning rates."""
+    """A number whose logarithm is sampled uniformly, as is usual for learning rates."""
 
     draw: Literal["log_uniform"]
     low: float = Field(gt=0, description="Smallest value.")
 
 
 class Integer(Numbers):
-    """A whole number."""
+    """An integer, sampled uniformly."""
 
     draw: Literal["integer"]
     low: int = Field(description="Smallest value.")
     high: int = Field(description="Largest value.")
-    step: int = Field(1, ge=1, description="Distance of the values that can be drawn, from low on.")
+    step: int = Field(1, ge=1, description="Distance between values, starting at low.")
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is one of the steps."""
+        """Whether a number lies in the range, a multiple of `step` above `low`."""
         return isinstance(value, int) and super().holds(value) and (value - self.low) % self.step == 0
 
 
@@ -65,7 +65,7 @@ class Choice(SweptKey):
     choices: list[bool | int | float | str] = Field(min_length=1, description="Values: numbers, words, true or false.")
 
     def holds(self, value: Any) -> bool:
-        """Whether it is among the choices."""
+        """Whether a value is among the choices."""
         return value in self.choices
 
 
@@ -73,12 +73,13 @@ Swept = Annotated[Uniform | LogUniform | Integer | Choice, Field(discriminator="
 
 
 class Sweep(Section):
-    """What `ft sweep` tries: trials are runs that differ in these keys; the one with the lowest held-out loss wins."""
+    """A sweep: trials are runs that differ in these keys, compared by validation loss."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
-    trials: int = Field(16, ge=1, description="Runs, that with the recipe's own values included.")
+    trials: int = Field(16, ge=1, description="Number of runs, including one with the recipe's values.")
     sampler: Literal["tpe", "random"] = Field(
-        "tpe", description="tpe: where good trials were, after some that are drawn at random (arXiv 2304.11127)."
+        "tpe",
+        description="tpe: tree-structured Parzen estimator, after some random trials (arXiv 2304.11127).",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
-    keys: list[Swept] = Field(min_length=1, description="Keys, and what is tried for each.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the sampler.")
+    keys: list[Swept] = Field(min_length=1, description="Keys, each with its distribution.")

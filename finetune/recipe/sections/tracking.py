@@ -1,4 +1,4 @@
-"""Section `trackers`: programs that follow a run beside its own `metrics.jsonl`."""
+"""Section `trackers`: experiment trackers, in addition to the run's `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from finetune.recipe.sections.section import OnResume, Section
 
 
 class TrackerSection(Section):
-    """What every tracker has: an implementation, and a package of the same name that it needs.
+    """Base class of all trackers; each needs the Python package of its name.
 
-    Access tokens have no key: each package reads its own environment variable or login.
+    There is no key for access tokens: each package reads its own environment variable or login.
     """
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
@@ -28,30 +28,32 @@ class TensorBoard(TrackerSection):
 
 
 class Wandb(TrackerSection):
-    """Weights & Biases. Neither code, arguments, environment nor console are sent."""
+    """Weights & Biases. Code, arguments, environment and console output are not sent."""
 
     implementation: ClassVar[str] = "finetune.run.trackers.clients:WandbTracker"
     name: Literal["wandb"]
-    project: str | None = Field(None, min_length=1, description="Project; null for WANDB_PROJECT or the account's.")
-    offline: bool = Field(False, description="Write to the run directory only; `wandb sync` sends it later.")
+    project: str | None = Field(
+        None, min_length=1, description="Project; null for WANDB_PROJECT or the account's default."
+    )
+    offline: bool = Field(False, description="Write to the run directory only; `wandb sync` uploads it later.")
 
 
 class Mlflow(TrackerSection):
-    """MLflow, on the server that MLFLOW_TRACKING_URI names or else in a database in the run directory."""
+    """MLflow: the server in MLFLOW_TRACKING_URI, or else a database in the run directory."""
 
     implementation: ClassVar[str] = "finetune.run.trackers.clients:MlflowTracker"
     name: Literal["mlflow"]
-    experiment: str = Field("ft", min_length=1, description="Experiment.")
-    offline: bool = Field(False, description="Write to the run directory whatever the environment says.")
+    experiment: str = Field("ft", min_length=1, description="Name of the experiment.")
+    offline: bool = Field(False, description="Write to the run directory and ignore MLFLOW_TRACKING_URI.")
 
 
 class Trackio(TrackerSection):
-    """Trackio, on this machine and, where a Space is named, there."""
+    """Trackio, on this machine and in a Space if one is given."""
 
     implementation: ClassVar[str] = "finetune.run.trackers.clients:TrackioTracker"
     name: Literal["trackio"]
     project: str = Field("ft", min_length=1, description="Project.")
-    space: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Space of the hub: owner/name.")
+    space: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Space on the hub: owner/name.")
 
 
 Tracker = Annotated[TensorBoard | Wandb | Mlflow | Trackio, Field(discriminator="name")]

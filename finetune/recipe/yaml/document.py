@@ -1,8 +1,7 @@
-"""A strict YAML reader: plain data and the place of every part of it, or everything that is wrong.
+"""A strict YAML reader: plain data and the position of every part of it, or all its problems.
 
-It reads PyYAML's events, which carry positions and construct nothing. What YAML 1.1 would make of `1e-5`,
-`no` or `010` never comes up: plain scalars follow the core schema of YAML 1.2, and what is left of
-surprises is refused.
+It reads PyYAML's events, which have positions and construct no objects. Plain scalars follow the core schema of
+YAML 1.2, so that YAML 1.1's readings of `1e-5`, `no` or `010` do not apply; ambiguous scalars are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Position(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a part of the data stands: its key (or list item), and its value."""
+    """Positions of a part of the data: of its key (or list item), and of its value."""
 
     key: Position
     value: Position
@@ -60,11 +59,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML text says.
+    """The content of a YAML text.
 
     Attributes:
         data: Mappings, lists and scalars; None for an empty text.
-        places: The place of every part of `data`, the whole included under `()`.
+        places: Positions of every part of `data`; those of the document are under `()`.
     """
 
     data: Any
@@ -72,7 +71,7 @@ class Document:
 
 
 class UnclearScalarError(ValueError):
-    """A plain scalar that YAML reads one way and its writer may have meant another."""
+    """A plain scalar whose YAML value may differ from the intended one."""
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
@@ -85,10 +84,10 @@ def read_yaml(source: str | bytes, origin: str) -> Document:
 
     Args:
         source: The text, or the bytes of a file.
-        origin: Name of the source, with which every problem's `where` begins.
+        origin: Name of the source, the start of every problem's `where`.
 
     Raises:
-        RecipeError: With every problem up to the point where reading could not go on.
+        RecipeError: All problems up to the first that prevents further reading.
     """
     text = source if isinstance(source, str) else decode(source, origin)
     _check_text(text, origin)
@@ -136,7 +135,7 @@ def read_scalar(text: str) -> Scalar:
 
 
 def is_plain_text(text: str) -> bool:
-    """Whether an unquoted scalar of these characters is read as the very same text."""
+    """Whether an unquoted scalar of these characters is read as the same text."""
     try:
         return read_scalar(text) == text
     except UnclearScalarError:
@@ -168,7 +167,7 @@ def _check_text(text: str, origin: str) -> None:
         _refuse(origin, Position(1, 1), "the text is larger than 1 MiB")
     if found := _UNPRINTABLE.search(text):
         at = position_at(text, found.start())
-        what = f"the character U+{ord(found.group()):04X} cannot stand in YAML"
+        what = f"the character U+{ord(found.group()):04X} is not allowed in YAML"
         _refuse(origin, at, what, "delete it; some editors do not show it")
 
 
@@ -177,7 +176,7 @@ def _position(mark: Any) -> Position:
 
 
 class _Reader:
-    """Builds the data of one text from its events, and collects what is wrong on the way."""
+    """Builds the data of one text from its events, and collects problems."""
 
     def __init__(self, text: str, origin: str) -> None:
         self.places: dict[KeyPath, Place] = {}
@@ -235,7 +234,7 @@ class _Reader:
             self._stop(at, (), f"nested more than {MAX_DEPTH} levels deep", "check the brackets and the indentation")
 
     def _check_decoration(self, event: Any, at: Position, path: KeyPath) -> None:
-        """Refuse what would copy data (anchors, aliases) or construct objects (tags)."""
+        """Refuse anchors and aliases, which copy data, and tags, which construct objects."""
         if isinstance(event, yaml.AliasEvent):
             self._report(at, path, f"an alias: `*{event.anchor}`", "write the value out; text with a `*` needs quotes")
         elif event.anchor is not None:
@@ -275,7 +274,7 @@ class _Reader:
         return entries
 
     def _key(self, event: Any, at: Position, path: KeyPath) -> str:
-        """The text of a key; a stand-in for one that cannot be a key, so that reading can go on."""
+        """The text of a key; a placeholder for an invalid key, so that reading continues."""
         if isinstance(event, yaml.ScalarEvent):
             self._check_size(at, path)
             self._check_decoration(event, at, path)
@@ -293,7 +292,7 @@ class _Reader:
         return f"?{len(self._problems)}"
 
     def _report(self, at: Position, path: KeyPath, what: str, hint: str | None) -> None:
-        """Note a problem; after too many of them, give up."""
+        """Record a problem; raise after `MAX_PROBLEMS` of them."""
         where = f"{self._origin}:{at.line}:{at.column}"
         self._problems.append(Problem(where, dotted(path), what, hint))
         if len(self._problems) >= MAX_PROBLEMS:
@@ -305,7 +304,7 @@ class _Reader:
 
 
 def _is_merge(event: Any) -> bool:
-    """Whether a mapping's key asks for another mapping's entries."""
+    """Whether a key is the merge key `<<`."""
     return isinstance(event, yaml.ScalarEvent) and event.implicit[0] and event.value == "<<"
 
 

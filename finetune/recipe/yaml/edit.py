@@ -1,4 +1,4 @@
-"""Changing single keys of a recipe's text, so that its comments and its order stay."""
+"""Changes single keys of a recipe's text; comments and order stay."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from finetune.recipe.yaml.document import Position, is_plain_text, read_yaml
 
 _VALUE = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'|[^\s,}\]]+')
-"""A scalar as it stands in a text: quoted, or plain and without blanks."""
+"""A scalar in a text: quoted, or plain and without blanks."""
 
 
 def edited(text: str, changes: Mapping[str, str]) -> str:
-    """A recipe's text with some keys set anew.
+    """A recipe's text with new values of some keys.
 
     Args:
-        text: Of a valid recipe.
-        changes: From `section.key` to a value as YAML writes it: a number, a truth value or a plain word.
+        text: Text of a valid recipe.
+        changes: From `section.key` to a value in YAML: a number, a truth value or a plain word.
 
     Raises:
         RecipeError: The text is not YAML.
@@ -50,7 +50,7 @@ def _with_key(text: str, section: str, name: str, value: str) -> str:
 
 
 def _offset(text: str, position: Position) -> int:
-    """Where in a text a line and column are."""
+    """The offset of a line and column in a text."""
     start = 0
     for _ in range(position.line - 1):
         start = text.index("\n", start) + 1

@@ -1,4 +1,4 @@
-"""A recipe as written: its data, and for every part the place that it came from."""
+"""The data of a recipe as written, and the source of every part: the file or a `--set` argument."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.recipe.yaml.document import Document, KeyPath, Position
 
 @dataclass(frozen=True, order=True)
 class Origin:
-    """Where a part of a recipe was written; origins sort as a user reads them, the file first.
+    """The place at which a part of a recipe is written. Origins sort in reading order, the file first.
 
     Attributes:
         override: 0 for the file, otherwise the number of the `--set` argument.
@@ -35,11 +35,11 @@ class Origin:
 
 
 Placed = tuple[Origin, Problem]
-"""A problem and the place by which it is sorted among the others."""
+"""A problem and the place by which problems are sorted."""
 
 
 class SourceMap:
-    """The data of a recipe, its overrides included, with the origin of every part.
+    """The data of a recipe, including overrides, with the origin of every part.
 
     Args:
         document: The recipe file's content.
@@ -52,7 +52,7 @@ class SourceMap:
         self._values = {path: Origin.in_file(file, place.value) for path, place in document.places.items()}
 
     def value(self, path: KeyPath) -> Any:
-        """The data at `path`, or None where nothing is written."""
+        """The data at `path`, or None if nothing is written there."""
         found = self.data
         for segment in path:
             if isinstance(found, dict):
@@ -64,11 +64,11 @@ class SourceMap:
         return found
 
     def key_origin(self, path: KeyPath) -> Origin:
-        """Where the key of `path` is written, or else the nearest key around it."""
+        """The origin of the key of `path`, or else of the nearest key around it."""
         return self._keys[self._nearest(path)]
 
     def value_origin(self, path: KeyPath) -> Origin:
-        """Where the value of `path` is written, or else the key of the nearest mapping around it."""
+        """The origin of the value of `path`, or else of the key of the nearest mapping around it."""
         nearest = self._nearest(path)
         return self._values[path] if nearest == path else self._keys[nearest]
 
@@ -77,11 +77,33 @@ class SourceMap:
         return self.value_origin(path).override > 0
 
     def record(self, path: KeyPath, origin: Origin) -> None:
-        """Note that all of `path` was written anew at `origin`."""
+        """Set the origin of `path` and everything below it."""
         for origins in (self._keys, self._values):
             for old in [old for old in origins if old[: len(path)] == path]:
                 del origins[old]
             origins[path] = origin
+
+    def rename(self, path: KeyPath, name: str) -> None:
+        """Give the key at `path`, which is written, another name in its section; its origins stay those of the old."""
+        renamed = (*path[:-1], name)
+        value = self.value(path)
+        moved = {
+            (*renamed, *place[len(path) :]): (self._keys[place], self._values[place])
+            for place in self._keys
+            if place[: len(path)] == path
+        }
+        self.remove(path)
+        self.remove(renamed)
+        self.value(path[:-1])[name] = value
+        for place, (key_origin, value_origin) in moved.items():
+            self._keys[place], self._values[place] = key_origin, value_origin
+
+    def remove(self, path: KeyPath) -> None:
+        """Remove a key of a mapping, if it is written, and its origins."""
+        self.value(path[:-1]).pop(path[-1], None)
+        for origins in (self._keys, self._values):
+            for old in [old for old in origins if old[: len(path)] == path]:
+                del origins[old]
 
     def _nearest(self, path: KeyPath) -> KeyPath:
         while path not in self._keys:

@@ -1,4 +1,4 @@
-"""YAML's syntax errors in a user's terms: what is wrong, where its cause is, what to do."""
+"""Syntax errors of YAML in the user's terms: problem, position of the cause, fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class SyntaxFault(NamedTuple):
-    """A syntax error as a user should read it; `mark` is PyYAML's mark of the place."""
+    """A syntax error in the user's terms; `mark` is PyYAML's position of it."""
 
     what: str
     mark: Any
@@ -15,13 +15,13 @@ class SyntaxFault(NamedTuple):
 
 
 class _Rephrasing(NamedTuple):
-    """How a complaint of PyYAML reads in a user's terms.
+    """The translation of an error message of PyYAML.
 
     Attributes:
-        pattern: Found in PyYAML's "context; problem", in the words of either of its parsers.
-        what: What is wrong.
-        hint: What to do.
-        at_opening: Whether the fault is where the construct began, not where the parser noticed.
+        pattern: Pattern in PyYAML's "context; problem", of both its parsers.
+        what: The problem.
+        hint: The fix.
+        at_opening: Whether to report the start of the construct instead of the parser's position.
     """
 
     pattern: str
@@ -56,8 +56,8 @@ _REPHRASINGS = (
     ),
     _Rephrasing(
         r"mapping values are not allowed",
-        "a `: ` where no key can stand",
-        "here or in the line above: quote text that holds `: `, put a space after a key's colon, mend the indentation",
+        "a `: ` where no key is allowed",
+        "here or in the line above: quote text that holds `: `, put a space after a key's colon, fix the indentation",
     ),
     _Rephrasing(
         r"simple key",

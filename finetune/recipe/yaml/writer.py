@@ -1,4 +1,4 @@
-"""YAML that our reader, with its own rules for plain text, reads back the same; commented where people read it."""
+"""Writes YAML that `document.read_yaml` reads back as the same data, with comments in recipes for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, value: str) -> yaml.ScalarNode:
-        """Text, quoted where it would be read as something else or takes several lines."""
+        """Text, quoted if it would be read as another type or has several lines."""
         style = None if is_plain_text(value) and "\n" not in value else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
@@ -28,13 +28,13 @@ _Dumper.add_representer(str, _Dumper.text)
 
 
 def block(data: Any) -> str:
-    """Data as YAML, a key a line."""
+    """Data as YAML, one key per line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 def flow(value: Any) -> str:
     """A value as YAML on one line."""
-    # A scalar that stands alone is followed by a line that ends the document.
+    # As a list item: PyYAML ends a top-level scalar with the line `...`.
     text = yaml.dump(
         [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=1 << 30
     )
@@ -42,12 +42,12 @@ def flow(value: Any) -> str:
 
 
 def commented(head: Sequence[str], sections: Mapping[str, Any], comments: Mapping[str, str]) -> str:
-    """A recipe for people: sections apart from each other, and remarks where they belong.
+    """A recipe for people: blank lines between sections, and comments.
 
     Args:
-        head: Lines to begin with, each of them a comment.
-        sections: The recipe's data, a section by its name.
-        comments: Remarks on sections and keys, by dotted path.
+        head: Comment lines at the top.
+        sections: The recipe's data by section.
+        comments: Comments on sections and keys, by dotted path.
     """
     blocks = ["\n".join(f"# {line}".rstrip() for line in head)]
     for name, value in sections.items():
@@ -57,24 +57,24 @@ def commented(head: Sequence[str], sections: Mapping[str, Any], comments: Mappin
 
 
 def _entry(key: str, value: Any, path: str, indent: str, comments: Mapping[str, str]) -> Iterator[str]:
-    """The lines of a key; a section's keys and a list's sections have lines of their own."""
+    """The lines of a key: a section has one line per key, a long list of mappings one per item."""
     inner = f"{indent}  "
     if isinstance(value, Mapping) and path.count(".") == 0 and value:
         yield f"{indent}{key}:"
         for name, item in value.items():
             yield from _entry(name, item, f"{path}.{name}", inner, comments)
         return
-    remark = comments.get(path, "") if "." in path else ""
+    comment = comments.get(path, "") if "." in path else ""
     line = f"{indent}{key}: {flow(value)}"
     is_long = len(line) > WIDTH and isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
-    if remark and (is_long or len(f"{line}   # {remark}") > WIDTH):
-        yield from (f"{indent}# {part}" for part in textwrap.wrap(remark, WIDTH - len(indent) - 2))
-        remark = ""
+    if comment and (is_long or len(f"{line}   # {comment}") > WIDTH):
+        yield from (f"{indent}# {part}" for part in textwrap.wrap(comment, WIDTH - len(indent) - 2))
+        comment = ""
     if is_long:
         yield f"{indent}{key}:"
         yield from (f"{inner}- {flow(item)}" if len(flow(item)) < 100 else _spread(item, inner) for item in value)
     else:
-        yield f"{line}   # {remark}" if remark else line
+        yield f"{line}   # {comment}" if comment else line
 
 
 def _spread(item: Mapping[str, Any], indent: str) -> str:

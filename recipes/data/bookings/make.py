@@ -1,7 +1,7 @@
 """Write the bookings data set: short messages of restaurant guests, and each as one line of JSON.
 
-A seeded generator puts the messages together from parts, so the files can be made again bit for bit. Held-out
-messages use names and remarks that no training message has, and half of them a sentence that none has either.
+A seeded generator builds the messages from parts, so the files are reproducible bit for bit. Validation messages use
+names and remarks that no training message has, and half of them a sentence that none has either.
 
 The same messages, one question about each, are a question-answering data set.
 
@@ -26,7 +26,7 @@ Conversation = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Parts:
-    """What messages are made of; `{name}`, `{day}`, `{time}` and `{guests}` are filled in."""
+    """Parts of messages; `{name}`, `{day}`, `{time}` and `{guests}` are filled in."""
 
     first_names: list[str]
     last_names: list[str]
@@ -147,7 +147,7 @@ QUESTIONS = {
     "time": ["At what time will they arrive?", "When should the table be ready?", "What time is asked for?"],
     "guests": ["How many guests are there?", "For how many people is the table?", "How large is the party?"],
 }
-"""For each key of a booking, ways to ask for it; the last one is asked of held-out messages only."""
+"""For each key of a booking, ways to ask for it; the last one is asked of validation messages only."""
 
 REMARKED = 0.6  # of the messages end with a remark
 SHORT_DAYS = 0.15  # of the messages write the day with three letters

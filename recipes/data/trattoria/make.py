@@ -1,7 +1,7 @@
 """Write the trattoria data sets: small made-up rows for the guides, one kind for each task.
 
-A seeded generator puts them together from parts, so the files can be made again bit for bit. Held-out questions and
-messages are worded in ways that no training row is.
+A seeded generator builds them from parts, so the files are reproducible bit for bit. Validation questions and messages
+are worded differently from all training rows.
 
     python make.py        writes all files beside this one
 """
@@ -41,7 +41,7 @@ DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 TIMES = [f"{hour}:{minute:02}" for hour in (12, 13, 18, 19, 20, 21) for minute in (0, 15, 30, 45)]
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
-# Chat: what the house knows of itself. The last wording of each question is asked in held-out conversations only.
+# Chat: facts about the restaurant. The last wording of each question occurs in validation conversations only.
 HOUSE = "You answer guests of the Trattoria Luna in one or two short sentences."
 ANSWERS: Sequence[tuple[str, Sequence[str]]] = [
     (
@@ -169,7 +169,7 @@ KINDS: dict[str, Sequence[str]] = {
         "So kind of you to light a candle for us on {day}. {name}",
     ],
 }
-"""For each label five wordings; the last one occurs in held-out messages only."""
+"""For each label five wordings; the last one occurs in validation messages only."""
 
 # Tools: a table is looked for, and the answer says what was found.
 ASSISTANT = "You book tables for the Trattoria Luna."
@@ -196,7 +196,7 @@ WISHES = [
     "{day} at {time} for {guests}, please.",
     "Could you fit {guests} of us in at {time} on {day}?",
 ]
-"""The last wording occurs in held-out conversations only."""
+"""The last wording occurs in validation conversations only."""
 
 # Continued pre-training: a house's own words, which a base has never seen.
 DISHES = words(

@@ -28,7 +28,7 @@ from finetune.recipe.sections.modules import ModuleRule
 from finetune.train.optimizers import parameter_groups
 from finetune.train.state import TrainState
 from finetune.train.step import train_step
-from tests.fixtures.merging import merged
+from tests.fixtures.merge_helpers import merged
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.quantizers.loading import PACKED, load, logits, section
 

@@ -19,7 +19,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.adapter import Lora
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.quantization import EightBit, FourBit, NoQuantization
-from tests.fixtures.merging import merged
+from tests.fixtures.merge_helpers import merged
 
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])
 SECTIONS = [NoQuantization(), FourBit(kind="nf4"), FourBit(kind="fp4"), EightBit(kind="int8")]

@@ -16,7 +16,7 @@ from finetune.models.linear_layers import dequantize_model
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.adapter import Lora
 from finetune.recipe.sections.modules import ModuleRule
-from tests.fixtures.merging import merged
+from tests.fixtures.merge_helpers import merged
 from tests.fixtures.one_device import OneDevice
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.adapters.test_low_rank import is_close, trained

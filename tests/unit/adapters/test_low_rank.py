@@ -21,7 +21,7 @@ from finetune.models.loading.quantized_checkpoint import save_quantized
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.sections.adapter import Lora, QaLora
 from finetune.recipe.sections.modules import ModuleRule
-from tests.fixtures.merging import merged, merged_quantized
+from tests.fixtures.merge_helpers import merged, merged_quantized
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits, section
 
 GROUPED = ["affine-2", "affine-3", "affine-4", "hqq-2", "hqq-3", "hqq-4"]

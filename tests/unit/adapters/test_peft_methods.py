@@ -14,7 +14,7 @@ from finetune.errors import RefusedError, UnsupportedError
 from finetune.models.linear_layers import dequantize_model
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
-from tests.fixtures.merging import merged
+from tests.fixtures.merge_helpers import merged
 from tests.fixtures.tiny import write_tiny_model
 from tests.unit.adapters.test_low_rank import is_close
 from tests.unit.quantizers.loading import PACKED, gradients, load, logits

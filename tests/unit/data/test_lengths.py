@@ -70,7 +70,7 @@ def test_a_cut_end_is_counted_in_trained_tokens(caplog: pytest.LogCaptureFixture
 
 
 def test_a_row_that_loses_all_its_targets_is_untrainable():
-    split = encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate", on_untrainable="skip")
+    split = encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate", on_bad_row="drop")
     assert (split.counts.kept, split.counts.untrainable) == (1, 1)
     with pytest.raises(DataError, match=r"no token to train on: rows.jsonl:1"):
         encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate")
@@ -95,9 +95,9 @@ def test_rows_that_train_nothing_stop_with_their_places_or_are_skipped_and_count
     mute = Conversation((Message("user", "a"),))
     with pytest.raises(DataError, match=r"2 rows have no token to train on: rows.jsonl:1, rows.jsonl:3"):
         encoded(mute, TALK, mute)
-    assert encoded(mute, TALK, mute, on_untrainable="skip").counts.untrainable == 2
+    assert encoded(mute, TALK, mute, on_bad_row="drop").counts.untrainable == 2
     with pytest.raises(DataError, match="no token to train on"):
-        encoded(mute, on_untrainable="skip")
+        encoded(mute, on_bad_row="drop")
 
 
 def test_split_turns_counts_the_rows_it_adds():

@@ -162,7 +162,7 @@ def test_changed_bytes_make_tokens_anew_though_size_and_time_are_the_same(tmp_pa
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 9}, {"workers": 3}, {"max_dropped": 0.5}, {"on_untrainable": "skip"}, {"source": {"weight": 2}}],
+    [{"seed": 9}, {"workers": 3}, {"max_dropped": 0.5}, {"on_bad_row": "drop"}, {"source": {"weight": 2}}],
     ids=str,
 )
 def test_whatever_shapes_no_tokens_finds_them_again(tmp_path: Path, changed: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""Two models side by side: nothing between equal ones, known numbers between known ones."""
+"""Agreement of two models: zero difference of equal models, hand-computed values of others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def random_logits(seed: int) -> list[torch.Tensor]:
     return [torch.randn(count, 50, generator=generator) for count in (3, 5)]
 
 
-def test_a_model_agrees_with_itself_completely():
+def test_agreement_of_a_model_with_itself_is_complete():
     logits = logits_of(tiny_llama(), ROWS)
     found = agreement(logits, logits_of(tiny_llama(), ROWS))
     largest = max(float(row.abs().max()) for row in logits)
@@ -29,7 +29,7 @@ def test_a_model_agrees_with_itself_completely():
     assert found.relative_difference == 0
 
 
-def test_two_known_positions_give_known_numbers():
+def test_agreement_of_two_positions_equals_hand_computed_values():
     reference = [torch.tensor([[math.log(3), 0.0], [0.0, -2.0]])]
     other = [torch.tensor([[0.0, math.log(3)], [0.0, -2.0]])]
     found = agreement(reference, other)
@@ -41,14 +41,14 @@ def test_two_known_positions_give_known_numbers():
     assert found.kl_divergence == pytest.approx((0.75 * math.log(3) - 0.25 * math.log(3)) / 2)
 
 
-def test_the_divergence_is_torchs_own_per_position():
+def test_kl_divergence_equals_torch_kl_div_per_position():
     reference, other = random_logits(1), random_logits(2)
     log_p, log_q = torch.cat(reference).log_softmax(-1), torch.cat(other).log_softmax(-1)
     expected = kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     assert agreement(reference, other).kl_divergence == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_adding_a_constant_moves_logits_but_no_probability():
+def test_constant_added_to_logits_changes_no_probability():
     reference = random_logits(1)
     found = agreement(reference, [row + 3 for row in reference])
     assert found.largest_difference == pytest.approx(3, rel=1e-5)
@@ -56,13 +56,13 @@ def test_adding_a_constant_moves_logits_but_no_probability():
     assert found.top1_agreement == 1
 
 
-def test_one_logit_far_off_in_one_row_is_seen():
+def test_largest_difference_finds_a_single_wrong_logit():
     reference, other = random_logits(1), random_logits(1)
     other[1][4, 49] += 100
     assert agreement(reference, other).largest_difference == pytest.approx(100, rel=1e-4)
 
 
-def test_logits_that_are_no_numbers_do_not_pass_for_agreement():
+def test_agreement_with_nan_logits_is_nan():
     reference, other = random_logits(1), random_logits(1)
     other[0][0, 0] = math.nan
     assert math.isnan(agreement(reference, other).relative_difference)

@@ -1,4 +1,4 @@
-"""Batches that shrink until they fit, and no further."""
+"""Batches that are halved until they fit, and no further."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ def working(most_tokens: int, batches: list[list[int]]) -> Callable[[list[int]],
     return work
 
 
-def test_the_longest_rows_come_first_and_every_row_once():
+def test_batches_contain_every_row_once_longest_first():
     found = list(in_batches(LENGTHS, 3, working(10**6, [])))
     assert [rows for rows, _ in found] == [[1, 3, 6], [7, 2, 0], [4, 5]]
     assert [tokens for _, tokens in found] == [150, 27, 2]
 
 
-def test_after_a_shortage_tokens_are_halved_and_short_rows_still_go_in_numbers():
+def test_shortage_halves_tokens_and_short_rows_still_share_a_batch():
     batches: list[list[int]] = []
     list(in_batches(LENGTHS, 8, working(60, batches)))
     assert batches == [[1], [3], [6, 7], [2, 0, 4, 5]]
 
 
-def test_a_row_that_does_not_fit_by_itself_is_told():
+def test_row_that_does_not_fit_by_itself_is_an_error():
     with pytest.raises(OutOfMemoryError, match="a row of 50 tokens"):
         list(in_batches(LENGTHS, 8, working(49, [])))
 
 
-def test_rows_that_share_tokens_stay_in_order_and_their_own_tokens_count():
+def test_rows_with_shared_tokens_keep_order_and_count_unshared_tokens():
     shared = [0, 3, 4, 8, 0, 0, 0, 9]
     found = [rows for rows, _ in in_batches(LENGTHS, 1, lambda rows: None, shared=shared)]
     # 3 and 47 are the 50 of one row of the longest; 8 and 42; 1, 0, 20 and none.
     assert found == [[0, 1], [2, 3], [4, 5, 6, 7]]
 
 
-def test_after_a_shortage_rows_that_share_are_halved_by_their_own_tokens():
+def test_shortage_with_shared_tokens_halves_unshared_tokens():
     batches: list[list[int]] = []
 
     def work(rows: list[int]) -> None:
@@ -58,10 +58,10 @@ def test_after_a_shortage_rows_that_share_are_halved_by_their_own_tokens():
             raise RuntimeError("CUDA out of memory")
 
     list(in_batches([40, 41, 42, 43], 4, work, shared=[0, 38, 38, 38]))
-    assert batches == [[0, 1, 2, 3], [0], [1], [2], [3]]  # 52 tokens, of which half are not enough for a row
+    assert batches == [[0, 1, 2, 3], [0], [1], [2], [3]]  # half of 52 tokens is less than a row
 
 
-def test_what_is_no_shortage_is_raised_at_once():
+def test_error_that_is_no_shortage_is_raised_at_once():
     def work(rows: list[int]) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -69,5 +69,5 @@ def test_what_is_no_shortage_is_raised_at_once():
         list(in_batches(LENGTHS, 8, work))
 
 
-def test_no_rows_make_no_batch():
+def test_empty_input_yields_no_batch():
     assert list(in_batches([], 4, working(1, []))) == []

@@ -1,4 +1,4 @@
-"""Scores that can be worked out by hand."""
+"""Metrics equal scores that were computed by hand."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ def test_f1_is_symmetric_bounded_and_1_where_the_texts_are_equal():
     assert all(token_f1(text, text) == 1 for text in TEXTS)
 
 
-def test_what_matches_exactly_has_an_f1_of_1():
+def test_f1_of_exact_matches_is_1():
     pairs = [(a, b) for a, b in itertools.product(TEXTS, TEXTS) if exact_match(a, b)]
     assert all(token_f1(a, b) == 1 for a, b in pairs)
 
 
-def test_the_order_of_words_does_not_matter_for_f1():
+def test_f1_ignores_the_order_of_words():
     assert token_f1("one two three", "three one two") == 1
 
 
-def test_an_answer_is_scored_against_the_reference_that_it_fits_best():
+def test_best_of_scores_against_the_closest_reference():
     assert best_of(exact_match, "Ann", ("Miss Ann", "Ann")) == 1
     assert best_of(token_f1, "Ann", ("Bob", "Miss Ann")) == token_f1("Ann", "Miss Ann")
 
@@ -89,12 +89,12 @@ def test_accuracy_forgives_case_punctuation_and_articles(answer: str, expected: 
 
 
 @pytest.mark.parametrize("answer", ['{"a": [1, null]}', ' "x"\n', "3e2", "true"])
-def test_json_is_valid(answer: str):
+def test_json_valid_accepts_json(answer: str):
     assert json_valid(answer) == 1
 
 
 @pytest.mark.parametrize("answer", ["", "{'a': 1}", '{"a": 1} and more', '{"a": NaN}', "Infinity", "[" * 100_000])
-def test_what_is_no_json_is_not_valid_and_breaks_nothing(answer: str):
+def test_json_valid_rejects_anything_else(answer: str):
     assert json_valid(answer) == 0
 
 
@@ -106,7 +106,7 @@ def scores_of(metrics: list[str], rows: list[tuple[str, list[str]]], pattern: st
     }
 
 
-def test_means_are_over_rows_and_of_several_references_the_best_counts():
+def test_answer_metrics_are_means_of_the_best_reference():
     rows = [("Ann", ["Bob", "Ann"]), ("Ann Lee", ["Ann"]), ("5", ["6"])]
     assert scores_of(["f1", "exact_match"], rows) == {
         "f1": pytest.approx((1 + 2 / 3 + 0) / 3),
@@ -114,19 +114,19 @@ def test_means_are_over_rows_and_of_several_references_the_best_counts():
     }
 
 
-def test_a_pattern_passes_an_answer_in_which_it_is_found():
+def test_pattern_metric_counts_answers_that_contain_it():
     rows = [("it is 5", ["x"]), ("five", ["x"]), ("55", ["x"])]
     assert scores_of([], rows, pattern=r"\b\d\b") == {"pattern": pytest.approx(1 / 3)}
 
 
 @pytest.mark.parametrize("name", get_args(MetricName))
-def test_every_metric_of_the_schema_gives_a_perfect_answer_its_highest_score(name: str):
+def test_metric_of_a_perfect_answer_is_its_maximum(name: str):
     text = '"one two three four"'
     (metric,) = answer_metrics(Answers.model_validate({"metrics": [name]}))
-    assert scores_of([name], [(text, ["other", text])])[name] == pytest.approx(100 if metric.form == "points" else 1)
+    assert scores_of([name], [(text, ["other", text])])[name] == pytest.approx(100 if metric.unit == "points" else 1)
 
 
-def test_a_loss_is_a_mean_over_tokens_and_perplexity_its_exponential():
+def test_perplexity_is_the_exponential_of_the_mean_loss_per_token():
     counts = np.array([[2.0, 4], [1.0, 1]]).sum(0)
     assert LOSS.score(counts) == pytest.approx(3 / 5)
     assert PERPLEXITY.score(counts) == pytest.approx(np.exp(3 / 5))

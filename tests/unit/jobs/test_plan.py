@@ -35,7 +35,7 @@ def test_it_tells_rows_steps_parameters_and_memory(recipe: Path):
     assert code == 0
     plan = json.loads(out.splitlines()[-1])
     assert plan["event"] == "plan"
-    assert (plan["work"]["rows"], plan["work"]["steps"], plan["work"]["steps_per_epoch"]) == (24, 3, 6)
+    assert (plan["workload"]["rows"], plan["workload"]["steps"], plan["workload"]["steps_per_epoch"]) == (24, 3, 6)
     assert plan["peak"] == max(sum(plan["parts"].values()), plan["while_loading"], plan["while_evaluating"])
     assert plan["parts"]["gradients"] == 4 * plan["trainable"]
     assert plan["fits"] is True
@@ -124,7 +124,7 @@ def test_a_plan_counts_tokens_that_rows_share_once(recipe: Path):
         code, out, _ = ft("plan", recipe, "--json", "--set", f"training.prefix_sharing={sharing}")
         assert code == 0
         plans.append(json.loads(out.splitlines()[-1]))
-    (one, other), (with_sharing, without) = (plan["work"] for plan in plans), (plan["parts"] for plan in plans)
+    (one, other), (with_sharing, without) = (plan["workload"] for plan in plans), (plan["parts"] for plan in plans)
     assert one["tokens"] == other["tokens"]
     assert one["shared"] > 0.1
     assert other["shared"] == 0

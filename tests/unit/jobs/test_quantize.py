@@ -23,7 +23,7 @@ from finetune.quantizers.affine import AffineQuantizer
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
-from tests.fixtures.evaluating import evaluated
+from tests.fixtures.eval_helpers import evaluated
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
 
@@ -144,7 +144,7 @@ def test_a_base_is_calibrated_once_for_all_that_use_it(
     run = RunDirectory.create(tmp_path / "run")
     train(as_recipe(sections, tmp_path), run)
     first = packed(sections, tmp_path)
-    assert evaluated(run, "base").scores["held_out"]["f1"].rows == 4
+    assert evaluated(run, "base").scores["validation"]["f1"].rows == 4
     assert merge(run).agreement.relative_difference <= 1e-5
     quantized(sections, tmp_path)
     assert same(packed(sections, tmp_path), first)

@@ -37,7 +37,7 @@ def test_ddp_holds_all_and_lays_gradients_out_a_second_time(sections: dict[str, 
         key: four.parts[key] for key in ("weights", "adapter", "gradients", "optimizer", "communication")
     }.items()
     assert (four.processes, four.strategy) == (4, "ddp")
-    assert four.work.steps_per_epoch == one.work.steps_per_epoch
+    assert four.workload.steps_per_epoch == one.workload.steps_per_epoch
 
 
 def test_processes_of_one_machine_share_its_memory_and_each_has_a_gpu_of_its_own(

@@ -87,7 +87,7 @@ def _is_refused(path: Path) -> bool:
     return bool(problems)
 
 
-def test_a_damaged_recipe_is_loaded_or_refused_and_nothing_else(good: str, tmp_path: Path) -> None:
+def test_damaged_recipe_loads_or_raises_recipe_error(good: str, tmp_path: Path) -> None:
     rng = random.Random(20)
     path = tmp_path / "recipe.yaml"
     refused = 0
@@ -100,7 +100,7 @@ def test_a_damaged_recipe_is_loaded_or_refused_and_nothing_else(good: str, tmp_p
     assert refused > 1000
 
 
-def test_random_bytes_are_refused(good: str, tmp_path: Path) -> None:
+def test_random_bytes_raise_recipe_error(good: str, tmp_path: Path) -> None:
     rng = random.Random(21)
     path = tmp_path / "recipe.yaml"
     for _ in range(100):
@@ -113,7 +113,7 @@ def test_random_bytes_are_refused(good: str, tmp_path: Path) -> None:
         assert _is_refused(path)
 
 
-def test_an_override_of_noise_is_applied_or_refused_and_nothing_else(good: str, tmp_path: Path) -> None:
+def test_random_override_applies_or_raises_recipe_error(good: str, tmp_path: Path) -> None:
     rng = random.Random(22)
     path = tmp_path / "recipe.yaml"
     path.write_text(good)
@@ -155,7 +155,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_recipe_is_refused_within_a_second(name: str, tmp_path: Path) -> None:
+def test_hostile_recipe_is_refused_within_a_second_of_cpu_time(name: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(HOSTILE[name], encoding="utf-8")
     times = []

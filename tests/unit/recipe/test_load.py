@@ -18,7 +18,7 @@ from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
 from .conftest import Load, Problems
 
 
-def test_a_good_recipe_is_loaded_with_what_it_was_read_from(good: str, load: Load, tmp_path: Path) -> None:
+def test_loaded_recipe_has_text_path_and_overrides(good: str, load: Load, tmp_path: Path) -> None:
     loaded = load(good, "training.seed=7")
     assert loaded.recipe.adapter.method == "lora"
     assert loaded.recipe.optimizer.learning_rate == 2e-4
@@ -26,7 +26,7 @@ def test_a_good_recipe_is_loaded_with_what_it_was_read_from(good: str, load: Loa
     assert (loaded.text, loaded.path, loaded.overrides) == (good, tmp_path / "recipe.yaml", ("training.seed=7",))
 
 
-def test_paths_start_at_the_recipes_folder(good: str, load: Load, tmp_path: Path) -> None:
+def test_relative_paths_start_at_the_recipe_folder(good: str, load: Load, tmp_path: Path) -> None:
     recipe = load(good).recipe
     paths = [source.path for source in recipe.data.train]
     assert paths == [str(tmp_path / "tickets.jsonl"), str(tmp_path.parent / "facts.jsonl")]
@@ -36,7 +36,7 @@ def test_paths_start_at_the_recipes_folder(good: str, load: Load, tmp_path: Path
 @pytest.mark.parametrize(
     ("file", "name"), [("tickets v2.yaml", "tickets-v2"), ("_x.yml", "x"), ("é.yaml", "run"), ("a" * 99, "a" * 64)]
 )
-def test_a_run_is_named_after_its_recipe_unless_it_has_a_name(good: str, tmp_path: Path, file: str, name: str) -> None:
+def test_run_name_defaults_to_file_name(good: str, tmp_path: Path, file: str, name: str) -> None:
     path = tmp_path / file
     path.write_text(good.replace("run: {name: tickets-qlora}\n", ""))
     assert load_recipe(path).recipe.run.name == name
@@ -47,7 +47,7 @@ def test_a_run_is_named_after_its_recipe_unless_it_has_a_name(good: str, tmp_pat
 # --- files that are no recipes
 
 
-def test_a_missing_file_is_answered_with_the_nearest_name(good: str, tmp_path: Path) -> None:
+def test_missing_file_hint_has_the_nearest_name(good: str, tmp_path: Path) -> None:
     (tmp_path / "qlora.yaml").write_text(good)
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "qlroa.yaml")
@@ -57,7 +57,7 @@ def test_a_missing_file_is_answered_with_the_nearest_name(good: str, tmp_path: P
     assert problem.hint == f"did you mean {tmp_path / 'qlora.yaml'}?"
 
 
-def test_a_folder_is_answered_with_the_recipes_in_it(good: str, tmp_path: Path) -> None:
+def test_folder_hint_lists_its_recipes(good: str, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text(good)
     with pytest.raises(RecipeError, match=r"recipes in that folder: b\.yaml"):
         load_recipe(tmp_path)
@@ -65,14 +65,14 @@ def test_a_folder_is_answered_with_the_recipes_in_it(good: str, tmp_path: Path) 
         load_recipe(tmp_path / "nowhere" / "b.yaml")
 
 
-def test_an_unreadable_file_is_a_recipe_error(tmp_path: Path) -> None:
+def test_unreadable_file_raises_recipe_error(tmp_path: Path) -> None:
     loop = tmp_path / "loop.yaml"
     loop.symlink_to(loop)
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(loop)
 
 
-def test_an_endless_file_is_refused() -> None:
+def test_endless_file_is_refused() -> None:
     with pytest.raises(RecipeError, match="larger than 1 MiB"):
         load_recipe(Path("/dev/zero"))
 
@@ -130,7 +130,7 @@ def test_an_endless_file_is_refused() -> None:
         ("name: tickets-qlora", "name: ../x", "22:13", "run.name", "text that matches", None),
     ],
 )
-def test_a_slip_is_told_with_its_place_and_its_remedy(
+def test_problem_has_place_key_and_hint(
     good: str, problems: Problems, tmp_path: Path, old: str, new: str, place: str, key: str, what: str, hint: str | None
 ) -> None:
     assert good.count(old) >= 1
@@ -141,7 +141,7 @@ def test_a_slip_is_told_with_its_place_and_its_remedy(
     assert (hint or "") in (problem.hint or "")
 
 
-def test_all_problems_come_at_once_by_line_and_once_each(good: str, problems: Problems) -> None:
+def test_problems_are_complete_unique_and_in_line_order(good: str, problems: Problems) -> None:
     bad = good.replace("r: 16", "r: 0").replace("epochs", "epoch").replace("{every_steps: 50}", "{every_steps: 0}")
     bad = "lora_r: 8\n" + bad.replace("[q_proj, v_proj]", "[1, 2]")
     found = problems(bad, "run.name=../x", "model.dtype=int4")
@@ -156,32 +156,32 @@ def test_all_problems_come_at_once_by_line_and_once_each(good: str, problems: Pr
     ]
 
 
-def test_no_more_than_a_screenful_of_problems_is_told(good: str, problems: Problems) -> None:
+def test_problems_are_limited(good: str, problems: Problems) -> None:
     assert len(problems(good + "".join(f"key{number}: 1\n" for number in range(5000)))) == MAX_PROBLEMS
 
 
 @pytest.mark.parametrize("name", ["~no-such-user/model", "x" * 5000])
-def test_a_name_that_can_be_no_path_is_taken_as_it_is(good: str, load: Load, name: str) -> None:
+def test_model_name_that_cannot_be_a_path_stays(good: str, load: Load, name: str) -> None:
     assert load(good, f"model.name={name}").recipe.model.name.endswith(name)
 
 
-def test_an_empty_recipe_misses_every_required_section(problems: Problems) -> None:
+def test_empty_recipe_lacks_every_required_section(problems: Problems) -> None:
     assert [problem.key for problem in problems("")] == ["model", "adapter", "data"]
     assert all(problem.where.endswith(":1:1") for problem in problems(""))
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "adapter:lora\n", "7\n"])
-def test_a_recipe_that_is_no_mapping_is_refused_as_a_whole(problems: Problems, text: str) -> None:
+def test_recipe_that_is_not_a_mapping_is_refused(problems: Problems, text: str) -> None:
     (problem,) = problems(text, "adapter.r=8")
     assert problem.what.startswith("expected a mapping with `model`")
 
 
-def test_a_found_value_is_cut_short(good: str, problems: Problems) -> None:
+def test_found_value_is_shortened(good: str, problems: Problems) -> None:
     (problem,) = problems(good.replace("epochs: 1.5", f"epochs: {'x' * 5000}"))
     assert len(problem.what) < 120
 
 
-def test_no_message_names_what_is_pydantics(good: str, problems: Problems) -> None:
+def test_messages_have_no_library_terms(good: str, problems: Problems) -> None:
     bad = (
         good.replace("[q_proj, v_proj]", "{a: 1}").replace("format: chat", "format: chats").replace("[0.9, 0.95]", "x")
     )
@@ -208,21 +208,21 @@ def test_no_message_names_what_is_pydantics(good: str, problems: Problems) -> No
         ("model.name=a=b", "model", "name", "a=b"),
     ],
 )
-def test_an_override_is_yaml(good: str, load: Load, override: str, section: str, key: str, value: Any) -> None:
+def test_override_value_is_yaml(good: str, load: Load, override: str, section: str, key: str, value: Any) -> None:
     assert getattr(getattr(load(good, override).recipe, section), key) == value
 
 
-def test_the_last_override_wins(good: str, load: Load) -> None:
+def test_last_override_wins(good: str, load: Load) -> None:
     assert load(good, "adapter.r=1", "adapter={method: lora, r: 2}", "adapter.r=3").recipe.adapter.r == 3
     assert load(good, "adapter.r=1", "adapter={method: lora}").recipe.adapter.r == 16
 
 
-def test_an_override_changes_an_item_of_a_list_or_adds_one(good: str, load: Load, tmp_path: Path) -> None:
+def test_override_changes_or_appends_list_items(good: str, load: Load, tmp_path: Path) -> None:
     train = load(good, "data.train.1.path=x.jsonl", "data.train.2={path: y, format: text}").recipe.data.train
     assert [Path(source.path).name for source in train] == ["tickets.jsonl", "x.jsonl", "y"]
 
 
-def test_an_override_fills_in_sections_that_are_absent_or_null(load: Load) -> None:
+def test_override_creates_absent_or_null_sections(load: Load) -> None:
     text = "model: {name: a/b}\ntraining:\n"
     overrides = ("training.seed=3", "adapter.method=lora", "data.train.0.path=x", "data.train.0.format=text")
     recipe = load(text, *overrides, "optimizer.learning_rate=1").recipe
@@ -243,7 +243,7 @@ def test_an_override_fills_in_sections_that_are_absent_or_null(load: Load) -> No
         ("a..b=1", "a..b", "expected a dotted key", ""),
         ("model.name=@x", "model.name", "cannot begin with '@'", """--set 'model.name="@x"'"""),
         ("model.name=#x", "model.name", "is a comment", """--set 'model.name="#x"'"""),
-        ("model.name=a: b: c", "model.name", "no key can stand", """--set 'model.name="a: b: c"'"""),
+        ("model.name=a: b: c", "model.name", "no key is allowed", """--set 'model.name="a: b: c"'"""),
         ("adapter.r=010", "adapter.r", "octal", ""),
         ("adapter.r={a: 1, a: 2}", "adapter.r", "a second `a`", "keep one"),
         ("adapter.r=\udcff", "adapter.r", "U+DCFF", ""),
@@ -253,7 +253,7 @@ def test_an_override_fills_in_sections_that_are_absent_or_null(load: Load) -> No
         ("adapter={method:lora}", "adapter", "unknown key", "space after the colon"),
     ],
 )
-def test_a_wrong_override_is_told_by_its_argument(
+def test_override_problem_has_its_argument(
     good: str, problems: Problems, override: str, where: str, what: str, hint: str
 ) -> None:
     problem = problems(good, override)[0]
@@ -262,12 +262,12 @@ def test_a_wrong_override_is_told_by_its_argument(
     assert hint in (problem.hint or "")
 
 
-def test_a_problem_within_an_overridden_section_stands_at_its_argument(good: str, problems: Problems) -> None:
+def test_problem_in_overridden_section_has_its_argument(good: str, problems: Problems) -> None:
     (problem,) = problems(good, "adapter={method: lora, r: 0}")
     assert (problem.where, problem.key) == ("--set adapter", "adapter.r")
 
 
-def test_a_changed_kind_asks_to_replace_the_section(good: str, problems: Problems) -> None:
+def test_overridden_kind_hint_replaces_the_section(good: str, problems: Problems) -> None:
     found = problems(good, "adapter.method=full")
     assert [problem.key for problem in found] == ["adapter.r", "adapter.alpha", "adapter.target_modules"]
     assert all("--set 'adapter={method: full}'" in str(problem.hint) for problem in found)
@@ -310,7 +310,7 @@ def _settings() -> Iterator[tuple[KeyPath, list[str], Any]]:
 
 
 @pytest.mark.parametrize(("path", "before", "value"), _settings(), ids=lambda part: str(part)[:60])
-def test_an_override_reaches_every_key(good: str, load: Load, path: KeyPath, before: list[str], value: Any) -> None:
+def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: list[str], value: Any) -> None:
     if path == ("data", "validation_fraction"):
         before = ["data.validation=[]"]
     if path == ("training", "pack_length"):
@@ -381,7 +381,7 @@ def _task(path: KeyPath, before: list[str], value: Any) -> dict[str, Any]:
     ["hf_" + "aB3" * 8, "sk-" + "x1-_" * 6, "https://me:pass@host/x", "s3://key@bucket/x"],
 )
 @pytest.mark.parametrize("line", ["run: {{name: {}}}", "{}: 1", "# {}", "model: [{}", "a: '{}"])
-def test_a_secret_is_refused_and_never_shown(good: str, problems: Problems, secret: str, line: str) -> None:
+def test_secret_is_refused_and_not_shown(good: str, problems: Problems, secret: str, line: str) -> None:
     (problem,) = problems(good + line.format(secret))
     assert ":23:" in problem.where
     assert "token" in problem.what
@@ -389,7 +389,7 @@ def test_a_secret_is_refused_and_never_shown(good: str, problems: Problems, secr
     assert secret[:12] not in repr(problem)
 
 
-def test_a_secret_in_an_override_is_refused_and_never_shown(good: str, problems: Problems) -> None:
+def test_secret_in_override_is_refused_and_not_shown(good: str, problems: Problems) -> None:
     secret = "hf_" + "aB3" * 8
     first, second = problems(good, f"run.name={secret}", f"{secret}=1")
     assert first.where == "--set run.name"
@@ -397,14 +397,14 @@ def test_a_secret_in_an_override_is_refused_and_never_shown(good: str, problems:
 
 
 @pytest.mark.parametrize("text", ["hf_hub", "task-sk-x", "package://llm/a.gguf", "data/x@2.jsonl", "https://host/a@b"])
-def test_ordinary_text_is_no_secret(good: str, load: Load, text: str) -> None:
+def test_ordinary_text_is_not_a_secret(good: str, load: Load, text: str) -> None:
     assert load(good, f"data.train.0.messages={text}").recipe.data.train[0].messages == text
 
 
 # --- back to YAML
 
 
-def test_a_dumped_recipe_loads_as_an_equal_one(good: str, load: Load) -> None:
+def test_dumped_recipe_loads_as_equal_recipe(good: str, load: Load) -> None:
     recipe = load(good).recipe
     text = dump_recipe(recipe)
     again = load(text)
@@ -412,7 +412,7 @@ def test_a_dumped_recipe_loads_as_an_equal_one(good: str, load: Load) -> None:
     assert dump_recipe(again.recipe) == text
 
 
-def test_a_dump_has_every_default_in_the_schemas_order(good: str, load: Load) -> None:
+def test_dump_has_defaults_in_schema_order(good: str, load: Load) -> None:
     text = dump_recipe(load(good).recipe)
     tops = [line.partition(":")[0] for line in text.splitlines() if not line.startswith((" ", "-"))]
     assert tops == list(json_schema()["properties"])
@@ -421,7 +421,7 @@ def test_a_dump_has_every_default_in_the_schemas_order(good: str, load: Load) ->
 
 
 @pytest.mark.parametrize("rate", [2e-05, 1e-8, 1e-300, 123456789.123, 1e22])
-def test_a_dumped_number_comes_back_as_the_same_number(good: str, load: Load, rate: float) -> None:
+def test_dumped_numbers_round_trip(good: str, load: Load, rate: float) -> None:
     recipe = load(good, f"optimizer.learning_rate={rate!r}").recipe
     assert recipe.optimizer.learning_rate == rate
     assert load(dump_recipe(recipe)).recipe.optimizer.learning_rate == rate
@@ -434,7 +434,7 @@ def test_a_dumped_number_comes_back_as_the_same_number(good: str, load: Load, ra
         *(" x ", "\t", "two\nlines\n", "\n lines\n\n", "x" * 300, "a " * 200, "é\u2028ü", "\x07", "\ufeff", "🙂"),
     ],
 )
-def test_dumped_text_comes_back_as_the_same_text(good: str, load: Load, text: str) -> None:
+def test_dumped_text_round_trips(good: str, load: Load, text: str) -> None:
     escaped = json.dumps(text, ensure_ascii=text != "🙂")
     recipe = load(good, f"data.train.1.system={escaped}").recipe
     assert recipe.data.train[1].system == text
@@ -444,7 +444,7 @@ def test_dumped_text_comes_back_as_the_same_text(good: str, load: Load, text: st
 # --- the schema for editors, and what loading costs
 
 
-def test_the_json_schema_is_closed_and_describes_every_key() -> None:
+def test_json_schema_is_closed_and_describes_every_key() -> None:
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["additionalProperties"] is False
@@ -454,12 +454,12 @@ def test_the_json_schema_is_closed_and_describes_every_key() -> None:
     assert [key for key, shape in keys.items() if not shape.description] == []
 
 
-def test_the_json_schema_can_be_changed_without_changing_ours() -> None:
+def test_json_schema_returns_a_copy() -> None:
     json_schema()["properties"].clear()
     assert json_schema()["properties"]
 
 
-def test_loading_a_recipe_imports_no_heavy_library(good: str, tmp_path: Path) -> None:
+def test_load_recipe_imports_no_heavy_library(good: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(good)
     code = (

@@ -18,37 +18,40 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "modules.0.quantization.kind",
     ),
-    "some_methods_need_full_precision": (("adapter={method: ia3}",), "quantization.kind"),
+    "adapter_needs_full_precision_base": (("adapter={method: ia3}",), "quantization.kind"),
     "qa_lora_needs_groups": (("adapter={method: qa_lora}",), "quantization.kind"),
-    "adalora_ends_with_less": (("adapter={method: adalora, r: 8, target_r: 8}",), "adapter.target_r"),
-    "adalora_leaves_steps_to_choose": (
+    "adalora_target_rank_is_lower": (("adapter={method: adalora, r: 8, target_r: 8}",), "adapter.target_r"),
+    "adalora_phases_fit_steps": (
         ("adapter={method: adalora, initial_steps: 4, final_steps: 6}", "training.max_steps=10"),
         "adapter.final_steps",
     ),
-    "loftq_needs_a_quantized_base": (
+    "loftq_needs_quantized_base": (
         ("adapter={method: lora, initialization: loftq}", "quantization={kind: none}"),
         "adapter.initialization",
     ),
-    "one_form_of_lora": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
-    "qa_lora_trains_updates_alone": (
+    "lora_variants_are_compatible": (("adapter={method: lora, iec: true, dora: true}",), "adapter.iec"),
+    "qa_lora_excludes_other_weights": (
         ("adapter={method: qa_lora, trainable_tokens: [a]}", "quantization={kind: affine}"),
         "adapter.trainable_tokens",
     ),
-    "embeddings_train_whole_or_by_token": (
+    "embeddings_train_fully_or_by_token": (
         ("adapter={method: lora, modules_to_save: [lm_head], trainable_tokens: [a]}",),
         "adapter.trainable_tokens",
     ),
-    "a_module_rule_sets_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
-    "soft_prompts_begin_rows": (("adapter={method: p_tuning}", "training.batching=packed"), "training.batching"),
-    "prefixes_outlive_checkpointing": (
+    "module_rules_set_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
+    "soft_prompts_need_separate_rows": (
+        ("adapter={method: p_tuning}", "training.batching=packed"),
+        "training.batching",
+    ),
+    "prefix_tuning_excludes_checkpointing": (
         ("adapter={method: prefix_tuning}", "training.gradient_checkpointing=true"),
         "training.gradient_checkpointing",
     ),
-    "compiled_blocks_keep_what_they_are_compiled_to": (
+    "selective_checkpointing_excludes_compiled_blocks": (
         ("model.kernels=compiled", "training.gradient_checkpointing=selective"),
         "training.gradient_checkpointing",
     ),
-    "labels_fit_into_the_prompt": (
+    "labels_fit_into_prompt": (
         ("adapter={method: prompt_tuning, tokens: 1, start: {kind: labels, labels: [good, bad]}}",),
         "adapter.tokens",
     ),
@@ -56,36 +59,39 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
         "model.dtype",
     ),
-    "revision_is_for_the_hub": (("model={name: ./base, revision: main}",), "model.revision"),
-    "one_kind_of_validation": (("data.validation_fraction=0.1",), "data.validation_fraction"),
-    "evaluation_needs_rows": (("data.validation=[]",), "evaluation.every_steps"),
-    "patience_needs_measurements": (("evaluation.patience=2", "evaluation.every_steps=null"), "evaluation.patience"),
-    "patience_needs_a_result_at_every_step": (
+    "revision_needs_hub_model": (("model={name: ./base, revision: main}",), "model.revision"),
+    "validation_has_one_source": (("data.validation_fraction=0.1",), "data.validation_fraction"),
+    "evaluation_needs_validation_rows": (("data.validation=[]",), "evaluation.every_steps"),
+    "early_stopping_needs_evaluations": (
+        ("evaluation.patience=2", "evaluation.every_steps=null"),
+        "evaluation.patience",
+    ),
+    "early_stopping_needs_usable_steps": (
         ("adapter={method: adalora}", "quantization={kind: none}", "training.max_steps=100", "evaluation.patience=2"),
         "evaluation.patience",
     ),
-    "pack_length_is_for_packs": (("training.pack_length=4096",), "training.pack_length"),
-    "split_turns_trains_answers": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
-    "a_source_has_one_place": (("data.train.0.hub={name: org/name}",), "data.train.0"),
-    "file_options_are_for_files": (
+    "pack_length_needs_packing": (("training.pack_length=4096",), "training.pack_length"),
+    "split_turns_excludes_train_on_all": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
+    "sources_have_one_location": (("data.train.0.hub={name: org/name}",), "data.train.0"),
+    "file_options_need_files": (
         ("data.train.0={format: text, hub: {name: org/name}, split: line}",),
         "data.train.0.split",
     ),
     "all_sources_have_weights_or_none": (("data.train.1.weight=2",), "data.train.0"),
-    "a_sweep_needs_validation_rows": (("data.validation=[]", "evaluation.every_steps=null", SWEEP), "sweep"),
-    "swept_keys_are_keys_of_a_run": ((SWEEP, "sweep.keys.0.key=adapter.rr"), "sweep.keys.0.key"),
-    "a_swept_range_is_not_empty": ((SWEEP, "sweep.keys.0.high=4"), "sweep.keys.0.high"),
-    "a_key_is_swept_once": ((SWEEP, "sweep.keys.1={key: adapter.r, draw: choice, choices: [1]}"), "sweep.keys.1.key"),
-    "tasks_have_names_of_their_own": (
+    "sweep_needs_validation_rows": (("data.validation=[]", "evaluation.every_steps=null", SWEEP), "sweep"),
+    "swept_keys_exist": ((SWEEP, "sweep.keys.0.key=adapter.rr"), "sweep.keys.0.key"),
+    "swept_ranges_are_not_empty": ((SWEEP, "sweep.keys.0.high=4"), "sweep.keys.0.high"),
+    "swept_keys_are_unique": ((SWEEP, "sweep.keys.1={key: adapter.r, draw: choice, choices: [1]}"), "sweep.keys.1.key"),
+    "task_names_are_unique": (
         ("evaluation.tasks=[{name: a, kind: lm_eval}, {name: a, kind: loss, data: {path: x}}]",),
         "evaluation.tasks.1.name",
     ),
-    "a_task_has_one_source": (
+    "tasks_have_one_source": (
         ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, weight: 2}}]",),
         "evaluation.tasks.0.data.weight",
     ),
-    "shards_are_of_single_tensors": (("distributed.strategy=fsdp", "quantization={kind: int8}"), "quantization.kind"),
-    "shards_need_elementwise_moments": (
+    "fsdp_excludes_int8": (("distributed.strategy=fsdp", "quantization={kind: int8}"), "quantization.kind"),
+    "fsdp_needs_elementwise_optimizer": (
         (
             "distributed.strategy=fsdp",
             "adapter={method: full}",
@@ -104,52 +110,53 @@ KEEPING: dict[str, tuple[str, ...]] = {
         "quantization={kind: none}",
         "modules=[{match: '*', quantization: {kind: none}}]",
     ),
-    "some_methods_need_full_precision": ("adapter={method: oft}",),
+    "adapter_needs_full_precision_base": ("adapter={method: oft}",),
     "qa_lora_needs_groups": (
         "adapter={method: qa_lora}",
         "quantization={kind: affine}",
         "modules=[{match: '*.q_proj', quantization: {kind: nf4}, adapter: {skip: true}}]",
     ),
-    "adalora_ends_with_less": ("adapter={method: adalora, r: 9, target_r: 8}",),
-    "adalora_leaves_steps_to_choose": (
+    "adalora_target_rank_is_lower": ("adapter={method: adalora, r: 9, target_r: 8}",),
+    "adalora_phases_fit_steps": (
         "adapter={method: adalora, initial_steps: 4, final_steps: 5}",
         "training.max_steps=10",
     ),
-    "loftq_needs_a_quantized_base": ("adapter={method: lora, initialization: loftq}",),
-    "one_form_of_lora": ("adapter={method: lora, initialization: loftq, dora: true}",),
-    "qa_lora_trains_updates_alone": ("adapter={method: qa_lora, iec: true}", "quantization={kind: affine}"),
-    "embeddings_train_whole_or_by_token": ("adapter={method: lora, trainable_tokens: [a]}",),
-    "a_module_rule_sets_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
-    "soft_prompts_begin_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
-    "prefixes_outlive_checkpointing": ("adapter={method: prefix_tuning}", "training.gradient_checkpointing=selective"),
-    "compiled_blocks_keep_what_they_are_compiled_to": (
+    "loftq_needs_quantized_base": ("adapter={method: lora, initialization: loftq}",),
+    "lora_variants_are_compatible": ("adapter={method: lora, initialization: loftq, dora: true}",),
+    "qa_lora_excludes_other_weights": ("adapter={method: qa_lora, iec: true}", "quantization={kind: affine}"),
+    "embeddings_train_fully_or_by_token": ("adapter={method: lora, trainable_tokens: [a]}",),
+    "module_rules_set_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
+    "soft_prompts_need_separate_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
+    "prefix_tuning_excludes_checkpointing": (
+        "adapter={method: prefix_tuning}",
+        "training.gradient_checkpointing=selective",
+    ),
+    "selective_checkpointing_excludes_compiled_blocks": (
         "model.kernels=compiled",
         "training.gradient_checkpointing=true",
     ),
-    "labels_fit_into_the_prompt": (
+    "labels_fit_into_prompt": (
         "adapter={method: prompt_tuning, tokens: 2, start: {kind: labels, labels: [good, bad]}}",
     ),
     "float16_weights_cannot_train": ("model.dtype=float16",),
-    "revision_is_for_the_hub": ("model.revision=main",),
-    "one_kind_of_validation": ("data.validation=[]", "data.validation_fraction=0.1"),
-    "evaluation_needs_rows": ("data.validation=[]", "evaluation.every_steps=null"),
-    "patience_needs_measurements": ("evaluation.patience=2",),
-    "patience_needs_a_result_at_every_step": ("evaluation.patience=2",),
-    "pack_length_is_for_packs": ("training.pack_length=4096", "training.batching=packed"),
-    "split_turns_trains_answers": ("data.split_turns=true", "data.train_on=completion"),
-    "a_source_has_one_place": ("data.train.0={format: chat, hub: {name: org/name}}",),
-    "file_options_are_for_files": ("data.train.0={format: text, path: a.txt, split: line, delimiter: tab}",),
+    "revision_needs_hub_model": ("model.revision=main",),
+    "validation_has_one_source": ("data.validation=[]", "data.validation_fraction=0.1"),
+    "evaluation_needs_validation_rows": ("data.validation=[]", "evaluation.every_steps=null"),
+    "early_stopping_needs_evaluations": ("evaluation.patience=2",),
+    "early_stopping_needs_usable_steps": ("evaluation.patience=2",),
+    "pack_length_needs_packing": ("training.pack_length=4096", "training.batching=packed"),
+    "split_turns_excludes_train_on_all": ("data.split_turns=true", "data.train_on=completion"),
+    "sources_have_one_location": ("data.train.0={format: chat, hub: {name: org/name}}",),
+    "file_options_need_files": ("data.train.0={format: text, path: a.txt, split: line, delimiter: tab}",),
     "all_sources_have_weights_or_none": ("data.train.0.weight=1", "data.train.1.weight=2.5"),
-    "a_sweep_needs_validation_rows": (SWEEP,),
-    "swept_keys_are_keys_of_a_run": (SWEEP, "sweep.keys.0.key=data.train.1.weight"),
-    "a_swept_range_is_not_empty": (SWEEP, "sweep.keys.0.high=5"),
-    "a_key_is_swept_once": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
-    "tasks_have_names_of_their_own": (
-        "evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",
-    ),
-    "a_task_has_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
-    "shards_are_of_single_tensors": ("distributed.strategy=fsdp",),
-    "shards_need_elementwise_moments": ("distributed.strategy=fsdp", "optimizer={name: lion_8bit}"),
+    "sweep_needs_validation_rows": (SWEEP,),
+    "swept_keys_exist": (SWEEP, "sweep.keys.0.key=data.train.1.weight"),
+    "swept_ranges_are_not_empty": (SWEEP, "sweep.keys.0.high=5"),
+    "swept_keys_are_unique": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
+    "task_names_are_unique": ("evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",),
+    "tasks_have_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
+    "fsdp_excludes_int8": ("distributed.strategy=fsdp",),
+    "fsdp_needs_elementwise_optimizer": ("distributed.strategy=fsdp", "optimizer={name: lion_8bit}"),
 }
 """For each rule, overrides that come close to breaking it."""
 
@@ -157,7 +164,7 @@ NAMES = [rule.__name__ for rule in RULES]
 
 
 @pytest.mark.parametrize("rule", NAMES)
-def test_a_rule_refuses_what_it_is_for(rule: str, good: str, problems: Problems) -> None:
+def test_rule_refuses_broken_recipe(rule: str, good: str, problems: Problems) -> None:
     overrides, key = BREAKING[rule]
     (problem,) = problems(good, *overrides)
     assert problem.key == key
@@ -165,16 +172,16 @@ def test_a_rule_refuses_what_it_is_for(rule: str, good: str, problems: Problems)
 
 
 @pytest.mark.parametrize("rule", NAMES)
-def test_a_rule_lets_the_rest_pass(rule: str, good: str, load: Load) -> None:
+def test_rule_accepts_recipe_close_to_breaking_it(rule: str, good: str, load: Load) -> None:
     assert load(good, *KEEPING[rule]).recipe
 
 
-def test_all_broken_rules_are_told_at_once(good: str, problems: Problems) -> None:
+def test_all_broken_rules_are_reported_at_once(good: str, problems: Problems) -> None:
     found = problems(good, "adapter={method: full}", "model.dtype=float16", "data.validation=[]")
     assert {problem.key for problem in found} == {"quantization.kind", "model.dtype", "evaluation.every_steps"}
 
 
-def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Problems) -> None:
+def test_violation_has_the_place_of_its_key(good: str, problems: Problems) -> None:
     in_file, in_override = problems(good, "adapter={method: full}", "model.dtype=float16")
     assert in_file.where.endswith("recipe.yaml:3:22")
     assert in_override.where == "--set model.dtype"
@@ -189,14 +196,14 @@ def test_a_broken_rule_stands_where_its_key_is_written(good: str, problems: Prob
         (("adapter={method: adalora}", "training.max_steps=1"), "adapter.final_steps"),
     ],
 )
-def test_shares_and_numbers_of_adaloras_steps_are_seen_together(
+def test_adalora_phases_accept_ratios_and_step_counts(
     overrides: tuple[str, ...], key: str, good: str, problems: Problems
 ) -> None:
     (problem,) = problems(good, *overrides)
     assert problem.key == key
 
 
-def test_a_source_without_any_place_is_refused(good: str, problems: Problems) -> None:
+def test_source_without_path_and_hub_is_refused(good: str, problems: Problems) -> None:
     (problem,) = problems(good, "data.train.0={format: chat}")
     assert (problem.key, problem.what) == ("data.train.0", "the source has no path")
 
@@ -220,7 +227,7 @@ def test_a_source_without_any_place_is_refused(good: str, problems: Problems) ->
         ),
     ],
 )
-def test_a_rule_for_single_layers_is_one_that_something_reads(
+def test_module_rule_without_effect_is_refused(
     overrides: tuple[str, ...], key: str, good: str, problems: Problems
 ) -> None:
     (problem,) = problems(good, *overrides)

@@ -20,7 +20,7 @@ from finetune.recipe.load import recipe_of
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import every_key
 
-FIXTURES = Path(__file__).parents[3] / "fixtures" / "rivals"
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "other_tools"
 OUR_KEYS = {".".join(segment for segment in path if isinstance(segment, str)) for path in every_key()}
 LEAST: dict[str, dict[str, Any]] = {
     "axolotl": {"base_model": "org/base", "datasets": [{"path": "rows.jsonl"}]},
@@ -54,7 +54,7 @@ def value(recipe: Recipe, key: str) -> Any:
     return found
 
 
-def test_an_axolotl_file_means_the_same_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_axolotl_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("axolotl", tmp_path)
     expected = {
@@ -87,7 +87,7 @@ def test_an_axolotl_file_means_the_same_here(tmp_path: Path, monkeypatch: pytest
         assert each.key.rpartition(".")[2] in lines[each.line - 1]
 
 
-def test_columns_that_an_axolotl_file_names_keep_their_names(tmp_path: Path):
+def test_axolotl_column_names_are_carried_over(tmp_path: Path):
     names = {"field_instruction": "ask", "field_input": "about", "field_output": "say", "field_system": "rules"}
     rows = {"path": "rows.jsonl", "type": {**names, "system_prompt": "", "format": "[INST] {instruction} [/INST]"}}
     made, recipe = translated("axolotl", {**LEAST["axolotl"], "datasets": [rows]}, tmp_path)
@@ -97,7 +97,7 @@ def test_columns_that_an_axolotl_file_names_keep_their_names(tmp_path: Path):
     assert [each.key for each in made.left] == ["datasets.0.type.format"]
 
 
-def test_a_llamafactory_file_means_the_same_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_llamafactory_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("llamafactory", tmp_path)
     expected = {
@@ -120,7 +120,7 @@ def test_a_llamafactory_file_means_the_same_here(tmp_path: Path, monkeypatch: py
     ]  # fmt: skip
 
 
-def test_a_register_of_llamafactory_tells_where_its_names_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_llamafactory_registry_resolves_data_set_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     columns = {"prompt": "ask", "response": "say", "system": "rules"}
     register = {
@@ -148,13 +148,13 @@ def test_a_register_of_llamafactory_tells_where_its_names_lead(tmp_path: Path, m
     }  # fmt: skip
     assert [each.key for each in made.left] == ["dataset_info.json: mine.folder"]
     made, _ = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "ranked"}, tmp_path)
-    assert {each.key: each.reason for each in made.left}["dataset"] == "ranked has answers that are ranked"
+    assert {each.key: each.reason for each in made.left}["dataset"] == "ranked has ranked answers"
     (tmp_path / "data" / "dataset_info.json").write_text("{")
     made, _ = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "mine"}, tmp_path)
     assert "cannot be read" in {each.key: each.reason for each in made.left}["dataset"]
 
 
-def test_a_trl_file_means_the_same_here(tmp_path: Path):
+def test_trl_file_becomes_equivalent_recipe(tmp_path: Path):
     made, recipe = fixture("trl", tmp_path)
     expected = {
         "model.name": "example-org/base-3b", "model.dtype": "bfloat16", "model.attention": "sdpa",
@@ -173,7 +173,7 @@ def test_a_trl_file_means_the_same_here(tmp_path: Path):
     assert [each.key for each in made.left] == ["logging_steps", "report_to", "push_to_hub"]
 
 
-def test_a_torchtune_file_means_the_same_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_torchtune_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("torchtune", tmp_path)
     expected = {
@@ -197,7 +197,7 @@ def test_a_torchtune_file_means_the_same_here(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_every_rule_leads_to_a_key_of_ours(tool: str):
+def test_import_rules_lead_to_schema_keys(tool: str):
     targets = [rule.key for rule in TOOLS[tool].rules.values() if isinstance(rule, To)]
     switched = [rule for rule in TOOLS[tool].rules.values() if isinstance(rule, Switch)]
     targets += [key for rule in switched for key in (*rule.on, *rule.off)]
@@ -207,14 +207,14 @@ def test_every_rule_leads_to_a_key_of_ours(tool: str):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_the_least_that_a_file_says_is_a_valid_recipe(tool: str, tmp_path: Path):
+def test_minimal_configuration_becomes_valid_recipe(tool: str, tmp_path: Path):
     made, recipe = translated(tool, LEAST[tool], tmp_path)
     assert recipe.data.train
     assert made.tool in made.text.splitlines()[0]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_key_that_nobody_knows_is_listed_with_its_line(tool: str, tmp_path: Path):
+def test_unknown_key_of_configuration_is_listed_with_line(tool: str, tmp_path: Path):
     made, _ = translated(tool, {**LEAST[tool], "zz_of_the_future": 3}, tmp_path)
     left = {each.key: each for each in made.left}
     assert left["zz_of_the_future"].reason == "ft has no such key"
@@ -222,7 +222,7 @@ def test_a_key_that_nobody_knows_is_listed_with_its_line(tool: str, tmp_path: Pa
     assert "#   zz_of_the_future: ft has no such key" in made.text
 
 
-def test_a_value_that_a_recipe_refuses_is_left_behind_with_the_reason(tmp_path: Path):
+def test_refused_value_is_listed_with_reason(tmp_path: Path):
     config = {**LEAST["axolotl"], "adapter": "lora", "lora_r": -3, "lr_scheduler": "rex", "optimizer": "muon"}
     made, recipe = translated("axolotl", config, tmp_path)
     left = {each.key: each.reason for each in made.left}
@@ -232,7 +232,7 @@ def test_a_value_that_a_recipe_refuses_is_left_behind_with_the_reason(tmp_path: 
     assert (recipe.adapter.method, recipe.optimizer.name) == ("lora", "adamw")
 
 
-def test_full_fine_tuning_takes_nothing_of_an_adapter(tmp_path: Path):
+def test_full_fine_tuning_carries_no_adapter_keys(tmp_path: Path):
     made, recipe = translated("axolotl", {**LEAST["axolotl"], "lora_r": 8, "load_in_8bit": True}, tmp_path)
     assert (recipe.adapter.method, recipe.quantization.kind) == ("full", "none")
     assert {each.key for each in made.left} == {"lora_r", "load_in_8bit"}
@@ -254,9 +254,7 @@ def test_full_fine_tuning_takes_nothing_of_an_adapter(tmp_path: Path):
         ("torchtune", {}, "data.train_on", "all"),
     ],
 )
-def test_what_a_file_leaves_out_is_the_tools_default_not_ours(
-    tool: str, said: dict[str, Any], key: str, ours: Any, tmp_path: Path
-):
+def test_absent_keys_get_the_defaults_of_the_tool(tool: str, said: dict[str, Any], key: str, ours: Any, tmp_path: Path):
     _, recipe = translated(tool, {**LEAST[tool], **said}, tmp_path)
     assert value(recipe, key) == ours
 
@@ -274,9 +272,7 @@ def test_what_a_file_leaves_out_is_the_tools_default_not_ours(
         ("torchtune", {"enable_activation_offloading": True}, False),
     ],
 )
-def test_what_is_kept_for_backward_is_offloaded_with_checkpointing_alone(
-    tool: str, said: dict[str, Any], ours: Any, tmp_path: Path
-):
+def test_activation_offloading_needs_checkpointing(tool: str, said: dict[str, Any], ours: Any, tmp_path: Path):
     made, recipe = translated(tool, {**LEAST[tool], **said}, tmp_path)
     assert recipe.training.gradient_checkpointing == ours
     left = {each.key for each in made.left} & said.keys()
@@ -295,13 +291,13 @@ def test_what_is_kept_for_backward_is_offloaded_with_checkpointing_alone(
         ("torchtune", {"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}),
     ],
 )
-def test_a_training_of_another_kind_is_refused_as_what_it_is(tool: str, keys: dict[str, Any], tmp_path: Path):
+def test_other_trainings_are_refused_with_their_kind(tool: str, keys: dict[str, Any], tmp_path: Path):
     with pytest.raises(UnsupportedError) as caught:
         translated(tool, {**LEAST[tool], **keys}, tmp_path)
     assert caught.value.hint
 
 
-def test_rows_that_cannot_be_found_leave_a_place_to_fill(tmp_path: Path):
+def test_unknown_rows_become_a_placeholder(tmp_path: Path):
     config = {**LEAST["axolotl"], "datasets": [{"path": "my_registry_name", "type": "alpaca"}]}
     made, recipe = translated("axolotl", config, tmp_path)
     assert recipe.data.train[0].place.endswith(PLACEHOLDER)
@@ -317,7 +313,7 @@ def test_rows_that_cannot_be_found_leave_a_place_to_fill(tmp_path: Path):
         ("model_name_or_path: null", UsageError, "names no model"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_told_so(
+def test_import_refuses_files_without_configuration(
     content: str, kind: type[FinetuneError], words: str, tmp_path: Path
 ):
     file = tmp_path / "config.yaml"
@@ -326,7 +322,7 @@ def test_a_file_that_is_no_configuration_is_told_so(
         imported("trl", file, tmp_path / "recipe.yaml")
     with pytest.raises(UsageError, match="cannot be read"):
         imported("trl", tmp_path / "none.yaml", tmp_path / "recipe.yaml")
-    with pytest.raises(UsageError, match="not translated"):
+    with pytest.raises(UsageError, match="cannot be imported"):
         imported("unsloth", file, tmp_path / "recipe.yaml")
 
 
@@ -338,7 +334,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_whatever_a_file_says_the_recipe_is_valid_or_the_refusal_is_ours(tool: str, tmp_path: Path):
+def test_random_configuration_becomes_valid_recipe_or_raises_finetune_error(tool: str, tmp_path: Path):
     keys = st.sampled_from(sorted(key for key in TOOLS[tool].rules if "." not in key))
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -353,12 +349,12 @@ def test_whatever_a_file_says_the_recipe_is_valid_or_the_refusal_is_ours(tool: s
     law()
 
 
-def test_the_command_writes_the_recipe_lists_what_is_left_and_overwrites_nothing(tmp_path: Path):
+def test_import_command_writes_recipe_lists_left_keys_and_never_overwrites(tmp_path: Path):
     recipe = tmp_path / "new" / "recipe.yaml"
     arguments = ["import", "axolotl", str(FIXTURES / "axolotl.yaml"), str(recipe)]
     told = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
     assert told.exit_code == 0, told.output
-    assert "    line 54: logging_steps: the progress line and metrics.jsonl have every step" in told.stdout
+    assert "    line 54: logging_steps: ft logs every step," in told.stdout
     assert CliRunner().invoke(app, ["validate", str(recipe)]).exit_code == 0
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 6

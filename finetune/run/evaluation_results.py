@@ -1,0 +1,17 @@
+"""`results.json` of a run, as `ft eval` of this or an earlier version wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.recipe.sections.evaluation import current_task_name
+from finetune.run.directory import RunDirectory
+from finetune.storage.files import read_json
+
+
+def read_results(run: RunDirectory) -> dict[str, Any]:
+    """The results, with today's task names; empty where the run was not evaluated."""
+    results = read_json(run.evaluation / "results.json")
+    if "tasks" not in results:
+        return results
+    return {**results, "tasks": {current_task_name(name): scores for name, scores in results["tasks"].items()}}
