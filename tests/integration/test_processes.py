@@ -177,7 +177,7 @@ with torch.no_grad():
     for weight in (*trained, *kept):
         weight.add_(rank if weight.dtype is torch.uint8 else rank * 1e-3)
 before = [weight.clone() for weight in kept]
-state.model = grad_sync.prepared(accelerator, model)
+state.model = grad_sync.wrap_for_ddp(accelerator, model)
 next(fit(state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan))
 everyones = accelerator.gather(torch.cat([weight.detach().flatten() for weight in trained])[None])
 found = {
