@@ -1,4 +1,4 @@
-"""`ft chat`: a conversation in the terminal."""
+"""`ft chat`: a conversation with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import typer
 from finetune.errors import FinetuneError
 from finetune.run.signals import Interruption, StopRequested
 
-from . import console
-from .options import ANSWERS, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
+from .event_log import event_handler
+from .options import MODEL_REF, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
+from .output import exit_immediately, show_error, show_note
+from .prompts import read_line, stdin_is_terminal, streamed_answer
 
 if TYPE_CHECKING:
     from finetune.jobs.infer.chat import Chat
 
 COMMANDS = """\
-/clear        begin again, with the same system message
-/system TEXT  set the system message; without TEXT, take it away
-/exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
+/clear        start again with the same system message
+/system TEXT  set the system message; without TEXT, remove it
+/exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 def chat(
-    name: Annotated[str, typer.Argument(metavar="RUN", help=f"{ANSWERS}.")],
+    name: Annotated[str, typer.Argument(metavar="RUN", help=f"{MODEL_REF}.")],
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -30,18 +32,18 @@ def chat(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with a run or a model, turn by turn."""
+    """Chat with a run or a model."""
     from finetune.jobs.load.model_ref import named
 
     (found,) = named([name])
-    with console.reporting(quiet, as_json=False) as report:
+    with event_handler(quiet, as_json=False) as on_event:
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.chat import Chat
 
-        talk = Chat.open(found, system, Sampling(max_new_tokens, temperature, top_p, seed), report)
-    if console.is_asked():
-        console.show_note(COMMANDS)
-    while (line := console.read_line("> ")) is not None:
+        talk = Chat.open(found, system, Sampling(max_new_tokens, temperature, top_p, seed), on_event)
+    if stdin_is_terminal():
+        show_note(COMMANDS)
+    while (line := read_line("> ")) is not None:
         word, _, rest = line.strip().partition(" ")
         match word:
             case "":
@@ -53,26 +55,27 @@ def chat(
             case "/system":
                 talk.system = rest.strip() or None
             case _ if word.startswith("/"):
-                console.show_note(COMMANDS)
+                show_note(COMMANDS)
             case _:
-                _say(talk, line)
+                _answer_turn(talk, line)
 
 
-def _say(talk: Chat, text: str) -> None:
-    """One turn; what went wrong is told, and the conversation goes on without it.
+def _answer_turn(talk: Chat, text: str) -> None:
+    """Answer one turn. After an error the conversation continues without this turn.
 
-    Ctrl-C is looked for between two pieces: raised anywhere, it could be lost in code that forgives every exception.
+    Ctrl-C is polled between two pieces: a KeyboardInterrupt raised at any point could be swallowed by library code
+    that catches every exception.
     """
     interruption = Interruption()
     try:
-        with interruption.listening(console.exit_immediately), console.words() as tell:
+        with interruption.listening(exit_immediately), streamed_answer() as show_piece:
 
-            def tell_or_stop(piece: str) -> None:
-                tell(piece)
+            def show_or_stop(piece: str) -> None:
+                show_piece(piece)
                 interruption.poll()
 
-            talk.say(text, tell_or_stop)
+            talk.say(text, show_or_stop)
     except FinetuneError as error:
-        console.show_error(error)
+        show_error(error)
     except StopRequested:
-        console.show_note("stopped")
+        show_note("stopped")

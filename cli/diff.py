@@ -1,4 +1,4 @@
-"""`ft diff`: what differs between two runs."""
+"""`ft diff`: the differences between two runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from . import console
 from .options import AsJson
+from .views.runs import show_differences
 
 
 def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="That of another.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of another run.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what differs between two runs. Recipe, data, versions, results."""
+    """Show the differences between two runs. Recipe, data, versions, results."""
     from finetune.run.comparison import differences
     from finetune.run.directory import RunDirectory
 
-    console.show_differences(differences(RunDirectory.open(first), RunDirectory.open(second)), as_json)
+    show_differences(differences(RunDirectory.open(first), RunDirectory.open(second)), as_json)

@@ -1,4 +1,4 @@
-"""`ft eval`: what a run or a model reaches, alone or beside another."""
+"""`ft eval`: scores of a run or a model, alone or compared with another."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import typer
 
 from finetune.errors import RefusedError
 
-from . import console
-from .options import ANSWERS, AsJson, Overwrite, Quiet
+from .event_log import event_handler
+from .options import MODEL_REF, AsJson, Overwrite, Quiet
+from .views.evaluation import show_evaluation
 
 
 class EngineName(StrEnum):
-    """What writes answers."""
+    """Generation backends."""
 
     ft = "ft"
     vllm = "vllm"
 
 
 def evaluate(
-    name: Annotated[str, typer.Argument(metavar="RUN", help=f"{ANSWERS}.")],
+    name: Annotated[str, typer.Argument(metavar="RUN", help=f"{MODEL_REF}.")],
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="RUN", help="Compare row by row with another of these, or with `base`."),
+        typer.Option("--against", metavar="RUN", help="Compare row by row with another model, or with `base`."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -33,62 +34,66 @@ def evaluate(
             "--tasks",
             metavar="NAME,...",
             help="Tasks of the recipe (validation: its validation rows), a YAML file of tasks, or tasks of "
-            "lm-evaluation-harness. By default all of the recipe. Repeatable.",
+            "lm-evaluation-harness. Default: all tasks of the recipe. Repeatable.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many rows of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first rows of each task.")] = None,
     gates: Annotated[
         list[str] | None,
         typer.Option(
             "--gate",
             metavar="METRIC>=NUMBER",
-            help="Exit with 5 unless it holds, such as exact_match>=0.8 or validation/loss<=0.5. Repeatable.",
+            help="Exit with code 5 if it fails, such as exact_match>=0.8 or validation/loss<=0.5. Repeatable.",
         ),
     ] = None,
     engine: Annotated[
         EngineName,
         typer.Option(
-            help="What writes answers: ft, or vLLM where it is installed, of plain weights and LoRA adapters. "
-            "Losses and choices are always ft's."
+            help="Generation backend: ft, or vLLM if installed (unquantized weights and LoRA adapters). "
+            "Losses and multiple choice are always computed by ft."
         ),
     ] = EngineName.ft,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most rows of one pass of ft; fewer where memory is short.")
+        int | None, typer.Option(min=1, help="Largest batch of ft; smaller if memory is short.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FOLDER", help="Where results and answers go; of a run by default its eval/."),
+        typer.Option(
+            "--output", metavar="FOLDER", help="Folder for results and answers. Default for a run: its eval/."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss, answers, choices and tasks of a run or a model.
+    """Evaluate a run or a model. Loss, generated answers, multiple choice, harness tasks.
 
-    What is measured stays in the cache row by row: a call that was interrupted goes on where it was.
+    Results are cached row by row: an interrupted call resumes where it stopped.
     """
     from finetune.evaluation.gates import Gate
     from finetune.jobs.load.model_ref import named
 
     wanted = tuple(Gate.parse(text) for text in gates or ())
-    _refuse_taken(output, overwrite)
+    if output is not None:
+        _check_replaceable(output, overwrite)
     found = named([name] if against in (None, "base") else [name, str(against)])
-    with console.reporting(quiet, as_json) as report:
+    with event_handler(quiet, as_json) as on_event:
         from finetune.jobs.infer.evaluate import EvaluationOptions
         from finetune.jobs.infer.evaluate import evaluate as evaluate_job
 
         names = tuple(part for text in tasks or () for part in text.split(",") if part)
         options = EvaluationOptions(names, limit, wanted, engine.value, batch_size, output)
-        evaluated = evaluate_job(found[0], options, "base" if against == "base" else (*found, None)[1], report)
-    console.show_evaluation(evaluated, as_json)
+        evaluated = evaluate_job(found[0], options, "base" if against == "base" else (*found, None)[1], on_event)
+    show_evaluation(evaluated, as_json)
     evaluated.refuse_failed_gates()
 
 
-def _refuse_taken(output: Path | None, overwrite: bool) -> None:
-    """Only results of an earlier call are replaced, for a folder is replaced as a whole."""
-    if output is None or not output.exists():
-        return
-    if not overwrite:
-        raise RefusedError("the folder is there already", where=str(output), hint="choose another, or add --overwrite")
-    if not (output / "results.json").is_file():
-        raise RefusedError("the folder holds no results of ft eval", where=str(output), hint="choose another --output")
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Replace only results of an earlier call: writing removes everything else in the folder."""
+    from finetune.storage.files import check_not_taken
+
+    check_not_taken(output, overwrite, is_folder=True)
+    if output.exists() and not (output / "results.json").is_file():
+        raise RefusedError(
+            "the folder contains no results of ft eval", where=str(output), hint="choose another --output"
+        )

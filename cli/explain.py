@@ -1,4 +1,4 @@
-"""`ft explain`: what a key of a recipe does."""
+"""`ft explain`: documentation of recipe keys."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Annotated
 
 import typer
 
-from . import console
 from .options import AsJson
+from .views.recipe import show_explanation, show_sections
 
 
 def explain(
     key: Annotated[
         str | None,
-        typer.Argument(metavar="[KEY]", help="A key such as adapter.r or r, a section, or a word such as lora."),
+        typer.Argument(metavar="[KEY]", help="A key such as adapter.r or r, a section, or a value such as lora."),
     ] = None,
     recipes: Annotated[
-        Path, typer.Option("--recipes", help="Folder of the recipes whose values of the key are shown, if it is there.")
+        Path, typer.Option("--recipes", help="Folder of recipes whose values of the key are shown.")
     ] = Path("recipes"),
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a key does, its default and its values. And who sets it; without a key, list the sections."""
+    """Explain a key, its default and its values. Without a key, list the sections."""
     from finetune.recipe.explain import explain_key, sections, values_in
 
     if key is None:
-        console.show_sections(sections(), as_json)
+        show_sections(sections(), as_json)
         return
     for explanation in explain_key(key):
-        console.show_explanation(explanation, values_in(explanation, recipes), as_json)
+        show_explanation(explanation, values_in(explanation, recipes), as_json)

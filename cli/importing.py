@@ -1,4 +1,4 @@
-"""`ft import`: another tool's configuration as a recipe."""
+"""`ft import`: translate another tool's configuration into a recipe."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import RefusedError
-
-from . import console
 from .options import AsJson, Overwrite
+from .views.recipe import show_import
 
 
 def import_recipe(
     tool: Annotated[str, typer.Argument(metavar="TOOL", help="axolotl, llamafactory, trl or torchtune.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Its configuration, in YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The tool's configuration, a YAML file.")],
     output: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="The recipe to write.")] = Path("recipe.yaml"),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Translate another tool's configuration. Lists every key that was not carried over."""
     from finetune.recipe.importing.convert import imported
-    from finetune.storage.files import write_file
+    from finetune.storage.files import check_not_taken, write_file
 
-    if output.exists() and not overwrite:
-        raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
+    check_not_taken(output, overwrite, "RECIPE")
     made = imported(tool, file, output)
     write_file(output, made.text)
-    console.show_import(made, output, as_json)
+    show_import(made, output, as_json)

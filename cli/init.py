@@ -1,4 +1,4 @@
-"""`ft init`: a first recipe, by a few questions."""
+"""`ft init`: a starter recipe for a data set, from a few questions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.errors import RefusedError, UsageError
+from finetune.errors import UsageError
 
-from . import console
+from .event_log import event_handler
 from .options import HERE, AsJson, Overwrite, Quiet
+from .output import show_note, show_result
+from .prompts import ask
 
 if TYPE_CHECKING:
     from finetune.plan.gpu_specs import GpuSpec
@@ -22,61 +24,69 @@ def init(
     data: Annotated[
         str | None, typer.Option(help="Training rows: a file, a pattern, a folder, or the id of a hub data set.")
     ] = None,
-    format: Annotated[str, typer.Option(help="Format of the rows, where their columns do not tell it.")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="Format of the rows, if it cannot be inferred from their columns.")
+    ] = "auto",
     column: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=NAME", help="Name of a column, with --format: such as question=query for qa. Repeatable."
+            metavar="KEY=NAME", help="Name of a column, with --format, such as question=query for qa. Repeatable."
         ),
     ] = None,
-    aim: Annotated[
+    objective: Annotated[
         str | None,
-        typer.Option(help="chat, classification, extraction, tools, qa, pretraining or long-context."),
+        typer.Option(
+            "--objective", "--aim", help="chat, classification, extraction, tools, qa, pretraining or long-context."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The base: a hub id, a folder, a .gguf file, or package://<package>/<file>.gguf.")
+        str | None,
+        typer.Option(help="Base model: a hub id, a folder, a .gguf file, or package://<package>/<file>.gguf."),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE|CARD|here",
-            help="Memory to fit into: a GPU, such as 24GB or A100, or this machine, as by default.",
+            metavar="SIZE|GPU|here",
+            help="Memory to fit into: a GPU such as 24GB or A100, or `here` (this machine, the default).",
         ),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at the data and write a first recipe for it. What no option says is asked for on a terminal."""
-    if output.exists() and not overwrite:
-        raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
-    gpu = _gpu(memory or HERE)  # a wrong one is told before anybody is asked
+    """Inspect the data and write a starter recipe for it. Missing options are asked for on a terminal."""
+    from finetune.storage.files import check_not_taken
+
+    check_not_taken(output, overwrite, "RECIPE")
+    gpu = _gpu(memory or HERE)  # fail before the first question
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
-    with console.reporting(quiet, as_json) as report:
+    with event_handler(quiet, as_json) as on_event:
         from finetune.jobs.plan.init import inspect_dataset, likely_objective, write_recipe
         from finetune.jobs.plan.starter_recipe import AIMS
 
         seen = inspect_dataset(data, format, dict(map(_column, column or [])))
     if not quiet:
-        console.show_note(f"{seen.rows} rows{'' if seen.is_whole else ' and more'} of format {seen.format}")
-    aim = aim or _asked("--aim", f"Aim: {', '.join(AIMS)}", likely_objective(seen))
+        show_note(f"{seen.rows} rows{'' if seen.is_whole else ' or more'} of format {seen.format}")
+    objective = objective or _asked("--objective", f"Objective: {', '.join(AIMS)}", likely_objective(seen))
     model = model or _asked("--model", "Base model (hub id, folder, or .gguf file)")
     if memory is None:
-        gpu = _gpu(_asked("--memory", "Fit into (a GPU, such as 24GB or A100, or this machine)", HERE))
-    with console.reporting(quiet, as_json) as report:
-        fitted = write_recipe(seen, model, aim, gpu, output, report)
+        gpu = _gpu(_asked("--memory", "Memory to fit into (a GPU such as 24GB or A100, or this machine)", HERE))
+    with event_handler(quiet, as_json) as on_event:
+        fitted = write_recipe(seen, model, objective, gpu, output, on_event)
     if as_json:
-        event = {"event": "recipe", "file": str(output), "aim": aim, "peak": fitted.after.peak}
-        console.show_result(json.dumps(event))
+        event = {"event": "recipe", "file": str(output), "aim": objective, "peak": fitted.after.peak}
+        show_result(json.dumps(event))
     else:
-        console.show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
+        show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
 
 
 def _column(argument: str) -> tuple[str, str]:
     """Key and name of `--column KEY=NAME`."""
     key, _, name = argument.partition("=")
     if not (key and name):
-        raise UsageError(f"--column wants KEY=NAME, found {argument!r}", hint="write it as in --column question=query")
+        raise UsageError(
+            f"--column expects KEY=NAME, found {argument!r}", hint="write it as in --column question=query"
+        )
     return key, name
 
 
@@ -88,8 +98,8 @@ def _gpu(text: str) -> GpuSpec | None:
 
 
 def _asked(option: str, question: str, default: str | None = None) -> str:
-    """A person's answer; where nobody can be asked, the default."""
-    answer = console.answer(question, default)
+    """The answer of the user; the default without a terminal."""
+    answer = ask(question, default)
     if not answer:
-        raise UsageError(f"{option} is missing, and there is nobody to ask", hint=f"add {option}")
+        raise UsageError(f"{option} is missing, and there is no terminal to ask on", hint=f"add {option}")
     return answer

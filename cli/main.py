@@ -14,9 +14,9 @@ from finetune import __version__
 from finetune.errors import FinetuneError, Interrupted, ProcessLost, Stopped, as_lost_process, as_out_of_memory
 from finetune.run import distributed
 
-from . import console
 from .chat import chat
 from .diff import diff
+from .dry_run import dry_run, dry_run_alias
 from .evaluate import evaluate
 from .explain import explain
 from .export import export
@@ -25,10 +25,10 @@ from .importing import import_recipe
 from .init import init
 from .merge import merge
 from .methods import methods
+from .output import show_error, show_note, show_result, use_json
 from .plan import plan
 from .preview import preview
 from .quantize import quantize
-from .rehearse import rehearse
 from .report import report
 from .reproduce import reproduce
 from .runs import app as runs
@@ -40,29 +40,29 @@ from .watch import watch
 
 
 class Commands(TyperGroup):
-    """All commands: what the user can mend is one message and an exit code; a bug keeps its traceback."""
+    """All commands: user errors become a message and an exit code; a bug keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
-        console.use_json(False)  # until the command's own --json is read
+        """Run a command and turn its errors into exit codes."""
+        use_json(False)  # a second call in this process must not keep the --json of the first
         try:
             with _showing_warnings():
                 return super().invoke(ctx)
         except FinetuneError as error:
-            raise typer.Exit(_tell(error)) from None
+            raise typer.Exit(_show_and_exit_code(error)) from None
         except KeyboardInterrupt as interrupt:
             if not distributed.has_launcher():
-                console.show_note("interrupted")
-            raise typer.Exit(_leave_word(interrupt, Interrupted.exit_code)) from None
+                show_note("interrupted")
+            raise typer.Exit(_recorded_exit_code(interrupt, Interrupted.exit_code)) from None
         except typer.Exit:
             raise
         except Exception as error:
             known = as_out_of_memory(error) or as_lost_process(error)
             if known is not None:
-                raise typer.Exit(_tell(known)) from None
+                raise typer.Exit(_show_and_exit_code(known)) from None
             if not distributed.has_launcher():
                 raise
-            raise typer.Exit(_leave_word(error, 1)) from None
+            raise typer.Exit(_recorded_exit_code(error, 1)) from None
 
 
 @contextmanager
@@ -80,28 +80,31 @@ class _WarningHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # A launcher has read the same recipe, and shows its warnings.
         if distributed.Rank.here().is_main and not distributed.has_launcher():
-            console.show_note(f"warning: {record.getMessage()}")
+            show_note(f"warning: {record.getMessage()}")
 
 
-def _tell(error: FinetuneError) -> int:
-    """Show an error, unless the run's supervisor or its main process does; returns the exit code."""
-    speaks = distributed.Rank.here().is_main or not isinstance(error, Stopped | Interrupted | ProcessLost)
-    if speaks and not distributed.has_launcher():
-        console.show_error(error)
-    return _leave_word(error, error.exit_code)
+def _show_and_exit_code(error: FinetuneError) -> int:
+    """Show an error, unless the launcher or the main rank shows it; returns the exit code."""
+    is_shown = distributed.Rank.here().is_main or not isinstance(error, Stopped | Interrupted | ProcessLost)
+    if is_shown and not distributed.has_launcher():
+        show_error(error)
+    return _recorded_exit_code(error, error.exit_code)
 
 
-def _leave_word(error: BaseException, code: int) -> int:
-    """Tell a launcher what ended this process; to its supervisor a stop is no failure after which to start again."""
-    ending = distributed.RankExit.of(error)
-    ending.write()
-    return 0 if ending.is_stop and distributed.has_launcher() else code
+def _recorded_exit_code(error: BaseException, code: int) -> int:
+    """Write the cause of the exit for the launcher; returns the exit code.
+
+    Under a launcher a stop by signal returns 0: a failure would make it restart all ranks.
+    """
+    rank_exit = distributed.RankExit.of(error)
+    rank_exit.write()
+    return 0 if rank_exit.is_stop and distributed.has_launcher() else code
 
 
 app = typer.Typer(
     name="ft",
     cls=Commands,
-    help="Fine-tune language models: one recipe, one command, a result to trust.",
+    help="Fine-tune language models: one recipe, one command, verified results.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -109,9 +112,9 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        console.show_result(f"ft {__version__}")
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
+        show_result(f"ft {__version__}")
         raise typer.Exit
 
 
@@ -129,7 +132,8 @@ app.command("import")(import_recipe)
 app.command()(validate)
 app.command()(preview)
 app.command()(plan)
-app.command()(rehearse)
+app.command("dry-run")(dry_run)
+app.command("rehearse", hidden=True)(dry_run_alias)  # the former name
 app.command()(train)
 app.command()(watch)
 app.command()(sweep)

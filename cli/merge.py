@@ -1,4 +1,4 @@
-"""`ft merge`: a run's model without its adapter."""
+"""`ft merge`: merge an adapter into its base, or several runs into one model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import typer
 
 from finetune.errors import UsageError
 
-from . import console
+from .event_log import event_handler
 from .options import AsJson, Overwrite, Quiet
+from .views.export import show_merge, show_model_merge
 
 
 class MergedDtype(StrEnum):
@@ -25,7 +26,7 @@ class MergedDtype(StrEnum):
 
 
 class CombineRule(StrEnum):
-    """How several runs are put together."""
+    """Rules for merging several runs."""
 
     linear = "linear"
     ties = "ties"
@@ -34,63 +35,65 @@ class CombineRule(StrEnum):
 
 
 def merge(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs; usually one.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs, usually one.")],
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write; by default merged/ in the run.")
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write. Default: merged/ in the run.")
     ] = None,
     dtype: Annotated[
         MergedDtype | None,
         typer.Option(
             show_default=False,
-            help="Type of the merged weights; quantized keeps the base's codes, which only qa_lora can. "
-            "By default quantized for qa_lora, float32 for the rest.",
+            help="Type of the merged weights. quantized keeps the quantized base, for qa_lora only. "
+            "Default: quantized for qa_lora, otherwise float32.",
         ),
     ] = None,
     combine: Annotated[
-        CombineRule, typer.Option(help="Of several runs over one base: how what they learned is put together.")
+        CombineRule, typer.Option(help="Rule that merges several runs over one base.")
     ] = CombineRule.linear,
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W", help="Of several runs: how much of each; by default 1 of each.")
+        str | None, typer.Option(metavar="W,W", help="Weight of each run, with several runs. Default: 1 each.")
     ] = None,
-    density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of entries that ties and dare keep.")] = 0.5,
-    rank: Annotated[int, typer.Option(min=1, help="Rank that svd keeps of each matrix.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of what dare drops.")] = 0,
+    density: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Fraction of entries that ties and dare keep.")
+    ] = 0.5,
+    rank: Annotated[int, typer.Option(min=1, help="Rank that svd keeps for each matrix.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the entries that dare drops.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fold what was trained into the base. Proves on real rows that the result says the same."""
+    """Merge the adapter into the base. Verifies the logits of the merged model on rows of the data."""
     from finetune.run.directory import RunDirectory
 
     directories = [RunDirectory.open(run) for run in runs]
     chosen = dtype and dtype.value
     if len(directories) == 1:
-        with console.reporting(quiet, as_json) as report:
+        with event_handler(quiet, as_json) as on_event:
             from finetune.jobs.export.merge import merge as merge_job
 
-            result = merge_job(directories[0], output, chosen, overwrite, report)
-        console.show_merge(result.to_json(), result.folder, as_json)
+            result = merge_job(directories[0], output, chosen, overwrite, on_event)
+        show_merge(result.to_json(), result.folder, as_json)
         return
     if output is None:
         raise UsageError("several runs need a folder to write to", where="--output", hint="add --output DIR")
     if dtype is MergedDtype.quantized:
         raise UsageError(
-            "several runs do not fit into quantized weights without rounding",
+            "several runs cannot be merged into quantized weights without rounding",
             where="--dtype",
             hint="choose float32, bfloat16 or float16",
         )
-    shares = _weights(weights, len(directories))
-    with console.reporting(quiet, as_json) as report:
+    run_weights = _weights(weights, len(directories))
+    with event_handler(quiet, as_json) as on_event:
         from finetune.jobs.export.merge_models import combine as combine_job
         from finetune.models.writing.weight_merging import WeightMerge
 
-        combination = WeightMerge(combine.value, shares, density, rank, seed)
-        combined = combine_job(directories, combination, output, chosen or "float32", overwrite, report)
-    console.show_combination(combined.to_json(), combined.folder, as_json)
+        combination = WeightMerge(combine.value, run_weights, density, rank, seed)
+        combined = combine_job(directories, combination, output, chosen or "float32", overwrite, on_event)
+    show_model_merge(combined.to_json(), combined.folder, as_json)
 
 
 def _weights(text: str | None, runs: int) -> tuple[float, ...]:
-    """One number for each run."""
+    """One weight per run."""
     if text is None:
         return (1.0,) * runs
     try:
@@ -101,6 +104,6 @@ def _weights(text: str | None, runs: int) -> tuple[float, ...]:
         raise UsageError(
             f"expected {runs} numbers, found {text!r}",
             where="--weights",
-            hint="one for each run, such as 0.7,0.3",
+            hint="give one per run, such as 0.7,0.3",
         )
     return weights

@@ -1,13 +1,13 @@
-"""`ft methods`: what a recipe can choose."""
+"""`ft methods`: all adapters and quantizations."""
 
 from __future__ import annotations
 
-from . import console
 from .options import AsJson
+from .views.recipe import show_methods
 
 
 def methods(as_json: AsJson = False) -> None:
-    """List every adapter and quantization. What it is, its paper, what it costs, how it merges, what loads it."""
+    """List every adapter and quantization. With paper, cost, how it merges and which engines load it."""
     from finetune.recipe.methods import method_table
 
-    console.show_catalogue(method_table(), as_json)
+    show_methods(method_table(), as_json)

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from .output import use_json
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")]
@@ -17,19 +17,17 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", callback=console.use_json, help="Write one JSON object a line to standard output."),
+    typer.Option("--json", callback=use_json, help="Write one JSON object per line to standard output."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only the result, no progress.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 HERE = "here"
-"""This machine, where a GPU may be named to fit into."""
-ANSWERS = "A run, a checkpoint of one, an adapter's folder, or a model: folder, .gguf file, hub id or package://"
-System = Annotated[str | None, typer.Option(help="A system message to put first.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
-Temperature = Annotated[
-    float, typer.Option(min=0.0, help="0 takes the likeliest token; 0.7 is a usual value for drawing.")
-]
+"""The word for this machine in options that take a GPU."""
+MODEL_REF = "A run, a checkpoint of a run, an adapter folder, or a model: folder, .gguf file, hub id or package://"
+System = Annotated[str | None, typer.Option(help="System message.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy decoding; 0.7 is a usual value for sampling.")]
 TopP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that reach this probability.")
+    float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: sample from the top tokens up to this probability.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the draw.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]

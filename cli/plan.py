@@ -1,4 +1,4 @@
-"""`ft plan`: what a run will take of memory and time, before it starts, and what would make it fit."""
+"""`ft plan`: estimate memory and time of a run, and find changes with which it fits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import RefusedError, UsageError
+from finetune.errors import UsageError
 
-from . import console
+from .event_log import event_handler
 from .options import HERE, AsJson, Overrides, Overwrite, RecipePath
+from .output import show_result
+from .views.plan import show_changes, show_plan
 
 
 def plan(
@@ -19,14 +21,14 @@ def plan(
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", metavar="SIZE|CARD", help="Plan for a GPU, such as 24GB or A100; else for this machine."),
+        typer.Option("--gpu", metavar="SIZE|GPU", help="Plan for a GPU such as 24GB or A100. Default: this machine."),
     ] = None,
     fit: Annotated[
         str | None,
         typer.Option(
             "--fit",
-            metavar="SIZE|CARD|here",
-            help="Find the smallest change with which the run fits into such a GPU, or into this machine.",
+            metavar="SIZE|GPU|here",
+            help="Find the smallest change with which the run fits into a GPU, or into this machine.",
         ),
     ] = None,
     output: Annotated[
@@ -35,19 +37,19 @@ def plan(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Foresee memory by part, steps and time. Loads no weights."""
-    _refuse_contradictions(gpu, fit, output, overwrite)
+    """Estimate memory by part, steps and time. Loads no weights."""
+    _check_options(gpu, fit, output, overwrite)
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet=False, as_json=as_json) as report:
+    with event_handler(quiet=False, as_json=as_json) as on_event:
         from finetune.jobs.plan.estimate import MemoryPlanner
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write
         from finetune.plan.gpu_specs import gpu_spec
 
         wanted = gpu or fit
-        planner = MemoryPlanner.of(loaded.recipe, gpu_spec(wanted) if wanted and wanted != HERE else None, report)
+        planner = MemoryPlanner.of(loaded.recipe, gpu_spec(wanted) if wanted and wanted != HERE else None, on_event)
         fitted = fit_job(planner, loaded) if fit else None
         planned = planner.plan(fitted.recipe if fitted else loaded.recipe)
         if fitted and output:
@@ -55,19 +57,21 @@ def plan(
     changes = fitted.changes if fitted else None
     if as_json:
         facts = {**planned.to_json(), "changes": changes, "recipe": str(output) if output else None}
-        console.show_result(json.dumps({"event": "plan", **facts}))
+        show_result(json.dumps({"event": "plan", **facts}))
         return
-    console.show_plan(planned)
+    show_plan(planned)
     if changes is not None:
-        console.show_changes(changes, recipe, output)
+        show_changes(changes, recipe, output)
 
 
-def _refuse_contradictions(gpu: str | None, fit: str | None, output: Path | None, overwrite: bool) -> None:
+def _check_options(gpu: str | None, fit: str | None, output: Path | None, overwrite: bool) -> None:
     if gpu and fit:
-        raise UsageError("--fit names the GPU already", hint="leave --gpu out")
+        raise UsageError("--fit already names the GPU", hint="omit --gpu")
     if output and not fit:
         raise UsageError(
-            "there is no other recipe to write without --fit", hint="add --fit 24GB, or leave --output out"
+            "--output needs --fit: without it the recipe is unchanged", hint="add --fit 24GB, or omit --output"
         )
-    if output and (output.is_dir() or (output.exists() and not overwrite)):
-        raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
+    if output:
+        from finetune.storage.files import check_not_taken
+
+        check_not_taken(output, overwrite)

@@ -1,4 +1,4 @@
-"""`ft preview`: the data as the model will see it."""
+"""`ft preview`: training data as the model sees it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from .event_log import event_handler
 from .options import AsJson, Overrides, Overwrite, RecipePath
+from .output import show_result
+from .views.preview import show_preview
 
 
 def preview(
     recipe: RecipePath,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many training rows to show.")] = 3,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page to share to this file.")] = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Number of training rows to show.")] = 3,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the preview as an HTML page to this file.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show rows as the model sees them, trained tokens in colour. And how they are batched. Loads no weights."""
-    from finetune.errors import RefusedError
+    """Show rows as the model sees them, target tokens in colour. And how they are batched. Loads no weights."""
     from finetune.recipe.load import load_recipe
+    from finetune.storage.files import check_not_taken
 
-    if html and (html.is_dir() or (html.exists() and not overwrite)):
-        raise RefusedError("the file is there already", where=str(html), hint="choose another, or add --overwrite")
+    if html:
+        check_not_taken(html, overwrite, "--html")
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet=False, as_json=as_json) as report:
+    with event_handler(quiet=False, as_json=as_json) as on_event:
         from finetune.jobs.plan.preview import preview as preview_job
 
-        shown = preview_job(loaded.recipe, rows, report)
+        shown = preview_job(loaded.recipe, rows, on_event)
     if html:
-        from .page import preview_page
+        from .views.preview_html import preview_page
 
         _write(html, preview_page(shown))
     if as_json:
-        console.show_result(json.dumps({"event": "preview", **shown.to_json()}, ensure_ascii=False))
+        show_result(json.dumps({"event": "preview", **shown.to_json()}, ensure_ascii=False))
     elif html:
-        console.show_result(f"page: {html}")
+        show_result(f"page: {html}")
     else:
-        console.show_preview(shown)
+        show_preview(shown)
 
 
 def _write(file: Path, page: str) -> None:

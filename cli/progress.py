@@ -1,4 +1,4 @@
-"""Following a job: a live display on a terminal, lines in a pipe, JSON for programs."""
+"""Displays of a running job: live on a terminal, lines in a pipe, JSON for programs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from finetune.run.events import (
     ValidationResult,
 )
 
-from . import wording
-from .board import LivePanel
+from .formatting import event_line, step_pace
+from .live_panel import LivePanel
 
 
-class Follower(ABC):
+class ProgressDisplay(ABC):
     """Shows events and remarks while a job runs."""
 
     @abstractmethod
@@ -44,36 +44,36 @@ class Follower(ABC):
         """Show a remark, such as a warning."""
 
     def close(self) -> None:
-        """The job has ended."""
+        """End the display."""
         return None
 
 
-class Silent(Follower):
+class Silent(ProgressDisplay):
     """Shows remarks only."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def event(self, event: Event) -> None:
-        """Show what is worth acting on."""
+        """Show training warnings; they call for an action even with `--quiet`."""
         if isinstance(event, TrainingWarning):
-            self.note(str(wording.line(event)))
+            self.note(str(event_line(event)))
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Write a line."""
         self.stream.write(text + "\n")
 
 
 class Lines(Silent):
-    """A line an event, for pipes and log files; of a long training about a hundred steps are shown."""
+    """One line per event, for pipes and log files; about a hundred steps of a long training are shown."""
 
     shown_steps = 100
 
     def event(self, event: Event) -> None:
-        """Write the event's line, unless it is one of many."""
+        """Write the line of an event; most steps of a long training have none."""
         if isinstance(event, StepMetrics) and not self._is_shown(event):
             return
-        if (text := wording.line(event)) is not None:
+        if (text := event_line(event)) is not None:
             self.stream.write(text + "\n")
             self.stream.flush()
 
@@ -83,7 +83,7 @@ class Lines(Silent):
 
 
 class JsonLines(Silent):
-    """An object a line on standard output; remarks go to standard error."""
+    """One JSON object per line on standard output; remarks go to standard error."""
 
     def __init__(self, output: TextIO, errors: TextIO) -> None:
         super().__init__(errors)
@@ -96,91 +96,99 @@ class JsonLines(Silent):
 
 
 class CountColumn(MofNCompleteColumn):
-    """`8/60`, and nothing for what cannot be counted."""
+    """`8/60`; empty for a task without a total."""
 
     def render(self, task: Task) -> Text:
         """The count of a task."""
         return super().render(task) if task.total is not None else Text()
 
 
-class Display(LiveProgress):
-    """A moving line with a board below it."""
+class ProgressBar(LiveProgress):
+    """A progress bar with the live panel below it."""
 
-    def __init__(self, board: LivePanel, console: Console) -> None:
-        self.board = board
+    def __init__(self, panel: LivePanel, console: Console) -> None:
+        self.panel = panel
         super().__init__(
             TextColumn("{task.description}", style="cyan", markup=False),
             BarColumn(bar_width=24),
-            CountColumn(table_column=Column(no_wrap=True, min_width=7)),  # the first to be read on a narrow terminal
+            CountColumn(table_column=Column(no_wrap=True, min_width=7)),  # not cut on a narrow terminal
             TextColumn("{task.fields[figures]}", style="dim", markup=False),
             console=console,
             transient=True,
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What rich draws several times a second."""
+        """Renderables that rich draws several times a second."""
         yield self.make_tasks_table(self.tasks)
-        yield self.board
+        yield self.panel
 
 
-class Live(Follower):
-    """A moving line and a board on a terminal; what should stay is printed above them."""
+PRINTED_STYLES: dict[type[Event], str | None] = {
+    DataRead: "dim",
+    TrainingStarted: "dim",
+    RunResumed: "dim",
+    ValidationResult: None,
+    BestCheckpoint: None,
+    TrainingWarning: "yellow",
+}
+"""Events that stay on the terminal, printed above the progress bar, and their styles."""
+
+
+class Live(ProgressDisplay):
+    """A progress bar and the live panel on a terminal; lasting lines are printed above them."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.board = LivePanel()
-        self.display = Display(self.board, console)
-        self.display.start()
+        self.panel = LivePanel()
+        self.bar = ProgressBar(self.panel, console)
+        self.bar.start()
         self.task: TaskID | None = None
         self.description = ""
-        self.begun = (0.0, 0)
+        self.first_seen = (0.0, 0)
 
     def event(self, event: Event) -> None:
-        """Move the line, or print above it."""
-        self.board.see(event)
+        """Move the progress bar, or print above it."""
+        self.panel.update(event)
         match event:
             case Phase():
                 self._show(event.doing, total=None)
-            case DataRead() | TrainingStarted() | RunResumed():
-                self._print(wording.line(event), style="dim")
             case StepMetrics():
-                self._show("training", event.total_steps, event.step, wording.pace(event))
+                self._show("training", event.total_steps, event.step, step_pace(event))
             case Progress():
-                self._show(event.doing, event.total, event.done, self._estimate(event))
-            case ValidationResult() | BestCheckpoint():
-                self._print(wording.line(event))
-            case TrainingWarning():
-                self.note(str(wording.line(event)))
+                self._show(event.doing, event.total, event.done, self._time_left(event))
+            case _ if type(event) in PRINTED_STYLES:
+                self._print(event_line(event), PRINTED_STYLES[type(event)])
 
-    def _estimate(self, event: Progress) -> str:
-        """The time that is left by the pace since the first word of it; of what has no end, how much is done."""
+    def _time_left(self, event: Progress) -> str:
+        """Remaining time at the pace since the first event of this task; the count if the total is unknown."""
         if event.total is None:
             return f"{event.done} {event.unit}"
         if event.doing != self.description:
-            self.begun = (time.monotonic(), event.done)
-        since, before = self.begun
+            # Work that an earlier call had done already (cached answers) must not count as progress of this one.
+            self.first_seen = (time.monotonic(), event.done)
+        since, before = self.first_seen
         if event.done == before:
             return ""
         pace = (time.monotonic() - since) / (event.done - before)
         return f"{duration(pace * (event.total - event.done))} left"
 
     def note(self, text: str) -> None:
-        """Print above the moving line."""
+        """Print above the progress bar."""
         self._print(text, style="yellow")
 
     def close(self) -> None:
-        """Take the moving line away, and leave the board."""
-        self.display.stop()
-        self.console.print(self.board)
+        """Remove the progress bar, and leave the panel."""
+        self.bar.stop()
+        self.console.print(self.panel)
 
     def _print(self, text: str | None, style: str | None = None) -> None:
-        # Without markup: a path with brackets is a path.
+        # Without markup: rich would read a path such as data/[old] as a style tag.
         self.console.print(text, style=style, markup=False, highlight=False)
 
     def _show(self, description: str, total: int | None, done: int = 0, figures: str = "") -> None:
         if self.task is None or description != self.description:
             if self.task is not None:
-                self.display.remove_task(self.task)  # a total of its own: `update` cannot take one back
-            self.task = self.display.add_task(description, total=total, figures=figures)
+                self.bar.remove_task(self.task)  # `update` ignores total=None, so a task keeps its total
+            self.task = self.bar.add_task(description, total=total, figures=figures)
             self.description = description
-        self.display.update(self.task, total=total, completed=done, figures=figures)
+        self.bar.update(self.task, total=total, completed=done, figures=figures)

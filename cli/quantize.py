@@ -1,4 +1,4 @@
-"""`ft quantize`: a model in few bits, as a folder."""
+"""`ft quantize`: write a quantized model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from .event_log import event_handler
 from .options import AsJson, Overrides, Overwrite, Quiet, RecipePath
+from .views.export import show_quantized
 
 
 def quantize(
@@ -19,12 +20,12 @@ def quantize(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a recipe's base in few bits, as a folder. Its `quantization` says how; any recipe can name the folder."""
+    """Quantize a recipe's base and write it as a folder. Other recipes can use the folder as their base."""
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with console.reporting(quiet, as_json) as report:
+    with event_handler(quiet, as_json) as on_event:
         from finetune.jobs.export.quantize import quantize as quantize_job
 
-        quantized = quantize_job(loaded.recipe, output, overwrite, report)
-    console.show_quantized(quantized.to_json(), quantized.folder, as_json)
+        quantized = quantize_job(loaded.recipe, output, overwrite, on_event)
+    show_quantized(quantized.to_json(), quantized.folder, as_json)

@@ -1,4 +1,4 @@
-"""`ft report`: a run as a page to send, or several beside each other."""
+"""`ft report`: an HTML page of one run, or a comparison of several."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import RefusedError, UsageError
+from finetune.errors import UsageError
 
-from . import console
 from .options import AsJson, Overwrite
+from .views.runs import show_page
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; of several, a comparison.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; several are compared.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE", help="Page to write; of one run by default report.html in it."),
+        typer.Option(
+            "--output", metavar="FILE", help="Page to write. Default for one run: report.html in its directory."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the page of a run, or of several and what differs. Curves, data, answers, proofs, provenance."""
+    """Write the page of a run, or a comparison of several. Curves, data, samples, verifications, provenance."""
     from finetune.run.directory import RunDirectory
-    from finetune.storage.files import write_text
+    from finetune.storage.files import check_not_taken, write_text
 
     directories = [RunDirectory.open(run) for run in runs]
     if output is None and len(runs) > 1:
-        raise UsageError("several runs need a file to write to", where="--output", hint="add --output comparison.html")
-    if output and (output.is_dir() or (output.exists() and not overwrite)):
-        raise RefusedError("the file is there already", where=str(output), hint="choose another, or add --overwrite")
+        raise UsageError(
+            "a comparison of several runs needs an output file", where="--output", hint="add --output comparison.html"
+        )
+    if output:
+        check_not_taken(output, overwrite)
     from finetune.report.run_metadata import RunMetadata
 
     facts = [RunMetadata.of(run) for run in directories]
@@ -45,7 +47,7 @@ def report(
         from finetune.run.comparison import differences
 
         page = comparison_page(facts, [differences(directories[0], other) for other in directories[1:]])
-    # A run's own page is made of its files and is made anew; of others nothing is lost unasked.
+    # The page in the run directory is generated from its files, so it is replaced without --overwrite.
     target = output or directories[0].report
     write_text(target, page)
-    console.show_page(target, as_json)
+    show_page(target, as_json)

@@ -1,4 +1,4 @@
-"""`ft reproduce`: a run trained once more."""
+"""`ft reproduce`: train a run again and compare the weights."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ import typer
 
 from finetune.errors import CheckFailedError
 
-from . import console
+from .event_log import event_handler
 from .options import AsJson, Quiet, RunPath
+from .output import exit_immediately
+from .views.runs import show_reproduction
 
 
 def reproduce(
     run: RunPath,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the second run goes; by default beside it.")
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Directory of the second run. Default: beside the first."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a finished run again and compare weights bit for bit."""
+    """Train a finished run again and compare the weights bitwise."""
     from finetune.run.directory import RunDirectory
 
     first = RunDirectory.open(run)
     again = RunDirectory.create(run_dir or RunDirectory.free_path(run.with_name(f"{run.name}-again")))
-    with console.reporting(quiet, as_json, log=again.log) as report:
+    with event_handler(quiet, as_json, log=again.log) as on_event:
         from finetune.jobs.train.reproduce import reproduce as reproduce_job
         from finetune.run.signals import Interruption
 
         interruption = Interruption()
-        with interruption.listening(console.exit_immediately):
-            result = reproduce_job(first, again, report, interruption)
-    console.show_reproduction(result, as_json)
+        with interruption.listening(exit_immediately):
+            result = reproduce_job(first, again, on_event, interruption)
+    show_reproduction(result, as_json)
     if not result.is_identical:
         raise CheckFailedError(
-            "the weights are not the same",
+            "the weights differ",
             where=str(result.run_directory),
-            hint="compare versions and number of threads: ft diff",
+            hint="compare versions and thread counts with ft diff",
         )

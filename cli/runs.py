@@ -1,4 +1,4 @@
-"""`ft runs`: what is there and how far it has come; `ft runs clean` makes room."""
+"""`ft runs`: list runs and their states; `ft runs clean` frees disk space."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import typer
 
 from finetune.errors import UsageError
 
-from . import console
 from .options import AsJson
+from .output import show_result
+from .prompts import confirm
+from .views.runs import show_removable, show_runs
 
 Folder = Annotated[
     Path, typer.Option("--directory", metavar="DIR", help="A folder with runs, or the directory of one run.")
@@ -26,7 +28,7 @@ def listing(ctx: typer.Context, directory: Folder = Path("runs"), as_json: AsJso
         return
     from finetune.run.index import runs_in, summarize
 
-    console.show_runs([summarize(run) for run in runs_in(directory)], directory, as_json)
+    show_runs([summarize(run) for run in runs_in(directory)], directory, as_json)
 
 
 @app.command()
@@ -34,15 +36,15 @@ def clean(
     directory: Folder = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:
-    """Remove what runs can do without, after saying what: checkpoints of finished runs, leftovers of killed ones."""
+    """Remove checkpoints of finished runs and leftovers of killed ones. Lists them and asks first."""
     from finetune.run.index import removable, remove, runs_in
 
     found = [each for run in runs_in(directory) for each in removable(run)]
-    console.show_removable(found, directory)
+    show_removable(found, directory)
     if not found:
         return
-    if not yes and not console.is_confirmed("Remove them?"):
-        raise UsageError("nothing was removed", hint="say yes, or add --yes")
+    if not yes and not confirm("Remove them?"):
+        raise UsageError("nothing was removed", hint="answer yes, or add --yes")
     for each in found:
         remove(each)
-    console.show_result(f"removed {len(found)}")
+    show_result(f"removed {len(found)}")

@@ -1,4 +1,4 @@
-"""Text of a model or of data, for a terminal."""
+"""Sanitizing of generated text and data for the terminal."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import unicodedata
 
 
 def sanitize(text: str) -> str:
-    """Without the characters that would move the cursor or change colours."""
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
+    """Text without control characters, which could move the cursor or change colours."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")

@@ -1,14 +1,14 @@
-"""`ft schema`: the recipe's JSON Schema, for editors."""
+"""`ft schema`: the JSON Schema of recipes, for editors."""
 
 from __future__ import annotations
 
 import json
 
-from . import console
+from .output import show_result
 
 
 def schema() -> None:
-    """Print the JSON Schema of recipes. For completion and checks in an editor."""
+    """Print the JSON Schema of recipes. Editors use it for completion and checks."""
     from finetune.recipe.load import json_schema
 
-    console.show_result(json.dumps(json_schema(), indent=2))
+    show_result(json.dumps(json_schema(), indent=2))

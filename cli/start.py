@@ -1,4 +1,7 @@
-"""The entry point of the command: the allocator is settled before anything is loaded."""
+"""The entry point of the command: it re-executes the process with a better allocator before anything is loaded.
+
+`FT_NO_REEXEC=1` turns the re-execution off, such as for a debugger that must stay attached to the first process.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import os
 import sys
 
 TUNABLES = "GLIBC_TUNABLES"
-NO_CHUNKS_KEPT_BACK = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+NO_SMALL_CHUNK_CACHE = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 PRELOADED = "LD_PRELOAD"
+NO_REEXEC = "FT_NO_REEXEC"
 BETTER_ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 
 
 def run() -> None:
-    """Run the command that was given."""
+    """Run `ft` with the arguments of this process."""
     reexec_with_allocator()
     from .main import app
 
@@ -21,26 +25,31 @@ def run() -> None:
 
 
 def reexec_with_allocator() -> None:
-    """Start this process anew, once, with tcmalloc where it is installed, and a glibc that keeps no small chunks back.
+    """Re-execute this process once, with tcmalloc if it is installed, and with glibc's caches of small chunks off.
 
-    A tensor is asked for with an alignment: glibc takes a larger place, and cuts off its ends. What it keeps back for
-    small requests never grows together again with the place between them, which then is too small for the next tensor
-    of that size. tcmalloc has fewer such holes, and finds a place for a large tensor sooner. Both are chosen when a
-    process starts, and by these variables alone. What the user has set stays, and other systems never look at it.
+    Tensors are allocated with an alignment: glibc takes a larger chunk and splits off its ends. It caches these small
+    ends instead of merging them with their neighbours, so the space between them is too small for the next tensor of
+    the same size. tcmalloc fragments less and finds large chunks faster.
+
+    Both are configured by environment variables that the dynamic linker and glibc read when a process starts, so a
+    running process cannot change them: `exec` replaces it, with the same process id, arguments and open files.
+    Variables that the user has set stay. Nothing happens with FT_NO_REEXEC=1, or on other systems than Linux.
     """
-    if not sys.platform.startswith("linux") or TUNABLES in os.environ:
+    if not sys.platform.startswith("linux") or os.environ.get(NO_REEXEC) == "1":
         return
-    os.environ[TUNABLES] = NO_CHUNKS_KEPT_BACK
+    if TUNABLES in os.environ:  # set by the user, or by the first execution of this function
+        return
+    os.environ[TUNABLES] = NO_SMALL_CHUNK_CACHE
     if PRELOADED not in os.environ and (library := better_allocator()):
         os.environ[PRELOADED] = library
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    except OSError:  # it works without
+    except OSError:  # the command also works with the default allocator
         return
 
 
 def better_allocator() -> str | None:
-    """The name of an allocator that this machine's dynamic linker finds."""
+    """The name of a tcmalloc library that the dynamic linker finds; None if there is none."""
     for name in BETTER_ALLOCATORS:
         try:
             ctypes.CDLL(name)

@@ -1,4 +1,4 @@
-"""`ft sweep`: runs that try other values of a recipe's keys."""
+"""`ft sweep`: search over values of recipe keys."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from .event_log import event_handler
 from .options import AsJson, Overrides, Quiet, RecipePath
+from .output import exit_immediately
+from .views.sweep import show_sweep, show_trial
 
 
 def sweep(
@@ -16,12 +18,14 @@ def sweep(
     overrides: Overrides = None,
     sweep_dir: Annotated[
         Path | None,
-        typer.Option("--sweep-dir", metavar="DIR", help="Where all runs go; by default run.directory/run.name-sweep."),
+        typer.Option(
+            "--sweep-dir", metavar="DIR", help="Directory of all trials. Default: run.directory/run.name-sweep."
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try other values of the keys that section `sweep` names. The same command goes on where it stopped."""
+    """Train trials with other values of the keys in section `sweep`. The same command resumes a stopped sweep."""
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -31,10 +35,10 @@ def sweep(
 
     trials = Sweep(loaded, folder)
     interruption = Interruption()
-    with interruption.listening(console.exit_immediately):
+    with interruption.listening(exit_immediately):
         while (trial := trials.next_trial()) is not None:
-            console.show_trial(trial, trials.section.trials, as_json)
+            show_trial(trial, trials.section.trials, as_json)
             run = trials.run_of(trial)
-            with console.reporting(quiet, as_json, log=run.log, brief=trial.number > 1) as report:
-                trials.train(trial, run, report, interruption)
-    console.show_sweep(trials.directory, recipe, as_json)
+            with event_handler(quiet, as_json, log=run.log, brief=trial.number > 1) as on_event:
+                trials.train(trial, run, on_event, interruption)
+    show_sweep(trials.directory, recipe, as_json)

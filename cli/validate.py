@@ -1,23 +1,23 @@
-"""`ft validate`: whether a recipe can be run, and every reason why not."""
+"""`ft validate`: check a recipe and list all of its problems."""
 
 from __future__ import annotations
 
-from . import console
 from .options import Overrides, RecipePath
+from .output import show_result
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Check a recipe: every problem at once, with its line. Loads no model and no data.
+    """Check a recipe and list every problem with its line. Loads no model and no data.
 
-    Says as well how vLLM will serve what is trained, or why it will not.
+    Also prints how vLLM can serve the trained model, or why it cannot.
     """
     from finetune.recipe.load import load_recipe
     from finetune.recipe.vllm_support import describe_vllm_support
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
-    console.show_result(
+    show_result(
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"
     )
-    console.show_result(describe_vllm_support(plan))
+    show_result(describe_vllm_support(plan))

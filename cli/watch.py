@@ -1,4 +1,4 @@
-"""`ft watch`: a run that trains elsewhere, as if it trained here."""
+"""`ft watch`: follow a run that another process trains."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from .event_log import progress_display
 from .options import AsJson
+from .views.training import show_watched
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run, from any terminal.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
     as_json: AsJson = False,
 ) -> None:
-    """Follow a run from its files until nobody trains it any more. Ctrl-C leaves, and the run goes on."""
+    """Follow a run from its files until its training ends. Ctrl-C leaves without stopping the run."""
     from finetune.run.directory import RunDirectory
     from finetune.run.index import summarize
     from finetune.run.watch import watched
     from finetune.storage.files import read_json
 
     directory = RunDirectory.open(run)
-    with console.following(quiet=False, as_json=as_json) as follower:
+    with progress_display(quiet=False, as_json=as_json) as display:
         for event in watched(directory):
-            follower.event(event)
-    console.show_watched(summarize(directory), read_json(directory.outcome), run, as_json)
+            display.event(event)
+    show_watched(summarize(directory), read_json(directory.outcome), run, as_json)

@@ -1,4 +1,4 @@
-"""Numbers in words, the same on a terminal, on a page and in a log."""
+"""Human-readable counts, sizes and durations, the same in terminals, HTML reports and logs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from __future__ import annotations
 def count(number: float) -> str:
     """4884480 -> `4.88M`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:  # from here on three digits round up to it
+        if number >= 0.9995 * size:  # three significant digits round up to the next unit from here on
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
 
 
 def memory(size_bytes: float) -> str:
-    """Bytes in GB, as memory is sold: 10^9."""
+    """Bytes of memory in GB of 10^9 bytes."""
     return f"{size_bytes / 1e9:.1f} GB"
 
 
 def size(size_bytes: int) -> str:
-    """Bytes of a file in MB."""
+    """Bytes of a file in MB of 10^6 bytes."""
     return f"{size_bytes / 1e6:.1f} MB"
 
 
@@ -29,5 +29,5 @@ def duration(seconds: float) -> str:
 
 
 def value(tried: object) -> str:
-    """A value of a recipe, a number with as many digits as tell it from others."""
+    """A value of a recipe; floats with four significant digits."""
     return f"{tried:.4g}" if isinstance(tried, float) else str(tried)

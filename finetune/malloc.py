@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system."""
+"""Returning freed heap memory to the operating system (`malloc_trim`, or tcmalloc's equivalent)."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ from typing import Any
 
 from torch import Tensor
 
-BYTES_BETWEEN = 8 << 20
-"""Bytes of weights after which the allocator is asked to give back what it holds free."""
+TRIM_INTERVAL = 8 << 20
+"""Bytes of freed weights between two trims."""
 
 
 class HeapTrimmer:
-    """Counts weights that were read and dropped, and now and then has the C library return their memory.
+    """Trims the heap after every `TRIM_INTERVAL` bytes of freed weights.
 
-    glibc keeps what is freed for later: after the first large tensors it takes the next ones from its heap, whose holes
-    stay with the process. A loading process would end up with about the size of the unquantized model.
+    glibc keeps freed memory for later allocations. Once large tensors were freed, it raises its threshold for `mmap`,
+    and takes the next ones from the heap, whose fragmentation stays with the process. Without trimming, a process that
+    quantizes while loading would end up with about the size of the unquantized model.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def count(self, weight: Tensor) -> None:
-        """Note a weight whose last reference goes soon."""
+        """Count a weight whose last reference is about to be dropped."""
         self.bytes += weight.nbytes
-        if self.bytes >= BYTES_BETWEEN:
+        if self.bytes >= TRIM_INTERVAL:
             self.bytes = 0
             trim_heap()
 
 
 def trim_heap() -> None:
-    """Have the allocator return what it holds free, wherever in its heap that is; takes some hundredths of a second."""
+    """Return all free pages of the heap to the operating system; takes some hundredths of a second."""
     if release := _release():
         release()
 
 
 def is_tcmalloc() -> bool:
-    """Whether this process's memory comes from tcmalloc."""
+    """Whether this process's allocator is tcmalloc."""
     return _of_tcmalloc() is not None
 
 
 @cache
 def _release() -> Callable[[], Any] | None:
-    """What does so of tcmalloc, or else of glibc; other C libraries have nothing."""
+    """The trim function of tcmalloc, else of glibc; None for other C libraries."""
     try:
         return _of_tcmalloc() or partial(ctypes.CDLL(None).malloc_trim, 0)
     except (AttributeError, OSError, TypeError):
@@ -54,5 +55,5 @@ def _release() -> Callable[[], Any] | None:
 def _of_tcmalloc() -> Callable[[], Any] | None:
     try:
         return getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
-    except (OSError, TypeError):  # a system whose process is no library
+    except (OSError, TypeError):  # a system without `dlopen(NULL)`
         return None

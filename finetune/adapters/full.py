@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
-from finetune.models.fsdp import put_together, sharded_base
+from finetune.models.fsdp import all_gathered, sharded_base
 from finetune.models.writing.rewrite import saved_tensors, write_from_shards
 
 WEIGHTS = "model.safetensors"
@@ -63,7 +63,7 @@ class FullMethod(AdapterMethod):
 
     def gather_for_save(self, model: nn.Module) -> None:
         """Take part in the all-gather of `write_from_shards`."""
-        with put_together(saved_tensors(model)):
+        with all_gathered(saved_tensors(model)):
             pass
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:

@@ -19,7 +19,7 @@ from finetune.adapters.low_rank import LowRankLinear
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import unsharded_non_block
 from finetune.models.linear_layers import linear_layers
-from finetune.models.safetensors_io import apart
+from finetune.models.safetensors_io import unaliased
 
 ADAPTER_NAME = "default"
 
@@ -136,8 +136,8 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
     config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
     # safetensors refuses tensors that share memory, such as tied weights.
-    save_file(apart(tensors), folder / STOCK_WEIGHTS, metadata={"format": "pt"})
-    save_file(apart(_tensors(model)), folder / NATIVE_WEIGHTS)
+    save_file(unaliased(tensors), folder / STOCK_WEIGHTS, metadata={"format": "pt"})
+    save_file(unaliased(_tensors(model)), folder / NATIVE_WEIGHTS)
 
 
 def stock_rank(folder: Path) -> int:

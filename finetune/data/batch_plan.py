@@ -1,7 +1,8 @@
-"""How rows are laid out in steps and micro-batches.
+"""The layout of rows in optimizer steps and micro-batches.
 
-A step counts units: rows, or packs of rows. Its gradient is a sum over its tokens, so within a step units may be
-grouped at will: by length where rows are padded, to pad little, and else so that micro-batches have as many tokens.
+A step counts units: rows, or packs of rows. Its gradient is a sum over its target tokens, so the grouping of its units
+into micro-batches changes nothing. Padded rows are grouped by length, which keeps padding small; flattened rows are
+grouped so that micro-batches have similar numbers of tokens.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.data.packing import Packs, packed
 from finetune.recipe.sections.training import Training
 
 Unit = list[Example]
-"""What a step counts: one row, or the rows of a pack."""
+"""One row, or the rows of a pack."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """From the units of a step to its micro-batches.
+    """Divides the units of a step into micro-batches.
 
     Attributes:
         rows: Number of training rows.
-        packs: The packs that rows were put into; None where each row is a unit of its own.
-        batch: Makes tensors of the rows of a micro-batch.
-        micro_batch_size: Units of a micro-batch.
-        restarts_positions: Whether examples stand in one row, where attention must not cross from one to the next.
-        shares_prefixes: Whether what examples in one row begin with alike stands there once.
+        packs: The packs of the rows; None where each row is a unit of its own.
+        batch: Collate function: makes tensors of the examples of a micro-batch.
+        micro_batch_size: Maximum number of units of a micro-batch.
+        restarts_positions: Whether examples are flattened into one sequence, where attention must not cross from one
+            example to the next (cross-contamination).
+        shares_prefixes: Whether flattened examples with a shared prefix contain it once.
     """
 
     rows: int
@@ -49,63 +51,65 @@ class BatchPlan:
         lengths: npt.NDArray[np.int64],
         max_length: int,
         padding: int,
-        may_join: bool = True,
+        may_flatten: bool = True,
         may_share: bool = False,
     ) -> BatchPlan:
-        """The layout of `training.batching`.
+        """The layout that `training.batching` asks for.
 
         Args:
-            training: The recipe's section.
-            lengths: Tokens of each training row.
-            max_length: Longest row in tokens, which is the length of a pack where the recipe names none.
+            training: The section `training` of the recipe.
+            lengths: Number of tokens of each training row, shape (rows,), int64.
+            max_length: Maximum row length in tokens; the capacity of a pack where the recipe sets none.
             padding: Any token id.
-            may_join: Whether `auto` may put several rows into one line.
-            may_share: Whether `prefix_sharing: auto` may compute once what rows in one line begin with alike.
+            may_flatten: Whether `batching: auto` may flatten several rows into one sequence.
+            may_share: Whether `prefix_sharing: auto` may compute shared prefixes of flattened rows once.
         """
-        joins = cls(len(lengths), None, joined, training.micro_batch_size, restarts_positions=True)
+        flat = cls(len(lengths), None, flattened, training.micro_batch_size, restarts_positions=True)
         if may_share and training.prefix_sharing == "auto":
-            joins = replace(joins, batch=partial(joined, shares_prefixes=True), shares_prefixes=True)
+            flat = replace(flat, batch=partial(flattened, shares_prefixes=True), shares_prefixes=True)
+        # Packing is never a default: it changes the unit of a step, and with it the meaning of the batch size.
         match training.batching:
             case "packed":
-                return replace(joins, packs=packed(lengths, training.pack_length or max_length, training.seed))
+                return replace(flat, packs=packed(lengths, training.pack_length or max_length, training.seed))
             case "padding_free":
-                return joins
-            case "auto" if may_join:
-                return joins
+                return flat
+            case "auto" if may_flatten:
+                return flat
             case _:
-                return joins.with_padding(padding)
+                return flat.with_padding(padding)
 
     def with_padding(self, padding: int) -> BatchPlan:
-        """The same units with a row for each example, filled up with any token id."""
+        """The same units, with one padded row for each example; `padding` is any token id."""
         batch = partial(padded, padding=padding)
         return replace(self, batch=batch, restarts_positions=False, shares_prefixes=False)
 
     def without_sharing(self) -> BatchPlan:
-        """The same where examples stand in one row, each with all its tokens."""
-        return replace(self, batch=joined, shares_prefixes=False)
+        """The same units, with flattened examples that each contain all their tokens."""
+        return replace(self, batch=flattened, shares_prefixes=False)
 
     @property
     def units(self) -> int:
-        """Number of units of one epoch."""
+        """Number of units in an epoch."""
         return self.rows if self.packs is None else len(self.packs)
 
     def rows_of(self, unit: int) -> list[int]:
-        """The rows of a unit."""
+        """Indices of the rows of a unit."""
         return [unit] if self.packs is None else self.packs[unit]
 
     def groups(self, units: Sequence[Unit], world_size: int = 1) -> list[list[Unit]]:
-        """The units of each micro-batch, in as few rounds as may be; in a round each process runs one."""
+        """The units of each micro-batch; see `group_indices`."""
         tokens = [sum(len(example.ids) for example in unit) for unit in units]
-        return [[units[place] for place in group] for group in self.grouped(tokens, world_size)]
+        return [[units[index] for index in group] for group in self.group_indices(tokens, world_size)]
 
-    def grouped(self, tokens: Sequence[int], world_size: int = 1) -> list[list[int]]:
-        """The same by place.
+    def group_indices(self, tokens: Sequence[int], world_size: int = 1) -> list[list[int]]:
+        """Indices of the units of each micro-batch, in the fewest rounds; each process runs one group a round.
 
-        Padded rows stand with others of their length. Those that are joined are shared out, the longest first, each to
-        the group that has the fewest tokens yet, so that the largest pass, which takes the most memory, is small.
+        Padded rows are grouped with rows of similar length. Flattened rows are distributed greedily, the longest
+        first, each to the group with the fewest tokens so far (longest-processing-time scheduling): memory is that of
+        the largest micro-batch.
 
         Args:
-            tokens: Of each unit.
+            tokens: Number of tokens of each unit.
             world_size: Number of processes.
         """
         size = self.group_size(len(tokens), world_size)
@@ -113,30 +117,34 @@ class BatchPlan:
         if not self.restarts_positions:
             return [by_length[first : first + size] for first in range(0, len(tokens), size)]
         groups: list[list[int]] = [[] for _ in range(-(-len(tokens) // size))]
-        for place in reversed(by_length):
-            with_room = (group for group in groups if len(group) < size)
-            min(with_room, key=lambda group: sum(tokens[other] for other in group)).append(place)
+        for index in reversed(by_length):
+            with_room = (group for group in groups if len(group) < size)  # never empty: there is room for all units
+            min(with_room, key=lambda group: sum(tokens[other] for other in group)).append(index)
         return groups
 
     def group_size(self, units: int, world_size: int = 1) -> int:
-        """Units of a micro-batch in a step over so many."""
+        """Number of units of a micro-batch in a step over `units` units.
+
+        `micro_batch_size` is a maximum: 9 units at most 4 at a time are 3 rounds of 3, not 4 + 4 + 1.
+        """
         rounds = -(-units // (self.micro_batch_size * world_size))
         return -(-units // (rounds * world_size))
 
     def micro_batches(self, units: Sequence[Unit], rank: int, world_size: int) -> list[Batch]:
-        """The batches that process `rank` of `world_size` runs for a step over `units`."""
-        return [self.tensors(group) for group in share_of(self.groups(units, world_size), rank, world_size)]
+        """The batches that process `rank` of `world_size` runs in a step over `units`."""
+        return [self.tensors(group) for group in groups_of_rank(self.groups(units, world_size), rank, world_size)]
 
     def tensors(self, group: Sequence[Unit]) -> Batch:
-        """The batch of a micro-batch's units."""
+        """The batch of the units of a micro-batch."""
         return self.batch([example for unit in group for example in unit])
 
 
-def share_of(groups: Sequence[list[Unit]], rank: int, world_size: int) -> list[list[Unit]]:
-    """The groups that process `rank` runs.
+def groups_of_rank(groups: Sequence[list[Unit]], rank: int, world_size: int) -> list[list[Unit]]:
+    """The groups that process `rank` runs: every `world_size`-th, starting at its own.
 
-    Every process gets the same number, so that all meet in the same collective operations; one that has none
-    left gets an example that trains nothing.
+    All processes get the same number of groups, for each takes part in every collective operation. A missing group
+    is filled with an example without targets, whose loss and gradient are zero.
     """
     idle = Example(groups[0][0][0].ids[:2], [False, False])
+    # Strided: the groups of one round are neighbours in length, so no rank waits long for a slower one.
     return [*groups, *[[[idle]]] * (-len(groups) % world_size)][rank::world_size]

@@ -1,4 +1,4 @@
-"""Which units each step sees, and rows as tensors. Shape legend: B rows, T tokens."""
+"""The order of units, and examples as tensors: padded or flattened. Shape legend: B rows, T tokens."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from finetune.data.encode import Example
 from finetune.data.seeds import derived_seed
 
 IGNORED = -100
-"""Label of a token that is not trained, as PyTorch's cross-entropy knows it."""
+"""Label of a token that is not a target: the `ignore_index` of PyTorch's cross-entropy."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors: padded on the right to one length, or one after the other without padding.
+    """Examples as tensors: one padded row each, or all of them flattened into a single row.
 
     Attributes:
         ids_BT: Token ids, int64.
-        labels_BT: The id of each trained token at its own position, IGNORED elsewhere; int64.
-        mask_BT: 1 for tokens of a row, 0 for padding; int64. None where nothing is padded.
-        positions_BT: Each token's place in its own example, int64. None where every example begins at its row's left
-            edge. An example whose positions begin at p > 0 goes on from the first p tokens of the one before it.
+        labels_BT: The id of each target token at its own position (not shifted), IGNORED elsewhere; int64.
+        mask_BT: 1 for tokens of an example, 0 for padding; int64. None without padding.
+        positions_BT: Position of each token in its own example, int64; None for padded rows. An example whose
+            positions begin at p > 0 shares its first p tokens with the example before it.
     """
 
     ids_BT: Tensor
@@ -35,24 +35,30 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the examples; those that several have in common count for each."""
+        """Number of tokens of all examples; a shared prefix counts for each example that has it."""
         if self.positions_BT is not None:
+            # The last token of an example is at the position length - 1, whether or not its prefix is shared.
             is_last_BT = self.positions_BT.diff(append=self.positions_BT.new_full((1, 1), -1)) != 1
             return int((self.positions_BT + 1)[is_last_BT].sum())
         return self.ids_BT.numel() if self.mask_BT is None else int(self.mask_BT.sum())
 
     @property
     def targets(self) -> int:
-        """Number of trained tokens."""
+        """Number of target tokens."""
+        # A label in the first column has no prediction: the loss compares logits of position t - 1 with label t.
         return int((self.labels_BT[:, 1:] != IGNORED).sum())
 
     @property
     def example_lengths_BT(self) -> Tensor:
-        """For each token the number of tokens of its example, which shares none; float32; 1 or more for padding."""
+        """Number of tokens of each token's example, shape (B, T), float32; 1 or more for padding.
+
+        Defined for examples without shared prefixes.
+        """
         if self.positions_BT is not None:
+            # Index of each token's example from the count of starts up to it, then the size of each example.
             starts_BT = (self.positions_BT == 0).long()
-            number_BT = starts_BT.flatten().cumsum(0) - 1
-            return number_BT.bincount()[number_BT].view_as(self.ids_BT).float()
+            index_BT = starts_BT.flatten().cumsum(0) - 1
+            return index_BT.bincount()[index_BT].view_as(self.ids_BT).float()
         if self.mask_BT is None:
             return torch.full_like(self.ids_BT, self.ids_BT.shape[1], dtype=torch.float32)
         return self.mask_BT.sum(1, keepdim=True).expand_as(self.ids_BT).float()
@@ -68,7 +74,8 @@ class Batch:
 
 
 def padded(examples: Sequence[Example], padding: int) -> Batch:
-    """Examples as rows padded on the right; `padding` is any token id, for it is masked by position."""
+    """Examples as rows padded on the right; `padding` is any token id, because the mask hides it."""
+    # On the right: every example begins at position 0, and causal attention never reaches the padding after it.
     longest = max(len(example.ids) for example in examples)
     ids, labels, mask = [], [], []
     for example in examples:
@@ -79,23 +86,30 @@ def padded(examples: Sequence[Example], padding: int) -> Batch:
     return Batch(torch.tensor(ids), torch.tensor(labels), mask_BT=torch.tensor(mask))
 
 
-def joined(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
-    """Examples one after the other in a single row; positions restart, which keeps attention within each.
+def flattened(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
+    """Examples flattened into a single row; positions restart at each, and attention stays within each.
 
-    Source: of the sharing, Liu et al. 2025 (Prefix Grouper), arXiv 2506.05433, for answers to one prompt; here for any
-        rows, and prefixes within prefixes.
+    With shared prefixes the row is a trie in depth-first order. The prompt 9 9 5 with answers 1 2 and 1 3, and the
+    prompt 9 9 7 with answer 8 (its last prompt token predicts the first target, so that it is not shared)::
+
+        ids        9 9 5 1 2   5 1 3   7 8
+        positions  0 1 2 3 4   2 3 4   2 3
+
+    Source: prefix sharing, Liu et al. 2025 (Prefix Grouper), arXiv 2506.05433, there for several answers to one
+        prompt; here for any rows, with prefixes within prefixes.
 
     Args:
         examples: At least one.
-        shares_prefixes: Whether the tokens that an example begins with as another does stand there once. In the order
-            of its tokens, each is next to the one that it has most in common with.
+        shares_prefixes: Whether to contain shared prefixes once. Examples are then sorted by their tokens, which puts
+            each next to the one with the longest common prefix.
     """
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
     before = None
+    # Without sharing the order is kept: rows of a unit stay side by side.
     for example in sorted(examples, key=lambda each: each.ids) if shares_prefixes else examples:
-        shared = shared_tokens(before, example) if before is not None and shares_prefixes else 0
+        shared = shared_prefix_length(before, example) if before is not None and shares_prefixes else 0
         ids += example.ids[shared:]
         labels += _labels(example)[shared:]
         positions += range(shared, len(example.ids))
@@ -103,35 +117,40 @@ def joined(examples: Sequence[Example], shares_prefixes: bool = False) -> Batch:
     return Batch(torch.tensor([ids]), torch.tensor([labels]), positions_BT=torch.tensor([positions]))
 
 
-def shared_tokens(one: Example, other: Example) -> int:
-    """How many tokens two examples begin with alike, of which neither trains any nor the one that follows."""
-    most = min(_untrained(one), _untrained(other)) - 1
-    differing = (place for place in range(most) if one.ids[place] != other.ids[place])
+def shared_prefix_length(one: Example, other: Example) -> int:
+    """Length of the prefix that two examples can share.
+
+    It ends before the token that predicts the first target of either: that token's output enters the loss, so each
+    example computes it itself.
+    """
+    most = min(_tokens_before_targets(one), _tokens_before_targets(other)) - 1
+    differing = (position for position in range(most) if one.ids[position] != other.ids[position])
     return max(0, next(differing, most))
 
 
-def _untrained(example: Example) -> int:
-    """How many tokens stand before the first trained one."""
+def _tokens_before_targets(example: Example) -> int:
+    """Number of tokens before the first target; all of them without targets. The first token is never a target."""
     return example.is_target.index(True, 1) if any(example.is_target[1:]) else len(example.ids)
 
 
 def _labels(example: Example) -> list[int]:
-    """A label for each token; the first has nothing before it in its own row to be predicted from."""
+    """A label for each token; the first has none, because no token of its example precedes it."""
     pairs = zip(example.ids[1:], example.is_target[1:], strict=True)
     return [IGNORED, *(token if target else IGNORED for token, target in pairs)]
 
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """The units, rows or packs, of every step: a pure function of seed, epoch and step, whatever the processes.
+    """The units (rows or packs) of every step: a pure function of seed and step, independent of the processes.
 
-    Epochs follow each other without a gap; only the last step of a run can be short.
+    A resumed run therefore needs no state of a data loader. A step may span two epochs; only the last step of a run
+    can have fewer units.
 
     Attributes:
-        units: Number of units of one epoch.
-        units_per_step: Units of one optimizer step over all processes.
+        units: Number of units in an epoch.
+        units_per_step: Number of units in an optimizer step, over all processes.
         seed: Seed of the order.
-        total_units: Units of the whole run, repetitions counted.
+        total_units: Number of units of the run, over all epochs.
     """
 
     units: int
@@ -141,27 +160,28 @@ class BatchOrder:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the run."""
         return -(-self.total_units // self.units_per_step)
 
     def step_units(self, step: int) -> list[int]:
-        """Numbers of the units of `step`, counted from 0."""
+        """Indices of the units of `step`, which counts from 0."""
         first = step * self.units_per_step
         last = min(first + self.units_per_step, self.total_units)
-        numbers: list[int] = []
-        while first < last:
+        indices: list[int] = []
+        while first < last:  # once for each epoch that the step touches
             epoch, start = divmod(first, self.units)
             taken: list[int] = _permutation(self.units, self.seed, epoch)[start : start + last - first].tolist()
-            numbers += taken
+            indices += taken
             first += len(taken)
-        return numbers
+        return indices
 
     def epoch(self, step: int) -> float:
-        """Passes over the data that are done after `step` steps."""
+        """Epochs completed after `step` steps."""
         return min(step * self.units_per_step, self.total_units) / self.units
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a step at the border of two epochs needs both
 def _permutation(units: int, seed: int, epoch: int) -> Tensor:
+    # On the CPU, whatever the device: generators of GPUs draw other numbers from the same seed.
     generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     return torch.randperm(units, generator=generator)

@@ -1,4 +1,4 @@
-"""A recipe's rows: tokenized, mixed, split into training and held-out ones, and counted."""
+"""The data sets of a recipe: sources tokenized, mixed, split into training and validation set, and counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import Document
 from finetune.data.encode import Example
-from finetune.data.mixing import drawn, shares
+from finetune.data.mixing import rows_by_weight, sampled
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
 from finetune.data.tokenized_source import TokenizedSource, rows_at
@@ -25,7 +25,7 @@ from finetune.run.events import EventHandler, ignore
 
 logger = logging.getLogger(__name__)
 
-Numbers = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,110 +37,123 @@ class LocatedDocument:
 
 
 class TokenizedDataset(Sequence[Example]):
-    """The training or the held-out rows: those chosen of some sources, read from disk when they are asked for.
+    """The training or the validation set: a selection of the examples of some sources, read from disk on access.
 
     Args:
-        sources: Where the rows are.
-        chosen: Which of them: numbers of examples, counted on through all sources, ascending.
+        sources: The sources.
+        indices: Indices of the selected examples in the concatenation of all sources, ascending, int64.
     """
 
-    def __init__(self, sources: Sequence[TokenizedSource], chosen: Numbers) -> None:
+    def __init__(self, sources: Sequence[TokenizedSource], indices: IntArray) -> None:
         self.sources = sources
-        self._chosen = chosen
-        self._begins = np.cumsum([0, *(len(source.store) for source in sources)])
+        self._indices = indices
+        # First index of each source in the concatenation, and the end of the last.
+        self._offsets = np.cumsum([0, *(len(source.store) for source in sources)])
 
     @classmethod
     def whole(cls, sources: Sequence[TokenizedSource]) -> TokenizedDataset:
-        """Every row of the sources."""
+        """All examples of the sources."""
         return cls(sources, np.arange(sum(len(source.store) for source in sources)))
 
     @property
-    def lengths(self) -> Numbers:
-        """Tokens of each row."""
+    def lengths(self) -> IntArray:
+        """Number of tokens of each example, shape (examples,)."""
         return self.column("lengths")
 
     @property
     def counts(self) -> RowCounts:
-        """What became of the rows of all sources."""
+        """The counts of all sources, summed."""
         return sum((source.store.counts for source in self.sources), RowCounts())
 
     def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._chosen)
+        """Number of examples."""
+        return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
-        """A row, or for a slice a split of its rows."""
+        """The example at an index, or a data set of the examples of a slice."""
         if isinstance(index, slice):
-            return TokenizedDataset(self.sources, self._chosen[index])
+            return TokenizedDataset(self.sources, self._indices[index])
         source, example = self._find(index)
         return source.store[example]
 
     def place(self, index: int) -> str:
-        """`file:line` of a row."""
+        """`file:line` of the row that an example comes from."""
         source, example = self._find(index)
         return source.store.place(example)
 
-    def column(self, name: str) -> Numbers:
-        """A number for each row: an array attribute of the stores."""
+    def column(self, name: str) -> IntArray:
+        """One integer for each example, shape (examples,): an array attribute of the stores, such as `targets`."""
         columns = [getattr(source.store, name) for source in self.sources]
-        joined: Numbers = np.concatenate(columns)[self._chosen] if columns else np.empty(0, np.int64)
-        return joined
+        selected: IntArray = np.concatenate(columns)[self._indices] if columns else np.empty(0, np.int64)
+        return selected
 
     def of_source(self, index: int) -> TokenizedDataset:
-        """The rows that come from one source."""
-        begin, end = self._begins[index], self._begins[index + 1]
-        inside = self._chosen[(self._chosen >= begin) & (self._chosen < end)]
+        """The examples that come from one source."""
+        begin, end = self._offsets[index], self._offsets[index + 1]
+        inside = self._indices[(self._indices >= begin) & (self._indices < end)]
         return TokenizedDataset([self.sources[index]], inside - begin)
 
-    def parted(self, held_out: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
-        """Draw rows of the files to hold out; what a file's row was split into stays together.
+    def train_validation_split(self, validation_rows: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+        """Split off a random sample of file rows.
+
+        The unit of the sample is the row of a file, not the example: parts of one row on both sides would leak
+        training text into the validation set.
+
+        Args:
+            validation_rows: Number of file rows of the second data set.
+            seed: Seed of the sample.
 
         Returns:
-            What remains and what is held out, both in their order.
+            The remaining examples and the sampled ones, each in their order.
         """
         row_of_example = self._file_rows()
-        chosen = drawn(int(row_of_example[-1]) + 1, held_out, seed)
-        is_held_out = np.isin(row_of_example, chosen)
-        return TokenizedDataset(self.sources, self._chosen[~is_held_out]), TokenizedDataset(
-            self.sources, self._chosen[is_held_out]
-        )
+        sample = sampled(int(row_of_example[-1]) + 1, validation_rows, seed)
+        is_sampled = np.isin(row_of_example, sample)
+        remaining = TokenizedDataset(self.sources, self._indices[~is_sampled])
+        return remaining, TokenizedDataset(self.sources, self._indices[is_sampled])
 
     @property
     def file_rows(self) -> int:
-        """Rows of the files that these come from."""
+        """Number of file rows that the examples come from."""
         return int(self._file_rows()[-1]) + 1 if len(self) else 0
 
     def documents(self) -> Iterator[LocatedDocument]:
-        """The rows as the files have them, read again."""
+        """The documents of the file rows that the examples come from; reads the files again."""
         for index, source in enumerate(self.sources):
-            numbers = np.unique(self.of_source(index).column("rows"))
-            to_document = build(source.section).document
-            for row in rows_at(source.section, [0]):  # tells the format where the recipe leaves it open
-                to_document(row)
-            for row in rows_at(source.section, numbers):
+            rows = np.unique(self.of_source(index).column("rows"))
+            if source.store.section is None:  # a source without rows has no format
+                continue
+            # The store has the format that was detected when the source was tokenized: `format: auto` would detect
+            # it on the first row that it is given here, which need not be the first one of the file.
+            to_document = build(source.store.section).document
+            for row in rows_at(source.section, rows):
                 yield LocatedDocument(to_document(row), row.where)
 
-    def _file_rows(self) -> Numbers:
-        """For each row the number of the file's row that it comes from, counted on through all sources."""
-        source = np.searchsorted(self._begins, self._chosen, side="right")
+    def _file_rows(self) -> IntArray:
+        """For each example the index of its file row, counted from 0 over the rows that the data set has."""
+        # Examples of one row are neighbours, so that a new row begins where (source, row) changes. Five examples:
+        #   source 0 0 0 1 1,  rows 4 4 7 7 9  ->  is_new 1 0 1 1 1  ->  cumsum - 1 = 0 0 1 2 3
+        source = np.searchsorted(
+            self._offsets, self._indices, side="right"
+        )  # right: the source that begins at an index
         rows = self.column("rows")
         is_new = (np.diff(source, prepend=-1) != 0) | (np.diff(rows, prepend=-1) != 0)
-        numbers: Numbers = np.cumsum(is_new) - 1
-        return numbers
+        indices: IntArray = np.cumsum(is_new) - 1
+        return indices
 
     def _find(self, index: int) -> tuple[TokenizedSource, int]:
-        number = self._chosen[index]
-        source = int(np.searchsorted(self._begins, number, side="right")) - 1
-        return self.sources[source], int(number - self._begins[source])
+        position = self._indices[index]
+        source = int(np.searchsorted(self._offsets, position, side="right")) - 1
+        return self.sources[source], int(position - self._offsets[source])
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """A recipe's rows.
+    """The data sets of a recipe.
 
     Attributes:
-        train: To train on.
-        validation: Held out.
+        train: Training set.
+        validation: Validation set; may be empty.
     """
 
     train: TokenizedDataset
@@ -148,10 +161,11 @@ class Datasets:
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 over the hash and the trained tokens of every row, in order, wherever the rows came from."""
+        """A sha256 over the hash and the number of targets of every example, in order; independent of file names."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for name in ("digests", "targets"):
+                # With name and length before the bytes, no row can move from one column or split to the next unseen.
                 digest.update(f"{name} {len(split)} ".encode() + split.column(name).tobytes())
         return digest.hexdigest()
 
@@ -159,18 +173,18 @@ class Datasets:
 def read_data(
     section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, on_event: EventHandler = ignore
 ) -> Datasets:
-    """Tokenize every source of a recipe, mix them, and hold rows out where it asks for a fraction of them.
+    """Tokenize and mix the sources of a recipe, and split off a validation set where it asks for a fraction.
 
-    What is too long or trains nothing is treated as the recipe says, and counted.
+    Rows that are too long or have no target tokens are handled as the recipe says, and counted.
 
     Args:
-        section: The recipe's section.
-        tokenizer: Of the model.
-        seed: Of every draw.
-        on_event: Told how far it is.
+        section: The section `data` of the recipe.
+        tokenizer: Tokenizer of the model.
+        seed: Seed of all samples.
+        on_event: Receives the progress.
 
     Raises:
-        DataError: A file or row cannot be used, too many rows are lost, or there are none to train on.
+        DataError: A file or row cannot be used, too many rows would be dropped, or there are no training rows.
     """
 
     def tokenized(sources: Sequence[SourceSection]) -> list[TokenizedSource]:
@@ -181,15 +195,15 @@ def read_data(
 
     train, validation = (_mixed(tokenized(each)) for each in (section.train, section.validation))
     for split in (train, validation):
-        refuse_losses(split, section)
+        check_dropped_rows(split, section)
     if not len(train):
         raise DataError("there are no rows to train on", where=section.train[0].place, hint="check the file")
     if section.validation_fraction:
         wanted = max(1, round(train.file_rows * section.validation_fraction))
-        train, validation = train.parted(wanted, seed)
+        train, validation = train.train_validation_split(wanted, seed)
         if not len(train):
             raise DataError(
-                f"data.validation_fraction: {section.validation_fraction} holds out every row ({wanted})",
+                f"data.validation_fraction: {section.validation_fraction} takes every row ({wanted}) for validation",
                 where=section.train[0].place,
                 hint="lower it, or add rows",
             )
@@ -197,36 +211,36 @@ def read_data(
 
 
 def _mixed(sources: list[TokenizedSource]) -> TokenizedDataset:
-    """The rows of all sources, one source after the other; of each as many as its weight says."""
+    """The rows of all sources, one source after the other; with weights, a sample of each in their proportion."""
     split = TokenizedDataset.whole(sources)
     weights = [source.section.weight for source in sources if source.section.weight is not None]
     if not weights:
         return split
     parts = [split.of_source(index) for index in range(len(sources))]
-    counts = shares([part.file_rows for part in parts], weights)
-    begins = np.cumsum([0, *(len(source.store) for source in sources)])
-    chosen = [
-        part.parted(count, source.seed)[1]._chosen + begin
-        for part, count, source, begin in zip(parts, counts, sources, begins[:-1], strict=True)
+    counts = rows_by_weight([part.file_rows for part in parts], weights)
+    # The sampled half of the split, its indices shifted from their own source to the concatenation of all.
+    indices = [
+        part.train_validation_split(count, source.seed)[1]._indices + offset
+        for part, count, source, offset in zip(parts, counts, sources, split._offsets[:-1], strict=True)
     ]
-    return TokenizedDataset(sources, np.concatenate(chosen))
+    return TokenizedDataset(sources, np.concatenate(indices))
 
 
-def refuse_losses(split: TokenizedDataset, section: Data) -> None:
-    """Stop where rows train nothing and the recipe does not say to skip them, or where too many are left out.
+def check_dropped_rows(split: TokenizedDataset, section: Data) -> None:
+    """Refuse rows without target tokens unless the recipe drops them, and more dropped rows than it allows.
 
     Raises:
-        DataError: With the places of the first of them.
+        DataError: With the places of the first of these rows.
     """
     counts = split.counts
     rows = counts.read + counts.added
     too_long = [place for source in split.sources for place in source.store.too_long]
-    untrainable = [place for source in split.sources for place in source.store.untrainable]
-    if counts.untrainable and (section.on_bad_row == "error" or counts.untrainable == rows):
-        have = "row has" if counts.untrainable == 1 else "rows have"
+    without_targets = [place for source in split.sources for place in source.store.without_targets]
+    if counts.without_targets and (section.on_bad_row == "error" or counts.without_targets == rows):
+        have = "row has" if counts.without_targets == 1 else "rows have"
         raise DataError(
-            f"{counts.untrainable} {have} no token to train on: {_listed(untrainable, counts.untrainable)}",
-            where=untrainable[0],
+            f"{counts.without_targets} {have} no target tokens: {_listed(without_targets, counts.without_targets)}",
+            where=without_targets[0],
             hint="give them an answer, remove them, or set data.on_bad_row to drop",
         )
     if counts.too_long == rows > 0:
@@ -238,14 +252,14 @@ def refuse_losses(split: TokenizedDataset, section: Data) -> None:
     if counts.dropped > section.max_dropped * rows:
         causes = [
             (counts.too_long, f"longer than {section.max_length} tokens", too_long),
-            (counts.untrainable, "without a token to train on", untrainable),
+            (counts.without_targets, "without target tokens", without_targets),
         ]
-        told = "; ".join(f"{count} {cause} ({_listed(places, count)})" for count, cause, places in causes if count)
+        reasons = "; ".join(f"{count} {cause} ({_listed(places, count)})" for count, cause, places in causes if count)
         raise DataError(
-            f"{counts.dropped} of {rows} rows would be left out, more than data.max_dropped: "
-            f"{100 * section.max_dropped:g} %: {told}",
-            where=(too_long or untrainable)[0],
-            hint="raise data.max_length, correct the rows, or allow the loss with data.max_dropped",
+            f"{counts.dropped} of {rows} rows would be dropped, more than data.max_dropped: "
+            f"{100 * section.max_dropped:g} %: {reasons}",
+            where=(too_long or without_targets)[0],
+            hint="raise data.max_length, correct the rows, or raise data.max_dropped",
         )
     _log(split, section)
 
@@ -258,12 +272,12 @@ def _log(split: TokenizedDataset, section: Data) -> None:
     counts = split.counts
     rows = counts.read + counts.added
     if counts.too_long:
-        logger.warning("left out %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
-    if counts.untrainable:
-        logger.warning("left out %d of %d rows with no token to train on", counts.untrainable, rows)
+        logger.warning("dropped %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
+    if counts.without_targets:
+        logger.warning("dropped %d of %d rows without target tokens", counts.without_targets, rows)
     if counts.truncated or counts.cut_target_tokens:
         logger.warning(
-            "cut %d of %d rows to %d tokens; %d trained tokens were cut",
+            "cut %d of %d rows to %d tokens; %d target tokens were cut",
             counts.truncated,
             rows,
             section.max_length,
@@ -271,5 +285,5 @@ def _log(split: TokenizedDataset, section: Data) -> None:
         )
     if counts.added:
         logger.info("%d rows were split into %d", counts.read, rows)
-    for remark in dict.fromkeys(remark for source in split.sources for remark in source.store.remarks):
-        logger.warning("%s", remark)
+    for warning in dict.fromkeys(warning for source in split.sources for warning in source.store.warnings):
+        logger.warning("%s", warning)

@@ -1,4 +1,4 @@
-"""What a format makes of a row: a conversation for the chat template, plain text, or tokens."""
+"""Documents, the content of rows in one of three forms: conversation for the chat template, plain text, or tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks.
-        content: What is said; empty where the turn only calls tools.
-        tool_calls: Calls in OpenAI's form, their arguments as data rather than as JSON text.
-        tool_call_id: Which call a tool's message answers.
-        train: Whether the turn may be trained.
-        reasoning: What was thought before it was said, which templates that know of it write before the content.
+        role: Role of the author.
+        content: Text of the turn; empty where the turn only calls tools.
+        tool_calls: Tool calls in OpenAI's form, with arguments as data rather than as JSON text.
+        tool_call_id: Id of the call that a tool's message answers.
+        train: Whether the tokens of the turn may be targets.
+        reasoning: Reasoning before the content; chat templates that support it render it before the content.
     """
 
     role: str
@@ -39,13 +39,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns to be rendered by the tokenizer's chat template.
+    """Turns that the tokenizer's chat template renders.
 
     Attributes:
         messages: The turns.
-        tools: Definitions of the tools that may be called, in OpenAI's form.
-        references: All accepted forms of the last answer, where the data set gives more than one.
-        choices: The answers that the row offers, where the last one is one of them.
+        tools: Definitions of the available tools, in OpenAI's form.
+        references: Accepted forms of the last answer, where the data set gives several.
+        choices: Answers to choose from, where the row offers them; the last answer is one of them.
     """
 
     messages: tuple[Message, ...]
@@ -54,7 +54,7 @@ class Conversation:
     choices: tuple[str, ...] = ()
 
     def split_turns(self) -> list[Conversation]:
-        """One conversation for each answer that may be trained: it stands last, and only it is trained."""
+        """One conversation for each trainable answer, which is its last turn and the only one with targets."""
         turns = [turn for turn, message in enumerate(self.messages) if message.role == "assistant" and message.train]
         return [self._through(turn) for turn in turns] or [self]
 
@@ -66,11 +66,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text that is tokenized as it is: `prompt` is given, `completion` is what the model should write.
+    """Text that is tokenized without a chat template.
 
     Attributes:
-        prompt: May be empty, as for continued pre-training.
-        completion: Ends with the end-of-text token.
+        prompt: Text before the targets; empty for continued pre-training.
+        completion: Text to predict; the encoder appends the end-of-text token.
     """
 
     prompt: str
@@ -79,11 +79,11 @@ class PlainText:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row that was tokenized elsewhere.
+    """A row that was tokenized by another program.
 
     Attributes:
         ids: Token ids.
-        is_target: Whether each token is trained.
+        is_target: Whether each token is a target, as long as `ids`.
     """
 
     ids: tuple[int, ...]
@@ -96,19 +96,19 @@ S = TypeVar("S", bound=SourceSection)
 
 
 class Format(ABC, Generic[S]):
-    """How the rows of one kind of data set become documents.
+    """Converts the rows of one kind of data set to documents.
 
     Args:
-        section: The source's section of the recipe, with the names of its columns.
+        section: Section of the source in the recipe, with the names of its columns.
     """
 
     def __init__(self, section: S) -> None:
         self.section = section
 
     @property
-    def name(self) -> str:
-        """What a recipe calls the format."""
-        return str(self.section.model_dump()["format"])
+    def resolved(self) -> SourceSection:
+        """The section with the format of the rows: the given one, except where `format: auto` detected it."""
+        return self.section
 
     @abstractmethod
     def document(self, row: Row) -> Document:

@@ -1,7 +1,7 @@
-"""Documents as tokens, each marked as trained or not.
+"""Encoding of documents: token ids and a mask of the target tokens.
 
-Masks are computed by position in the rendered text and the tokenizer's character offsets: never by searching
-for marker strings, and never by token id, so that padding and end-of-turn may be the same token.
+Masks come from positions in the rendered text and the tokenizer's character offsets. A search for marker strings could
+match text that a user wrote; a mask by token id would fail where padding and end-of-turn are the same token.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens.
+    """Token ids and the mask of targets.
 
     Attributes:
         ids: Token ids.
-        is_target: Whether each token is trained, that is predicted from the tokens before it.
+        is_target: Whether each token is a target, that is, predicted from the tokens before it; as long as `ids`.
     """
 
     ids: list[int]
@@ -34,17 +34,17 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """Number of trained tokens; the first token has nothing before it to be predicted from."""
+        """Number of target tokens; the first token never counts, because no token precedes it."""
         return sum(self.is_target[1:])
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens up to an answer, and the answers to compare with.
+    """The tokens up to an answer, and the reference answers.
 
     Attributes:
-        ids: Token ids, ending where the model should begin to write.
-        references: The answers that the data set accepts, at least one.
+        ids: Token ids, up to the position where generation starts.
+        references: Answers that the data set accepts, at least one.
     """
 
     ids: list[int]
@@ -52,14 +52,14 @@ class Prompt:
 
 
 class Encoder:
-    """Turns documents into examples with one tokenizer.
+    """Encodes documents with one tokenizer.
 
     Args:
         tokenizer: A tokenizer with character offsets; its chat template renders conversations.
-        train_on: Which tokens of a conversation are trained.
+        train_on: Which tokens of a conversation are targets.
 
     Attributes:
-        remarks: What the user should know of the documents so far.
+        warnings: Warnings about the documents encoded so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> None:
@@ -67,15 +67,15 @@ class Encoder:
         self.train_on = train_on
         special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._special = tuple(special)
-        self.remarks: set[str] = set()
+        self.warnings: set[str] = set()
 
     def example(self, document: Document, where: str) -> Example:
-        """The tokens of a document and which of them are trained; there may be none.
+        """The tokens of a document and the mask of its targets, of which there may be none.
 
         Raises:
-            DataError: The chat template refuses the document, leaves a part of it out or renders a trained turn
-                differently at different places, or the row begins twice.
-            ModelError: It is a conversation and the tokenizer has no chat template.
+            DataError: The chat template rejects the document, omits a part of it or renders a target turn differently
+                once later turns follow, or the row has two beginning-of-text tokens.
+            ModelError: The document is a conversation and the tokenizer has no chat template.
         """
         if isinstance(document, Tokens):
             return Example(self._known(document.ids, where), list(document.is_target))
@@ -83,31 +83,32 @@ class Encoder:
         self._begin_once(example.ids, where)
         return example
 
-    def head(self, document: Document, example: Example, where: str) -> int:
-        """Tokens at the beginning of a row that no cut of its prompt may take.
+    def protected_prefix(self, document: Document, example: Example, where: str) -> int:
+        """Number of tokens at the beginning of a row that must stay when its prompt is cut.
 
-        They are the beginning of text and, of a conversation, all that the template writes before the words of the
-        first user's message: the system message and the tools.
+        These are the beginning-of-text token and, in a conversation, everything that the template renders before the
+        text of the first user message: the system message and the tools.
         """
-        begun = int(example.ids[0] == self.tokenizer.bos_token_id)
+        has_bos = int(example.ids[0] == self.tokenizer.bos_token_id)
         if not isinstance(document, Conversation):
-            return begun
+            return has_bos
         turns = [turn for turn, message in enumerate(document.messages) if message.role == "user"]
         if not turns:
-            return begun
-        # What does not change with the first word stands before it, wherever the template puts the system message.
+            return has_bos
+        # The rendered text up to the first user message is found without parsing the template: replace the message by
+        # one with another first character; the protected text ends where the two renderings begin to differ.
         first, text = turns[0], self._render(document, len(document.messages), where)
-        word = document.messages[first].content.strip()[:1]
-        other = replace(document.messages[first], content="b" if word == "a" else "a")
+        character = document.messages[first].content.strip()[:1]
+        other = replace(document.messages[first], content="b" if character == "a" else "a")
         messages = (*document.messages[:first], other, *document.messages[first + 1 :])
         changed = self._render(replace(document, messages=messages), len(messages), where)
-        differs = (place for place, (was, now) in enumerate(zip(text, changed, strict=False)) if was != now)
-        stays = next(differs, 0)
+        differing = (index for index, (old, new) in enumerate(zip(text, changed, strict=False)) if old != new)
+        end_of_prefix = next(differing, 0)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return max(begun, len([end for _, end in offsets if end <= stays]))
+        return max(has_bos, len([end for _, end in offsets if end <= end_of_prefix]))
 
     def prompt(self, document: Document, where: str) -> Prompt | None:
-        """The document up to its last answer; None where it has no prompt to answer."""
+        """The document up to its last answer; None for a document without a prompt."""
         if isinstance(document, PlainText):
             return self._plain_prompt(document)
         if isinstance(document, Tokens):
@@ -134,10 +135,12 @@ class Encoder:
         return Prompt(ids[:begins], (self.tokenizer.decode(ids[begins:], skip_special_tokens=True),))
 
     def _plain(self, document: PlainText) -> Example:
-        # Tokenized as one text: at a seam between two, the tokens would not be those the model knows.
+        # Tokenized as one text: a tokenizer may merge characters across the seam, and two separate texts would give
+        # other tokens than the same text gives at inference.
         encoded = self.tokenizer(document.prompt + document.completion, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
         begins = len(document.prompt)
+        # A token that straddles the seam is a target; an empty one (start == end, such as BOS) is not.
         is_target = [self.train_on == "all" or end > max(begins, start) for start, end in encoded["offset_mapping"]]
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:
@@ -152,42 +155,46 @@ class Encoder:
         _check_tools(conversation, text, where)
         self._check_reasoning(conversation, text, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # A token that straddles the beginning of an answer is a target: it carries a part of the answer.
-        marked = self._spans(conversation, text, where)
+        # A token that straddles the beginning of an answer is a target: it contains a part of the answer.
+        spans = self._spans(conversation, text, where)
         starts, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
         inside = np.zeros(len(starts), bool)
-        for begin, stop in marked:
+        for begin, stop in spans:
             inside |= (starts < stop) & (ends > begin)
         is_target: list[bool] = (~inside if self.train_on == "all" else inside).tolist()
         return Example(list(encoded["input_ids"]), is_target)
 
     def _check_reasoning(self, conversation: Conversation, text: str, where: str) -> None:
-        """Templates leave out the reasoning of all answers but the last, or of all, without a word."""
-        for turn in _trained_turns(conversation, self.train_on):
+        """Refuse a target turn whose reasoning is not rendered: many templates drop it silently from earlier turns."""
+        for turn in _target_turns(conversation, self.train_on):
             if conversation.messages[turn].reasoning.strip() not in text:
                 raise DataError(
-                    f"the chat template leaves out the reasoning of turn {turn}",
+                    f"the chat template omits the reasoning of turn {turn}",
                     where=where,
-                    hint="set data.split_turns to true, which gives each answer a row of its own; or write the "
-                    "reasoning into the content, if no template of this model knows of any",
+                    hint="set data.split_turns to true, which makes a row of each answer; or write the "
+                    "reasoning into the content, if the template of this model supports none",
                 )
 
     def _spans(self, conversation: Conversation, text: str, where: str) -> list[tuple[int, int]]:
-        """Characters of the trained turns, or of those that are not where all others are trained."""
+        """Character spans of the target turns; with `train_on: all`, of the turns that are excluded instead."""
         if self.train_on == "all":
             turns = [turn for turn, message in enumerate(conversation.messages) if not message.train]
         else:
-            turns = _trained_turns(conversation, self.train_on)
+            turns = _target_turns(conversation, self.train_on)
         return [self._span(conversation, turn, text, where) for turn in turns]
 
     def _span(self, conversation: Conversation, turn: int, text: str, where: str) -> tuple[int, int]:
-        """Characters of a turn in the rendered `text`: what follows its header, up to its end-of-turn."""
+        """Character span of a turn in the rendered `text`: from the end of its header through its end-of-turn token.
+
+        The start is the length of the text that prompts the model for this turn, the end that of the text through
+        this turn. Both must be prefixes of the full text, or the mask would be at other characters.
+        """
         is_answer = conversation.messages[turn].role == "assistant"
         if is_answer and not turn:
             raise DataError(
-                "the first message is the assistant's",
+                "the first message has the role assistant",
                 where=where,
-                hint="begin with a user's message, or mark it as not trained: {train: false}",
+                hint="begin with a user message, or exclude it from the targets: {train: false}",
             )
         before = self._render(conversation, turn, where, generation_prompt=is_answer) if turn else ""
         is_last = turn + 1 == len(conversation.messages)
@@ -196,32 +203,31 @@ class Encoder:
             raise DataError(
                 f"the chat template renders turn {turn} differently once later turns follow",
                 where=where,
-                hint="set data.split_turns to true, which gives each answer a row of its own, "
-                "or data.train_on to last_turn",
+                hint="set data.split_turns to true, which makes a row of each answer, or data.train_on to last_turn",
             )
         if not through.startswith(before):
             raise DataError(
-                f"the chat template does not begin turn {turn} as it prompts the model to begin it",
+                f"the chat template renders turn {turn} with another beginning than its generation prompt",
                 where=where,
-                hint="write the answer as the model should, or use data of format completion",
+                hint="write the answer as the model should generate it, or use data of format completion",
             )
         end = self._end_of_turn(through, len(before))
         if is_answer and not through[:end].endswith(self._special):
-            self.remarks.add(
-                "the chat template ends answers without a special token: the model is not trained to end them"
+            self.warnings.add(
+                "the chat template ends answers without a special token: the model does not learn to end them"
             )
         return len(before), end
 
     def _end_of_turn(self, through: str, begins: int) -> int:
-        """Where a turn ends: white space that the template puts after an end-of-turn token is the next turn's."""
+        """End of a turn; white space that the template renders after the end-of-turn token is not a part of it."""
         stripped = through.rstrip()
         return len(stripped) if len(stripped) > begins and stripped.endswith(self._special) else len(through)
 
     def _render(self, conversation: Conversation, count: int, where: str, generation_prompt: bool = False) -> str:
-        """The first `count` messages as text."""
+        """The first `count` messages, rendered by the chat template."""
         if not self.tokenizer.chat_template:
             raise ModelError(
-                "the tokenizer has no chat template, and the data is a conversation",
+                "the tokenizer has no chat template, and the rows are conversations",
                 where=where,
                 hint="use the instruction-tuned version of the model, or data of format completion or text",
             )
@@ -236,31 +242,31 @@ class Encoder:
             raise ModelError(
                 f"the model's chat template {limit} for this row",
                 where=where,
-                hint="use another tokenizer: this one's template is broken or hostile",
+                hint="use another tokenizer: the template of this one is broken or hostile",
             ) from limit
-        except Exception as error:  # a template can divide by zero, call a number, and so on
+        except Exception as error:  # a template is a program: it can divide by zero, call a number, and so on
             raise DataError(
-                f"the model's chat template refuses the row: {error}", where=where, hint="correct its order of roles"
+                f"the model's chat template rejects the row: {error}", where=where, hint="correct its order of roles"
             ) from error
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _begin_once(self, ids: list[int], where: str) -> None:
-        """Some templates write the beginning of text and some tokenizers add it; both together are a mistake."""
+        """Refuse a second beginning-of-text token: some templates render one and some tokenizers add one."""
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise DataError(
-                f"the row begins twice with {self.tokenizer.bos_token}",
+                f"the row begins with {self.tokenizer.bos_token} twice",
                 where=where,
-                hint="remove it from the row: it is added for you",
+                hint="remove it from the row: the tokenizer adds it",
             )
 
     def _known(self, ids: Sequence[int], where: str) -> list[int]:
         unknown = next((token for token in ids if token >= len(self.tokenizer)), None)
         if unknown is not None:
             raise DataError(
-                f"token {unknown} is not among the model's {len(self.tokenizer)}",
+                f"token {unknown} is outside of the model's vocabulary of {len(self.tokenizer)}",
                 where=where,
                 hint="tokenize the rows with the tokenizer of this model",
             )
@@ -271,35 +277,35 @@ def _assistant_turns(conversation: Conversation) -> list[int]:
     return [turn for turn, message in enumerate(conversation.messages) if message.role == "assistant"]
 
 
-def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
+def _target_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
     turns = _assistant_turns(conversation)
     if train_on == "last_turn":
         turns = turns[-1:]
     if train_on == "completion":
-        asked = [turn for turn, message in enumerate(conversation.messages) if message.role == "user"]
-        turns = [turn for turn in turns if turn > max(asked, default=-1)]
+        of_user = [turn for turn, message in enumerate(conversation.messages) if message.role == "user"]
+        turns = [turn for turn in turns if turn > max(of_user, default=-1)]
     return [turn for turn in turns if conversation.messages[turn].train]
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: keys that do not apply are absent, for templates test whether they are."""
+    """A message for a chat template. Keys that do not apply are absent, because templates test their presence."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = list(message.tool_calls)
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
     if message.reasoning:
-        turn |= dict.fromkeys(("reasoning_content", "thinking"), message.reasoning)  # templates know one or the other
+        turn |= dict.fromkeys(("reasoning_content", "thinking"), message.reasoning)  # templates read one or the other
     return turn
 
 
 def _check_tools(conversation: Conversation, text: str, where: str) -> None:
-    """Templates that know no tools leave them out without a word."""
+    """Refuse tools that are not rendered: a template without tool support omits them silently."""
     calls = [call for message in conversation.messages for call in message.tool_calls]
     for tool in (*conversation.tools, *calls):
         if tool["function"]["name"] not in text:
             raise DataError(
-                f"the chat template leaves out the tool {tool['function']['name']!r}",
+                f"the chat template omits the tool {tool['function']['name']!r}",
                 where=where,
-                hint="use a model whose chat template knows tools, or remove them from the row",
+                hint="use a model whose chat template supports tools, or remove them from the row",
             )

@@ -12,22 +12,23 @@ from finetune.recipe.sections.data import Hub
 
 
 def read_hub(hub: Hub) -> Iterator[Row]:
-    """The rows of one split, in order.
+    """The rows of one split of a hub data set, in order.
 
     Raises:
         DataError: The hub has no such data set, subset, split or revision, or a file of it is damaged.
         EnvironmentFault: The hub cannot be reached and the data set is not in the local cache.
     """
-    import datasets
+    import datasets  # here: it takes seconds, and most recipes name files
 
     where = _place(hub)
-    with _errors_named(where):
+    with _as_data_errors(where):
         rows = iter(
             datasets.load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.stream)
         )
     number = 0
+    # A loop over `next` instead of `for`: an error that the consumer raises at the `yield` must not be translated.
     while True:
-        with _errors_named(where):
+        with _as_data_errors(where):
             values = next(rows, None)
         if values is None:
             return
@@ -36,10 +37,10 @@ def read_hub(hub: Hub) -> Iterator[Row]:
 
 
 def revision_of(hub: Hub) -> str | None:
-    """The commit that the hub's data set is read at; without the hub, that of the newest copy in the local cache.
+    """The commit of the data set that is read; offline, that of the newest copy in the local cache.
 
-    Offline the library reads that copy whatever revision is asked for, so the answer may differ from `hub.revision`.
-    None where the library does not say.
+    Offline the library reads that copy whatever revision is requested, so the result may differ from `hub.revision`.
+    None where the library reports no commit.
 
     Raises:
         DataError: The hub has no such data set, subset or revision.
@@ -47,22 +48,22 @@ def revision_of(hub: Hub) -> str | None:
     """
     import datasets
 
-    with _errors_named(_place(hub)):
+    with _as_data_errors(_place(hub)):
         commit: str | None = datasets.load_dataset_builder(hub.name, hub.subset, revision=hub.revision).hash
     return commit
 
 
 def _place(hub: Hub) -> str:
-    """The data set in a word; refuses a local folder of its name, which the library would read without a question."""
+    """Short name of the data set; refuses a local folder with this name, which the library would read instead."""
     where = f"{hub.name}[{hub.split}]"
     if os.path.exists(hub.name):
-        raise DataError("a local folder has the name of the hub data set", where=where, hint="name it in path")
+        raise DataError("a local folder has the name of the hub data set", where=where, hint="set path to read it")
     return where
 
 
 @contextmanager
-def _errors_named(where: str) -> Iterator[None]:
-    """The library's errors as the user's."""
+def _as_data_errors(where: str) -> Iterator[None]:
+    """Raise errors of the library as DataError or EnvironmentFault."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -70,7 +71,7 @@ def _errors_named(where: str) -> Iterator[None]:
         yield
     except DatasetNotFoundError as error:
         raise DataError(
-            f"the hub shows you no such data set: {excerpt(str(error))}",
+            f"the hub has no such data set, or you have no access: {excerpt(str(error))}",
             where=where,
             hint="check the spelling and the revision; for a gated or private data set set HF_TOKEN",
         ) from error
@@ -78,9 +79,9 @@ def _errors_named(where: str) -> Iterator[None]:
         raise DataError(
             f"the data set cannot be read: {excerpt(str(error))}", where=where, hint="check its subset and split"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:  # ConnectionError and offline mode are OSErrors
         raise EnvironmentFault(
             f"the data set is not in the local cache and the hub cannot be reached ({type(error).__name__})",
             where=where,
-            hint="check the network and HF_HUB_OFFLINE, or fetch the files and name them in path",
+            hint="check the network and HF_HUB_OFFLINE, or download the files and set path",
         ) from error

@@ -1,4 +1,4 @@
-"""A first look at a data set: its format, how many rows it has, what their answers are, how long they are."""
+"""Inspection of a data set: format, number of rows, labels, kind of the answers, lengths."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ SAMPLED_ROWS = 500
 MOST_LABELS = 100
 LABELS_SYSTEM = "Answer with one of: {labels}."
 BYTES_A_TOKEN = 3
-"""Of text, for an estimate without the tokenizer: less than English has, so that it errs upwards."""
+"""Bytes of text a token, for estimates without a tokenizer: fewer than in English, so that estimates are too high."""
 
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What was seen of a data set.
+    """Summary of a data set.
 
     Attributes:
-        source: Its section of a recipe, the format and columns as they were found.
-        rows: How many there are, counted up to `COUNTED_ROWS`.
-        labels: For classification, the labels of the rows, where all rows were counted and labels are few.
-        sample: The first rows, as the format reads them, each with its place.
-        has_tools: Whether tools occur in the sample.
-        answers_json: Whether the sample's last answers are JSON objects.
+        source: Section of the source, with the detected format and columns.
+        rows: Number of rows, counted up to `COUNTED_ROWS`.
+        labels: Labels of a classification; empty unless all rows were counted and the labels are few.
+        sample: Documents of the first rows, each with its place.
+        has_tools: Whether the sample has tools.
+        answers_json: Whether the last answers of the sample are JSON objects.
     """
 
     source: SourceSection
@@ -48,32 +48,33 @@ class DatasetSummary:
 
     @property
     def format(self) -> str:
-        """The format's name."""
+        """Name of the format."""
         return str(self.source.model_dump()["format"])
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row was counted."""
+        """Whether all rows were counted."""
         return self.rows < COUNTED_ROWS
 
     @property
     def is_text(self) -> bool:
-        """Whether rows are text without questions and answers."""
+        """Whether rows are text without prompts."""
         return self.format in ("text", "tokenized")
 
 
-def survey(source: SourceSection) -> DatasetSummary:
-    """Look at a source.
+def summarize_source(source: SourceSection) -> DatasetSummary:
+    """Read a source, up to `COUNTED_ROWS` rows, and summarize it.
 
     Raises:
-        DataError: A file or row cannot be used, there are no rows, or their columns tell no format.
+        DataError: A file or row cannot be used, there are no rows, or their columns match no format.
     """
     rows = islice(read_rows(source), COUNTED_ROWS)
     first = list(islice(rows, SAMPLED_ROWS))
     if not first:
         raise DataError("there are no rows", where=source.place, hint="check the file")
-    section = _found(source, first[0])
+    section = _with_detected_format(source, first[0])
     labels = _Labels(section)
+    # The other rows are read for their labels only, one at a time.
     count = labels.add(first) + sum(labels.add([row]) for row in rows)
     are_all = labels.are_few and count < COUNTED_ROWS
     if are_all:
@@ -92,12 +93,12 @@ def survey(source: SourceSection) -> DatasetSummary:
 
 
 def longest_row(sample: Iterable[tuple[Document, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
-    """Tokens of the longest row, and whether the answers need rows of their own.
+    """Number of tokens of the longest row, and whether `data.split_turns` is needed.
 
-    They do where the chat template renders a turn in another way once later turns follow.
+    It is needed where the chat template renders a turn differently once later turns follow.
 
     Raises:
-        DataError: The template cannot render a row either way.
+        DataError: The template cannot render a row, split or not.
         ModelError: The tokenizer has no chat template, and rows are conversations.
     """
     encoder = Encoder(tokenizer, "assistant")
@@ -105,14 +106,14 @@ def longest_row(sample: Iterable[tuple[Document, str]], tokenizer: PreTrainedTok
     try:
         return max(len(encoder.example(document, where).ids) for document, where in sample), False
     except DataError:
-        apart = [(part, where) for document, where in sample for part in _parts(document)]
-        if len(apart) == len(sample):
+        split = [(part, where) for document, where in sample for part in _parts(document)]
+        if len(split) == len(sample):  # nothing was split, so the error has another cause
             raise
-        return max(len(encoder.example(document, where).ids) for document, where in apart), True
+        return max(len(encoder.example(document, where).ids) for document, where in split), True
 
 
 def estimated_longest_row(sample: Iterable[tuple[Document, str]]) -> int:
-    """The same without a tokenizer, from the text alone."""
+    """Number of tokens of the longest row, estimated from its text without a tokenizer."""
     return max(_size_bytes(document) for document, _ in sample) // BYTES_A_TOKEN + 1
 
 
@@ -120,23 +121,27 @@ def _parts(document: Document) -> list[Document]:
     return list(document.split_turns()) if isinstance(document, Conversation) else [document]
 
 
-def _found(source: SourceSection, row: Row) -> SourceSection:
-    """The section with the format in it, and all else that was said of the source."""
+def _with_detected_format(source: SourceSection, row: Row) -> SourceSection:
+    """The section with the detected format, and all keys that were set on the source."""
     if not isinstance(source, AutoSource):
         return source
-    place = source.model_dump(exclude={"format"}, exclude_unset=True)
-    return detect(row).model_copy(update={key: getattr(source, key) for key in place})
+    was_set = source.model_dump(exclude={"format"}, exclude_unset=True)
+    return detect(row).model_copy(update={key: getattr(source, key) for key in was_set})
 
 
 class _Labels:
-    """The labels of a classification, in the order in which they occur; none for other formats."""
+    """Collects the labels of a classification in their order of occurrence; stays empty for other formats."""
 
     def __init__(self, section: SourceSection) -> None:
         self._column = section.label if isinstance(section, ClassificationSource) and not section.labels else None
         self.seen: dict[str | int, None] = {}
 
     def add(self, rows: Iterable[Row]) -> int:
-        """Look at further rows; returns how many they were."""
+        """Collect the labels of more rows.
+
+        Returns:
+            The number of these rows.
+        """
         count = 0
         for row in rows:
             count += 1
@@ -150,7 +155,7 @@ class _Labels:
         return 0 < len(self.seen) <= MOST_LABELS
 
     def names(self) -> list[str]:
-        """The labels as text, in alphabetical order; numbers from 0 on, as a recipe counts them."""
+        """The labels as text, in alphabetical order; integer labels as 0, 1, ..., up to the largest."""
         numbers = [label for label in self.seen if isinstance(label, int) and 0 <= label <= MOST_LABELS]
         if len(numbers) == len(self.seen):
             return [str(number) for number in range(max(numbers) + 1)]
@@ -178,5 +183,5 @@ def _size_bytes(document: Document) -> int:
     if isinstance(document, Conversation):
         tools = json.dumps([*document.tools, *(call for message in document.messages for call in message.tool_calls)])
         turns = [message.reasoning + message.content for message in document.messages]
-        return len(tools) + sum(len(turn.encode()) + 8 * BYTES_A_TOKEN for turn in turns)  # and a header
+        return len(tools) + sum(len(turn.encode()) + 8 * BYTES_A_TOKEN for turn in turns)  # and the header of each turn
     return len(document.ids) * BYTES_A_TOKEN

@@ -1,4 +1,4 @@
-"""How the rows of several sources become one set: seeded draws without repetition."""
+"""Samples without replacement, and the mixture of several sources by weight."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 
-def drawn(size: int, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """The numbers of `count` rows of `size`, or of all if there are fewer: each set as likely, in ascending order."""
+def sampled(size: int, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Indices of a uniform sample of `count` of `size` rows, ascending, int64; all rows if there are fewer."""
     if count >= size:
         return np.arange(size)
+    # The beginning of a permutation: with the same seed, a smaller sample is a subset of a larger one.
     return np.sort(np.random.default_rng(seed).permutation(size)[:count])
 
 
-def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many rows to take of each source, so that their numbers stand as the weights do and no row comes twice.
+def rows_by_weight(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Number of rows to take of each source: proportional to the weights, and no row twice.
 
-    The source that runs out first relative to its weight is used up; it bounds the others. A source that has
-    rows gives at least one.
+    The source that is smallest relative to its weight is used completely and limits the others. Every source with
+    rows contributes at least one.
 
     Args:
-        sizes: Rows of each source.
-        weights: The weight of each, above 0.
+        sizes: Number of rows of each source.
+        weights: Weight of each source, above 0.
     """
     rows_per_weight = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     counts = [round(rows_per_weight * weight) for weight in weights]

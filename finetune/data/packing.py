@@ -1,4 +1,4 @@
-"""Short examples put together into packs by best fit."""
+"""Packing: rows are combined into packs of bounded length by best-fit decreasing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 WINDOW = 8192
-"""Rows that are packed together: enough that packs are full, few enough that neighbours differ from seed to seed."""
+"""Number of rows that are packed at a time.
+
+Large enough for packs that are nearly full. Packing all rows at once would combine the same lengths whatever the seed.
+"""
 
 
 @dataclass(frozen=True)
 class Packs:
-    """Which rows stand in which pack; every row stands in one.
+    """The rows of each pack; every row is in exactly one.
 
     Attributes:
-        rows: Numbers of the rows, pack after pack.
-        ends: Of each pack, counted in `rows`.
-        capacity: Tokens that a pack can hold.
-        tokens: Tokens of all rows.
+        rows: Indices of the rows, pack after pack, shape (rows,).
+        ends: End of each pack in `rows`, shape (packs,).
+        capacity: Maximum number of tokens of a pack.
+        tokens: Number of tokens of all rows.
     """
 
     rows: npt.NDArray[np.int64]
@@ -34,24 +37,24 @@ class Packs:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> list[int]:
-        """The rows of a pack."""
+        """Indices of the rows of a pack."""
         rows: list[int] = self.rows[self.ends[index - 1] if index else 0 : self.ends[index]].tolist()
         return rows
 
     @property
     def fill(self) -> float:
-        """Share of the packs' room that is used."""
+        """Fraction of the packs' capacity that is used."""
         return self.tokens / (len(self) * self.capacity)
 
 
 def packed(lengths: npt.NDArray[np.int64], capacity: int, seed: int, window: int = WINDOW) -> Packs:
-    """Pack rows of the given lengths: drawn in random order, a window at a time, by best fit.
+    """Pack rows of the given lengths by best fit: in random order, a window at a time.
 
     Args:
-        lengths: Tokens of each row.
-        capacity: Tokens of a pack.
-        seed: Of the order.
-        window: Rows that are packed together.
+        lengths: Number of tokens of each row, shape (rows,), int64.
+        capacity: Maximum number of tokens of a pack.
+        seed: Seed of the random order.
+        window: Number of rows that are packed at a time.
 
     Raises:
         ValueError: A row is longer than a pack.
@@ -60,7 +63,7 @@ def packed(lengths: npt.NDArray[np.int64], capacity: int, seed: int, window: int
         raise ValueError(f"a row of {lengths.max()} tokens does not fit into a pack of {capacity}")
     order = np.random.default_rng(seed).permutation(len(lengths))
     packs = [
-        [order[first + place] for place in pack]
+        [order[first + index] for index in pack]
         for first in range(0, len(order), window)
         for pack in best_fit(lengths[order[first : first + window]].tolist(), capacity)
     ]
@@ -69,21 +72,21 @@ def packed(lengths: npt.NDArray[np.int64], capacity: int, seed: int, window: int
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Places of the lengths, grouped: the longest first, each into the fullest group with room (best-fit decreasing).
+    """Indices of the lengths, grouped by best-fit decreasing: the longest first, each into the fullest group with room.
 
-    Source: Johnson, "Near-optimal bin packing algorithms", 1973: never more than 11/9 of the fewest packs, and 4.
+    Source: Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the optimal number of groups plus 4.
     """
     groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # free tokens and number of each group that is not full, ascending
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        length = lengths[place]
-        at = bisect_left(room, (length, 0))
+    room: list[tuple[int, int]] = []  # (free tokens, index) of each group that is not full, ascending
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        at = bisect_left(room, (length, 0))  # the fullest group with room: O(log n) instead of a scan of all groups
         if at < len(room):
             free, group = room.pop(at)
-            groups[group].append(place)
+            groups[group].append(index)
         else:
             free, group = capacity, len(groups)
-            groups.append([place])
+            groups.append([index])
         if free > length:
             insort(room, (free - length, group))
     return groups

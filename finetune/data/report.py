@@ -1,4 +1,4 @@
-"""What became of every row: the numbers of `data_report.json`."""
+"""The data report, `data_report.json`: outcome of every row, and statistics of the rows used."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from finetune.data.dataset import Datasets, TokenizedDataset
 PERCENTILES = (50, 90, 95, 99)
 
 
-def ledger(rows: Datasets, layout: BatchPlan) -> dict[str, Any]:
-    """The report on a recipe's rows, as JSON values.
+def data_report(datasets: Datasets, batch_plan: BatchPlan) -> dict[str, Any]:
+    """The data report as JSON values.
 
-    `rows read + added = kept + too_long + untrainable`, where `added` are those that came of splitting. `used` are
-    the kept rows that this split has: weights and a held-out fraction may leave some to nobody or to the other
-    split. Everything after it counts used rows only.
+    `read + added = kept + too_long + untrainable`, where `added` counts rows added by splitting, and `untrainable` rows
+    dropped because they have no target tokens. `used` counts the kept rows in this data set: with weights, some kept
+    rows are in no data set; with a validation fraction, some are in the other one. All later numbers are of used rows.
     """
     report = {
-        "train": _split_report(rows.train, rows.validation),
-        "validation": _split_report(rows.validation, None),
+        "train": _split_report(datasets.train, datasets.validation),
+        "validation": _split_report(datasets.validation, None),
     }
-    if layout.packs is not None:
-        packs = layout.packs
+    if batch_plan.packs is not None:
+        packs = batch_plan.packs
         report["packing"] = {"packs": len(packs), "pack_length": packs.capacity, "fill": round(packs.fill, 4)}
     return report
 
 
-def _split_report(split: TokenizedDataset, held_out: TokenizedDataset | None) -> dict[str, Any]:
+def _split_report(split: TokenizedDataset, validation: TokenizedDataset | None) -> dict[str, Any]:
     sources = []
     for index, source in enumerate(split.sources):
-        facts = {"source": source.section.place, "format": source.store.format}
-        numbers = _numbers(split.of_source(index), held_out)
-        sources.append({**facts, **source.store.counts.to_json(), **numbers, "content": source.content})
-    return {**split.counts.to_json(), **_numbers(split, held_out), "sources": sources}
+        description = {"source": source.section.place, "format": source.store.format}
+        numbers = _numbers(split.of_source(index), validation)
+        sources.append({**description, **source.store.counts.to_json(), **numbers, "content": source.content})
+    return {**split.counts.to_json(), **_numbers(split, validation), "sources": sources}
 
 
-def _numbers(split: TokenizedDataset, held_out: TokenizedDataset | None) -> dict[str, Any]:
-    """Of the used rows; `tokens` and `target_tokens` replace those of all kept ones."""
+def _numbers(split: TokenizedDataset, validation: TokenizedDataset | None) -> dict[str, Any]:
+    """Statistics of the used rows; `tokens` and `target_tokens` overwrite those of the kept rows."""
     lengths, digests = split.lengths, split.column("digests")
     tokens, targets = int(lengths.sum()), int(split.column("targets").sum())
     numbers: dict[str, Any] = {
@@ -50,14 +50,14 @@ def _numbers(split: TokenizedDataset, held_out: TokenizedDataset | None) -> dict
         "lengths": _spread(lengths),
         "duplicates": len(digests) - len(np.unique(digests)),
     }
-    if held_out is not None:
-        numbers["in_validation"] = int(np.isin(digests, held_out.column("digests")).sum())
+    if validation is not None:
+        numbers["in_validation"] = int(np.isin(digests, validation.column("digests")).sum())
     return numbers
 
 
 def _spread(lengths: np.ndarray) -> dict[str, int]:
-    """Shortest, longest and what lies between, in tokens."""
+    """Minimum, percentiles and maximum of the lengths, in tokens."""
     if not len(lengths):
         return {}
-    between = {f"p{share}": int(np.percentile(lengths, share, method="higher")) for share in PERCENTILES}
+    between = {f"p{percent}": int(np.percentile(lengths, percent, method="higher")) for percent in PERCENTILES}
     return {"shortest": int(lengths.min()), **between, "longest": int(lengths.max())}

@@ -6,9 +6,10 @@ import hashlib
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed of 32 bits from several numbers, such as a recipe's seed and an epoch.
+    """A 32-bit seed derived from several integers, such as the seed of a recipe and an epoch.
 
-    Hashed, because PyTorch's CPU generator reads the low 32 bits of a seed and ignores the rest.
+    Derived by a hash, because PyTorch's CPU generator reads only the low 32 bits of a seed: a sum or a shift would
+    collide.
     """
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -1,4 +1,4 @@
-"""What a source of a recipe gives: rows, and the files that they are read from."""
+"""Sources of a recipe: their rows, and the files that rows are read from."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def read_rows(source: SourceSection) -> Iterator[Row]:
     """The rows of a source, in order.
 
     Raises:
-        DataError: A file or row of it cannot be used.
+        DataError: A file or row of the source cannot be used.
     """
     if source.hub:
         return read_hub(source.hub)
-    assert source.path is not None, "a rule of the recipe"
+    assert source.path is not None, "checked by a rule of the recipe"
     if isinstance(source, TextSource) and source.split is not None:
         _refuse_split_of_columns(source.path, source.split, files_of(source))
     return read_files(source.path, _options(source))
@@ -31,7 +31,7 @@ def files_of(source: SourceSection) -> list[Path]:
     """The local files that rows are read from.
 
     Raises:
-        DataError: There are none.
+        DataError: There are no such files.
     """
     return data_files(source.path, _options(source)) if source.path else []
 
@@ -49,6 +49,6 @@ def _options(source: SourceSection) -> Options:
     match source:
         case TextSource(split=split):
             return Options(source.delimiter, split or "file")
-        case AutoSource(path=str(path)) if Path(path).is_file():  # not in a folder, where a README may lie
+        case AutoSource(path=str(path)) if Path(path).is_file():  # not in folders: a README there is no data
             return Options(source.delimiter, "file")
     return Options(source.delimiter)

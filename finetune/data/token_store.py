@@ -1,6 +1,11 @@
-"""Tokenized rows on disk, written once in order and then read through memory maps.
+"""Tokenized rows on disk: written once in order, read through memory maps.
 
-A row costs its tokens at 4 bytes each and some 30 bytes beside them, none of which is held in memory.
+An example costs 4 bytes a token and about 30 bytes besides; nothing of it is held in memory.
+
+This is not `datasets.map`, for three reasons. Every row of a source is accounted for: read, added by splitting, kept,
+or dropped and why, with the places of the first dropped rows. The cache key is the content that tokens depend on
+(bytes of the files, tokenizer, chat template, options, the code of this package; see `tokenized_source`), so an entry
+is found again by any run, and never when one of these changed. No function is hashed or pickled by dill.
 """
 
 from __future__ import annotations
@@ -14,46 +19,48 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from finetune.data.encode import Example
+from finetune.recipe.sections.data import Source, SourceSection
 from finetune.storage.files import write_json
 
 SHOWN_PLACES = 5
-"""Places that are kept of rows that were left out, for messages."""
+"""Number of places of dropped rows that are kept for messages."""
 
 COLUMNS: dict[str, npt.DTypeLike] = {
-    "tokens": np.uint32,  # a token's id, shifted by one bit; the lowest bit says whether it is trained
-    "ends": np.int64,  # of each example, counted in tokens
-    "targets": np.int32,  # trained tokens of each example
-    "rows": np.int64,  # number of the source's row that each example comes from, from 0
-    "digests": np.uint64,  # hash of each example's tokens
-    "place_ends": np.int64,  # of each example's place, counted in bytes
+    "tokens": np.uint32,  # token id << 1 | is_target: one array for ids and mask, so that ids are below 2^31
+    "ends": np.int64,  # end of each example in `tokens`
+    "targets": np.int32,  # number of target tokens of each example
+    "rows": np.int64,  # index of the source's row that each example comes from
+    "digests": np.uint64,  # hash of each example's token ids
+    "place_ends": np.int64,  # end of each example's place in `places`, in bytes
 }
 PLACES = "places"
-FACTS = "facts.json"
+METADATA = "facts.json"
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of rows: `read` + `added` = `kept` + `too_long` + `untrainable`.
+    """Outcome of the rows of a source: `read` + `added` = `kept` + `too_long` + `without_targets`.
 
     Attributes:
         read: Rows that were read.
-        added: Rows that came of splitting rows, beyond one of each.
+        added: Rows that splitting added, beyond one for each row read.
         kept: Rows that can be used.
-        too_long: Rows left out for their length.
-        untrainable: Rows left out for they have no token to train on.
+        too_long: Rows dropped because of their length.
+        without_targets: Rows dropped because they have no target tokens.
         truncated: Kept rows that were cut.
         tokens: Tokens of the kept rows.
-        target_tokens: Trained tokens among them.
-        cut_target_tokens: Tokens that would have been trained but were cut, of rows kept or not.
+        target_tokens: Target tokens among them.
+        cut_target_tokens: Target tokens that were cut, of kept and of dropped rows.
     """
 
     read: int = 0
     added: int = 0
     kept: int = 0
     too_long: int = 0
-    untrainable: int = 0
+    without_targets: int = 0
     truncated: int = 0
     tokens: int = 0
     target_tokens: int = 0
@@ -61,30 +68,30 @@ class RowCounts:
 
     @property
     def dropped(self) -> int:
-        """Rows left out, for whatever cause."""
-        return self.too_long + self.untrainable
+        """Number of dropped rows, for any reason."""
+        return self.too_long + self.without_targets
 
     def __add__(self, other: RowCounts) -> RowCounts:
-        """The counts of both together."""
+        """The sum of both, count by count."""
         return RowCounts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
 
     def to_json(self) -> dict[str, int]:
-        """The counts by name."""
-        return asdict(self)
+        """The counts under their names in `data_report.json`, where rows without targets are `untrainable`."""
+        return {"untrainable" if name == "without_targets" else name: count for name, count in asdict(self).items()}
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Some rows of a source as columns.
+class EncodedRows:
+    """A chunk of a source's rows as columns, on its way to a store.
 
     Attributes:
-        columns: The new part of each column of a store but its ends; by name.
-        lengths: Tokens of each example.
+        columns: The chunk's part of each column of `COLUMNS` except the two of ends; by name.
+        lengths: Tokens of each example, shape (examples,).
         places: `file:line` of each example.
         counts: Of these rows.
-        too_long: Places of the first rows that were left out for their length.
-        untrainable: Places of the first rows that have no token to train on.
-        remarks: What the user should know of the rows, whenever they are used.
+        too_long: Places of the first rows dropped because of their length.
+        without_targets: Places of the first rows without target tokens.
+        warnings: Warnings about the rows, shown by every run that uses them.
     """
 
     columns: dict[str, npt.NDArray[Any]]
@@ -92,48 +99,53 @@ class Encoded:
     places: list[str]
     counts: RowCounts
     too_long: list[str] = field(default_factory=list)
-    untrainable: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    without_targets: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class TokenStoreWriter:
-    """Appends encoded rows to a store's files.
+    """Appends encoded rows to the files of a store.
 
     Args:
-        folder: Empty.
+        folder: An empty folder.
 
     Attributes:
-        counts: Of the rows so far.
-        format: Of the rows, as it was set or detected.
+        counts: Counts of the rows so far.
+        section: Section of the source with its format, detected where the recipe leaves it open; None without rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self.counts = RowCounts()
-        self.format: str | None = None
+        self.section: SourceSection | None = None
         self._folder = folder
-        self._remarks: set[str] = set()
+        self._warnings: set[str] = set()
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (*COLUMNS, PLACES)}
         self._tokens = 0
         self._place_bytes = 0
-        self._left_out: dict[str, list[str]] = {"too_long": [], "untrainable": []}
+        self._dropped: dict[str, list[str]] = {"too_long": [], "without_targets": []}
 
     def __enter__(self) -> Self:
-        """Itself."""
+        """The writer itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files, and complete the store if all went well."""
+        """Close the files; without an error, write the metadata that completes the store."""
         for file in self._files.values():
             file.close()
         if error is None:
-            facts = {"format": self.format, "counts": self.counts.to_json(), "remarks": sorted(self._remarks)}
-            write_json(self._folder / FACTS, {**facts, **self._left_out})
+            metadata = {
+                "section": self.section and self.section.model_dump(exclude=set(SourceSection.model_fields)),
+                "counts": asdict(self.counts),
+                "warnings": sorted(self._warnings),
+            }
+            write_json(self._folder / METADATA, {**metadata, **self._dropped})
 
-    def add(self, encoded: Encoded) -> None:
-        """Append some rows."""
+    def add(self, encoded: EncodedRows) -> None:
+        """Append a chunk of rows."""
         texts = [place.encode() for place in encoded.places]
+        # Ends count from the beginning of the file: those of a chunk are shifted by all that was written before.
         ends = np.cumsum(encoded.lengths, dtype=np.int64) + self._tokens
         place_ends = np.cumsum([len(text) for text in texts], dtype=np.int64) + self._place_bytes
         for name, values in {**encoded.columns, "ends": ends, "place_ends": place_ends}.items():
@@ -142,31 +154,35 @@ class TokenStoreWriter:
         self._tokens += int(encoded.lengths.sum())
         self._place_bytes += sum(map(len, texts))
         self.counts += encoded.counts
-        self._remarks.update(encoded.remarks)
-        for cause in self._left_out:
-            known = self._left_out[cause]
-            known += getattr(encoded, cause)[: SHOWN_PLACES - len(known)]
+        self._warnings.update(encoded.warnings)
+        for reason, places in self._dropped.items():
+            places += getattr(encoded, reason)[: SHOWN_PLACES - len(places)]
 
 
 class TokenStore(Sequence[Example]):
     """The tokenized rows of one source, in order.
 
+    Args:
+        folder: A folder that a `TokenStoreWriter` has completed.
+
     Attributes:
-        format: Of the rows, as it was set or detected; None if there are none.
-        counts: What became of the source's rows.
-        remarks: What the user should know of the rows.
-        too_long: Places of the first rows that were left out for their length.
-        untrainable: Places of the first rows that have no token to train on.
-        ends, targets, rows, digests: A number for each example; see COLUMNS.
+        section: Format of the rows and names of their columns, as set or detected; None without rows. The other keys
+            of a source (path, rows, weight) are not stored.
+        counts: Outcome of the source's rows.
+        warnings: Warnings about the rows.
+        too_long: Places of the first rows dropped because of their length.
+        without_targets: Places of the first rows without target tokens.
+        ends, targets, rows, digests: One integer for each example, shape (examples,); see `COLUMNS`.
     """
 
     def __init__(self, folder: Path) -> None:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        self.format: str | None = facts["format"]
-        self.counts = RowCounts(**facts["counts"])
-        self.remarks: list[str] = facts["remarks"]
-        self.too_long: list[str] = facts["too_long"]
-        self.untrainable: list[str] = facts["untrainable"]
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        section = metadata["section"]
+        self.section: SourceSection | None = section and TypeAdapter(Source).validate_python(section)
+        self.counts = RowCounts(**metadata["counts"])
+        self.warnings: list[str] = metadata["warnings"]
+        self.too_long: list[str] = metadata["too_long"]
+        self.without_targets: list[str] = metadata["without_targets"]
         self.ends = _column(folder, "ends")
         self.targets = _column(folder, "targets")
         self.rows = _column(folder, "rows")
@@ -176,8 +192,13 @@ class TokenStore(Sequence[Example]):
         self._places = _mapped(folder / PLACES, np.uint8)
 
     @property
+    def format(self) -> str | None:
+        """Name of the rows' format, as set or detected; None without rows."""
+        return str(self.section.model_dump()["format"]) if self.section else None
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example."""
+        """Number of tokens of each example, shape (examples,)."""
         return np.diff(self.ends, prepend=0)
 
     def __len__(self) -> int:
@@ -185,9 +206,9 @@ class TokenStore(Sequence[Example]):
         return len(self.ends)
 
     def __getitem__(self, index: Any) -> Any:
-        """An example by its number."""
-        stretch = self._tokens[_begin(self.ends, index) : self.ends[index]]
-        return Example((stretch >> 1).tolist(), (stretch & 1).astype(bool).tolist())
+        """The example at an index."""
+        packed = self._tokens[_begin(self.ends, index) : self.ends[index]]
+        return Example((packed >> 1).tolist(), (packed & 1).astype(bool).tolist())
 
     def place(self, index: int) -> str:
         """`file:line` of an example."""
@@ -203,6 +224,6 @@ def _column(folder: Path, name: str) -> npt.NDArray[Any]:
 
 
 def _mapped(file: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    if not file.stat().st_size:  # nothing to map
+    if not file.stat().st_size:  # mmap refuses empty files
         return np.empty(0, dtype)
     return np.memmap(file, dtype, mode="r")

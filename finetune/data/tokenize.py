@@ -1,4 +1,4 @@
-"""A source's rows tokenized into a store: on all cores, in order, a few chunks in memory at a time."""
+"""Tokenization of a source into a token store: on all cores, in order, with few chunks in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.documents import Format
 from finetune.data.encode import Encoder
 from finetune.data.rows import Row
-from finetune.data.token_store import Encoded, TokenStoreWriter
+from finetune.data.token_store import EncodedRows, TokenStoreWriter
 from finetune.data.truncation import Truncation
 from finetune.errors import EnvironmentFault
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
 
 CHUNK_ROWS = 256
-"""Rows that a process is handed at a time."""
+"""Rows sent to a process at a time."""
 
 ROWS_WORTH_PROCESSES = 8192
-"""Rows below which starting processes takes longer than the work itself."""
+"""Number of rows below which starting processes takes longer than tokenizing."""
 
 NumberedRow = tuple[int, Row]
 
 
 @dataclass(frozen=True)
-class Tokenizing:
-    """All that it takes to tokenize rows of one source; can be sent to another process.
+class TokenizationSpec:
+    """Everything needed to tokenize rows of one source; picklable, for other processes.
 
     Attributes:
-        source: Their format.
-        section: What is trained, and what is done with long rows.
-        tokenizer: Of the model.
-        first: The source's first row, which tells the format where the recipe leaves it open.
+        source: Section of the source, with its format.
+        section: Target tokens and the policy for long rows.
+        tokenizer: Tokenizer of the model.
+        first: The first row of the source, from which `format: auto` detects the format.
     """
 
     source: SourceSection
@@ -51,20 +51,22 @@ class Tokenizing:
 
     def format(self) -> Format[Any]:
         """The format of the rows."""
-        made: Format[Any] = build(self.source)
-        made.document(self.first)
-        return made
+        row_format: Format[Any] = build(self.source)
+        # `auto` detects the format on the first row it is given. Every process gives it the same one, whatever
+        # chunk it works on, so that all of them read the rows alike.
+        row_format.document(self.first)
+        return row_format
 
-    def encoder(self) -> Callable[[list[NumberedRow]], Encoded]:
-        """A function from rows to tokens, with what it needs built once."""
+    def encoder(self) -> Callable[[list[NumberedRow]], EncodedRows]:
+        """A function that tokenizes chunks of rows; format and encoder are built once."""
         row_format = self.format()
         encoder = Encoder(self.tokenizer, self.section.train_on)
 
-        def encode(rows: list[NumberedRow]) -> Encoded:
-            fitting = Truncation(encoder, self.section)
+        def encode(rows: list[NumberedRow]) -> EncodedRows:
+            truncation = Truncation(encoder, self.section)
             for number, row in rows:
-                fitting.add(row_format.document(row), number, row.where)
-            return fitting.encoded()
+                truncation.add(row_format.document(row), number, row.where)
+            return truncation.encoded()
 
         return encode
 
@@ -79,32 +81,32 @@ def tokenize(
 ) -> None:
     """Tokenize `rows` into a store.
 
-    The first rows are tokenized here, so that what is wrong with all of them shows at once; if many follow, on
-    `section.workers` processes.
+    The first rows are tokenized in this process, so that an error that all rows have is raised at once; the rest, if
+    there are many, by `section.workers` processes.
 
     Raises:
-        DataError: A row cannot be used; the first one in order is named.
+        DataError: A row cannot be used; the error names the first one in order.
         EnvironmentFault: A process was killed.
     """
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
         return
-    tokenizing = Tokenizing(source, section, tokenizer, first[1])
-    writer.format = tokenizing.format().name
+    specification = TokenizationSpec(source, section, tokenizer, first[1])
+    writer.section = specification.format().resolved
     chunks = _chunks(chain([first], rows))
-    encode = tokenizing.encoder()
+    encode = specification.encoder()
     workers = section.workers or _cores()
-    here = None if workers == 1 else ROWS_WORTH_PROCESSES // CHUNK_ROWS
-    for chunk in islice(chunks, here):
+    chunks_here = None if workers == 1 else ROWS_WORTH_PROCESSES // CHUNK_ROWS
+    for chunk in islice(chunks, chunks_here):
         _write(encode(chunk), writer, report_rows)
     next_chunk = next(chunks, None)
     if next_chunk is not None:
-        for encoded in _in_processes(tokenizing, chain([next_chunk], chunks), workers):
+        for encoded in _in_processes(specification, chain([next_chunk], chunks), workers):
             _write(encoded, writer, report_rows)
 
 
-def _write(encoded: Encoded, writer: TokenStoreWriter, report_rows: Callable[[int], None]) -> None:
+def _write(encoded: EncodedRows, writer: TokenStoreWriter, report_rows: Callable[[int], None]) -> None:
     writer.add(encoded)
     report_rows(writer.counts.read)
 
@@ -114,44 +116,49 @@ def _chunks(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
         yield chunk
 
 
-def _in_processes(tokenizing: Tokenizing, chunks: Iterator[list[NumberedRow]], workers: int) -> Iterator[Encoded]:
-    """The chunks' results in their order; no more than two chunks a process are under way."""
+def _in_processes(
+    specification: TokenizationSpec, chunks: Iterator[list[NumberedRow]], workers: int
+) -> Iterator[EncodedRows]:
+    """The results of the chunks, in order; at most two chunks a process are pending, which bounds the memory."""
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:  # its children share the memory of what it has imported
+    # Not fork: the parent has threads (torch, tokenizers), and a lock that one of them holds would never be released.
+    # Children of the fork server share the memory of the modules that it has imported.
+    if has_server:
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tokenizing,)) as pool:
-        under_way: deque[Future[Encoded]] = deque()
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(specification,)) as pool:
+        pending: deque[Future[EncodedRows]] = deque()
         try:
             for chunk in chunks:
-                under_way.append(pool.submit(_encode, chunk))
-                if len(under_way) >= 2 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                pending.append(pool.submit(_encode, chunk))
+                if len(pending) >= 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise EnvironmentFault(
-                "a process that tokenized rows was killed, most likely for want of memory",
+                "a process that tokenized rows was killed, most likely because memory ran out",
                 hint="set data.workers to a lower number",
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_encode_here: Callable[[list[NumberedRow]], Encoded]
+_encode_here: Callable[[list[NumberedRow]], EncodedRows]
 
 
-def _start(tokenizing: Tokenizing) -> None:
-    """Make a new process ready; Ctrl-C, which a terminal sends to it too, is for its parent to act on."""
+def _start(specification: TokenizationSpec) -> None:
+    """Initialize a worker process."""
+    # A terminal sends Ctrl-C to all processes of its group; the parent alone handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _encode_here
-    _encode_here = tokenizing.encoder()
+    _encode_here = specification.encoder()
 
 
-def _encode(rows: list[NumberedRow]) -> Encoded:
+def _encode(rows: list[NumberedRow]) -> EncodedRows:
     return _encode_here(rows)
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A source of a recipe as a store of tokenized rows, from the cache where it is there already."""
+"""Tokenized sources: a source of a recipe as a token store, from the cache where it has an entry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import finetune.data
+import finetune.recipe.sections
 from finetune.data.hub import revision_of
-from finetune.data.mixing import drawn
+from finetune.data.mixing import sampled
 from finetune.data.rows import Row
 from finetune.data.sources import files_of, read_rows
 from finetune.data.token_store import TokenStore, TokenStoreWriter
@@ -29,7 +30,7 @@ from finetune.run.provenance import file_record
 from finetune.storage.cache import cached, sources_digest
 
 SHAPING_OPTIONS = ("max_length", "overlength", "train_on", "split_turns")
-"""Keys of the section `data` that decide which tokens a row becomes and which of them are trained."""
+"""Keys of the section `data` on which the tokens and target masks of a row depend."""
 
 SHAPING_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
 
@@ -39,10 +40,10 @@ class TokenizedSource:
     """One source of a recipe.
 
     Attributes:
-        section: Its section.
-        seed: Of its draws.
-        content: What was read: name, size and sha256 of each file, or the hub's name and commit.
-        store: Its rows.
+        section: Section of the source.
+        seed: Seed of its samples.
+        content: Identity of the data: name, size and sha256 of each file, or name and commit on the hub.
+        store: The tokenized rows.
     """
 
     section: SourceSection
@@ -54,7 +55,7 @@ class TokenizedSource:
     def of(
         cls, source: SourceSection, section: Data, tokenizer: PreTrainedTokenizerBase, seed: int, on_event: EventHandler
     ) -> TokenizedSource:
-        """Tokenize a source, or find it tokenized.
+        """Tokenize a source, or open its entry in the cache.
 
         Raises:
             DataError: A file or row cannot be used.
@@ -63,11 +64,11 @@ class TokenizedSource:
         content = [_hub_record(source.hub)] if source.hub else [file_record(file) for file in files_of(source)]
 
         def make(folder: Path) -> None:
-            doing = f"tokenizing {source.place}"
+            phase = f"tokenizing {source.place}"
             with TokenStoreWriter(folder) as writer:
                 rows = numbered_rows(source, seed)
                 tokenize(
-                    rows, source, section, tokenizer, writer, lambda done: on_event(Progress(doing, done, total=None))
+                    rows, source, section, tokenizer, writer, lambda done: on_event(Progress(phase, done, total=None))
                 )
 
         key = _key(source, section, tokenizer, seed, content)
@@ -75,13 +76,13 @@ class TokenizedSource:
 
 
 def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
-    """The rows that a recipe takes of a source, each with its number in the source.
+    """The rows that a recipe takes from a source, each with its index in the source.
 
-    Where `rows` asks for a part, the source is read twice: once to count, for every row must be as likely to be
-    drawn. Of a stream, which may be far larger than the part, the first ones are taken.
+    With `rows`, a uniform sample is taken. It needs the number of rows, so the source is read twice: once to
+    count, once for the sample. From a stream, which may be too long to count, the first rows are taken.
 
     Raises:
-        DataError: A row cannot be read, or there are fewer than asked for.
+        DataError: A row cannot be read, or the source has fewer rows than requested.
     """
     if source.rows is None:
         yield from enumerate(read_rows(source))
@@ -93,21 +94,21 @@ def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
             count = number + 1
     else:
         count = sum(1 for _ in read_rows(source))
-        chosen = drawn(count, source.rows, seed).tolist()
-        yield from zip(chosen, rows_at(source, chosen), strict=True)
+        sample = sampled(count, source.rows, seed).tolist()
+        yield from zip(sample, rows_at(source, sample), strict=True)
     if count < source.rows:
         raise DataError(
             f"the source has {count} rows, fewer than rows: {source.rows}",
             where=source.place,
-            hint="lower it, or leave it out to take every row",
+            hint="lower it, or remove it to take every row",
         )
 
 
-def rows_at(source: SourceSection, numbers: Iterable[int]) -> Iterator[Row]:
-    """The rows of a source with these numbers, which ascend."""
+def rows_at(source: SourceSection, indices: Iterable[int]) -> Iterator[Row]:
+    """The rows of a source at ascending indices, in one pass over it."""
     rows = enumerate(read_rows(source))
-    for wanted in numbers:
-        yield next(row for number, row in rows if number == wanted)
+    for wanted in indices:
+        yield next(row for index, row in rows if index == wanted)
 
 
 def _key(
@@ -117,7 +118,7 @@ def _key(
     seed: int,
     content: list[dict[str, Any]],
 ) -> str:
-    """A name that differs where the tokens could: by bytes, tokenizer, template, options, and the code itself."""
+    """Cache key: a hash of everything the tokens depend on: data, tokenizer, template, options, versions and code."""
     parts = {
         "content": content,
         "source": source.model_dump(exclude={"weight"}),
@@ -127,16 +128,17 @@ def _key(
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
         "packages": {name: version(name) for name in SHAPING_PACKAGES},
-        "code": sources_digest(finetune.data),  # a corrected mask must not be hidden by what the wrong one left
+        # A fixed bug in masks must not return from the cache; the store has a section, which new code must accept.
+        "code": sources_digest(finetune.data, finetune.recipe.sections),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _hub_record(hub: Hub) -> dict[str, Any]:
-    """What tells a hub data set from another, and from itself at another time: its commit.
+    """Identity of a hub data set: name, split and commit.
 
     Raises:
-        DataError: The recipe pins a commit, and the local cache, all there is without a network, holds another.
+        DataError: The recipe pins a commit, and the machine is offline with another commit in the local cache.
     """
     revision = revision_of(hub)
     pinned = hub.revision is not None and re.fullmatch(r"[0-9a-f]{40}", hub.revision)
@@ -144,8 +146,8 @@ def _hub_record(hub: Hub) -> dict[str, Any]:
         raise DataError(
             f"the local cache holds commit {revision}, not {hub.revision}",
             where=f"{hub.name}[{hub.split}]",
-            hint="fetch the pinned commit once with a network, or change the revision",
+            hint="download the pinned commit once while online, or change the revision",
         )
     record = {"hub": hub.name, "subset": hub.subset, "split": hub.split, "commit": revision}
-    # Where nothing tells whether it has changed, the tokens must not be found again.
+    # Without a commit, changes cannot be detected: the process id makes an entry that no other run finds.
     return record if revision else {**record, "process": os.getpid()}

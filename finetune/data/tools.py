@@ -1,7 +1,7 @@
-"""Tools and calls of tools, brought to the one form that chat templates expect.
+"""Tool definitions and tool calls, converted to the form that chat templates expect.
 
-Data sets write them as data or as JSON text, with OpenAI's wrapper around a function or without. Templates print
-them with `tojson`, so JSON text that stayed text would be quoted twice.
+Data sets contain them as data or as JSON text, with or without OpenAI's wrapper around a function. Templates render
+them with `tojson`, so JSON text must be parsed first, or it would be quoted twice.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from finetune.errors import DataError
 
 
 def tools_of(row: Row, column: str) -> tuple[ToolObject, ...]:
-    """The definitions of tools in a column that may be absent, null or empty.
+    """The tool definitions in a column that may be absent, null or empty.
 
     Raises:
-        DataError: The column holds something else.
+        DataError: The column contains something else.
     """
     value = row.values.get(column)
     if value is None or value == "":
         return ()
     definitions = _parsed(value, f"column {column!r}", row.where)
-    listed = definitions if isinstance(definitions, list) else [definitions]
-    return tuple(_wrapped(each, f"column {column!r}", row.where) for each in listed)
+    as_list = definitions if isinstance(definitions, list) else [definitions]
+    return tuple(_wrapped(each, f"column {column!r}", row.where) for each in as_list)
 
 
 def tool_calls_of(value: Any, key: str, where: str) -> tuple[ToolObject, ...]:
-    """Calls of tools, given as one or a list, as data or as JSON text; arguments become data.
+    """Tool calls, from one call or a list, as data or as JSON text; arguments become data.
 
     Raises:
-        DataError: It is no call.
+        DataError: The value is no tool call.
     """
     calls = _parsed(value, key, where)
     return tuple(_call(call, key, where) for call in (calls if isinstance(calls, list) else [calls]))
@@ -47,7 +47,7 @@ def _call(value: Any, key: str, where: str) -> ToolObject:
 
 
 def _wrapped(value: Any, key: str, where: str) -> dict[str, Any]:
-    """An object `{"type": "function", "function": {"name": ...}}`, whether or not the wrapper was written."""
+    """An object `{"type": "function", "function": {"name": ...}}`, with or without the wrapper in the data."""
     wrapped = value if isinstance(value, dict) and "function" in value else {"function": value}
     function = wrapped["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -1,4 +1,4 @@
-"""Rows on their way from documents to examples of at most `max_length`, with a count of every loss."""
+"""Rows as examples of at most `max_length` tokens: cut, split or dropped as the recipe says, and every loss counted."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import numpy as np
 
 from finetune.data.documents import Conversation, Document, PlainText, Tokens
 from finetune.data.encode import Encoder, Example
-from finetune.data.lengths import chunks, without_end, without_prompt_head
-from finetune.data.token_store import Encoded, RowCounts
+from finetune.data.token_store import EncodedRows, RowCounts
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data
 
 
 class Truncation:
-    """Collects some rows of a source as a store keeps them.
+    """Collects rows of a source in the form that a token store keeps.
 
     Args:
-        encoder: Makes tokens of documents.
-        section: Says what to do with rows that are too long.
+        encoder: Tokenizes documents.
+        section: Maximum length, and the policy for longer rows.
     """
 
     def __init__(self, encoder: Encoder, section: Data) -> None:
@@ -30,63 +29,65 @@ class Truncation:
         self._rows: list[int] = []
         self._places: list[str] = []
         self._too_long: list[str] = []
-        self._untrainable: list[str] = []
+        self._without_targets: list[str] = []
         self._read = 0
         self._truncated = 0
         self._cut_targets = 0
 
     def add(self, document: Document, row: int, where: str) -> None:
-        """Encode a row's document, make it fit, and keep what trains something.
+        """Encode the document of a row, shorten it, and keep its examples that have target tokens.
 
         Args:
-            document: What the row holds.
-            row: Its number in the source, from 0.
-            where: Its place, for messages.
+            document: The row's content.
+            row: Index of the row in its source.
+            where: Place of the row, for messages.
 
         Raises:
-            DataError: It is too long and the recipe does not say what to do, or it cannot be encoded.
+            DataError: The row is too long and no policy applies, or it cannot be encoded.
         """
         self._read += 1
         splits = self._section.split_turns and isinstance(document, Conversation)
         for part in document.split_turns() if splits and isinstance(document, Conversation) else [document]:
-            whole = self._encoder.example(part, where)
-            for example in self._fit(whole, part, where):
+            full = self._encoder.example(part, where)
+            for example in self._shortened(full, part, where):
+                # Tested after the cut: a cut at the end can remove all targets.
                 if not example.targets:
-                    self._untrainable.append(where)
+                    self._without_targets.append(where)
                     continue
                 self._examples.append(example)
                 self._rows.append(row)
                 self._places.append(where)
-                self._truncated += self._section.overlength != "split" and example is not whole
+                # Splitting loses no token, so its parts do not count as cut.
+                self._truncated += self._section.overlength != "split" and example is not full
 
-    def encoded(self) -> Encoded:
-        """All that was added."""
+    def encoded(self) -> EncodedRows:
+        """All rows that were added, as columns."""
         examples = self._examples
         lengths = np.array([len(example.ids) for example in examples], np.int64)
         targets = np.array([example.targets for example in examples], np.int64)
         ids = np.array([token for example in examples for token in example.ids], np.uint32)
-        trained = np.array([mark for example in examples for mark in example.is_target], np.uint32)
+        is_target = np.array([mark for example in examples for mark in example.is_target], np.uint32)
         counts = RowCounts(
             read=self._read,
-            added=len(examples) + len(self._too_long) + len(self._untrainable) - self._read,
+            added=len(examples) + len(self._too_long) + len(self._without_targets) - self._read,
             kept=len(examples),
             too_long=len(self._too_long),
-            untrainable=len(self._untrainable),
+            without_targets=len(self._without_targets),
             truncated=self._truncated,
             tokens=int(lengths.sum()),
             target_tokens=int(targets.sum()),
             cut_target_tokens=self._cut_targets,
         )
         columns = {
-            "tokens": ids << 1 | trained,
+            "tokens": ids << 1 | is_target,
             "targets": targets,
             "rows": np.array(self._rows, np.int64),
             "digests": _digests(ids, lengths),
         }
-        remarks = sorted(self._encoder.remarks)
-        return Encoded(columns, lengths, self._places, counts, self._too_long, self._untrainable, remarks)
+        warnings = sorted(self._encoder.warnings)
+        return EncodedRows(columns, lengths, self._places, counts, self._too_long, self._without_targets, warnings)
 
-    def _fit(self, example: Example, document: Document, where: str) -> list[Example]:
+    def _shortened(self, example: Example, document: Document, where: str) -> list[Example]:
         longest, policy = self._section.max_length, self._section.overlength
         if len(example.ids) <= longest:
             return [example]
@@ -94,21 +95,21 @@ class Truncation:
             self._too_long.append(where)
             return []
         if policy == "truncate":
-            cut = without_end(example, longest)
+            cut = cut_end(example, longest)
             self._cut_targets += example.targets - cut.targets
             return [cut]
         if policy == "split" and _is_without_prompt(document):
             return chunks(example, longest)
         if policy == "truncate_prompt":
-            fitted = without_prompt_head(example, longest, self._encoder.head(document, example, where))
-            if fitted is not None:
-                return [fitted]
+            shortened = cut_prompt(example, longest, self._encoder.protected_prefix(document, example, where))
+            if shortened is not None:
+                return [shortened]
         raise self._too_long_error(example, where)
 
     def _too_long_error(self, example: Example, where: str) -> DataError:
         reasons = {
-            "truncate_prompt": ", and what follows the first trained token leaves no room for a prompt",
-            "split": ", and a row with a prompt cannot be split: its later parts would lack what they answer",
+            "truncate_prompt": ", and the tokens from the first target on leave no room for a prompt",
+            "split": ", and a row with a prompt cannot be split: its later parts would have no prompt",
         }
         return DataError(
             f"the row has {len(example.ids)} tokens, more than data.max_length: {self._section.max_length}"
@@ -118,12 +119,51 @@ class Truncation:
         )
 
 
+def cut_prompt(example: Example, longest: int, protected: int) -> Example | None:
+    """Remove prompt tokens after the protected prefix; no target is removed.
+
+    Args:
+        example: A row of more than `longest` tokens.
+        longest: Maximum number of tokens.
+        protected: Number of tokens at the beginning that stay.
+
+    Returns:
+        The row with `longest` tokens; None where the prompt is too short for that.
+    """
+    prompt = example.is_target.index(True) if any(example.is_target) else len(example.ids)
+    cut = len(example.ids) - longest
+    if cut >= prompt - protected:  # one prompt token must remain: the first target is predicted from it
+        return None
+    resumes = protected + cut
+    return Example(
+        example.ids[:protected] + example.ids[resumes:], example.is_target[:protected] + example.is_target[resumes:]
+    )
+
+
+def cut_end(example: Example, longest: int) -> Example:
+    """Remove all tokens after the first `longest`, targets included."""
+    return Example(example.ids[:longest], example.is_target[:longest])
+
+
+def chunks(example: Example, longest: int) -> list[Example]:
+    """Split a row into examples of at most `longest` tokens; each begins with the last token of the one before.
+
+    The first target of a chunk is predicted from that repeated token, so that every target is trained exactly once.
+    """
+    starts = range(0, max(1, len(example.ids) - 1), longest - 1)
+    return [_chunk(example, start, start + longest) for start in starts]
+
+
+def _chunk(example: Example, start: int, stop: int) -> Example:
+    return Example(example.ids[start:stop], [False, *example.is_target[start + 1 : stop]])
+
+
 def _is_without_prompt(document: Document) -> bool:
     return isinstance(document, Tokens) or (isinstance(document, PlainText) and not document.prompt)
 
 
 def _digests(ids: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """64 bits of each example's tokens: equal for equal rows, and for others but once in 2^64 pairs."""
+    """A 64-bit BLAKE2b hash of each example's token ids, shape (examples,), uint64."""
     parts = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
     hashed = b"".join(hashlib.blake2b(part.tobytes(), digest_size=8).digest() for part in parts)
     return np.frombuffer(hashed, np.uint64)

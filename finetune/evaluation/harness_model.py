@@ -120,7 +120,7 @@ class InMemory(TemplateLM):  # type: ignore[misc]
             sampling = _sampling(settings)
             sampled_before = repeats[text, sampling] if sampling.temperature else 0
             repeats[text, sampling] += 1
-            # A task may ask for several samples of one prompt. Different seeds separate them, or the cache would return the
+            # A task may ask for several samples of one prompt. They need different seeds, or the cache would return the
             # first one again.
             groups.setdefault(replace(sampling, seed=sampled_before), []).append(index)
             room = self.max_length - sampling.max_new_tokens

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from finetune.data.collate import Batch, joined, padded, shared_tokens
+from finetune.data.collate import Batch, flattened, padded, shared_prefix_length
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
 from finetune.models.loading.dtype import autocast
@@ -67,9 +67,9 @@ def likelihoods(
     firsts = [examples[group[0]] for group in groups]
     lengths = [len(first.ids) for first in firsts]
     # Neighbours in sorted order share the longest prefixes; the first row shares with none.
-    shared = [0, *(shared_tokens(one, other) for one, other in pairwise(firsts))]
+    shared = [0, *(shared_prefix_length(one, other) for one, other in pairwise(firsts))]
     shares = sum(shared) >= WORTH_SHARING and may_share()
-    make_batch = partial(joined, shares_prefixes=True) if shares else partial(padded, padding=padding)
+    make_batch = partial(flattened, shares_prefixes=True) if shares else partial(padded, padding=padding)
 
     def work(rows: list[int]) -> dict[int, Likelihood]:
         return _of_batch(model, examples, [groups[row] for row in rows], compute_dtype, make_batch)

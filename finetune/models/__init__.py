@@ -1,1 +1,1 @@
-"""From a recipe's model to a tokenizer and a causal language model on a device."""
+"""Models: locating, loading, sharding, quantizing, faster kernels, and writing of weights."""

@@ -1,7 +1,7 @@
-"""Quantizing a model by what its layers see: block after block, each fed by the quantized ones before it.
+"""Calibrated quantization (OPTQ): one decoder block after another, on the outputs of the quantized blocks before it.
 
-One block is in full precision at a time, beside its inputs on all rows; the other weights stay in the mapped file until
-their turn comes. Memory does not grow with the model's depth.
+Only one block at a time is in float32, beside its inputs on all calibration rows. The other weights stay in the mapped
+file until their block is quantized. Memory does not grow with the model's depth.
 
 Shape legend: T tokens of a row, D width of the model, O out_features, I in_features.
 """
@@ -31,18 +31,18 @@ from finetune.quantizers.optq import Hessian, OptqQuantizer
 logger = logging.getLogger(__name__)
 
 Choose = Callable[[str], Quantizer | None]
-"""From a linear layer's name to its quantizer; None leaves the layer as it is."""
+"""Maps a linear layer's name to its quantizer; None leaves the layer unquantized."""
 
 PROBE_TOKENS = 16
-"""Tokens of the row on which it is checked that blocks hand on their outputs and nothing else."""
+"""Tokens of the row on which `_Chain.check` runs."""
 
 
 class OutputError(NamedTuple):
-    """How far a layer's outputs on the calibration rows are from those of its weight before quantizing.
+    """Relative error of a quantized layer's outputs on the calibration rows.
 
     Attributes:
-        calibrated: ||W X - Q X|| / ||W X||, Frobenius norms.
-        nearest: The same for codes that are rounded to nearest.
+        calibrated: ||W X - Q X|| / ||W X|| with the calibrated codes Q, Frobenius norms.
+        nearest: The same with round-to-nearest codes.
     """
 
     calibrated: float
@@ -57,24 +57,24 @@ def quantize_by_inputs(
     device: torch.device,
     report_blocks: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, OutputError]:
-    """Quantize the linear layers in the blocks of `model`, which is changed in place.
+    """Quantize the linear layers in the blocks of `model`, in place.
 
-    Blocks go in their order, and within a block layers go in the order in which they run; those that share an input go
-    together. Each sees what comes out of the layers before it when these are quantized ("true sequential" in the
-    authors' code). Layers that no row reaches are quantized without inputs.
+    Blocks are quantized in their order, and the layers of a block in the order in which they run. Layers with the same
+    input share one Hessian. A layer's inputs are computed with all layers before it quantized ("true sequential" in the
+    authors' code). Layers that no row reaches (experts) are rounded to nearest.
 
     Args:
-        model: In full precision on the CPU, in the types of its file; stays there.
-        choose: The quantizer of each layer; those that need no inputs may be among them.
-        rows: Token ids; each row runs by itself.
+        model: Unquantized, on the CPU, in the dtypes of its files; stays there.
+        choose: The quantizer of each layer; quantizers without calibration may be among them.
+        rows: Calibration rows, token ids; each row runs alone, without padding.
         device: Where to compute, in float32.
-        report_blocks: Told how many blocks are done, and how many there are.
+        report_blocks: Called with the number of finished blocks and the number of blocks.
 
     Returns:
-        By the name of each layer whose codes were made for its inputs.
+        The output error of each calibrated layer, by name.
 
     Raises:
-        UnsupportedError: The model is no chain of blocks, or the quantizer cannot take one of its layers.
+        UnsupportedError: The blocks are not a chain, or the quantizer does not support one of the layers.
         ModelError: A layer's inputs are not finite.
 
     Source: Frantar et al. 2023, arXiv 2210.17323, section 4, "Setup".
@@ -82,16 +82,17 @@ def quantize_by_inputs(
     chain = _Chain.of(model)
     replacements = _replacements(model, choose)
     _quantize_outside(model, chain, replacements)
-    hand_on = chain.prove(rows[0][:PROBE_TOKENS])
-    hidden, rests = chain.inputs(rows, device, hand_on)
+    identity = chain.check(rows[0][:PROBE_TOKENS])
+    hidden, others = chain.inputs(rows, device, identity)
     errors: dict[str, OutputError] = {}
     freed = HeapTrimmer()
     for index, module in enumerate(chain.blocks):
-        block = _Block(module, hidden, [rests_of_row[index] for rests_of_row in rests])
+        block = _CalibratedBlock(module, hidden, [others_of_row[index] for others_of_row in others])
         linears = chain.linears(model, index)
         with _in_full_precision(_tensors(module), device):
             quantized, errors_of_block = _quantize_block(block, linears, replacements)
-            for row, output in enumerate(block.passes()):
+            # The layers hold dequantized weights now: these outputs are the next block's inputs.
+            for row, output in enumerate(block.outputs()):
                 hidden[row] = _hidden_of(output)
         errors |= errors_of_block
         for name, layer in quantized.items():
@@ -105,30 +106,36 @@ class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-class _Rest(NamedTuple):
-    """What a block is given beside its hidden states, such as masks and positions."""
+class _OtherArguments(NamedTuple):
+    """The arguments of a block beside its hidden states, such as masks and position embeddings."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Rest]:
-        """The hidden states of a call, and the rest of it."""
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _OtherArguments]:
+        """The hidden states of a call, and its other arguments."""
         if args:
             return args[0], cls(args[1:], kwargs)
         return kwargs["hidden_states"], cls((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
-class _Visit(NamedTuple):
-    """One call of a block."""
+class _BlockCall(NamedTuple):
+    """Inputs and output of one call of a block."""
 
     hidden_1TD: Tensor
-    rest: _Rest
+    others: _OtherArguments
     output: Any
 
 
 class _Chain(NamedTuple):
-    """The blocks of a model that feed each other, and what is around them."""
+    """The blocks of a model, each of which takes the output of the one before.
+
+    Attributes:
+        name: Of the `ModuleList` in the model.
+        blocks: The blocks.
+        decoder: The model without its head, from token ids to hidden states.
+    """
 
     name: str
     blocks: nn.ModuleList
@@ -136,10 +143,10 @@ class _Chain(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Chain:
-        """The outermost list of modules that holds most of the linear layers.
+        """The chain in the outermost `ModuleList` with most of the linear layers.
 
         Raises:
-            UnsupportedError: There is none.
+            UnsupportedError: There is no such list.
         """
         name = list_of_blocks(model, quantizable_layers(model))
         if name is None:
@@ -153,61 +160,71 @@ class _Chain(NamedTuple):
         prefix = f"{self.name}.{index}."
         return {name: layer for name, layer in quantizable_layers(model).items() if name.startswith(prefix)}
 
-    def prove(self, ids: list[int]) -> Callable[[Tensor], Any]:
-        """Make sure that a block gets the output of the one before, and nothing else that depends on what blocks do.
+    def check(self, ids: list[int]) -> Callable[[Tensor], Any]:
+        """Check that each block takes the output of the one before, and no other argument that depends on a block.
+
+        Then the other arguments can be captured once, with blocks that compute nothing (`inputs`). The check is two
+        forward passes of a short row, with the real blocks and with identity blocks in their place: the hidden states
+        must be handed from block to block, and the other arguments must be the same in both passes.
 
         Args:
-            ids: A short row to see it on.
+            ids: A short row.
 
         Returns:
-            From hidden states to the output of a block that leaves them as they are.
+            An identity block: maps hidden states to the output of a block that leaves them unchanged.
 
         Raises:
-            UnsupportedError: It gets more.
+            UnsupportedError: The blocks are not such a chain.
         """
         device = torch.device("cpu")
-        worked = self._passage(ids, device)
-        is_tuple = isinstance(worked[0].output, tuple)
+        real = self._capture_block_calls(ids, device)
+        is_tuple = isinstance(real[0].output, tuple)
 
-        def hand_on(hidden_1TD: Tensor) -> Any:
+        def identity(hidden_1TD: Tensor) -> Any:
             return (hidden_1TD,) if is_tuple else hidden_1TD
 
-        passed = self._passage(ids, device, hand_on)
+        skipped = self._capture_block_calls(ids, device, identity)
         is_chain = (
-            len(worked) == len(passed) == len(self.blocks)
-            and all(torch.equal(_hidden_of(one.output), after.hidden_1TD) for one, after in pairwise(worked))
-            and all(_same(one.rest, other.rest) for one, other in zip(worked, passed, strict=True))
+            len(real) == len(skipped) == len(self.blocks)
+            and all(torch.equal(_hidden_of(one.output), after.hidden_1TD) for one, after in pairwise(real))
+            and all(_same(one.others, other.others) for one, other in zip(real, skipped, strict=True))
         )
         if not is_chain:
-            raise _unsupported("blocks of this model are given more than the output of the block before them")
-        return hand_on
+            raise _unsupported("blocks of this model take more than the output of the block before them")
+        return identity
 
     def inputs(
-        self, rows: Sequence[list[int]], device: torch.device, hand_on: Callable[[Tensor], Any]
-    ) -> tuple[list[Tensor], list[list[_Rest]]]:
-        """For each row the hidden states, (1, T, D), that enter the first block, and what else each block is given.
+        self, rows: Sequence[list[int]], device: torch.device, identity: Callable[[Tensor], Any]
+    ) -> tuple[list[Tensor], list[list[_OtherArguments]]]:
+        """For each row the inputs of the first block, (1, T, D), and the other arguments of each block.
 
-        Blocks are passed by, so that nothing but embeddings is computed.
+        Blocks are replaced by `identity`, so that only the embeddings are computed.
         """
-        inside = {id(tensor) for tensor in _tensors(self.blocks)}
-        around = [tensor for tensor in _tensors(self.decoder) if id(tensor) not in inside]
-        with _in_full_precision(around, device):
-            passages = [self._passage(ids, device, hand_on) for ids in rows]
-        return [visits[0].hidden_1TD for visits in passages], [[visit.rest for visit in visits] for visits in passages]
+        in_blocks = {id(tensor) for tensor in _tensors(self.blocks)}
+        non_block = [tensor for tensor in _tensors(self.decoder) if id(tensor) not in in_blocks]
+        with _in_full_precision(non_block, device):
+            calls = [self._capture_block_calls(ids, device, identity) for ids in rows]
+        return [of_row[0].hidden_1TD for of_row in calls], [[call.others for call in of_row] for of_row in calls]
 
-    def _passage(
-        self, ids: list[int], device: torch.device, hand_on: Callable[[Tensor], Any] | None = None
-    ) -> list[_Visit]:
-        """All calls of blocks for a row, which ends behind the last; with `hand_on` blocks do that and no work."""
-        visits: list[_Visit] = []
+    def _capture_block_calls(
+        self, ids: list[int], device: torch.device, identity: Callable[[Tensor], Any] | None = None
+    ) -> list[_BlockCall]:
+        """All calls of blocks in the forward pass of a row; with `identity`, blocks compute that instead.
 
-        def watched(block: nn.Module) -> Callable[..., Any]:
-            work = block.forward
+        Each block's `forward` is replaced during the pass: a hook could record a call, but not skip its computation.
+        The assignment on the instance shadows the class's method, and `del` restores that. The captured inputs are
+        those behind all hooks of the block (accelerate registers some), which is why `_CalibratedBlock.outputs` must
+        not run them again. `_Stop` ends the pass in the last block: the final norm and all that follows is not needed.
+        """
+        calls: list[_BlockCall] = []
+
+        def capturing(block: nn.Module) -> Callable[..., Any]:
+            original = block.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden_1TD, rest = _Rest.split(args, kwargs)
-                output = work(*args, **kwargs) if hand_on is None else hand_on(hidden_1TD)
-                visits.append(_Visit(hidden_1TD, rest, output))
+                hidden_1TD, others = _OtherArguments.split(args, kwargs)
+                output = original(*args, **kwargs) if identity is None else identity(hidden_1TD)
+                calls.append(_BlockCall(hidden_1TD, others, output))
                 if block is self.blocks[-1]:
                     raise _Stop
                 return output
@@ -215,7 +232,7 @@ class _Chain(NamedTuple):
             return forward
 
         for block in self.blocks:
-            block.forward = watched(block)  # type: ignore[method-assign]
+            block.forward = capturing(block)  # type: ignore[method-assign]
         try:
             self.decoder(input_ids=torch.tensor([ids], device=device), use_cache=False)
         except _Stop:
@@ -223,26 +240,33 @@ class _Chain(NamedTuple):
         finally:
             for block in self.blocks:
                 del block.forward
-        return visits
+        return calls
 
 
-class _Block(NamedTuple):
-    """A block and all that it is given: for each row hidden states, (1, T, D), and the rest."""
+class _CalibratedBlock(NamedTuple):
+    """A block with its inputs on all calibration rows.
+
+    Attributes:
+        module: The block.
+        hidden: Hidden states of each row, (1, T, D).
+        others: The other arguments for each row.
+    """
 
     module: nn.Module
     hidden: list[Tensor]
-    rests: list[_Rest]
+    others: list[_OtherArguments]
 
-    def passes(self) -> Iterator[Any]:
-        """The block's output for each row; None where something has stopped it."""
-        for hidden_1TD, rest in zip(self.hidden, self.rests, strict=True):
+    def outputs(self) -> Iterator[Any]:
+        """The block's output for each row; None where a hook has raised `_Stop`."""
+        for hidden_1TD, others in zip(self.hidden, self.others, strict=True):
             try:
-                yield self.module.forward(hidden_1TD, *rest.args, **rest.kwargs)  # it was seen past its hooks
+                # `forward`, not `__call__`: the inputs were captured behind accelerate's hooks, which would run twice.
+                yield self.module.forward(hidden_1TD, *others.args, **others.kwargs)
             except _Stop:
                 yield None
 
     def stages(self, linears: dict[str, nn.Module]) -> list[list[str]]:
-        """The layers in the order in which they first run; those that are given the same tensor stand together."""
+        """The layers in the order in which they first run; those with the same input tensor are one stage."""
         stages: list[list[str]] = []
         seen: set[str] = set()
         last: Tensor | None = None
@@ -260,28 +284,28 @@ class _Block(NamedTuple):
 
             return note
 
-        with ExitStack() as watch:
+        with ExitStack() as hooks:
             for name, layer in linears.items():
-                watch.enter_context(_shown_inputs(layer, noting(name)))
-            for _ in self.passes():
-                if len(seen) == len(linears):
+                hooks.enter_context(_input_hook(layer, noting(name)))
+            for _ in self.outputs():
+                if len(seen) == len(linears):  # further rows are needed only for experts that none has reached
                     break
         return stages
 
     def hessian(self, name: str, layer: nn.Module) -> Hessian:
-        """Of what one of the block's layers is given on all rows.
+        """The Hessian of one of the block's layers over its inputs on all rows.
 
         Raises:
-            ModelError: It is not finite.
+            ModelError: The inputs are not finite.
         """
 
         def add_and_stop(inputs: Tensor) -> None:
             hessian.add(inputs)
-            raise _Stop
+            raise _Stop  # the rest of the block is not needed
 
         hessian = Hessian(shape_of(layer)[1], self.hidden[0].device)
-        with _shown_inputs(layer, add_and_stop):
-            for _ in self.passes():
+        with _input_hook(layer, add_and_stop):
+            for _ in self.outputs():
                 pass
         if not hessian.matrix().isfinite().all():
             raise ModelError(
@@ -293,10 +317,10 @@ class _Block(NamedTuple):
 
 
 def _replacements(model: PreTrainedModel, choose: Choose) -> dict[str, Any]:
-    """For each linear layer that is to be quantized, by name, the layer without data that takes its place.
+    """An empty quantized layer for each linear layer that will be quantized, by name.
 
     Raises:
-        UnsupportedError: A quantizer cannot take a layer.
+        UnsupportedError: A quantizer does not support a layer.
     """
     layers: dict[str, Any] = quantizable_layers(model)
     chosen = {name: quantizer for name in layers if (quantizer := choose(name)) is not None}
@@ -307,7 +331,7 @@ def _replacements(model: PreTrainedModel, choose: Choose) -> dict[str, Any]:
 
 
 def _quantize_outside(model: PreTrainedModel, chain: _Chain, replacements: dict[str, Any]) -> None:
-    """Quantize the linear layers that stand in no block, but for those that would need inputs."""
+    """Quantize the linear layers outside of the blocks, except those whose quantizer needs calibration."""
     for name, quantized in replacements.items():
         if name.startswith(f"{chain.name}."):
             continue
@@ -320,22 +344,22 @@ def _quantize_outside(model: PreTrainedModel, chain: _Chain, replacements: dict[
 
 
 def _quantize_block(
-    block: _Block, linears: dict[str, nn.Module], replacements: dict[str, Any]
+    block: _CalibratedBlock, linears: dict[str, nn.Module], replacements: dict[str, Any]
 ) -> tuple[dict[str, nn.Module], dict[str, OutputError]]:
     """Quantize the layers of one block stage by stage.
 
-    The layers that are there stay for so long and compute with what their codes stand for: unpacking these for every
-    row would take most of the time.
+    The original layers stay in the block until all are done, and compute with their dequantized weights. Unpacking the
+    codes for every row would take most of the time.
 
     Returns:
-        What is to take their place, and by how much the outputs are off of those that needed inputs, both by name.
+        The quantized layers, and the output errors of the calibrated ones, both by name.
     """
     quantized = {name: replacements[name] for name in linears if name in replacements}
     errors: dict[str, OutputError] = {}
     reached: set[str] = set()
     for stage in block.stages({name: linears[name] for name in quantized}):
         hessian = block.hessian(stage[0], linears[stage[0]])
-        inverse_factor = cache(hessian.inverse_factor)  # once for all of the stage
+        inverse_factor = cache(hessian.inverse_factor)  # once for all layers of the stage, by damping
         for name in stage:
             layer, quantizer = linears[name], quantized[name].quantizer
             weight_OI = _oriented(layer)
@@ -345,19 +369,20 @@ def _quantize_block(
             else:
                 tensors = quantizer.pack(weight_OI)
             _fill(quantized[name], layer, tensors)
+            # The following stages, and the next block, are calibrated on the outputs of quantized weights.
             restored_OI = quantizer.unpack(tensors, *weight_OI.shape)
             layer.weight.data = restored_OI.T if isinstance(layer, Conv1D) else restored_OI
         reached.update(stage)
     for name in quantized.keys() - reached:
         _fill(quantized[name], linears[name], quantized[name].quantizer.pack(_oriented(linears[name])))
-        logger.warning("no calibration row reaches %s: its weights are quantized without any", name)
+        logger.warning("no calibration row reaches %s: its weights are rounded to nearest", name)
     return quantized, errors
 
 
 def _output_error(
     hessian: Hessian, quantizer: OptqQuantizer, weight_OI: Tensor, tensors: dict[str, Tensor]
 ) -> OutputError:
-    norm = max(hessian.output_norm(weight_OI), 1e-30)
+    norm = max(hessian.output_norm(weight_OI), 1e-30)  # inputs that are all zero
     calibrated, nearest = (
         hessian.output_norm(weight_OI - quantizer.unpack(packed, *weight_OI.shape)) / norm
         for packed in (tensors, quantizer.pack(weight_OI))
@@ -366,14 +391,14 @@ def _output_error(
 
 
 def _fill(quantized: Any, layer: Any, tensors: dict[str, Tensor]) -> None:
-    """Give a layer without data its packed weight, and the bias of the one that it takes the place of."""
+    """Set the packed weight of an empty quantized layer, and the bias of the layer that it replaces."""
     for key, tensor in tensors.items():
         setattr(quantized, key, nn.Parameter(tensor, requires_grad=False) if key == "weight" else tensor)
     quantized.bias = layer.bias
 
 
 def _in_torch(quantizer: Quantizer) -> PackedQuantizer:
-    """On CUDA, too, the form that is nothing but functions of tensors."""
+    """The quantizer whose packing is plain PyTorch, also where layers of bitsandbytes are used on CUDA."""
     in_torch = getattr(quantizer, "in_torch", quantizer)
     assert isinstance(in_torch, PackedQuantizer)
     return in_torch
@@ -386,9 +411,9 @@ def _oriented(layer: Any) -> Tensor:
 
 
 @contextmanager
-def _shown_inputs(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show whatever `layer` is given to `see`."""
-    handle = layer.register_forward_pre_hook(lambda _, args: see(args[0]))
+def _input_hook(layer: nn.Module, call: Callable[[Tensor], None]) -> Iterator[None]:
+    """A context in which `call` gets every input of `layer`."""
+    handle = layer.register_forward_pre_hook(lambda _, args: call(args[0]))
     try:
         yield
     finally:
@@ -397,7 +422,7 @@ def _shown_inputs(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
 
 @contextmanager
 def _in_full_precision(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Have `tensors` on `device`, floating-point ones in float32; afterwards on the CPU, in their types from before."""
+    """A context with `tensors` on `device`, floating-point ones in float32; then on the CPU in their old dtypes."""
     before = [tensor.dtype for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
@@ -409,18 +434,18 @@ def _in_full_precision(tensors: list[Tensor], device: torch.device) -> Iterator[
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, shared ones once."""
+    """Parameters and buffers; tied ones once."""
     return [*module.parameters(), *module.buffers()]
 
 
 def _hidden_of(output: Any) -> Tensor:
-    """The hidden states of what a block returns."""
+    """The hidden states in the output of a block."""
     hidden_1TD: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden_1TD
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments of a block are equal: tensors by their numbers, the rest by `==`."""
+    """Whether two arguments of a block are equal: tensors element by element, others by `==`."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):

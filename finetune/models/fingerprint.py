@@ -1,4 +1,4 @@
-"""A base model's identity: what its weights are, whatever folder or shards they come in, and how they are quantized."""
+"""A base model's fingerprint: a hash of its weights, independent of folder and file shards, and of its quantization."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.models.fsdp import whole
+from finetune.models.fsdp import full_tensor
 from finetune.models.safetensors_io import stored_tensors
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 from finetune.quantizers.layer import QuantizedLinear
 
-BLOCK_BYTES = 4096
-BLOCKS_PER_TENSOR = 16
+SAMPLE_BYTES = 4096
+SAMPLES_PER_TENSOR = 16
 
 
 def fingerprint(folder: Path) -> str:
-    """A sha256 over every tensor's name, dtype, shape and 16 blocks of 4 KiB spread evenly over its bytes.
+    """A sha256 over every tensor's name, dtype, shape and 16 samples of 4 KiB spread evenly over its bytes.
 
-    Sampling keeps it at about a second for a model of tens of gigabytes. Fine-tuning moves nearly every
-    weight, so a changed model differs in the sample; a tensor of up to 64 KiB is read whole.
+    Sampling keeps it at about a second for a model of tens of gigabytes. Fine-tuning changes nearly every weight, so a
+    changed model differs in the samples. A tensor of up to 64 KiB is read in full.
 
     Args:
         folder: A folder with safetensors files.
@@ -36,39 +36,39 @@ def fingerprint(folder: Path) -> str:
         with stored.file.open("rb") as stream:
             for offset in _sample(stored.start, stored.end):
                 stream.seek(offset)
-                digest.update(stream.read(min(BLOCK_BYTES, stored.end - offset)))
+                digest.update(stream.read(min(SAMPLE_BYTES, stored.end - offset)))
         tensors[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_quantized(model: nn.Module) -> str | None:
-    """A sha256 over the stored tensors of all quantized layers, each sampled as above; None where there are none.
+    """A sha256 over the packed tensors of all quantized layers, each sampled as above; None if no layer is quantized.
 
-    An adapter around a layer does not change it, nor does the type that layers compute in, nor whether processes hold
-    shares of it; of these, every process must come here.
+    It does not depend on adapters, on the compute dtype, or on sharding. Collective for a sharded model: every rank
+    must call this.
     """
     return fingerprint_layers(layer for layer in model.modules() if is_quantized(layer))
 
 
 def fingerprint_layers(layers: Iterable[Any]) -> str | None:
-    """The same over layers that are there one after another, in the order of their model."""
+    """`fingerprint_quantized` over quantized layers that are loaded one at a time, in the order of their model."""
     digest, found = hashlib.sha256(), False
     for layer in layers:
         found = True
         if isinstance(layer.quantizer, CudaFourBitQuantizer):
-            layer = layer.quantizer.repacked(layer)
+            layer = layer.quantizer.repacked(layer)  # the same hash on a GPU and on a CPU
         tensors = layer.packed() if isinstance(layer, QuantizedLinear) else {"weight": layer.weight}
-        for name, tensor in ((name, whole(tensor)) for name, tensor in tensors.items()):
+        for name, tensor in ((name, full_tensor(tensor)) for name, tensor in tensors.items()):
             content = tensor.detach().contiguous().flatten().view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for offset in _sample(0, content.numel()):
-                digest.update(content[offset : offset + BLOCK_BYTES].cpu().numpy().tobytes())
+                digest.update(content[offset : offset + SAMPLE_BYTES].cpu().numpy().tobytes())
     return digest.hexdigest() if found else None
 
 
 def _sample(start: int, end: int) -> list[int]:
-    """Offsets of the blocks to read, the first and the last among them."""
-    last = end - BLOCK_BYTES
-    if end - start <= BLOCK_BYTES * BLOCKS_PER_TENSOR:
-        return list(range(start, end, BLOCK_BYTES))
-    return [start + (last - start) * index // (BLOCKS_PER_TENSOR - 1) for index in range(BLOCKS_PER_TENSOR)]
+    """Offsets of the samples to read, including the first and the last bytes."""
+    last = end - SAMPLE_BYTES
+    if end - start <= SAMPLE_BYTES * SAMPLES_PER_TENSOR:
+        return list(range(start, end, SAMPLE_BYTES))
+    return [start + (last - start) * index // (SAMPLES_PER_TENSOR - 1) for index in range(SAMPLES_PER_TENSOR)]

@@ -1,4 +1,4 @@
-"""The linear layers of a model: finding them, counting parameters, giving back full precision."""
+"""The linear layers of a model: finding them, counting parameters, dequantizing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.quantizers.base import Quantized, is_quantized
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
-"""Layers that hold a weight matrix; quantized ones are subclasses."""
+"""Types of layers with a weight matrix; quantized layers are subclasses."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -23,7 +23,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, however it stores its weight."""
+    """(out_features, in_features) of a linear layer, also of a quantized or transposed one (`Conv1D`)."""
     if is_quantized(layer):
         return layer.out_features, layer.in_features
     first, second = layer.weight.shape
@@ -31,28 +31,28 @@ def shape_of(layer: Any) -> tuple[int, int]:
 
 
 def list_of_blocks(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """The name of the outermost list of modules that holds most of `layers`: a model's decoder blocks."""
+    """The name of the outermost `ModuleList` with most of `layers`: a model's decoder blocks; None if there is none."""
     lists = [_outermost_list(model, name) for name in layers]
     counts = Counter(name for name in lists if name is not None)
     return counts.most_common(1)[0][0] if counts else None
 
 
 def _outermost_list(model: nn.Module, name: str) -> str | None:
-    """The name of the highest list of modules that a layer stands in."""
+    """The name of the outermost `ModuleList` around a layer; None if there is none."""
     parts = name.split(".")
     above = (".".join(parts[:depth]) for depth in range(1, len(parts)))
     return next((each for each in above if isinstance(model.get_submodule(each), nn.ModuleList)), None)
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of parameters, a packed weight counted as what it unpacks to."""
+    """Numbers of parameters; a packed weight counts with its number of unpacked elements."""
 
     trainable: int
     total: int
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the parameters of `model`, shared ones once."""
+    """Count the parameters of `model`; tied ones once."""
     unpacked = {
         id(layer.weight): layer.in_features * layer.out_features for layer in model.modules() if is_quantized(layer)
     }
@@ -63,13 +63,13 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def rounds_activations(model: nn.Module) -> bool:
-    """Whether layers of `model` round their inputs, so that no dequantized weight gives exactly their outputs."""
+    """Whether layers of `model` quantize their inputs too: then no dequantized weight gives exactly their outputs."""
     return any(is_quantized(layer) and layer.quantizer.rounds_activations for layer in model.modules())
 
 
 @torch.no_grad()
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Put an ordinary layer of `dtype` in the place of each quantized one; returns the same model."""
+    """Replace each quantized layer by an ordinary one of `dtype`, in place; returns the same model."""
     for name, layer in list(model.named_modules()):
         if is_quantized(layer):
             model.set_submodule(name, plain_layer(layer, dtype))
@@ -79,7 +79,7 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
 
 
 def plain_layer(layer: Quantized, dtype: torch.dtype) -> nn.Module:
-    """An ordinary layer with what a quantized one stands for."""
+    """An ordinary layer with the dequantized weight of a quantized one."""
     weight_OI = layer.quantizer.dequantize(layer, dtype)
     out_features, in_features = weight_OI.shape
     with torch.device("meta"):

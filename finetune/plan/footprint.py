@@ -16,7 +16,7 @@ from finetune.adapters.base import AdapterMethod, trainable
 from finetune.data.collate import Batch
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
-from finetune.models.kernels.fused import fuse, passes_on
+from finetune.models.kernels.fused import fuse, kernels_on
 from finetune.models.kernels.packing_check import takes_packed_attention
 from finetune.models.kernels.recompute import saving_everything
 from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
@@ -280,7 +280,7 @@ def _choose_attention(inputs: EstimateInputs, model: PreTrainedModel) -> None:
 
 def _fuses(inputs: EstimateInputs) -> bool:
     """Whether norms and gated units run fused: on a GPU only by Liger, which is assumed to be as it is here."""
-    return not inputs.on_gpu or passes_on("cuda") is not None
+    return not inputs.on_gpu or kernels_on("cuda") is not None
 
 
 def _keep_as_compiled(model: PreTrainedModel) -> None:

@@ -1,3 +1,3 @@
-"""How a linear layer's frozen weight is stored, and how to have it back."""
+"""Quantizers: storing a linear layer's frozen weight in few bits, and dequantizing it."""
 
 import finetune.quantizers.lazy_compile  # noqa: F401  before PEFT and others import bitsandbytes

@@ -13,25 +13,28 @@ from finetune.quantizers.bits import pack_bits, packed_bytes, unpack_bits
 from finetune.quantizers.layer import WEIGHTS_AT_ONCE, PackedQuantizer, QuantizedLinear, TensorSpec
 from finetune.recipe.sections.quantization import Groupwise
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 GGUF_Q4_1_GROUP = 32
+"""Weights that share scale and minimum in GGUF's Q4_1 (and a scale in Q8_0)."""
 
 
 class AffineQuantizer(PackedQuantizer):
-    """Round to nearest between the smallest and the largest weight of a group.
+    """Asymmetric round-to-nearest quantization: equidistant codes between a group's smallest and largest weight.
 
-    The minimum is a float, so it can take up whatever is constant within a group: that is what QA-LoRA merges into.
-    Scale and minimum are rounded to their stored type first and the weight to them, so nothing is rounded twice.
+    The minimum is a float, so that any constant can be added to a group exactly: QA-LoRA merges into it. Scale and
+    minimum are rounded to their stored dtypes before the codes are computed from them, so that codes are the nearest
+    ones for the stored values.
 
     Args:
-        section: Bits, group size and the types of scale and minimum.
+        section: Bits, group size and the dtypes of scale and minimum.
     """
 
     def __init__(self, section: Groupwise) -> None:
         super().__init__(section)
         self.bits, self.group_size = section.bits, section.group_size
-        self.scale_dtype, self.minimum_dtype = DTYPES[section.scale_dtype], DTYPES[section.minimum_dtype]
+        self.scale_dtype = SCALE_DTYPES[section.scale_dtype]
+        self.minimum_dtype = SCALE_DTYPES[section.minimum_dtype]
         overhead = 8 * (self.scale_dtype.itemsize + self.minimum_dtype.itemsize)
         self.bits_per_weight = self.bits + overhead / self.group_size
         is_q4_1 = (self.bits, self.group_size) == (4, GGUF_Q4_1_GROUP)
@@ -43,7 +46,7 @@ class AffineQuantizer(PackedQuantizer):
         )
 
     def refuse(self, in_features: int, out_features: int) -> str | None:
-        """Groups do not reach over the end of a row."""
+        """Groups must divide a row: they do not cross its end."""
         if in_features % self.group_size:
             return f"its {in_features} inputs are no multiple of quantization.group_size: {self.group_size}"
         return None
@@ -58,7 +61,8 @@ class AffineQuantizer(PackedQuantizer):
         }
 
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """Find scale and minimum, round them to how they are stored, then round the weight to them."""
+        """Fit scale and minimum, round them to their stored dtypes, then compute the nearest codes."""
+        # A few rows at a time: groups never cross rows, so the codes are the same.
         rows = max(1, WEIGHTS_AT_ONCE // weight_OI.shape[1])
         parts = [self._pack_rows(part_OI) for part_OI in weight_OI.split(rows)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -78,7 +82,7 @@ class AffineQuantizer(PackedQuantizer):
 
     @property
     def shifted(self) -> AffineQuantizer:
-        """The same with minimums in float32."""
+        """The same quantizer with minimums in float32."""
         return type(self)(self.section.model_copy(update={"minimum_dtype": "float32"}))
 
     def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
@@ -88,18 +92,19 @@ class AffineQuantizer(PackedQuantizer):
         layer.quantizer = self.shifted
 
     def codes(self, groups_OGK: Tensor, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
-        """The nearest codes, uint8; all zero where the scale is."""
+        """The nearest codes, (O, G, K), uint8; zero where the scale is zero."""
+        # A group of equal weights has scale 0: its codes are 0, and the minimum alone restores it exactly.
         inverse_OG = torch.where(scale_OG == 0, 0.0, 1 / scale_OG)
-        places = (groups_OGK - minimum_OG.unsqueeze(2)).mul_(inverse_OG.unsqueeze(2))
-        return places.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        scaled_OGK = (groups_OGK - minimum_OG.unsqueeze(2)).mul_(inverse_OG.unsqueeze(2))
+        return scaled_OGK.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
     def fit_as_stored(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and minimum of each group, both (O, G), rounded to the types that they are stored in."""
+        """Scale and minimum of each group, both (O, G), rounded to their stored dtypes."""
         scale_OG, minimum_OG = self.fit(groups_OGK)
-        largest = torch.finfo(self.scale_dtype).max
+        largest = torch.finfo(self.scale_dtype).max  # a scale beyond float16 would be stored as infinity
         return scale_OG.clamp(max=largest).to(self.scale_dtype), minimum_OG.to(self.minimum_dtype)
 
     def fit(self, groups_OGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and minimum of each group, both (O, G), float32: here those that just span the group."""
+        """Scale and minimum of each group, both (O, G), float32: here those that span the group exactly."""
         lowest_OG, highest_OG = groups_OGK.aminmax(dim=2)
         return (highest_OG - lowest_OG) / (2**self.bits - 1), lowest_OG

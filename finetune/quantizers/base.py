@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 ExactExport = Literal["gguf_q4_1"]
-"""A container of others that holds a quantizer's tensors without any rounding."""
+"""A foreign file format that holds a quantizer's tensors without further rounding."""
 
 
 class Capabilities(NamedTuple):
-    """What can be built on a quantizer's way of storing weights.
+    """Properties of a quantizer's format that other features need.
 
     Attributes:
         group_size: Contiguous inputs of an output that share scale and zero point; None without such groups.
-        float_zero_points: Whether a group's zero point is a float, so that it takes up a constant without rounding.
-        exact_exports: Containers that hold the stored tensors as they are.
+        float_zero_points: Whether a group's zero point is a float, so that a constant can be added without rounding.
+        exact_exports: Foreign formats that hold the stored tensors exactly.
     """
 
     group_size: int | None = None
@@ -27,21 +27,21 @@ class Capabilities(NamedTuple):
 
 
 class Quantizer(ABC):
-    """Stores the frozen weight of a linear layer in few bits and gives it back.
+    """Stores the frozen weight of a linear layer in few bits, and dequantizes it.
 
-    A model is quantized while it loads, one weight at a time: `empty_layer` builds each layer's replacement without
-    data, `quantize` fills it from the checkpoint's tensor. Every layer carries the quantizer that made it as
+    A model is quantized while it loads, one weight at a time: `empty_layer` constructs each layer's replacement without
+    data, `quantize` computes its tensors from the checkpoint's weight. Every quantized layer has its quantizer as
     `layer.quantizer`; layers of one model may have different ones.
 
     Args:
-        section: The recipe's section, kept as `section`: from it the quantizer can be made again.
+        section: The recipe's section, kept as `section`: the quantizer can be constructed from it again.
     """
 
     rounds_activations: ClassVar[bool] = False
-    """Whether layers round their inputs too, so that they differ from the dequantized weight by more than rounding."""
+    """Whether layers quantize their inputs too: then they are not equivalent to a layer with the dequantized weight."""
 
     bits_per_weight: float
-    """Bits that one weight takes as stored, scales included, but for numbers that a tensor has only one of."""
+    """Stored bits for each weight, scales included, without values that a tensor has only one of."""
 
     capabilities: Capabilities = Capabilities()
 
@@ -49,7 +49,7 @@ class Quantizer(ABC):
         self.section = section
 
     def refuse(self, in_features: int, out_features: int) -> str | None:
-        """Why a layer of this shape cannot be quantized, or None."""
+        """Why a layer of this shape cannot be quantized; None if it can."""
         return None
 
     @abstractmethod
@@ -58,30 +58,30 @@ class Quantizer(ABC):
 
     @abstractmethod
     def quantize(self, layer: nn.Module, weight_OI: Tensor) -> dict[str, Tensor]:
-        """The tensors to put into `layer`, by name, on the device of `weight_OI`."""
+        """The tensors of `layer` for this weight, by name, on the device of `weight_OI`."""
 
     @abstractmethod
     def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that `layer` computes with, shape (O, I)."""
+        """The dequantized weight of `layer`, shape (O, I)."""
 
     @property
     def shifted(self) -> Quantizer:
-        """What stores a layer whose minimums have been shifted; only where `capabilities.float_zero_points`."""
+        """The quantizer of a layer after `shift_minimums`; only with `capabilities.float_zero_points`."""
         raise NotImplementedError
 
     def shift_minimums(self, layer: nn.Module, constant_OG: Tensor) -> None:
-        """Add a constant to each group's weights, changing nothing but the minimums, which are float32 from then on.
+        """Add a constant to the weights of each group, by its minimum alone, which becomes float32.
 
-        Only where `capabilities.float_zero_points`; G are the groups of an output's inputs.
+        Only with `capabilities.float_zero_points`. G are the groups of an output's inputs.
         """
         raise NotImplementedError
 
 
 class Quantized(nn.Module):
-    """What is known of any quantized layer; a type for checkers, never made.
+    """The attributes of any quantized layer; a type for type checkers, never instantiated.
 
     Attributes:
-        quantizer: What made the layer.
+        quantizer: The layer's quantizer.
         in_features: I.
         out_features: O.
         stored_transposed: Whether the checkpoint held the weight as (I, O), as GPT-2 does.
@@ -96,5 +96,5 @@ class Quantized(nn.Module):
 
 
 def is_quantized(layer: nn.Module) -> TypeGuard[Quantized]:
-    """Whether a quantizer made the layer."""
+    """Whether the layer is quantized."""
     return isinstance(getattr(layer, "quantizer", None), Quantizer)

@@ -1,4 +1,4 @@
-"""int8, and nf4 and fp4 on CUDA, in bitsandbytes' layers. Shape legend: O out_features, I in_features."""
+"""Quantizers with bitsandbytes' layers: int8, and nf4 and fp4 on CUDA. Shape legend: O out_features, I in_features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.recipe.sections.quantization import FourBit
 
 
 class CudaFourBitQuantizer(Quantizer):
-    """`FourBitQuantizer`'s codes in bitsandbytes' own layer, whose kernels run on CUDA."""
+    """The codes of `FourBitQuantizer` in bitsandbytes' own layer, for its CUDA kernels."""
 
     def __init__(self, section: FourBit) -> None:
         super().__init__(section)
@@ -24,7 +24,7 @@ class CudaFourBitQuantizer(Quantizer):
         self.bits_per_weight = self.in_torch.bits_per_weight
 
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
-        """A `Linear4bit` whose block size is the recipe's."""
+        """A `Linear4bit` with the recipe's block size."""
         layer = bnb.nn.Linear4bit(
             in_features,
             out_features,
@@ -34,23 +34,23 @@ class CudaFourBitQuantizer(Quantizer):
             quant_type=self.section.kind,
         )
         layer.weight.blocksize = self.section.block_size
-        # Should it ever run on a CPU: see `four_bit` for what this keeps from happening.
+        # In case that it runs on a CPU: `four_bit` explains the fault that this prevents.
         layer.support_avx512bf16_for_cpu = False
         return layer
 
     def quantize(self, layer: nn.Module, weight_OI: Tensor) -> dict[str, Tensor]:
-        """Codes packed two to a byte; their scales travel with the parameter."""
+        """Codes packed two to a byte; their scales are attributes of the parameter (`quant_state`)."""
         settings = layer.weight.__dict__
         parameter = bnb.nn.Params4bit(weight_OI, requires_grad=False, **settings).to(weight_OI.device)
-        parameter.quant_state.dtype = layer.compute_dtype  # into which the kernels dequantize
+        parameter.quant_state.dtype = layer.compute_dtype  # the dtype into which the kernels dequantize
         return {"weight": parameter}
 
     def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Look the codes up and scale them."""
+        """Each code's value times the scale of its block."""
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
 
     def repacked(self, layer: Any) -> QuantizedLinear:
-        """The same codes in our own layer, which can be saved."""
+        """The same codes in a `QuantizedLinear`, which can be saved."""
         dtype = layer.compute_dtype if layer.bias is None else layer.bias.dtype
         with torch.device("meta"):
             plain = QuantizedLinear(self.in_torch, layer.in_features, layer.out_features, layer.bias is not None, dtype)
@@ -78,8 +78,8 @@ class EightBitQuantizer(Quantizer):
         )
 
     def quantize(self, layer: nn.Module, weight_OI: Tensor) -> dict[str, Tensor]:
-        """Codes of one byte; their row scales travel with the parameter."""
-        # Int8Params quantizes when it moves from the CPU to the device it is asked for.
+        """Codes of one byte; their row scales are attributes of the parameter (`SCB`)."""
+        # Int8Params quantizes while it is moved from the CPU to a device.
         parameter = bnb.nn.Int8Params(weight_OI.cpu(), requires_grad=False, has_fp16_weights=False)
         return {"weight": parameter.to(weight_OI.device)}
 

@@ -1,4 +1,4 @@
-"""Which layer of a model is stored how."""
+"""The choice of a quantizer for each layer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finetune.resolve import build
 
 
 class Quantizers:
-    """From a linear layer's name to its quantizer, as the recipe says.
+    """Maps a linear layer's name to its quantizer, by the recipe.
 
     Args:
-        section: For every layer that no rule is about.
+        section: The section for layers without a rule of their own.
         modules: Rules for single layers.
 
     Attributes:
-        sections: Every way in which some layer may be stored, the common one first.
+        sections: The distinct sections of all layers, the common one first.
     """
 
     def __init__(self, section: QuantizationSection, modules: Sequence[ModuleRule] = ()) -> None:
@@ -37,11 +37,11 @@ class Quantizers:
         ]
 
     def __call__(self, layer: str) -> Quantizer | None:
-        """The quantizer of a layer, None for one that keeps its weight."""
+        """The quantizer of a layer; None if it is not quantized."""
         return self._quantizers[self.sections.index(self.section_of(layer))]
 
     def section_of(self, layer: str) -> QuantizationSection:
-        """What the recipe says of a layer."""
+        """The recipe's section for a layer."""
         own: QuantizationSection | None = setting_for(self.modules, layer, "quantization")
         return own or self.section
 
@@ -52,15 +52,15 @@ class Quantizers:
 
     @property
     def quantize_nothing(self) -> bool:
-        """Whether every layer keeps its weight."""
+        """Whether no layer is quantized."""
         return not self.in_use
 
     @property
     def calibrated(self) -> list[OptqQuantizer]:
-        """Those whose codes are made for a layer's inputs: before a model is loaded for use, not while it loads."""
+        """Quantizers that need calibration, which runs before a model is loaded for use, not while it loads."""
         return [quantizer for quantizer in self.in_use if isinstance(quantizer, OptqQuantizer)]
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments for `from_pretrained` that make it quantize while loading; layers compute in `dtype`."""
-        assert not self.calibrated, "what needs calibration is loaded from the folder of its codes"
+        """Arguments for `from_pretrained` to quantize while loading; layers compute in `dtype`."""
+        assert not self.calibrated, "calibrated layers are loaded from a quantized checkpoint"
         return {} if self.quantize_nothing else {"quantization_config": OnLoadConfig(self, dtype)}

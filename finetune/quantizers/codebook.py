@@ -1,4 +1,4 @@
-"""nf4 and fp4: codes that stand for fixed values, times a maximum per block of weights.
+"""Codebook quantizers (nf4, fp4): each code is the index of a fixed value, times a maximum per block of weights.
 
 Shape legend: O out_features, I in_features, B blocks of the flattened weight, K weights of a block.
 """
@@ -28,25 +28,26 @@ NORMAL_FLOAT = {
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
 }  # fmt: skip
-"""Values of the codes by bits: quantiles of a normal distribution, scaled to [-1, 1].
+"""Values of the codes, by number of bits: quantiles of a normal distribution, scaled to [-1, 1].
 
 Source: 4 bits: Dettmers et al. 2023, arXiv 2305.14314, appendix E; 2 and 3 bits: Qin et al. 2024, arXiv 2402.05445,
 tables 11 and 12.
 """
 
 FLOAT_4 = tuple(number / 12 for number in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
-"""Values by bit pattern (a sign, two bits of exponent, one of fraction), scaled to [-1, 1] as bitsandbytes does."""
+"""Values by bit pattern (sign, two bits of exponent, one of fraction), scaled to [-1, 1] as in bitsandbytes."""
 
 SECOND_LEVEL_BLOCK = 256
-"""Numbers of blocks that share one scale under double quantization."""
+"""Maxima that share one scale under double quantization."""
 
 
 def four_bit(section: FourBit) -> Quantizer:
-    """The quantizer of nf4 and fp4 for this machine: bitsandbytes' layers with its kernels on CUDA, else our own.
+    """The quantizer of nf4 and fp4 for this machine: bitsandbytes' layers on CUDA, else `QuantizedLinear`.
 
     On a CPU with AVX512-BF16 bitsandbytes' layer repacks its weight in the first forward pass without gradients, for a
-    kernel that has no backward pass: from then on half of the adapters get no gradient, and the rest a wrong one.
+    kernel without a backward pass. From then on half of the adapters get no gradient, and the rest a wrong one.
     """
+    # Imported here: `bits_and_bytes` imports this module.
     if torch.cuda.is_available():
         from finetune.quantizers.bits_and_bytes import CudaFourBitQuantizer
 
@@ -55,14 +56,14 @@ def four_bit(section: FourBit) -> Quantizer:
 
 
 class BlockNumbers(NamedTuple):
-    """One number per block, as float32 or, under double quantization, as an 8-bit code.
+    """Storage of one value per block, as float32 or, under double quantization, as an 8-bit code.
 
     The codes are those of bitsandbytes' dynamic map, which is finer near zero, in blocks of 256 with a float32 scale.
 
     Attributes:
-        name: Of the stored tensor.
-        double_quant: Whether numbers are codes.
-        centred: Whether codes are of the distance from the mean, which numbers of one sign need.
+        name: Name of the stored tensor.
+        double_quant: Whether values are stored as codes.
+        centred: Whether the mean is subtracted before coding, as values of one sign need.
 
     Source: Dettmers et al. 2023, arXiv 2305.14314, section 3, "Double Quantization".
     """
@@ -73,11 +74,11 @@ class BlockNumbers(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Bits for each number."""
+        """Stored bits for each value."""
         return 8 + 32 / SECOND_LEVEL_BLOCK if self.double_quant else 32
 
     def specs(self, blocks: int) -> dict[str, TensorSpec]:
-        """The tensors that hold a number for each of `blocks` blocks."""
+        """The stored tensors for `blocks` blocks."""
         if not self.double_quant:
             return {self.name: TensorSpec((blocks,), torch.float32)}
         scales = -(-blocks // SECOND_LEVEL_BLOCK)
@@ -88,7 +89,7 @@ class BlockNumbers(NamedTuple):
         return {**specs, f"{self.name}_mean": TensorSpec((), torch.float32)} if self.centred else specs
 
     def store(self, numbers_B: Tensor) -> dict[str, Tensor]:
-        """The tensors that stand for the numbers."""
+        """The stored tensors for these values."""
         if not self.double_quant:
             return {self.name: numbers_B}
         mean = numbers_B.mean() if self.centred else numbers_B.new_zeros(())
@@ -98,7 +99,7 @@ class BlockNumbers(NamedTuple):
         return {**tensors, f"{self.name}_mean": mean} if self.centred else tensors
 
     def read(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The numbers that the tensors stand for, shape (B,), float32."""
+        """The inverse of `store`: values of shape (B,), float32."""
         stored = tensors[self.name]
         if not self.double_quant:
             return stored
@@ -108,14 +109,14 @@ class BlockNumbers(NamedTuple):
 
 
 class CodebookQuantizer(PackedQuantizer):
-    """What quantizers with a codebook share: storage, and decoding.
+    """Storage and decoding for quantizers with a codebook.
 
     Args:
         section: The recipe's section.
-        bits: Of a code.
-        values: What the codes stand for, each in [-1, 1].
+        bits: Bits of a code.
+        values: The codes' values, each in [-1, 1].
         block_size: Weights that share a maximum; blocks run over the flattened weight, across its rows.
-        double_quant: Whether the maxima are 8-bit codes.
+        double_quant: Whether the maxima are stored as 8-bit codes.
     """
 
     def __init__(
@@ -141,14 +142,15 @@ class CodebookQuantizer(PackedQuantizer):
 
     def _look_up(self, packed: Tensor, count: int) -> Tensor:
         """The values of the first `count` codes, float32."""
-        if 8 % self.bits:
+        if 8 % self.bits:  # 3 bits: codes cross bytes
             return self.values.to(packed.device)[unpack_bits(packed, self.bits, count).int()]
+        # Whole bytes are looked up in a table of 256 rows: one lookup for several codes, and no unpacking.
         values_of_byte = _values_of_byte(self.bits, tuple(self.values.tolist())).to(packed.device)
         return functional.embedding(packed.int(), values_of_byte).flatten()[:count]
 
 
 class FourBitQuantizer(CodebookQuantizer):
-    """nf4 and fp4 with bitsandbytes' codes, as a pair of functions in PyTorch.
+    """nf4 and fp4 with the same codes as bitsandbytes, as plain PyTorch functions.
 
     With blocks of 64 and double quantization a weight takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
 
@@ -160,7 +162,7 @@ class FourBitQuantizer(CodebookQuantizer):
         super().__init__(section, 4, values, section.block_size, section.double_quant)
 
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """The nearest codes, two to a byte, and the blocks' maxima."""
+        """The nearest codes, two to a byte, and the maxima of the blocks."""
         packed, maxima = [], []
         for part in weight_OI.flatten().split(WEIGHTS_AT_ONCE):
             blocks_BK, absmax_B = _scaled_to_one(in_blocks(part, self.block_size))
@@ -170,7 +172,7 @@ class FourBitQuantizer(CodebookQuantizer):
         return {"weight": torch.cat(packed), **self.maxima.store(torch.cat(maxima))}
 
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
-        """As every codebook does it, bit for bit, by bitsandbytes' kernels: twice as fast on a CPU."""
+        """The result of `CodebookQuantizer.unpack`, bit for bit, by bitsandbytes' kernels: twice as fast on a CPU."""
         state = QuantState(
             absmax=self.maxima.read(tensors),
             shape=torch.Size((out_features, in_features)),
@@ -183,17 +185,18 @@ class FourBitQuantizer(CodebookQuantizer):
 
 
 def nearest(numbers: Tensor, values: Tensor) -> Tensor:
-    """For each number the index of the nearest value, uint8; half-way between two, the lower one."""
+    """For each number the index of the nearest value, uint8; of the lower one half-way between two."""
+    # fp4's values are not in ascending order: search among the sorted ones, then map back to the codes.
     ordered, order = values.sort(stable=True)
-    places = torch.bucketize(numbers, (ordered[:-1] + ordered[1:]) / 2, out_int32=True)
-    return order.to(torch.uint8)[places]
+    indices = torch.bucketize(numbers, (ordered[:-1] + ordered[1:]) / 2, out_int32=True)
+    return order.to(torch.uint8)[indices]
 
 
 @cache
 def dynamic_map() -> Tensor:
-    """The 256 values of bitsandbytes' signed dynamic map, in order.
+    """The 256 values of bitsandbytes' signed dynamic map, in ascending order.
 
-    Seven decades below 1, each with twice the values of the one below it, and 0 and 1.
+    Seven decades below 1, each with twice as many values as the one below it, and 0 and 1.
 
     Source: Dettmers 2016, arXiv 1511.04561; Dettmers et al. 2022, arXiv 2110.02861, section 2.1.
     """
@@ -213,14 +216,14 @@ def _values_of_byte(bits: int, values: tuple[float, ...]) -> Tensor:
 
 
 def in_blocks(numbers: Tensor, size: int) -> Tensor:
-    """Shape (B, size), the last block filled up with zeros."""
+    """Numbers as blocks of shape (B, size); the last block is padded with zeros."""
     if numbers.numel() % size:
         numbers = functional.pad(numbers, (0, -numbers.numel() % size))
     return numbers.view(-1, size)
 
 
 def _scaled_to_one(blocks_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks over their largest magnitudes, and these."""
+    """The blocks divided by their largest magnitudes, and these magnitudes."""
     absmax_B = blocks_BK.abs().amax(1)
-    # As bitsandbytes does: times the reciprocal, which decides some ties.
+    # Times the reciprocal, as in bitsandbytes: a division would round some ties the other way.
     return blocks_BK * (1 / absmax_B.clamp(min=1e-38)).unsqueeze(1), absmax_B

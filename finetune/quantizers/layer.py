@@ -1,4 +1,4 @@
-"""A linear layer whose weight is rebuilt from its codes whenever it is needed, and never kept.
+"""A linear layer that dequantizes its weight whenever it is needed, and never keeps it.
 
 Shape legend: O out_features, I in_features, `...` any leading dimensions.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional
 from finetune.quantizers.base import Quantizer
 
 WEIGHTS_AT_ONCE = 1 << 18
-"""Weights that quantizers work on together, so that temporary tensors stay small beside a weight, and in the cache."""
+"""Weights that quantizers process at a time, so that temporary tensors stay small and in the cache."""
 
 
 class TensorSpec(NamedTuple):
@@ -27,29 +27,29 @@ class TensorSpec(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes that the tensor takes."""
+        """Size in bytes."""
         return self.dtype.itemsize * prod(self.shape)
 
 
 class PackedQuantizer(Quantizer):
-    """A quantizer that is two functions: from a weight to tensors, and back.
+    """A quantizer that is defined by two functions: `pack` (weight -> tensors) and `unpack`.
 
-    That is all that ModuLoRA asks of one; `QuantizedLinear` does the rest.
+    ModuLoRA needs no more of a quantizer; `QuantizedLinear` is the layer for all of them.
 
     Source: Yin et al. 2023, arXiv 2309.16119, section 3.2.
     """
 
     @abstractmethod
     def tensor_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """The tensors that a layer stores, by name; `weight` is its packed codes, uint8."""
+        """The stored tensors of a layer, by name; `weight` are the packed codes, uint8."""
 
     @abstractmethod
     def pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """The tensors that stand for a float32 weight, as `tensor_specs` says, on its device."""
+        """The tensors of `tensor_specs` for a float32 weight, on its device."""
 
     @abstractmethod
     def unpack(self, tensors: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
-        """The weight that the tensors stand for, shape (O, I), float32."""
+        """The inverse of `pack`: the dequantized weight, shape (O, I), float32."""
 
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> QuantizedLinear:
         """A `QuantizedLinear`."""
@@ -61,7 +61,7 @@ class PackedQuantizer(Quantizer):
         return {"weight": nn.Parameter(tensors.pop("weight"), requires_grad=False), **tensors}
 
     def dequantize(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight, unpacked."""
+        """The unpacked weight, shape (O, I)."""
         assert isinstance(layer, QuantizedLinear)
         return layer.dequantized(dtype)
 
@@ -69,17 +69,17 @@ class PackedQuantizer(Quantizer):
 class QuantizedLinear(nn.Linear):
     """y = W x + b with W in packed form.
 
-    Forward and backward each rebuild W, use it and drop it: a step holds one layer's float weight at a time.
+    Forward and backward each dequantize W, use it and drop it: one layer's float weight is held at a time.
 
     Args:
         quantizer: Packs and unpacks the weight.
         in_features: I.
         out_features: O.
         bias: Whether the layer has one.
-        dtype: Of the bias.
+        dtype: Dtype of the bias.
 
     Attributes:
-        weight: Packed codes, uint8, one dimension; frozen. Beside it stand the quantizer's other tensors, as buffers.
+        weight: Packed codes, uint8, one dimension; frozen. The quantizer's other tensors are buffers.
         quantizer: As given.
     """
 
@@ -88,7 +88,7 @@ class QuantizedLinear(nn.Linear):
     def __init__(
         self, quantizer: PackedQuantizer, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
     ) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not `nn.Linear`'s, which would allocate the float weight
         self.in_features, self.out_features = in_features, out_features
         self.quantizer = quantizer
         for name, spec in quantizer.tensor_specs(out_features, in_features).items():
@@ -107,19 +107,19 @@ class QuantizedLinear(nn.Linear):
         return {name: getattr(self, name) for name in self.quantizer.tensor_specs(self.out_features, self.in_features)}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """W of shape (O, I)."""
+        """W, shape (O, I)."""
         return self.quantizer.unpack(self.packed(), self.out_features, self.in_features).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product in the type of `input`, or in autocast's; shape (..., I) -> (..., O)."""
+        """The output in the dtype of `input`, or in autocast's; shape (..., I) -> (..., O)."""
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        product: Tensor = _Product.apply(input.to(dtype), self)
+        product: Tensor = _QuantizedMatmul.apply(input.to(dtype), self)
         return product if self.bias is None else product + self.bias.to(dtype)
 
 
-class _Product(torch.autograd.Function):
-    """x W^T with W rebuilt in each direction; what is kept between them is the layer, neither W nor x.
+class _QuantizedMatmul(torch.autograd.Function):
+    """x W^T with W dequantized in each direction. Neither W nor x is saved: W is frozen, so dW, which needs x, is not.
 
     Source: Yin et al. 2023, arXiv 2309.16119, section 3.2, LPLinear.
     """
@@ -131,6 +131,6 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0]:  # the first block over frozen embeddings: W need not be dequantized
             return None, None
         return gradients[0] @ ctx.layer.dequantized(ctx.dtype), None

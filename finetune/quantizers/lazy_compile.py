@@ -1,7 +1,8 @@
-"""bitsandbytes, imported without PyTorch's compiler.
+"""Import of bitsandbytes without an import of PyTorch's compiler.
 
-It has some functions compiled that take the place of missing kernels, and to be told so PyTorch imports its compiler: a
-second and 40 MB in every process, for functions that few ever call. Here they are compiled when they are first called.
+bitsandbytes decorates some fallback functions with `torch.compile`, and the decorator alone imports the compiler: a
+second and 40 MB in every process, for functions that are rarely called. During this import `torch.compile` is replaced
+by a decorator that compiles a function at its first call.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _compile = torch.compile
 
 
 def _when_called(function: Callable[..., Any] | None = None, **settings: Any) -> Callable[..., Any]:
-    """In the place of `torch.compile`, with or without settings."""
+    """A replacement for `torch.compile`, as a decorator with or without arguments."""
     if function is None:
         return partial(_when_called, **settings)
     compiled: Callable[[], Callable[..., Any]] = cache(partial(_compile, function, **settings))

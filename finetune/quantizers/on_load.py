@@ -1,8 +1,7 @@
-"""Quantizing while transformers loads: each weight is quantized as it is read, then forgotten.
+"""Quantizing while transformers loads: each weight is quantized as it is read, then freed.
 
-transformers offers hooks for this (`HfQuantizer`); here they are tied to our `Quantizer` interface once, for all kinds
-of quantization. A folder that holds quantized weights already loads through the same hooks. Importing this module
-registers them.
+transformers has hooks for this (`HfQuantizer`). Here they call our `Quantizer` interface, for all kinds of
+quantization. A quantized checkpoint loads through the same hooks. Importing this module registers them.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ METHOD = "ft"
 
 @register_quantization_config(METHOD)
 class OnLoadConfig(QuantizationConfigMixin):
-    """Carries quantizers through `from_pretrained`.
+    """The `quantization_config` argument of `from_pretrained` for our quantizers.
 
     Args:
-        choose: From a linear layer's name to its quantizer; None leaves the layer alone.
-        compute_dtype: Type in which the layers multiply.
-        stored: What stands in the config.json of a folder with quantized weights.
+        choose: Maps a linear layer's name to its quantizer; None leaves the layer unquantized.
+        compute_dtype: Dtype of the layers' matmuls.
+        stored: The section in config.json of a quantized checkpoint.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class OnLoadConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> OnLoadConfig:
-        """From what stands in a config.json: data, checked by the recipe's own sections.
+        """The config from a section of config.json, validated by the recipe's own sections.
 
         Raises:
             ModelError: It is not what `to_dict` writes.
@@ -66,7 +65,7 @@ class OnLoadConfig(QuantizationConfigMixin):
         return cls(chosen.get, torch.float32, stored)
 
     def to_dict(self) -> dict[str, Any]:
-        """What stands in a config.json: sections, not objects."""
+        """The section of config.json: data, no objects."""
         return self.stored.model_dump() if self.stored else {"quant_method": METHOD}
 
 
@@ -82,7 +81,7 @@ def as_stored(config: dict[str, Any]) -> StoredQuantization:
         first = error.errors()[0]
         key = ".".join(map(str, ("quantization_config", *first["loc"])))
         raise ModelError(
-            f"config.json says how its weights are quantized in a way that is not ours: {first['msg']}",
+            f"the quantization_config in config.json is invalid: {first['msg']}",
             where=key,
             hint="quantize the model again",
         ) from error
@@ -90,7 +89,7 @@ def as_stored(config: dict[str, Any]) -> StoredQuantization:
 
 @register_quantizer(METHOD)
 class OnLoadQuantizer(HfQuantizer):
-    """The hooks: replace the linear layers on the meta device, quantize each weight when it arrives."""
+    """The hooks: replace the linear layers on the meta device, and quantize each weight when it has been read."""
 
     is_trainable = True
 
@@ -104,10 +103,10 @@ class OnLoadQuantizer(HfQuantizer):
         return not self.pre_quantized and is_quantized(module) and tensor_name == "weight"
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes that one weight of a parameter takes once it is loaded.
+        """Bytes of one element of a parameter after loading.
 
-        transformers reserves the sum on a GPU before it loads. bitsandbytes' layers declare their weight in float32
-        until they have data, which is up to eight times what they store.
+        transformers reserves the sum on a GPU before it loads. bitsandbytes' layers declare their weight as float32
+        until they have data, which is up to eight times the stored size.
         """
         if not param.is_floating_point() or not self.param_needs_quantization(model, param_name):
             return float(super().param_element_size(model, param_name, param))
@@ -132,16 +131,16 @@ class OnLoadQuantizer(HfQuantizer):
                 hint="use the config.json that belongs to these weights",
             )
         if replaced and not config.stored:
-            # Codes must not depend on the type that the other weights are kept in: quantize what the file holds.
+            # Read in float32, not in the dtype of the other weights: codes must not depend on that.
             pattern = rf"^(?:{'|'.join(replaced)})\.weight$"
             model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), pattern}
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The operation that turns a checkpoint's tensor into the layer's tensors."""
+        """The operation that converts a checkpoint's tensor to the layer's tensors."""
         return QuantizeOp(self.freed)
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` may write the model: when its config says what is stored."""
+        """Whether `save_pretrained` may write the model: only with a config for stored weights."""
         return self.quantization_config.stored is not None
 
 
@@ -164,13 +163,13 @@ class QuantizeOp(ConversionOps):
             weight_OI = weight.T if layer.stored_transposed else weight
             for name, tensor in layer.quantizer.quantize(layer, weight_OI).items():
                 tensors[f"{prefix}.{name}"] = tensor
-            layer._is_hf_initialized = True
+            layer._is_hf_initialized = True  # or transformers would initialize the packed weight at random
             self.freed.count(weight)
         return tensors
 
 
 def quantizable_layers(model: PreTrainedModel, with_head: bool = False) -> dict[str, nn.Module]:
-    """The linear layers of a model by name, in its order; without the head, those that are quantized by default."""
+    """The linear layers of a model by name, in its order; the output head only with `with_head`."""
     kept = [] if with_head else HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     return {
         name: layer
@@ -180,16 +179,16 @@ def quantizable_layers(model: PreTrainedModel, with_head: bool = False) -> dict[
 
 
 def replacement(name: str, layer: Any, quantizer: Quantizer, dtype: torch.dtype) -> Any:
-    """The layer without data that takes the place of a linear layer, on the meta device.
+    """An empty quantized layer on the meta device that replaces a linear layer.
 
     Args:
-        name: Of the layer in its model.
-        layer: To be replaced.
-        quantizer: Of its weight.
-        dtype: Type in which the layer multiplies.
+        name: The layer's name in its model.
+        layer: The layer to replace.
+        quantizer: The quantizer of its weight.
+        dtype: Dtype of the layer's matmul.
 
     Raises:
-        UnsupportedError: The quantizer cannot take a weight of this shape.
+        UnsupportedError: The quantizer does not support a weight of this shape.
     """
     transposed = isinstance(layer, Conv1D)
     out_features, in_features = layer.weight.shape[::-1] if transposed else layer.weight.shape
@@ -210,7 +209,7 @@ def replacement(name: str, layer: Any, quantizer: Quantizer, dtype: torch.dtype)
 
 
 def _packed(quantizer: Any) -> PackedQuantizer:
-    """What reads stored codes: on CUDA, too, the form that is nothing but functions of tensors."""
+    """The quantizer that loads stored codes: the plain PyTorch one on CUDA too."""
     in_torch = getattr(quantizer, "in_torch", quantizer)
     if not isinstance(in_torch, PackedQuantizer):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Quantizers of other packages, by entry point."""
+"""Quantizers of installed packages, found by entry point."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ GROUP = "ft.quantizers"
 
 
 def installed_quantizer(section: PluginQuantization) -> Quantizer:
-    """The quantizer that an installed package registers under the section's name, called with the section.
+    """The quantizer that an installed package registers under the section's name, constructed from the section.
 
-    Only what somebody installed has an entry point: a recipe picks one by name and brings no code.
+    Only installed packages have entry points: a recipe chooses one by name and contains no code.
 
     Raises:
-        EnvironmentFault: No installed package registers the name, or more than one does, or it is no quantizer.
+        EnvironmentFault: No installed package registers the name, or several do, or it is no quantizer.
     """
     found = entry_points(group=GROUP, name=section.name)
     if len(found) != 1:
@@ -36,7 +36,7 @@ def installed_quantizer(section: PluginQuantization) -> Quantizer:
     quantizer = point.load()(section)
     if not isinstance(quantizer, Quantizer):
         raise EnvironmentFault(
-            f"the entry point {section.name!r} ({point.value}) makes no Quantizer",
+            f"the entry point {section.name!r} ({point.value}) does not return a Quantizer",
             where="quantization.name",
             hint="it must return a finetune.quantizers.layer.PackedQuantizer",
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.errors import EnvironmentFault
+from finetune.errors import EnvironmentFault, RefusedError
 
 UNFINISHED = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 """Names of temporary files and folders of `written_aside` and `write_text`."""
@@ -51,6 +51,27 @@ def write_file(path: Path, text: str) -> None:
     with disk_faults(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
+
+
+def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is_folder: bool = False) -> None:
+    """Refuse to replace a file or folder, unless the user asked for it.
+
+    Args:
+        path: Output of a command.
+        overwrite: Whether it may be replaced.
+        option: The option or argument that names another path, for the hint.
+        is_folder: Whether the output is a folder. A file never replaces a folder, with `overwrite` neither.
+
+    Raises:
+        RefusedError: The path is taken.
+    """
+    if path.is_dir() and not is_folder:
+        raise RefusedError("a folder has this name already", where=str(path), hint=f"choose another {option}")
+    if path.exists() and not overwrite:
+        kind = "folder" if path.is_dir() else "file"
+        raise RefusedError(
+            f"the {kind} exists already", where=str(path), hint=f"choose another {option}, or add --overwrite"
+        )
 
 
 @contextmanager

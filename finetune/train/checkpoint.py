@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
-from finetune.models.fsdp import local_shard, put_together, read_like
+from finetune.models.fsdp import all_gathered, local_shard, read_like
 from finetune.models.safetensors_io import Planned, file_writer, tensors_in
 from finetune.train.state import TrainState
 
@@ -48,7 +48,7 @@ def write_state(state: TrainState, folder: Path | None) -> None:
     entries, moments = _optimizer_state(state.optimizer, trainable(model))
     _refuse_non_finite(state, {**trained, **moments})
     # Tensors are gathered lazily, in this order: one full tensor is in memory at a time.
-    with put_together({**trained, **moments}) as tensors:
+    with all_gathered({**trained, **moments}) as tensors:
         if folder is None:
             return
         plans = {

@@ -78,7 +78,7 @@ def test_run_on_a_full_file_system_ends_as_uninterrupted(recipe: Path, uninterru
         assert "Traceback" not in attempt.said
     assert not other.run.exists()
     assert last.code == 0, last.said
-    assert "going on after step 3" in last.said
+    assert "resumed after step 3" in last.said
     assert Result.of(last.run) == uninterrupted
 
 

@@ -119,7 +119,7 @@ def test_dry_run_command_leaves_no_files(
     recipe = write_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=False), tmp_path)
     done = CliRunner().invoke(app, ["rehearse", str(recipe)])
     assert done.exit_code == 0, done.output
-    assert "rehearsed in 0:0" in done.output
-    assert "a layer merged" in done.output
+    assert "dry run passed in 0:0" in done.output
+    assert "one layer merged" in done.output
     assert "next: ft train" in done.output
     assert not list((tmp_path / "runs").iterdir())

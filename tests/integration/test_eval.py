@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from finetune.data.collate import Batch, joined
+from finetune.data.collate import Batch, flattened
 from finetune.data.encode import Example
 from finetune.errors import DataError, RefusedError, UsageError
 from finetune.evaluation import engine, likelihood
@@ -212,7 +212,7 @@ def test_choices_with_and_without_prefix_sharing_are_equal(
 
     def counted(examples: Sequence[Example], **options: Any) -> Batch:
         passes.append(len(examples))
-        return joined(examples, **options)
+        return flattened(examples, **options)
 
     def choices(name: str) -> list[dict[str, float]]:
         monkeypatch.setenv("FT_CACHE", str(tmp_path / name))
@@ -220,7 +220,7 @@ def test_choices_with_and_without_prefix_sharing_are_equal(
         records = [json.loads(line) for line in (tmp_path / name / "generations.jsonl").read_text().splitlines()]
         return [record["choices"] for record in records if "choices" in record]
 
-    monkeypatch.setattr(likelihood, "joined", counted)
+    monkeypatch.setattr(likelihood, "flattened", counted)
     monkeypatch.setattr(likelihood, "WORTH_SHARING", 1)
     once = choices("once")
     assert bool(passes) == shares

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse
@@ -185,7 +185,7 @@ def test_fused_kernels_match_plain_loss_and_gradients(
 ):
     if device.type == "cuda":
         pytest.importorskip("liger_kernel")
-    batch, results = joined(rows_of(150, 40, 131)), []
+    batch, results = flattened(rows_of(150, 40, 131)), []
     for fused in (False, True):
         model = family_model(family, dtype, device)
         if fused:
@@ -233,7 +233,7 @@ def test_method_on_device_matches_loss_and_gradients_of_cpu(method: str, autocas
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     rows = rows_of(40, 31, 9)
-    batch = padded(rows, 0) if section.prompt_tokens else joined(rows)
+    batch = padded(rows, 0) if section.prompt_tokens else flattened(rows)
     on_device = deepcopy(model).to(device)
     if not section.prompt_tokens:
         use_packing_attention(base_of(model), may_choose=True)

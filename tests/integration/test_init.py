@@ -259,5 +259,5 @@ def test_init_on_a_terminal_prompts_and_detects_for_an_empty_line(folder: Path, 
     asked = read_to_the_end(ours)  # while it runs: a terminal that nobody reads holds it up
     process.wait()
     assert process.returncode == 0, asked
-    assert "Aim: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
+    assert "Objective: chat, classification, extraction, tools, qa, pretraining, long-context [qa]: " in asked
     assert load_recipe(folder / "recipe.yaml").recipe.evaluation.max_new_tokens == AIMS["qa"].max_new_tokens

@@ -441,7 +441,7 @@ def test_signal_exits_with_75_and_the_printed_command_resumes(
     command = stopped.stderr.splitlines()[-1].split("ft train ")[1]
     finished = ft(*command.split())
     assert finished.exit_code == 0
-    assert "going on after step 2 of 3" in finished.stderr
+    assert "resumed after step 2 of 3" in finished.stderr
     assert "trained 3 steps" in finished.stdout
 
 
@@ -453,11 +453,11 @@ def test_resume_auto_starts_resumes_and_ends(
         interrupting(patched, 2)
         assert ft(recipe, "--resume", "auto").exit_code == 75
     again = ft(recipe, "--resume", "auto")
-    assert (again.exit_code, "going on after step 2" in again.stderr) == (0, True)
+    assert (again.exit_code, "resumed after step 2" in again.stderr) == (0, True)
     adapter = tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors"
     weights = load_file(adapter)
     third = ft(recipe, "--resume", "auto")
-    assert (third.exit_code, third.stdout.startswith("nothing left to do")) == (0, True)
+    assert (third.exit_code, third.stdout.startswith("nothing to do")) == (0, True)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(adapter).items())
     longer = ft("--resume", tmp_path / "runs" / "tiny", "--set", "training.max_steps=4")
     assert (longer.exit_code, "trained 4 steps" in longer.stdout) == (0, True)

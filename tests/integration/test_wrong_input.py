@@ -66,7 +66,7 @@ def test_missing_data_file_is_refused(tiny_recipe: dict[str, Any], tmp_path: Pat
         ('{"messages": [{"role": "user"}]}', "messages[0].content must be text"),
         ('{"message": []}', "column 'messages' must be a list of messages"),
         ("{broken", "not valid JSON"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "no token to train on"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no target tokens"),
     ],
 )
 def test_bad_row_is_refused_with_file_and_line(tiny_recipe: dict[str, Any], tmp_path: Path, line: str, words: str):

@@ -34,16 +34,16 @@ def terminal(run: RunDirectory, command: str, until: int) -> str:
     """The terminal as SVG, just after a step."""
     console = Console(record=True, file=io.StringIO(), width=WIDTH, height=40, force_terminal=True)
     console.print(Text(f"$ {command}", style="bold"))
-    follower = Live(console)
-    follower.display.stop()  # drawn once, below
+    display = Live(console)
+    display.bar.stop()  # drawn once, below
 
     def is_before(event: Event) -> bool:
         return not isinstance(event, StepMetrics) or event.step <= until
 
     for event in takewhile(is_before, watched(run)):
         is_start = isinstance(event, TrainingStarted)
-        follower.event(replace(event, run_directory=f"runs/{run.path.name}") if is_start else event)
-    console.print(Group(*follower.display.get_renderables()))
+        display.event(replace(event, run_directory=f"runs/{run.path.name}") if is_start else event)
+    console.print(Group(*display.bar.get_renderables()))
     return console.export_svg(title="ft", theme=MONOKAI, code_format=FRAME)
 
 

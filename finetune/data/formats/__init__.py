@@ -1,1 +1,1 @@
-"""Formats of rows: each turns a row into a document, one format a file."""
+"""Formats of rows: each converts rows to documents, one format a module."""

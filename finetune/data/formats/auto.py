@@ -1,4 +1,4 @@
-"""Auto: the format that the columns of a source's first row tell."""
+"""Auto: detects the format of a source from the columns of its first row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.documents import Document, Format
-from finetune.data.formats.chat import turns_in
+from finetune.data.formats.chat import turns_value
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
 from finetune.recipe.sections.data import (
@@ -25,14 +25,14 @@ from finetune.recipe.sections.data import (
 from finetune.resolve import build
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-ASKED_AND_ANSWERED = (
+INSTRUCTION_AND_OUTPUT = (
     ("instruction", "response"),
     ("question", "response"),
     ("query", "response"),
     ("problem", "solution"),
     ("inputs", "targets"),
 )
-"""What else data sets call an instruction and its output."""
+"""Other names of an instruction and its output in data sets."""
 INPUT_COLUMNS = ("input", "context")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 CHOICES_COLUMNS = ("choices", "options")
@@ -40,48 +40,50 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input")
 
 
 class AutoFormat(Format[AutoSource]):
-    """Rows that are read as the format of the first one.
+    """Reads all rows in the format that it detects on the first one.
 
     Args:
-        section: Names the file only.
+        section: Section of the source; it sets no column names.
     """
 
     def __init__(self, section: AutoSource) -> None:
         super().__init__(section)
         self._detected: Format[Any] | None = None
-        self._told = ""
+        self._detected_on = ""  # place of the first row
 
     @property
-    def name(self) -> str:
-        """The detected format's once there was a row."""
-        return self._detected.name if self._detected else super().name
+    def resolved(self) -> SourceSection:
+        """The section of the detected format, once a row has been read."""
+        return self._detected.section if self._detected else self.section
 
     def document(self, row: Row) -> Document:
-        """The document of the row in the format that was detected on the first row."""
+        """The document of the row, in the format detected on the first row."""
         if self._detected is None:
             self._detected = build(detect(row))
-            self._told = f"{self.name}, which the columns of {row.where} told"
+            self._detected_on = row.where
         try:
             return self._detected.document(row)
         except DataError as error:
+            # A row with the columns of the format has some other error. Without them, the file mixes formats.
             if any(section == self._detected.section for section in _candidates(row)):
                 raise
+            name = self.resolved.model_dump()["format"]
             raise DataError(
-                f"the row is not of the format {self._told}: {error.what}",
+                f"the row does not have the format {name} that was detected on {self._detected_on}: {error.what}",
                 where=error.where,
                 hint="correct the row, or set the source's format and name its columns",
             ) from error
 
 
 def detect(row: Row) -> SourceSection:
-    """The format that the columns of a row tell.
+    """The section of the format that the columns of a row match.
 
     Raises:
-        DataError: They tell none, or more than one.
+        DataError: They match no format, or more than one.
     """
     if {"chosen", "rejected"} <= row.values.keys():
         raise DataError(
-            "of a row with a chosen and a rejected answer, ft trains one",
+            "the row has a chosen and a rejected answer; ft trains on one of them",
             where=row.where,
             hint=f"set the source's format and columns, for the chosen one {_of_chosen(row)}",
         )
@@ -89,14 +91,14 @@ def detect(row: Row) -> SourceSection:
     formats = [section.model_dump()["format"] for section in found]
     if not found:
         raise DataError(
-            f"no format is known by the columns {excerpt(', '.join(row.values)) or '(none)'}",
+            f"the columns match no format: {excerpt(', '.join(row.values)) or '(none)'}",
             where=row.where,
             hint="set the source's format and name its columns, such as {format: completion, prompt: <column>, "
             "completion: <column>} (ft init: --format and --column); ft explain data.train lists the formats",
         )
     if len(found) > 1:
         raise DataError(
-            f"the columns fit more than one format: {', '.join(formats)}",
+            f"the columns match more than one format: {', '.join(formats)}",
             where=row.where,
             hint=f"set the source's format: {' or '.join(formats)}",
         )
@@ -104,7 +106,7 @@ def detect(row: Row) -> SourceSection:
 
 
 def _candidates(row: Row) -> list[SourceSection]:
-    """Every format that a row's columns fit, or else what other names of columns tell."""
+    """Every format that the columns match by its own column names, or else by other common names."""
     return list(_by_own_names(row)) or list(_by_other_names(row))
 
 
@@ -126,7 +128,7 @@ def _by_own_names(row: Row) -> Iterator[SourceSection]:
 
 def _by_other_names(row: Row) -> Iterator[SourceSection]:
     has = row.values.keys()
-    for instruction, output in ASKED_AND_ANSWERED:
+    for instruction, output in INSTRUCTION_AND_OUTPUT:
         if {instruction, output} <= has:
             columns = {
                 "input": next((column for column in INPUT_COLUMNS if column in has), INPUT_COLUMNS[0]),
@@ -137,7 +139,7 @@ def _by_other_names(row: Row) -> Iterator[SourceSection]:
 
 
 def _questions(row: Row) -> Iterator[SourceSection]:
-    """A question with choices has an answer too, but one that says nothing without them."""
+    """Multiple choice where the row has choices, whose answer means nothing without them; else question and answer."""
     has = row.values.keys()
     choices = next((column for column in CHOICES_COLUMNS if isinstance(row.values.get(column), (list, dict))), None)
     if choices:
@@ -157,13 +159,13 @@ def _conversations(row: Row) -> Iterator[SourceSection]:
 
 
 def _prompts(row: Row) -> Iterator[SourceSection]:
-    """A prompt and its completion are texts, or turns."""
-    in_turns = [section.model_copy(update={"answer": "completion"}) for section in _turns(row, "prompt")]
-    yield from in_turns or [CompletionSource(format="completion")]
+    """A prompt and its completion, each a text or a list of turns."""
+    as_turns = [section.model_copy(update={"answer": "completion"}) for section in _turns(row, "prompt")]
+    yield from as_turns or [CompletionSource(format="completion")]
 
 
 def _turns(row: Row, column: str) -> Iterator[SourceSection]:
-    turns = turns_in(row, column)
+    turns = turns_value(row, column)
     first = turns[0] if isinstance(turns, list) and turns else None
     if isinstance(first, dict) and "role" in first:
         yield ChatSource(format="chat", messages=column)
@@ -172,12 +174,12 @@ def _turns(row: Row, column: str) -> Iterator[SourceSection]:
 
 
 def _of_chosen(row: Row) -> str:
-    """The section, as a recipe writes it, that trains the chosen answer of a row."""
+    """The recipe section that trains on the chosen answer of a preference row."""
     before = [section for column in (*CONVERSATION_COLUMNS, "prompt") for section in _turns(row, column)]
     if before:
         keys = before[0].model_copy(update={"answer": "chosen"}).model_dump(exclude_defaults=True)
-    elif whole := list(_turns(row, "chosen")):
-        keys = whole[0].model_dump(exclude_defaults=True)
+    elif conversation := list(_turns(row, "chosen")):
+        keys = conversation[0].model_dump(exclude_defaults=True)
     elif prompt := next((column for column in PROMPT_COLUMNS if column in row.values), None):
         keys = {"format": "completion", "prompt": prompt, "completion": "chosen", "chat_template": "true"}
     else:

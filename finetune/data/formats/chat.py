@@ -16,37 +16,37 @@ from finetune.recipe.sections.data import ChatSource
 
 ROLES = get_args(Role)
 TRAIN_KEYS = {"train": True, "weight": 1}
-"""What says whether a message may be trained, here and at OpenAI, and what goes without saying."""
+"""Keys that include a message in the targets or exclude it, ours and OpenAI's, with their default values."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What data sets call what an assistant thought before it spoke."""
+"""Names of an assistant's reasoning in data sets."""
 
 
 class ChatFormat(Format[ChatSource]):
-    """Rows in the form of OpenAI's chat messages."""
+    """Rows with OpenAI's chat messages."""
 
     def document(self, row: Row) -> Conversation:
-        """The row's messages as they stand."""
+        """The messages of the row."""
         column = self.section.messages
-        values = listed(row, column, "{format: chat, messages: <column>}")
+        values = messages_in(row, column, "{format: chat, messages: <column>}")
         messages = [_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(values)]
         if self.section.answer is not None:
-            messages = answered(messages, row, self.section.answer, _message)
+            messages = with_answer(messages, row, self.section.answer, _message)
         return Conversation(tuple(messages), tools_of(row, self.section.tools))
 
 
-def listed(row: Row, column: str, section: str) -> list[Any]:
+def messages_in(row: Row, column: str, section: str) -> list[Any]:
     """The list of messages in a column.
 
     Args:
         row: The row.
-        column: Name of its column.
-        section: How a recipe names another column.
+        column: Name of the column.
+        section: Recipe section that would name another column, for the hint.
 
     Raises:
-        DataError: There is none.
+        DataError: The column is missing or contains no list.
     """
-    messages = turns_in(row, column)
+    messages = turns_value(row, column)
     if not isinstance(messages, list) or not messages:
         columns = f"no such column among: {excerpt(', '.join(row.values)) or 'none'}"
         row_has = describe(messages) if column in row.values else columns
@@ -58,8 +58,8 @@ def listed(row: Row, column: str, section: str) -> list[Any]:
     return messages
 
 
-def turns_in(row: Row, column: str) -> Any:
-    """What stands in a column of turns, which may be JSON text: a cell of a CSV file holds nothing else."""
+def turns_value(row: Row, column: str) -> Any:
+    """The value of a column of turns; JSON text is parsed, because a cell of a CSV file can only be text."""
     value = row.values.get(column)
     if isinstance(value, str):
         with suppress(ValueError):
@@ -67,19 +67,19 @@ def turns_in(row: Row, column: str) -> Any:
     return value
 
 
-def answered(
+def with_answer(
     messages: Sequence[Message], row: Row, column: str, to_message: Callable[[Any, str, str], Message]
 ) -> list[Message]:
-    """A conversation with its answer, which stands apart.
+    """A conversation and its answer, which is in a column of its own.
 
     Args:
-        messages: The prompt, which is not trained.
+        messages: The prompt, which gets no targets.
         row: The row.
-        column: Name of the answer's column.
-        to_message: From what stands for a message, its key and the row's place to the message.
+        column: Name of the column with the answer.
+        to_message: Converts a value, its key and the place of the row to a message.
 
     Raises:
-        DataError: There is no answer.
+        DataError: The row has no answer.
     """
     value = row.values.get(column)
     if isinstance(value, (dict, list)) and value:
@@ -103,7 +103,7 @@ def _message(value: Any, key: str, where: str) -> Message:
             f"{key}.role must be one of {', '.join(ROLES)}, found {describe(role)}", where=where, hint="correct the row"
         )
     if calls and role != "assistant":
-        raise DataError(f"{key} is the {role}'s and calls a tool", where=where, hint="only the assistant calls tools")
+        raise DataError(f"{key} has role {role} and calls a tool", where=where, hint="only the assistant calls tools")
     return Message(
         role,
         _content(value, key, where, may_be_null=bool(calls)),
@@ -126,11 +126,13 @@ def _content(value: dict[str, Any], key: str, where: str, may_be_null: bool) -> 
 
 
 def _text(part: Any, key: str, where: str) -> str:
-    """Of a part of a content that comes in parts."""
+    """The text of one part of a content that is a list of parts."""
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
         raise DataError(
-            f"{key} must be a part of text, found {describe(part)}", where=where, hint="remove it: ft trains on text"
+            f"{key} must have the type text, found {describe(part)}",
+            where=where,
+            hint="remove it: ft trains on text",
         )
     return text
 
@@ -146,10 +148,10 @@ def _reasoning(value: dict[str, Any], key: str, where: str) -> str:
 
 
 def is_trained(value: dict[str, Any], key: str, where: str) -> bool:
-    """Whether a message may be trained, as it says itself: `train` is true or false, or `weight` is 1 or 0.
+    """Whether a message may have targets, by its key `train` (true or false) or `weight` (1 or 0).
 
     Raises:
-        DataError: It says something else.
+        DataError: The key has another value.
     """
     train, weight = (default if value.get(name) is None else value[name] for name, default in TRAIN_KEYS.items())
     if not isinstance(train, bool):

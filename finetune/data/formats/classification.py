@@ -1,4 +1,4 @@
-"""Classification: a text and its label, which the model learns to write."""
+"""Classification: a text and its label, which the model learns to generate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ClassificationFormat(Format[ClassificationSource]):
             return labels[found]
         if type(found) is int and not labels:
             raise DataError(
-                f"column {column!r} holds the number {found}, and labels have no names",
+                f"column {column!r} contains the number {found}, and the labels have no names",
                 where=row.where,
                 hint="name them in the source's section: {format: classification, labels: [...]}",
             )

@@ -1,4 +1,4 @@
-"""Completion: a prompt and what should follow it."""
+"""Completion: a prompt and its continuation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class CompletionFormat(Format[CompletionSource]):
     """Rows of prompt and completion."""
 
     def document(self, row: Row) -> Document:
-        """The two texts joined as they are, or as a user's and an assistant's turn."""
+        """The two texts concatenated, or as a user's and an assistant's turn."""
         prompt, completion = row.text(self.section.prompt), row.text(self.section.completion)
         if self.section.chat_template:
             return Conversation((Message("user", prompt), Message("assistant", completion)))

@@ -11,7 +11,7 @@ from finetune.recipe.sections.data import InstructionSource
 
 
 class InstructionFormat(Format[InstructionSource]):
-    """Rows in the form of the Alpaca data set."""
+    """Rows as in the Alpaca data set."""
 
     def document(self, row: Row) -> Conversation:
         """The instruction, with the input below it, as the user's turn and the output as the assistant's."""

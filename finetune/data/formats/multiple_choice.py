@@ -12,7 +12,7 @@ from finetune.recipe.sections.data import MultipleChoiceSource
 
 
 class MultipleChoiceFormat(Format[MultipleChoiceSource]):
-    """Rows in the form of MMLU, ARC and their relatives."""
+    """Rows as in MMLU, ARC and similar data sets."""
 
     def document(self, row: Row) -> Conversation:
         """The question and its choices below it as the user's turn, the right one as the assistant's."""
@@ -30,7 +30,7 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
         return Conversation(tuple(messages), references=(answer,), choices=tuple(answers))
 
     def _choices(self, row: Row) -> tuple[list[str], list[str]]:
-        """The texts of the choices, and the label of each."""
+        """The texts of the choices, and their labels: letters unless the row has its own."""
         found = row.values.get(self.section.choices)
         texts = found.get("text") if isinstance(found, dict) else found
         if not _are_texts(texts):
@@ -48,32 +48,34 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
 
     def _bad_choices(self, row: Row) -> DataError:
         column = self.section.choices
-        has = f"found {describe(row.values[column])}" if column in row.values else "the row has none"
+        has = f"found {describe(row.values[column])}" if column in row.values else "found no such column"
         return DataError(
-            f"column {column!r} must hold choices, {has}",
+            f"column {column!r} must contain choices, {has}",
             where=row.where,
             hint='write a list of texts, or {"text": [...], "label": [...]}, or name its column: '
             "{format: multiple_choice, choices: <column>}",
         )
 
     def _right(self, row: Row, texts: list[str], labels: list[str]) -> int:
-        """Place of the right choice."""
+        """Index of the correct choice."""
         answer = row.values.get(self.section.answer)
         if type(answer) is int and 0 <= answer < len(texts):
             return answer
-        places = {place for place, names in enumerate(zip(texts, labels, strict=True)) if answer in names}
-        if isinstance(row.values[self.section.choices], dict) and answer in labels:  # the row's own labels decide
-            places = {labels.index(answer)}
-        if len(places) != 1:
-            kind = "more than one" if places else "none"
+        # A label of one choice can be the text of another: the labels 1 to 4 of numbers, for instance. Labels that the
+        # row gives itself take precedence; otherwise such an answer is ambiguous.
+        matches = {index for index, names in enumerate(zip(texts, labels, strict=True)) if answer in names}
+        if isinstance(row.values[self.section.choices], dict) and answer in labels:
+            matches = {labels.index(answer)}
+        if len(matches) != 1:
+            kind = "more than one" if matches else "none"
             raise DataError(
                 f"column {self.section.answer!r} must name one of {len(texts)} choices, "
-                f"found {describe(answer)}, which names {kind} of {excerpt(', '.join(texts))}",
+                f"found {describe(answer)}, which matches {kind} of {excerpt(', '.join(texts))}",
                 where=row.where,
                 hint="write its number from 0, its letter or its text, or name the column: "
                 "{format: multiple_choice, answer: <column>}",
             )
-        return places.pop()
+        return matches.pop()
 
 
 def _are_texts(values: Any) -> TypeGuard[list[str]]:

@@ -9,7 +9,7 @@ from finetune.recipe.sections.data import QaSource
 
 
 class QaFormat(Format[QaSource]):
-    """Rows in the form of SQuAD and its relatives."""
+    """Rows as in SQuAD and similar data sets."""
 
     def document(self, row: Row) -> Conversation:
         """The context and the question below it as the user's turn, the first answer as the assistant's."""
@@ -30,14 +30,14 @@ class QaFormat(Format[QaSource]):
         answers = found.get("text") if isinstance(found, dict) else found
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
             raise DataError(
-                f"column {column!r} must hold at least one answer, found {describe(found)}",
+                f"column {column!r} must contain at least one answer, found {describe(found)}",
                 where=row.where,
-                hint=_remedy(found),
+                hint=_hint(found),
             )
         return tuple(answers)
 
 
-def _remedy(found: object) -> str:
+def _hint(found: object) -> str:
     if type(found) is int:
-        return "if the number is that of a choice, set the source's format: multiple_choice, and name its choices"
+        return "if the number is the index of a choice, set format: multiple_choice and the column of choices"
     return 'write a text, a list of texts, or {"text": [...]}'

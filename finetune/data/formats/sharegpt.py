@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.data.documents import Conversation, Format, Message
-from finetune.data.formats.chat import answered, is_trained, listed
+from finetune.data.formats.chat import is_trained, messages_in, with_answer
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
@@ -13,10 +13,10 @@ from finetune.recipe.sections.data import ShareGptSource
 
 
 class ShareGptFormat(Format[ShareGptSource]):
-    """Rows in the form of the ShareGPT data set, tool calls as turns of their own included.
+    """Rows as in the ShareGPT data set; tool calls may be separate turns.
 
     Args:
-        section: The names of columns, keys and roles.
+        section: Names of columns, keys and roles.
     """
 
     def __init__(self, section: ShareGptSource) -> None:
@@ -29,14 +29,14 @@ class ShareGptFormat(Format[ShareGptSource]):
         }
 
     def document(self, row: Row) -> Conversation:
-        """The row's turns under the names of roles that chat templates know."""
+        """The turns of the row, with the role names of chat templates."""
         column = self.section.conversations
-        turns = listed(row, column, "{format: sharegpt, conversations: <column>}")
+        turns = messages_in(row, column, "{format: sharegpt, conversations: <column>}")
         messages = [self._message(turn, f"{column}[{i}]", row.where) for i, turn in enumerate(turns)]
         if system := row.optional_text(self.section.system):
             messages.insert(0, Message("system", system))
         if self.section.answer is not None:
-            messages = answered(messages, row, self.section.answer, self._message)
+            messages = with_answer(messages, row, self.section.answer, self._message)
         return Conversation(tuple(messages), tools_of(row, self.section.tools))
 
     def _message(self, turn: Any, key: str, where: str) -> Message:
@@ -50,7 +50,7 @@ class ShareGptFormat(Format[ShareGptSource]):
             raise DataError(
                 f"{key}.{role_key} must be one of {excerpt(', '.join(self._roles))}, found {describe(name)}",
                 where=where,
-                hint="correct the row, or name its roles in the source's section of the recipe",
+                hint="correct the row, or add the role in the source's section of the recipe",
             )
         train = is_trained(turn, key, where)
         if name in self.section.call_roles:

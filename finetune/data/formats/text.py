@@ -8,8 +8,8 @@ from finetune.recipe.sections.data import TextSource
 
 
 class TextFormat(Format[TextSource]):
-    """Rows of text, every token of which is trained."""
+    """Rows of text; every token is a target."""
 
     def document(self, row: Row) -> PlainText:
-        """The text as a completion of nothing."""
+        """The text as a completion without a prompt."""
         return PlainText("", row.text(self.section.text))

@@ -1,21 +1,19 @@
-"""Tokenized: rows of token ids, as another program made them."""
+"""Tokenized: rows of token ids from another program."""
 
 from __future__ import annotations
 
+from finetune.data.collate import IGNORED
 from finetune.data.documents import Format, Tokens
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 from finetune.recipe.sections.data import TokenizedSource
-
-IGNORED = -100
-"""The label of a token that is not trained, by convention of transformers."""
 
 
 class TokenizedFormat(Format[TokenizedSource]):
     """Rows of token ids with optional labels or a mask."""
 
     def document(self, row: Row) -> Tokens:
-        """The ids as they stand; a label that is neither its own token nor -100 is refused."""
+        """The token ids of the row; refuses a label that is neither its own token nor -100."""
         section = self.section
         ids = _integers(row, section.input_ids)
         if any(token < 0 for token in ids):
@@ -34,12 +32,12 @@ class TokenizedFormat(Format[TokenizedSource]):
 
     def _labelled(self, row: Row, ids: tuple[int, ...]) -> tuple[bool, ...]:
         labels = _integers(row, self.section.labels, len(ids))
-        for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (token, IGNORED):
                 raise DataError(
-                    f"label {place} is {label}, but its token is {token}",
+                    f"label {index} is {label}, but its token is {token}",
                     where=row.where,
-                    hint="labels stand at their own token, not shifted, and are -100 where not trained",
+                    hint="a label is at the position of its token, not shifted, and -100 where the token is no target",
                 )
         return tuple(label != IGNORED for label in labels)
 
@@ -47,7 +45,7 @@ class TokenizedFormat(Format[TokenizedSource]):
         mask = _integers(row, self.section.mask, len(ids))
         if not set(mask) <= {0, 1}:
             raise DataError(
-                f"column {self.section.mask!r} must hold only 0 and 1", where=row.where, hint="correct the row"
+                f"column {self.section.mask!r} must contain only 0 and 1", where=row.where, hint="correct the row"
             )
         return tuple(bool(value) for value in mask)
 
@@ -58,7 +56,7 @@ def _integers(row: Row, column: str, length: int | None = None) -> tuple[int, ..
         raise DataError(
             f"column {column!r} must be a list of whole numbers, found {describe(values)}",
             where=row.where,
-            hint="correct the row, or name its column in the source's section of the recipe",
+            hint="correct the row, or set the name of its column in the source's section of the recipe",
         )
     if length is not None and len(values) != length:
         raise DataError(

@@ -1,1 +1,1 @@
-"""Readers of local files: each kind of file becomes rows, one kind a module; `files.py` has the table of them."""
+"""Readers of local files: one module for each kind of file; `files.py` has the table of them."""

@@ -1,4 +1,4 @@
-"""The bytes and the text of a file, decompressed on the way, with a limit on everything that a file can make grow."""
+"""Bytes and text of files, decompressed while reading, with a limit on everything that a hostile file can inflate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.errors import DataError
 LONGEST_LINE_BYTES = 16 << 20
 HIGHEST_RATIO = 200
 FREE_BYTES = 64 << 20
-"""A file may decompress to this much and `HIGHEST_RATIO` times its size."""
+"""A file may decompress to this many bytes plus `HIGHEST_RATIO` times its size."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -44,7 +44,7 @@ COMPRESSIONS = tuple(_DECOMPRESSORS)
 
 
 class _Decompressed(io.RawIOBase):
-    """A compressed file's content; refuses damage, and more content than an honest file of its size has."""
+    """Content of a compressed file; refuses damage, and more content than an ordinary file of its size has."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self._path = path
@@ -60,9 +60,9 @@ class _Decompressed(io.RawIOBase):
             chunk = self._content.read(len(buffer))
         except _DAMAGE as error:
             raise DataError(
-                f"the file cannot be decompressed: {error}", where=str(self._path), hint="fetch or compress it again"
+                f"the file cannot be decompressed: {error}", where=str(self._path), hint="download or compress it again"
             ) from error
-        self._allowance -= len(chunk)
+        self._allowance -= len(chunk)  # counted while reading: sizes in headers can lie
         if self._allowance < 0:
             raise DataError(
                 f"the file decompresses to more than {HIGHEST_RATIO} times its size",
@@ -78,10 +78,10 @@ class _Decompressed(io.RawIOBase):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading; one with the suffix of a compression is decompressed on the way.
+    """Open a file for reading; a file with the suffix of a compression is decompressed while reading.
 
     Raises:
-        DataError: The file cannot be opened. Reading from it raises one if it is damaged or grows without end.
+        DataError: The file cannot be opened. Reading raises it if the file is damaged or exceeds the limit.
     """
     try:
         stream = path.open("rb")
@@ -95,13 +95,14 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file without their ends, counted from 1; a byte order mark and CRLF are accepted.
+    """The lines of a UTF-8 file without line ends, numbered from 1; accepts a byte order mark and CRLF.
 
     Raises:
         DataError: A line is too long or not UTF-8.
     """
     with open_bytes(path) as stream:
         number = 0
+        # One byte above the limit tells a line that is too long, without reading a file of one endless line.
         while line := stream.readline(LONGEST_LINE_BYTES + 1):
             number += 1
             if len(line) > LONGEST_LINE_BYTES:
@@ -114,7 +115,7 @@ def whole_text(path: Path, limit: int) -> str:
     """The text of a UTF-8 file of at most `limit` bytes.
 
     Raises:
-        DataError: It is longer, or not UTF-8.
+        DataError: The file is longer, or not UTF-8.
     """
     with open_bytes(path) as stream:
         content = stream.read(limit + 1)

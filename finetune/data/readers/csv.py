@@ -1,14 +1,12 @@
-"""CSV: a header with the names of the columns, then rows of text; a quoted cell may hold anything, newlines too.
-
-Read by hand, because the standard library's reader cannot say in which column of a line a row is broken.
-"""
+"""CSV: a header with the names of the columns, then rows of text; a quoted cell may hold anything, newlines too."""
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from finetune.data.readers.content import LONGEST_LINE_BYTES, numbered_lines
 from finetune.data.readers.options import Options
@@ -20,47 +18,67 @@ CHARACTERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\
 SNIFFED = (",", ";", "\t")
 
 _QUOTED = re.compile(r'"[^"]*"?')
-
-
-class _Cell(NamedTuple):
-    text: str
-    where: str
+_FAULTS = {
+    "unexpected end of data": ("the quote is not closed", "close it, or write it twice"),
+    "field larger than": ("the cell is longer than 16 MiB, or its quote is not closed", "close it, or split the row"),
+    "expected after": (
+        "expected the delimiter or the end of the line after the closing quote",
+        "write a quote within a quoted cell twice",
+    ),
+    "new-line character": ("a carriage return outside of quotes", "end lines with LF or CRLF, or quote the cell"),
+}
+"""What is wrong and what to do, by a part of the message of `csv.Error`, which has no codes."""
 
 
 def read_csv(path: Path, options: Options) -> Iterator[Row]:
-    """The rows of a CSV file, in order; blank lines are passed over, and every value is text.
+    """The rows of a CSV file, in order; blank lines are skipped, and every value is text.
 
     Raises:
         DataError: The header names a column twice or not at all, a row has more or fewer cells than the header,
-            or a quote is not closed.
+            or a quote is not closed. It names the line where the row begins and, where known, the column.
     """
-    records = _Scanner(path, CHARACTERS[options.delimiter] if options.delimiter else None).records()
-    header = next(records, None)
-    if header is None:
+    lines = numbered_lines(path)
+    first = next((line for line in lines if not _is_blank(line[1])), None)
+    if first is None:
         return
-    columns = _columns(header)
-    for cells in records:
-        _check_count(cells, columns)
-        yield Row(dict(zip(columns, (cell.text for cell in cells), strict=True)), cells[0].where.rpartition(":")[0])
+    delimiter = CHARACTERS[options.delimiter] if options.delimiter else _sniff(first[1])
+    # The limit holds for the whole process; its default of 128 Ki characters is less than a long document.
+    csv.field_size_limit(LONGEST_LINE_BYTES)
+    taken: list[tuple[int, str]] = []  # lines of the current record: several where a quoted cell has newlines
+    reader = csv.reader(_feed(chain([first], lines), taken), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    while True:
+        taken.clear()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise _fault(error, path, taken, delimiter, columns) from error
+        if cells is None:
+            return
+        where = f"{path}:{taken[0][0]}"
+        if _is_blank(taken[-1][1]):  # the last line of a record with newlines has a quote, so it is never blank
+            continue
+        if not columns:
+            columns = _header(cells, where)
+            continue
+        if len(cells) != len(columns):
+            raise DataError(
+                f"expected {len(columns)} cells as in the header, found {len(cells)}",
+                where=where,
+                hint="put a cell with the delimiter in it in quotes, or set the source's delimiter",
+            )
+        yield Row(dict(zip(columns, cells, strict=True)), where)
 
 
-def _columns(header: list[_Cell]) -> list[str]:
-    names: dict[str, None] = {}
-    for cell in header:
-        if not cell.text.strip() or cell.text in names:
-            what = f"the header names column {excerpt(cell.text)!r} twice" if cell.text.strip() else "a nameless column"
-            raise DataError(what, where=cell.where, hint="the first line of a CSV file names its columns")
-        names[cell.text] = None
-    return list(names)
+def _is_blank(line: str) -> bool:
+    return not line.strip(" ")
 
 
-def _check_count(cells: list[_Cell], columns: list[str]) -> None:
-    if len(cells) != len(columns):
-        raise DataError(
-            f"expected {len(columns)} cells as in the header, found {len(cells)}",
-            where=cells[min(len(cells), len(columns) + 1) - 1].where,
-            hint="put a cell with the delimiter in it in quotes, or set the source's delimiter",
-        )
+def _feed(lines: Iterable[tuple[int, str]], taken: list[tuple[int, str]]) -> Iterator[str]:
+    """The text of the lines for a reader; `taken` shows which ones it has read."""
+    for line in lines:
+        taken.append(line)
+        yield f"{line[1]}\n"
 
 
 def _sniff(header: str) -> str:
@@ -68,78 +86,28 @@ def _sniff(header: str) -> str:
     return max(SNIFFED, key=_QUOTED.sub("", header).count)
 
 
-class _Scanner:
-    """Takes the lines of a CSV file apart.
-
-    Args:
-        path: The file.
-        delimiter: What separates cells; None to see it from the first line.
-    """
-
-    def __init__(self, path: Path, delimiter: str | None) -> None:
-        self._path = path
-        self._delimiter = delimiter
-        self._varlen_meta = numbered_lines(path)
-        self._number, self._line, self._at = 0, "", 0
-
-    def records(self) -> Iterator[list[_Cell]]:
-        """The cells of each record; one with newlines in quotes takes several lines."""
-        while self._next_line():
-            if self._line.strip(" "):
-                self._delimiter = self._delimiter or _sniff(self._line)
-                yield self._record(self._delimiter)
-
-    def _next_line(self) -> bool:
-        line = next(self._varlen_meta, None)
-        if line is None:
-            return False
-        (self._number, self._line), self._at = line, 0
-        return True
-
-    @property
-    def _where(self) -> str:
-        return f"{self._path}:{self._number}:{self._at + 1}"
-
-    def _record(self, delimiter: str) -> list[_Cell]:
-        cells = [self._cell(delimiter)]
-        while self._at < len(self._line):
-            self._at += 1
-            cells.append(self._cell(delimiter))
-        return cells
-
-    def _cell(self, delimiter: str) -> _Cell:
-        """The cell that begins here; leaves the scanner at the delimiter after it or at the end of the line."""
-        where = self._where
-        if not self._line.startswith('"', self._at):
-            start, end = self._at, self._line.find(delimiter, self._at)
-            self._at = end if end >= 0 else len(self._line)
-            return _Cell(self._line[start : self._at], where)
-        text = self._quoted()
-        after = self._line[self._at : self._at + 1]
-        if after not in ("", delimiter):
+def _header(cells: list[str], where: str) -> list[str]:
+    for place, name in enumerate(cells):
+        is_named = bool(name.strip())
+        if not is_named or name in cells[:place]:
             raise DataError(
-                f"expected {delimiter!r} or the end of the line after the closing quote, found {after!r}",
-                where=self._where,
-                hint="write a quote within a quoted cell twice",
+                f"the header names column {excerpt(name)!r} twice" if is_named else f"column {place + 1} has no name",
+                where=where,
+                hint="the first line of a CSV file names its columns",
             )
-        return _Cell(text, where)
+    return cells
 
-    def _quoted(self) -> str:
-        """The text of the quoted cell that begins here."""
-        where = self._where
-        parts: list[str] = []
-        size = 0
-        self._at += 1
-        while True:
-            end = self._line.find('"', self._at)
-            if end < 0:
-                parts += [self._line[self._at :], "\n"]
-                size += len(parts[-2]) + 1
-                if size > LONGEST_LINE_BYTES or not self._next_line():
-                    raise DataError("the quote is not closed", where=where, hint="close it, or write it twice")
-                continue
-            is_doubled = self._line.startswith('""', end)
-            parts.append(self._line[self._at : end + is_doubled])
-            self._at = end + 1 + is_doubled
-            if not is_doubled:
-                return "".join(parts)
+
+def _fault(
+    error: csv.Error, path: Path, taken: Sequence[tuple[int, str]], delimiter: str, columns: Sequence[str]
+) -> DataError:
+    """What is wrong with a record, and in which column: the one after its last sound cell."""
+    record = "\n".join(line for _, line in taken)
+    cell = re.compile(rf'(?:"[^"]*(?:""[^"]*)*"|(?!")[^{delimiter}\n\r]*){re.escape(delimiter)}')
+    sound = end = 0
+    while match := cell.match(record, end):
+        sound, end = sound + 1, match.end()
+    column = f", column {excerpt(columns[sound])!r}" if sound < len(columns) else ""
+    known = (fault for part, fault in _FAULTS.items() if part in str(error))
+    what, hint = next(known, (f"not valid CSV: {error}", "correct the row"))
+    return DataError(what, where=f"{path}:{taken[0][0]}{column}", hint=hint)

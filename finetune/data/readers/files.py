@@ -1,4 +1,4 @@
-"""Which files a path of a recipe means, and the reader for each kind of file."""
+"""The data files of a path in a recipe, and the reader of each kind of file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ READERS: Mapping[str, Reader] = {
     ".txt": read_text,
     ".md": read_text,
 }
-"""The reader for each suffix, which a suffix of `COMPRESSIONS` may follow."""
+"""The reader for each suffix; a suffix of `COMPRESSIONS` may follow."""
 
 
 def read_files(path: str, options: Options) -> Iterator[Row]:
-    """The rows of all files that a path means, one file after the other.
+    """The rows of all files of a path, one file after the other.
 
     Raises:
         DataError: There are no such files, or one of them cannot be used.
@@ -42,17 +42,17 @@ def read_files(path: str, options: Options) -> Iterator[Row]:
         raise DataError(
             f"the source has a delimiter ({options.delimiter}), and none of its files has cells",
             where=path,
-            hint="leave delimiter out; it is for .csv and .tsv",
+            hint="remove delimiter; it is for .csv and .tsv",
         )
     for file in files:
         yield from READERS[_kind(file)](file, options)
 
 
 def data_files(path: str, options: Options) -> list[Path]:
-    """The files that a path means: itself, or all of a known kind, sorted, below a folder or matching a pattern.
+    """The data files of a path, sorted: the file itself, or all of a known kind in a folder or matching a pattern.
 
     Raises:
-        DataError: There are none, or the path is a file of another kind.
+        DataError: There are no such files, or the path is a file of another kind.
     """
     if os.path.isfile(path):
         return [_of_known_kind(Path(path), options)]
@@ -75,11 +75,11 @@ def _visible_below(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _known(candidates: Iterable[Path], options: Options, path: str, otherwise: str) -> list[Path]:
+def _known(candidates: Iterable[Path], options: Options, path: str, error: str) -> list[Path]:
     kinds = _kinds(options)
     files = sorted(file for file in candidates if _kind(file) in kinds and file.is_file())
     if not files:
-        raise DataError(otherwise, where=path, hint=f"kinds of files that are read: {' '.join(kinds)}")
+        raise DataError(error, where=path, hint=f"supported kinds of files: {' '.join(kinds)}")
     return files
 
 
@@ -95,12 +95,15 @@ def _of_known_kind(file: Path, options: Options) -> Path:
 
 
 def _kinds(options: Options) -> list[str]:
-    """The suffixes that a source can use: plain text has no columns, so few can use it."""
+    """The suffixes that a source can use; plain text has no columns, so it needs a source that sets a split."""
     return [kind for kind, reader in READERS.items() if reader is not read_text or options.split]
 
 
 def _kind(file: Path) -> str:
-    """The suffix that decides the reader, in lower case: that of `x.csv.gz` is `.csv`, and `.parquet` stands last."""
+    """The suffix that selects the reader, in lower case: `.csv` for `x.csv.gz`.
+
+    Parquet compresses its own columns: `x.parquet.gz` is no known kind, so its suffix here is `.gz`.
+    """
     suffix = file.suffix.lower()
     if suffix not in COMPRESSIONS:
         return suffix

@@ -1,4 +1,4 @@
-"""JSON: a list of objects, or an object of which one value is that list."""
+"""JSON: a list of objects, or an object with one such list."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HINT = "the file is a list of JSON objects, or an object with one such list; one
 
 
 def read_json(path: Path, options: Options) -> Iterator[Row]:
-    """The rows of a JSON file, in order; the text is held in memory, its rows are not.
+    """The rows of a JSON file, in order; the text is in memory as a whole, the rows one at a time.
 
     Raises:
-        DataError: It is neither a list of objects nor an object with one such list.
+        DataError: The file is neither a list of objects nor an object with one such list.
     """
     cursor = JsonCursor(whole_text(path, LONGEST_FILE_BYTES), str(path), line=1, hint=HINT)
     yield from _items(cursor) if cursor.take("[{") == "[" else _items_of_the_list_in(cursor)
@@ -27,19 +27,19 @@ def read_json(path: Path, options: Options) -> Iterator[Row]:
 
 
 def _items(cursor: JsonCursor) -> Iterator[Row]:
-    """The objects of a list whose bracket has been passed."""
+    """The objects of a list, after its opening bracket."""
     if cursor.peek() == "]":
         cursor.take("]")
         return
     while True:
-        where = cursor.where
+        where = cursor.where  # before the value is consumed
         yield Row(cursor.object(), where)
         if cursor.take(",]") == "]":
             return
 
 
 def _items_of_the_list_in(cursor: JsonCursor) -> Iterator[Row]:
-    """The objects of the one list in an object whose brace has been passed."""
+    """The objects of the only list in an object, after its opening brace."""
     start = cursor.where
     lists = 0
     while cursor.peek() != "}":

@@ -1,4 +1,7 @@
-"""A place in a JSON text that moves on value by value. Strict: no NaN, no key twice, no half of a character."""
+"""A cursor that reads JSON text value by value and reports errors by line and column.
+
+Stricter than the `json` module: no NaN or Infinity, no duplicate keys, no unpaired surrogates.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonCursor:
-    """Reads one value after the other; every fault has its `file:line:column`.
+    """Reads one value after the other; every error has its `file:line:column`.
 
     Args:
-        text: The JSON.
-        file: Its file, for messages.
-        line: The line of the file in which the text begins, counted from 1.
-        hint: What the file should be, for messages.
+        text: The JSON text.
+        file: The file, for messages.
+        line: Line of the file in which the text begins, from 1.
+        hint: Hint of error messages.
     """
 
     def __init__(self, text: str, file: str, line: int, hint: str) -> None:
@@ -33,20 +36,20 @@ class JsonCursor:
 
     @property
     def where(self) -> str:
-        """The place of the next value."""
+        """`file:line:column` of the next value."""
         self._skip_space()
         return self._place(self._position)
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character after white space; empty at the end."""
         self._skip_space()
         return self._text[self._position : self._position + 1]
 
     def take(self, expected: str) -> str:
-        """Move over the next character, which must be one of those in `expected`.
+        """Consume the next character, which must be one of those in `expected`.
 
         Raises:
-            DataError: It is another.
+            DataError: It is another character.
         """
         found = self.peek()
         if not found or found not in expected:
@@ -55,34 +58,35 @@ class JsonCursor:
         return found
 
     def value(self) -> Any:
-        """Move over a value and return it.
+        """Consume a value and return it.
 
         Raises:
-            DataError: There is none that the standard allows.
+            DataError: The text is not valid JSON here.
         """
         start = self._skip_space()
         try:
             value, self._position = _DECODER.raw_decode(self._text, start)
+            # Encoding the value is the proof, but costs as much as parsing; few values contain an escaped surrogate.
             is_unicode = _SURROGATE.search(self._text, start, self._position) is None or _is_unicode(value)
         except json.JSONDecodeError as error:
             raise self._fault(f"not valid JSON: {error.msg}", error.pos) from error
         except RecursionError as error:
             raise self._fault("not valid JSON: nested too deeply") from error
-        except ValueError as error:  # NaN, a number of thousands of digits, a key that stands twice
+        except ValueError as error:  # NaN, a number of thousands of digits, a duplicate key
             raise self._fault(f"not valid JSON: {excerpt(str(error))}") from error
         if not is_unicode:
             raise DataError(
-                "not valid JSON: half of an escaped character",
+                "not valid JSON: half of an escaped character (unpaired surrogate)",
                 where=self._place(start),
                 hint="write both halves, as in \\ud83d\\ude00, or the character itself",
             )
         return value
 
     def object(self) -> dict[str, Any]:
-        """Move over a value, which must be an object, and return it.
+        """Consume a value, which must be an object, and return it.
 
         Raises:
-            DataError: It is something else.
+            DataError: The value is no object, or not valid JSON.
         """
         start = self._skip_space()
         value = self.value()
@@ -91,10 +95,10 @@ class JsonCursor:
         return value
 
     def end(self) -> None:
-        """Check that nothing follows.
+        """Check that only white space follows.
 
         Raises:
-            DataError: Something does.
+            DataError: Something else follows.
         """
         if self.peek():
             raise self._fault("not valid JSON: Extra data")
@@ -109,17 +113,20 @@ class JsonCursor:
         return DataError(what, where=self._place(self._position if position is None else position), hint=self._hint)
 
     def _place(self, position: int) -> str:
-        """`file:line:column`; lines are counted on from the last place asked for, which never lies further on."""
+        """`file:line:column` of a position.
+
+        Lines are counted from the previous position, so that the whole text is scanned once; positions must ascend.
+        """
         self._line += self._text.count("\n", self._line_start, position)
         self._line_start = self._text.rfind("\n", 0, position) + 1
         return f"{self._file}:{self._line}:{position - self._line_start + 1}"
 
 
 def json_value(text: str) -> Any:
-    """What a text in a cell says, read as strictly as a file.
+    """The value of JSON text in a cell, parsed as strictly as a file.
 
     Raises:
-        ValueError: It is not JSON, and why.
+        ValueError: The text is not valid JSON, with the reason.
     """
     cursor = JsonCursor(text, file="", line=1, hint="")
     try:
@@ -131,7 +138,7 @@ def json_value(text: str) -> Any:
 
 
 def _is_unicode(value: Any) -> bool:
-    """Whether all text in a value can be encoded; a tokenizer refuses half a surrogate pair without a word why."""
+    """Whether all text in a value can be encoded as UTF-8; tokenizers fail on unpaired surrogates without a reason."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -147,7 +154,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return values
 
 

@@ -12,7 +12,7 @@ from finetune.data.rows import Row
 
 
 def read_jsonl(path: Path, options: Options) -> Iterator[Row]:
-    """The rows of a JSONL file, in order; blank lines are passed over.
+    """The rows of a JSONL file, in order; blank lines are skipped.
 
     Raises:
         DataError: A line is not one JSON object.

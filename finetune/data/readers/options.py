@@ -1,4 +1,4 @@
-"""What a source may say about its files."""
+"""Options of readers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from finetune.recipe.sections.data import Delimiter, TextSplit
 
 @dataclass(frozen=True)
 class Options:
-    """How files are read where their kind leaves a choice.
+    """Options of a source for reading its files.
 
     Attributes:
-        delimiter: What separates the cells of a CSV file; None to see it from the header.
-        split: What of a plain text file is a row; None where a source cannot use plain text.
+        delimiter: Delimiter of CSV cells; None to detect it from the header.
+        split: Unit of plain text that makes a row; None where a source cannot use plain text.
     """
 
     delimiter: Delimiter | None = None

@@ -1,4 +1,4 @@
-"""Parquet: columns in groups of rows, read a batch of rows at a time."""
+"""Parquet: columns in row groups, read a batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ ROWS_PER_BATCH = 256
 
 
 def read_parquet(path: Path, options: Options) -> Iterator[Row]:
-    """The rows of a Parquet file, in order; no more than a batch of them is decoded at a time.
+    """The rows of a Parquet file, in order; one batch of them is decoded at a time.
 
     Raises:
-        DataError: The file is damaged, or a group of its rows grows without end.
+        DataError: The file is damaged, or a row group decompresses to too much.
     """
     from pyarrow.parquet import ParquetFile
 
     number = 0
     with open_bytes(path) as stream:
-        with _damage_named(path):
+        with _as_data_errors(path):
             file = ParquetFile(stream)
         _check_sizes(path, file.metadata)
         batches = file.iter_batches(ROWS_PER_BATCH)
+        # A loop over `next` instead of `for`: an error that the consumer raises at the `yield` must not be translated.
         while True:
-            with _damage_named(path):
+            with _as_data_errors(path):
                 batch = next(batches, None)
                 rows = [] if batch is None else batch.to_pylist()
             if batch is None:
@@ -44,8 +45,8 @@ def read_parquet(path: Path, options: Options) -> Iterator[Row]:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Arrow's many errors about a file's content as the user's."""
+def _as_data_errors(path: Path) -> Iterator[None]:
+    """Raise the many errors of Arrow about the content of a file as DataError."""
     from pyarrow import ArrowException
 
     try:
@@ -53,12 +54,12 @@ def _damage_named(path: Path) -> Iterator[None]:
     except (ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise DataError(
-            f"the Parquet file is damaged: {reason}", where=str(path), hint="fetch or write it again"
+            f"the Parquet file is damaged: {reason}", where=str(path), hint="download or write it again"
         ) from error
 
 
 def _check_sizes(path: Path, metadata: FileMetaData) -> None:
-    """Believe no footer that promises to decompress a group of rows to far more than the file."""
+    """Refuse a file whose footer announces row groups far larger than the file (a decompression bomb)."""
     limit = FREE_BYTES + HIGHEST_RATIO * path.stat().st_size
     for group in range(metadata.num_row_groups):
         if metadata.row_group(group).total_byte_size > limit:

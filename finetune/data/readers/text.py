@@ -1,4 +1,4 @@
-"""Plain text: a file, a line or a paragraph is a row with the one column `text`."""
+"""Plain text: each file, line or paragraph is a row with the single column `text`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from finetune.errors import DataError
 
 
 def read_text(path: Path, options: Options) -> Iterator[Row]:
-    """The rows of a text file, in order; empty files, lines and paragraphs are passed over.
+    """The rows of a text file, in order; empty files, lines and paragraphs are skipped.
 
     Raises:
         DataError: A row is longer than 16 MiB, or not UTF-8.
     """
     if options.split == "line":
-        return _varlen_meta(path)
+        return _lines(path)
     return _paragraphs(path) if options.split == "paragraph" else _file(path)
 
 
@@ -29,14 +29,14 @@ def _file(path: Path) -> Iterator[Row]:
         yield Row({"text": text}, str(path))
 
 
-def _varlen_meta(path: Path) -> Iterator[Row]:
+def _lines(path: Path) -> Iterator[Row]:
     for number, line in numbered_lines(path):
         if line.strip():
             yield Row({"text": line}, f"{path}:{number}")
 
 
 def _paragraphs(path: Path) -> Iterator[Row]:
-    """Runs of lines between blank ones."""
+    """Paragraphs: runs of lines between blank lines."""
     for is_text, run in groupby(numbered_lines(path), key=lambda line: bool(line[1].strip())):
         if is_text:
             yield _paragraph(run, path)
@@ -50,5 +50,7 @@ def _paragraph(numbered: Iterator[tuple[int, str]], path: Path) -> Row:
         lines.append(line)
         length += len(line) + 1
         if length > LONGEST_LINE_BYTES:
-            raise DataError("the paragraph is longer than 16 MiB", where=where, hint="put blank lines in it")
+            raise DataError(
+                "the paragraph is longer than 16 MiB", where=where, hint="separate paragraphs by blank lines"
+            )
     return Row({"text": "\n".join(lines)}, where)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,20 +19,20 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import merge, refuse_taken
+from finetune.jobs.export.merge import merge
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import modelfile
 from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
-from finetune.models.writing.gguf import GgufType, write_gguf, write_gguf_adapter
+from finetune.models.writing.gguf import GgufType, GgufTypeError, write_gguf, write_gguf_adapter
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
 """Largest difference of two logits, as a fraction of the largest logit, that rounding to a type explains. Of a QA-LoRA
@@ -88,7 +89,7 @@ def export_gguf(
             model. Nothing is written then.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
@@ -99,7 +100,8 @@ def export_gguf(
         source = ModelFolder(part, context.folder.name)
         plain = Quantizers(NoQuantization())
         streamed = StreamedModel(source, context.section, plain, torch.device("cpu"), dequantized=False)
-        write_gguf(streamed, context.tokenizer, kind, folder / MODEL, run.path.name)
+        with _naming_options(kind):
+            write_gguf(streamed, context.tokenizer, kind, folder / MODEL, run.path.name)
         on_event(Phase("comparing the file's and the merged model's logits"))
         rows = verification_rows(trained, on_event).rows
         found = agreement(
@@ -127,7 +129,7 @@ def export_gguf_adapter(
         RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     method, section = trained.context.method, trained.context.recipe.adapter
     further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]
@@ -146,11 +148,21 @@ def export_gguf_adapter(
         a_RI, b_OR = layer.factors(peft_bridge.ADAPTER_NAME)
         # llama.cpp scales by alpha / r, which rsLoRA is not: the factor is part of B, and alpha is written as 0.
         factors[name] = a_RI, b_OR * layer.scaling[peft_bridge.ADAPTER_NAME]
-    with recording_errors(run), written_aside(target) as folder:
+    with recording_errors(run), written_aside(target) as folder, _naming_options():
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
         what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.context.section)}."
         write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")
     return target
+
+
+@contextmanager
+def _naming_options(kind: GgufType | None = None) -> Iterator[None]:
+    """A context that adds the command's option to an UnsupportedError of the model layer, which knows no options."""
+    try:
+        yield
+    except UnsupportedError as error:
+        error.where = error.where or (f"--dtype {kind}" if isinstance(error, GgufTypeError) else "--format gguf")
+        raise
 
 
 def _read_back(folder: Path, config: PreTrainedConfig) -> nn.Module:

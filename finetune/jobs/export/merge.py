@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_bridge
 from finetune.data.encode import Example
-from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.verification import (
@@ -32,7 +31,7 @@ from finetune.models.writing.rewrite import write_merged, write_merged_quantized
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def merge(
             the trained one. Nothing is written then.
     """
     target = (output or run.merged).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     context = trained.context
     context.method.check_merge()
@@ -118,16 +117,6 @@ def merge(
         what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
-
-
-def refuse_taken(target: Path, overwrite: bool) -> None:
-    """Check that a folder does not exist, or may be overwritten.
-
-    Raises:
-        RefusedError: The folder exists.
-    """
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
 
 
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:

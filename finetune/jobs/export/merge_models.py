@@ -14,7 +14,7 @@ import torch
 from finetune.adapters import peft_bridge
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement
-from finetune.jobs.export.merge import merge, refuse_taken
+from finetune.jobs.export.merge import merge
 from finetune.jobs.export.model_card import CARD
 from finetune.jobs.export.verification import verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
@@ -23,7 +23,7 @@ from finetune.models.writing.rewrite import write_merged
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def combine(
         RefusedError: The runs have different bases, a merge does not agree with its run, or the folder exists.
     """
     target = output.absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     opened = [FineTunedRun.open(run, on_event) for run in runs]
     _refuse_other_bases(opened)
     with written_aside(target) as folder:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
-from finetune.storage.files import written_aside
+from finetune.storage.files import check_not_taken, written_aside
 
 
 def export_adapter(
@@ -24,7 +23,7 @@ def export_adapter(
         RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     rank = vllm_lora_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
     base = public_name(trained.context.section)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from finetune.adapters.base import PromptTokens
 from finetune.data.encode import Example
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import refuse_taken
 from finetune.jobs.export.verification import BOUNDS, check_agreement, verification_rows
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.linear_layers import dequantize_model, rounds_activations
@@ -23,7 +22,7 @@ from finetune.models.loading.dtype import DTYPES
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def export(
             the trained one. Nothing is written then.
     """
     target = (output or run.exported).absolute()
-    refuse_taken(target, overwrite)
+    check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     trained.context.method.check_prompt_export()
     known = len(trained.context.tokenizer)

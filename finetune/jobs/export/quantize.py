@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finetune.errors import ModelError, RefusedError
+from finetune.errors import ModelError
 from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.training_record import base_record
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.load import load_model
 from finetune.models.loading.quantized_checkpoint import (
-    refuse_without_form_on_disk,
+    check_storable,
     save_quantized,
     stored_quantization,
 )
@@ -26,7 +26,7 @@ from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_not_taken, write_json, written_aside
 
 RECORD = "quantize.json"
 
@@ -103,10 +103,9 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
         UnsupportedError: The kind has no format on disk, or does not support the model.
     """
     target = output.absolute()
-    if target.exists() and not overwrite:
-        raise RefusedError("the folder is there already", where=str(target), hint="choose --output, or add --overwrite")
+    check_not_taken(target, overwrite, is_folder=True)
     context = TrainingContext.of(recipe, on_event)
-    refuse_without_form_on_disk(context.quantizers.in_use)
+    check_storable(context.quantizers.in_use)
     if stored_quantization(context.folder):
         raise ModelError(
             "the model's weights are quantized already",

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from finetune.data.dataset import TokenizedDataset
-from finetune.data.mixing import drawn
+from finetune.data.mixing import sampled
 from finetune.models.calibration import quantize_by_inputs
 from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.load import load_model
 from finetune.models.loading.model_files import ModelFolder
-from finetune.models.loading.quantized_checkpoint import refuse_without_form_on_disk, save_quantized
+from finetune.models.loading.quantized_checkpoint import check_storable, save_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.optq import ALGORITHM
 from finetune.recipe.sections.model import Model
@@ -50,9 +50,9 @@ def calibrated_base(
     Raises:
         FinetuneError: The model cannot be quantized in this way.
     """
-    refuse_without_form_on_disk(quantizers.in_use)
+    check_storable(quantizers.in_use)
     count = max(quantizer.calibration_rows for quantizer in quantizers.calibrated)
-    chosen = drawn(len(train), count, seed).tolist()
+    chosen = sampled(len(train), count, seed).tolist()
     rows: list[list[int]] = [train[row].ids for row in chosen]
 
     def make(folder: Path) -> None:

@@ -111,10 +111,7 @@ class ModelSetup:
     @property
     def positions(self) -> int | None:
         """Tokens that the model can read and write in one row; None where its config does not say."""
-        config = self.folder.config()
-        text = config.get("text_config", config)
-        positions: int | None = text.get("max_position_embeddings") or text.get("n_positions")
-        return positions
+        return self.folder.positions
 
     def base_folder(self, on_event: EventHandler) -> ModelFolder:
         """The files that the model is loaded from.

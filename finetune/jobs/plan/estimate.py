@@ -363,7 +363,7 @@ def _largest(
     computed = trained = seen = together = 0
     for step in range(order.total_steps):
         units = [layout.rows_of(unit) for unit in order.step_units(step)]
-        for group in layout.grouped([int(lengths[unit].sum()) for unit in units], processes):
+        for group in layout.group_indices([int(lengths[unit].sum()) for unit in units], processes):
             chosen = [row for place in group for row in units[place]]
             tokens = _computed(lengths[chosen] + prompt, layout.restarts_positions)
             computed, trained = computed + tokens, trained + int(targets[chosen].sum())

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from pydantic import TypeAdapter
 
-from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, survey
+from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, summarize_source
 from finetune.data.readers.files import is_plain_text
 from finetune.data.sources import files_of
 from finetune.errors import DataError, UsageError
@@ -21,7 +21,7 @@ from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
 from finetune.jobs.plan.starter_recipe import AIMS, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
-from finetune.models.loading.model_files import ModelFolder, find_model
+from finetune.models.loading.model_files import find_model
 from finetune.plan.gpu_specs import GpuSpec
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
@@ -56,10 +56,10 @@ def inspect_dataset(
         DataError: The data cannot be used.
     """
     source = _source(data, data_format, columns)
-    found = survey(source)
+    found = summarize_source(source)
     is_text = source.path is not None and all(map(is_plain_text, files_of(source)))
     if is_text and isinstance(found.source, TextSource) and found.rows < FEW_TEXTS:
-        apart = survey(found.source.model_copy(update={"split": "paragraph"}))
+        apart = summarize_source(found.source.model_copy(update={"split": "paragraph"}))
         return apart if apart.rows >= FEW_TEXTS else found
     return found
 
@@ -176,15 +176,9 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         model=model,
         objective=objective,
         longest_row=longest,
-        row_tokens=min(wanted, _context_length(folder) or wanted),
+        row_tokens=min(wanted, folder.positions or wanted),
         splits_turns=apart,
     )
-
-
-def _context_length(folder: ModelFolder) -> int | None:
-    config = folder.config()
-    length = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
-    return length if isinstance(length, int) else None
 
 
 def _next_length(tokens: int) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.batch_plan import BatchPlan, Unit
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
-from finetune.data.report import ledger
+from finetune.data.report import data_report
 from finetune.jobs.load.context import layout_of
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model
@@ -125,7 +125,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
     return Preview(
         rows=[PreviewRow(train.place(row), list(_stretches(train[row], tokenizer))) for row in islice(in_order, rows)],
         first_step=[_micro_batch(layout, group) for group in layout.groups(first_step)],
-        ledger=ledger(data, layout),
+        ledger=data_report(data, layout),
     )
 
 

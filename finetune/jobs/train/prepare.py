@@ -17,7 +17,7 @@ from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import BatchOrder
 from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
-from finetune.data.report import ledger
+from finetune.data.report import data_report
 from finetune.errors import UnsupportedError, UsageError
 from finetune.jobs.load.context import TrainingContext, layout_of
 from finetune.jobs.load.training_record import TrainingRecord
@@ -109,7 +109,7 @@ class PreparedRun:
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, facts, is_extended)
-        read = DataRead(ledger(rows, plan))
+        read = DataRead(data_report(rows, plan))
         on_event(read)
         # Before the base is loaded: the memory that the process has at this moment counts as its libraries.
         planned_memory = estimated_peak(context, rows, order.total_steps)

@@ -1,4 +1,4 @@
-"""Decoder blocks that PyTorch compiles for the passes of training."""
+"""Decoder blocks compiled by `torch.compile` for training."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from finetune.storage.cache import cache_folder
 
 
 def compile_blocks(model: PreTrainedModel) -> str:
-    """Have a model's decoder blocks compiled where training first passes through them.
+    """Compile a model's decoder blocks, lazily, at their first forward pass in training.
 
-    Blocks that are alike share what is compiled, which takes rows of any length. Passes without gradients stay the
-    model's own: those of answers would be compiled for every kind of cache. So does attention between packed examples,
-    which goes over them one by one; and a block whose input needs no gradient, as the first one's does where embeddings
-    do not train: for it alone, everything would be compiled a second time.
+    Identical blocks share the compiled code, which takes rows of any length. Three things stay eager:
+    - Forward passes without gradients: generation would be compiled for every kind of KV cache.
+    - Attention between packed examples, which loops over them.
+    - A block whose input needs no gradient, such as the first one under frozen embeddings: for this block alone,
+      everything would be compiled a second time.
 
     Args:
-        model: Before adapters come; changed in place.
+        model: Without an adapter; changed in place.
 
     Returns:
-        What was done, in words.
+        A summary for the log.
 
     Raises:
-        EnvironmentFault: This machine has nothing to compile with.
+        EnvironmentFault: This machine has no working compiler.
         UnsupportedError: The model has no list of blocks.
     """
     name = list_of_blocks(model, linear_layers(model))
     if name is None:
         raise UnsupportedError("the model has no list of blocks to compile", where="model.kernels", hint="leave it out")
-    # Beside what else ft makes once, and not in a folder that all users of the machine share.
+    # In ft's cache: PyTorch's default is a folder in /tmp that all users of the machine share.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    torch._dynamo.config.specialize_float = True  # a LoRA's scale is one number, and not another in every step
+    torch._dynamo.config.specialize_float = True  # the scale of a LoRA layer is a constant, not a dynamic input
     _try_compiler(next(model.parameters()).device)
     blocks = list(model.get_submodule(name).children())
     for block in blocks:
@@ -51,7 +52,7 @@ def compile_blocks(model: PreTrainedModel) -> str:
 
 
 def _try_compiler(device: torch.device) -> None:
-    """Compile what is next to nothing, so that what is missing is told before the first step."""
+    """Compile a minimal function, so that a missing compiler is reported before the first step."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except (InductorError, TorchDynamoException, OSError) as error:
@@ -65,16 +66,22 @@ def _try_compiler(device: torch.device) -> None:
 
 
 def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
-    own: Any = block.forward
-    once = MethodType(type(block).forward.__wrapped__, block) if isinstance(block, GradientCheckpointingLayer) else own
-    compiled = torch.compile(once, dynamic=True)
+    """A forward pass that is compiled in training and eager otherwise."""
+    eager: Any = block.forward
+    # `GradientCheckpointingLayer.__init_subclass__` of transformers wraps `forward`; `__wrapped__` is the original. The
+    # wrapper must stay outside of the compiled graph.
+    unwrapped = (
+        MethodType(type(block).forward.__wrapped__, block) if isinstance(block, GradientCheckpointingLayer) else eager
+    )
+    compiled = torch.compile(unwrapped, dynamic=True)
 
-    @wraps(own)
+    @wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not _needs_gradient(*args, *kwargs.values()):
-            return own(*args, **kwargs)
+            return eager(*args, **kwargs)
         if block.training and getattr(block, "gradient_checkpointing", False):
-            # Around what is compiled: within it, nothing would be, for attention leaves the graph.
+            # Checkpointing wraps the compiled function. The other way round, the graph break at attention within the
+            # checkpointed region would leave all of it eager.
             recomputed: Any = block._gradient_checkpointing_func
             return recomputed(partial(compiled, **kwargs), *args)
         return compiled(*args, **kwargs)

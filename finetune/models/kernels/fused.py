@@ -1,11 +1,11 @@
-"""Norms and gated units of a model that keep little for backward and go over their numbers once.
+"""Fused RMSNorms and gated MLPs that save only their inputs for backward and read each tensor once.
 
-Left to itself, autograd keeps every step between the input of a norm and its output, in float32, and of a gated unit
-the activated gate beside the gate. Here only inputs are kept: results are made again where they are asked for. Rows are
-worked on a few at a time, so that what is between finds its place in the cache. Forward passes give the model's own
-results bit for bit, or are left alone.
+Autograd by default saves every intermediate tensor of a norm, in float32, and in a gated MLP the activated gate beside
+the gate. The functions here save inputs only, and recompute results in backward. They work on a few rows at a time, so
+that intermediate tensors stay in the cache. A forward pass is replaced only where the fused one gives the model's own
+results, bit for bit on a CPU.
 
-Shape legend: E width, N rows that are worked on together, T all rows, `...` any leading dimensions.
+Shape legend: E width, N rows of a chunk, T all rows, `...` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from transformers.activations import SiLUActivation
 from finetune.models.fsdp import unsharded_weights
 from finetune.models.kernels.recompute import recomputable
 
-NUMBERS_A_THREAD = 1 << 17
-"""Numbers of a tensor that a thread works on together: half a megabyte in float32, of which caches hold a few."""
+ELEMENTS_PER_THREAD = 1 << 17
+"""Elements of a chunk for each thread: half a megabyte in float32, of which caches hold a few."""
 
 
 GatedProduct = Callable[[Tensor, Tensor], Tensor]
 """(gate, up) -> activation(gate) * up."""
 
 
-class _Passes(NamedTuple):
-    """Fused forward passes for one kind of device.
+class _Kernels(NamedTuple):
+    """Fused functions for one type of device.
 
     Attributes:
         norm: (norm, x, epsilon=, offset=) -> w x / rms(x), or (offset + w) x / rms(x).
-        gate_of: From an activation to its gated product; None for an unknown activation.
-        name: For the log.
+        gate_of: Maps an activation to its gated product; returns None for an unknown activation.
+        name: Its name in the log.
     """
 
     norm: Callable[..., Tensor]
@@ -49,39 +49,39 @@ class _Passes(NamedTuple):
 
 
 def fuse(model: PreTrainedModel) -> str:
-    """Replace the forward passes of norms and gated units by fused ones, where these compute the same formula.
+    """Replace the forward passes of norms and gated MLPs by fused ones, where these compute the same formula.
 
-    On a CPU they are those of this module, on CUDA Liger's where it is installed. Only instances change, never classes
-    or modules of transformers or Liger: other models of the process keep their own passes.
+    On a CPU these are the functions of this module, on CUDA Liger's if it is installed. Only instances change, never
+    classes or modules of transformers or Liger: other models of the process keep their own forward passes.
 
     Args:
-        model: Before adapters come; changed in place. If it is sharded, every process must call this.
+        model: Without an adapter; changed in place. Collective if it is sharded: every rank must call this.
 
     Returns:
-        What was done, in words.
+        A summary for the log.
     """
     device = next(model.parameters()).device.type
-    passes = passes_on(device)
-    if passes is None:
+    kernels = kernels_on(device)
+    if kernels is None:
         missing = "liger-kernel is not installed" if device == "cuda" else f"there are no fused ones for {device}"
-        return f"norms and gated units are the model's own: {missing}"
-    norms = [_fuse_norm(module, passes) for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    units = [_fuse_unit(module, passes) for module in model.modules() if hasattr(module, "gate_proj")]
-    return f"{passes.name}: {sum(norms)} of {len(norms)} norms, {sum(units)} of {len(units)} gated units"
+        return f"norms and gated MLPs are the model's own: {missing}"
+    norms = [_fuse_norm(module, kernels) for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    mlps = [_fuse_mlp(module, kernels) for module in model.modules() if hasattr(module, "gate_proj")]
+    return f"{kernels.name}: {sum(norms)} of {len(norms)} norms, {sum(mlps)} of {len(mlps)} gated MLPs"
 
 
-def passes_on(device: str) -> _Passes | None:
-    """The fused passes for a type of device; None where there are none."""
+def kernels_on(device: str) -> _Kernels | None:
+    """The fused functions for a type of device; None where there are none."""
     if device == "cpu":
-        return _Passes(_normed, _gate_of, "fused")
-    return _liger_passes() if device == "cuda" else None
+        return _Kernels(_normed, _gate_of, "fused")
+    return _liger_kernels() if device == "cuda" else None
 
 
-def _liger_passes() -> _Passes | None:
-    """Liger's passes; None where liger-kernel is not installed.
+def _liger_kernels() -> _Kernels | None:
+    """Liger's functions; None where liger-kernel is not installed.
 
-    Its rotary embedding is left out. It writes into the memory of the query, which no version counter shows, so that a
-    query that is recomputed in backward (`selective_checkpointing.py`) would come back without its rotation.
+    Its rotary embedding is not used. It writes into the memory of the query without raising the version counter. A
+    query that is recomputed in backward (`selective_checkpointing.py`) would be without its rotation.
     """
     try:
         from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction
@@ -90,13 +90,14 @@ def _liger_passes() -> _Passes | None:
 
     def norm(module: Any, hidden_states: Tensor, *, epsilon: float, offset: float | None) -> Tensor:
         casting = "llama" if offset is None else "gemma"
-        # Not in place: it would write dX into dY, and in blocks with a norm before a residual sum dY is read again.
+        # Not in place: that would write dX into dY, and in blocks with a norm before a residual sum dY is read again.
         result: Tensor = LigerRMSNormFunction.apply(
             hidden_states, module.weight, epsilon, offset or 0.0, casting, False
         )
         return result
 
     def gate_of(activation: nn.Module) -> GatedProduct | None:
+        # By value, not by class: models have their own classes for the same activation.
         probe = torch.linspace(-4, 4, 33)
         found = activation(probe)
         if torch.allclose(found, functional.silu(probe), atol=1e-6):
@@ -105,11 +106,11 @@ def _liger_passes() -> _Passes | None:
             return LigerGELUMulFunction.apply
         return None
 
-    return _Passes(norm, gate_of, "fused by Liger")
+    return _Kernels(norm, gate_of, "fused by Liger")
 
 
-def _fuse_norm(norm: Any, passes: _Passes) -> bool:
-    """Replace the forward pass of a norm whose own pass is, bit for bit on a CPU, that of a formula that we know."""
+def _fuse_norm(norm: Any, kernels: _Kernels) -> bool:
+    """Replace a norm's forward pass if, on random inputs on a CPU, it equals a known formula bit for bit."""
     weight = getattr(norm, "weight", None)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     known = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,9 +121,9 @@ def _fuse_norm(norm: Any, passes: _Passes) -> bool:
         on_cpu._parameters = {"weight": nn.Parameter(norm.weight.detach().cpu(), requires_grad=False)}
         probe = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
         expected = type(norm).forward(on_cpu, probe)
-        for offset in (None, 1.0):  # Gemma's norms multiply by 1 + w
+        for offset in (None, 1.0):  # Gemma stores weight - 1
             if torch.equal(_normed(on_cpu, probe, epsilon=epsilon, offset=offset), expected):
-                norm.forward = MethodType(partial(passes.norm, epsilon=epsilon, offset=offset), norm)
+                norm.forward = MethodType(partial(kernels.norm, epsilon=epsilon, offset=offset), norm)
                 return True
     return False
 
@@ -133,9 +134,10 @@ def _normed(norm: Any, hidden_states: Tensor, *, epsilon: float, offset: float |
 
 
 class _Norm(torch.autograd.Function):
-    """w x / sqrt(mean(x^2) + epsilon) by rows, or with 1 + w.
+    """y = w x / sqrt(mean(x^2) + epsilon) over the last dimension, or with offset + w in the place of w.
 
-    With an offset, as in Gemma, the product is made in float32 and then rounded; without, the other way round.
+    With an offset, as in Gemma, the product with the weight is computed in float32 and then rounded to x's dtype.
+    Without, the normalized x is rounded first.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
     """
@@ -144,7 +146,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_E: Tensor, epsilon: float, offset: float | None) -> Tensor:
         x_TE = x.reshape(-1, x.shape[-1])
         inverse_T1 = torch.empty(len(x_TE), 1, device=x.device)
-        for x_NE, inverse_N1 in _some_rows(x_TE, inverse_T1):
+        for x_NE, inverse_N1 in _row_chunks(x_TE, inverse_T1):
             torch.rsqrt(x_NE.float().pow(2).mean(-1, keepdim=True) + epsilon, out=inverse_N1)
         ctx.save_for_backward(x_TE, inverse_T1, weight_E)
         ctx.offset = offset
@@ -154,25 +156,26 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # With n = x / rms(x) and g = w dy: dw = sum over rows of dy n, dx = (g - n mean(g n)) / rms(x).
         x_TE, inverse_T1, weight_E = ctx.saved_tensors
         factor_E = weight_E.float() + (ctx.offset or 0.0)
-        of_x_TE = torch.empty_like(x_TE)
-        of_weight_E = torch.zeros_like(factor_E) if ctx.needs_input_grad[1] else None
-        of_TE = gradient.reshape(x_TE.shape)
-        for x_NE, inverse_N1, of_NE, of_x_NE in _some_rows(x_TE, inverse_T1, of_TE, of_x_TE):
-            normed_NE, of_NE = x_NE * inverse_N1, of_NE.float()
-            if of_weight_E is not None:
-                of_weight_E += (of_NE * normed_NE).sum(0)
-            of_NE = of_NE * factor_E
-            shared_N1 = (of_NE * normed_NE).mean(-1, keepdim=True)
-            of_x_NE.copy_(of_NE.addcmul_(normed_NE, shared_N1, value=-1.0).mul_(inverse_N1))
-        of_weight = None if of_weight_E is None else of_weight_E.to(weight_E.dtype)
-        return of_x_TE.view(gradient.shape), of_weight, None, None
+        grad_x_TE = torch.empty_like(x_TE)
+        grad_weight_E = torch.zeros_like(factor_E) if ctx.needs_input_grad[1] else None
+        grad_TE = gradient.reshape(x_TE.shape)
+        for x_NE, inverse_N1, grad_NE, grad_x_NE in _row_chunks(x_TE, inverse_T1, grad_TE, grad_x_TE):
+            normed_NE, grad_NE = x_NE * inverse_N1, grad_NE.float()
+            if grad_weight_E is not None:
+                grad_weight_E += (grad_NE * normed_NE).sum(0)
+            grad_NE = grad_NE * factor_E
+            mean_N1 = (grad_NE * normed_NE).mean(-1, keepdim=True)
+            grad_x_NE.copy_(grad_NE.addcmul_(normed_NE, mean_N1, value=-1.0).mul_(inverse_N1))
+        grad_weight = None if grad_weight_E is None else grad_weight_E.to(weight_E.dtype)
+        return grad_x_TE.view(gradient.shape), grad_weight, None, None
 
 
 def _scaled(x_TE: Tensor, inverse_T1: Tensor, weight_E: Tensor, offset: float | None) -> Tensor:
     result_TE = torch.empty_like(x_TE, dtype=torch.result_type(x_TE, weight_E) if offset is None else x_TE.dtype)
-    for x_NE, inverse_N1, result_NE in _some_rows(x_TE, inverse_T1, result_TE):
+    for x_NE, inverse_N1, result_NE in _row_chunks(x_TE, inverse_T1, result_TE):
         wide_NE = x_NE.float() * inverse_N1
         if offset is None:
             torch.mul(weight_E, wide_NE.to(x_TE.dtype), out=result_NE)
@@ -181,28 +184,29 @@ def _scaled(x_TE: Tensor, inverse_T1: Tensor, weight_E: Tensor, offset: float | 
     return result_TE
 
 
-def _fuse_unit(unit: Any, passes: _Passes) -> bool:
-    """Replace the forward pass of a gated unit, where it is down(act(gate(x)) * up(x)) and nothing else."""
-    activation = getattr(unit, "act_fn", None)
+def _fuse_mlp(mlp: Any, kernels: _Kernels) -> bool:
+    """Replace the forward pass of a gated MLP if it is down(act(gate(x)) * up(x)) and nothing else."""
+    activation = getattr(mlp, "act_fn", None)
     if not isinstance(activation, nn.Module):
         return False
-    gate = passes.gate_of(activation)
+    gate = kernels.gate_of(activation)
     if gate is None:
         return False
+    # Different functions in the place of the three projections, so that a swapped or missing one shows.
     probe = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    probe_unit = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=activation)
+    probe_mlp = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.neg, act_fn=activation)
     try:
-        found = type(unit).forward(probe_unit, probe)
-    except (AttributeError, TypeError):  # it asks for more than that
+        found = type(mlp).forward(probe_mlp, probe)
+    except (AttributeError, TypeError):  # it uses other attributes or arguments
         return False
     if not torch.equal(found, -(activation(probe.sin()) * probe.cos())):
         return False
-    unit.forward = MethodType(partial(_gated, gate=gate), unit)
+    mlp.forward = MethodType(partial(_gated, gate=gate), mlp)
     return True
 
 
-def _gated(unit: Any, x: Tensor, *, gate: GatedProduct) -> Tensor:
-    result: Tensor = unit.down_proj(gate(unit.gate_proj(x), unit.up_proj(x)))
+def _gated(mlp: Any, x: Tensor, *, gate: GatedProduct) -> Tensor:
+    result: Tensor = mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x)))
     return result
 
 
@@ -211,50 +215,51 @@ def _gate_of(activation: nn.Module) -> GatedProduct:
 
 
 class _Gate(torch.autograd.Function):
-    """act(gate) * up, element by element; the activated gate is made again in backward.
+    """act(gate) * up, element by element; the activated gate is recomputed in backward.
 
-    Source: Shazeer 2020, arXiv 2002.05202, equation 6, without the products.
+    Source: Shazeer 2020, arXiv 2002.05202, equation 6, without the three matmuls.
     """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activate = activate
-        make = partial(_opened, activate=activate)
+        make = partial(_gated_product, activate=activate)
         return recomputable(make(gate, up), make, gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-        tensors = (tensor.flatten(0, -2) for tensor in (gate, up, gradient, of_gate, of_up))
-        for gate_NE, up_NE, of_NE, of_gate_NE, of_up_NE in _some_rows(*tensors):
-            torch.mul(of_NE, ctx.activate(gate_NE), out=of_up_NE)
-            _activate_backward(ctx.activate, of_NE * up_NE, gate_NE, of_gate_NE)
-        return of_gate, of_up, None
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        tensors = (tensor.flatten(0, -2) for tensor in (gate, up, gradient, grad_gate, grad_up))
+        for gate_NE, up_NE, grad_NE, grad_gate_NE, grad_up_NE in _row_chunks(*tensors):
+            torch.mul(grad_NE, ctx.activate(gate_NE), out=grad_up_NE)
+            _activate_backward(ctx.activate, grad_NE * up_NE, gate_NE, grad_gate_NE)
+        return grad_gate, grad_up, None
 
 
-def _opened(gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
+def _gated_product(gate: Tensor, up: Tensor, activate: nn.Module) -> Tensor:
     result = torch.empty_like(gate, dtype=torch.result_type(gate, up))
-    for gate_NE, up_NE, result_NE in _some_rows(*(tensor.flatten(0, -2) for tensor in (gate, up, result))):
+    for gate_NE, up_NE, result_NE in _row_chunks(*(tensor.flatten(0, -2) for tensor in (gate, up, result))):
         torch.mul(activate(gate_NE), up_NE, out=result_NE)
     return result
 
 
-def _activate_backward(activate: nn.Module, gradient: Tensor, x: Tensor, of_x: Tensor) -> None:
-    """Put the gradient of an activation's input into `of_x`."""
+def _activate_backward(activate: nn.Module, gradient: Tensor, x: Tensor, grad_x: Tensor) -> None:
+    """Write the gradient of an activation's input into `grad_x`."""
     if isinstance(activate, (nn.SiLU, SiLUActivation)):
-        torch.ops.aten.silu_backward(gradient, x, grad_input=of_x)
+        torch.ops.aten.silu_backward(gradient, x, grad_input=grad_x)
         return
+    # Any other activation: by autograd, within a backward function, where gradients are off.
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         activated = activate(x)
-    of_x.copy_(torch.autograd.grad(activated, x, gradient)[0])
+    grad_x.copy_(torch.autograd.grad(activated, x, gradient)[0])
 
 
-def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows of each at a time."""
-    at_once = NUMBERS_A_THREAD * torch.get_num_threads()
-    rows = max(1, at_once // max(tensor.shape[-1] for tensor in tensors))
+def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of a few rows of all tensors: views, each tuple of the same rows."""
+    elements = ELEMENTS_PER_THREAD * torch.get_num_threads()
+    rows = max(1, elements // max(tensor.shape[-1] for tensor in tensors))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

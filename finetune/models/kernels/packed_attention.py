@@ -1,14 +1,25 @@
-"""Causal attention for examples that stand one after the other in a row: each by itself, with no mask of T x T.
+"""Packed (variable-length) causal attention: several examples in one flattened row, without a mask of T x T.
 
-Tokens that an example begins with as the one before it does may stand in the row once, with the latter: what a causal
-model computes for them is the same for both. An example's own tokens then begin at a later position than 0.
+Attention stays within each example (no cross-contamination). Two consecutive examples may share a prefix: its tokens
+stand in the row once, with the first of them, because a causal model computes the same keys and values for both. The
+positions of the second example's tokens then start at the length of the prefix, not at 0.
 
-transformers hands the 4-dimensional mask that a model is called with to the attention of every layer as it is. Here
-that "mask" holds the bounds of examples, which is all that this kernel needs to know. Called with any other
-mask, or none, it is `sdpa`.
+Two prompts, `abc` and `gh`, with three answers, `de`, `f` and `i`; each letter is a token:
 
-Shape legend: H heads, G heads of keys and values, R = H / G, T tokens of the row, N tokens of a block of queries,
-K keys that the block sees, D numbers of a head, E examples, S all tokens of an example.
+    row                  a b c d e | f | g h i
+    positions            0 1 2 3 4 | 3 | 0 1 2
+    segments             0           1   2
+    starts, and the end  0           5   6      9     row 0 of `example_bounds`
+    prefix lengths       0           3   0      0     row 1 of `example_bounds`; the last 0 is padding
+    keys of a segment    a b c d e   a b c f     g h i
+    cu_seqlens_q         0           5   6      9     queries: each token once
+    cu_seqlens_k         0           5   9      12    keys: the prefix of segment 1 counts again
+
+transformers passes a 4-dimensional attention mask to every layer unchanged. This kernel uses that argument for the
+bounds of the examples, as int32. Called with a mask of another dtype, or with none, it is `sdpa`.
+
+Shape legend: H query heads, G key/value heads, R = H / G, T tokens of the row, N queries of a query block, K keys of a
+query block, D head dimension, E examples, S keys of a segment.
 """
 
 from __future__ import annotations
@@ -27,29 +38,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "ft_packed"
-"""Of the kernel, for transformers."""
+"""The kernel's name in transformers' `AttentionInterface`."""
 
 BLOCK = 128
-"""Queries that are worked on together: few enough that their scores stay in the cache, and that little is computed
-above the diagonal only to be masked; an example up to half longer is one block, and so are as many short ones in a row
-that go on from the same tokens, or from none."""
+"""Queries of a query block: few enough that their scores stay in the cache, and that little is computed above the
+diagonal only to be masked. A segment of up to 1.5 times this length is one block, and so are consecutive short segments
+with the same prefix (or none) up to this length in total."""
 
 
 def example_bounds(positions_BT: Tensor) -> Tensor:
-    """Where examples' own tokens begin, as the mask that the kernel takes: int32, shape (1, 1, 2, E + 1).
+    """The bounds of examples in a row, in place of an attention mask: int32, shape (1, 1, 2, E + 1), on the CPU.
 
-    First their places in the row and its end, then their positions, and 0. It lies on the CPU, where every layer looks
-    at its numbers without waiting for a GPU.
+    Row 0: the index of each example's first query, then T. Row 1: the length of each example's shared prefix, then 0.
 
     Args:
-        positions_BT: Positions of a single row. An example that begins at p > 0 goes on from the first p tokens of the
-            one before it, which has more.
+        positions_BT: Positions of a single row (B = 1). An example whose positions start at p > 0 shares the first p
+            tokens of the example before it, which is longer than p.
     """
+    # On the CPU: every layer reads these numbers in Python, and must not wait for a GPU.
     positions_T = positions_BT[0].cpu()
+    # An example starts wherever positions do not go up by 1; the prepended -2 makes index 0 a start.
     starts_E = (positions_T.diff(prepend=positions_T.new_tensor([-2])) != 1).nonzero().squeeze(1)
-    places = torch.cat([starts_E, starts_E.new_tensor([len(positions_T)])])
-    firsts = torch.cat([positions_T[starts_E], starts_E.new_zeros(1)])
-    return torch.stack([places, firsts]).int()[None, None]
+    starts = torch.cat([starts_E, starts_E.new_tensor([len(positions_T)])])
+    prefix_lengths = torch.cat([positions_T[starts_E], starts_E.new_zeros(1)])
+    return torch.stack([starts, prefix_lengths]).int()[None, None]
 
 
 def packed_attention(
@@ -64,11 +76,23 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: (1, H, T, D), (1, G, T, D) twice -> (1, T, H, D).
+    """The attention function that transformers calls in every layer: (1, H, T, D), (1, G, T, D) twice -> (1, T, H, D).
+
+    Args:
+        module: The attention module; only `sdpa` uses it.
+        query: Queries.
+        key: Keys.
+        value: Values.
+        attention_mask: The result of `example_bounds`, or another mask for `sdpa`.
+        dropout: Probability; must be 0.
+        scaling: Factor of the scores; D^-0.5 if None.
+        sliding_window: How many keys a query sees at most, its own included; None for all.
+        **others: Further settings of a model's attention.
 
     Raises:
-        NotImplementedError: The model asks for more than a scale and a window.
+        NotImplementedError: The model needs more than a scale and a window.
     """
+    # int32 marks our own bounds: transformers' masks are bool or of a floating-point dtype.
     if attention_mask is None or attention_mask.dtype != torch.int32:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
@@ -79,25 +103,24 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = compute_dtype(value)
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
-    places, firsts = map(tuple, attention_mask[0, 0].tolist())
+    # As tuples: the functions below are cached, and all layers of a step have the same bounds.
+    starts, prefix_lengths = map(tuple, attention_mask[0, 0].tolist())
     if uses_flash(query):
-        output: Any = _flash_attention(
-            query, key, value, _varlen_meta(places, firsts, query.device), scale, sliding_window
-        )
+        meta = _varlen_meta(starts, prefix_lengths, query.device)
+        output: Any = _flash_attention(query, key, value, meta, scale, sliding_window)
     else:
-        output = _Packed.apply(
-            query, key, value, _merged_examples(places, firsts, sliding_window), scale, sliding_window
-        )
+        segments = _merged_segments(starts, prefix_lengths, sliding_window)
+        output = _PackedAttention.apply(query, key, value, segments, scale, sliding_window)
     return output[None], None
 
 
 def uses_flash(query: Tensor) -> bool:
-    """Whether flash attention computes this: it takes 16-bit tensors on a CUDA device."""
+    """Whether flash attention is used: it takes 16-bit tensors on a CUDA device."""
     return query.is_cuda and query.dtype.itemsize == 2
 
 
 def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, lines: _VarlenMeta, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, meta: _VarlenMeta, scale: float, window: int | None
 ) -> Tensor:
     """Variable-length flash attention over the row: queries (T, H, D), keys and values (T, G, D) -> (T, H, D).
 
@@ -112,21 +135,21 @@ def _flash_attention(
         NotImplementedError: The kernel has no such head dimension.
     """
     head_dim = query.shape[-1]
-    # Its backward pass takes no other head dimensions, and a probe of the forward pass alone would not show that.
+    # Its backward pass supports no other head dimensions, and a probe of the forward pass alone would not show that.
     if head_dim % 8 or head_dim > 256:
         raise NotImplementedError(f"flash attention with a head dimension of {head_dim}")
-    if lines.seen is not None:
-        key, value = key.index_select(0, lines.seen), value.index_select(0, lines.seen)
+    if meta.key_index is not None:
+        key, value = key.index_select(0, meta.key_index), value.index_select(0, meta.key_index)
     output: Tensor = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
-        lines.cu_seqlens_q,
-        lines.cu_seqlens_k,
-        lines.max_seqlen_q,
-        lines.max_seqlen_k,
+        meta.cu_seqlens_q,
+        meta.cu_seqlens_k,
+        meta.max_seqlen_q,
+        meta.max_seqlen_k,
         0.0,  # dropout
-        window is None,  # causal; with a window, the two sizes below say the same and more
+        window is None,  # causal; with a window, `window_size_right=0` below is the causal mask
         False,  # no debug mask
         scale=scale,
         window_size_left=-1 if window is None else window - 1,
@@ -136,128 +159,143 @@ def _flash_attention(
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """Autocast's type where it is enabled, else that of `value`: rotations may widen queries and keys."""
+    """Autocast's dtype where it is enabled, else that of `value`: rotary embeddings may widen queries and keys."""
     device = value.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
-class _Block(NamedTuple):
-    """Queries that are worked on together, and the keys they see.
+class _QueryBlock(NamedTuple):
+    """Queries that are computed together, and their keys.
 
     Attributes:
-        rows: Places of the N queries in the row.
-        columns: Positions of the K keys in the example; the last N are those of the queries.
-        branches: How many of the queries each of several examples has; one number where they are of one.
+        queries: Indices of the N queries in the row.
+        keys: Positions of the K keys in the segment; the last N are those of the queries.
+        branch_lengths: Number of queries of each example in the block; a single number if all are of one example.
     """
 
-    rows: slice
-    columns: slice
-    branches: tuple[int, ...]
+    queries: slice
+    keys: slice
+    branch_lengths: tuple[int, ...]
 
-    def scores(self, query_GND: Tensor, key_GKD: Tensor, scale: float, window: int | None) -> Tensor:
-        """The queries' probabilities over the keys, shape (G, R * N, K)."""
-        groups, rows, keys = query_GND.shape[0], self.rows.stop - self.rows.start, key_GKD.shape[1]
+    def probs(self, query_GND: Tensor, key_GKD: Tensor, scale: float, window: int | None) -> Tensor:
+        """softmax(scale Q K^T) under the mask, shape (G, R * N, K); query_GND is of shape (G, R * N, D)."""
+        groups, rows, keys = query_GND.shape[0], self.queries.stop - self.queries.start, key_GKD.shape[1]
+        # beta=0: the first argument is not read; `baddbmm` is used to scale within the matmul.
         scores = torch.baddbmm(
             query_GND.new_empty(1), query_GND, key_GKD.transpose(1, 2), beta=0, alpha=scale
         ).view(groups, -1, rows, keys)  # fmt: skip
-        # Not the whole `mask`: on long rows, a pass over all their keys is a tenth of the time.
-        scores[..., -rows:] += _unseen(self.branches, scores.dtype, scores.device)
-        if window is not None and keys > window and len(self.branches) == 1:
-            scores.masked_fill_(_beyond(window, rows, keys, scores.device), float("-inf"))
+        # Only the diagonal block of N x N can hide anything: all earlier keys are visible to each of these queries.
+        # Adding the full `mask` instead would be a pass over all K keys, a tenth of the time on long rows.
+        scores[..., -rows:] += _diagonal_mask(self.branch_lengths, scores.dtype, scores.device)
+        if window is not None and keys > window and len(self.branch_lengths) == 1:
+            scores.masked_fill_(_outside_window(window, rows, keys, scores.device), float("-inf"))
         return scores.softmax(-1).view(groups, -1, keys)
 
     def mask(self, dtype: torch.dtype, device: torch.device, window: int | None) -> Tensor:
-        """What is added to the queries' scores over the keys, shape (N, K)."""
-        rows, keys = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
-        mask_NK = functional.pad(_unseen(self.branches, dtype, device), (keys - rows, 0))
-        if window is not None and keys > window and len(self.branches) == 1:
-            mask_NK.masked_fill_(_beyond(window, rows, keys, device), float("-inf"))
+        """The additive mask of the queries' scores over the keys: 0 or -inf, shape (N, K)."""
+        rows, keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+        mask_NK = functional.pad(_diagonal_mask(self.branch_lengths, dtype, device), (keys - rows, 0))
+        # Segments of several examples are merged only if the window hides none of their keys (`_merged_segments`).
+        if window is not None and keys > window and len(self.branch_lengths) == 1:
+            mask_NK.masked_fill_(_outside_window(window, rows, keys, device), float("-inf"))
         return mask_NK
 
 
-class _Example(NamedTuple):
-    """Where an example stands, or several short ones that are worked on together.
+class _Segment(NamedTuple):
+    """Queries and keys of one example, or of several short ones with the same prefix that are computed together.
 
     Attributes:
-        own: Places of the tokens that it does not share with one before it.
-        seen: Places of all its S tokens, in the order of their positions.
-        length: S.
-        branches: Own tokens of each of several, which have all others in common; one number for one.
+        queries: Indices in the row of the tokens behind the shared prefix.
+        key_slices: Indices in the row of all S keys, ordered by position: the prefix, then the queries' own.
+        key_count: S.
+        branch_lengths: Number of queries of each example, which share the prefix; a single number for one example.
     """
 
-    own: slice
-    seen: tuple[slice, ...]
-    length: int
-    branches: tuple[int, ...]
+    queries: slice
+    key_slices: tuple[slice, ...]
+    key_count: int
+    branch_lengths: tuple[int, ...]
 
     @property
-    def stem(self) -> tuple[slice, ...]:
-        """Places of what it shares."""
-        return self.seen[:-1]
+    def prefix(self) -> tuple[slice, ...]:
+        """Indices in the row of the shared prefix; empty if there is none."""
+        return self.key_slices[:-1]
 
-    def with_next(self, other: _Example) -> _Example:
-        """This and the next one, which shares as much."""
-        own = slice(self.own.start, other.own.stop)
-        count = other.own.stop - other.own.start
-        return _Example(own, (*self.stem, own), self.length + count, (*self.branches, count))
+    def with_next(self, other: _Segment) -> _Segment:
+        """This and the next segment, which has the same prefix, as one."""
+        queries = slice(self.queries.start, other.queries.stop)
+        count = other.queries.stop - other.queries.start
+        key_slices, key_count = (*self.prefix, queries), self.key_count + count
+        return _Segment(queries, key_slices, key_count, (*self.branch_lengths, count))
 
-    def blocks(self, window: int | None) -> Iterator[_Block]:
-        """Its blocks, the last first: it sees most keys, and the others' scores fit where its have been."""
-        count = self.own.stop - self.own.start
-        if len(self.branches) > 1:
-            yield _Block(self.own, slice(0, self.length), self.branches)
+    def query_blocks(self, window: int | None) -> Iterator[_QueryBlock]:
+        """Its blocks, the last first: that one has the most keys, so the others' scores fit into its freed memory."""
+        count = self.queries.stop - self.queries.start
+        if len(self.branch_lengths) > 1:
+            yield _QueryBlock(self.queries, slice(0, self.key_count), self.branch_lengths)
             return
+        # Up to 1.5 blocks are one block: a second, nearly empty one would cost more than the masked triangle.
         rows = count if count <= BLOCK * 1.5 else BLOCK
         for first in reversed(range(0, count, rows)):
             last = min(first + rows, count)
-            place = self.length - count + first
-            seen_from = 0 if window is None else max(0, place - window + 1)
-            queries = slice(self.own.start + first, self.own.start + last)
-            yield _Block(queries, slice(seen_from, place + last - first), (last - first,))
+            position = self.key_count - count + first
+            first_key = 0 if window is None else max(0, position - window + 1)
+            queries = slice(self.queries.start + first, self.queries.start + last)
+            yield _QueryBlock(queries, slice(first_key, position + last - first), (last - first,))
 
-    def of(self, heads_TGD: Tensor) -> Tensor:
-        """What its tokens have, (S, G, D): a view where they stand together."""
-        parts = [heads_TGD[part] for part in self.seen]
+    def gather_keys(self, heads_TGD: Tensor) -> Tensor:
+        """Keys (or values) of the segment, (S, G, D): a view if they are contiguous in the row, else a copy."""
+        parts = [heads_TGD[part] for part in self.key_slices]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def sums(self, heads_TGD: Tensor) -> Tensor:
-        """Where sums over its tokens are formed, (S, G, D), before `add`: a view where they stand together."""
-        together = len(self.seen) == 1
-        return heads_TGD[self.seen[0]] if together else heads_TGD.new_zeros(self.length, *heads_TGD.shape[1:])
+    def grad_buffer(self, heads_TGD: Tensor) -> Tensor:
+        """A buffer for the gradient of the segment's keys, (S, G, D): a view of `heads_TGD` if they are contiguous."""
+        if len(self.key_slices) == 1:
+            return heads_TGD[self.key_slices[0]]
+        return heads_TGD.new_zeros(self.key_count, *heads_TGD.shape[1:])
 
-    def add(self, heads_TGD: Tensor, own_SGD: Tensor) -> None:
-        """Add what has come together in `sums`, unless that is a view."""
-        if len(self.seen) > 1:
-            parts = own_SGD.split([part.stop - part.start for part in self.seen])
-            for part, of_part in zip(self.seen, parts, strict=True):
+    def scatter_grad(self, heads_TGD: Tensor, grad_SGD: Tensor) -> None:
+        """Add the buffer from `grad_buffer` to the gradient of the row, unless it is a view of that."""
+        if len(self.key_slices) > 1:
+            parts = grad_SGD.split([part.stop - part.start for part in self.key_slices])
+            for part, of_part in zip(self.key_slices, parts, strict=True):
                 heads_TGD[part] += of_part
 
 
 @lru_cache(maxsize=64)
-def _examples(places: tuple[int, ...], firsts: tuple[int, ...]) -> tuple[_Example, ...]:
-    """The examples of `example_bounds`."""
-    examples: list[_Example] = []
-    seen: tuple[slice, ...] = ()
-    for (start, end), first in zip(pairwise(places), firsts, strict=False):
-        seen = (*_prefix_slices(seen, first), slice(start, end))
-        examples.append(_Example(slice(start, end), seen, first + end - start, (end - start,)))
-    return tuple(examples)
+def _segments(starts: tuple[int, ...], prefix_lengths: tuple[int, ...]) -> tuple[_Segment, ...]:
+    """One segment for each example of `example_bounds`."""
+    segments: list[_Segment] = []
+    key_slices: tuple[slice, ...] = ()
+    for (start, end), prefix_length in zip(pairwise(starts), prefix_lengths, strict=False):
+        # The prefix is taken from the keys of the example before, which may itself have a prefix from an earlier one.
+        key_slices = (*_prefix_slices(key_slices, prefix_length), slice(start, end))
+        segments.append(_Segment(slice(start, end), key_slices, prefix_length + end - start, (end - start,)))
+    return tuple(segments)
 
 
 @lru_cache(maxsize=64)
-def _merged_examples(places: tuple[int, ...], firsts: tuple[int, ...], window: int | None) -> tuple[_Example, ...]:
-    """The same with short examples that share as much as one, if a window hides nothing of them."""
-    found: list[_Example] = []
-    for example in _examples(places, firsts):
-        goes_along = found and found[-1].stem == example.stem and example.own.stop - found[-1].own.start <= BLOCK
-        if goes_along and (window is None or max(found[-1].length, example.length) <= window):
-            found[-1] = found[-1].with_next(example)
+def _merged_segments(
+    starts: tuple[int, ...], prefix_lengths: tuple[int, ...], window: int | None
+) -> tuple[_Segment, ...]:
+    """`_segments`, with consecutive short ones of the same prefix merged, if a window hides none of their keys."""
+    merged: list[_Segment] = []
+    for segment in _segments(starts, prefix_lengths):
+        is_mergeable = (
+            merged
+            and merged[-1].prefix == segment.prefix
+            and segment.queries.stop - merged[-1].queries.start <= BLOCK
+            and (window is None or max(merged[-1].key_count, segment.key_count) <= window)
+        )
+        if is_mergeable:
+            merged[-1] = merged[-1].with_next(segment)
         else:
-            found.append(example)
-    return tuple(found)
+            merged.append(segment)
+    return tuple(merged)
 
 
 def _prefix_slices(parts: tuple[slice, ...], count: int) -> Iterator[slice]:
+    """The first `count` indices of consecutive slices, as slices."""
     for part in parts:
         if count > 0:
             yield slice(part.start, min(part.stop, part.start + count))
@@ -265,69 +303,71 @@ def _prefix_slices(parts: tuple[slice, ...], count: int) -> Iterator[slice]:
 
 
 class _VarlenMeta(NamedTuple):
-    """The examples as flash attention takes them.
+    """The bounds of examples as variable-length flash attention takes them.
 
     Attributes:
-        cu_seqlens_q: Where the tokens of each begin among the queries, and the end, (E + 1,), int32.
-        cu_seqlens_k: The same among the keys.
-        max_seqlen_q: Queries of an example at most.
-        max_seqlen_k: Its keys at most.
-        seen: Places of the keys in the row, one example's after the other's; None where these are all places in turn.
+        cu_seqlens_q: Cumulative numbers of queries, (E + 1,), int32.
+        cu_seqlens_k: Cumulative numbers of keys, (E + 1,), int32; a shared prefix counts for each example.
+        max_seqlen_q: The largest number of queries of an example.
+        max_seqlen_k: The largest number of keys of an example.
+        key_index: Indices of the keys in the row, (cu_seqlens_k[-1],), int64; None without shared prefixes.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-    seen: Tensor | None
+    key_index: Tensor | None
 
 
 @lru_cache(maxsize=64)
-def _varlen_meta(places: tuple[int, ...], firsts: tuple[int, ...], device: torch.device) -> _VarlenMeta:
-    examples = _examples(places, firsts)
-    own = [example.own.stop - example.own.start for example in examples]
-    lengths = [example.length for example in examples]
-    seen = [torch.arange(part.start, part.stop) for example in examples for part in example.seen]
+def _varlen_meta(starts: tuple[int, ...], prefix_lengths: tuple[int, ...], device: torch.device) -> _VarlenMeta:
+    segments = _segments(starts, prefix_lengths)
+    query_counts = [segment.queries.stop - segment.queries.start for segment in segments]
+    key_counts = [segment.key_count for segment in segments]
+    key_index = [torch.arange(part.start, part.stop) for segment in segments for part in segment.key_slices]
     cu_seqlens_q, cu_seqlens_k = (
-        torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (own, lengths)
+        torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (query_counts, key_counts)
     )
     return _VarlenMeta(
         cu_seqlens_q.to(device),
         cu_seqlens_k.to(device),
-        max(own),
-        max(lengths),
-        None if own == lengths else torch.cat(seen).to(device),
+        max(query_counts),
+        max(key_counts),
+        None if query_counts == key_counts else torch.cat(key_index).to(device),
     )
 
 
-def _unseen(branches: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Minus infinity for keys that come after their query or are another example's, else 0; shape (N, N)."""
-    rows = sum(branches)
-    future_NN = _largest_future(dtype, device)[:rows, :rows]
-    if len(branches) == 1:
-        return future_NN
-    counts = torch.tensor(branches, device=device)
-    number_N = torch.arange(len(branches), device=device).repeat_interleave(counts, output_size=rows)
-    return future_NN.masked_fill(number_N[:, None] != number_N, float("-inf"))
+def _diagonal_mask(branch_lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf for keys behind their query or of another example, else 0; shape (N, N)."""
+    rows = sum(branch_lengths)
+    causal_NN = _largest_causal_mask(dtype, device)[:rows, :rows]
+    if len(branch_lengths) == 1:
+        return causal_NN
+    counts = torch.tensor(branch_lengths, device=device)
+    # The index of each query's example. `output_size` spares a GPU the synchronization to read the sum of `counts`.
+    example_N = torch.arange(len(branch_lengths), device=device).repeat_interleave(counts, output_size=rows)
+    return causal_NN.masked_fill(example_N[:, None] != example_N, float("-inf"))
 
 
-def _beyond(window: int, rows: int, keys: int, device: torch.device) -> Tensor:
-    """Whether a key comes so long before a query, of the last of the keys, that a window hides it; shape (N, K)."""
-    place_K = torch.arange(keys, device=device)
-    return place_K <= place_K[-rows:, None] - window
+def _outside_window(window: int, rows: int, keys: int, device: torch.device) -> Tensor:
+    """Whether a key is `window` or more positions before its query; shape (N, K). The queries are the last N keys."""
+    position_K = torch.arange(keys, device=device)
+    return position_K <= position_K[-rows:, None] - window
 
 
 @lru_cache
-def _largest_future(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _largest_causal_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The additive causal mask of the largest block; smaller ones are its top left corner."""
     rows = int(BLOCK * 1.5)
     return torch.full((rows, rows), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
-class _Packed(torch.autograd.Function):
-    """softmax(s Q K^T) V by blocks of queries; only Q, K and V are kept, probabilities are computed again in backward.
+class _PackedAttention(torch.autograd.Function):
+    """softmax(s Q K^T) V by blocks of queries. Only Q, K and V are saved; probabilities are recomputed in backward.
 
-    Each block sees all its keys at once, so that no running sums are needed, and nothing but a block is ever as long as
-    tokens times tokens.
+    Each block has all its keys at once, so no running maximum and sum are needed (an online softmax, as in
+    FlashAttention). Only a block's scores are ever held, never T x T of them.
     """
 
     @staticmethod
@@ -336,75 +376,85 @@ class _Packed(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        examples: tuple[_Example, ...],
+        segments: tuple[_Segment, ...],
         scale: float,
         window: int | None,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.settings = examples, scale, window
+        ctx.settings = segments, scale, window
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         by_kernel = _prefers_kernel(query.dtype)
-        for example in examples:
-            key_SGD, value_SGD = example.of(key), example.of(value)
+        for segment in segments:
+            key_SGD, value_SGD = segment.gather_keys(key), segment.gather_keys(value)
             if by_kernel:
+                # One key head for each query head, so that R = 1 and the mask of N x K fits the queries.
                 key_SGD, value_SGD = (
                     heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key_SGD, value_SGD)
                 )
-            for block in example.blocks(window):
-                key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
-                query_GND = _by_group(query, block.rows, len(key_GKD))
+            for block in segment.query_blocks(window):
+                key_GKD, value_GKD = (heads[block.keys].transpose(0, 1) for heads in (key_SGD, value_SGD))
+                query_GND = _by_group(query, block.queries, len(key_GKD))
                 if by_kernel:
                     mask_NK = block.mask(query.dtype, query.device, window)
                     (result_GND,) = functional.scaled_dot_product_attention(
                         query_GND[None], key_GKD[None], value_GKD[None], mask_NK, scale=scale
                     )
                 else:
-                    result_GND = block.scores(query_GND, key_GKD, scale, window) @ value_GKD
-                _scatter_rows(output, block.rows, result_GND)
+                    result_GND = block.probs(query_GND, key_GKD, scale, window) @ value_GKD
+                _scatter_rows(output, block.queries, result_GND)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # With P = softmax(s Q K^T) and O = P V: dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(P * dP)),
+        # dQ = s dS K, dK = s dS^T Q.
         query, key, value = ctx.saved_tensors
-        examples, scale, window = ctx.settings
+        segments, scale, window = ctx.settings
         groups = key.shape[1]
-        of_query = torch.empty_like(query)
-        of_key, of_value = (torch.zeros_like(heads, dtype=torch.float32) for heads in (key, value))
-        for example in examples:
-            key_SGD, value_SGD = example.of(key), example.of(value)
-            of_key_SGD, of_value_SGD = example.sums(of_key), example.sums(of_value)
-            for block in example.blocks(window):
-                query_GND = _by_group(query, block.rows, groups)
-                gradient_GND = _by_group(gradient, block.rows, groups)
-                key_GKD, value_GKD = (heads[block.columns].transpose(0, 1) for heads in (key_SGD, value_SGD))
-                probs = block.scores(query_GND, key_GKD, scale, window)
-                of_value_SGD[block.columns] += (probs.transpose(1, 2) @ gradient_GND).transpose(0, 1)
-                of_probs = gradient_GND @ value_GKD.transpose(1, 2)
-                of_scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype)
-                _scatter_rows(of_query, block.rows, of_scores @ key_GKD)
-                of_key_SGD[block.columns] += (of_scores.transpose(1, 2) @ query_GND).transpose(0, 1)
-            example.add(of_key, of_key_SGD)
-            example.add(of_value, of_value_SGD)
-        return of_query.mul_(scale), of_key.mul_(scale).to(key.dtype), of_value.to(value.dtype), None, None, None
+        grad_query = torch.empty_like(query)
+        # dK and dV in float32: several query blocks add into them, and so do all segments with the same prefix. dQ of
+        # a query comes from one block alone.
+        grad_key, grad_value = (torch.zeros_like(heads, dtype=torch.float32) for heads in (key, value))
+        for segment in segments:
+            key_SGD, value_SGD = segment.gather_keys(key), segment.gather_keys(value)
+            grad_key_SGD, grad_value_SGD = segment.grad_buffer(grad_key), segment.grad_buffer(grad_value)
+            for block in segment.query_blocks(window):
+                query_GND = _by_group(query, block.queries, groups)
+                gradient_GND = _by_group(gradient, block.queries, groups)
+                key_GKD, value_GKD = (heads[block.keys].transpose(0, 1) for heads in (key_SGD, value_SGD))
+                # Recomputed by matmuls even where the kernel computed the output: the kernel does not return P.
+                probs = block.probs(query_GND, key_GKD, scale, window)
+                grad_value_SGD[block.keys] += (probs.transpose(1, 2) @ gradient_GND).transpose(0, 1)
+                grad_probs = gradient_GND @ value_GKD.transpose(1, 2)
+                grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+                _scatter_rows(grad_query, block.queries, grad_scores @ key_GKD)
+                grad_key_SGD[block.keys] += (grad_scores.transpose(1, 2) @ query_GND).transpose(0, 1)
+            segment.scatter_grad(grad_key, grad_key_SGD)
+            segment.scatter_grad(grad_value, grad_value_SGD)
+        # `scale` is applied once at the end, not to the scores' gradient of every block.
+        return grad_query.mul_(scale), grad_key.mul_(scale).to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def _prefers_kernel(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's kernel is as fast as products one by one: without AMX it multiplies 16 bits as float32."""
+    """Whether PyTorch's kernel is as fast as separate matmuls: without AMX it computes 16-bit matmuls in float32."""
     return dtype.itemsize > 2 or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _by_group(heads: Tensor, rows: slice, groups: int) -> Tensor:
-    """Some rows of (T, H, D), those of heads that share their keys one under the other: (G, R * N, D)."""
+    """Some rows of (T, H, D), grouped by key/value head: (G, R * N, D), the R heads of a group below each other.
+
+    One matmul for each group instead of one for each head, without repeating keys and values.
+    """
     return heads[rows].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def _scatter_rows(heads: Tensor, rows: slice, part_GND: Tensor) -> None:
-    """The reverse: (G, R * N, D) into some rows of (T, H, D)."""
+    """The inverse of `_by_group`: write (G, R * N, D) into some rows of (T, H, D)."""
     count = rows.stop - rows.start
     heads[rows] = part_GND.unflatten(1, (-1, count)).flatten(0, 1).transpose(0, 1)
 
 
-# Left out of what is compiled: its loops would be compiled for each number of examples.
+# Excluded from compilation: its loops would be compiled anew for each number of examples.
 AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,4 +1,7 @@
-"""Attention within each example only, where several stand in one row: chosen, and proved."""
+"""Attention for packed rows: the choice of a kernel, and the check that examples do not see each other.
+
+Shape legend: B rows, T tokens of a row, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,22 @@ from finetune.models.kernels import packed_attention
 logger = logging.getLogger(__name__)
 
 PROBE_LENGTHS = (19, 7, 12)
-"""Tokens of the examples of the probe; the middle one is changed."""
+"""Lengths of the probe's three examples; the middle one is changed."""
 
 TOLERANCE = 1e-5
-"""Largest change of a neighbour's logits that a float32 kernel's order of summation explains, as a share of the
-largest logit. A leak changes them by a thousand times as much."""
+"""Largest change of a neighbour's logits that a float32 kernel's order of summation explains, relative to the largest
+logit. Cross-contamination changes them by a thousand times as much."""
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest root mean square of the difference between two kernels' logits that rounding explains, as a share of that of
-the logits; in bfloat16, transformers' own kernels differ by 0.02."""
+"""Largest relative difference of two kernels' logits (norm of the difference over norm of the logits) that rounding
+explains. In bfloat16, transformers' own kernels differ by 0.02."""
 
 
 def mask_for(model: nn.Module, positions_BT: Tensor) -> Tensor | None:
-    """What a model has to be called with as its mask where positions restart within a row; most look for themselves."""
+    """The `attention_mask` for rows with restarting positions: int32 bounds for our kernel, else None.
+
+    With None, transformers finds the bounds of packed examples in `position_ids`.
+    """
     config = getattr(model, "module", model).config
     return (
         packed_attention.example_bounds(positions_BT) if config._attn_implementation == packed_attention.NAME else None
@@ -34,15 +40,15 @@ def mask_for(model: nn.Module, positions_BT: Tensor) -> Tensor | None:
 
 
 def use_packing_attention(model: PreTrainedModel, may_choose: bool) -> None:
-    """Give a model attention that keeps examples in one row apart, and make sure that it does, on its device.
+    """Give a model attention that isolates packed examples, and check on its device that there is no contamination.
 
     Args:
-        model: A base model; its kernel may be changed. What is proved holds for the type that it computes in here,
-            autocast's where that is enabled.
-        may_choose: Whether the kernel without masks may take the place of the model's own.
+        model: A base model; its attention kernel may be changed. The check holds for the compute dtype of this call:
+            autocast's if that is enabled.
+        may_choose: Whether the packed kernel may replace the model's own.
 
     Raises:
-        UnsupportedError: Examples see each other all the same.
+        UnsupportedError: Examples see each other with every kernel.
     """
     if may_choose and _try_packed_attention(model):
         return
@@ -50,26 +56,26 @@ def use_packing_attention(model: PreTrainedModel, may_choose: bool) -> None:
 
 
 def takes_packed_attention(config: PretrainedConfig) -> bool:
-    """Whether `use_packing_attention` will give a model the kernel without masks, as far as its settings tell."""
+    """Whether `use_packing_attention` will choose the packed kernel, judged from a model's config alone."""
     own = config._attn_implementation
-    if own is None:  # it is named when the model is made
+    if own is None:  # not decided yet: transformers decides when it constructs the model
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         own = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     return own == "sdpa" and not _drops(config, "att")
 
 
 def supports_prefix_sharing(config: PretrainedConfig) -> bool:
-    """Whether a model will compute once what examples in one row begin with alike, as far as its settings tell."""
+    """Whether prefix sharing will be possible, judged from a model's config alone."""
     return takes_packed_attention(config) and not _drops(config)
 
 
 def _try_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch to the kernel without masks where it is made for the model and the device; the model's own is its twin."""
+    """Switch to the packed kernel if it supports the model and the device; the model's own kernel is the reference."""
     own = model.config._attn_implementation
     if own != "sdpa" or not _has_kernel(model.get_input_embeddings().weight):
         return False
     if not takes_packed_attention(model.config):
-        logger.info("model.attention: auto is %s, which drops out as the model wants it", own)
+        logger.info("model.attention: auto is %s, which supports the model's attention dropout", own)
         return False
     examples = _probe(model)[0].split(PROBE_LENGTHS)
     alone_TV = torch.cat([_logits(model, ids_T, torch.arange(len(ids_T))) for ids_T in examples])
@@ -78,30 +84,31 @@ def _try_packed_attention(model: PreTrainedModel) -> bool:
     if reason is None:
         try:
             check_no_cross_contamination(model)
-            logger.info("model.attention: auto is ft's own, which needs no masks")
+            logger.info("model.attention: auto is ft's packed kernel, which needs no masks")
             return True
         except UnsupportedError as error:
             reason = str(error)
     model.set_attn_implementation(own)
-    logger.info("model.attention: auto is %s, since attention without masks does not fit: %s", own, reason)
+    logger.info("model.attention: auto is %s, since the packed kernel does not support this model: %s", own, reason)
     return False
 
 
 def prefix_sharing_blocker(model: PreTrainedModel) -> str | None:
-    """Why what examples in one row begin with alike cannot be computed once for all, which is tried with a few tokens.
+    """Why a model cannot compute the shared prefix of rows once for all of them; tried on a few tokens.
 
     Args:
-        model: Which has been through `use_packing_attention`.
+        model: A model after `use_packing_attention`.
 
     Returns:
-        The reason in words; None where it can.
+        The reason in words; None if prefix sharing works.
     """
     if model.config._attn_implementation != packed_attention.NAME:
-        return "its attention keeps rows apart by its own means"
+        return "its attention does not run on the packed kernel"
     if _drops(model.config):
-        return "its dropout is another one for every token of every row"
+        return "its dropout differs for every token of every row"
     one_T, other_T, third_T = _probe(model)[0].split(PROBE_LENGTHS)
-    # The second goes on from 5 tokens of the first; the third from 6 of the second, of which one is its own.
+    # The second example shares 5 tokens with the first; the third shares 6 with the second, of which the last is the
+    # second's own. So the third one's prefix spans two places of the row.
     rows = [
         (one_T, 0),
         (torch.cat([one_T[:5], other_T]), 5),
@@ -114,25 +121,25 @@ def prefix_sharing_blocker(model: PreTrainedModel) -> str | None:
 
 
 def _disagreement(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, alone_TV: Tensor) -> str | None:
-    """What is wrong with the logits of examples in one row, beside those of each alone."""
+    """The reason why a packed row's logits are not those of each example alone; None if they agree."""
     try:
-        together_TV = _logits(model, ids_T, positions_T)
-    except (RuntimeError, ValueError, TypeError) as error:  # what a kernel or a model says that it cannot do
+        packed_TV = _logits(model, ids_T, positions_T)
+    except (RuntimeError, ValueError, TypeError) as error:  # a kernel or a model that does not support the input
         return (str(error).strip() or type(error).__name__).splitlines()[0]
-    difference = float((together_TV - alone_TV).norm() / alone_TV.norm())
+    difference = float((packed_TV - alone_TV).norm() / alone_TV.norm())
     if difference <= AGREEMENT[packed_attention.compute_dtype(model.get_input_embeddings().weight)]:
         return None
-    return f"its logits are {difference:.1e} of their size away from those of examples that stand alone"
+    return f"its logits differ from those of single examples by {difference:.1e} of their norm"
 
 
 def _drops(config: PretrainedConfig, of: str = "") -> bool:
-    """Whether a model draws what it leaves out while it trains, at all or in what its settings name so."""
+    """Whether a model has dropout in training, anywhere or in settings whose name contains `of`."""
     settings = config.get_text_config().to_dict().items()
     return any("drop" in name and of in name and isinstance(value, float) and value > 0 for name, value in settings)
 
 
 def _has_kernel(weight: Tensor) -> bool:
-    """On CUDA it is flash attention's, which computes in 16 bits and needs compute capability 8.0."""
+    """Whether the packed kernel runs on a weight's device: on CUDA it is flash attention, 16-bit, from sm_80 on."""
     dtype = packed_attention.compute_dtype(weight)
     if weight.device.type == "cuda":
         return dtype.itemsize == 2 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
@@ -140,22 +147,24 @@ def _has_kernel(weight: Tensor) -> bool:
 
 
 def cross_contamination(model: PreTrainedModel) -> float:
-    """How much an example's logits move when its neighbour in the row changes, as a share of the largest logit.
+    """How much an example's logits change when its neighbour in a packed row changes, relative to the largest logit.
 
-    Three random examples stand in one row with restarting positions; every token of the second is replaced.
+    The row has three random examples with restarting positions; every token of the second is replaced.
     """
     ids_T, positions_T = _probe(model)
     vocabulary = model.get_input_embeddings().num_embeddings
     changed_T = ids_T.clone()
     begin, end = PROBE_LENGTHS[0], PROBE_LENGTHS[0] + PROBE_LENGTHS[1]
+    # Half of the vocabulary away, so that every token differs and stays within the vocabulary.
     changed_T[begin:end] = (ids_T[begin:end] + 1 + vocabulary // 2) % vocabulary
     before_TV, after_TV = _logits(model, ids_T, positions_T), _logits(model, changed_T, positions_T)
+    # The first example too: only a broken causal mask would let it see the second.
     neighbours = torch.cat([torch.arange(begin), torch.arange(end, len(ids_T))])
     return float((before_TV - after_TV)[neighbours].abs().max() / before_TV.abs().max())
 
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Random tokens of a row of three examples, and their positions."""
+    """Random token ids of a packed row of three examples, and their positions; both of shape (T,)."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids_T = torch.randint(vocabulary, (sum(PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0))
     return ids_T, torch.cat([torch.arange(length) for length in PROBE_LENGTHS])
@@ -163,11 +172,11 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor) -> Tensor:
-    """Of a single row, shape (T, V), float32, on the CPU."""
+    """Logits of a single row, shape (T, V), float32, on the CPU."""
     device = model.get_input_embeddings().weight.device
     positions_BT = positions_T[None].to(device)
     was_training = model.training
-    model.eval()
+    model.eval()  # two calls under dropout would differ by more than any contamination
     output = model(
         input_ids=ids_T[None].to(device),
         position_ids=positions_BT,
@@ -179,16 +188,16 @@ def _logits(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor) -> Tenso
 
 
 def check_no_cross_contamination(model: PreTrainedModel) -> None:
-    """Make sure that examples in one row do not see each other in this model, with its kernel, on this device.
+    """Check that packed examples do not see each other in this model, with its kernel, on this device.
 
     Raises:
         UnsupportedError: They do.
     """
     error = cross_contamination(model)
-    if not error <= TOLERANCE:
+    if not error <= TOLERANCE:  # `not <=`: NaN fails too
         raise UnsupportedError(
-            f"examples in one row see each other in this model ({model.config.model_type}): changing one moves "
-            f"another's logits by {error:.1e} of the largest",
+            f"packed examples see each other in this model ({model.config.model_type}): changing one moves another's "
+            f"logits by {error:.1e} of the largest",
             where="training.batching",
             hint="set training.batching to padded, or try another model.attention",
         )

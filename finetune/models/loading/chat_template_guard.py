@@ -1,8 +1,9 @@
-"""A chat template is a program: it must end soon, take little memory and write little, whatever the row.
+"""Limits of time, memory and output length for chat templates, which are programs from the model's publisher.
 
-transformers renders templates in a sandbox without access to Python; what it does not limit is time and memory. Two
-short messages are rendered first in a process that can be killed. What a template does to certain rows only is limited
-where it is rendered: there, what a single operation of Python's takes is bounded by its memory alone.
+transformers renders templates in a sandbox without access to Python, but with unlimited time and memory. So there are
+two guards. When the tokenizer loads, two short messages are rendered in a child process that can be killed
+(`check_template_terminates`). Each later rendering runs in this process, with limits of CPU time and memory (`render`).
+There, a single operation in C cannot be interrupted, and only the memory limit bounds it.
 """
 
 from __future__ import annotations
@@ -26,34 +27,41 @@ PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": 
 SECONDS = 10
 BYTES = 1 << 30
 LENGTH = 1 << 20
-"""Characters that a template may make of two short messages."""
+"""Characters that a template may render for two short messages."""
 
 LENGTH_PER_CHARACTER = 50
-"""Characters that a template may make of each character of a row, beyond `ROOM`."""
+"""Characters that a template may render for each character of a row, beyond `BASE_LENGTH`."""
 
-ROOM = 1 << 16
-"""Characters that it may make of any row, such as a system message of its own."""
+BASE_LENGTH = 1 << 16
+"""Characters that it may render for any row, such as a default system message."""
 
 FINE, TOO_LONG, TOO_LARGE = 0, 3, 4
+"""Exit codes of the child process."""
 
 
 def check_template_terminates(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Render two short messages in a child that has 10 s, 1 GiB and no more to say than a number.
+    """Render two short messages in a child process with limits of 10 s and 1 GiB.
 
-    What the template makes of roles or tools is told later, with the row that it refuses.
+    A template that raises an error for these messages passes: it may accept others, and the error for a row is reported
+    when the row is rendered.
 
     Raises:
-        ModelError: The template does not end, or takes the memory, or makes a flood of text.
+        ModelError: The template does not terminate, needs too much memory, or renders too much text.
     """
     if not tokenizer.chat_template:
         return
+    # A fork, not a thread: a hostile template may loop within one C call, where a thread cannot be stopped. Python 3.12
+    # and later warn about `fork` in a process with threads; this child only renders and exits.
     child = os.fork()
     if not child:
         _render_and_exit(tokenizer)
     outcome = _wait(child)
     if outcome == FINE:
         return
-    reasons = {TOO_LONG: f"makes more than {LENGTH} characters of", TOO_LARGE: f"needs more than {BYTES >> 20} MB for"}
+    reasons = {
+        TOO_LONG: f"renders more than {LENGTH} characters for",
+        TOO_LARGE: f"needs more than {BYTES >> 20} MB for",
+    }
     raise ModelError(
         f"the chat template {reasons.get(outcome, f'is not done after {SECONDS} s with')} two short messages",
         where=where,
@@ -62,33 +70,41 @@ def check_template_terminates(tokenizer: PreTrainedTokenizerBase, where: str) ->
 
 
 class TemplateLimit(Exception):
-    """A template took more time, memory or text than any row is worth; says which."""
+    """A template exceeded a limit of time, memory or output length; the message names which."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **arguments: Any) -> str:
-    """`apply_chat_template` as text, within limits of processor time, memory and length.
+    """`apply_chat_template` as text, within limits of CPU time, memory and output length.
 
     Raises:
-        TemplateLimit: One of them was reached.
+        TemplateLimit: A limit was exceeded.
     """
     try:
         with _limits():
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
     except (MemoryError, OverflowError):
         raise TemplateLimit(f"needs more than {BYTES >> 20} MB") from None
-    if len(text) > ROOM and len(text) > ROOM + LENGTH_PER_CHARACTER * len(json.dumps([messages, arguments])):
-        raise TemplateLimit(f"makes {len(text)} characters")
+    # The first condition spares nearly every row the JSON.
+    if len(text) > BASE_LENGTH and len(text) > _longest(messages, arguments):
+        raise TemplateLimit(f"renders {len(text)} characters")
     return text
 
 
-class _Limits:
-    """A block that ends with TemplateLimit after `SECONDS` of the process's time, and with MemoryError after `BYTES`.
+def _longest(messages: list[dict[str, Any]], arguments: dict[str, Any]) -> int:
+    """Characters that a template may render for a row."""
+    return BASE_LENGTH + LENGTH_PER_CHARACTER * len(json.dumps([messages, arguments]))
 
-    It is entered for every rendering, so that what takes microseconds is done once: the signal handler is the
-    process's, and how much the process holds is read once a second.
+
+class _Limits:
+    """A context that raises TemplateLimit after `SECONDS` of CPU time, and MemoryError after `BYTES` of new memory.
+
+    It is entered for every row, so its cost matters (microseconds): the signal handler is installed once, and the
+    memory use of the process is read once a second.
     """
 
     def __init__(self) -> None:
+        # The main thread only: `signal.signal` raises ValueError in any other, and handlers run in the main thread.
+        # SIGPROF counts CPU time of the process, so that a suspended or waiting process does not time out.
         signal.signal(signal.SIGPROF, _time_is_up)
         self._read_at = -math.inf
 
@@ -98,7 +114,7 @@ class _Limits:
             self._read_at = now
             self._before = resource.getrlimit(resource.RLIMIT_DATA)
             self._within = _within(*self._before)
-        # Again every second, in case that the first signal is lost in a destructor.
+        # Repeated every second: an exception that the handler raises within a destructor is swallowed by Python.
         signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)
         resource.setrlimit(resource.RLIMIT_DATA, self._within)
 
@@ -116,17 +132,17 @@ def _time_is_up(number: int, frame: FrameType | None) -> None:
 
 
 def _within(soft: int, hard: int) -> tuple[int, int]:
-    """Soft and hard RLIMIT_DATA that leave the process `BYTES` more than it holds, if they are not lower already."""
+    """Soft and hard RLIMIT_DATA that allow `BYTES` beyond the current use, unless the limits are lower already."""
     try:
         with open("/proc/self/statm", "rb") as file:
-            held = int(file.read().split()[5]) * resource.getpagesize()  # data and stack, which the limit is on
-    except OSError:  # no /proc: the time is limited all the same
+            used = int(file.read().split()[5]) * resource.getpagesize()  # data and stack, as RLIMIT_DATA counts
+    except OSError:  # no /proc: only the time is limited
         return soft, hard
-    return (held + BYTES if soft == resource.RLIM_INFINITY else min(soft, held + BYTES)), hard
+    return (used + BYTES if soft == resource.RLIM_INFINITY else min(soft, used + BYTES)), hard
 
 
 def _render_and_exit(tokenizer: PreTrainedTokenizerBase) -> None:
-    """In the child: never returns, whatever happens."""
+    """The child process: renders, and ends with an exit code; never returns."""
     outcome = FINE
     resource.setrlimit(resource.RLIMIT_DATA, _within(*resource.getrlimit(resource.RLIMIT_DATA)))
     try:
@@ -135,14 +151,14 @@ def _render_and_exit(tokenizer: PreTrainedTokenizerBase) -> None:
             outcome = TOO_LONG
     except (MemoryError, OverflowError):
         outcome = TOO_LARGE
-    except Exception:  # a template that refuses these messages may take others
+    except Exception:  # a template that rejects these messages may accept others
         outcome = FINE
     finally:
-        os._exit(outcome)
+        os._exit(outcome)  # without the parent's exit handlers and buffered output
 
 
 def _wait(child: int) -> int:
-    """The child's exit code; it is killed when its time is up, for it may sleep as well as compute."""
+    """The child's exit code. It is killed after a deadline: RLIMIT_CPU does not count time that it sleeps."""
     deadline = time.monotonic() + 3 * SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)

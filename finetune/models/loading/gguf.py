@@ -1,4 +1,4 @@
-"""A .gguf file as a folder of safetensors, converted once and kept in the cache."""
+"""Conversion of a .gguf file to a folder of safetensors, done once and cached."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune.errors import ModelError
 from finetune.storage.cache import cached
 
 LAYOUT = "1"
-"""Part of the cache's key: raise it when what the conversion writes changes."""
+"""Part of the cache key: raise it when the conversion's output changes."""
 
 
 def converted(file: Path, report_work: Callable[[str], None]) -> Path:
-    """The folder that holds `file` as float32 safetensors with its tokenizer and chat template.
+    """The cached folder with the model of `file` as float32 safetensors, its tokenizer and chat template.
 
-    float32 holds every dequantized value exactly.
+    float32 represents every dequantized value exactly.
 
     Raises:
         ModelError: transformers cannot read the file.
@@ -37,7 +37,7 @@ def converted(file: Path, report_work: Callable[[str], None]) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     try:
-        # transformers draws a progress bar here that no setting of its own takes away.
+        # transformers shows a progress bar here that none of its settings turns off.
         with redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -48,14 +48,14 @@ def _convert(file: Path, folder: Path) -> None:
             where=str(file),
             hint="use a GGUF file of an architecture that transformers knows, or a folder of safetensors",
         ) from error
-    # transformers marks the model as quantized though its weights are plain tensors by now, and refuses to
-    # save it: put the tensors into a model that never heard of GGUF.
+    # transformers still marks the dequantized model as quantized, and refuses to save it. So the tensors are moved to a
+    # second model, which was constructed without that mark.
     config = loaded.config
     del config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict(), assign=True)
-    plain.tie_weights()
+    plain.tie_weights()  # `assign` has given tied parameters one tensor each
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The tokenizer and the causal language model of a model folder."""
+"""Loading the tokenizer and the causal language model of a model folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
 from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
-from finetune.models.loading.quantized_checkpoint import refuse_other_quantization, stored_quantization
+from finetune.models.loading.quantized_checkpoint import check_same_quantization, stored_quantization
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.model import Model
@@ -33,13 +33,13 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, checked against the model's vocabulary.
 
     Raises:
-        ModelError: It cannot be read, has no character offsets, knows more tokens than the model, or its template
-            does not end.
+        ModelError: It cannot be read, has no character offsets, has more tokens than the model has embeddings, or its
+            chat template does not terminate.
     """
     where = str(folder.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises that very class for a broken tokenizer.json
+    except Exception as error:  # the tokenizers library raises `Exception` itself for a broken tokenizer.json
         raise ModelError(
             f"the tokenizer cannot be loaded: {first_line(error)}",
             where=where,
@@ -47,7 +47,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            "the tokenizer gives no character offsets, which masks are computed from",
+            "the tokenizer has no character offsets, from which loss masks are computed",
             where=where,
             hint="convert it to a tokenizer.json (a fast tokenizer)",
         )
@@ -64,7 +64,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up. Any will do: padding is masked by position, never by its id."""
+    """The padding token's id. Any token will do: padding is masked by position, never by its id."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
@@ -80,23 +80,23 @@ def load_model(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """The base model on `device`, its linear layers quantized while they load, if they are not in the folder already.
+    """The frozen base model on `device`; linear layers are quantized while they load, unless they are stored quantized.
 
     Args:
-        folder: Where its files are.
+        folder: The model's files.
         section: The recipe's section, for the attention kernel.
         quantizers: How each linear layer is stored.
-        weight_dtype: Storage type of all other weights.
-        compute_dtype: Type in which quantized layers multiply.
-        device: Where every weight goes.
+        weight_dtype: Dtype of all other weights.
+        compute_dtype: Dtype of the quantized layers' matmuls.
+        device: The device of every weight.
 
     Raises:
-        ModelError: transformers does not know the architecture, or weights are missing or of another shape, or are
-            quantized already in another way.
-        UnsupportedError: The quantizer cannot take a layer of the model.
+        ModelError: transformers does not know the architecture, or weights are missing, of another shape, or already
+            quantized in another way.
+        UnsupportedError: The quantizer does not support a layer of the model.
     """
     where = str(folder.path)
-    refuse_other_quantization(folder, quantizers)
+    check_same_quantization(folder, quantizers)
     options = {} if stored_quantization(folder) else quantizers.load_options(compute_dtype)
     with errors_as_model_error(where):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -117,15 +117,15 @@ def load_model(
             f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
         )
     if options and device.type == "cpu" and file_dtype(folder.path) is weight_dtype:
-        _let_go_of_files(model)
-    # What is saved later names the base as the recipe does, not by a path of this machine.
+        _copy_mapped_weights(model)
+    # Saved adapters name the base as the recipe does, not by a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False)
     return model
 
 
-def _let_go_of_files(model: PreTrainedModel) -> None:
-    """Copy the weights that were not quantized: as they lie in a mapped file, they would hold all of it in memory."""
+def _copy_mapped_weights(model: PreTrainedModel) -> None:
+    """Copy the unquantized weights out of the mapped file, which otherwise stays in memory with all its pages."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
@@ -139,23 +139,23 @@ def load_sharded_model(
     weight_dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """The same model where each process holds a share of every weight; all of them must come here.
+    """The frozen base model, sharded over all processes (FSDP). Collective: every rank must call this.
 
-    It is read a decoder block at a time, whose other rows are forgotten at once: beside its share, a process holds one
-    whole block and what stands around the blocks at most, as it does in every training step.
+    It is read one decoder block at a time, and each block is sharded at once. Beside its shards, a process holds one
+    full block or the full non-block parameters at most, as in every training step.
 
     Args:
-        folder: Where its files are.
+        folder: The model's files.
         section: The recipe's section, for the attention kernel.
-        quantizers: How each linear layer is stored; the codes are shared out, and not the scales beside them.
-        weight_dtype: Storage type of all other weights.
-        device: Of this process.
+        quantizers: How each linear layer is stored; codes are sharded, scales are replicated.
+        weight_dtype: Dtype of all other weights.
+        device: This process's device.
 
     Raises:
         ModelError: As `load_model`.
-        UnsupportedError: The model is no list of blocks, or a quantizer's layers are not ours.
+        UnsupportedError: The model has no list of blocks, or a quantizer's layers are not `QuantizedLinear`.
     """
-    refuse_other_quantization(folder, quantizers)
+    check_same_quantization(folder, quantizers)
     with errors_as_model_error(str(folder.path)):
         streamed = StreamedModel(
             folder, section, quantizers, device, dequantized=False, dtype=weight_dtype, in_torch=True
@@ -171,7 +171,7 @@ def load_sharded_model(
     for name in streamed.quantizers:
         if not is_quantized(model.get_submodule(name)):
             raise UnsupportedError(
-                f"{streamed.quantizers[name].section.kind} stores the layer {name} in tensors that have no shares",
+                f"{streamed.quantizers[name].section.kind} stores the layer {name} in tensors that cannot be sharded",
                 where="quantization.kind",
                 hint="choose nf4, fp4, affine, hqq, optq or icq, or set distributed.strategy to ddp",
             )

@@ -1,4 +1,4 @@
-"""A model without weights: what its config.json says of shapes, for all of its blocks or for a few."""
+"""Models on the meta device: the shapes that config.json describes, for all decoder blocks or for a few."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_config(folder: ModelFolder) -> Any:
     """The configuration of the model in a folder.
 
     Raises:
-        ModelError: transformers does not know the architecture, or would run code of the folder's to know it.
+        ModelError: transformers does not know the architecture, or would need code from the folder.
     """
     with errors_as_model_error(str(folder.path)):
         return AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
@@ -29,14 +29,14 @@ def read_config(folder: ModelFolder) -> Any:
 
 @contextmanager
 def errors_as_model_error(where: str) -> Iterator[None]:
-    """What transformers says of a model that it cannot load becomes a ModelError."""
+    """A context that turns transformers' errors about a model that it cannot load into a ModelError."""
     try:
         yield
     except RuntimeError as error:
-        if "mismatch" not in str(error):
+        if "mismatch" not in str(error):  # any other is a bug, or the device's memory
             raise
         raise ModelError(
-            "the weights have other shapes than config.json says",
+            "the shapes of the weights do not match config.json",
             where=where,
             hint="use the config.json that belongs to these weights",
         ) from error
@@ -49,13 +49,13 @@ def errors_as_model_error(where: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message; its class if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def with_blocks(config: Any, blocks: int) -> Any:
-    """A configuration of the same architecture with its first `blocks` blocks; what it lists by block is cut."""
+    """A config of the same architecture with the first `blocks` decoder blocks; lists of a value per block are cut."""
     config = deepcopy(config)
     text = config.get_text_config()
     before = text.num_hidden_layers
@@ -67,12 +67,12 @@ def with_blocks(config: Any, blocks: int) -> Any:
 
 
 def meta_model(config: Any, section: Model, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen model with its weights on the meta device; what it computes itself, such as frequencies, is there.
+    """A frozen model with its weights on the meta device; computed buffers, such as rotary frequencies, have data.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         section: The recipe's section, for the attention kernel.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(

@@ -1,4 +1,4 @@
-"""Where a model's files are: every kind of `model.name` becomes a local folder of safetensors."""
+"""Locating a model's files: every kind of `model.name` becomes a local folder of safetensors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ from finetune.recipe.sections.model import Model
 
 logger = logging.getLogger(__name__)
 
-# Weights as safetensors, the files beside them, and the card for its licence; never code, never pickles.
+# Weights as safetensors, config and tokenizer, and the model card for its licence; never code, never pickles.
 SMALL_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 
 GENERATION_CONFIG = "generation_config.json"
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+"""Keys of config.json for the context length, by architecture: most; GPT-2; MPT and DBRX; Bloom and ChatGLM; GPT."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ModelFolder:
     Attributes:
         path: The folder.
         name: The model's name as the recipe gives it.
-        commit: For a hub model, the commit that was fetched.
+        commit: For a hub model, the commit that was downloaded.
     """
 
     path: Path
@@ -63,29 +66,43 @@ class ModelFolder:
         return config
 
     def weight(self, layer: str) -> Tensor:
-        """The weight of a linear layer as its file holds it, whatever the model makes of it; shape (out, in).
+        """The weight of a linear layer as it is stored, before any quantization; shape (out, in).
 
         Raises:
-            ModelError: The files hold it under another name, or quantized.
+            ModelError: The files have it under another name, or quantized.
         """
         name = f"{layer}.weight"
         stored = stored_tensors(self.path).get(name)
         if stored is not None and stored.dtype[0] in "FB":
             return stored.read()
         raise ModelError(
-            f"the files hold no unquantized weight {name}",
+            f"the files have no unquantized weight {name}",
             where=str(self.path),
             hint="name the unquantized model, or choose another adapter.initialization",
         )
 
+    @property
+    def positions(self) -> int | None:
+        """The model's context length in tokens; None if config.json does not state one.
+
+        The language model's own section (`text_config`) comes first, where a multimodal model has one.
+        """
+        config = self.config()
+        text = config.get("text_config")
+        for section in (text, config) if isinstance(text, dict) else (config,):
+            for key in POSITION_KEYS:
+                if isinstance(value := section.get(key), int) and value > 0:
+                    return value
+        return None
+
 
 def find_model(section: Model, report_work: Callable[[str], None], weights: bool = True) -> ModelFolder:
-    """The folder of the model that a recipe names, fetched or converted first where needed.
+    """The folder of the model that a recipe names, downloaded or converted first if needed.
 
     Args:
         section: The recipe's section.
-        report_work: Told what is being done when it takes long.
-        weights: Whether weights are needed, or the config and tokenizer alone.
+        report_work: Called with a description of work that takes long.
+        weights: Whether weights are needed, or only config and tokenizer.
 
     Raises:
         ModelError: There is no such model, or it has no usable weights.
@@ -112,7 +129,7 @@ def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> Mod
 
 
 def file_in_package(reference: str) -> Path:
-    """`package://name/file` -> the file's path; the package is found, never imported or run.
+    """`package://name/file` -> the file's path. The package is only located: no code of it runs.
 
     Raises:
         ModelError: There is no such package or file.
@@ -130,7 +147,7 @@ def file_in_package(reference: str) -> Path:
     if not path.is_relative_to(folder) or not path.is_file():
         files = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
         raise ModelError(
-            f"the package {package!r} carries no file {file!r}",
+            f"the package {package!r} has no file {file!r}",
             where=f"model.name {reference}",
             hint=f"its .gguf files: {files}",
         )
@@ -209,12 +226,12 @@ def _check_all_weights(folder: Path) -> None:
 
 
 def _check_weights(file: Path) -> None:
-    """Read the header, which says how long the file must be."""
+    """Check the header and the file's length, which follows from it."""
     try:
         tensors_in(file)
     except (ValueError, OSError) as error:
         raise ModelError(
-            f"the file is damaged or not whole: {error}",
+            f"the file is damaged or incomplete: {error}",
             where=str(file),
             hint="fetch it again; if it is a Git LFS pointer: git lfs pull",
         ) from error

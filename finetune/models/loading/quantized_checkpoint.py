@@ -1,4 +1,4 @@
-"""A folder that holds a model's quantized weights: written once, loaded bit for bit, without quantizing again."""
+"""Quantized checkpoints: folders with packed weights, which load bit for bit without quantizing again."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from finetune.recipe.sections.quantization import QuantizationSection, StoredQua
 
 
 def save_quantized(model: PreTrainedModel, folder: Path) -> None:
-    """Write `model` with its packed weights: safetensors, and in config.json each layer's quantizer.
+    """Write `model` with its packed weights as safetensors, and each layer's quantizer in config.json.
 
     Args:
-        model: A base whose layers are quantized, while it loaded or by calibration, without an adapter.
-        folder: Where to write; the tokenizer is not part of it.
+        model: A quantized base without an adapter.
+        folder: Where to write; without the tokenizer.
 
     Raises:
-        UnsupportedError: No layer is quantized, or one in a way that has no form on disk (int8).
+        UnsupportedError: No layer is quantized, or a layer's quantizer has no storage format (int8).
     """
     quantizers: dict[str, Quantizer] = {}
     for name, layer in list(model.named_modules()):
@@ -39,46 +39,46 @@ def save_quantized(model: PreTrainedModel, folder: Path) -> None:
             repacked.stored_transposed = layer.stored_transposed
             model.set_submodule(name, repacked)
         else:
-            refuse_without_form_on_disk([quantizer])
+            check_storable([quantizer])
         quantizers[name] = quantizer
     if not quantizers:
-        refuse_without_form_on_disk([])
+        check_storable([])
     model.config.quantization_config = config_of(quantizers)
     model.hf_quantizer = OnLoadQuantizer(model.config.quantization_config)
     model.save_pretrained(folder)
 
 
 def config_of(quantizers: Mapping[str, Quantizer]) -> OnLoadConfig:
-    """What config.json says of weights that are stored by these quantizers, given by the layers' names."""
+    """The `quantization_config` for weights that are stored by these quantizers, given by the layers' names."""
     sections: list[QuantizationSection] = []
     for quantizer in quantizers.values():
         if quantizer.section not in sections:
             sections.append(quantizer.section)
     layers = {name: sections.index(quantizer.section) for name, quantizer in quantizers.items()}
     stored = StoredQuantization(quantizers=sections, layers=layers)  # type: ignore[arg-type]
-    return OnLoadConfig(lambda name: None, torch.float32, stored)  # it is written, and loads nothing
+    return OnLoadConfig(lambda name: None, torch.float32, stored)  # only written, never used to load
 
 
-def refuse_without_form_on_disk(quantizers: Sequence[Quantizer]) -> None:
-    """Stop where `save_quantized` could not write layers that these have made.
+def check_storable(quantizers: Sequence[Quantizer]) -> None:
+    """Check that `save_quantized` can write the layers of these quantizers.
 
     Raises:
-        UnsupportedError: One has no form on disk, or there are none.
+        UnsupportedError: One has no storage format, or there are none.
     """
     hint = "quantize to affine, hqq, optq, nf4, fp4 or icq"
     if not quantizers:
         raise UnsupportedError("no layer of the model is quantized", where="quantization.kind", hint=hint)
     for quantizer in quantizers:
         if not isinstance(quantizer, PackedQuantizer | CudaFourBitQuantizer):
-            what = f"weights in {quantizer.section.kind} have no form on disk"
+            what = f"weights in {quantizer.section.kind} have no storage format"
             raise UnsupportedError(what, where="quantization.kind", hint=hint)
 
 
 def stored_quantization(folder: ModelFolder) -> StoredQuantization | None:
-    """How the weights in a folder are quantized already, by us; None if they are not.
+    """How the weights in a folder are quantized, if `ft` has stored them so; None otherwise.
 
     Raises:
-        ModelError: config.json says it in a way that is not ours.
+        ModelError: The section in config.json is invalid.
     """
     config = folder.config().get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != METHOD:
@@ -86,11 +86,11 @@ def stored_quantization(folder: ModelFolder) -> StoredQuantization | None:
     return as_stored(config)
 
 
-def refuse_other_quantization(folder: ModelFolder, quantizers: Quantizers) -> None:
-    """Weights that are quantized already stay so: the recipe must ask for the same, or for nothing.
+def check_same_quantization(folder: ModelFolder, quantizers: Quantizers) -> None:
+    """Check that a recipe sets the same quantization as stored weights have, or none.
 
     Raises:
-        ModelError: It asks for something else.
+        ModelError: It sets another one.
     """
     stored = stored_quantization(folder)
     if stored is None or quantizers.quantize_nothing:
@@ -98,7 +98,7 @@ def refuse_other_quantization(folder: ModelFolder, quantizers: Quantizers) -> No
     if any(quantizers.section_of(name) != stored.quantizers[index] for name, index in stored.layers.items()):
         kinds = ", ".join(sorted({section.kind for section in stored.quantizers}))
         raise ModelError(
-            f"the model's weights are quantized already, to {kinds}, and not as the recipe says",
+            f"the model's weights are already quantized, to {kinds}, and not as the recipe says",
             where=str(folder.path),
-            hint="leave quantization out, or name the unquantized model",
+            hint="remove quantization from the recipe, or name the unquantized model",
         )

@@ -1,4 +1,4 @@
-"""A model of the same architecture that is made in a moment: two blocks, random weights, the same tokenizer."""
+"""A tiny copy of a model for smoke tests: two decoder blocks, random weights, the same architecture and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BLOCKS = 2
 
 
 def write_truncated_model(folder: ModelFolder, target: Path, seed: int) -> None:
-    """Write such a model; of the original only config and tokenizer are read.
+    """Write a tiny copy of a model; only its config and tokenizer are read.
 
     Args:
-        folder: The original.
-        target: Where to.
-        seed: Of the weights.
+        folder: The original model.
+        target: Folder to write to.
+        seed: Seed of the random weights.
     """
     config = with_blocks(read_config(folder), BLOCKS)
     if hasattr(config, "quantization_config"):

@@ -1,6 +1,6 @@
-"""A model's weights written anew, some of its layers changed: one layer in memory at a time.
+"""Writing a model with some of its layers changed (a merged adapter), with one layer in memory at a time.
 
-Tensors keep the names and the form that they have in the base's files, so that what reads the base reads the result.
+Tensors keep the names and layouts that they have in the base's files: every reader of the base can read the result.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from finetune.models.fsdp import put_together
+from finetune.models.fsdp import all_gathered
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import GENERATION_CONFIG
 from finetune.models.loading.quantized_checkpoint import config_of
-from finetune.models.safetensors_io import DTYPES, Planned, TensorWriter, tensor_writer
+from finetune.models.safetensors_io import SAFETENSORS_DTYPES, Planned, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import QuantizedLinear
 
 MergeLayer = Callable[[nn.Module], nn.Module]
-"""From what stands in the place of a layer to the layer that it becomes, its tensors named and shaped as before."""
+"""Maps an adapted layer to the merged layer, whose tensors have the names and shapes of the base's layer."""
 
 
-def write_merged(streamed: StreamedModel, fold: MergeLayer, dtype: torch.dtype, folder: Path) -> None:
-    """Write a model as plain transformers loads it.
+def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.dtype, folder: Path) -> None:
+    """Write a merged model in a form that plain transformers loads.
 
     Args:
-        streamed: Without codes, and with an adapter around some layers.
-        fold: Gives each of them without it.
-        dtype: Of every floating-point weight.
-        folder: Where to.
+        streamed: The base, dequantized, with an adapter around some layers.
+        merge_layer: Merges the adapter into one of them.
+        dtype: Dtype of every floating-point weight.
+        folder: Where to write.
     """
     changed = {name for place in streamed.replaced() for name in streamed.tensors(place)}
-    folded = _MergedWeights(streamed, fold)
-    untied = folded.untied(changed)
+    merged = _MergedWeights(streamed, merge_layer)
+    # An adapter on one of two tied weights (embeddings and head) unties them: then both are written.
+    untied = merged.untied(changed)
     planned = {}
     for name, tensor in streamed.tensors().items():
         kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -46,11 +47,13 @@ def write_merged(streamed: StreamedModel, fold: MergeLayer, dtype: torch.dtype, 
             planned[name] = Planned(kind, tuple(tensor.shape))
         elif name not in streamed.tied:
             files = streamed.sources[name].files
-            is_whole = streamed.sources[name].converter is None  # its layer may be stored quantized
-            shapes = {file: tuple(tensor.shape) if is_whole else streamed.files[file].shape for file in files}
+            # The model's shape, not the file's, where both are one tensor: the file may hold packed codes.
+            is_unchanged = streamed.sources[name].converter is None
+            shapes = {file: tuple(tensor.shape) if is_unchanged else streamed.files[file].shape for file in files}
             planned |= {file: Planned(kind, shape) for file, shape in shapes.items()}
     with tensor_writer(folder, planned) as writer:
-        for name, tensor in folded.tensors():
+        # Merged layers first: `_write_unchanged` then writes what is still missing, from the base's files.
+        for name, tensor in merged.tensors():
             if name in untied:
                 writer.put(name, tensor)
             elif name not in streamed.tied:
@@ -68,13 +71,13 @@ def write_merged(streamed: StreamedModel, fold: MergeLayer, dtype: torch.dtype, 
     _write_settings(streamed, folder)
 
 
-def write_merged_quantized(streamed: StreamedModel, fold: MergeLayer, folder: Path) -> None:
-    """Write a model with its codes as they are, as `load_model` loads it; other weights in the types of their files.
+def write_merged_quantized(streamed: StreamedModel, merge_layer: MergeLayer, folder: Path) -> None:
+    """Write a merged model with unchanged codes, as `load_model` loads it; other weights in the dtypes of their files.
 
     Args:
-        streamed: With codes, and with an adapter around some quantized layers and nothing else.
-        fold: Gives each of them without it, its minimums shifted.
-        folder: Where to.
+        streamed: The base, quantized, with an adapter around some quantized layers and no other.
+        merge_layer: Merges the adapter into the minimums of one of them (QA-LoRA).
+        folder: Where to write.
     """
     changed = streamed.replaced()
     quantizers: dict[str, Quantizer] = {}
@@ -88,9 +91,9 @@ def write_merged_quantized(streamed: StreamedModel, fold: MergeLayer, folder: Pa
             quantizers[layer], planned[name] = quantizer, Planned(spec.dtype, spec.shape)
         elif name not in streamed.tied:
             stored = streamed.files[streamed.sources[name].files[0]]
-            planned[name] = Planned(DTYPES[stored.dtype], tuple(tensor.shape))
+            planned[name] = Planned(SAFETENSORS_DTYPES[stored.dtype], tuple(tensor.shape))
     with tensor_writer(folder, planned) as writer:
-        for name, tensor in _MergedWeights(streamed, fold).tensors():
+        for name, tensor in _MergedWeights(streamed, merge_layer).tensors():
             writer.put(name, tensor)
         for layer in sorted({name.rpartition(".")[0] for name in writer.missing}):
             with streamed.filled(layer):
@@ -102,13 +105,13 @@ def write_merged_quantized(streamed: StreamedModel, fold: MergeLayer, folder: Pa
 
 
 def write_from_shards(model: Any, folder: Path) -> None:
-    """Write a model of which each process holds a share, as plain transformers loads it, into a single file.
+    """Write a sharded model as one file that plain transformers loads.
 
-    The other processes must put `saved_tensors` together meanwhile.
+    The other ranks must all-gather `saved_tensors` at the same time (`fsdp.all_gathered`).
 
     Args:
         model: A base whose weights were trained; tied ones are written once.
-        folder: Where to.
+        folder: Where to write.
     """
     tensors = saved_tensors(model)
     shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
@@ -117,34 +120,34 @@ def write_from_shards(model: Any, folder: Path) -> None:
         for name, shape in shapes.items()
         for file, piece in revert_weight_conversion(model, {name: shape}).items()
     }
-    with put_together(tensors) as pending, tensor_writer(folder, planned, shard_bytes=inf) as writer:
+    with all_gathered(tensors) as pending, tensor_writer(folder, planned, shard_bytes=inf) as writer:
         for name, tensor in pending:
             for file, piece in revert_weight_conversion(model, {name: tensor}).items():
                 writer.put(file, piece)
     model.config.dtype = model.dtype
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # `fully_shard` renames the class
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What is saved of a model, by name: parameters, tied ones once, and the buffers that belong to its state."""
-    kept = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    """The tensors of a model that are saved, by name: parameters, tied ones once, and persistent buffers."""
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}
 
 
 class _MergedWeights:
-    """The tensors of layers that were folded, a layer at a time."""
+    """The tensors of merged layers, one layer at a time."""
 
-    def __init__(self, streamed: StreamedModel, fold: MergeLayer) -> None:
-        self.streamed, self.fold = streamed, fold
+    def __init__(self, streamed: StreamedModel, merge_layer: MergeLayer) -> None:
+        self.streamed, self.merge_layer = streamed, merge_layer
         self.left = streamed.replaced()
         self.ready: dict[str, Tensor] = {}
 
     def untied(self, changed: set[str]) -> set[str]:
-        """Names of weights that were one with another and are not any more."""
-        apart = set()
+        """Names of tied weights that differ after the merge."""
+        untied = set()
         for name, other in self.streamed.same_weight().items():
             if changed & {name, other}:
                 for place in [place for place in self.left if {name, other} & set(self.streamed.tensors(place))]:
@@ -153,8 +156,8 @@ class _MergedWeights:
                     self.ready[each] if each in self.ready else self.streamed.weight(each) for each in (name, other)
                 )
                 if not torch.equal(first, second):
-                    apart.add(name)
-        return apart
+                    untied.add(name)
+        return untied
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All of them, by name."""
@@ -165,11 +168,11 @@ class _MergedWeights:
 
     def _one(self, place: str, layer: nn.Module) -> dict[str, Tensor]:
         with self.streamed.filled(place):
-            return {f"{place}.{name}": tensor for name, tensor in self.fold(layer).state_dict().items()}
+            return {f"{place}.{name}": tensor for name, tensor in self.merge_layer(layer).state_dict().items()}
 
 
 def _write_unchanged(streamed: StreamedModel, name: str, writer: TensorWriter) -> None:
-    """Write a tensor of the model as it is, or the stored ones that it is made of, where they are not written yet."""
+    """Write the stored tensors of a tensor of the model, unchanged, unless they are written already."""
     source = streamed.sources[name]
     for file in set(source.files) & writer.missing:
         writer.put(file, streamed.weight(name) if source.converter is None else streamed.files[file].read())

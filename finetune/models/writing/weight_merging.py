@@ -1,6 +1,6 @@
-"""Several fine-tuned versions of one model put together: their differences from it, combined weight by weight.
+"""Model merging: several fine-tuned versions of one model become one, by combining their differences from the base.
 
-Tensors are read and written one at a time, so that memory holds a few tensors and no model.
+Tensors are read and written one at a time, so that memory holds a few tensors and never a model.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Rule = Literal["linear", "ties", "dare", "svd"]
 
 @dataclass(frozen=True)
 class WeightMerge:
-    """How differences are combined.
+    """The method of a merge and its parameters.
 
     Attributes:
         rule: See `of`.
         weights: One for each version.
-        density: Share of each difference's entries that `ties` and `dare` keep.
-        rank: Of what `svd` keeps of a matrix.
-        seed: Of what `dare` drops.
+        density: Fraction of each difference's entries that `ties` and `dare` keep.
+        rank: Rank of the matrices that `svd` keeps.
+        seed: Seed of the entries that `dare` drops.
     """
 
     rule: Rule
@@ -38,12 +38,12 @@ class WeightMerge:
     seed: int = 0
 
     def of(self, differences: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """Combine the differences of one weight, float32.
+        """The merged difference of one weight (task vector), float32, of the same shape.
 
-        linear: their weighted sum. dare: the same of differences whose entries are dropped at random, the others
-        enlarged to make up for it. ties: of each only the largest entries; where signs differ, the side with more
-        weight wins and the other counts nothing; then the weighted mean. svd: the best approximation of rank `rank` of
-        the weighted sum, for matrices.
+        linear: the weighted sum. dare: the weighted sum after entries were dropped at random with probability
+        1 - density and the others divided by the density. ties: only the largest entries of each difference count; for
+        each entry the sign with the larger weighted sum is elected, and the weighted mean of the differences with that
+        sign is taken. svd: the best approximation of rank `rank` of the weighted sum, for matrices.
 
         Source: Ilharco et al. 2023, arXiv 2212.04089, section 2 (linear); Yu et al. 2024, arXiv 2311.03099,
         section 3.2 (dare); Yadav et al. 2023, arXiv 2306.01708, section 3.1 (ties, each weight by itself).
@@ -62,18 +62,19 @@ class WeightMerge:
 def merge_weights(
     base: Path, versions: Sequence[Path], combination: WeightMerge, dtype: torch.dtype, target: Path
 ) -> None:
-    """Write the combined weights as safetensors, with an index where they take more than one file.
+    """Write the merged weights as safetensors, with an index if there is more than one file.
 
     Args:
-        base: Folder with the weights that the versions started from, float32.
+        base: Folder with the weights that the versions were trained from, float32.
         versions: Folders with weights of the same names and shapes.
-        combination: Rule and weights.
-        dtype: Of the written weights.
-        target: Folder to write into.
+        combination: The method of the merge.
+        dtype: Dtype of the written weights.
+        target: Folder to write to.
 
     Raises:
         RefusedError: A version's weights are not those of the base, or the result is not finite.
     """
+    # One generator over all weights in sorted order, so that `dare` drops the same entries in every run.
     generator = torch.Generator().manual_seed(combination.seed)
     start, others = stored_tensors(base), [stored_tensors(version) for version in versions]
     for other, version in zip(others, versions, strict=True):
@@ -82,10 +83,11 @@ def merge_weights(
             raise RefusedError(
                 f"only one of base and version has the weight {stray}",
                 where=str(version),
-                hint="combine runs over one base",
+                hint="merge runs over the same base",
             )
     with tensor_writer(target, {name: Planned(dtype, start[name].shape) for name in sorted(start)}) as writer:
         for name in sorted(start):
+            # In the base's float32: differences of bfloat16 weights would lose most of their digits.
             origin = start[name].read()
             differences = [other[name].read() - origin for other in others]
             combined = origin + combination.of(differences, generator)
@@ -99,19 +101,20 @@ def _weighted_sum(weights: Sequence[float], differences: Sequence[Tensor]) -> Te
 
 
 def _largest(difference: Tensor, density: float) -> Tensor:
-    """The share `density` of entries with the largest size, zero elsewhere."""
+    """The fraction `density` of entries with the largest magnitudes, zero elsewhere."""
     kept = max(1, round(density * difference.numel()))
+    # The k-th smallest magnitude is the threshold; entries equal to it are kept too.
     smallest = difference.abs().flatten().kthvalue(difference.numel() - kept + 1).values
     return torch.where(difference.abs() >= smallest, difference, 0.0)
 
 
 def _elected(weights: Sequence[float], differences: Sequence[Tensor]) -> Tensor:
-    """Per entry the weighted mean of the differences on the winning side."""
+    """TIES: for each entry the weighted mean of the differences with the elected sign."""
     sign = _weighted_sum(weights, differences).sign()
     agrees = [(difference.sign() == sign) & (difference != 0) for difference in differences]
     total = _weighted_sum(weights, [torch.where(on, d, 0.0) for on, d in zip(agrees, differences, strict=True)])
     weight = _weighted_sum(weights, [on.float() for on in agrees])
-    return torch.where(weight > 0, total / weight, 0.0)
+    return torch.where(weight > 0, total / weight, 0.0)  # 0 where every version dropped the entry
 
 
 def _of_rank(matrix: Tensor, rank: int) -> Tensor:

@@ -338,13 +338,13 @@ def _as_jsonl(rows: Iterator[Row]) -> str:
 
 def _as_csv(rows: Iterator[Row]) -> str:
     lines: list[str] = []
-    writer = csv.DictWriter(_VarlenMeta(lines), fieldnames=["text", "label"], lineterminator="\n")
+    writer = csv.DictWriter(_Lines(lines), fieldnames=["text", "label"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return "".join(lines)
 
 
-class _VarlenMeta:
+class _Lines:
     """A file that is a list of lines."""
 
     def __init__(self, lines: list[str]) -> None:

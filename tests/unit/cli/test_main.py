@@ -1,4 +1,4 @@
-"""What the user can mend is one message and an exit code; a bug keeps its traceback."""
+"""User errors are one message and an exit code; a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from cli import console
+from cli.event_log import event_handler
 from cli.main import Commands, app
 from cli.options import AsJson
 from finetune import __version__, errors
@@ -35,7 +35,7 @@ EXIT_CODES = {
     "Stopped": 75,
     "Interrupted": 130,
 }
-"""The promise to schedulers, written down a second time on purpose."""
+"""The exit codes that schedulers rely on, repeated here so that a change in the code fails."""
 
 
 def ft(*arguments: str) -> Result:
@@ -43,7 +43,7 @@ def ft(*arguments: str) -> Result:
 
 
 def command_that_raises(error: BaseException, *arguments: str) -> Result:
-    """A command of ours whose job fails."""
+    """Run a command whose job raises `error`."""
     program = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
     @program.command()
@@ -52,7 +52,7 @@ def command_that_raises(error: BaseException, *arguments: str) -> Result:
 
     @program.command()
     def rest() -> None:
-        """A second command: Typer makes no group of one."""
+        """A second command: Typer makes no group of a single one."""
 
     return CliRunner().invoke(program, ["work", *arguments])
 
@@ -61,46 +61,46 @@ def our_errors() -> list[type[FinetuneError]]:
     return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FinetuneError)]
 
 
-def test_every_kind_of_error_has_its_promised_exit_code():
+def test_error_classes_have_the_documented_exit_codes():
     assert {kind.__name__: kind.exit_code for kind in our_errors() if kind is not FinetuneError} == EXIT_CODES
 
 
 @pytest.mark.parametrize("kind", [kind for kind in our_errors() if kind is not RecipeError])
-def test_an_error_of_ours_is_a_message_with_place_and_remedy_and_its_exit_code(kind: type[FinetuneError]):
-    result = command_that_raises(kind("it broke", where="rows.jsonl:3", hint="mend it"))
+def test_error_is_a_message_with_location_hint_and_exit_code(kind: type[FinetuneError]):
+    result = command_that_raises(kind("it broke", where="rows.jsonl:3", hint="fix it"))
     assert result.exit_code == kind.exit_code
     title = "stopped" if kind in (errors.Stopped, errors.Interrupted) else "error"
-    assert result.stderr == f"{title}: rows.jsonl:3: it broke\n  -> mend it\n"
+    assert result.stderr == f"{title}: rows.jsonl:3: it broke\n  -> fix it\n"
     assert result.stdout == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_that_left_nothing_to_go_on_from_is_told_as_shells_do(number: int):
+def test_signal_without_a_checkpoint_exits_with_128_plus_its_number(number: int):
     assert command_that_raises(errors.Interrupted("stopped", number=number)).exit_code == 128 + number
 
 
-def test_with_json_a_stop_is_no_error():
-    result = command_that_raises(errors.Stopped("step 4 is saved", hint="go on"), "--json")
+def test_stop_with_json_is_a_stopped_event():
+    result = command_that_raises(errors.Stopped("step 4 is saved", hint="resume"), "--json")
     assert json.loads(result.stdout) == {
-        "event": "stopped", "code": 75, "what": "step 4 is saved", "where": None, "hint": "go on",
+        "event": "stopped", "code": 75, "what": "step 4 is saved", "where": None, "hint": "resume",
     }  # fmt: skip
 
 
-def test_a_recipe_error_is_a_line_for_every_problem():
+def test_recipe_error_has_one_line_per_problem():
     problems = [Problem("r.yaml:3:5", "adapter.r", "too small", "raise it"), Problem("r.yaml:9:1", "", "no colon")]
     result = command_that_raises(RecipeError(problems))
     assert result.exit_code == 2
     assert result.stderr == ("error: r.yaml:3:5: adapter.r: too small\n  -> raise it\nerror: r.yaml:9:1: no colon\n")
 
 
-def test_with_json_an_error_is_an_event_too():
-    result = command_that_raises(errors.DataError("it broke", where="rows.jsonl:3", hint="mend it"), "--json")
-    event = {"event": "error", "code": 3, "what": "it broke", "where": "rows.jsonl:3", "hint": "mend it"}
+def test_error_with_json_is_also_an_event():
+    result = command_that_raises(errors.DataError("it broke", where="rows.jsonl:3", hint="fix it"), "--json")
+    event = {"event": "error", "code": 3, "what": "it broke", "where": "rows.jsonl:3", "hint": "fix it"}
     assert [json.loads(line) for line in result.stdout.splitlines()] == [event]
-    assert result.stderr == "error: rows.jsonl:3: it broke\n  -> mend it\n"
+    assert result.stderr == "error: rows.jsonl:3: it broke\n  -> fix it\n"
 
 
-def test_with_json_a_recipe_error_is_an_event_with_every_problem():
+def test_recipe_error_with_json_is_an_event_with_every_problem():
     result = ft("train", "no-such-recipe.yaml", "--json")
     event = json.loads(result.stdout)
     assert (event["event"], event["code"]) == ("error", 2)
@@ -108,12 +108,12 @@ def test_with_json_a_recipe_error_is_an_event_with_every_problem():
     assert result.exit_code == 2
 
 
-def test_a_call_without_json_after_one_with_it_speaks_to_people():
+def test_json_mode_does_not_leak_into_the_next_call():
     command_that_raises(errors.DataError("it broke"), "--json")
     assert ft("validate", "no-such-recipe.yaml").stdout == ""
 
 
-def test_an_interrupt_is_130_without_a_traceback():
+def test_interrupt_exits_with_130_without_a_traceback():
     result = command_that_raises(KeyboardInterrupt())
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
@@ -129,7 +129,7 @@ def test_an_interrupt_is_130_without_a_traceback():
     ],
     ids=lambda error: str(error)[:30] or "MemoryError",
 )
-def test_memory_that_is_used_up_is_exit_code_4_with_the_knobs_to_turn(error: BaseException):
+def test_out_of_memory_exits_with_4_and_hints(error: BaseException):
     result = command_that_raises(error)
     assert result.exit_code == 4
     assert result.stderr.startswith("error: out of memory\n")
@@ -137,13 +137,13 @@ def test_memory_that_is_used_up_is_exit_code_4_with_the_knobs_to_turn(error: Bas
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("bug"), RuntimeError("a bug"), OSError("a bug")])
-def test_a_bug_is_not_caught(error: Exception):
+def test_bug_is_not_caught(error: Exception):
     result = command_that_raises(error)
     assert result.exception is error
     assert result.exit_code == 1
 
 
-def test_the_version_is_the_packages():
+def test_version_is_that_of_the_package():
     result = ft("--version")
     assert (result.exit_code, result.stdout) == (0, f"ft {__version__}\n")
 
@@ -153,12 +153,21 @@ def test_help_lists_the_commands_in_the_order_of_use():
     names = ["init", "import", "validate", "train", "eval", "generate", "merge", "explain", "schema"]
     places = [result.stdout.index(f"\n  {name} ") for name in names]
     assert places == sorted(places)
-    assert "..." not in result.stdout.partition("Commands:")[2]  # each is told in a whole sentence
+    assert "..." not in result.stdout.partition("Commands:")[2]  # no summary is cut off
     assert result.exit_code == 0
 
 
+def test_dry_run_has_its_former_name_as_hidden_alias(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("adapter: [")
+    former, current = (ft(command, str(tmp_path / "bad.yaml")) for command in ("rehearse", "dry-run"))
+    assert (former.exit_code, current.exit_code) == (2, 2)
+    assert former.stderr.splitlines()[0] == "note: `rehearse` is now `ft dry-run`"
+    assert former.stderr.splitlines()[1:] == current.stderr.splitlines()
+    assert "rehearse" not in ft("--help").stdout
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["train", "r.yaml", "--nope"], ["generate"]])
-def test_a_call_that_is_no_call_is_exit_code_2_and_says_how(arguments: list[str]):
+def test_invalid_arguments_exit_with_2_and_show_usage(arguments: list[str]):
     result = ft(*arguments)
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
@@ -175,7 +184,7 @@ def test_a_call_that_is_no_call_is_exit_code_2_and_says_how(arguments: list[str]
         ["--resume", "runs/r", "--run-dir", "runs/s"],
     ],
 )
-def test_a_training_that_contradicts_itself_is_exit_code_2_and_says_how(arguments: list[str]):
+def test_contradicting_train_options_exit_with_2_and_a_hint(arguments: list[str]):
     result = ft("train", *arguments)
     assert result.exit_code == 2
     assert "\n  -> " in result.stderr
@@ -185,42 +194,42 @@ def test_a_training_that_contradicts_itself_is_exit_code_2_and_says_how(argument
     ("command", "what"),
     [("eval", "this folder holds no run, no trained weights and no model"), ("merge", "this is not a run directory")],
 )
-def test_a_directory_that_is_no_run_is_exit_code_2_and_json_where_asked(tmp_path: Path, command: str, what: str):
+def test_directory_without_a_run_exits_with_2_and_json(tmp_path: Path, command: str, what: str):
     result = ft(command, str(tmp_path), "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["what"] == what
 
 
-def test_the_schema_is_json():
+def test_schema_is_json():
     result = ft("schema")
     assert result.exit_code == 0
     assert "adapter" in json.loads(result.stdout)["properties"]
 
 
 def follow(act: Callable[[Callable], None], **options: bool) -> None:
-    with console.reporting(options.get("quiet", False), options.get("as_json", False)) as report:
-        act(report)
+    with event_handler(options.get("quiet", False), options.get("as_json", False)) as on_event:
+        act(on_event)
 
 
-def test_warnings_of_ours_are_remarks_and_informations_notes(capsys: pytest.CaptureFixture[str]):
-    def act(report: Callable) -> None:
-        logging.getLogger("finetune.data").warning("left out %d rows", 2)
+def test_log_records_are_shown_as_warnings_and_notes(capsys: pytest.CaptureFixture[str]):
+    def act(on_event: Callable) -> None:
+        logging.getLogger("finetune.data").warning("dropped %d rows", 2)
         logging.getLogger("finetune.models").info("auto is float32")
 
     follow(act)
     captured = capsys.readouterr()
-    assert captured.err == "warning: left out 2 rows\nnote: auto is float32\n"
+    assert captured.err == "warning: dropped 2 rows\nnote: auto is float32\n"
     assert captured.out == ""
 
 
-def test_the_log_file_has_events_and_remarks_whatever_the_terminal_shows(tmp_path: Path):
+def test_log_file_has_events_and_remarks_in_quiet_mode(tmp_path: Path):
     from finetune.run.events import Phase
 
-    with console.reporting(quiet=True, as_json=False, log=tmp_path / "log.txt") as report:
-        report(Phase("saving"))
-        logging.getLogger("finetune.data").warning("left out %d rows", 2)
+    with event_handler(quiet=True, as_json=False, log=tmp_path / "log.txt") as on_event:
+        on_event(Phase("saving"))
+        logging.getLogger("finetune.data").warning("dropped %d rows", 2)
     first, second = (tmp_path / "log.txt").read_text().splitlines()
     assert first.endswith("INFO saving ...")
-    assert second.endswith("WARNING left out 2 rows")
+    assert second.endswith("WARNING dropped 2 rows")
     logger = logging.getLogger("finetune")
     assert (logger.handlers, logger.propagate) == ([], True)

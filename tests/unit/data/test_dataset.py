@@ -1,4 +1,4 @@
-"""Rows read, held out and encoded: nothing is lost without being counted."""
+"""Data sets of a recipe: read, tokenized, mixed and split, with every dropped row counted."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def numbered(count: int) -> list[str]:
     return [f"row {number}" for number in range(count)]
 
 
-def held_out(folder: Path, count: int, fraction: float, seed: int) -> Datasets:
+def with_validation(folder: Path, count: int, fraction: float, seed: int) -> Datasets:
     return read(data(text_file(folder, numbered(count)), validation_fraction=fraction), seed)
 
 
-def test_sources_come_one_after_the_other_with_their_places(tmp_path: Path):
+def test_sources_are_concatenated_with_places(tmp_path: Path):
     first, second = text_file(tmp_path, ["a", "b"], "first"), text_file(tmp_path, ["c"], "second")
     rows = read(data(first, second))
     assert decoded(rows.train) == ["a", "b", "c"]
@@ -54,20 +54,20 @@ def test_sources_come_one_after_the_other_with_their_places(tmp_path: Path):
     assert len(rows.validation) == 0
 
 
-def test_held_out_rows_come_from_their_own_files(tmp_path: Path):
-    own = {"path": text_file(tmp_path, ["held out"], "validation"), "format": "text"}
+def test_validation_sources_make_validation_set(tmp_path: Path):
+    own = {"path": text_file(tmp_path, ["for validation"], "validation"), "format": "text"}
     rows = read(data(text_file(tmp_path, numbered(3)), validation=[own]))
-    assert decoded(rows.validation) == ["held out"]
+    assert decoded(rows.validation) == ["for validation"]
     assert len(rows.train) == 3
 
 
 @pytest.mark.parametrize(
     ("count", "fraction", "expected"), [(40, 0.25, 10), (40, 0.001, 1), (2, 0.1, 1), (40, 0.9, 36)]
 )
-def test_a_fraction_parts_the_rows_without_overlap_and_in_their_order(
+def test_validation_fraction_splits_without_overlap_in_order(
     tmp_path: Path, count: int, fraction: float, expected: int
 ):
-    rows = held_out(tmp_path, count, fraction, seed=3)
+    rows = with_validation(tmp_path, count, fraction, seed=3)
     train, validation = decoded(rows.train), decoded(rows.validation)
     assert len(validation) == expected
     assert sorted(train + validation) == sorted(numbered(count))
@@ -76,19 +76,21 @@ def test_a_fraction_parts_the_rows_without_overlap_and_in_their_order(
     assert validation == sorted(validation, key=in_order.__getitem__)
 
 
-def test_the_seed_decides_which_rows_are_held_out(tmp_path: Path):
-    assert decoded(held_out(tmp_path, 40, 0.25, seed=3).train) == decoded(held_out(tmp_path, 40, 0.25, seed=3).train)
-    draws = {tuple(decoded(held_out(tmp_path, 40, 0.25, seed).validation)) for seed in range(10)}
+def test_validation_split_depends_on_seed(tmp_path: Path):
+    assert decoded(with_validation(tmp_path, 40, 0.25, seed=3).train) == decoded(
+        with_validation(tmp_path, 40, 0.25, seed=3).train
+    )
+    draws = {tuple(decoded(with_validation(tmp_path, 40, 0.25, seed).validation)) for seed in range(10)}
     assert len(draws) == 10
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (10, 0.99)])
-def test_a_fraction_that_leaves_no_row_to_train_on_is_refused(tmp_path: Path, count: int, fraction: float):
-    with pytest.raises(DataError, match="holds out every row"):
-        held_out(tmp_path, count, fraction, seed=3)
+def test_validation_fraction_of_all_rows_raises(tmp_path: Path, count: int, fraction: float):
+    with pytest.raises(DataError, match="takes every row"):
+        with_validation(tmp_path, count, fraction, seed=3)
 
 
-def test_files_without_rows_are_refused_by_name(tmp_path: Path):
+def test_empty_files_raise_with_path(tmp_path: Path):
     path = text_file(tmp_path, [])
     for fraction in (0.0, 0.5):
         with pytest.raises(DataError, match="no rows to train on") as caught:
@@ -96,7 +98,7 @@ def test_files_without_rows_are_refused_by_name(tmp_path: Path):
         assert caught.value.where == path
 
 
-def test_a_bad_row_of_the_second_source_is_found_there(tmp_path: Path):
+def test_error_in_second_source_names_its_file(tmp_path: Path):
     first, second = text_file(tmp_path, numbered(3), "first"), tmp_path / "second.jsonl"
     second.write_text('{"text": "good"}\n\n{"txt": "bad"}\n')
     with pytest.raises(DataError, match="no column 'text'") as caught:
@@ -105,66 +107,64 @@ def test_a_bad_row_of_the_second_source_is_found_there(tmp_path: Path):
 
 
 TEXTS = ["short", "x" * 50, "as short", "y" * 60]
-"""As tokens one a byte, and the end of text."""
+"""Tokenized as one token a byte, and an end of text."""
 
 
-def test_a_row_that_is_too_long_stops_the_run_with_its_place(tmp_path: Path):
+def test_too_long_row_raises_with_place(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         read(data(text_file(tmp_path, TEXTS), max_length=20))
     assert str(caught.value.where).endswith("rows.jsonl:2")
     assert "data.max_length: 20" in caught.value.what
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted_where_the_recipe_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_overlength_drop_drops_and_counts_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         split = read(data(text_file(tmp_path, TEXTS), max_length=20, overlength="drop", max_dropped=0.5)).train
     counts = split.counts
     assert (counts.read, counts.kept, counts.too_long) == (4, 2, 2)
     assert counts.tokens == split.lengths.sum() == sum(len(example.ids) for example in split)
     assert counts.target_tokens == split.column("targets").sum() == sum(example.targets for example in split)
-    assert "left out 2 of 4 rows" in caplog.text
+    assert "dropped 2 of 4 rows" in caplog.text
 
 
 @pytest.mark.parametrize(("allowed", "stops"), [(0.49, True), (0.5, False)])
-def test_a_run_that_would_lose_more_rows_than_allowed_stops_and_names_some(tmp_path: Path, allowed: float, stops: bool):
+def test_dropped_rows_above_max_dropped_raise_with_places(tmp_path: Path, allowed: float, stops: bool):
     section = data(text_file(tmp_path, TEXTS), max_length=20, overlength="drop", max_dropped=allowed)
     if not stops:
         assert len(read(section).train) == 2
         return
-    with pytest.raises(DataError, match=r"2 of 4 rows would be left out, more than data.max_dropped: 49 %") as caught:
+    with pytest.raises(DataError, match=r"2 of 4 rows would be dropped, more than data.max_dropped: 49 %") as caught:
         read(section)
     assert str(caught.value.where).endswith("rows.jsonl:2")
 
 
-def test_one_percent_may_be_lost_without_a_word_in_the_recipe(tmp_path: Path):
+def test_max_dropped_is_one_percent_by_default(tmp_path: Path):
     texts = ["short"] * 99 + ["x" * 50]
     assert len(read(data(text_file(tmp_path, texts), max_length=20, overlength="drop")).train) == 99
     with pytest.raises(DataError, match=r"more than data.max_dropped: 1 %"):
         read(data(text_file(tmp_path, texts[1:]), max_length=20, overlength="drop"))
 
 
-def test_the_survivors_of_a_skip_are_the_file_without_those_rows(tmp_path: Path):
+def test_kept_rows_equal_file_without_dropped_rows(tmp_path: Path):
     section = {"max_length": 20, "overlength": "drop", "max_dropped": 1}
     survivors = read(data(text_file(tmp_path, TEXTS), **section)).train
     without = read(data(text_file(tmp_path, [text for text in TEXTS if len(text) < 20], "without"), **section)).train
     assert list(survivors) == list(without)
 
 
-def test_a_row_of_exactly_the_longest_length_is_kept(tmp_path: Path):
+def test_row_of_exactly_max_length_is_kept(tmp_path: Path):
     example = Encoder(TOKENIZER, "assistant").example(PlainText("", "x" * 50), "row")
     split = read(data(text_file(tmp_path, ["x" * 50]), max_length=len(example.ids))).train
     assert list(split) == [example]
     assert split.counts.too_long == 0
 
 
-def test_rows_that_are_all_too_long_are_refused(tmp_path: Path):
+def test_all_rows_too_long_raises(tmp_path: Path):
     with pytest.raises(DataError, match="all 2 rows are longer"):
         read(data(text_file(tmp_path, ["x" * 50, "y" * 60]), max_length=20, overlength="drop", max_dropped=1))
 
 
-def test_what_a_row_was_split_into_is_held_out_together(tmp_path: Path):
+def test_validation_split_keeps_parts_of_row_on_one_side(tmp_path: Path):
     texts = [letter * 70 for letter in "abcdefgh"]
     rows = read(data(text_file(tmp_path, texts), max_length=20, overlength="split", validation_fraction=0.5))
     train, validation = ({text[-1] for text in decoded(split)} for split in (rows.train, rows.validation))
@@ -174,7 +174,7 @@ def test_what_a_row_was_split_into_is_held_out_together(tmp_path: Path):
     assert rows.train.file_rows == 4
 
 
-def test_held_out_rows_can_be_had_as_the_files_have_them(tmp_path: Path):
+def test_documents_are_read_again_from_files(tmp_path: Path):
     first, second = text_file(tmp_path, numbered(10), "first"), text_file(tmp_path, ["another"], "second")
     split = read(data(first, second, validation_fraction=0.5), seed=5).validation
     documents = list(split.documents())
@@ -182,40 +182,53 @@ def test_held_out_rows_can_be_had_as_the_files_have_them(tmp_path: Path):
     assert [row.document.completion for row in documents] == decoded(split)
 
 
+def test_documents_have_format_detected_at_tokenization(tmp_path: Path):
+    """Later rows fit another format too: their documents must not depend on the row that is read first."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "2+2=", "completion": "4"}, *[{"prompt": "1+1=", "completion": "2", "text": "two"}] * 9]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = Data.model_validate({"train": [{"path": str(file)}], "validation_fraction": 0.5})
+    for _ in range(2):  # tokenized, and found in the cache
+        split = read(section).validation
+        assert 0 < len(split) < 10
+        assert {row.document for row in split.documents()} <= {PlainText("2+2=", "4"), PlainText("1+1=", "2")}
+        assert split.sources[0].store.format == "completion"
+
+
 def source(folder: Path, name: str, count: int, **settings: Any) -> dict[str, Any]:
     texts = [f"{name} {number}" for number in range(count)]
     return {"path": text_file(folder, texts, name), "format": "text", **settings}
 
 
-def trained(*sources: dict[str, Any], seed: int = 1) -> list[str]:
+def train_texts(*sources: dict[str, Any], seed: int = 1) -> list[str]:
     return decoded(read(Data.model_validate({"train": sources}), seed).train)
 
 
-def test_a_source_gives_as_many_rows_as_the_recipe_says_drawn_by_the_seed(tmp_path: Path):
+def test_source_rows_option_samples_by_seed(tmp_path: Path):
     some = source(tmp_path, "a", 40, rows=5)
-    draws = [trained(some, seed=seed) for seed in range(20)]
-    assert draws == [trained(some, seed=seed) for seed in range(20)]
+    draws = [train_texts(some, seed=seed) for seed in range(20)]
+    assert draws == [train_texts(some, seed=seed) for seed in range(20)]
     assert all(len(set(texts)) == 5 for texts in draws)
     assert all(texts == sorted(texts, key=lambda text: int(text[2:])) for texts in draws)
     assert len(set(map(tuple, draws))) == 20
     assert len({text for texts in draws for text in texts}) > 30
 
 
-def test_a_source_with_fewer_rows_than_asked_for_is_refused(tmp_path: Path):
-    assert len(trained(source(tmp_path, "a", 5, rows=5))) == 5
+def test_source_with_fewer_rows_than_requested_raises(tmp_path: Path):
+    assert len(train_texts(source(tmp_path, "a", 5, rows=5))) == 5
     with pytest.raises(DataError, match="has 5 rows, fewer than rows: 6"):
-        trained(source(tmp_path, "a", 5, rows=6))
+        train_texts(source(tmp_path, "a", 5, rows=6))
 
 
-def test_weights_set_the_shares_of_the_sources_and_no_row_comes_twice(tmp_path: Path):
+def test_weights_mix_sources_without_repeated_rows(tmp_path: Path):
     sources = [source(tmp_path, "a", 60, weight=3), source(tmp_path, "b", 40, weight=1)]
-    texts = trained(*sources)
+    texts = train_texts(*sources)
     assert (len(texts), len(set(texts))) == (80, 80)
     assert sum(text.startswith("b") for text in texts) == 20
-    assert texts == trained(*sources)
-    assert texts != trained(*sources, seed=2)
+    assert texts == train_texts(*sources)
+    assert texts != train_texts(*sources, seed=2)
 
 
-def test_weights_apply_to_the_rows_that_were_drawn(tmp_path: Path):
-    texts = trained(source(tmp_path, "a", 60, rows=10, weight=1), source(tmp_path, "b", 40, weight=2))
+def test_weights_apply_after_rows_option(tmp_path: Path):
+    texts = train_texts(source(tmp_path, "a", 60, rows=10, weight=1), source(tmp_path, "b", 40, weight=2))
     assert [sum(text.startswith(name) for text in texts) for name in "ab"] == [10, 20]

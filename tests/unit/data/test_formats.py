@@ -1,4 +1,4 @@
-"""What each format makes of a row, whatever its columns are called, and what it says to a row that lacks something."""
+"""Formats: documents of rows under any column names, and errors on rows that lack something."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def heard(name: str, text: str) -> dict[str, Any]:
     return {"from": name, "value": text}
 
 
-def test_chat_keeps_the_messages_as_they_stand():
+def test_chat_keeps_messages():
     turns = [("system", "Be brief."), ("user", " Hi\n"), ("assistant", ""), ("tool", "{}"), ("assistant", "Bye")]
     expected = Conversation(tuple(Message(*each) for each in turns))
     assert document({"messages": [turn(*each) for each in turns]}, format="chat") == expected
 
 
-def test_further_keys_of_rows_and_messages_are_left_alone():
+def test_chat_ignores_unknown_keys():
     row = {"id": 3, "messages": [{**turn("user", "Hi"), "name": "Ann"}]}
     assert document(row, format="chat") == Conversation((Message("user", "Hi"),))
 
@@ -77,7 +77,7 @@ def test_further_keys_of_rows_and_messages_are_left_alone():
     ],
     ids=["chat", "instruction", "completion", "text"],
 )
-def test_columns_may_have_other_names(row: dict[str, Any], source: dict[str, str], expected: Document):
+def test_formats_read_renamed_columns(row: dict[str, Any], source: dict[str, str], expected: Document):
     assert document(row, **source) == expected
     renamed = {f"not_{column}": value for column, value in row.items()}
     assert repr(next(iter(row))) in error_of(renamed, **source).what
@@ -102,28 +102,28 @@ def test_columns_may_have_other_names(row: dict[str, Any], source: dict[str, str
         ([{"from": "human", "value": "Hi"}], "messages[0].role"),
     ],
 )
-def test_a_bad_message_is_named_by_its_number(messages: Any, what: str):
+def test_chat_error_names_index_of_message(messages: Any, what: str):
     assert what in error_of({"messages": messages}, format="chat").what
 
 
-def test_a_row_without_messages_says_which_columns_it_has():
+def test_chat_error_without_messages_lists_columns():
     assert "no such column among: prompt, answer" in error_of({"prompt": "", "answer": ""}, format="chat").what
 
 
 @pytest.mark.parametrize("absent", [{}, {"input": None}, {"input": ""}])
-def test_an_instruction_without_input_is_the_instruction_alone(absent: dict[str, Any]):
+def test_instruction_without_input_is_user_turn(absent: dict[str, Any]):
     row = {"instruction": "Sing", "output": "La", **absent}
     assert document(row, format="instruction") == Conversation((Message("user", "Sing"), Message("assistant", "La")))
 
 
-def test_a_system_message_is_put_before_every_instruction():
+def test_instruction_system_message_precedes_every_row():
     found = document({"instruction": "Sing", "output": "La"}, format="instruction", system="Be loud.")
     assert isinstance(found, Conversation)
     assert found.messages[0] == Message("system", "Be loud.")
     assert [message.role for message in found.messages] == ["system", "user", "assistant"]
 
 
-def test_a_completion_is_two_texts_or_two_turns_as_the_recipe_says():
+def test_completion_is_texts_or_turns_by_option():
     row = {"prompt": "2+2=", "completion": "4"}
     assert document(row, format="completion") == PlainText("2+2=", "4")
     as_chat = document(row, format="completion", chat_template=True)
@@ -143,7 +143,7 @@ def test_a_completion_is_two_texts_or_two_turns_as_the_recipe_says():
         ("text", {"text": ["Once"]}, "text"),
     ],
 )
-def test_a_missing_or_unfit_column_is_named(format_name: str, row: dict[str, Any], column: str):
+def test_format_error_names_missing_or_unfit_column(format_name: str, row: dict[str, Any], column: str):
     assert f"column {column!r}" in error_of(row, format=format_name).what
 
 
@@ -151,7 +151,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
-def test_a_tool_call_is_data_whether_its_arguments_were_text_or_not(arguments: Any):
+def test_tool_call_arguments_become_data(arguments: Any):
     call = {"function": {"name": "add", "arguments": arguments}}
     row = {
         "messages": [
@@ -177,7 +177,7 @@ def test_a_tool_call_is_data_whether_its_arguments_were_text_or_not(arguments: A
         ({"train": None, "weight": None}, True),  # as Parquet fills up messages that lack them
     ],
 )
-def test_a_message_may_be_kept_from_training(flags: dict[str, Any], train: bool):
+def test_message_flags_exclude_it_from_targets(flags: dict[str, Any], train: bool):
     turns = [turn("user", "a"), {**turn("assistant", "b"), **flags}]
     expected = Conversation((Message("user", "a"), Message("assistant", "b", train=train)))
     assert document({"messages": turns}, format="chat") == expected
@@ -185,13 +185,13 @@ def test_a_message_may_be_kept_from_training(flags: dict[str, Any], train: bool)
     assert document({"conversations": turns}, format="sharegpt") == expected
 
 
-def test_a_content_may_come_in_parts_of_text():
+def test_chat_content_parts_are_concatenated():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert document({"messages": [turn("user", parts)]}, format="chat") == Conversation((Message("user", "ab"),))
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_what_the_assistant_thought_first_is_kept(key: str):
+def test_chat_reasoning_is_kept(key: str):
     turns = [turn("user", "a"), {**turn("assistant", "b"), key: "c"}]
     expected = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="c")))
     assert document({"messages": turns}, format="chat") == expected
@@ -207,13 +207,13 @@ def test_what_the_assistant_thought_first_is_kept(key: str):
         ([heard("human", "a")], heard("gpt", "b"), {"format": "sharegpt", "conversations": "talk"}),
     ],
 )
-def test_an_answer_may_stand_apart(talk: Any, answer: Any, source: dict[str, Any]):
+def test_answer_column_completes_conversation(talk: Any, answer: Any, source: dict[str, Any]):
     found = document({"talk": talk, "best": answer}, **source, answer="best")
     assert found == Conversation((Message("user", "a", train=False), Message("assistant", "b")))
 
 
 @pytest.mark.parametrize("missing", [None, [], {}, 3])
-def test_an_answer_that_stands_apart_must_be_there(missing: Any):
+def test_answer_column_missing_raises(missing: Any):
     row = {"messages": [turn("user", "a"), turn("assistant", "b")], "best": missing}
     assert "column 'best' must be text" in error_of(row, format="chat", answer="best").what
     assert "no column 'better'" in error_of(row, format="chat", answer="better").what
@@ -224,7 +224,7 @@ def test_an_answer_that_stands_apart_must_be_there(missing: Any):
     ("message", "what"),
     [
         (turn("assistant", None), "messages[0].content must be text"),
-        ({**turn("user", "a"), "tool_calls": [CALL]}, "messages[0] is the user's and calls a tool"),
+        ({**turn("user", "a"), "tool_calls": [CALL]}, "messages[0] has role user and calls a tool"),
         ({**turn("assistant", ""), "tool_calls": "{"}, "messages[0].tool_calls must be JSON"),
         ({**turn("assistant", ""), "tool_calls": '{"name": "\\ud800"}'}, "half of an escaped character"),
         ({**turn("assistant", ""), "tool_calls": [{"name": 3}]}, "messages[0].tool_calls must name a function"),
@@ -232,15 +232,15 @@ def test_an_answer_that_stands_apart_must_be_there(missing: Any):
         ({**turn("assistant", "b"), "weight": 0.5}, "messages[0].weight must be 0 or 1"),
         ({**turn("assistant", "b"), "weight": True}, "messages[0].weight must be 0 or 1"),
         ({**turn("assistant", "b"), "thinking": 3}, "messages[0].thinking must be text"),
-        (turn("user", [{"type": "image_url"}]), "messages[0].content[0] must be a part of text"),
-        (turn("user", ["a"]), "messages[0].content[0] must be a part of text"),
+        (turn("user", [{"type": "image_url"}]), "messages[0].content[0] must have the type text"),
+        (turn("user", ["a"]), "messages[0].content[0] must have the type text"),
     ],
 )
-def test_a_bad_call_or_flag_is_named(message: dict[str, Any], what: str):
+def test_chat_error_names_bad_call_or_flag(message: dict[str, Any], what: str):
     assert what in error_of({"messages": [message]}, format="chat").what
 
 
-def test_sharegpt_turns_get_the_roles_that_templates_know():
+def test_sharegpt_roles_are_mapped_to_template_roles():
     said = [("system", "S"), ("human", "1+1"), ("function_call", '{"name": "add", "arguments": {"a": 1}}')]
     said += [("observation", "2"), ("gpt", "Two")]
     row = {"conversations": [{"from": name, "value": text} for name, text in said], "tools": ""}
@@ -264,7 +264,7 @@ def test_sharegpt_keys_and_roles_are_options():
     assert "talk[0].who" in error_of(row, format="sharegpt", user_roles=["Q"], **names).what
 
 
-def test_earlier_exchanges_of_an_instruction_come_first():
+def test_instruction_history_comes_first():
     row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
     found = document(row, format="instruction")
     assert isinstance(found, Conversation)
@@ -273,19 +273,19 @@ def test_earlier_exchanges_of_an_instruction_come_first():
 
 
 @pytest.mark.parametrize("answers", [["Ann", "Miss Ann"], {"text": ["Ann", "Miss Ann"], "answer_start": [0, 9]}])
-def test_the_first_answer_is_trained_and_all_are_references(answers: Any):
+def test_qa_first_answer_is_target_and_all_are_references(answers: Any):
     found = document({"context": "Ann sings.", "question": "Who?", "answers": answers}, format="qa")
     turns = (Message("user", "Ann sings.\n\nWho?"), Message("assistant", "Ann"))
     assert found == Conversation(turns, references=("Ann", "Miss Ann"))
 
 
 @pytest.mark.parametrize("answers", [[], {"text": []}, [3], None])
-def test_a_question_without_an_answer_is_refused(answers: Any):
+def test_qa_without_answer_raises(answers: Any):
     error_of({"question": "Who?", "answers": answers}, format="qa")
 
 
 @pytest.mark.parametrize("label", [1, "good"])
-def test_a_label_is_its_name_or_its_number(label: Any):
+def test_classification_label_is_name_or_index(label: Any):
     found = document(
         {"text": "Great", "label": label}, format="classification", labels=["bad", "good"], system="One of: {labels}"
     )
@@ -296,7 +296,7 @@ def test_a_label_is_its_name_or_its_number(label: Any):
 
 
 @pytest.mark.parametrize(("label", "labels"), [(2, ["bad", "good"]), (True, ["bad"]), ("fine", ["bad"]), (1, [])])
-def test_a_label_without_a_name_is_refused(label: Any, labels: list[str]):
+def test_classification_unknown_label_raises(label: Any, labels: list[str]):
     assert "'label'" in error_of({"text": "a", "label": label}, format="classification", labels=labels).what
 
 
@@ -308,7 +308,7 @@ def test_a_label_without_a_name_is_refused(label: Any, labels: list[str]):
         ({"loss_mask": [0, 1, 0]}, (False, True, False)),
     ],
 )
-def test_tokens_are_trained_as_labels_or_a_mask_say(further: dict[str, Any], is_target: tuple[bool, ...]):
+def test_tokenized_targets_follow_labels_or_mask(further: dict[str, Any], is_target: tuple[bool, ...]):
     assert document({"input_ids": [5, 6, 7], **further}, format="tokenized") == Tokens((5, 6, 7), is_target)
 
 
@@ -323,7 +323,7 @@ def test_tokens_are_trained_as_labels_or_a_mask_say(further: dict[str, Any], is_
         {"input_ids": [5], "loss_mask": [1], "labels": [5]},
     ],
 )
-def test_tokens_with_unfit_labels_are_refused(row: dict[str, Any]):
+def test_tokenized_unfit_labels_raise(row: dict[str, Any]):
     error_of(row, format="tokenized")
 
 
@@ -341,15 +341,15 @@ def test_tokens_with_unfit_labels_are_refused(row: dict[str, Any]):
         ({"input_ids": [1, 2]}, "tokenized"),
     ],
 )
-def test_a_format_is_detected_by_columns_and_named(row: dict[str, Any], named: str):
+def test_auto_detects_format_by_columns(row: dict[str, Any], named: str):
     assert document(row, format="auto") == document(row, format=named)
     auto = build(TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"}))
     auto.document(Row(row, "rows.jsonl:1"))
-    assert auto.name == named
+    assert auto.resolved.format == named
 
 
 @pytest.mark.parametrize("in_turns", [turn, lambda role, text: heard({"user": "human"}.get(role, "gpt"), text)])
-def test_a_prompt_and_its_completion_may_be_turns(in_turns: Any):
+def test_auto_reads_prompt_and_completion_of_turns(in_turns: Any):
     said = [in_turns("user", "a"), in_turns("assistant", "b"), in_turns("user", "c")]
     found = document({"prompt": said, "completion": [in_turns("assistant", "d")]}, format="auto")
     turns = (("user", "a", False), ("assistant", "b", False), ("user", "c", False), ("assistant", "d", True))
@@ -366,12 +366,12 @@ def test_a_prompt_and_its_completion_may_be_turns(in_turns: Any):
         ({"question": "a", "chosen": "b"}, False),
     ],
 )
-def test_of_preferences_a_section_that_trains_the_chosen_answer_is_told(row: dict[str, Any], is_prompt: bool):
+def test_auto_error_on_preferences_suggests_section_of_chosen_answer(row: dict[str, Any], is_prompt: bool):
     asked = Message("user", "a", train=not is_prompt)
     assert document_as_told(row) == Conversation((asked, Message("assistant", "b")))
 
 
-def test_of_preferences_without_a_prompt_the_chosen_text_is():
+def test_auto_error_on_preferences_without_prompt_suggests_chosen_text():
     assert document_as_told({"chosen": "b"}) == PlainText("", "b")
 
 
@@ -393,11 +393,11 @@ def test_of_preferences_without_a_prompt_the_chosen_text_is():
         ({"messages": '[{"role": "user", "content": "a"}]'}, [("user", "a")]),
     ],
 )
-def test_columns_of_well_known_data_sets_tell_their_format(row: dict[str, Any], turns: list[tuple[str, str]]):
+def test_auto_detects_format_of_well_known_data_sets(row: dict[str, Any], turns: list[tuple[str, str]]):
     assert document(row, format="auto") == Conversation(tuple(Message(*each) for each in turns))
 
 
-def test_a_row_of_instructions_may_have_its_own_system_message():
+def test_instruction_row_system_message_overrides_section():
     row = {"instruction": "a", "output": "b", "system": "Be brief."}
     turns = (Message("user", "a"), Message("assistant", "b"))
     own = Conversation((Message("system", "Be brief."), *turns))
@@ -409,28 +409,28 @@ def test_a_row_of_instructions_may_have_its_own_system_message():
 
 
 @pytest.mark.parametrize("cell", ['[{"role": "user", "content": "\\ud800"}]', "[" * 100_000, "[NaN]", "[{}"])
-def test_a_cell_of_turns_is_read_as_strictly_as_a_file(cell: str):
+def test_turns_in_json_text_are_parsed_strictly(cell: str):
     assert "must be a list of messages, found text" in error_of({"messages": cell}, format="chat").what
-    assert "no format is known" in error_of({"messages": cell}, format="auto").what
+    assert "match no format" in error_of({"messages": cell}, format="auto").what
 
 
-def test_columns_of_two_formats_or_of_none_are_refused():
+def test_auto_ambiguous_or_unknown_columns_raise():
     both = error_of({"prompt": "a", "completion": "b", "text": "c"}, format="auto")
     assert "completion, text" in both.what
-    assert "no format is known by the columns x" in error_of({"x": 1}, format="auto").what
+    assert "match no format: x" in error_of({"x": 1}, format="auto").what
 
 
-def test_a_later_row_of_other_columns_is_told_what_was_detected_and_where():
+def test_auto_error_on_other_columns_names_detected_format_and_row():
     section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"})
     auto = build(section)
     auto.document(Row({"prompt": "a", "completion": "b"}, "rows.jsonl:1"))
-    with pytest.raises(DataError, match=r"not of the format completion, which the columns of rows\.jsonl:1") as caught:
+    with pytest.raises(DataError, match=r"not have the format completion that was detected on rows\.jsonl:1") as caught:
         auto.document(Row({"messages": [turn("user", "a")]}, "rows.jsonl:7"))
     assert caught.value.where == "rows.jsonl:7"
     assert "set the source's format" in str(caught.value.hint)
 
 
-def test_a_later_row_of_the_detected_columns_has_its_own_error():
+def test_auto_error_on_detected_columns_is_its_own():
     section = TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"})
     auto = build(section)
     auto.document(Row({"prompt": "a", "completion": "b"}, "rows.jsonl:1"))
@@ -453,34 +453,34 @@ LABELLED = {"question": "Which?", "choices": {"text": ["2", "1"], "label": ["1",
         ({"question": "Which?", "choices": ["A", "B"], "answer": "B"}, "B"),
     ],
 )
-def test_a_choice_is_named_by_number_letter_label_or_text(row: dict[str, Any], answer: str):
+def test_multiple_choice_answer_is_index_letter_label_or_text(row: dict[str, Any], answer: str):
     found = document(row, format="multiple_choice")
     assert isinstance(found, Conversation)
     assert (found.messages[-1].content, found.references) == (answer, (answer,))
 
 
-def test_choices_are_lettered_below_context_and_question_and_the_text_may_be_the_answer():
+def test_multiple_choice_prompt_letters_choices_and_answer_may_be_text():
     found = document({**LETTERED, "answer": 1, "context": "Sky"}, format="multiple_choice", answer_with="text")
     expected = (Message("user", "Sky\n\nWhich?\n\nA. red\nB. blue"), Message("assistant", "blue"))
     assert found == Conversation(expected, references=("blue",), choices=("red", "blue"))
 
 
 @pytest.mark.parametrize("answer", [2, -1, True, None, "C", ["B"]])
-def test_an_answer_that_is_no_choice_is_refused(answer: Any):
-    assert "names none" in error_of({**LETTERED, "answer": answer}, format="multiple_choice").what
+def test_multiple_choice_unknown_answer_raises(answer: Any):
+    assert "matches none" in error_of({**LETTERED, "answer": answer}, format="multiple_choice").what
 
 
-def test_an_answer_that_is_one_choices_letter_and_anothers_text_is_refused():
+def test_multiple_choice_ambiguous_answer_raises():
     row = {"question": "Which?", "choices": ["B", "A"], "answer": "A"}
-    assert "names more than one" in error_of(row, format="multiple_choice").what
+    assert "matches more than one" in error_of(row, format="multiple_choice").what
 
 
 @pytest.mark.parametrize(
     "choices", [None, [], "ab", [1], ["a"] * 27, {"text": ["a"]}, {"text": ["a", "b"], "label": ["A", "A"]}]
 )
-def test_choices_that_cannot_be_told_apart_are_refused(choices: Any):
+def test_multiple_choice_bad_choices_raise(choices: Any):
     assert "'choices'" in error_of({"question": "a", "choices": choices, "answer": 0}, format="multiple_choice").what
 
 
-def test_a_number_for_an_answer_is_pointed_to_multiple_choice():
+def test_qa_numeric_answer_hints_at_multiple_choice():
     assert "multiple_choice" in str(error_of({"question": "a", "answers": 1}, format="qa").hint)

@@ -1,4 +1,4 @@
-"""Rows of a hub data set: numbered, with the user's error for each of the library's; offline on local stand-ins."""
+"""Rows of a hub data set: numbered, with an error of ours for each of the library's; offline, on local replacements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_rows_come_in_order_with_their_numbers(local: Path, stream: bool):
+def test_hub_rows_are_in_order_with_numbers(local: Path, stream: bool):
     rows = list(read_hub(Hub(name="org/name", stream=stream)))
     assert [row.values for row in rows] == [{"text": "a"}, {"text": "b"}]
     assert [row.where for row in rows] == ["org/name[train] row 1", "org/name[train] row 2"]
@@ -37,19 +37,19 @@ def test_rows_come_in_order_with_their_numbers(local: Path, stream: bool):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("wrong", [{"split": "nope"}, {"subset": "nope"}])
-def test_an_unknown_split_or_subset_is_a_data_error(local: Path, stream: bool, wrong: dict[str, str]):
+def test_hub_unknown_split_or_subset_raises_data_error(local: Path, stream: bool, wrong: dict[str, str]):
     with pytest.raises(DataError, match="nope"):
         list(read_hub(Hub(name="org/name", stream=stream, **wrong)))
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_damaged_file_is_a_data_error(local: Path, stream: bool):
+def test_hub_damaged_file_raises_data_error(local: Path, stream: bool):
     (local / "train.jsonl").write_text('{"text": "a"}\n{"text": broken\n')
     with pytest.raises(DataError, match="cannot be read"):
         list(read_hub(Hub(name="org/name", stream=stream)))
 
 
-def test_the_recipe_decides_what_is_asked_for_and_no_code_is_allowed(monkeypatch: pytest.MonkeyPatch):
+def test_hub_request_follows_recipe_and_allows_no_code(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: asked.append((names, settings)) or [])
     list(read_hub(Hub(name="org/name", subset="en", split="test", revision="abc", stream=True)))
@@ -64,7 +64,7 @@ def test_the_recipe_decides_what_is_asked_for_and_no_code_is_allowed(monkeypatch
         (TimeoutError("slow"), EnvironmentFault),
     ],
 )
-def test_the_librarys_errors_are_the_users(
+def test_hub_library_errors_become_ft_errors(
     monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[FinetuneError]
 ):
     def fail(*names: Any, **settings: Any) -> Any:
@@ -77,15 +77,13 @@ def test_the_librarys_errors_are_the_users(
     assert caught.value.hint
 
 
-def test_a_name_that_the_library_would_take_for_a_reader_or_a_path_is_no_hub_id():
+def test_hub_id_rejects_reader_names_and_paths():
     for name in ("json", "pandas", "./org/name", "/org/name", "../name/x"):
         with pytest.raises(ValueError, match="pattern"):
             Hub(name=name)
 
 
-def test_a_local_folder_is_never_taken_for_the_hubs_data_set(
-    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_hub_id_of_local_folder_raises(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="local folder"):
@@ -94,7 +92,7 @@ def test_a_local_folder_is_never_taken_for_the_hubs_data_set(
         revision_of(Hub(name="org/name"))
 
 
-def test_the_revision_is_the_commit_of_the_copy_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hub_revision_is_commit_of_cached_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     copy = tmp_path / "org___name" / "default" / "0.0.0" / commit
     copy.mkdir(parents=True)

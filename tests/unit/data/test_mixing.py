@@ -1,4 +1,4 @@
-"""Draws are uniform and keep the order; shares stand as the weights do and use up the scarcest source."""
+"""Samples are uniform and ordered; mixtures follow the weights and use up the scarcest source."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections import Counter
 
 import pytest
 
-from finetune.data.mixing import drawn, shares
+from finetune.data.mixing import rows_by_weight, sampled
 
 
-def test_every_set_of_items_is_drawn_as_often_as_any_other():
-    counts = Counter(tuple(drawn(5, 2, seed).tolist()) for seed in range(5000))
+def test_sampled_sets_are_uniform():
+    counts = Counter(tuple(sampled(5, 2, seed).tolist()) for seed in range(5000))
     assert set(counts) == set(itertools.combinations(range(5), 2))
     assert all(400 < count < 600 for count in counts.values())
 
 
 @pytest.mark.parametrize("count", [3, 4, 100])
-def test_a_draw_of_all_items_or_more_is_all_of_them_in_order(count: int):
-    assert drawn(3, count, seed=1).tolist() == [0, 1, 2]
+def test_sampled_count_of_size_or_more_returns_all_in_order(count: int):
+    assert sampled(3, count, seed=1).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -34,16 +34,16 @@ def test_a_draw_of_all_items_or_more_is_all_of_them_in_order(count: int):
         ([5, 0], [1, 1], [1, 0]),
     ],
 )
-def test_shares_stand_as_the_weights_do(sizes: list[int], weights: list[float], expected: list[int]):
-    assert shares(sizes, weights) == expected
+def test_rows_by_weight_are_proportional(sizes: list[int], weights: list[float], expected: list[int]):
+    assert rows_by_weight(sizes, weights) == expected
 
 
-def test_the_scarcest_source_is_used_up_and_none_gives_more_than_it_has():
+def test_rows_by_weight_use_up_scarcest_source():
     source = random.Random(3)
     for _ in range(500):
         sizes = [source.randint(1, 10_000) for _ in range(source.randint(1, 5))]
         weights = [source.uniform(0.01, 9) for _ in sizes]
-        counts = shares(sizes, weights)
+        counts = rows_by_weight(sizes, weights)
         assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
         scarcest = min(range(len(sizes)), key=lambda index: sizes[index] / weights[index])
         assert counts[scarcest] == sizes[scarcest]

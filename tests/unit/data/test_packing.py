@@ -1,4 +1,4 @@
-"""Packs hold every row once within their capacity, full where rows are short."""
+"""Packs hold every row once within their capacity, and are nearly full where rows are short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def chat_lengths(count: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 1000])
-def test_packs_hold_every_row_once_within_their_capacity(window: int):
+def test_packs_hold_every_row_once_within_capacity(window: int):
     lengths = np.random.default_rng(window).integers(2, 101, 200)
     packs = packed(lengths, capacity=100, seed=1, window=window)
     assert sorted(row for pack in range(len(packs)) for row in packs[pack]) == list(range(200))
@@ -24,13 +24,13 @@ def test_packs_hold_every_row_once_within_their_capacity(window: int):
     assert packs.fill == pytest.approx(lengths.sum() / (100 * len(packs)))
 
 
-def test_best_fit_takes_the_fullest_group_with_room():
+def test_best_fit_takes_fullest_group_with_room():
     groups = best_fit([60, 70, 30, 40], capacity=100)
     assert sorted(sorted(group) for group in groups) == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_more_groups_than_the_bound_of_best_fit_decreasing_allows(seed: int):
+def test_best_fit_stays_within_bound_of_best_fit_decreasing(seed: int):
     lengths = np.random.default_rng(seed).integers(1, 11, 7).tolist()
     fewest = next(
         count
@@ -41,21 +41,21 @@ def test_no_more_groups_than_the_bound_of_best_fit_decreasing_allows(seed: int):
     assert len(best_fit(lengths, 10)) <= fewest + 1
 
 
-def test_packs_of_ordinary_chat_rows_are_more_than_95_percent_full():
+def test_packs_of_chat_rows_are_over_95_percent_full():
     assert packed(chat_lengths(1000), capacity=1024, seed=1).fill > 0.95
     assert packed(chat_lengths(20_000), capacity=1024, seed=1).fill > 0.99
 
 
-def test_a_row_longer_than_a_pack_is_refused():
+def test_packing_row_longer_than_pack_raises():
     with pytest.raises(ValueError, match="does not fit"):
         packed(np.array([11]), capacity=10, seed=1)
 
 
-def test_the_seed_decides_who_stands_together():
+def test_packing_depends_on_seed():
     lengths = chat_lengths(500)
     one, same, other = (packed(lengths, 1024, seed, window=100) for seed in (1, 1, 2))
     assert one.rows.tolist() == same.rows.tolist() != other.rows.tolist()
 
 
-def test_no_rows_make_no_packs():
+def test_packing_without_rows_makes_no_packs():
     assert len(packed(np.empty(0, np.int64), capacity=10, seed=1)) == 0

@@ -1,4 +1,4 @@
-"""Columns of a row: there and of the right type, or a message that is short whatever the row holds."""
+"""Columns of a row: present and of the right type, or a short error whatever the row contains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.errors import DataError
         (b"x" * 999, "a bytes (\"b'xxx"),
     ],
 )
-def test_a_column_of_another_type_says_what_was_found_and_where(value: object, found: str):
+def test_row_text_of_other_type_raises_with_value_and_place(value: object, found: str):
     with pytest.raises(DataError) as caught:
         Row({"a": value}, "rows.jsonl:7").text("a")
     assert caught.value.what.startswith(f"column 'a' must be text, found {found}")
@@ -31,7 +31,7 @@ def test_a_column_of_another_type_says_what_was_found_and_where(value: object, f
     assert caught.value.where == "rows.jsonl:7"
 
 
-def test_a_missing_column_says_which_there_are():
+def test_row_missing_column_error_lists_columns():
     with pytest.raises(DataError, match="no column 'a'; its columns are: b, c") as caught:
         Row({"b": "x", "c": "y"}, "rows.jsonl:7").text("a")
     assert caught.value.where == "rows.jsonl:7"
@@ -39,13 +39,13 @@ def test_a_missing_column_says_which_there_are():
         Row({}, "rows.jsonl:7").text("a")
 
 
-def test_columns_without_number_make_no_message_without_end():
+def test_row_error_with_many_columns_stays_short():
     with pytest.raises(DataError) as caught:
         Row({f"column_{index}": "" for index in range(9000)}, "rows.jsonl:7").text("a")
     assert len(caught.value.what) < 120
 
 
-def test_an_optional_column_may_be_absent_or_null_but_not_of_another_type():
+def test_row_optional_text_may_be_absent_or_null():
     assert Row({}, "row").optional_text("a") == ""
     assert Row({"a": None}, "row").optional_text("a") == ""
     assert Row({"a": "x"}, "row").optional_text("a") == "x"
@@ -53,6 +53,6 @@ def test_an_optional_column_may_be_absent_or_null_but_not_of_another_type():
         Row({"a": 0}, "row").optional_text("a")
 
 
-def test_a_description_shows_sixty_characters_of_a_value():
+def test_describe_shows_sixty_characters():
     assert describe("x" * 58) == f'text ("{"x" * 58}")'
     assert describe("x" * 1000) == f'text ("{"x" * 58}…)'

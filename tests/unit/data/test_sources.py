@@ -1,4 +1,4 @@
-"""What a source gives by its section: rows of files or of the hub, and the files themselves for the record."""
+"""Sources: rows of files or of the hub by their section, and the files for the record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, Hub, TextSource
 
 
-def test_the_files_of_a_source_are_those_it_names(tmp_path: Path):
+def test_files_of_source_match_path(tmp_path: Path):
     for name in ("b.jsonl", "a.csv", "notes.txt"):
         (tmp_path / name).touch()
     train = [
@@ -25,20 +25,20 @@ def test_the_files_of_a_source_are_those_it_names(tmp_path: Path):
     assert [[file.name for file in each] for each in files] == [["a.csv", "b.jsonl"], ["b.jsonl"], []]
 
 
-def test_the_sections_options_reach_the_reader(tmp_path: Path):
+def test_source_options_reach_reader(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.csv").write_text("text|x;y\nthree|4\n")
     source = TextSource(format="text", path=str(tmp_path), split="line", delimiter="pipe")
     assert [row.text("text") for row in read_rows(source)] == ["one", "two", "three"]
 
 
-def test_a_hub_source_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch):
+def test_hub_source_is_read_from_hub(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "read_hub", lambda hub: iter([Row({"text": hub.name}, "row")]))
     source = TextSource(format="text", hub=Hub(name="org/name"))
     assert [row.text("text") for row in read_rows(source)] == ["org/name"]
 
 
-def test_a_split_of_files_that_are_no_plain_text_is_refused(tmp_path: Path):
+def test_text_split_without_plain_text_files_raises(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     path = str(tmp_path / "a.jsonl")
     assert [row.text("text") for row in read_rows(TextSource(format="text", path=path))] == ["one"]

@@ -1,4 +1,4 @@
-"""Conversations through the templates of seven families of models: exactly the answers and their ends are trained."""
+"""Conversations through the templates of seven families of models: targets are exactly the answers and their ends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.fixtures.templates import SPECIAL, family_tokenizer
 
 TOKENIZERS = {family: family_tokenizer(family) for family in SPECIAL}
 STABLE = [family for family in SPECIAL if family != "qwen3"]
-"""Families whose templates render a turn in one way wherever it stands."""
+"""Families whose templates render a turn independently of its position."""
 
 
 def marked(family: str, conversation: Conversation, train_on: str = "assistant") -> str:
-    """The rendered text with its trained parts in double brackets."""
+    """The rendered text with its targets in double brackets."""
     tokenizer = TOKENIZERS[family]
     example = Encoder(tokenizer, train_on).example(conversation, "row")  # type: ignore[arg-type]
     pieces = []
@@ -30,7 +30,7 @@ def marked(family: str, conversation: Conversation, train_on: str = "assistant")
     return "".join(pieces)
 
 
-def trained_pieces(family: str, conversation: Conversation) -> list[str]:
+def target_pieces(family: str, conversation: Conversation) -> list[str]:
     text = marked(family, conversation)
     return [piece.split("⟧")[0] for piece in text.split("⟦")[1:]]
 
@@ -73,18 +73,18 @@ GOLDEN["smollm2"] = GOLDEN["qwen2_5"]
 
 
 @pytest.mark.parametrize("family", STABLE)
-def test_two_exchanges_are_rendered_and_trained_as_written_down(family: str):
+def test_template_rendering_and_targets_match_golden_text(family: str):
     assert marked(family, TALK) == GOLDEN[family]
 
 
-def test_a_template_that_renders_the_last_turn_in_its_own_way_is_noticed_and_the_remedy_named():
+def test_template_rendering_last_turn_differently_raises_with_hint():
     with pytest.raises(DataError, match="turn 2 differently") as caught:
         marked("qwen3", TALK)
     assert "data.split_turns" in str(caught.value.hint)
     assert "last_turn" in str(caught.value.hint)
 
 
-def test_split_turns_gives_each_answer_a_row_in_which_it_stands_last():
+def test_split_turns_makes_row_of_each_answer():
     begin = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     think = "<think>\n\n</think>\n\n"
     assert [marked("qwen3", row) for row in TALK.split_turns()] == [
@@ -104,17 +104,17 @@ THOUGHT = Conversation(
 )
 
 
-def test_reasoning_is_written_by_the_template_and_trained_with_its_answer():
+def test_reasoning_is_rendered_and_target_with_its_answer():
     begin = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     first, last = (marked("qwen3", row) for row in THOUGHT.split_turns())
     assert first == f"{begin}⟦<think>\nOne and one.\n</think>\n\n2<|im_end|>⟧\n"
     assert last.endswith("<|im_start|>assistant\n⟦<think>\nAnd one more.\n</think>\n\n3<|im_end|>⟧\n")
-    assert "One and one." not in last  # the template's own way with earlier turns
+    assert "One and one." not in last  # the template drops the reasoning of earlier turns
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
-def test_reasoning_that_the_template_leaves_out_is_told_with_the_remedy(family: str):
-    with pytest.raises(DataError, match="leaves out the reasoning of turn 1") as caught:
+def test_reasoning_omitted_by_template_raises_with_hint(family: str):
+    with pytest.raises(DataError, match="omits the reasoning of turn 1") as caught:
         marked(family, THOUGHT)
     assert "data.split_turns" in str(caught.value.hint)
     alone = THOUGHT.split_turns()[0]
@@ -134,14 +134,14 @@ WITH_TOOL = Conversation(
 )
 
 
-def test_a_tool_call_is_trained_and_the_tools_answer_is_not():
+def test_tool_call_is_target_and_tool_response_is_not():
     text = marked("qwen2_5", WITH_TOOL)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     assert f"<|im_start|>assistant\n⟦{call}⟧\n" in text
     assert text.endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Two<|im_end|>⟧\n")
 
 
-def test_llama3_shows_tools_in_the_first_question_and_trains_the_call():
+def test_llama3_renders_tools_in_first_user_turn_with_call_as_target():
     tool = '{\n    "type": "function",\n    "function": {\n        "name": "add"\n    }\n}'
     assert marked("llama3", WITH_TOOL) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
@@ -156,7 +156,7 @@ def test_llama3_shows_tools_in_the_first_question_and_trains_the_call():
     )
 
 
-def test_qwen3_shows_tools_in_the_system_turn_and_trains_the_last_answer():
+def test_qwen3_renders_tools_in_system_turn_with_last_answer_as_target():
     assert marked("qwen3", WITH_TOOL, "last_turn") == (
         "<|im_start|>system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -172,46 +172,46 @@ def test_qwen3_shows_tools_in_the_system_turn_and_trains_the_last_answer():
 
 
 @pytest.mark.parametrize("family", SPECIAL)
-def test_the_head_of_a_row_is_all_that_stands_before_the_first_users_words(family: str):
+def test_protected_prefix_ends_before_first_user_text(family: str):
     tokenizer = TOKENIZERS[family]
     encoder = Encoder(tokenizer, "last_turn")
     example = encoder.example(TALK, "row")
-    head = encoder.head(TALK, example, "row")
-    assert "Be brief." in tokenizer.decode(example.ids[:head])
-    assert tokenizer.decode(example.ids[head:]).startswith("Hi")
+    protected = encoder.protected_prefix(TALK, example, "row")
+    assert "Be brief." in tokenizer.decode(example.ids[:protected])
+    assert tokenizer.decode(example.ids[protected:]).startswith("Hi")
 
 
-def test_a_template_that_ends_answers_without_a_special_token_is_remarked_on_once():
+def test_template_without_end_token_warns_once():
     tokenizer = family_tokenizer("qwen2_5")
     tokenizer.chat_template = "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}"
     tokenizer.chat_template += "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     encoder = Encoder(tokenizer, "assistant")
     for _ in range(2):
         encoder.example(TALK, "row")
-    (remark,) = encoder.remarks
-    assert "without a special token" in remark
+    (warning,) = encoder.warnings
+    assert "without a special token" in warning
 
 
 @pytest.mark.parametrize("family", STABLE)
-def test_families_end_their_answers_with_a_special_token(family: str):
+def test_template_families_end_answers_with_special_token(family: str):
     encoder = Encoder(TOKENIZERS[family], "assistant")
     encoder.example(TALK, "row")
-    assert not encoder.remarks
+    assert not encoder.warnings
 
 
-def test_completion_trains_what_follows_the_last_user_message_and_last_turn_the_last_answer_only():
+def test_train_on_completion_targets_all_turns_after_last_user_turn():
     assert marked("qwen2_5", WITH_TOOL, "completion").count("⟦") == 2
     assert marked("qwen2_5", WITH_TOOL, "last_turn").count("⟦") == 1
     assert marked("qwen2_5", TALK, "completion") == marked("qwen2_5", TALK, "last_turn")
 
 
-def test_a_template_that_leaves_tools_out_is_refused():
-    with pytest.raises(DataError, match="leaves out the tool 'add'"):
+def test_tools_omitted_by_template_raise():
+    with pytest.raises(DataError, match="omits the tool 'add'"):
         marked("smollm2", WITH_TOOL)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_a_template_that_enforces_the_order_of_roles_refuses_two_questions_in_a_row(family: str):
+def test_template_enforcing_role_order_raises_on_two_user_turns(family: str):
     with pytest.raises(DataError, match="alternate"):
         marked(family, Conversation((Message("user", "a"), Message("user", "b"), Message("assistant", "c"))))
 
@@ -229,14 +229,14 @@ def conversations(draw: st.DrawFn) -> Conversation:
     exchanges = draw(st.lists(st.tuples(CONTENT, CONTENT, st.booleans()), min_size=1, max_size=3))
     turns = [
         message
-        for asked, answered, train in exchanges
-        for message in (Message("user", asked), Message("assistant", answered, train=train))
+        for question, answer, train in exchanges
+        for message in (Message("user", question), Message("assistant", answer, train=train))
     ]
     return Conversation((*system, *turns))
 
 
 def as_rendered(family: str, content: str) -> str:
-    """An answer and its end as the family's template writes them."""
+    """An answer and its end as the family's template renders them."""
     written = content.strip() if family in ("llama3", "gemma3") else content
     return (" " if family == "mistral" else "") + written + SPECIAL[family][1]
 
@@ -244,14 +244,14 @@ def as_rendered(family: str, content: str) -> str:
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(conversation=conversations())
 @pytest.mark.parametrize("family", STABLE)
-def test_whatever_is_said_exactly_the_answers_and_their_ends_are_trained(family: str, conversation: Conversation):
+def test_targets_are_exactly_answers_with_ends_for_any_content(family: str, conversation: Conversation):
     answers = [m.content for m in conversation.messages if m.role == "assistant" and m.train]
-    assert trained_pieces(family, conversation) == [as_rendered(family, content) for content in answers]
+    assert target_pieces(family, conversation) == [as_rendered(family, content) for content in answers]
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(conversation=conversations())
 @pytest.mark.parametrize("family", STABLE)
-def test_splitting_turns_trains_the_same_answers_each_once(family: str, conversation: Conversation):
-    pieces = [piece for row in conversation.split_turns() for piece in trained_pieces(family, row)]
-    assert pieces == trained_pieces(family, conversation)
+def test_split_turns_keeps_every_target_once(family: str, conversation: Conversation):
+    pieces = [piece for row in conversation.split_turns() for piece in target_pieces(family, row)]
+    assert pieces == target_pieces(family, conversation)

@@ -54,7 +54,7 @@ def test_a_person_sees_a_table_of_80_columns(recipe: Path):
     ("arguments", "code", "said"),
     [
         (["--gpu", "24"], 2, "give its memory, such as 24GB"),
-        (["--gpu", "24GB", "--fit", "24GB"], 2, "leave --gpu out"),
+        (["--gpu", "24GB", "--fit", "24GB"], 2, "omit --gpu"),
         (["--output", "x.yaml"], 2, "add --fit"),
         (["--fit", "24GB", "--output", "."], 6, "choose another"),
     ],

@@ -67,7 +67,7 @@ def test_selective_checkpointing_takes_the_same_steps_and_is_logged(
         return train(as_recipe(tiny_recipe, tmp_path, changes), RunDirectory.create(tmp_path / value)).loss
 
     assert loss("selective") == loss("false")
-    assert "training.gradient_checkpointing: outputs of 4 widening layers are computed again" in caplog.text
+    assert "training.gradient_checkpointing: outputs of 4 up projections are recomputed" in caplog.text
 
 
 @pytest.mark.parametrize("quantization", [{"kind": "none"}, {"kind": "nf4"}], ids=lambda section: section["kind"])

@@ -54,9 +54,9 @@ def test_the_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any], tmp
     recipe = write_recipe(tiny_recipe, tmp_path)
     result = CliRunner().invoke(app, ["preview", str(recipe), "--rows", "2"])
     assert result.exit_code == 0
-    assert result.stdout.count("trained\n") == 2
+    assert result.stdout.count("target tokens\n") == 2
     assert "train: " in result.stdout
-    assert "held out: " in result.stdout
+    assert "validation: " in result.stdout
     as_json = CliRunner().invoke(app, ["preview", str(recipe), "--json"]).stdout.splitlines()[-1]
     assert json.loads(as_json)["ledger"]["train"]["used"] == 24
 
@@ -67,7 +67,7 @@ def test_a_page_is_written_once_and_replaced_only_on_request(tiny_recipe: dict[s
     call = ["preview", str(recipe), "--html", str(page)]
     assert CliRunner().invoke(app, call).exit_code == 0
     written = page.read_text(encoding="utf-8")
-    assert "What became of the rows" in written
+    assert "Data report" in written
     page.write_text("mine")
     assert CliRunner().invoke(app, call).exit_code != 0
     assert page.read_text() == "mine"

@@ -241,7 +241,7 @@ def test_the_command_shows_sizes_and_errors(tiny_recipe: dict[str, Any], tmp_pat
     recipe = write_recipe({**tiny_recipe, "quantization": OPTQ}, tmp_path)
     result = ft(str(recipe), "--output", str(tmp_path / "out"), "--quiet")
     assert result.exit_code == 0, result.output
-    for part in ("14 layers in optq", "32.000", "4.000", "rounded to nearest", f"quantized model: {tmp_path / 'out'}"):
+    for part in ("14 layers in optq", "32.000", "4.000", "round-to-nearest", f"quantized model: {tmp_path / 'out'}"):
         assert part in result.stdout
     assert ft(str(recipe), "--output", str(tmp_path / "out")).exit_code == 6
 

@@ -1,4 +1,4 @@
-"""Methods over the tiny model, and what a pass gives: what twins of a path are compared by."""
+"""Adapter methods over the tiny model, with loss and gradients of a pass, to compare a path with its reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.models.kernels.packing_check import use_packing_attention
 from finetune.recipe.sections.adapter import Adapter
@@ -42,13 +42,13 @@ PROMPTS = ("prompt", "prefix")
 
 
 def base_of(kind: str, folder: Path) -> PreTrainedModel:
-    """What the method is attached to."""
+    """The base of a method: quantized, for methods that need that."""
     quantization = KINDS[kind][1]
     return tiny_llama() if quantization is None else load(folder, PACKED[quantization])
 
 
 def attached(kind: str, base: PreTrainedModel, folder: Path, **settings: Any) -> nn.Module:
-    """The trainable model, none of whose numbers stand where the method starts; `settings` of its section."""
+    """The trainable model, with every trainable parameter away from its initial value; `settings` of its section."""
     if kind not in PROMPTS:
         use_packing_attention(base, may_choose=True)
     words = AutoTokenizer.from_pretrained(folder)
@@ -68,7 +68,7 @@ def rows(kind: str, lengths: list[int]) -> Batch:
         Example([(7 * row + place) % 256 for place in range(length)], [place >= 5 for place in range(length)])
         for row, length in enumerate(lengths)
     ]
-    return padded(examples, 0) if kind in PROMPTS else joined(examples)
+    return padded(examples, 0) if kind in PROMPTS else flattened(examples)
 
 
 def outcome(model: nn.Module, batch: Batch) -> tuple[float, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Quantizing a model block after block by what its layers see."""
+"""Calibrated quantization, one block after another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def inputs_of(model: nn.Module, name: str) -> torch.Tensor:
-    """What a layer sees on all rows."""
+    """The inputs of a layer on all rows."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     with torch.no_grad():
@@ -52,14 +52,14 @@ def inputs_of(model: nn.Module, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_outputs_of_every_layer_are_nearer_than_by_rounding_to_nearest(make: Any, bits: int):
+def test_calibrated_outputs_are_closer_than_with_round_to_nearest(make: Any, bits: int):
     errors = quantize_by_inputs(make(), everywhere(bits=bits), ROWS, CPU)
     assert len(errors) == (14 if make is llama else 8)
     assert {name: error for name, error in errors.items() if not 0 < error.calibrated < error.nearest} == {}
 
 
-def test_a_layer_is_quantized_for_what_it_sees_behind_quantized_ones():
-    """Made again from outside: inputs as the finished model gives them, weights as they were."""
+def test_calibration_inputs_come_from_quantized_layers():
+    """The codes equal those computed from the finished model's inputs and the original weights."""
     model, plain = llama(), llama()
     errors = quantize_by_inputs(model, everywhere(bits=3), ROWS, CPU)
     for name, error in errors.items():
@@ -74,7 +74,7 @@ def test_a_layer_is_quantized_for_what_it_sees_behind_quantized_ones():
         assert torch.allclose(in_plain.matrix(), hessian.matrix(), rtol=1e-4, atol=1e-3) is is_first, name
 
 
-def test_layers_of_a_block_go_in_the_order_in_which_they_run(monkeypatch: pytest.MonkeyPatch):
+def test_calibration_follows_the_order_of_execution(monkeypatch: pytest.MonkeyPatch):
     factored: list[Hessian] = []
     inverse_factor = Hessian.inverse_factor
 
@@ -90,7 +90,7 @@ def test_layers_of_a_block_go_in_the_order_in_which_they_run(monkeypatch: pytest
     assert len(factored) == 2 * 4  # those that share an input share its factor
 
 
-def test_other_weights_keep_type_and_value():
+def test_calibration_keeps_dtype_and_value_of_other_weights():
     model, plain = llama().bfloat16(), llama().bfloat16()
     quantize_by_inputs(model, everywhere(), ROWS, CPU)
     rest = dict(model.named_parameters())
@@ -103,7 +103,7 @@ def test_other_weights_keep_type_and_value():
     assert model(torch.tensor([ROWS[0]])).logits.dtype == torch.bfloat16
 
 
-def test_a_layer_that_no_row_reaches_is_rounded_to_nearest(caplog: pytest.LogCaptureFixture):
+def test_unreached_layer_is_rounded_to_nearest(caplog: pytest.LogCaptureFixture):
     model = llama()
     model.model.layers[1].mlp.spare = nn.Linear(64, 32, bias=False)
     weight = model.model.layers[1].mlp.spare.weight.detach().clone()
@@ -114,7 +114,7 @@ def test_a_layer_that_no_row_reaches_is_rounded_to_nearest(caplog: pytest.LogCap
     assert all(torch.equal(packed[name], tensor) for name, tensor in build(Affine(kind="affine")).pack(weight).items())
 
 
-def test_layers_may_be_quantized_in_different_ways():
+def test_calibration_supports_a_different_quantizer_per_layer():
     rules = [
         ModuleRule(match="*.o_proj", quantization=NoQuantization()),
         ModuleRule(match="*.up_proj", quantization=Affine(kind="affine", bits=8)),
@@ -131,7 +131,7 @@ def test_layers_may_be_quantized_in_different_ways():
     assert len(errors) == 2 * 5
 
 
-def test_layers_outside_of_blocks_are_quantized_unless_they_need_inputs(caplog: pytest.LogCaptureFixture):
+def test_layers_outside_of_blocks_are_quantized_unless_calibrated(caplog: pytest.LogCaptureFixture):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = OPTConfig(vocab_size=320, word_embed_proj_dim=32, **sizes)
@@ -144,22 +144,22 @@ def test_layers_outside_of_blocks_are_quantized_unless_they_need_inputs(caplog: 
 
 
 @pytest.mark.parametrize("where", ["between blocks", "beside the hidden states"])
-def test_blocks_that_are_given_more_than_the_output_before_them_are_refused(where: str):
+def test_blocks_with_other_dependent_inputs_are_refused(where: str):
     model = llama()
     first, second = model.model.layers
-    told: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     if where == "between blocks":
         first.register_forward_hook(lambda block, args, output: 2 * output)
     else:
-        first.register_forward_hook(lambda block, args, output: told.append(output))
+        first.register_forward_hook(lambda block, args, output: outputs.append(output))
         second.register_forward_pre_hook(
-            lambda block, args, rest: (args, {**rest, "aside": told[-1]}), with_kwargs=True
+            lambda block, args, rest: (args, {**rest, "aside": outputs[-1]}), with_kwargs=True
         )
     with pytest.raises(UnsupportedError, match="more than the output"):
         quantize_by_inputs(model, everywhere(), ROWS, CPU)
 
 
-def test_a_model_without_blocks_is_refused():
+def test_calibration_without_a_list_of_blocks_is_refused():
     model = llama()
     layers = model.model.layers
     model.model.layers = nn.Sequential()
@@ -168,7 +168,7 @@ def test_a_model_without_blocks_is_refused():
         quantize_by_inputs(model, everywhere(), ROWS, CPU)
 
 
-def test_inputs_that_are_not_finite_name_the_layer():
+def test_calibration_names_the_layer_with_non_finite_inputs():
     model = llama()
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(torch.inf)
@@ -177,7 +177,7 @@ def test_inputs_that_are_not_finite_name_the_layer():
     assert caught.value.where == "model.layers.1.self_attn.q_proj"
 
 
-def test_progress_is_told_by_blocks():
-    told: list[tuple[int, int]] = []
-    quantize_by_inputs(llama(), everywhere(), ROWS, CPU, lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+def test_calibration_reports_progress_per_block():
+    reports: list[tuple[int, int]] = []
+    quantize_by_inputs(llama(), everywhere(), ROWS, CPU, lambda done, total: reports.append((done, total)))
+    assert reports == [(1, 2), (2, 2)]

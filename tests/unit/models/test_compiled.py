@@ -1,4 +1,4 @@
-"""Compiled blocks and their plain twins, the model's own: the same losses and gradients, for any length of rows."""
+"""Compiled blocks match the eager reference in losses and gradients, for rows of any length."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ def assert_agree(kind: str, folder: Path, *, recomputes: bool = False) -> None:
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
-    # The block, or what stands before and after attention between packed examples.
+    # One graph for the block, or one before and one after packed attention, which is not compiled.
     assert counters["stats"]["unique_graphs"] >= (2 if kind in PROMPTS else 4)
 
 
 @pytest.mark.slow
-def test_losses_and_gradients_agree_and_lengths_share_what_is_compiled(tiny_model: Path):
+def test_compiled_blocks_match_eager_losses_and_gradients_for_any_length(tiny_model: Path):
     assert_agree("lora", tiny_model)
     assert counters["stats"]["unique_graphs"] <= 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
-def test_losses_and_gradients_of_every_method_agree(kind: str, tiny_model: Path):
+def test_compiled_blocks_match_eager_losses_and_gradients_of_every_method(kind: str, tiny_model: Path):
     assert_agree(kind, tiny_model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_so_they_do_where_blocks_are_computed_again(kind: str, tiny_model: Path):
+def test_compiled_blocks_match_eager_with_gradient_checkpointing(kind: str, tiny_model: Path):
     assert_agree(kind, tiny_model, recomputes=True)
 
 
-def test_passes_without_gradients_are_the_models_own(tiny_model: Path):
+def test_compiled_blocks_stay_eager_without_gradients(tiny_model: Path):
     own, ours = (model_of("lora", tiny_model, compiled=compiled) for compiled in (False, True))
     counters.clear()
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_passes_without_gradients_are_the_models_own(tiny_model: Path):
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_a_model_without_blocks_is_told():
+def test_compile_blocks_without_a_list_of_blocks_raises():
     class Blockless(nn.Module):
         config = None
 
@@ -82,7 +82,7 @@ def test_a_model_without_blocks_is_told():
         compile_blocks(Blockless())  # type: ignore[arg-type]
 
 
-def test_a_machine_without_a_compiler_is_told(tmp_path: Path):
+def test_compile_blocks_without_a_compiler_is_an_environment_fault(tmp_path: Path):
     code = (
         "from finetune.models.kernels.compiled import compile_blocks; from tests.fixtures.tiny import tiny_llama\n"
         "from finetune.errors import EnvironmentFault\n"

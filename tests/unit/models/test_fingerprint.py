@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.models.fingerprint import BLOCK_BYTES, BLOCKS_PER_TENSOR, fingerprint
+from finetune.models.fingerprint import SAMPLE_BYTES, SAMPLES_PER_TENSOR, fingerprint
 
 
 def weights() -> dict[str, Tensor]:
@@ -24,15 +24,15 @@ def fingerprint_of(folder: Path, *shards: dict[str, Tensor], metadata: dict[str,
     return fingerprint(folder)
 
 
-def test_one_file_and_three_shards_of_the_same_weights_are_the_same(tmp_path: Path):
-    whole = weights()
+def test_fingerprint_of_one_file_equals_that_of_three_shards(tmp_path: Path):
+    tensors = weights()
     shards: list[dict[str, Tensor]] = [{}, {}, {}]
-    for index, (name, tensor) in enumerate(whole.items()):
+    for index, (name, tensor) in enumerate(tensors.items()):
         shards[index % 3][name] = tensor
-    assert fingerprint_of(tmp_path / "one", whole) == fingerprint_of(tmp_path / "three", *shards)
+    assert fingerprint_of(tmp_path / "one", tensors) == fingerprint_of(tmp_path / "three", *shards)
 
 
-def test_remarks_in_the_file_and_other_files_beside_it_change_nothing(tmp_path: Path):
+def test_fingerprint_ignores_metadata_and_other_files(tmp_path: Path):
     plain = fingerprint_of(tmp_path / "plain", weights())
     assert fingerprint_of(tmp_path / "remarked", weights(), metadata={"format": "pt"}) == plain
     (tmp_path / "plain" / "config.json").write_text("{}")
@@ -85,20 +85,20 @@ def one_more(tensors: dict[str, Tensor]) -> None:
         one_more,
     ],
 )
-def test_a_changed_model_has_another_fingerprint(tmp_path: Path, change):
+def test_fingerprint_of_a_changed_model_differs(tmp_path: Path, change):
     changed = weights()
     change(changed)
     assert fingerprint_of(tmp_path / "before", weights()) != fingerprint_of(tmp_path / "after", changed)
 
 
-SAMPLED_BYTES = BLOCK_BYTES * BLOCKS_PER_TENSOR
+SAMPLED_BYTES = SAMPLE_BYTES * SAMPLES_PER_TENSOR
 
 
 @pytest.mark.parametrize(
-    "size", [1, BLOCK_BYTES, BLOCK_BYTES + 1, SAMPLED_BYTES, SAMPLED_BYTES + 1, 40 * SAMPLED_BYTES]
+    "size", [1, SAMPLE_BYTES, SAMPLE_BYTES + 1, SAMPLED_BYTES, SAMPLED_BYTES + 1, 40 * SAMPLED_BYTES]
 )
 @pytest.mark.parametrize("place", [0, -1], ids=["first byte", "last byte"])
-def test_first_and_last_byte_of_a_tensor_of_any_size_are_read(tmp_path: Path, size: int, place: int):
+def test_fingerprint_includes_first_and_last_byte_of_any_tensor(tmp_path: Path, size: int, place: int):
     tensor = torch.zeros(size, dtype=torch.uint8)
     before = fingerprint_of(tmp_path / "before", {"weight": tensor})
     tensor[place] = 1
@@ -106,19 +106,19 @@ def test_first_and_last_byte_of_a_tensor_of_any_size_are_read(tmp_path: Path, si
 
 
 @pytest.mark.parametrize("byte", range(0, SAMPLED_BYTES, 5003))
-def test_every_byte_of_a_small_tensor_counts(tmp_path: Path, byte: int):
+def test_fingerprint_includes_every_byte_of_a_small_tensor(tmp_path: Path, byte: int):
     tensor = torch.zeros(SAMPLED_BYTES, dtype=torch.uint8)
     before = fingerprint_of(tmp_path / "before", {"weight": tensor})
     tensor[byte] = 1
     assert fingerprint_of(tmp_path / "after", {"weight": tensor}) != before
 
 
-def test_of_a_big_tensor_a_sample_is_read_that_training_cannot_miss(tmp_path: Path):
+def test_fingerprint_samples_a_large_tensor_evenly(tmp_path: Path):
     size = 40 * SAMPLED_BYTES
     tensor = torch.zeros(size, dtype=torch.uint8)
     before = fingerprint_of(tmp_path / "before", {"weight": tensor})
     tensor[size // 2] = 1  # one byte between two blocks
     assert fingerprint_of(tmp_path / "missed", {"weight": tensor}) == before
     third = torch.zeros(size, dtype=torch.uint8)
-    third[size // 3 : size // 3 + size // BLOCKS_PER_TENSOR] = 1  # as long as blocks are apart
+    third[size // 3 : size // 3 + size // SAMPLES_PER_TENSOR] = 1  # as long as the distance between samples
     assert fingerprint_of(tmp_path / "seen", {"weight": third}) != before

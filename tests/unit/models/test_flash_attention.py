@@ -1,4 +1,4 @@
-"""Packed attention on CUDA, by the op below `varlen_attn`: its arguments, and what it computes."""
+"""Packed attention on CUDA, by the op below `varlen_attn`: its arguments and its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = {
     "apart": [(0, 5), (0, 1), (0, 9)],
     "shared prefix": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
 }
-"""Of each example the position that its own tokens begin at, and its length."""
+"""The prefix length and the length of each example."""
 
 COMMON = (
     "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "

@@ -1,4 +1,4 @@
-"""Fused norms and gated units and their plain twins, the model's own: the same bits forward, the same gradients."""
+"""Fused norms and gated MLPs against the model's own: the same bits forward, the same gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
 from finetune.models.kernels import fused
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.recompute import saving_inputs_only
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 
 SIZES = {
     "vocab_size": 320,
@@ -40,7 +40,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Random weights, norms not all ones; everything trains."""
+    """Random weights, norms not all ones; every parameter is trainable."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
     with torch.no_grad():
@@ -62,11 +62,11 @@ def loss_of(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("few", [False, True], ids=["at once", "a few rows at a time"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
+def test_fused_model_matches_original_bit_for_bit_and_in_gradients(
     family: str, dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if few:
-        monkeypatch.setattr(fused, "NUMBERS_A_THREAD", 5 * 144 // torch.get_num_threads())
+        monkeypatch.setattr(fused, "ELEMENTS_PER_THREAD", 5 * 144 // torch.get_num_threads())
     own, ours = model_of(family, dtype), model_of(family, dtype)
     fuse(ours)
     losses = [loss_of(model) for model in (own, ours)]
@@ -79,7 +79,7 @@ def test_results_are_the_models_own_bit_for_bit_and_gradients_to_rounding(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_norm_and_every_unit_is_fused(family: str):
+def test_fuse_replaces_every_norm_and_mlp(family: str):
     model = model_of(family)
     fuse(model)
     modules = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "MLP"))]
@@ -87,34 +87,34 @@ def test_every_norm_and_every_unit_is_fused(family: str):
     assert all(is_fused(module) for module in modules)
 
 
-def test_less_is_kept_for_backward_and_less_still_where_it_is_made_again():
+def test_fused_model_saves_less_and_less_still_with_recomputation():
     own, ours = model_of("llama"), model_of("llama")
     fuse(ours)
 
-    def remaking() -> Tensor:
+    def recomputing() -> Tensor:
         with saving_inputs_only():
             return loss_of(ours)
 
-    in_own, in_ours = (bytes_kept(lambda model=model: loss_of(model)) for model in (own, ours))
+    in_own, in_ours = (saved_bytes(lambda model=model: loss_of(model)) for model in (own, ours))
     assert in_ours < 0.9 * in_own
-    assert bytes_kept(remaking) < 0.85 * in_ours
+    assert saved_bytes(recomputing) < 0.85 * in_ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_made_again_gives_the_same_bits(family: str):
+def test_fused_recomputation_gives_the_same_gradients(family: str):
     model = model_of(family)
     fuse(model)
     loss_of(model).backward()
-    kept = [parameter.grad.clone() for parameter in model.parameters()]
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     with saving_inputs_only():
         loss = loss_of(model)
     loss.backward()
-    assert all(torch.equal(parameter.grad, one) for parameter, one in zip(model.parameters(), kept, strict=True))
+    assert all(torch.equal(parameter.grad, one) for parameter, one in zip(model.parameters(), expected, strict=True))
 
 
 class Doubled(nn.Module):
-    """Called a norm, and no norm."""
+    """Named like a norm, with another formula."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class DoubledRMSNorm(Doubled):
     pass
 
 
-def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_fuse_keeps_modules_with_another_formula(monkeypatch: pytest.MonkeyPatch):
     model = model_of("llama")
     layer = model.model.layers[0]
     layer.input_layernorm = DoubledRMSNorm(layer.input_layernorm.weight.detach())

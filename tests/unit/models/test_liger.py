@@ -21,13 +21,13 @@ from tests.fixtures import fake_liger
 from tests.fixtures.tiny import SIZES, random_model
 
 FAMILIES = {
-    "llama": (LlamaConfig(**SIZES), "5 of 5 norms, 2 of 2 gated units"),
-    "wide queries": (LlamaConfig(**SIZES | {"head_dim": 32}), "5 of 5 norms, 2 of 2 gated units"),
-    "qwen3": (Qwen3Config(**SIZES), "9 of 9 norms, 2 of 2 gated units"),
-    "gemma2": (Gemma2Config(**SIZES), "9 of 9 norms, 2 of 2 gated units"),
-    "gemma3": (Gemma3TextConfig(**SIZES), "13 of 13 norms, 2 of 2 gated units"),
-    "olmo2": (Olmo2Config(**{key: SIZES[key] for key in SIZES if key != "head_dim"}), "2 of 2 gated units"),
-    "exact gelu": (LlamaConfig(**SIZES, hidden_act="gelu"), "5 of 5 norms, 0 of 2 gated units"),
+    "llama": (LlamaConfig(**SIZES), "5 of 5 norms, 2 of 2 gated MLPs"),
+    "wide queries": (LlamaConfig(**SIZES | {"head_dim": 32}), "5 of 5 norms, 2 of 2 gated MLPs"),
+    "qwen3": (Qwen3Config(**SIZES), "9 of 9 norms, 2 of 2 gated MLPs"),
+    "gemma2": (Gemma2Config(**SIZES), "9 of 9 norms, 2 of 2 gated MLPs"),
+    "gemma3": (Gemma3TextConfig(**SIZES), "13 of 13 norms, 2 of 2 gated MLPs"),
+    "olmo2": (Olmo2Config(**{key: SIZES[key] for key in SIZES if key != "head_dim"}), "2 of 2 gated MLPs"),
+    "exact gelu": (LlamaConfig(**SIZES, hidden_act="gelu"), "5 of 5 norms, 0 of 2 gated MLPs"),
 }
 
 
@@ -35,8 +35,8 @@ FAMILIES = {
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this test get the passes that they would get on CUDA."""
     fake_liger.install(monkeypatch)
-    on_cuda = fused.passes_on("cuda")
-    monkeypatch.setattr(fused, "passes_on", lambda device: on_cuda)
+    on_cuda = fused.kernels_on("cuda")
+    monkeypatch.setattr(fused, "kernels_on", lambda device: on_cuda)
 
 
 def gradients(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
@@ -94,12 +94,12 @@ def test_liger_changes_nothing_but_the_model_that_it_is_for():
     assert not any("forward" in vars(module) for module in later.modules())
 
 
-def test_model_on_cuda_without_liger_keeps_its_own_passes(monkeypatch: pytest.MonkeyPatch):
+def test_model_on_cuda_without_liger_keeps_its_own_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    on_cuda = fused.passes_on("cuda")
+    on_cuda = fused.kernels_on("cuda")
     assert on_cuda is None
-    monkeypatch.setattr(fused, "passes_on", lambda device: on_cuda)
+    monkeypatch.setattr(fused, "kernels_on", lambda device: on_cuda)
     model = random_model(FAMILIES["llama"][0])
     assert "the model's own" in fuse(model)
     assert not any("forward" in vars(module) for module in model.modules())

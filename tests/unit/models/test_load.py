@@ -1,4 +1,4 @@
-"""A base loads frozen and whole, or says what is wrong with its folder."""
+"""Loading a base and its tokenizer, and the errors for unsuitable folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_config(model: Path, folder: Path, **changes: Any) -> Path:
     return copy
 
 
-def test_a_base_is_frozen_stored_as_asked_and_named_as_the_recipe_does(tiny_model: Path):
+def test_loaded_base_is_frozen_with_the_given_dtype_and_name(tiny_model: Path):
     model = load(tiny_model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -53,9 +53,7 @@ def test_a_base_is_frozen_stored_as_asked_and_named_as_the_recipe_does(tiny_mode
 
 @pytest.mark.skipif(not MAPS.exists(), reason="mapped files are listed on Linux")
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_was_not_quantized_does_not_keep_the_whole_file_in_memory(
-    tiny_model: Path, weight_dtype: torch.dtype, tmp_path: Path
-):
+def test_unquantized_weights_do_not_keep_the_mapped_file(tiny_model: Path, weight_dtype: torch.dtype, tmp_path: Path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)  # other tests of this process may have mapped the one that they share
 
@@ -71,14 +69,14 @@ def test_what_was_not_quantized_does_not_keep_the_whole_file_in_memory(
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"hidden_size": 32}, "the weights have other shapes than config.json says"),
+        ({"hidden_size": 32}, "the shapes of the weights do not match config.json"),
         ({"num_hidden_layers": 3}, "9 weights are missing"),
         ({"model_type": "no-such-type"}, "the model cannot be loaded"),
         ({"model_type": "t5"}, "the model cannot be loaded"),
         ({"hidden_size": "wide"}, "the model cannot be loaded"),
     ],
 )
-def test_a_config_that_does_not_fit_the_weights_is_a_model_error(
+def test_config_that_does_not_match_the_weights_is_a_model_error(
     tiny_model: Path, tmp_path: Path, changes: dict[str, Any], what: str
 ):
     folder = with_config(tiny_model, tmp_path, **changes)
@@ -87,8 +85,8 @@ def test_a_config_that_does_not_fit_the_weights_is_a_model_error(
     assert caught.value.where == str(folder)
 
 
-def test_a_config_of_a_type_that_would_bring_its_code_is_a_model_error(tiny_model: Path, tmp_path: Path):
-    """Whatever asks for a model's settings alone, before any weight is there, is told so too."""
+def test_config_that_needs_remote_code_is_a_model_error(tiny_model: Path, tmp_path: Path):
+    """Reading only the config gives the same error."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
@@ -99,14 +97,14 @@ def test_a_config_of_a_type_that_would_bring_its_code_is_a_model_error(tiny_mode
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model: Path, tmp_path: Path):
+def test_tokenizer_with_more_tokens_than_embeddings_is_refused(tiny_model: Path, tmp_path: Path):
     folder = with_config(tiny_model, tmp_path, vocab_size=200)
     with pytest.raises(ModelError, match="the tokenizer has 259 tokens, the model 200 embeddings"):
         load_tokenizer(ModelFolder(folder, "org/name"))
 
 
 @pytest.mark.parametrize("content", [None, "{}", "{"])
-def test_a_folder_without_a_readable_tokenizer_is_a_model_error(tiny_model: Path, tmp_path: Path, content: str | None):
+def test_folder_without_a_readable_tokenizer_is_a_model_error(tiny_model: Path, tmp_path: Path, content: str | None):
     folder = with_config(tiny_model, tmp_path)
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").unlink()

@@ -1,4 +1,4 @@
-"""A model that is quantized while it loads, or by what its layers see, takes little more memory than its codes."""
+"""Peak memory of quantizing while loading and of calibration: little more than the codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def measure(folder: Path, kind: dict[str, Any], *how: str, **environment: str) -> dict[str, int]:
-    """What a process of its own finds."""
+    """The result of a measurement in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "tests.fixtures.loading_memory", str(folder), json.dumps(kind), *how]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=ROOT)
@@ -44,20 +44,20 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [{"kind": "affine"}, {"kind": "nf4"}, {"kind": "int8"}, {"kind": "icq", "bits": 2, "candidates": 2}],
     ids=lambda kind: kind["kind"],
 )
-def test_loading_never_holds_much_more_than_the_codes_and_one_weight(large_model: Path, kind: dict[str, Any]):
+def test_loading_peak_is_about_the_codes_and_one_weight(large_model: Path, kind: dict[str, Any]):
     measured = measure(large_model, kind)
     assert measured["packed"] > 20e6
     # Temporary tensors of a part of a weight come on top; they do not grow with the model.
     assert measured["peak"] <= 1.3 * measured["packed"] + measured["largest"] + 16e6
 
 
-def test_calibrating_takes_no_more_for_more_blocks_than_their_codes(tmp_path: Path):
+def test_calibration_peak_grows_only_by_the_codes_of_more_blocks(tmp_path: Path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536}
     for depth in (2, 10):
         tiny_llama(num_hidden_layers=depth, **sizes).to(torch.bfloat16).save_pretrained(tmp_path / str(depth))
 
     def growth(*how: str) -> dict[str, int]:
-        # What is freed goes back at once, or the peak would be what glibc holds in reserve, which varies by 20 MB.
+        # Freed memory is returned at once: the reserve of glibc would vary the peak by 20 MB.
         at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
         shallow, deep = (measure(tmp_path / depth, {"kind": "optq"}, *how, **at_once) for depth in ("2", "10"))
         return {name: deep[name] - shallow[name] for name in ("peak", "packed")}

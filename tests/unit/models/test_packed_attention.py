@@ -1,4 +1,4 @@
-"""Attention without masks and its plain twin, `sdpa` with a mask: the same result and the same gradients."""
+"""Packed attention matches the reference, `sdpa` with a mask of T x T, in output and gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def positions(lengths: list[int]) -> Tensor:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """Every example's tokens see its earlier ones, by a mask of T x T."""
+    """Causal attention within each example, by a mask of T x T."""
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(number))
     seen = (number[:, None] == number) & (place[:, None] >= place)
@@ -50,10 +50,10 @@ def packed(
     return packed_attention.packed_attention(SimpleNamespace(), query, key, value, mask, **settings)[0]
 
 
-@pytest.mark.parametrize("kernel", [True, False], ids=["PyTorch's kernel", "products"])
+@pytest.mark.parametrize("kernel", [True, False], ids=["PyTorch's kernel", "matmuls"])
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_it_is_its_twin_in_result_and_gradients(
+def test_packed_attention_matches_reference_in_output_and_gradients(
     lengths: list[int], window: int | None, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(packed_attention, "_prefers_kernel", lambda dtype: kernel)
@@ -67,14 +67,14 @@ def test_it_is_its_twin_in_result_and_gradients(
         assert torch.allclose(mine.grad, own.grad, atol=1e-4)
 
 
-def test_the_comparison_sees_a_window_that_is_one_too_long():
+def test_packed_attention_comparison_detects_another_window():
     """The control."""
     lengths = LENGTHS["several blocks"]
     tensors = heads(sum(lengths))
     assert not torch.allclose(packed(*tensors, lengths, 4), reference(*tensors, lengths, 5), atol=1e-3)
 
 
-def test_in_16_bits_it_is_as_near_to_float32_as_its_twin():
+def test_packed_attention_in_16_bits_is_as_accurate_as_reference():
     lengths = LENGTHS["several blocks"]
     exact = reference(*heads(sum(lengths)), lengths, None)
     narrow = heads(sum(lengths), torch.bfloat16)
@@ -85,33 +85,33 @@ def test_in_16_bits_it_is_as_near_to_float32_as_its_twin():
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_keys_and_queries_that_a_rotation_made_wider_are_narrowed_to_the_values():
+def test_packed_attention_casts_float32_queries_and_keys_to_the_values_dtype():
     lengths = LENGTHS["short"]
     query, key, value = heads(sum(lengths), torch.bfloat16)
     assert packed(query.float(), key.float(), value, lengths).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("more", [{"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}], ids=str)
-def test_what_it_cannot_do_is_refused_and_not_left_out(more: dict[str, Any]):
+def test_packed_attention_refuses_unsupported_arguments(more: dict[str, Any]):
     with pytest.raises(NotImplementedError):
         packed(*heads(15), [5, 1, 9], **more)
 
 
-def test_examples_end_where_the_next_one_begins():
+def test_example_bounds_of_three_examples():
     assert example_bounds(positions([5, 1, 9])).tolist() == [[[[0, 5, 6, 15], [0, 0, 0, 0]]]]
 
 
 BRANCHING = {
-    "two of one stem": [(0, 9), (4, 7)],
-    "a stem in a stem": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
+    "two with one prefix": [(0, 9), (4, 7)],
+    "nested prefixes": [(0, 12), (3, 9), (7, 8), (2, 6), (0, 5), (4, 6)],
     "many answers": [(0, 30), *((25, 25 + count) for count in (9, 1, 40, 3, BLOCK - 9, 7, 2, 30)), (0, 4), (0, 5)],
     "long": [(0, 2 * BLOCK + 9), (BLOCK + 5, 3 * BLOCK), (2 * BLOCK, 2 * BLOCK + 40), (0, 20), (1, BLOCK * 2)],
 }
-"""Of each example the position that its own tokens begin at, and its length."""
+"""The prefix length and the length of each example."""
 
 
-def stems(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
-    """Positions of the row, and of each example the places of all its tokens."""
+def shared_prefix_row(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
+    """The positions of the row, and for each example the indices of all its tokens."""
     line, seen = [], []
     for first, length in branches:
         own = range(len(line), len(line) + length - first)
@@ -122,10 +122,8 @@ def stems(branches: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
 
 @pytest.mark.parametrize("window", [None, 4, BLOCK + 5])
 @pytest.mark.parametrize("branches", BRANCHING.values(), ids=BRANCHING)
-def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
-    branches: list[tuple[int, int]], window: int | None
-):
-    line, seen = stems(branches)
+def test_shared_prefix_attention_matches_separate_examples(branches: list[tuple[int, int]], window: int | None):
+    line, seen = shared_prefix_row(branches)
     places = torch.tensor([place for example in seen for place in example])
     found, expected = heads(line.shape[1]), heads(line.shape[1])
     mask = example_bounds(line)
@@ -133,7 +131,7 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
     apart = [tensor.index_select(2, places) for tensor in expected]
     other = reference(*apart, [len(example) for example in seen], window)
     assert torch.allclose(one.index_select(1, places), other, atol=1e-5)
-    # Each example asks for its own tokens only; what is shared is asked for by the first that has it.
+    # The loss is over each example's own tokens; the tokens of a shared prefix count for its first example.
     weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
     ends = torch.tensor([len(example) for example in seen]).cumsum(0)
     own = torch.cat(
@@ -145,8 +143,8 @@ def test_examples_that_share_what_they_begin_with_are_those_that_stand_apart(
         assert torch.allclose(mine.grad, apart_grad.grad, atol=1e-4)
 
 
-def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
-    line, seen = stems(BRANCHING["long"])
+def test_shared_prefix_attention_in_16_bits_is_as_accurate_as_reference():
+    line, seen = shared_prefix_row(BRANCHING["long"])
     places, lengths = torch.tensor([place for example in seen for place in example]), [len(each) for each in seen]
     exact = reference(*(tensor.index_select(2, places) for tensor in heads(line.shape[1])), lengths, None)
     narrow = heads(line.shape[1], torch.bfloat16)
@@ -157,19 +155,19 @@ def test_shared_in_16_bits_they_are_as_near_to_float32_as_apart():
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_short_examples_that_share_as_much_are_worked_on_together():
-    line, _ = stems(BRANCHING["many answers"])
-    places, firsts = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
-    found = [example.branches for example in packed_attention._merged_examples(places, firsts, None)]
+def test_short_segments_with_the_same_prefix_are_merged():
+    line, _ = shared_prefix_row(BRANCHING["many answers"])
+    starts, prefix_lengths = (tuple(row) for row in example_bounds(line)[0, 0].tolist())
+    found = [segment.branch_lengths for segment in packed_attention._merged_segments(starts, prefix_lengths, None)]
     assert found == [(30,), (9, 1, 40, 3), (BLOCK - 9, 7, 2), (30,), (4, 5)]
     assert all(sum(branches) <= BLOCK for branches in found)
-    hidden = packed_attention._merged_examples(places, firsts, 30)  # a window of 30 keys hides some of all but two
-    assert [len(example.branches) for example in hidden] == [1] * 9 + [2]
+    hidden = packed_attention._merged_segments(starts, prefix_lengths, 30)  # a window of 30 hides keys of all but two
+    assert [len(segment.branch_lengths) for segment in hidden] == [1] * 9 + [2]
 
 
-@pytest.mark.parametrize("branches", ["a stem in a stem", "many answers"])
-def test_an_example_sees_nothing_of_the_one_before_it_but_what_they_share(branches: str):
-    line, seen = stems(BRANCHING[branches])
+@pytest.mark.parametrize("branches", ["nested prefixes", "many answers"])
+def test_shared_prefix_example_sees_only_its_prefix_and_itself(branches: str):
+    line, seen = shared_prefix_row(BRANCHING[branches])
     query, key, value = (tensor.detach() for tensor in heads(line.shape[1]))
     for number, example in enumerate(seen):
         others = torch.ones(line.shape[1], dtype=torch.bool)

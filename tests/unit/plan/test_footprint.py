@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from transformers import GPT2Config, LlamaConfig
 
 from finetune.adapters.base import trainable
-from finetune.data.collate import joined, padded
+from finetune.data.collate import flattened, padded
 from finetune.data.encode import Example
 from finetune.models.linear_layers import count_parameters
 from finetune.plan import footprint
@@ -88,21 +88,21 @@ def test_parameters_and_bytes_are_those_of_the_real_model(adapter: dict[str, Any
 
 def test_what_few_blocks_tell_of_all_is_what_all_tell(monkeypatch: pytest.MonkeyPatch):
     six = inputs(tiny_config(num_hidden_layers=6))
-    extended = passes(six, joined(ROWS), padded(ROWS, 0))
+    extended = passes(six, flattened(ROWS), padded(ROWS, 0))
     monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
-    assert extended == passes(six, joined(ROWS), padded(ROWS, 0))
+    assert extended == passes(six, flattened(ROWS), padded(ROWS, 0))
 
 
 def test_a_model_whose_attention_drops_out_is_traced_with_its_own():
     """Ours would refuse the pass."""
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=4, n_head=2, attn_pdrop=0.1)
-    assert passes(inputs(config), joined(ROWS), None).activations > 0
+    assert passes(inputs(config), flattened(ROWS), None).activations > 0
 
 
 def test_of_offloaded_inputs_one_is_there_however_many_blocks_there_are():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
         found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing, gpu_memory=80 * 10**9)
-        return passes(found, joined(ROWS), None).activations
+        return passes(found, flattened(ROWS), None).activations
 
     of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
     assert activations(6, True) - activations(6, "offload") == 5 * of_one
@@ -113,16 +113,16 @@ def test_offloaded_inputs_wait_in_pinned_memory_of_a_power_of_two_each():
     for blocks in (6, 12):
         found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing="offload", gpu_memory=80 * 10**9)
         of_one = sum(len(row.ids) for row in ROWS) * tiny_config().hidden_size * 4
-        pinned = passes(found, joined(ROWS), None).pinned
+        pinned = passes(found, flattened(ROWS), None).pinned
         assert blocks * of_one <= pinned < blocks * 2 * of_one
         assert pinned == blocks * 2 ** ceil(log2(of_one))
-        assert passes(replace(found, gpu_memory=None), joined(ROWS), None).pinned == 0
+        assert passes(replace(found, gpu_memory=None), flattened(ROWS), None).pinned == 0
 
 
 def test_selective_checkpointing_spares_gate_and_up_of_all_blocks_but_the_one_at_work():
     def activations(blocks: int, checkpointing: Checkpointing) -> int:
         found = inputs(tiny_config(num_hidden_layers=blocks), checkpointing=checkpointing)
-        return passes(found, joined(ROWS), None).activations
+        return passes(found, flattened(ROWS), None).activations
 
     of_one = sum(len(row.ids) for row in ROWS) * 2 * tiny_config().intermediate_size * 4
     more = activations(12, False) - activations(6, False)
@@ -135,7 +135,7 @@ def test_compiled_blocks_keep_what_norms_and_gates_put_out():
         """What six more blocks take."""
         model = Model(name="tiny", kernels=kernels)
         few, many = (inputs(tiny_config(num_hidden_layers=blocks), model=model) for blocks in (6, 12))
-        return passes(many, joined(ROWS), None).activations - passes(few, joined(ROWS), None).activations
+        return passes(many, flattened(ROWS), None).activations - passes(few, flattened(ROWS), None).activations
 
     tokens, config = sum(len(row.ids) for row in ROWS), tiny_config()
     assert more("compiled") - more("auto") == 6 * tokens * (2 * config.hidden_size + config.intermediate_size) * 4
@@ -187,7 +187,7 @@ def test_65_billion_parameters_fit_into_48_gb_as_the_paper_says_and_not_without_
     config = llama(8192, 22016, 80, 64)
     held = resident(on_paper(config))
     assert held.count.total - held.count.trainable == pytest.approx(65.29e9, rel=0.001)
-    batch = joined([Example(list(range(1, 513)), [False] * 256 + [True] * 256)])
+    batch = flattened([Example(list(range(1, 513)), [False] * 256 + [True] * 256)])
     taken = passes(on_paper(config), batch, None)
     needed = held.weights + held.adapter + held.gradients + taken.activations + taken.logits
     assert 40 * GB < needed < 46 * GB  # which leaves room for the libraries and the allocator
@@ -201,7 +201,7 @@ def test_plan_for_a_gpu_counts_the_logits_of_its_larger_chunks():
     rows = [Example([place % 300 for place in range(400)], [True] * 400)]
     config = tiny_config(vocab_size=50_000)
     on_cpu, small, large = (
-        passes(inputs(config, gpu_memory=memory), joined(rows), None).logits for memory in (None, 8 * GB, 80 * GB)
+        passes(inputs(config, gpu_memory=memory), flattened(rows), None).logits for memory in (None, 8 * GB, 80 * GB)
     )
     assert small >= 399 * 50_000 * 4  # all of them at once, in float32
     assert small == large  # the rows have no more logits
@@ -211,7 +211,7 @@ def test_plan_for_a_gpu_counts_the_logits_of_its_larger_chunks():
 def test_plan_for_a_gpu_counts_what_liger_or_the_plain_model_saves_for_backward(monkeypatch: pytest.MonkeyPatch):
     def activations(gpu_memory: int | None) -> int:
         config = tiny_config(num_hidden_layers=4, intermediate_size=256)
-        return passes(inputs(config, gpu_memory=gpu_memory), joined(ROWS), None).activations
+        return passes(inputs(config, gpu_memory=gpu_memory), flattened(ROWS), None).activations
 
     on_cpu = activations(None)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.models.kernels import packed_attention
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
@@ -30,7 +30,7 @@ def peak(model: nn.Module, batch: Batch, fakes: FakeTensors) -> int:
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("batch", [joined(ROWS), padded(ROWS, 0)], ids=["joined", "padded"])
+@pytest.mark.parametrize("batch", [flattened(ROWS), padded(ROWS, 0)], ids=["flattened", "padded"])
 def test_a_pass_without_memory_takes_what_the_real_one_takes(batch: Batch, recomputes: bool):
     peaks = []
     for is_real in (True, False):
@@ -49,9 +49,9 @@ def test_a_pass_without_memory_takes_what_the_real_one_takes(batch: Batch, recom
 
 def test_the_control_sees_what_recomputing_saves():
     fakes, model = FakeTensors(), tiny_llama(num_hidden_layers=6)
-    plain = peak(model, joined(ROWS), fakes)
+    plain = peak(model, flattened(ROWS), fakes)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    assert peak(model, joined(ROWS), fakes) < 0.7 * plain
+    assert peak(model, flattened(ROWS), fakes) < 0.7 * plain
 
 
 def test_only_what_is_alive_counts():

@@ -1,4 +1,4 @@
-"""What the tests of quantizers share: every kind of quantizer, and a model loaded with one."""
+"""Shared by tests of quantizers: every kind of quantizer, and a model loaded with one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(**values: Any) -> QuantizationSection:
     return TypeAdapter(Quantization).validate_python(values)
 
 
-# All that store codes and compute with exactly what they dequantize to.
+# Quantizers that store codes and compute with exactly the dequantized weight.
 PACKED = {
     "nf4": section(kind="nf4"),
     "nf4-single": section(kind="nf4", double_quant=False, block_size=128),

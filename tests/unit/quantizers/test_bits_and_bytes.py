@@ -37,14 +37,14 @@ def theirs(chosen: FourBit) -> tuple[torch.Tensor, object]:
     )
 
 
-def test_the_tables_are_bitsandbytes_own():
+def test_codebook_tables_match_bitsandbytes():
     assert torch.equal(torch.tensor(NORMAL_FLOAT[4]), get_4bit_type("nf4", device="cpu"))
     assert torch.equal(torch.tensor(FLOAT_4), get_4bit_type("fp4", device="cpu"))
     assert torch.equal(dynamic_map(), create_dynamic_map())
 
 
 @every_four_bit
-def test_codes_are_bitsandbytes_own(chosen: FourBit):
+def test_four_bit_codes_match_bitsandbytes(chosen: FourBit):
     codes, state = theirs(chosen)
     ours = FourBitQuantizer(chosen).pack(WEIGHT)
     assert (ours["weight"] == codes.flatten()).float().mean() >= 0.999999
@@ -59,7 +59,7 @@ def test_codes_are_bitsandbytes_own(chosen: FourBit):
 
 @pytest.mark.parametrize("shape", [(96, 64), (33, 37)])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_the_kernels_unpack_what_the_plain_functions_do(kind: str, shape: tuple[int, int]):
+def test_four_bit_kernels_match_plain_unpacking(kind: str, shape: tuple[int, int]):
     quantizer = FourBitQuantizer(FourBit(kind=kind))
     tensors = quantizer.pack(torch.randn(shape))
     plain = CodebookQuantizer.unpack(quantizer, tensors, *shape)
@@ -68,7 +68,7 @@ def test_the_kernels_unpack_what_the_plain_functions_do(kind: str, shape: tuple[
 
 
 @every_four_bit
-def test_codes_of_bitsandbytes_mean_the_same_here(chosen: FourBit):
+def test_bitsandbytes_codes_dequantize_to_the_same_weights(chosen: FourBit):
     codes, state = theirs(chosen)
     tensors = {"weight": codes.flatten(), "absmax": state.absmax}
     if chosen.double_quant:
@@ -78,7 +78,7 @@ def test_codes_of_bitsandbytes_mean_the_same_here(chosen: FourBit):
 
 @every_four_bit
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_of_bitsandbytes_repacks_into_ours(chosen: FourBit, bias: bool):
+def test_bitsandbytes_layer_is_repacked_with_the_same_codes(chosen: FourBit, bias: bool):
     """This is how a model that was quantized on CUDA is saved."""
     quantizer = CudaFourBitQuantizer(chosen)
     layer = quantizer.empty_layer(640, 513, bias, torch.float32)
@@ -88,14 +88,14 @@ def test_a_layer_of_bitsandbytes_repacks_into_ours(chosen: FourBit, bias: bool):
     assert (repacked.bias is None) == (layer.bias is None)
 
 
-def test_the_guard_is_set_on_every_4_bit_layer():
+def test_four_bit_layers_disable_the_avx512_kernel():
     """Without it the first forward pass without gradients on a CPU with AVX512-BF16 spoils all later gradients."""
     layer = CudaFourBitQuantizer(FourBit(kind="nf4")).empty_layer(64, 64, False, torch.float32)
     assert isinstance(layer, bnb.nn.Linear4bit)
     assert layer.support_avx512bf16_for_cpu is False
 
 
-def test_int8_keeps_within_a_step_of_each_row(tiny_model: Path):
+def test_int8_error_is_at_most_a_step_of_each_row(tiny_model: Path):
     weight = load(tiny_model).model.layers[1].mlp.up_proj.weight
     layer = load(tiny_model, INT8).model.layers[1].mlp.up_proj
     assert isinstance(layer, bnb.nn.Linear8bitLt)
@@ -103,7 +103,7 @@ def test_int8_keeps_within_a_step_of_each_row(tiny_model: Path):
     assert ((layer.quantizer.dequantize(layer) - weight).abs() <= 0.6 * step).all()
 
 
-def test_a_dequantized_int8_model_says_about_what_the_quantized_one_says(tiny_model: Path):
+def test_dequantized_int8_model_has_about_the_logits_of_the_quantized_one(tiny_model: Path):
     """Not exactly: int8 rounds its inputs too."""
     model = load(tiny_model, INT8)
     quantized = logits(model)
@@ -113,7 +113,7 @@ def test_a_dequantized_int8_model_says_about_what_the_quantized_one_says(tiny_mo
 
 
 @pytest.mark.parametrize("chosen", [INT8, section(kind="affine", bits=8), section(kind="nf4")], ids=lambda s: s.kind)
-def test_gpt2_layers_are_quantized_the_right_way_round(tmp_path: Path, chosen: object):
+def test_gpt2_layers_are_quantized_in_the_right_orientation(tmp_path: Path, chosen: object):
     """GPT-2 stores its weights transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -21,7 +21,7 @@ def restored(quantizer: AffineQuantizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_weight_is_off_by_half_a_step_at_most(bits: int):
+def test_affine_error_is_at_most_half_a_step(bits: int):
     quantizer = build(Affine(kind="affine", bits=bits, scale_dtype="float32", minimum_dtype="float32"))
     groups = WEIGHT.unflatten(1, (-1, 32))
     step = (groups.amax(2) - groups.amin(2)) / (2**bits - 1)
@@ -31,7 +31,7 @@ def test_a_weight_is_off_by_half_a_step_at_most(bits: int):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [32, 64])
-def test_no_group_is_worse_by_hqq_than_by_rounding_to_nearest(bits: int, group_size: int):
+def test_hqq_group_error_is_at_most_that_of_round_to_nearest(bits: int, group_size: int):
     settings = {"bits": bits, "group_size": group_size, "scale_dtype": "float32", "minimum_dtype": "float32"}
     plain, half_quadratic = (
         (restored(build(chosen)) - WEIGHT).abs().unflatten(1, (-1, group_size)).mean(2)
@@ -42,8 +42,8 @@ def test_no_group_is_worse_by_hqq_than_by_rounding_to_nearest(bits: int, group_s
 
 
 @pytest.mark.parametrize("chosen", [Affine(kind="affine"), Hqq(kind="hqq", bits=2, group_size=64)], ids=str)
-def test_groups_are_contiguous_inputs_with_float_zero_points(chosen: Affine | Hqq):
-    """What a merge into zero points relies on: a constant added to a group is a constant added to its minimum."""
+def test_groupwise_groups_are_contiguous_inputs_with_float_zero_points(chosen: Affine | Hqq):
+    """Merging into zero points (QA-LoRA) relies on this: a constant added to a group changes only its minimum."""
     quantizer = build(chosen)
     assert quantizer.capabilities.float_zero_points
     size = quantizer.capabilities.group_size
@@ -56,7 +56,7 @@ def test_groups_are_contiguous_inputs_with_float_zero_points(chosen: Affine | Hq
 
 
 @pytest.mark.parametrize("kind", ["affine", "hqq"])
-def test_4_bits_in_groups_of_32_are_a_q4_1_of_gguf_as_they_are(kind: str):
+def test_groupwise_4_bits_in_groups_of_32_match_gguf_q4_1(kind: str):
     quantizer = build(Affine(kind="affine") if kind == "affine" else Hqq(kind="hqq"))
     assert quantizer.capabilities.exact_exports == {"gguf_q4_1"}
     tensors = quantizer.pack(WEIGHT)
@@ -69,12 +69,12 @@ def test_4_bits_in_groups_of_32_are_a_q4_1_of_gguf_as_they_are(kind: str):
 
 
 @pytest.mark.parametrize("changes", [{"bits": 3}, {"group_size": 64}, {"scale_dtype": "float32"}], ids=str)
-def test_nothing_else_claims_to_be_a_q4_1(changes: dict[str, object]):
+def test_groupwise_other_settings_are_not_exported_as_q4_1(changes: dict[str, object]):
     assert build(Affine(**{"kind": "affine", **changes})).capabilities.exact_exports == frozenset()
 
 
-def test_rows_that_are_quantized_in_parts_are_quantized_alike(monkeypatch: pytest.MonkeyPatch):
-    whole = build(Hqq(kind="hqq", bits=3)).pack(WEIGHT)
+def test_affine_is_independent_of_chunk_size(monkeypatch: pytest.MonkeyPatch):
+    at_once = build(Hqq(kind="hqq", bits=3)).pack(WEIGHT)
     monkeypatch.setattr("finetune.quantizers.affine.WEIGHTS_AT_ONCE", 5 * 256)
     parts = build(Hqq(kind="hqq", bits=3)).pack(WEIGHT)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)

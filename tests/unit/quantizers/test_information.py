@@ -1,4 +1,4 @@
-"""Information calibration: what the shifts gain, and never lose."""
+"""Information-calibrated quantization: entropy never falls below that of plain normal float."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def plain_codes(bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_no_block_keeps_less_information_than_plain_normal_float(bits: int, double_quant: bool):
+def test_icq_block_entropy_is_at_least_that_of_normal_float(bits: int, double_quant: bool):
     """Counted from the codes as they are stored."""
     tensors = quantizer_of(bits=bits, double_quant=double_quant).pack(WEIGHT)
-    kept = entropies(unpack_bits(tensors["weight"], bits, WEIGHT.numel()).view(-1, 64), bits)
+    found = entropies(unpack_bits(tensors["weight"], bits, WEIGHT.numel()).view(-1, 64), bits)
     plain = entropies(plain_codes(bits), bits)
-    assert (kept >= plain - 1e-6).all()
-    assert kept.mean() > plain.mean() + 0.03
+    assert (found >= plain - 1e-6).all()
+    assert found.mean() > plain.mean() + 0.03
 
 
-def test_an_exact_shift_keeps_at_least_what_the_median_would():
+def test_icq_exact_shift_has_at_least_the_entropy_of_the_median():
     """The median is a candidate, and an unquantized shift is the very one that was found."""
     quantizer = quantizer_of(double_quant=False)
     median = BLOCKS.sort(dim=1).values[:, 31]
@@ -50,7 +50,7 @@ def test_an_exact_shift_keeps_at_least_what_the_median_would():
     assert (quantizer.entropy(BLOCKS, found) >= quantizer.entropy(BLOCKS, median) - 1e-6).all()
 
 
-def test_the_fast_search_finds_what_trying_each_candidate_finds():
+def test_icq_fast_search_matches_reference():
     quantizer = quantizer_of(candidates=10, double_quant=False)
     blocks = BLOCKS[:: len(BLOCKS) // 50].contiguous()
     median = blocks.sort(dim=1).values[:, 31]
@@ -61,7 +61,7 @@ def test_the_fast_search_finds_what_trying_each_candidate_finds():
     assert torch.allclose(found, best, atol=1e-6)
 
 
-def test_codes_are_those_of_the_shift_as_it_is_stored():
+def test_icq_codes_are_computed_for_the_stored_shift():
     quantizer = quantizer_of()
     tensors = quantizer.pack(WEIGHT)
     shift = quantizer.shifts.read(tensors)
@@ -72,9 +72,9 @@ def test_codes_are_those_of_the_shift_as_it_is_stored():
     assert (codes == expected).float().mean() > 0.9999
 
 
-def test_blocks_that_are_searched_in_parts_are_searched_alike(monkeypatch: pytest.MonkeyPatch):
-    whole = quantizer_of(bits=3).pack(WEIGHT)
+def test_icq_search_is_independent_of_chunk_size(monkeypatch: pytest.MonkeyPatch):
+    at_once = quantizer_of(bits=3).pack(WEIGHT)
     monkeypatch.setattr("finetune.quantizers.information.WEIGHTS_AT_ONCE", 64 * 24)
     monkeypatch.setattr("finetune.quantizers.information.BLOCKS_AT_ONCE", 7)
     parts = quantizer_of(bits=3).pack(WEIGHT)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)

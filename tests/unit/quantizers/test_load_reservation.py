@@ -1,4 +1,4 @@
-"""What transformers reserves on a GPU before it loads is what quantized weights take, and not their size in float32."""
+"""transformers reserves GPU memory for the stored size of quantized weights, not for their size in float32."""
 
 from __future__ import annotations
 

@@ -58,13 +58,13 @@ def textbook(quantizer: OptqQuantizer, weight: torch.Tensor, hessian: torch.Tens
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
-def test_codes_are_the_textbooks(bits: int, group_size: int):
+def test_optq_codes_match_reference(bits: int, group_size: int):
     quantizer, hessian = optq(bits=bits, group_size=group_size), hessian_of(INPUTS)
     tensors = quantizer.pack_for_inputs(WEIGHT, hessian.inverse_factor(quantizer.damping))
     assert torch.equal(codes_of(quantizer, tensors, WEIGHT.shape), textbook(quantizer, WEIGHT, hessian.matrix()))
 
 
-def test_a_group_may_be_longer_than_a_block():
+def test_optq_group_may_be_longer_than_a_lazy_batch():
     quantizer = optq(group_size=256)
     weight, inputs = 0.02 * normal(8, 512), normal(600, 512, seed=1) @ normal(512, 512, seed=2) / 512**0.5
     hessian = hessian_of(inputs)
@@ -73,7 +73,7 @@ def test_a_group_may_be_longer_than_a_block():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_with_inputs_that_do_not_correlate_it_is_rounding_to_nearest(bits: int):
+def test_optq_with_uncorrelated_inputs_is_round_to_nearest(bits: int):
     quantizer, nearest = optq(bits=bits), build(Affine(kind="affine", bits=bits))
     factor = torch.linalg.cholesky(torch.eye(IN, dtype=torch.float64), upper=True)
     calibrated, plain = quantizer.pack_for_inputs(WEIGHT, factor), nearest.pack(WEIGHT)
@@ -83,7 +83,7 @@ def test_with_inputs_that_do_not_correlate_it_is_rounding_to_nearest(bits: int):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_outputs_are_nearer_than_by_rounding_to_nearest_and_on_other_inputs_too(bits: int):
+def test_optq_outputs_are_closer_than_round_to_nearest_on_other_inputs_too(bits: int):
     quantizer, hessian = optq(bits=bits), hessian_of(INPUTS)
     tensors = quantizer.pack_for_inputs(WEIGHT, hessian.inverse_factor(quantizer.damping))
     calibrated, nearest = (
@@ -95,7 +95,7 @@ def test_outputs_are_nearer_than_by_rounding_to_nearest_and_on_other_inputs_too(
     assert others.output_norm(calibrated) < 0.9 * others.output_norm(nearest)
 
 
-def test_the_tensors_are_those_of_affine():
+def test_optq_tensors_are_those_of_affine():
     quantizer, affine = optq(bits=3, group_size=64), build(Affine(kind="affine", bits=3, group_size=64))
     tensors = quantizer.pack_for_inputs(WEIGHT, hessian_of(INPUTS).inverse_factor(0.01))
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
@@ -106,10 +106,10 @@ def test_the_tensors_are_those_of_affine():
     assert (quantizer.capabilities.group_size, quantizer.capabilities.float_zero_points) == (64, True)
 
 
-def test_inputs_that_are_always_zero_leave_their_weights_rounded_to_nearest():
+def test_optq_weights_of_zero_inputs_are_rounded_to_nearest():
     quantizer = optq()
     inputs = INPUTS.clone()
-    inputs[:, 32:64] = 0  # a whole group, which no error of others reaches
+    inputs[:, 32:64] = 0  # a full group, which gets no errors of others
     tensors = quantizer.pack_for_inputs(WEIGHT, hessian_of(inputs).inverse_factor(quantizer.damping))
     plain = quantizer.pack(WEIGHT)
     dead, other = (codes_of(quantizer, packed, WEIGHT.shape)[:, 32:64] for packed in (tensors, plain))
@@ -118,18 +118,18 @@ def test_inputs_that_are_always_zero_leave_their_weights_rounded_to_nearest():
     assert not torch.equal(alive, other)
 
 
-def test_a_hessian_is_the_same_however_the_rows_come():
-    together, apart = Hessian(IN, CPU), Hessian(IN, CPU)
-    together.add(INPUTS)
+def test_hessian_is_independent_of_the_grouping_of_rows():
+    at_once, by_row = Hessian(IN, CPU), Hessian(IN, CPU)
+    at_once.add(INPUTS)
     for row in INPUTS.view(30, 30, IN):
-        apart.add(row[None])
-    assert torch.allclose(apart.matrix(), together.matrix(), rtol=1e-5)
-    assert torch.allclose(together.matrix(), 2 * INPUTS.double().T @ INPUTS.double(), rtol=1e-3, atol=1e-3)
+        by_row.add(row[None])
+    assert torch.allclose(by_row.matrix(), at_once.matrix(), rtol=1e-5)
+    assert torch.allclose(at_once.matrix(), 2 * INPUTS.double().T @ INPUTS.double(), rtol=1e-3, atol=1e-3)
     matrix = normal(5, IN, seed=4)
-    assert together.output_norm(matrix) == pytest.approx(float((matrix @ INPUTS.T).norm()), rel=1e-5)
+    assert at_once.output_norm(matrix) == pytest.approx(float((matrix @ INPUTS.T).norm()), rel=1e-5)
 
 
-def test_the_factor_is_of_the_damped_inverse():
+def test_inverse_factor_is_of_the_damped_inverse():
     hessian = hessian_of(INPUTS)
     factor = hessian.inverse_factor(damping=0.1)
     assert torch.equal(factor, factor.triu())

@@ -1,4 +1,4 @@
-"""Laws of every quantizer that stores codes: size, error, gradients as of the dense weight, no weight kept."""
+"""Invariants of every quantizer with packed codes: size, error, gradients of the dense weight, no weight saved."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layer_of(chosen: QuantizationSection, weight: torch.Tensor, bias: bool = Fal
 
 
 @every_kind
-def test_stored_bytes_are_the_declared_bits(chosen: QuantizationSection):
+def test_packed_bytes_match_declared_bits(chosen: QuantizationSection):
     weight = gaussian()
     quantizer = build(chosen)
     tensors = quantizer.pack(weight)
@@ -69,7 +69,7 @@ def test_stored_bytes_are_the_declared_bits(chosen: QuantizationSection):
     ],
     ids=str,
 )
-def test_declared_bits_are_the_papers(chosen: QuantizationSection, bits: float):
+def test_declared_bits_match_the_papers(chosen: QuantizationSection, bits: float):
     assert build(chosen).bits_per_weight == pytest.approx(bits, abs=1e-9)
 
 
@@ -85,7 +85,7 @@ def test_declared_bits_are_the_papers(chosen: QuantizationSection, bits: float):
     ],
     ids=str,
 )
-def test_the_error_on_gaussian_weights_is_the_published_one(chosen: QuantizationSection, error: float):
+def test_quantization_error_on_gaussian_weights_matches_published(chosen: QuantizationSection, error: float):
     weight = gaussian()
     restored = layer_of(chosen, weight).dequantized(torch.float32)
     assert float((restored - weight).norm() / weight.norm()) == pytest.approx(error, rel=0.01)
@@ -93,8 +93,8 @@ def test_the_error_on_gaussian_weights_is_the_published_one(chosen: Quantization
 
 @every_kind
 @pytest.mark.parametrize("shape", [(3, 128), (64, 192), (1, 256)], ids=str)
-def test_quantizing_what_was_dequantized_changes_little(chosen: QuantizationSection, shape: tuple[int, int]):
-    """No shape of a layer trips: single rows, and weights that are no whole number of blocks."""
+def test_quantizing_dequantized_weights_changes_little(chosen: QuantizationSection, shape: tuple[int, int]):
+    """Every shape works: single rows, and weights that are not a multiple of the block size."""
     weight = gaussian(*shape)
     once = layer_of(chosen, weight).dequantized(torch.float32)
     assert once.shape == weight.shape
@@ -103,15 +103,15 @@ def test_quantizing_what_was_dequantized_changes_little(chosen: QuantizationSect
 
 
 @every_kind
-def test_constant_and_zero_weights_are_kept(chosen: QuantizationSection):
+def test_constant_and_zero_weights_are_exact(chosen: QuantizationSection):
     for value in (0.0, 0.5):
         weight = torch.full((4, 256), value)
         assert torch.allclose(layer_of(chosen, weight).dequantized(torch.float32), weight, rtol=5e-3, atol=0)
 
 
 @every_kind
-def test_gradients_of_an_adapter_are_those_over_the_dense_weight(tiny_model: Path, chosen: QuantizationSection):
-    """ModuLoRA's promise, and exact: the same products in the same order."""
+def test_adapter_gradients_match_those_over_the_dense_weight(tiny_model: Path, chosen: QuantizationSection):
+    """ModuLoRA's promise, exactly: the same matmuls in the same order."""
     over_codes = gradients(with_lora(load(tiny_model, chosen)))
     over_dense = gradients(with_lora(dequantize_model(load(tiny_model, chosen), torch.float32)))
     assert len(over_codes) == 2 * 14
@@ -123,7 +123,7 @@ def test_gradients_of_an_adapter_are_those_over_the_dense_weight(tiny_model: Pat
 
 
 @every_kind
-def test_nothing_of_a_weights_size_is_saved_for_the_backward_pass(chosen: QuantizationSection):
+def test_quantized_layer_saves_no_dense_weight_for_backward(chosen: QuantizationSection):
     layer = layer_of(chosen, gaussian(96, 256))
     inputs = torch.randn(2, 3, 256, requires_grad=True)
     saved: list[torch.Tensor] = []
@@ -134,7 +134,7 @@ def test_nothing_of_a_weights_size_is_saved_for_the_backward_pass(chosen: Quanti
     assert [tensor.shape for tensor in saved if tensor.is_floating_point() and tensor.numel() >= 96 * 256] == []
 
 
-def test_the_hook_would_see_a_dense_weight():
+def test_saved_tensor_hook_detects_a_dense_weight():
     saved: list[torch.Tensor] = []
     layer = nn.Linear(256, 96, bias=False).requires_grad_(False)
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -143,7 +143,7 @@ def test_the_hook_would_see_a_dense_weight():
 
 
 @every_kind
-def test_evaluating_in_between_changes_no_gradient(tiny_model: Path, chosen: QuantizationSection):
+def test_evaluation_between_steps_changes_no_gradient(tiny_model: Path, chosen: QuantizationSection):
     model = with_lora(load(tiny_model, chosen))
     before = gradients(model)
     settings = {"compute_dtype": torch.float32, "batch_size": 1, "make_batch": partial(padded, padding=0)}
@@ -154,7 +154,7 @@ def test_evaluating_in_between_changes_no_gradient(tiny_model: Path, chosen: Qua
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_layer_computes_in_the_type_that_it_is_given(dtype: torch.dtype, autocast: bool):
+def test_quantized_layer_computes_in_the_dtype_of_its_input(dtype: torch.dtype, autocast: bool):
     layer = layer_of(PACKED["nf4"], gaussian(32, 64), bias=True)
     inputs = torch.randn(5, 64, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -169,7 +169,7 @@ def test_a_layer_computes_in_the_type_that_it_is_given(dtype: torch.dtype, autoc
     assert torch.allclose(inputs.grad.float(), row_sums, rtol=2e-2, atol=2e-2)
 
 
-def test_inputs_that_need_no_gradient_get_none():
+def test_quantized_layer_gives_no_gradient_to_frozen_inputs():
     layer = layer_of(PACKED["affine-4"], gaussian(32, 64), bias=True)
     layer.bias.requires_grad_(True)
     inputs = torch.randn(5, 64)
@@ -178,7 +178,7 @@ def test_inputs_that_need_no_gradient_get_none():
     assert torch.equal(layer.bias.grad, torch.full((32,), 5.0))
 
 
-def test_checkpointing_activations_changes_no_gradient(tiny_model: Path):
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path):
     model = with_lora(load(tiny_model, PACKED["nf4"]))
     plain = gradients(model)
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -186,7 +186,7 @@ def test_checkpointing_activations_changes_no_gradient(tiny_model: Path):
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_an_adapter_stays_in_float32_over_a_bfloat16_model(tiny_model: Path):
+def test_adapter_over_a_bfloat16_model_stays_in_float32(tiny_model: Path):
     model = with_lora(load(tiny_model, PACKED["nf4"], torch.bfloat16))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
@@ -194,7 +194,7 @@ def test_an_adapter_stays_in_float32_over_a_bfloat16_model(tiny_model: Path):
 
 @pytest.mark.parametrize("name", ["nf4", "affine-3", "affine-8", "hqq-4", "icq-4"])
 @pytest.mark.parametrize("safe", [True, False])
-def test_peft_cannot_merge_into_codes_unnoticed(tiny_model: Path, name: str, safe: bool):
+def test_peft_merge_into_quantized_layers_raises(tiny_model: Path, name: str, safe: bool):
     model = with_lora(load(tiny_model, PACKED[name]))
     layer = quantized_layers(model)[0]
     before = layer.weight.clone()
@@ -203,15 +203,15 @@ def test_peft_cannot_merge_into_codes_unnoticed(tiny_model: Path, name: str, saf
     assert torch.equal(layer.weight, before)
 
 
-def test_codes_do_not_depend_on_the_type_of_the_other_weights(tiny_model: Path):
-    """Merging loads in float32 what was trained in bfloat16: it must be the same base."""
+def test_codes_are_independent_of_the_weight_dtype(tiny_model: Path):
+    """A base trained over in bfloat16 is merged in float32: its codes must be the same."""
     in_full, in_half = (quantized_layers(load(tiny_model, PACKED["nf4"], d)) for d in (torch.float32, torch.bfloat16))
     for one, other in zip(in_full, in_half, strict=True):
         assert all(torch.equal(tensor, other.packed()[name]) for name, tensor in one.packed().items())
 
 
 @every_kind
-def test_every_linear_layer_but_the_output_head_is_quantized(tiny_model: Path, chosen: QuantizationSection):
+def test_every_linear_layer_except_the_head_is_quantized(tiny_model: Path, chosen: QuantizationSection):
     model = load(tiny_model, chosen)
     kinds = {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     assert kinds.pop("lm_head") is nn.Linear
@@ -220,19 +220,19 @@ def test_every_linear_layer_but_the_output_head_is_quantized(tiny_model: Path, c
 
 
 @every_kind
-def test_a_dequantized_model_says_what_the_quantized_one_says(tiny_model: Path, chosen: QuantizationSection):
+def test_dequantized_model_has_the_logits_of_the_quantized_one(tiny_model: Path, chosen: QuantizationSection):
     model = load(tiny_model, chosen)
     quantized = logits(model)
     assert torch.equal(logits(dequantize_model(model, torch.float32)), quantized)
     assert quantized_layers(model) == []
 
 
-def test_a_packed_weight_counts_as_the_weights_it_holds(tiny_model: Path):
+def test_packed_weight_counts_as_its_unpacked_elements(tiny_model: Path):
     counts = {count_parameters(load(tiny_model, PACKED[name])).total for name in ("nf4", "affine-3", "icq-4")}
     assert counts == {count_parameters(load(tiny_model)).total}
 
 
-def test_groups_that_do_not_divide_the_inputs_name_the_layer(tmp_path: Path):
+def test_group_size_that_does_not_divide_the_inputs_names_the_layer(tmp_path: Path):
     write_tiny_model(tmp_path / "odd", intermediate_size=80)
     with pytest.raises(UnsupportedError) as caught:
         load(tmp_path / "odd", PACKED["affine-4"])

@@ -20,7 +20,7 @@ from finetune.quantizers.layer import PackedQuantizer, TensorSpec
 
 
 class Steps(PackedQuantizer):
-    '''Two bits a weight in even steps over a whole tensor: as bad as it is short.'''
+    '''Two bits a weight in even steps over the full tensor: short, and inaccurate.'''
 
     bits_per_weight = 2.0
 
@@ -62,7 +62,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_it_is_found_by_name_and_keeps_the_laws(tiny_model: Path, tmp_path: Path):
+def test_plugin_quantizer_is_found_by_name_and_satisfies_the_invariants(tiny_model: Path, tmp_path: Path):
     over_codes = gradients(with_lora(load(tiny_model, CHOSEN)))
     over_dense = gradients(with_lora(dequantize_model(load(tiny_model, CHOSEN), torch.float32)))
     assert all(torch.equal(over_codes[name], over_dense[name]) for name in over_codes)
@@ -72,21 +72,21 @@ def test_it_is_found_by_name_and_keeps_the_laws(tiny_model: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("installed")
-def test_what_makes_no_quantizer_is_refused():
-    with pytest.raises(EnvironmentFault, match="makes no Quantizer"):
+def test_plugin_that_returns_no_quantizer_is_refused():
+    with pytest.raises(EnvironmentFault, match="does not return a Quantizer"):
         build(section(kind="plugin", name="broken"))
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("name", ["ft_steps:Steps", "./steps.py", "os:system", "unknown"])
-def test_only_what_is_registered_is_found_never_a_path_or_a_module(name: str):
+def test_plugin_lookup_finds_only_registered_names(name: str):
     with pytest.raises(EnvironmentFault) as caught:
         build(section(kind="plugin", name=name))
     assert "steps" in str(caught.value.hint)
 
 
 @pytest.mark.usefixtures("installed")
-def test_two_packages_with_one_name_are_refused(tmp_path: Path):
+def test_plugin_name_of_two_packages_is_refused(tmp_path: Path):
     other = tmp_path / "site" / "ft_other-1.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: ft-other\nVersion: 1.0\n")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli import wording
 from cli.main import app
+from cli.views.recipe import explanation_lines
 from finetune.errors import UsageError
 from finetune.recipe.explain import explain_key, sections, values_in
 from finetune.recipe.load import dump_recipe
@@ -27,7 +27,7 @@ def test_explain_covers_every_key_within_the_terminal_width(key: str):
     (explanation,) = explain_key(key)
     assert explanation.key == key
     assert all(meaning.what and meaning.values for meaning in explanation.meanings)
-    lines = wording.explanation(explanation, {"a value": ["recipe.yaml"] * 9}, 80)
+    lines = explanation_lines(explanation, {"a value": ["recipe.yaml"] * 9}, 80)
     assert max(map(len, lines)) <= 80
 
 

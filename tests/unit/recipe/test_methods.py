@@ -9,7 +9,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.wording import choice as in_words
+from cli.views.recipe import choice_lines
 from finetune.recipe.methods import method_table
 from finetune.recipe.schema import shape_at
 
@@ -31,7 +31,7 @@ def test_method_table_has_every_choice_once_with_paper_and_costs():
 
 
 def test_methods_command_fits_the_terminal_and_agrees_with_json():
-    lines = [line for choice in method_table() for line in in_words(choice, 80)]
+    lines = [line for choice in method_table() for line in choice_lines(choice, 80)]
     assert max(map(len, lines)) <= 80
     told = CliRunner().invoke(app, ["methods", "--json"]).stdout.splitlines()
     assert [json.loads(line)["name"] for line in told] == [choice.name for choice in method_table()]

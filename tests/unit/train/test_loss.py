@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.train import loss as loss_module
 from finetune.train.loss import Chunks, chunked_cross_entropy, summed_cross_entropy, unchunked_cross_entropy
@@ -46,7 +46,7 @@ def results(
 
 
 @pytest.mark.parametrize("head_trains", [True, False])
-@pytest.mark.parametrize("batch", [padded(ROWS, padding=0), joined(ROWS)], ids=["padded", "joined"])
+@pytest.mark.parametrize("batch", [padded(ROWS, padding=0), flattened(ROWS)], ids=["padded", "flattened"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_chunked_loss_matches_reference_in_loss_and_gradients(
     kind: str, batch: Batch, head_trains: bool, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +67,7 @@ def test_unknown_operation_on_logits_disables_chunks():
     """Control: the logits are changed after the head by a hook."""
     model = tiny_llama()
     model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 * output.logits))
-    batch = joined(ROWS)
+    batch = flattened(ROWS)
     assert torch.equal(summed_cross_entropy(model, batch), unchunked_cross_entropy(model, batch))
     assert not loss_module._is_chunkable[model.get_output_embeddings()]
 
@@ -93,9 +93,9 @@ def test_chunked_loss_makes_no_tensor_of_tokens_times_vocabulary(vocabulary: int
     model.get_input_embeddings().requires_grad_(False)
     found = {}
     for loss_of in (unchunked_cross_entropy, summed_cross_entropy):
-        summed_cross_entropy(model, joined([row]))  # the probe, once
+        summed_cross_entropy(model, flattened([row]))  # the probe, once
         with Largest() as largest:
-            loss_of(model, joined([row])).backward()
+            loss_of(model, flattened([row])).backward()
         found[loss_of] = largest.numbers
     assert found[unchunked_cross_entropy] >= 599 * vocabulary  # the control
     assert found[summed_cross_entropy] <= max(1 << 16, vocabulary * 64)  # a chunk, or the embeddings themselves
@@ -105,7 +105,7 @@ def test_chunked_loss_makes_no_tensor_of_tokens_times_vocabulary(vocabulary: int
 def test_head_on_a_gpu_runs_once_for_hundreds_of_positions(memory: int, calls: int):
     """1,300 positions of 40,000 tokens: 52 million logits, in seven chunks on a CPU."""
     row = Example([place % 300 for place in range(1301)], [True] * 1301)
-    model, batch = tiny_llama(vocab_size=40_000, max_position_embeddings=2048), joined([row])
+    model, batch = tiny_llama(vocab_size=40_000, max_position_embeddings=2048), flattened([row])
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     counted: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.data.collate import Batch, joined, padded
+from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.train.noise import embedding_noise
 from tests.fixtures.tiny import tiny_llama
@@ -30,7 +30,7 @@ def test_noise_scale_follows_length_of_each_example(layout: str):
         found = noise_of(padded(ROWS, 0))
         parts = [found[index, : len(row.ids)] for index, row in enumerate(ROWS)]
     else:
-        parts = list(noise_of(joined(ROWS))[0].split([len(row.ids) for row in ROWS]))
+        parts = list(noise_of(flattened(ROWS))[0].split([len(row.ids) for row in ROWS]))
     for row, part in zip(ROWS, parts, strict=True):
         largest = 5.0 / (len(row.ids) * part.shape[-1]) ** 0.5
         assert 0.9 * largest < part.abs().max() <= largest * 1.001

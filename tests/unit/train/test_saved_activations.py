@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter
 from torch import nn
 
-from finetune.data.collate import joined
+from finetune.data.collate import flattened
 from finetune.data.encode import Example
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import use_packing_attention
@@ -20,7 +20,7 @@ from finetune.models.kernels.selective_checkpointing import recompute_outputs, u
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
 from finetune.train.loss import summed_cross_entropy
-from tests.fixtures.kept import bytes_kept
+from tests.fixtures.saved_bytes import saved_bytes
 from tests.fixtures.tiny import tiny_llama
 from tests.unit.quantizers.loading import PACKED, load
 
@@ -75,9 +75,11 @@ def per_token(kind: str, folder: Path, *, plain: bool = False, selective: bool =
 
 def kept(model: nn.Module, examples: int) -> int:
     trains = [position >= 20 for position in range(40)]
-    batch = joined([Example([(7 * row + position) % 256 for position in range(40)], trains) for row in range(examples)])
+    batch = flattened(
+        [Example([(7 * row + position) % 256 for position in range(40)], trains) for row in range(examples)]
+    )
     summed_cross_entropy(model, batch)  # the probe of the head runs once
-    return bytes_kept(lambda: summed_cross_entropy(model, batch))
+    return saved_bytes(lambda: summed_cross_entropy(model, batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)

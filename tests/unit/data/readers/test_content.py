@@ -1,4 +1,4 @@
-"""Compressed files read like plain ones, and neither damage nor a bomb gets through."""
+"""Compressed files read like plain ones; damage and decompression bombs raise errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import finetune.data.readers.content as content
 from finetune.data.readers.options import Options
 
-from .reading import error_of, rows_of, values_of, write
+from .helpers import error_of, rows_of, values_of, write
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -33,16 +33,16 @@ FILES = {
 }
 
 BLANK_LINE = b" " * ((1 << 20) - 1) + b"\n"
-"""A MiB that compresses to next to nothing."""
+"""1 MiB that compresses extremely well."""
 
 
-def test_every_compression_is_tested():
+def test_compressions_are_all_tested():
     assert set(COMPRESS) == set(content.COMPRESSIONS)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("name", FILES)
-def test_a_compressed_file_has_the_rows_of_the_plain_one(tmp_path: Path, name: str, suffix: str):
+def test_compressed_file_reads_like_plain_file(tmp_path: Path, name: str, suffix: str):
     options = Options(split="line")
     file = write(tmp_path, name + suffix, COMPRESS[suffix](FILES[name]))
     assert values_of(file, options) == [{"text": "one"}, {"text": "two"}]
@@ -52,7 +52,7 @@ def test_a_compressed_file_has_the_rows_of_the_plain_one(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_parts_one_after_the_other_are_one_file(tmp_path: Path, suffix: str):
+def test_compressed_parts_concatenate(tmp_path: Path, suffix: str):
     parts = [COMPRESS[suffix](part) for part in (b'{"text": "one"}\n', b'{"text": "two"}\n')]
     assert len(rows_of(write(tmp_path, f"rows.jsonl{suffix}", b"".join(parts)))) == 2
 
@@ -62,7 +62,7 @@ def test_parts_one_after_the_other_are_one_file(tmp_path: Path, suffix: str):
     # Arrow writes zstd without a checksum, so a flipped bit of it may go unseen.
     sorted(set(product(COMPRESS, ["cut", "flipped", "not compressed"])) - {(".zst", "flipped")}),
 )
-def test_damage_is_a_data_error_that_names_the_file(tmp_path: Path, suffix: str, damage: str):
+def test_compressed_file_damage_raises_data_error_with_file(tmp_path: Path, suffix: str, damage: str):
     rows = b"".join(b'{"text": "%d"}\n' % (index * 7919) for index in range(3000))
     whole = COMPRESS[suffix](rows)
     middle = len(whole) // 2
@@ -76,7 +76,7 @@ def test_damage_is_a_data_error_that_names_the_file(tmp_path: Path, suffix: str,
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_bomb_is_refused_before_it_is_read_to_its_end(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch):
+def test_decompression_bomb_raises_before_its_end(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(content, "FREE_BYTES", 1 << 20)
     monkeypatch.setattr(content, "HIGHEST_RATIO", 2)
     file = write(tmp_path, f"rows.jsonl{suffix}", COMPRESS[suffix](BLANK_LINE * 8))
@@ -86,6 +86,6 @@ def test_a_bomb_is_refused_before_it_is_read_to_its_end(tmp_path: Path, suffix: 
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_an_honest_file_may_be_compressed_well(tmp_path: Path, suffix: str):
+def test_compressed_file_with_high_ratio_reads_below_free_bytes(tmp_path: Path, suffix: str):
     file = write(tmp_path, f"rows.jsonl{suffix}", COMPRESS[suffix](BLANK_LINE * 16 + b'{"text": "end"}'))
     assert values_of(file) == [{"text": "end"}]

@@ -1,4 +1,4 @@
-"""CSV files: cells as text under the header's names, and every fault with its line and column."""
+"""CSV files: cells as text under the header's names, and every error with its line and column."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from finetune.data.readers.content import LONGEST_LINE_BYTES
+from finetune.data.readers.files import read_files
 from finetune.data.readers.options import Options
+from finetune.errors import DataError
 
-from .reading import error_of, rows_of, values_of, write
+from .helpers import PLAIN, error_of, rows_of, values_of, write
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ from .reading import error_of, rows_of, values_of, write
         pytest.param("\na,b\n\nx,y\n  \n", id="blank lines"),
     ],
 )
-def test_a_row_has_its_cells_under_the_names_of_the_header(tmp_path: Path, content: str):
+def test_csv_row_has_cells_under_header_names(tmp_path: Path, content: str):
     assert values_of(write(tmp_path, "rows.csv", content)) == [{"a": "x", "b": "y"}]
 
 
@@ -43,67 +45,83 @@ def test_a_row_has_its_cells_under_the_names_of_the_header(tmp_path: Path, conte
         ("3", "3"),
     ],
 )
-def test_a_cell_may_hold_anything_in_quotes_and_stays_text(tmp_path: Path, cell: str, value: str):
+def test_csv_quoted_cell_may_hold_anything_and_stays_text(tmp_path: Path, cell: str, value: str):
     assert values_of(write(tmp_path, "rows.csv", f"a,b\n{cell},1\n2,{cell}\n")) == [
         {"a": value, "b": "1"},
         {"a": "2", "b": value},
     ]
 
 
-def test_a_row_stands_where_it_begins_whatever_its_cells_hold(tmp_path: Path):
+def test_csv_row_place_is_its_first_line(tmp_path: Path):
     file = write(tmp_path, "rows.csv", 'a,b\n"x\ny",1\n\nz,2\n')
     assert [row.where for row in rows_of(file)] == [f"{file}:2", f"{file}:5"]
 
 
-def test_one_column_needs_no_delimiter(tmp_path: Path):
+def test_csv_of_one_column_needs_no_delimiter(tmp_path: Path):
     assert values_of(write(tmp_path, "rows.csv", 'text\none\n"two, three"\n')) == [
         {"text": "one"},
         {"text": "two, three"},
     ]
 
 
-def test_delimiters_in_quotes_do_not_count(tmp_path: Path):
+def test_csv_sniffing_ignores_delimiters_in_quotes(tmp_path: Path):
     assert values_of(write(tmp_path, "rows.csv", '"a;b;c",d\nx,y\n')) == [{"a;b;c": "x", "d": "y"}]
 
 
-def test_the_recipes_delimiter_comes_before_that_of_the_header(tmp_path: Path):
+def test_csv_delimiter_of_recipe_overrides_sniffing(tmp_path: Path):
     file = write(tmp_path, "rows.csv", "a,x|b\n1,2|3\n")
     assert values_of(file, Options(delimiter="pipe")) == [{"a,x": "1,2", "b": "3"}]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "a,b\n"])
-def test_a_file_without_rows_has_none(tmp_path: Path, content: str):
+def test_csv_file_without_rows_reads_none(tmp_path: Path, content: str):
     assert rows_of(write(tmp_path, "rows.csv", content)) == []
 
 
 @pytest.mark.parametrize(
     ("content", "place", "what"),
     [
-        ("a,b\nx,y\nx,y,z\n", "3:5", "expected 2 cells as in the header, found 3"),
-        ("a,b\nx\n", "2:1", "expected 2 cells as in the header, found 1"),
-        ('a,b\n"x\ny",1,2,3\n', "3:6", "found 4"),
-        ("a,b,a\n", "1:5", "the header names column 'a' twice"),
-        ("a,,b\n", "1:3", "nameless"),
-        ("a,b,\n", "1:5", "nameless"),
-        ('a,b\nx,"y\nz\n', "2:3", "the quote is not closed"),
-        ('a,b\nx,"y"z\n', "2:6", "expected ',' or the end of the line after the closing quote, found 'z'"),
-        ('a,b\n"x\n" ,y\n', "3:2", "after the closing quote"),
+        ("a,b\nx,y\nx,y,z\n", "3", "expected 2 cells as in the header, found 3"),
+        ("a,b\nx\n", "2", "expected 2 cells as in the header, found 1"),
+        ('a,b\n"x\ny",1,2,3\n', "2", "found 4"),
+        ("a,b,a\n", "1", "the header names column 'a' twice"),
+        ("a,,b\n", "1", "column 2 has no name"),
+        ("a,b,\n", "1", "column 3 has no name"),
+        ('a,"b\n', "1", "the quote is not closed"),
+        ('a,b\nx,"y\nz\n', "2, column 'b'", "the quote is not closed"),
+        ('a,b\nx,"y"z\n', "2, column 'b'", "after the closing quote"),
+        ('a,b\n"x""\n" ,y\n', "2, column 'a'", "after the closing quote"),
+        ('a,b\n"x,""\n""",y,"z" \n', "2", "after the closing quote"),
+        ("a,b\nx,y\rz\n", "2, column 'b'", "carriage return"),
     ],
 )
-def test_a_fault_is_named_with_its_line_and_column(tmp_path: Path, content: str, place: str, what: str):
+def test_csv_error_names_line_and_column(tmp_path: Path, content: str, place: str, what: str):
     file = write(tmp_path, "rows.csv", content)
     error = error_of(file)
     assert (error.where, what in error.what) == (f"{file}:{place}", True), error.what
 
 
-def test_a_quote_left_open_ends_at_the_limit_of_a_row(tmp_path: Path):
+@pytest.mark.parametrize("cell", ["x\0y", '"x\0\ry"', "x" * (1 << 20)], ids=["NUL", "NUL and CR in quotes", "1 MiB"])
+def test_csv_cell_of_odd_characters_or_size_is_kept(tmp_path: Path, cell: str):
+    assert values_of(write(tmp_path, "rows.csv", f"a,b\n{cell},1\n")) == [{"a": cell.strip('"'), "b": "1"}]
+
+
+def test_csv_rows_are_read_one_at_a_time(tmp_path: Path):
+    """A fault at the end of a file shows only after the rows before it have been read."""
+    rows = read_files(str(write(tmp_path, "rows.csv", 'a\nx\ny\n"z\n')), PLAIN)
+    assert [next(rows).values["a"] for _ in range(2)] == ["x", "y"]
+    with pytest.raises(DataError, match="not closed"):
+        next(rows)
+
+
+def test_csv_unclosed_quote_stops_at_row_size_limit(tmp_path: Path):
     line = "x" * (LONGEST_LINE_BYTES // 4) + "\n"
     file = write(tmp_path, "rows.csv", 'a\n"' + line * 5 + '"\n')
     assert "not closed" in error_of(file).what
     assert len(rows_of(write(tmp_path, "rows.csv", 'a\n"' + line * 3 + '"\n'))) == 1
 
 
-def test_what_the_standard_library_writes_is_read_back(tmp_path: Path):
+def test_csv_written_by_standard_library_reads_back(tmp_path: Path):
     random_ = random.Random(7)
     for delimiter in ",;\t":
         columns = [f"column{index}" for index in range(4)]

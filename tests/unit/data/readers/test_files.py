@@ -1,4 +1,4 @@
-"""Which files a path means: a file, a pattern, a folder; known kinds only, in one order everywhere."""
+"""Data files of a path: a file, a pattern or a folder; known kinds only, in one order everywhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from finetune.data.readers.files import READERS, data_files, read_files
 from finetune.data.readers.options import Options
 from finetune.errors import DataError
 
-from .reading import PLAIN, error_of, values_of, write
+from .helpers import PLAIN, error_of, values_of, write
 
 COLUMNS = Options()
-"""Of a source that needs columns, so that plain text is of no use to it."""
+"""Options of a source that needs columns and cannot use plain text."""
 
 LINE = '{"text": "x"}\n'
 
@@ -33,11 +33,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_means_all_files_of_known_kinds_below_it_sorted(folder: Path):
+def test_data_files_of_folder_are_known_kinds_sorted(folder: Path):
     assert names_in(folder, folder) == ["a/y.JSON", "a/z.csv", "b.jsonl", "c.parquet", "d.tsv.gz"]
 
 
-def test_plain_text_is_read_by_sources_of_text_alone(folder: Path):
+def test_data_files_include_plain_text_only_for_text_sources(folder: Path):
     assert {"README.md", "a/e.txt"} <= set(names_in(folder, folder, PLAIN))
     error = error_of(folder / "README.md", COLUMNS)
     assert "needs a source of format text" in str(error.hint)
@@ -52,48 +52,48 @@ def test_plain_text_is_read_by_sources_of_text_alone(folder: Path):
         ("[bc].*", ["b.jsonl", "c.parquet"]),
     ],
 )
-def test_a_pattern_means_the_files_of_known_kinds_that_match_it_sorted(folder: Path, pattern: str, names: list[str]):
+def test_data_files_of_pattern_are_known_kinds_sorted(folder: Path, pattern: str, names: list[str]):
     assert names_in(folder, folder / pattern) == names
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path):
+def test_data_files_of_file_named_like_pattern_is_that_file(tmp_path: Path):
     file = write(tmp_path, "rows[1].jsonl", LINE)
     assert data_files(str(file), COLUMNS) == [file]
 
 
-def test_rows_of_many_files_follow_each_other(tmp_path: Path):
+def test_read_files_concatenates_rows(tmp_path: Path):
     write(tmp_path, "2.csv", "text\nthree\n")
     write(tmp_path, "1.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     assert [values["text"] for values in values_of(tmp_path)] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("name", ["rows.xml", "rows", "rows.gz", "rows.parquet.gz", "rows.jsonl.zip", "rows.pkl"])
-def test_a_file_of_another_kind_is_refused_and_the_kinds_are_named(tmp_path: Path, name: str):
+def test_data_file_of_unknown_kind_raises_with_supported_kinds(tmp_path: Path, name: str):
     error = error_of(write(tmp_path, name, LINE))
     assert error.where == str(tmp_path / name)
     assert all(kind in error.what for kind in READERS)
 
 
 @pytest.mark.parametrize("path", [".", "*.jsonl", "[a", "none/*.csv"])
-def test_a_folder_or_pattern_without_data_files_is_refused(tmp_path: Path, path: str):
+def test_folder_or_pattern_without_data_files_raises(tmp_path: Path, path: str):
     write(tmp_path, "notes.log", LINE)
     error = error_of(tmp_path / path)
     assert error.where == str(tmp_path / path)
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "bare/x.jsonl", "nul\0.jsonl", "x" * 300 + ".jsonl"])
-def test_a_missing_file_is_named(folder: Path, name: str):
+def test_missing_file_raises_with_its_path(folder: Path, name: str):
     error = error_of(folder / name)
     assert (error.what, error.where) == ("there is no such file", str(folder / name))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_named(folder: Path):
+def test_unreadable_file_raises_with_its_path(folder: Path):
     (folder / "b.jsonl").chmod(0)
     assert "cannot be read" in error_of(folder / "b.jsonl").what
 
 
-def test_a_delimiter_without_cells_is_refused(tmp_path: Path) -> None:
+def test_delimiter_without_csv_files_raises(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match="none of its files has cells"):

@@ -1,4 +1,4 @@
-"""Whatever the bytes, a reader gives rows or a DataError with the file in its place; nothing else escapes."""
+"""Fuzzing: for any bytes a reader returns rows or raises a DataError that names the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.data.readers.files import READERS, read_files
 from finetune.data.readers.options import Options
 from finetune.errors import DataError
 
-from .reading import write
+from .helpers import write
 from .test_content import COMPRESS
 
 OPTIONS = [Options(delimiter, split) for delimiter, split in [(None, "file"), ("pipe", "line"), ("tab", "paragraph")]]  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def outcome(file: Path, options: Options) -> str:
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_bytes_of_any_kind_are_rows_or_a_data_error(tmp_path: Path, kind: str):
+def test_reader_of_arbitrary_bytes_returns_rows_or_data_error(tmp_path: Path, kind: str):
     source = random.Random(kind)
     outcomes = set()
     for trial in range(300):
@@ -81,7 +81,7 @@ def test_bytes_of_any_kind_are_rows_or_a_data_error(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_damaged_compressions_are_rows_or_a_data_error(tmp_path: Path, suffix: str):
+def test_reader_of_damaged_compression_returns_rows_or_data_error(tmp_path: Path, suffix: str):
     source = random.Random(suffix)
     outcomes = set()
     for trial in range(200):

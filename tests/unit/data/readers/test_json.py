@@ -1,4 +1,4 @@
-"""JSON files: a list of rows, bare or inside an object, each row and each fault with its line and column."""
+"""JSON files: a list of rows, bare or inside an object, each row and each error with its line and column."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 import finetune.data.readers.json as json_reader
 
-from .reading import error_of, rows_of, values_of, write
+from .helpers import error_of, rows_of, values_of, write
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from .reading import error_of, rows_of, values_of, write
         pytest.param('\ufeff [{"a": "x"},\r\n{"a": "y"}]', ["1:3", "2:1"], id="byte order mark and CRLF"),
     ],
 )
-def test_rows_come_in_order_with_their_places(tmp_path: Path, content: str, places: list[str]):
+def test_json_rows_are_in_order_with_places(tmp_path: Path, content: str, places: list[str]):
     file = write(tmp_path, "rows.json", content)
     rows = rows_of(file)
     assert [row.text("a") for row in rows] == ["x", "y"]
@@ -29,7 +29,7 @@ def test_rows_come_in_order_with_their_places(tmp_path: Path, content: str, plac
 
 
 @pytest.mark.parametrize("content", ["[]", " [ ] \n", '{"rows": []}'])
-def test_a_list_may_be_empty(tmp_path: Path, content: str):
+def test_json_empty_list_reads_no_rows(tmp_path: Path, content: str):
     assert rows_of(write(tmp_path, "rows.json", content)) == []
 
 
@@ -45,7 +45,7 @@ def test_a_list_may_be_empty(tmp_path: Path, content: str):
         ('[{"a": 1},\n {"a": 1,}]', "2:10", "not valid JSON"),
         ("[{},\n  3]", "2:3", "expected a JSON object, found a number (3)"),
         ('[{},\n  {"a": NaN}]', "2:3", "NaN is not JSON"),
-        ('[{},\n  {"a": 1, "a": 2}]', "2:3", "key 'a' stands twice"),
+        ('[{},\n  {"a": 1, "a": 2}]', "2:3", "key 'a' occurs twice"),
         ('[{},\n  {"a": "\\ud83d"}]', "2:3", "half of an escaped character"),
         ('[{"b": ' + "[" * 100_000, "1:2", "nested too deeply"),
         ("{}", "1:2", "the object has no list of rows"),
@@ -56,23 +56,23 @@ def test_a_list_may_be_empty(tmp_path: Path, content: str):
         ('{"a": []', "1:9", "expected ,, found the end"),
     ],
 )
-def test_a_fault_is_named_with_its_line_and_column(tmp_path: Path, content: str, place: str, what: str):
+def test_json_error_names_line_and_column(tmp_path: Path, content: str, place: str, what: str):
     file = write(tmp_path, "rows.json", content)
     error = error_of(file)
     assert (error.where, what in error.what) == (f"{file}:{place}", True), error.what
 
 
-def test_a_byte_that_is_not_utf_8_is_named_with_its_line_and_column(tmp_path: Path):
+def test_json_error_of_invalid_utf8_names_line_and_column(tmp_path: Path):
     file = write(tmp_path, "rows.json", b'[{"a": "x"},\n{"a": "\xff"}]')
     assert error_of(file).where == f"{file}:2:8"
 
 
-def test_rows_before_a_fault_are_given(tmp_path: Path):
+def test_json_rows_before_error_are_read(tmp_path: Path):
     rows = json_reader.read_json(write(tmp_path, "rows.json", '[{"a": "x"}, 3'), None)  # type: ignore[arg-type]
     assert next(rows).text("a") == "x"
 
 
-def test_a_file_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_json_file_above_size_limit_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(json_reader, "LONGEST_FILE_BYTES", 1 << 20)
     padding = " " * ((1 << 20) - 2)
     assert values_of(write(tmp_path, "rows.json", f"[{padding}]")) == []

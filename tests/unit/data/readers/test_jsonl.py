@@ -1,4 +1,4 @@
-"""Rows as they come, and every way in which a row can be bad: a message with its place, short enough to read."""
+"""JSONL files: rows in order, and a short error with its place for every kind of bad row."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def error_of(file: Path) -> DataError:
         pytest.param(b"", [], [], id="empty file"),
     ],
 )
-def test_a_good_file_gives_its_rows_with_their_lines(
-    tmp_path: Path, content: bytes, texts: list[str], lines: list[int]
-):
+def test_jsonl_rows_have_line_numbers(tmp_path: Path, content: bytes, texts: list[str], lines: list[int]):
     file = write(tmp_path, content)
     rows = list(read_jsonl(file, Options()))
     assert [row.text("a") for row in rows] == texts
@@ -62,8 +60,8 @@ BAD_LINES = [
     pytest.param(b'{"a": [-Infinity]}', ":2", "-Infinity is not JSON", id="Infinity"),
     pytest.param(b'{"a": ' + b"9" * 5000 + b"}", ":2", "not valid JSON", id="number of 5000 digits"),
     pytest.param(b'{"a": ' + b"[" * 100_000, ":2", "nested too deeply", id="deep nesting"),
-    pytest.param(b'{"a": "x", "b": 1, "a": "y"}', ":2", "key 'a' stands twice", id="duplicate key"),
-    pytest.param(b'{"b": {"a": 1, "a": 1}}', ":2", "key 'a' stands twice", id="duplicate key inside"),
+    pytest.param(b'{"a": "x", "b": 1, "a": "y"}', ":2", "key 'a' occurs twice", id="duplicate key"),
+    pytest.param(b'{"b": {"a": 1, "a": 1}}', ":2", "key 'a' occurs twice", id="duplicate key inside"),
     pytest.param(b'{"' + b"k" * 900 + b'": 1, "' + b"k" * 900 + b'": 1}', ":2", "key 'kkk", id="long duplicate key"),
     pytest.param(b'{"a": "\xff"}', ":2:8", "byte 0xff is not UTF-8", id="bad UTF-8"),
     pytest.param("{'a': 'ü'}".encode("utf-16"), ":2:1", "byte 0xff is not UTF-8", id="UTF-16"),
@@ -75,9 +73,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "place", "what"), BAD_LINES)
-def test_a_bad_line_is_named_with_its_place_and_little_of_it_is_shown(
-    tmp_path: Path, line: bytes, place: str, what: str
-):
+def test_jsonl_error_names_place_and_shows_short_excerpt(tmp_path: Path, line: bytes, place: str, what: str):
     file = write(tmp_path, b'{"a": "good"}\n' + line + b'\n{"a": "good"}\n')
     error = error_of(file)
     assert str(error.where).startswith(f"{file}{place}")
@@ -86,21 +82,21 @@ def test_a_bad_line_is_named_with_its_place_and_little_of_it_is_shown(
     assert error.hint
 
 
-def test_rows_before_a_bad_one_are_given(tmp_path: Path):
+def test_jsonl_rows_before_error_are_read(tmp_path: Path):
     rows = read_jsonl(write(tmp_path, b'{"a": "good"}\nbad\n'), Options())
     assert next(rows).text("a") == "good"
     with pytest.raises(DataError):
         next(rows)
 
 
-def test_every_depth_of_nesting_is_a_row_or_a_data_error(tmp_path: Path):
+def test_jsonl_nesting_depth_reads_or_raises_data_error(tmp_path: Path):
     for depth in range(950, 1050):
         nested = b"[" * depth + b"]" * depth
         assert "JSON" in error_of(write(tmp_path, nested)).what
         assert "JSON" in error_of(write(tmp_path, b'{"\\ud83d": ' + nested + b"}")).what
 
 
-def test_a_line_may_be_16_mib_long_but_no_longer(tmp_path: Path):
+def test_jsonl_line_limit_is_16_mib(tmp_path: Path):
     longest = b'{"a": "' + b"x" * (LONGEST_LINE_BYTES - 10) + b'"}\n'
     assert len(longest) == LONGEST_LINE_BYTES
     assert len(list(read_jsonl(write(tmp_path, longest * 2), Options()))) == 2

@@ -1,4 +1,4 @@
-"""Parquet files: rows by number, and damage as the user's error."""
+"""Parquet files: rows by number, and damage as DataError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import finetune.data.readers.parquet as parquet_reader
 from finetune.data.readers.files import read_files
 from finetune.errors import DataError
 
-from .reading import PLAIN, error_of, rows_of, values_of, write
+from .helpers import PLAIN, error_of, rows_of, values_of, write
 
 ROWS = [{"text": f"row {index}", "messages": [{"role": "user", "content": str(index)}]} for index in range(700)]
 
@@ -23,18 +23,18 @@ def parquet_file(folder: Path, rows: list[dict[str, object]] = ROWS, **settings:
     return file
 
 
-def test_rows_come_in_order_with_their_numbers_over_batches_and_groups(tmp_path: Path):
+def test_parquet_rows_are_numbered_across_batches_and_groups(tmp_path: Path):
     file = parquet_file(tmp_path, row_group_size=300)
     assert values_of(file) == ROWS
     assert [row.where for row in rows_of(file)] == [f"{file}:row {number}" for number in range(1, 701)]
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])
-def test_its_own_compressions_are_read(tmp_path: Path, compression: str):
+def test_parquet_column_compressions_are_read(tmp_path: Path, compression: str):
     assert values_of(parquet_file(tmp_path, compression=compression)) == ROWS
 
 
-def test_rows_before_damage_are_given(tmp_path: Path):
+def test_parquet_rows_before_damage_are_read(tmp_path: Path):
     file = parquet_file(tmp_path, compression="none", use_dictionary=False, row_group_size=512)
     damaged = write(tmp_path, "rows.parquet", file.read_bytes().replace(b"row 650", b"row \xff50"))
     rows = read_files(str(damaged), PLAIN)
@@ -44,7 +44,7 @@ def test_rows_before_damage_are_given(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no parquet", "footer"])
-def test_damage_is_named_with_its_file(tmp_path: Path, damage: str):
+def test_parquet_damage_raises_data_error_with_file(tmp_path: Path, damage: str):
     content = parquet_file(tmp_path).read_bytes()
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     damaged = {
@@ -59,13 +59,13 @@ def test_damage_is_named_with_its_file(tmp_path: Path, damage: str):
     assert "damaged" in error.what
 
 
-def test_text_that_is_not_utf_8_is_refused(tmp_path: Path):
+def test_parquet_invalid_utf8_raises(tmp_path: Path):
     file = parquet_file(tmp_path, [{"text": "GOODTEXT"}], compression="none", use_dictionary=False)
     write(tmp_path, "rows.parquet", file.read_bytes().replace(b"GOODTEXT", b"\xff\xfe\xfd\xfc\xff\xff\xff\xff"))
     assert "damaged" in error_of(file).what
 
 
-def test_a_group_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_parquet_oversized_row_group_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = [{"text": "x" * 1000 + str(index)} for index in range(5000)]
     file = parquet_file(tmp_path, rows, compression="zstd", use_dictionary=False)
     assert len(rows_of(file)) == 5000

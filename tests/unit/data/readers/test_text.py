@@ -1,4 +1,4 @@
-"""Plain text: a file, a line or a paragraph a row."""
+"""Plain text: rows are files, lines or paragraphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.data.readers.content import LONGEST_LINE_BYTES
 from finetune.data.readers.options import Options
 from finetune.recipe.sections.data import TextSplit
 
-from .reading import error_of, rows_of, write
+from .helpers import error_of, rows_of, write
 
 POEM = "\n\nOne\n  two\n \n\nthree\r\nfour\n"
 
@@ -25,9 +25,7 @@ POEM = "\n\nOne\n  two\n \n\nthree\r\nfour\n"
     ],
 )
 @pytest.mark.parametrize("name", ["poem.txt", "poem.md"])
-def test_the_option_says_what_a_row_is(
-    tmp_path: Path, name: str, split: TextSplit, texts: list[str], places: list[str]
-):
+def test_text_split_decides_rows(tmp_path: Path, name: str, split: TextSplit, texts: list[str], places: list[str]):
     file = write(tmp_path, name, POEM)
     rows = rows_of(file, Options(split=split))
     assert [row.values for row in rows] == [{"text": text} for text in texts]
@@ -35,18 +33,18 @@ def test_the_option_says_what_a_row_is(
 
 
 @pytest.mark.parametrize("split", get_args(TextSplit))
-def test_a_file_of_white_space_has_no_row(tmp_path: Path, split: TextSplit):
+def test_text_of_white_space_has_no_rows(tmp_path: Path, split: TextSplit):
     assert rows_of(write(tmp_path, "poem.txt", " \n\t\r\n"), Options(split=split)) == []
 
 
 @pytest.mark.parametrize("split", get_args(TextSplit))
-def test_a_byte_that_is_not_utf_8_is_named_with_its_line_and_column(tmp_path: Path, split: TextSplit):
+def test_text_error_of_invalid_utf8_names_line_and_column(tmp_path: Path, split: TextSplit):
     file = write(tmp_path, "poem.txt", "grün\nrot\n".encode("latin-1"))
     assert error_of(file, Options(split=split)).where == f"{file}:1:3"
 
 
 @pytest.mark.parametrize("split", get_args(TextSplit))
-def test_no_row_is_longer_than_the_limit(tmp_path: Path, split: TextSplit):
+def test_text_row_above_limit_raises(tmp_path: Path, split: TextSplit):
     line = "x" * (LONGEST_LINE_BYTES // 4 - 1) + "\n"
     assert rows_of(write(tmp_path, "poem.txt", line * 4), Options(split=split))
     too_long = "x" * (LONGEST_LINE_BYTES + 1) if split == "line" else line * 4 + "x"

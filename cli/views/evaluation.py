@@ -1,0 +1,105 @@
+"""Results of `ft eval`: scores with confidence intervals, and gates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..output import show_result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from finetune.evaluation.measurement import Interval, PairedDifference
+    from finetune.evaluation.metrics import MetricUnit
+    from finetune.jobs.infer.evaluate_results import EvaluationResult, Score
+
+
+def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
+    """Print the scores of a model, compared with another where there is one, and the gates."""
+    if as_json:
+        folder = None if evaluated.folder is None else str(evaluated.folder)
+        show_result(json.dumps({"event": "evaluated", "folder": folder, **evaluated.to_json()}))
+        return
+    from rich.console import Console
+
+    from finetune.report.run_page import answered_by
+
+    for task, scores in evaluated.scores.items():
+        Console().print(_scores_table(task_title(task, scores), evaluated, scores))
+    if note := answered_by(evaluated.to_json()):
+        show_result(note)
+    for gate in evaluated.gates:
+        sign = "met" if gate.is_met else "NOT met"
+        show_result(f"gate {gate.gate}: {sign}, {gate.measured} is {gate.value:.4g}")
+    if evaluated.folder:
+        show_result(f"results and answers: {evaluated.folder}")
+
+
+def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Score]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    has_flips = any(score.difference and flips_text(score.difference) for score in scores.values())
+    compared = ["difference"] if evaluated.against else []
+    models = [evaluated.against, evaluated.label] if evaluated.against else [evaluated.label]
+    table.add_column("")
+    for column in (*models, *compared, "95 % interval", *(["better/worse"] if has_flips else [])):
+        table.add_column(column, justify="right", overflow="fold")
+    for name, score in scores.items():
+        values = [score_text(score.unit, each.value) for each in (score.theirs, score.ours) if each]
+        change = [difference_text(score)] if evaluated.against else []
+        # The interval belongs to the difference of the two models, or to the score where there is one model.
+        spread = score.difference.change if score.difference else None if evaluated.against else score.ours
+        flipped = [flips_text(score.difference) if score.difference else ""] if has_flips else []
+        table.add_row(
+            name.replace("_", " "), *values, *change, interval_text(score.unit, spread, bool(change)), *flipped
+        )
+    return table
+
+
+def task_title(task: str, scores: Mapping[str, Score]) -> str:
+    """`validation: 48 rows`; a range where the metrics of a task have different numbers of rows."""
+    counts = sorted({score.rows for score in scores.values() if score.rows is not None})
+    return f"{task}: {' to '.join(map(str, counts))} rows" if counts else task
+
+
+def score_text(form: MetricUnit, value: float) -> str:
+    """A score in its unit: `91.7 %`, `34.12`, `0.7741`."""
+    match form:
+        case "share":
+            return f"{100 * value:.1f} %"
+        case "points":
+            return f"{value:.2f}"
+        case "nats":
+            return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def interval_text(form: MetricUnit, spread: Interval | None, is_change: bool) -> str:
+    """`85.4 to 97.9 %`, with signs for a change; empty without an interval."""
+    if spread is None:
+        return ""
+    low, high = (score_text(form, number) for number in (spread.low, spread.high))
+    if is_change:
+        low, high = _signed(low, spread.low), _signed(high, spread.high)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def difference_text(score: Score) -> str:
+    """`+12.5 %`; empty without a second model."""
+    if score.theirs is None:
+        return ""
+    change = score.ours.value - score.theirs.value
+    return _signed(score_text(score.unit, change), change)
+
+
+def flips_text(difference: PairedDifference) -> str:
+    """`+3 -1`: rows that became correct and rows that became wrong."""
+    if not (difference.better or difference.worse):
+        return ""
+    return f"+{len(difference.better)} -{len(difference.worse)}"
+
+
+def _signed(text: str, number: float) -> str:
+    return f"+{text}" if number > 0 else text

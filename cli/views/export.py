@@ -1,0 +1,103 @@
+"""Results of `ft merge`, `ft export` and `ft quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..output import show_result
+
+
+def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print the folder of a merged model and its agreement with the trained one."""
+    if as_json:
+        show_result(json.dumps({"event": "merged", "folder": str(folder), **verification}))
+        return
+    show_result(f"merged model: {folder} ({verification['dtype']})\n{_agreement(verification)}")
+
+
+def show_model_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print the folder of a model merged from several runs, and its agreement with each of them."""
+    if as_json:
+        show_result(json.dumps({"event": "combined", "folder": str(folder), **verification}))
+        return
+    lines = [f"combined model: {folder} ({verification['dtype']})"]
+    for name, found in verification["runs"].items():
+        lines.append(
+            f"{name}: same top-1 token as the run alone at {100 * found['top1_agreement']:.1f} % of "
+            f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
+        )
+    show_result("\n".join(lines))
+
+
+def show_export(
+    format: str,
+    verification: dict[str, Any] | None,
+    folder: Path,
+    repository: str | None,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Print the folder of an exported model, its agreement with the trained one, and where its usage is described."""
+    if as_json:
+        pushed = {} if repository is None else {"repository": repository, "address": address}
+        show_result(json.dumps({"event": "exported", "folder": str(folder), **(verification or {}), **pushed}))
+        return
+    lines = [f"exported {format}: {folder}" + (f" ({_type_of(verification)})" if verification else "")]
+    if verification:
+        lines.append(_agreement(verification))
+    if format == "prompt" and verification:
+        usage = (
+            "the folder's chat template inserts them"
+            if verification["uses_chat_template"]
+            else "start every text with `prompt` of export.json, and add no special tokens to it"
+        )
+        lines.append(f"the trained prompt is stored as new vocabulary tokens: {usage}")
+    else:
+        lines.append(f"usage: {folder / 'README.md'}")
+    if address:
+        lines.append(f"on the hub: {address}")
+    show_result("\n".join(lines))
+
+
+def _type_of(verification: dict[str, Any]) -> str:
+    found: str = verification.get("dtype") or verification["type"]
+    return found
+
+
+def _agreement(verification: dict[str, Any]) -> str:
+    """Agreement of written and trained logits, from a verification report."""
+    return (
+        f"verified on {verification['positions']} tokens of {verification['rows']} rows: largest logit difference "
+        f"{verification['relative_difference']:.1e} of the largest logit (bound {verification['bound']:.0e}),\n"
+        f"KL divergence {verification['kl_divergence']:.1e}, same top-1 token at "
+        f"{100 * verification['top1_agreement']:.1f} % of positions"
+    )
+
+
+def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print the folder of a quantized model, its size and its errors."""
+    if as_json:
+        show_result(json.dumps({"event": "quantized", "folder": str(folder), **record}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['layer_count']} layers in {record['kind']}", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    bits = [f"{record[name]:.3f}" for name in ("bits_per_weight_before", "bits_per_weight")]
+    table.add_row("bits per weight of these layers", *bits)
+    table.add_row("all weights, on disk", *(f"{record[name] / 1e6:.1f} MB" for name in ("bytes_before", "bytes_after")))
+    rows = {
+        "mean weight error": "weight_error",
+        "mean layer output error": "output_error",
+        "mean layer output error of round-to-nearest": "nearest_output_error",
+    }
+    for title, name in rows.items():
+        if record[name] is not None:
+            table.add_row(title, "", f"{100 * record[name]:.2f} %")
+    Console().print(table)
+    show_result(f"quantized model: {folder}")

@@ -1,0 +1,58 @@
+"""Rows of `ft preview` in the terminal, token by token."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from finetune.jobs.plan.preview import MicroBatch, Preview
+
+
+def show_preview(preview: Preview) -> None:
+    """Print rows token by token: target tokens green, special tokens reversed, line ends visible."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..formatting import data_table
+
+    console = Console(highlight=False)
+    for row in preview.rows:
+        targets = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
+        console.print(Text(f"{row.where}  {row.tokens} tokens, {targets} target tokens", style="bold"))
+        text = Text()
+        for stretch in row.stretches:
+            colour = "green" if stretch.trained else "default"
+            style = f"reverse {colour}" if stretch.special else colour
+            text.append(stretch.text.replace("\n", "↵\n") if not stretch.special else stretch.text, style=style)
+        console.print(text, "", sep="\n")
+    console.print(Text("green: target tokens; reversed: special tokens; ↵: end of line", style="dim"))
+    longest = max(batch.computed + batch.shared for batch in preview.first_step)
+    console.print(Text(first_step_line(preview), style="bold"))
+    for batch in preview.first_step:
+        console.print(_bar(batch, longest))
+    for line in data_table(preview.ledger):
+        console.print(Text(line), soft_wrap=True)
+
+
+def first_step_line(preview: Preview) -> str:
+    """Forward passes of the first step, and how full they are."""
+    shared = f", {100 * preview.shared:.1f} % of tokens saved by prefix sharing" if preview.shared else ""
+    passes = len(preview.first_step)
+    return f"first step: {passes} forward pass{'es' * (passes != 1)}, {100 * preview.fill:.1f} % filled{shared}"
+
+
+def _bar(batch: MicroBatch, longest: int, width: int = 56) -> Text:
+    """One micro-batch as a bar to scale: rows in alternating shades, padding as dots."""
+    from rich.text import Text
+
+    bar = Text()
+    # Cumulative ends are rounded: rounding each length would let the errors of many short rows add up.
+    ends = [round(width * end / longest) for end in accumulate(batch.lengths)]
+    for index, end in enumerate(ends):
+        bar.append("█" * (end - len(bar)), style="cyan" if index % 2 else "blue")
+    bar.append("·" * (round(width * (batch.computed + batch.shared) / longest) - len(bar)), style="dim")
+    bar.append(f"  {sum(batch.lengths)}/{batch.computed}", style="dim")
+    return bar

@@ -1,0 +1,39 @@
+"""Checks of output paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import RefusedError
+from finetune.storage.files import check_not_taken
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_check_not_taken_accepts_a_new_path(tmp_path: Path, overwrite: bool, is_folder: bool):
+    check_not_taken(tmp_path / "new", overwrite, is_folder=is_folder)
+
+
+def test_check_not_taken_refuses_an_existing_file_unless_overwriting(tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.touch()
+    with pytest.raises(RefusedError, match="the file exists already") as refused:
+        check_not_taken(file, overwrite=False, option="RECIPE")
+    assert refused.value.where == str(file)
+    assert refused.value.hint == "choose another RECIPE, or add --overwrite"
+    check_not_taken(file, overwrite=True)
+
+
+def test_check_not_taken_refuses_an_existing_folder_unless_overwriting(tmp_path: Path):
+    with pytest.raises(RefusedError, match="the folder exists already"):
+        check_not_taken(tmp_path, overwrite=False, is_folder=True)
+    check_not_taken(tmp_path, overwrite=True, is_folder=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_check_not_taken_never_replaces_a_folder_with_a_file(tmp_path: Path, overwrite: bool):
+    with pytest.raises(RefusedError) as refused:
+        check_not_taken(tmp_path, overwrite)
+    assert refused.value.hint == "choose another --output"
