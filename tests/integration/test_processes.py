@@ -214,4 +214,4 @@ def test_only_trainable_parameters_are_sent_and_other_inputs_are_refused(
     assert 50e6 < main < 1e9
     assert other == 0  # only the first shows it
     assert "the rows (fingerprint) differ between ranks: rows of a on rank 0" in found["refused"]
-    assert "rows of b in process 1" in found["refused"]
+    assert "rows of b on rank 1" in found["refused"]
