@@ -48,7 +48,7 @@ def event_line(event: Event) -> str | None:
         case Phase():
             return f"{event.doing} ..."
         case DataRead():
-            return "\n".join(data_table(event.ledger))
+            return "\n".join(data_table(event.report))
         case TrainingStarted():
             return _start_lines(event)
         case RunResumed():
@@ -56,7 +56,7 @@ def event_line(event: Event) -> str | None:
         case CheckpointSaved():
             return f"saved step {event.step}: {size(event.size_bytes)} in {event.seconds:.1f} s"
         case DryRunPassed():
-            merged = ", one layer merged" if event.folded else ""
+            merged = ", one layer merged" if event.merged else ""
             return (
                 f"dry run passed in {duration(event.seconds)}: {event.tokens} tokens in the largest micro-batch, peak "
                 f"memory {memory(event.peak_memory_bytes)}, checkpoint {size(event.checkpoint_bytes)}{merged}"

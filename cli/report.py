@@ -35,7 +35,7 @@ def report(
         )
     if output:
         check_not_taken(output, overwrite)
-    from finetune.report.facts import RunMetadata
+    from finetune.report.run_metadata import RunMetadata
 
     facts = [RunMetadata.of(run) for run in directories]
     if len(directories) == 1:

@@ -1,3 +1,3 @@
-"""What is trained on a frozen base, and how it merges."""
+"""Training methods: adapters on a frozen base, and full fine-tuning."""
 
 import finetune.quantizers  # noqa: F401  before PEFT imports bitsandbytes

@@ -1,13 +1,13 @@
-"""AdaLoRA: y = W x + (alpha / r) B (E o A) x, whose ranks move to the layers where they matter most.
+"""AdaLoRA: y = W x + (alpha / r) B (E o A) x, with ranks allocated to the layers by importance.
 
-W is frozen, A has the shape (r, in), B (out, r), E (r, 1); E = 0 at first. While training, triplets of a row of A, a
-number of E and a column of B are taken from the layers that need them least, until the mean rank is the wanted one.
+W is frozen, A has the shape (r, in), B (out, r), E (r, 1); E starts at 0. A triplet is a row of A, an entry of E and a
+column of B. During training the least important triplets are pruned until the mean rank is the target rank.
 
 Source: Zhang et al. 2023, arXiv 2303.10512. As in the authors' code, A and B start normal with standard deviation
 0.02, the scale stays alpha over the first rank, and weight decay shrinks E as it does A and B.
 
-The layer is ours and not PEFT's, whose AdaLoRA takes no quantized layer of ours and adds its penalty to evaluation
-losses; what is saved is a plain LoRA.
+PEFT's own AdaLoRA is not used: it does not accept the quantized layers of ft, and it adds its penalty to evaluation
+losses. The saved adapter is a plain LoRA.
 
 Shape legend: O out_features, I in_features, R first rank of a layer, `...` any leading dimensions.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
-from finetune.adapters.base import refuse_strangers
+from finetune.adapters.base import check_same_tensors
 from finetune.adapters.lora import LowRankMethod
 from finetune.adapters.low_rank import Factors, LowRankLinear
 from finetune.adapters.rank_allocation import Budget, RankAllocator, Triplets
@@ -34,7 +34,7 @@ from finetune.recipe.sections.adapter import AdaLora
 
 
 class AdaLoraLinear(LowRankLinear):
-    """y = W x + s B (E o A) x, whatever stores W.
+    """y = W x + s B (E o A) x over a full-precision or quantized W.
 
     Source: Zhang et al. 2023, arXiv 2303.10512, section 3.1, with P = B, Lambda = diag(E), Q = A.
     """
@@ -42,18 +42,19 @@ class AdaLoraLinear(LowRankLinear):
     adapter_layer_names = (*LowRankLinear.adapter_layer_names, "lora_E")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **settings: Any) -> None:
-        """Add an adapter; E starts at zero, so that it changes nothing."""
+        """Add an adapter; E starts at zero, so the output is unchanged."""
         if not hasattr(self, "lora_E"):
             self.lora_E = nn.ParameterDict({})
         super().update_layer(adapter_name, r, lora_alpha, config, **settings)
         a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        # E = 0 makes the update zero, so neither A nor B has to be: both get gradients from the penalty at once.
         nn.init.normal_(a, std=0.02)
         nn.init.normal_(b, std=0.02)
         self.lora_E[adapter_name] = nn.Parameter(torch.zeros(r, 1, device=a.device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _parts(self, adapter: str) -> list[Factors]:
-        """E o A and B, with every triplet: those of the value zero have gradients too."""
+    def _terms(self, adapter: str) -> list[Factors]:
+        """E o A and B with every triplet: pruned ones still get gradients, and may return."""
         a_RI, e_R1, b_OR = self.triplets(adapter)
         return [Factors(e_R1 * a_RI, b_OR)]
 
@@ -62,7 +63,7 @@ class AdaLoraLinear(LowRankLinear):
         return Triplets(self.lora_A[adapter].weight, self.lora_E[adapter], self.lora_B[adapter].weight)
 
     def factors(self, adapter: str) -> Factors:
-        """The plain LoRA that this adapter is: E o A and B, without the triplets whose singular value is zero."""
+        """The equivalent plain LoRA: E o A and B without the pruned triplets (E = 0)."""
         a_RI, e_R1, b_OR = self.triplets(adapter)
         kept_R = e_R1[:, 0] != 0
         return Factors((e_R1 * a_RI)[kept_R], b_OR[:, kept_R])
@@ -72,24 +73,24 @@ class AdaLoraMethod(LowRankMethod):
     """AdaLoRA over full-precision or quantized layers.
 
     Attributes:
-        allocator: Chooses ranks while training; made by `attach`.
+        allocator: Allocates ranks during training; created by `attach`.
     """
 
-    convention = "W x + (alpha / r) B (E o A) x, r being the rank that was started with"
+    weight_format = "W x + (alpha / r) B (E o A) x, r being the rank that was started with"
     section: AdaLora
     allocator: RankAllocator
 
     @property
     def layer(self) -> type[LowRankLinear]:
-        """The layer of B (E o A)."""
+        """The AdaLoRA layer."""
         return AdaLoraLinear
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Add an update of the first rank beside each target layer, and lay out the budget.
+        """Add an update of the initial rank to each target layer, and create the budget of ranks.
 
         Raises:
-            UnsupportedError: The steps are too few to choose ranks in, or `modules` starts with fewer ranks than the
-                budget ends with.
+            UnsupportedError: The run has too few steps for the schedule, or the initial ranks from `modules` are not
+                more than the final budget.
         """
         if lack := self.section.lack_of_steps(total_steps):
             raise UnsupportedError(
@@ -106,10 +107,10 @@ class AdaLoraMethod(LowRankMethod):
         return attached
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """Gamma times the mean of |A A^T - I| and |B^T B - I| over all layers: how far vectors are from orthogonal.
+        """Orthogonality penalty: gamma times the mean of |A A^T - I|_F and |B^T B - I|_F over all layers; a scalar.
 
-        Source: section 3.1, equation 4, which sums squared norms; as in the authors' code, norms are not squared and
-        their mean is taken, and the usual gamma is for that.
+        Source: section 3.1, equation 4, which sums squared norms. The authors' code takes the mean of norms that are
+        not squared, and published values of gamma belong to that; so does this.
         """
         grams_RR = [
             gram_RR for a_RI, _, b_OR in self.allocator.layers.values() for gram_RR in (a_RI @ a_RI.T, b_OR.T @ b_OR)
@@ -118,49 +119,51 @@ class AdaLoraMethod(LowRankMethod):
         return self.section.orthogonal_weight * torch.stack(norms).mean()
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Score, and choose ranks where it is time."""
+        """Update the scores; reallocate ranks if due."""
         self.allocator.after_step(step)
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
-        """What each layer has been given so far."""
+        """The current rank of each layer."""
         return self.allocator.ranks()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a plain LoRA of one rank, which all engines read, and beside it the factors as they are."""
+        """Write a plain LoRA of uniform rank, which all engines read, and the AdaLoRA factors beside it."""
         layers = peft_bridge.low_rank_layers(model)
+        # At least 1: PEFT accepts no rank of 0, even if every triplet was pruned.
         rank = max(1, *(len(layer.factors(peft_bridge.ADAPTER_NAME).a_RI) for layer in layers.values()))
         peft_bridge.save_as_lora(model, self._one_rank(layers, rank), folder, rank)
 
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Add the plain LoRA that `save` wrote to W."""
+        """Load the plain LoRA that `save` wrote, ready to merge into W."""
         config = self._one_rank(linear_layers(model), peft_bridge.stock_rank(folder))
         return peft_bridge.load_stock(model, config, folder)
 
     def _one_rank(self, layers: Iterable[str], rank: int) -> LoraConfig:
-        """The configuration of a plain LoRA of this rank and the scale 1 everywhere."""
+        """The PEFT configuration of a plain LoRA with this rank and scale 1 in every layer."""
+        # alpha = r gives scale 1: `save_as_lora` multiplies the real scale into B.
         config = self._lora_config(layers, lambda r, alpha: (rank, rank))
         config.rank_pattern, config.alpha_pattern = {}, {}
         return config
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The factors at their first rank, the smoothed scores, which triplets stay, and the budget."""
+        """The factors at their initial rank, the smoothed scores, the kept triplets, and the budget."""
         return super().state(model) | self.allocator.tensors()
 
     @torch.no_grad()
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put all of it back.
+        """Restore the state.
 
         Raises:
-            RefusedError: A tensor is missing, left over or of another shape, or the budget has another course now.
+            RefusedError: A tensor is missing, left over or of another shape, or the budget has another schedule now.
         """
         own = self.allocator.tensors()
         saved = {name: tensor for name, tensor in tensors.items() if name in own}
-        refuse_strangers(saved, own)
+        check_same_tensors(saved, own)
         if not torch.equal(saved["budget"], own["budget"]):
             raise RefusedError(
-                "ranks are chosen by another budget than in the checkpoint: its course follows from the length of the "
+                "ranks are allocated by another budget than in the checkpoint: the budget depends on the length of the "
                 "run, the number of layers, and the section adapter",
-                hint="go on with the recipe that the run was started with",
+                hint="resume with the recipe that the run was started with",
             )
         super().restore(model, {name: tensor for name, tensor in tensors.items() if name not in own})
         for name, tensor in own.items():
@@ -170,10 +173,11 @@ class AdaLoraMethod(LowRankMethod):
         first, last = sum(len(factors.e_R1) for factors in layers.values()), self.section.target_r * len(layers)
         if last >= first:
             raise UnsupportedError(
-                f"the layers start with {first} ranks by what modules says, and {last} are to remain",
+                f"with modules, the layers start with {first} ranks in total, and {last} are to remain",
                 where="adapter.target_r",
                 hint="lower it, or raise adapter.r in modules",
             )
         phases = self.section.phases(total_steps)
+        # About a hundred allocations, if the recipe does not say.
         every = self.section.allocate_every or max(1, round(phases.falling / 100))
         return Budget(first, last, phases.initial, phases.falling, every)

@@ -1,4 +1,4 @@
-"""The AdapterMethod interface: all that the rest of the program knows of a training method."""
+"""The AdapterMethod interface, through which the rest of the program uses a training method."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ from finetune.recipe.sections.modules import ModuleRule
 
 
 class PromptTokens(NamedTuple):
-    """A soft prompt that has become tokens of a model."""
+    """A soft prompt exported as vocabulary tokens.
+
+    Attributes:
+        model: The base with the new tokens.
+        ids: Their ids.
+        text: Text that tokenizes to `ids`.
+    """
 
     model: PreTrainedModel
     ids: list[int]
     text: str
-    """What tokenizes to `ids`."""
 
 
 class AdapterMethod(ABC):
-    """What is trained, how it is saved, loaded and merged, and what it adds to a step.
+    """A training method: its trainable parameters, their saving, loading and merging, and its part of a step.
 
     Args:
         section: The recipe's section of this method.
-        modules: What the recipe says of single layers.
-        tokenizer: The base's, for methods that start from words.
+        modules: The recipe's rules for single layers.
+        tokenizer: The base's tokenizer, for methods that name or start from tokens.
     """
 
-    convention: ClassVar[str]
-    """The formula of a trained layer: tensors that were trained for another one mean something else."""
+    weight_format: ClassVar[str]
+    """The formula that the saved tensors belong to.
+
+    It is stored beside the weights, as `convention`, and compared when they are loaded: under another formula the same
+    tensors mean another model. Existing records hold these texts, so they must not be reworded.
+    """
 
     fits_quantized: ClassVar[bool] = False
-    """Whether quantized weights can take up the update without rounding."""
+    """Whether the update can be merged into quantized weights without rounding."""
 
     def __init__(
         self,
@@ -49,24 +58,24 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Make `model` trainable by this method; every other weight is frozen.
+        """Add the method's trainable parameters to `model` and freeze all other weights.
 
         Args:
             model: The frozen base; a quantized layer carries its quantizer.
-            total_steps: Optimizer steps of the run, for methods with a schedule of their own.
+            total_steps: Optimizer steps of the run, for methods with their own schedule.
         """
 
     def initialize(self, model: nn.Module, original: Callable[[str], Tensor]) -> None:
-        """Set starting values that are taken from the base's weights; called once, after `attach`.
+        """Set initial values that depend on the base's weights; called once, after `attach`.
 
         Args:
-            model: What `attach` returned.
-            original: From a layer's name to its weight before it was quantized, shape (out, in).
+            model: The result of `attach`.
+            original: Maps a layer's name to its weight before quantization, shape (out, in).
         """
         return None
 
     def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
-        """Start from what `save` wrote in an earlier run; called after `initialize`, where the recipe asks for it.
+        """Start from the adapter of an earlier run (`continue_from`); called after `initialize`.
 
         Raises:
             RefusedError: The saved tensors are not those of this recipe and base.
@@ -75,26 +84,26 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write what was trained into `folder`, as safetensors and JSON."""
+        """Write the trained weights into `folder`, as safetensors and JSON."""
 
     def gather_for_save(self, model: nn.Module) -> None:
-        """The part of the other processes in `save`, where each holds a share of what was trained."""
+        """Take part in the all-gather of `save`; called in the other ranks if trainable parameters are sharded."""
         return None
 
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Put what `save` wrote on a base, frozen, for evaluation, generation or merging."""
+        """Load a saved adapter onto a base, frozen, for evaluation, generation or merging."""
 
     @abstractmethod
     def detach(self, model: nn.Module) -> PreTrainedModel:
-        """Take off what `load` put on a base, which is then as it was before, bit for bit.
+        """Remove the adapter that `load` attached; the base is then bitwise as before.
 
         Raises:
             UnsupportedError: The base's own weights were replaced.
         """
 
     def check_merge(self) -> None:
-        """Refuse a merge that would fail for any weights, before they are loaded.
+        """Raise if the method cannot be merged at all, before weights are loaded.
 
         Raises:
             UnsupportedError: The method has no form without an adapter.
@@ -103,46 +112,46 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Put what `save` wrote on a dequantized base, as layers that `peft_bridge.fold` turns into ordinary ones.
+        """Load a saved adapter onto a dequantized base, as layers that `peft_bridge.merge_layer` can merge.
 
         Raises:
             UnsupportedError: The method has no form without an adapter.
         """
 
     def merge_quantized(self, layer: nn.Module) -> nn.Module:
-        """The quantized layer below one that `load` has put there, with the update in its own tensors, unrounded.
+        """Merge an adapted layer into its quantized base layer, without rounding; returns the base layer.
 
         Raises:
-            UnsupportedError: The method's update is not one that stored weights can take up.
+            UnsupportedError: The update cannot be expressed in quantized weights.
         """
         raise UnsupportedError(
-            f"what {self.section.method} trains does not fit into quantized weights without rounding",
+            f"an update of {self.section.method} cannot be merged into quantized weights without rounding",
             where="--dtype",
             hint="choose float32, bfloat16 or float16; adapter.method: qa_lora merges into quantized weights",
         )
 
     def check_prompt_export(self) -> None:
-        """Refuse to bake what cannot be baked, before any weight is loaded.
+        """Raise if the method has no soft prompt to export, before weights are loaded.
 
         Raises:
-            UnsupportedError: What is trained is not a prompt of embeddings.
+            UnsupportedError: The method does not train a prompt of embeddings.
         """
         raise UnsupportedError(
-            f"what {self.section.method} trains is no prompt that could become tokens",
+            f"{self.section.method} does not train a prompt, which alone can be exported as tokens",
             where="adapter.method",
-            hint="ft merge folds it into the weights",
+            hint="ft merge merges it into the weights",
         )
 
     def export_prompt(
         self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
     ) -> PromptTokens:
-        """Make what `save` wrote new tokens of a dequantized base and its tokenizer; both are changed.
+        """Export a saved soft prompt as new tokens of a dequantized base and its tokenizer; both are modified.
 
         Args:
             model: The base.
-            folder: Where the prompt is.
-            tokenizer: The base's.
-            unlikely: A token that the model does not write; the new ones will be as unlikely.
+            folder: Folder of the saved prompt.
+            tokenizer: The base's tokenizer.
+            unlikely: A token with low logits on real data, whose output row the new tokens copy.
 
         Raises:
             UnsupportedError: As `check_prompt_export`.
@@ -151,63 +160,63 @@ class AdapterMethod(ABC):
         raise NotImplementedError
 
     def lr_multiplier(self, parameter: str) -> float:
-        """The learning rate of a parameter, by its name, as a multiple of the schedule's."""
+        """Multiplier of the schedule's learning rate for a parameter, by its name."""
         return 1.0
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """A term that joins the training loss once per optimizer step, never the evaluation loss."""
+        """A scalar added to the training loss once per optimizer step, never to the evaluation loss; None for none."""
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Called once per optimizer step, after the update and while gradients are still there; `step` from 1."""
+        """Called after the update of each optimizer step, before gradients are cleared; `step` counts from 1."""
         return None
 
     def ranks(self, model: nn.Module) -> dict[str, int] | None:
-        """The rank of each layer's update by the layer's name, from a method that chooses ranks while it trains."""
+        """The current rank of each layer by its name, from a method that allocates ranks; None from others."""
         return None
 
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a checkpoint has to hold of `model`: every trainable parameter by its name.
+        """The tensors of `model` that belong in a checkpoint: every trainable parameter, by name.
 
-        A method adds what it made itself and the base's files do not determine to the last bit.
+        A method adds tensors that it computed and that are not bitwise reproducible from the base's files.
         """
         return dict(trainable(model))
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The method's part of a checkpoint.
 
-        A method whose `after_step` keeps something adds it here and takes it back in `restore`.
+        A method with state in `after_step` adds it here and restores it in `restore`.
 
         Returns:
-            The model's own tensors where it has them, and no copies; shares where it has shares.
+            The model's tensors themselves, no copies; sharded ones stay sharded.
         """
         return {name: tensor.detach() for name, tensor in self.own_tensors(model).items()}
 
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, on a model that was attached to in the same way.
+        """Restore what `state` returned, on a model that was attached in the same way.
 
         Raises:
             RefusedError: A tensor is missing, or left over, or has another shape or dtype.
         """
         own = self.own_tensors(model)
-        refuse_strangers(tensors, own)
+        check_same_tensors(tensors, own)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that train, by name; tied ones once."""
+    """The trainable parameters of a model by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def refuse_strangers(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse tensors from a checkpoint that are not one for one those of the model.
+def check_same_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint has exactly the tensors of the model, by name, shape and dtype.
 
     Raises:
-        RefusedError: Names the first that is missing, left over, or of another shape or dtype.
+        RefusedError: Names the first tensor that is missing, left over, or of another shape or dtype.
     """
-    hint = "bring back the base and the version of ft that the run was started with"
+    hint = "restore the base and the version of ft that the run was started with"
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors:
             raise RefusedError(f"the checkpoint lacks {name}", hint=hint)

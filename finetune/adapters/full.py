@@ -1,4 +1,4 @@
-"""Full fine-tuning: the model's own weights train."""
+"""Full fine-tuning: the model's own weights are trained."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ WEIGHTS = "model.safetensors"
 
 
 class FullMethod(AdapterMethod):
-    """All weights train, or those that the recipe picks; what is saved is a model that plain transformers loads."""
+    """Trains all weights, or those that the recipe selects; saves a model that plain transformers loads."""
 
-    convention = "W x"
+    weight_format = "W x"
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Unfreeze the weights that the recipe picks.
+        """Unfreeze the weights that the recipe selects.
 
         Raises:
-            UnsupportedError: It picks weights that are quantized and so have no gradient, or a pattern matches none.
+            UnsupportedError: A selected weight is quantized and so has no gradient, or a pattern matches no weight.
         """
         names = [name for name, _ in model.named_parameters()]
         for key, patterns in (("train", self.section.train), ("freeze", self.section.freeze)):
@@ -43,26 +43,26 @@ class FullMethod(AdapterMethod):
         for name, parameter in model.named_parameters():
             if name in picked and not parameter.is_floating_point():
                 raise UnsupportedError(
-                    "the model's weights are quantized, and quantized weights cannot be trained themselves",
+                    "the model's weights are quantized, and quantized weights cannot be trained",
                     where="model.name",
                     hint="name the unquantized model, or train an adapter: {method: lora}",
                 )
             parameter.requires_grad_(name in picked)
         if not picked:
             raise UnsupportedError(
-                "no weight is left to train", where="adapter.freeze", hint="freeze less, or train more"
+                "no trainable weight remains", where="adapter.freeze", hint="freeze less, or train more"
             )
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the whole model; tied weights once."""
+        """Write the full model; tied weights once."""
         if sharded_base(model) is None:
-            model.save_pretrained(folder, max_shard_size="1TB")
+            model.save_pretrained(folder, max_shard_size="1TB")  # one file, as `load` reads
         else:
             write_from_shards(model, folder)
 
     def gather_for_save(self, model: nn.Module) -> None:
-        """Put the weights together."""
+        """Take part in the all-gather of `write_from_shards`."""
         with all_gathered(saved_tensors(model)):
             pass
 
@@ -70,8 +70,8 @@ class FullMethod(AdapterMethod):
         """Replace the weights of `model` by the trained ones.
 
         Raises:
-            ModelError: There are none.
-            RefusedError: They are not the weights of such a model.
+            ModelError: There are no trained weights.
+            RefusedError: They do not fit this model.
         """
         file = folder / WEIGHTS
         if not file.is_file():
@@ -80,7 +80,7 @@ class FullMethod(AdapterMethod):
             load_model(model, file)
         except SafetensorError as error:
             raise RefusedError(
-                f"the file is damaged: {error}", where=str(file), hint="train the run again, or bring back a good copy"
+                f"the file is damaged: {error}", where=str(file), hint="train the run again, or restore a good copy"
             ) from error
         except RuntimeError as error:
             raise RefusedError(
@@ -89,19 +89,19 @@ class FullMethod(AdapterMethod):
         return model.requires_grad_(False)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
-        """Refuse: the trained weights have taken the place of the base's.
+        """Refuse: the trained weights have replaced the base's.
 
         Raises:
             UnsupportedError: Always.
         """
         raise UnsupportedError(
-            "full fine-tuning changes the base's own weights and leaves no adapter to take off",
+            "full fine-tuning changes the base's own weights and has no adapter to detach",
             where="adapter.method",
             hint="use the run by itself",
         )
 
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Nothing to fold in: the trained weights are the model's own."""
+        """Load the trained weights; there is nothing to merge."""
         return self.load(model, folder)
 
 

@@ -1,4 +1,4 @@
-"""Starting values of a low-rank update that are taken from the weight itself.
+"""Initial values of a low-rank update that are computed from the weight.
 
 Shape legend: O out_features, I in_features, R rank.
 """
@@ -12,7 +12,7 @@ from finetune.adapters.low_rank import Factors
 
 
 def principal(weight_OI: Tensor, r: int) -> Factors:
-    """The best approximation of a matrix by one of rank r, its singular values shared equally by both factors.
+    """The best rank-r approximation of a matrix: B = U sqrt(S), A = sqrt(S) V^T; float32, A (R, I), B (O, R).
 
     Source: Meng et al. 2024 (PiSSA), arXiv 2404.02948, equations 2 and 3.
     """
@@ -22,7 +22,7 @@ def principal(weight_OI: Tensor, r: int) -> Factors:
 
 
 def orthonormal(weight_OI: Tensor, r: int) -> Factors:
-    """The first columns of Q and rows of R of W = Q R.
+    """The first r columns of Q and rows of R from W = Q R; float32, A (R, I), B (O, R).
 
     Source: Büyükakyüz 2024 (OLoRA), arXiv 2406.01775, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""LoRA: y = W x + (alpha / r) B A x with W frozen, A of shape (r, in), B of shape (out, r) and B = 0 at first.
+"""LoRA: y = W x + (alpha / r) B A x with W frozen, A of shape (r, in), B of shape (out, r) and B initially 0.
 
 Source: Hu et al. 2021, arXiv 2106.09685, section 4.1. A starts Kaiming-uniform as in the authors' code. With rank
 stabilisation the update is scaled by alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2.
@@ -23,33 +23,42 @@ from finetune.recipe.sections.adapter import Lora, LowRank
 from finetune.recipe.sections.modules import setting_for
 
 
+def _keep_rank(r: int, alpha: float) -> tuple[int, float]:
+    """The identity: rank and alpha of the recipe."""
+    return r, alpha
+
+
 class LowRankMethod(AdapterMethod):
-    """What LoRA, QA-LoRA and AdaLoRA share: which layers get an update of which rank, and its two forms on disk."""
+    """Base of LoRA, QA-LoRA and AdaLoRA: ranks of the layers, and the two forms of the adapter on disk.
+
+    The native form holds the tensors that train. The stock form is an equivalent plain LoRA that every PEFT can load.
+    For plain LoRA both are the same file.
+    """
 
     section: LowRank
 
     @property
     @abstractmethod
     def layer(self) -> type[LowRankLinear]:
-        """The form of the update."""
+        """The class of adapted layers."""
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Add an update of rank r beside each target layer."""
+        """Add an update of rank r to each target layer."""
         return peft_bridge.attach(model, self._config(linear_layers(model)), self.section.target_modules)
 
     def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
-        """Start from a saved adapter of the same form."""
+        """Start from a saved adapter with the same tensors."""
         peft_bridge.load_initial_adapter(model, folder)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the adapter as stock PEFT reads it; beside it the native tensors where they are others."""
+        """Write the adapter in stock form, and the native tensors beside it where they differ."""
         if self.layer is LowRankLinear:
             peft_bridge.save(model, folder)
         else:
             peft_bridge.save_as_lora(model, self._stock_config(peft_bridge.low_rank_layers(model)), folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Put a saved adapter on a base."""
+        """Load a saved adapter onto a base."""
         return peft_bridge.load(model, self._config(linear_layers(model)), folder)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
@@ -57,21 +66,33 @@ class LowRankMethod(AdapterMethod):
         return peft_bridge.unload(model)
 
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """W + (alpha / r) B A: exact but for the rounding of W's dtype."""
+        """Load the stock form; its merge W + (alpha / r) B A is exact up to rounding to W's dtype."""
         return peft_bridge.load_stock(model, self._stock_config(linear_layers(model)), folder)
 
     def _config(self, layers: Iterable[str]) -> LoraConfig:
-        """The configuration of the layers that train."""
-        config = self._lora_config(layers, lambda r, alpha: (r, alpha))
+        """The PEFT configuration of the native layers, for training and for loading by ft."""
+        config = self._lora_config(layers)
+        # PEFT then wraps target layers in our class. The registration is not saved: stock PEFT would not find it.
         config._register_custom_module(dict.fromkeys(LINEAR_TYPES, self.layer))
         return config
 
     def _stock_config(self, layers: Iterable[str]) -> LoraConfig:
-        """The configuration of the form that stock PEFT reads."""
-        return self._lora_config(layers, lambda r, alpha: (r, alpha))
+        """The PEFT configuration of the stock form.
 
-    def _lora_config(self, layers: Iterable[str], size: Callable[[int, float], tuple[int, float]]) -> LoraConfig:
-        """LoRA on the recipe's part of `layers`; `size` turns its rank and alpha into those of the configuration."""
+        Stock PEFT knows plain LoRA, rank stabilisation and DoRA. Methods with other formulas override this and save an
+        equivalent plain LoRA, whose rank and alpha can differ from those of the recipe.
+        """
+        return self._lora_config(layers)
+
+    def _lora_config(
+        self, layers: Iterable[str], scale_rank: Callable[[int, float], tuple[int, float]] = _keep_rank
+    ) -> LoraConfig:
+        """LoRA on the recipe's target layers among `layers`.
+
+        Args:
+            layers: Names of all linear layers.
+            scale_rank: Maps rank and alpha of the recipe to those of the configuration.
+        """
         section = self.section
         ranks, alphas, skipped = {}, {}, []
         for name in layers:
@@ -79,8 +100,8 @@ class LowRankMethod(AdapterMethod):
             if own is not None and own.skip:
                 skipped.append(name)
             elif own is not None:
-                ranks[name], alphas[name] = size(own.r or section.r, own.alpha or section.alpha)
-        r, alpha = size(section.r, section.alpha)
+                ranks[name], alphas[name] = scale_rank(own.r or section.r, own.alpha or section.alpha)
+        r, alpha = scale_rank(section.r, section.alpha)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=r,
@@ -100,9 +121,9 @@ class LowRankMethod(AdapterMethod):
 
 
 class LoraMethod(LowRankMethod):
-    """LoRA over full-precision or quantized layers, with the variants that the recipe asks for."""
+    """LoRA over full-precision or quantized layers, with rsLoRA, DoRA, PiSSA, OLoRA, LoftQ, LoRA+ and IEC."""
 
-    convention = (
+    weight_format = (
         "W x + s B A x, s = alpha / r or alpha / sqrt(r); iec: both factors after equation 16 of arXiv 2402.05445; "
         "pissa, olora: B A without its start; dora: rows scaled to learned lengths"
     )
@@ -110,18 +131,21 @@ class LoraMethod(LowRankMethod):
 
     @property
     def layer(self) -> type[LowRankLinear]:
-        """The form of the update."""
+        """The class of adapted layers."""
         if self.section.iec:
             return IecLinear
         return DifferenceLinear if self.section.initialization in ("pissa", "olora") else LowRankLinear
 
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """And what anchored layers started from: a singular value decomposition differs with the number of threads."""
+        """Also the initial values of difference layers.
+
+        They come from an SVD or QR decomposition, whose last bits depend on the number of threads.
+        """
         starts = {name: parameter for name, parameter in model.named_parameters() if "lora_start_" in name}
         return {**super().own_tensors(model), **starts}
 
     def initialize(self, model: nn.Module, original: Callable[[str], Tensor]) -> None:
-        """Start from a part of the weight, if the recipe asks for it.
+        """Initialize A and B from the base's weights (PiSSA, OLoRA) or its quantization error (LoftQ).
 
         Source: Meng et al. 2024 (PiSSA), arXiv 2404.02948; Büyükakyüz 2024 (OLoRA), arXiv 2406.01775; Li et al. 2023
         (LoftQ), arXiv 2310.08659, algorithm 1 with one alternation, since the base is quantized already.
@@ -131,12 +155,12 @@ class LoraMethod(LowRankMethod):
             for adapter in layer.active_adapters:
                 r, scaling = layer.r[adapter], layer.scaling[adapter]
                 match self.section.initialization:
-                    case "pissa":
+                    case "pissa":  # equations 2-3: B A, which counts `scaling` times, is the principal part of W
                         layer.start_from(adapter, principal(weight_OI / scaling, r))
                     case "olora":
                         layer.start_from(adapter, orthonormal(weight_OI, r))
-                    case "loftq":
-                        # The file is read onto the CPU, the base may lie on a GPU.
+                    case "loftq":  # B A approximates the quantization error W - Q(W)
+                        # The file is read onto the CPU; the base may be on a GPU.
                         error_OI = original(name).to(weight_OI) - weight_OI
                         layer.start_from(adapter, principal(error_OI / scaling, r))
 
@@ -151,17 +175,21 @@ class LoraMethod(LowRankMethod):
 
     def _stock_config(self, layers: Iterable[str]) -> LoraConfig:
         if self.layer is LowRankLinear:
-            config = self._lora_config(layers, lambda r, alpha: (r, alpha))
+            config = self._lora_config(layers)
             config.use_rslora, config.use_dora = self.section.rslora, self.section.dora
             return config
-        return self._lora_config(layers, self._stock_size)
+        return self._lora_config(layers, self._scale_stock_rank)
 
-    def _stock_size(self, r: int, alpha: float) -> tuple[int, float]:
-        """What an anchored layer starts from is as many ranks more; the scale stays."""
-        rank = 2 * r if self.layer.anchored else r
+    def _scale_stock_rank(self, r: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the equivalent plain LoRA, with the same scale s.
+
+        A difference layer is s (B A - B0 A0), which as one product has rank 2 r: [B, -B0] [A; A0]. Stock PEFT computes
+        s as alpha / rank, so alpha is s times the new rank.
+        """
+        rank = 2 * r if self.layer.subtracts_start else r
         return rank, alpha / (r**0.5 if self.section.rslora else r) * rank
 
 
 def _short(alpha: float) -> float:
-    """Engines that serve adapters declare alpha as an integer."""
+    """Alpha as an integer if possible: engines that serve adapters declare it as one."""
     return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,10 +1,10 @@
-"""The product of an adapted linear layer as one step of autograd.
+"""The forward pass of a LoRA layer as a single autograd function, which saves memory and time.
 
-Left to itself, autograd keeps the input of the base's product, a copy of it in the factors' type, and sums of whole
-outputs and of whole gradients. Here the input is kept once, in the type it is computed in, for all layers that are
-given it, and what is summed is summed inside the products.
+Composed of ordinary operations, autograd would save the input of the base layer, a second copy of it in the dtype of A
+and B, and allocate full-size temporaries for the sums of outputs and of gradients. The function saves the input once,
+in the compute dtype, shared by all layers with the same input; the sums happen inside the matmuls (`addmm_`).
 
-Shape legend: O out_features, I in_features, J inputs of A (I, or fewer where they are pooled), R rank, T tokens,
+Shape legend: O out_features, I in_features, J inputs of A (I, or I / K if grouped), R rank, T tokens,
 `...` any leading dimensions.
 """
 
@@ -22,7 +22,14 @@ from finetune.quantizers.base import is_quantized
 
 
 class LoraTerm(NamedTuple):
-    """A linear layer that is frozen, and the update beside it: W x + s B A z."""
+    """The operands of W x + s B A z.
+
+    Attributes:
+        base: The frozen linear layer, W.
+        a_RJ: A.
+        b_OR: B.
+        scale: s.
+    """
 
     base: nn.Module
     a_RJ: Tensor
@@ -30,42 +37,46 @@ class LoraTerm(NamedTuple):
     scale: float
 
 
-def is_one_step(base: nn.Module) -> bool:
-    """Whether the product of this layer is that of its weight, frozen and at hand, and of nothing else."""
+def is_fusable(base: nn.Module) -> bool:
+    """Whether `lora_linear` may replace the forward pass of this layer.
+
+    The weight must be frozen and available, and the pass must be a plain matmul: hooks would be skipped, and a
+    quantizer that rounds activations computes something else.
+    """
     known = not base.quantizer.rounds_activations if is_quantized(base) else type(base) in (nn.Linear, Conv1D)
     hooked = base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")
     return known and not hooked and not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def lora_linear(x: Tensor, z: Tensor | None, branch: LoraTerm) -> Tensor:
-    """W x + s B A z, in autocast's type, or else in that of x.
+def lora_linear(x: Tensor, z: Tensor | None, term: LoraTerm) -> Tensor:
+    """W x + s B A z, computed in autocast's dtype, or in that of x without autocast.
 
     Args:
         x: Input, (..., I).
-        z: What A sees, (..., J); None if that is x.
-        branch: The layer.
+        z: Input of A, (..., J), if dropout or grouping make it differ from x; None if it is x.
+        term: The operands.
 
     Returns:
-        (..., O).
+        Output, (..., O).
     """
-    product: Tensor = _LoraLinear.apply(x, z, *branch)
+    product: Tensor = _LoraLinear.apply(x, z, *term)
     return product
 
 
-def lora_linear_reference(x: Tensor, z: Tensor | None, branch: LoraTerm) -> Tensor:
-    """The same as the formula says it, the base by its own forward pass: the plain twin."""
-    product: Tensor = branch.base(x)
-    return product + lora_update_reference(x if z is None else z, branch).to(product.dtype)
+def lora_linear_reference(x: Tensor, z: Tensor | None, term: LoraTerm) -> Tensor:
+    """Reference implementation of `lora_linear`, with the base layer's own forward pass."""
+    product: Tensor = term.base(x)
+    return product + lora_update_reference(x if z is None else z, term).to(product.dtype)
 
 
-def lora_update_reference(z: Tensor, branch: LoraTerm) -> Tensor:
-    """The product s B A z, in the type of z: (..., J) -> (..., O)."""
-    inner = functional.linear(z, branch.a_RJ.to(z.dtype))
-    return functional.linear(inner, (branch.b_OR * branch.scale).to(z.dtype))
+def lora_update_reference(z: Tensor, term: LoraTerm) -> Tensor:
+    """The update s B A z in the dtype of z: (..., J) -> (..., O)."""
+    inner = functional.linear(z, term.a_RJ.to(z.dtype))
+    return functional.linear(inner, (term.b_OR * term.scale).to(z.dtype))
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
-    """W, (O, I)."""
+    """W in a dtype, (O, I); dequantized anew at each use, so that no full-precision copy stays in memory."""
     if is_quantized(base):
         return base.quantizer.dequantize(base, dtype)
     weight: Tensor = base.weight.detach().to(dtype)
@@ -76,12 +87,16 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, base: Any, a_RJ: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         device = x.device.type
+        # Cast once, here: the saved tensors then have the dtype of backward, where autocast is off.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        # If z is x, layers with the same input (q, k, v) save the same tensor, which is in memory once.
         z_TJ = x_TI if z is None else z.reshape(-1, z.shape[-1]).to(dtype)
+        # Scale B in float32 and round once: a scaled product in 16 bits would round twice.
         a, scaled_b = a_RJ.to(dtype), (b_OR * scale).to(dtype)
         inner_TR = z_TJ @ a.T
         bias = None if base.bias is None else base.bias.detach().to(dtype)
+        # In place: no temporary of the size of the output for the update.
         product_TO = functional.linear(x_TI, _weight(base, dtype), bias).addmm_(inner_TR, scaled_b.T)
         ctx.save_for_backward(z_TJ, inner_TR, a, scaled_b)
         ctx.base, ctx.scale, ctx.factor_type = base, scale, a_RJ.dtype
@@ -93,8 +108,11 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, of_product: Tensor) -> tuple[Tensor | None, ...]:
         z_TJ, inner_TR, a, scaled_b = ctx.saved_tensors
         of_TO = of_product.reshape(-1, of_product.shape[-1])
+        # y = W x + s B A z: dA = (s B)^T dy z^T, dB = s dy (A z)^T, dz = A^T (s B)^T dy, dx = W^T dy (+ dz if z is x).
         of_inner_TR = of_TO @ scaled_b
+        # Gradients in the dtype of A and B, float32: optimizer updates would be lost in 16 bits.
         of_a_RJ = (of_inner_TR.T @ z_TJ).to(ctx.factor_type)
+        # The saved A z is unscaled, so s comes last, on the smallest tensor.
         of_b_OR = (of_TO.T @ inner_TR).mul_(ctx.scale).to(ctx.factor_type)
         of_x = of_z = None
         if ctx.needs_input_grad[0]:

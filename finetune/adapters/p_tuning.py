@@ -1,4 +1,4 @@
-"""P-tuning: prompt tuning through a network, which is dropped once the prompt is trained.
+"""P-tuning: prompt tuning through a prompt encoder, which is discarded after training.
 
 Source: Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385, section 3.
 """
@@ -15,7 +15,7 @@ from finetune.recipe.sections.adapter import PTuning
 
 
 class PTuningMethod(EmbeddedPromptMethod):
-    """An LSTM and a perceptron, or a perceptron alone, make the prompt of vectors of their own."""
+    """The prompt is the output of a prompt encoder, an MLP with or without an LSTM, over trainable vectors."""
 
     section: PTuning
 

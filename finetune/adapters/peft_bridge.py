@@ -1,4 +1,4 @@
-"""PEFT as the runtime of adapters: the one place that knows its API."""
+"""Adapter runtime on PEFT: the only module that calls PEFT's functions."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from finetune.models.safetensors_io import unaliased
 ADAPTER_NAME = "default"
 
 NO_LAYER_FOUND = ("Target modules", "No layers types compatible")
-"""Words of PEFT's errors where no layer has the name of a target."""
+"""Texts in PEFT's errors if no layer has the name of a target."""
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of a wrapped model's layers."""
+"""PEFT's prefix of layer names in a wrapped model."""
 
 STOCK_WEIGHTS = "adapter_model.safetensors"
 NATIVE_WEIGHTS = "ft_adapter.safetensors"
-"""The trained tensors themselves, where the stock file holds what they amount to."""
+"""The native trained tensors, if the stock file holds an equivalent plain LoRA."""
 
 PROMPT = "prompt_embeddings"
-"""PEFT's name of a soft prompt, whichever kind it is."""
+"""PEFT's tensor name of any soft prompt."""
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The layers with a low-rank update, by the names that they have in the base."""
+    """The layers with a low-rank update, by their names in the base."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
 
 
 def as_targets(targets: str | Sequence[str]) -> str | list[str]:
-    """Target modules as PEFT takes them: it changes lists."""
+    """Target modules for PEFT, as a copy: PEFT modifies lists."""
     return targets if isinstance(targets, str) else list(targets)
 
 
 def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
-    """Wrap the target layers of `model`; the adapter's weights are float32 and train, all others are frozen.
+    """Wrap the target layers of `model`; the adapter's weights are trainable and float32, all others frozen.
 
     Raises:
         UnsupportedError: No layer of the model has such a name.
     """
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
     try:
-        with unsharded_non_block(model):  # which may be copied, to train
+        with unsharded_non_block(model):  # `modules_to_save` are copied, which needs full tensors
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         if not any(words in str(error) for words in NO_LAYER_FOUND):
@@ -67,7 +67,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str])
             where="adapter.target_modules",
             hint=f"its linear layers end in: {', '.join(endings)}",
         ) from error
-    for parameter in wrapped.parameters():  # of modules that train whole: updates are lost in 16 bits
+    for parameter in wrapped.parameters():  # of `modules_to_save`: in 16 bits small updates would round to nothing
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
@@ -77,7 +77,7 @@ def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, 
     """The ids of tokens.
 
     Raises:
-        UnsupportedError: One of them is none of the vocabulary.
+        UnsupportedError: A text is not a single token of the vocabulary.
     """
     ids = []
     for token in tokens:
@@ -87,42 +87,43 @@ def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, 
             raise UnsupportedError(
                 f"{token!r} is not one token but {len(pieces)}",
                 where=key,
-                hint="name tokens of the vocabulary; those within words often begin with a space",
+                hint="name tokens of the vocabulary; many begin with a space",
             )
         ids += pieces
     return ids
 
 
 def load_initial_adapter(model: PeftModel, folder: Path) -> None:
-    """Put saved tensors into an adapter that trains.
+    """Copy saved tensors into a trainable adapter.
 
     Raises:
-        ModelError: There are none.
-        RefusedError: They are not those of this base and recipe.
+        ModelError: There are no saved tensors.
+        RefusedError: They do not match this base and recipe.
     """
-    _put(model, _native(folder))
+    _copy_tensors(model, _native(folder))
 
 
 def save(model: PeftModel, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as stock PEFT reads them.
 
-    The vocabulary is never resized, so embeddings are never saved; PEFT would ask the hub to find out.
+    Embeddings are never saved, because the vocabulary is never resized; PEFT would query the hub to find that out.
     """
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a model card template with empty fields
 
 
 @torch.no_grad()
 def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int | None = None) -> None:
-    """Write the plain LoRA that low-rank layers amount to, as stock PEFT reads it, and their own tensors beside it.
+    """Write the plain LoRA that is equivalent to the low-rank layers, for stock PEFT, and the native tensors beside it.
 
     Args:
-        model: With an adapter of `LowRankLinear` layers.
-        config: Of the plain LoRA.
-        folder: Where to.
-        rank: Fill every layer's factors up to this rank with zeros, and fold its scale into them: engines that serve
-            adapters know only one rank and scale for all. By default both stay.
+        model: A model with an adapter of `LowRankLinear` layers.
+        config: PEFT configuration of the plain LoRA.
+        folder: Target folder.
+        rank: Pad the factors of every layer to this rank with zeros and multiply its scale into B: engines that serve
+            adapters support only a uniform rank and scale. By default rank and scale of each layer are kept.
     """
+    # The rest of the adapter, modules_to_save and trainable tokens, is saved unchanged.
     tensors = {name: tensor for name, tensor in _tensors(model).items() if "lora_" not in name}
     for name, layer in low_rank_layers(model).items():
         a_RI, b_OR = layer.factors(ADAPTER_NAME)
@@ -134,52 +135,55 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
     config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
     config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
+    # safetensors refuses tensors that share memory, such as tied weights.
     save_file(unaliased(tensors), folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(unaliased(_tensors(model)), folder / NATIVE_WEIGHTS)
 
 
 def stock_rank(folder: Path) -> int:
-    """The rank of a plain LoRA that `save_as_lora` has given one rank.
+    """The rank of a plain LoRA that `save_as_lora` wrote with a uniform rank.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no adapter.
     """
     return min(len(tensor) for name, tensor in _read(folder / STOCK_WEIGHTS).items() if "lora_A" in name)
 
 
 def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
-    """Attach an adapter from disk, frozen; every one of its tensors must find its place.
+    """Attach an adapter from disk, frozen; its tensors must match the model one for one.
 
-    Nothing but tensors is read: what the adapter is comes from the recipe.
+    Only tensors are read from the folder; the configuration comes from the recipe.
 
     Raises:
-        ModelError: There is none.
-        RefusedError: The adapter's tensors are not those of this base and recipe.
+        ModelError: There is no adapter.
+        RefusedError: Its tensors do not match this base and recipe.
     """
     return _load(model, config, _native(folder))
 
 
 def load_stock(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
-    """Attach an adapter's stock form, each layer of which `fold` turns into an ordinary one.
+    """Attach an adapter in stock form, whose layers `merge_layer` can merge.
 
     Raises:
-        ModelError: There is none.
-        RefusedError: The adapter's tensors are not those of this base and recipe.
+        ModelError: There is no adapter.
+        RefusedError: Its tensors do not match this base and recipe.
     """
     return _load(model, config, folder / STOCK_WEIGHTS)
 
 
-def fold(layer: nn.Module) -> nn.Module:
-    """The layer of the base that PEFT has put something around, with what that does in its weights.
+def merge_layer(layer: nn.Module) -> nn.Module:
+    """Merge the adapter of a PEFT-wrapped layer into its weight; returns the base layer.
 
     Raises:
-        RefusedError: What was trained is not finite.
+        RefusedError: The adapter has values that are not finite.
     """
     try:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             return layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-        if isinstance(layer.base_layer, BaseTunerLayer):  # one layer around the other: experts have several weights
-            fold(layer.base_layer)
+        if isinstance(
+            layer.base_layer, BaseTunerLayer
+        ):  # nested: a layer of experts has several weights, each with an adapter
+            merge_layer(layer.base_layer)
         layer.merge(safe_merge=True)
         return layer.get_base_layer()
     except ValueError as error:
@@ -193,34 +197,35 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
     for module in wrapped.modules():
-        if isinstance(module, ModulesToSaveWrapper):  # over a base whose weights are not there, a copy has no memory
+        if isinstance(module, ModulesToSaveWrapper):  # a copy of a meta base has strides but no memory
             for parameter in module.modules_to_save.parameters():
                 parameter.data = parameter.data.contiguous()
-    _put(wrapped, file)
+    _copy_tensors(wrapped, file)
     for layer in low_rank_layers(wrapped).values():
-        layer.base_row_norms.clear()  # taken when the weights may not have been there
+        # DoRA row norms were cached over meta or streamed weights in `get_peft_model`: recompute them at first use.
+        layer.base_row_norms.clear()
     wrapped.requires_grad_(False)
     return wrapped
 
 
 def _native(folder: Path) -> Path:
-    """The file of what was trained itself."""
+    """The file of the native trained tensors."""
     native = folder / NATIVE_WEIGHTS
     return native if native.is_file() else folder / STOCK_WEIGHTS
 
 
-def _put(wrapped: PeftModel, file: Path) -> None:
+def _copy_tensors(wrapped: PeftModel, file: Path) -> None:
     tensors = _read(file)
     strangers = sorted(tensors.keys() ^ _tensors(wrapped).keys())
     if strangers:
         raise RefusedError(
-            f"{len(strangers)} tensors are only in the adapter or only in this base, {strangers[0]} among them",
+            f"{len(strangers)} tensors are only in the adapter or only in this base, such as {strangers[0]}",
             where=str(file),
             hint="load the base that it was trained on",
         )
     try:
         set_peft_model_state_dict(wrapped, tensors, ADAPTER_NAME)
-    except RuntimeError as error:  # PyTorch's word for tensors of another shape
+    except RuntimeError as error:  # PyTorch raises it for tensors of another shape
         raise RefusedError(
             "the adapter's tensors have other shapes than this base's layers",
             where=str(file),
@@ -229,25 +234,25 @@ def _put(wrapped: PeftModel, file: Path) -> None:
 
 
 def save_prompt(prompt_PW: Tensor, config: PeftConfig, folder: Path) -> None:
-    """Write a soft prompt of P places as stock PEFT reads it."""
+    """Write a soft prompt, shape (P, W), as stock PEFT reads it."""
     config.inference_mode = True
     config.save_pretrained(folder)
     save_file({PROMPT: prompt_PW.cpu().contiguous()}, folder / STOCK_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
-    """A saved soft prompt of the shape (P, W), float32; as with `load`, nothing but tensors is read.
+    """Read a soft prompt, shape (P, W), float32; as in `load`, only tensors are read.
 
     Raises:
-        ModelError: There is none.
-        RefusedError: It is not one of this recipe and base.
+        ModelError: There is no prompt.
+        RefusedError: It does not match this recipe and base.
     """
     file = folder / STOCK_WEIGHTS
     tensors = _read(file)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != {PROMPT: shape}:
         raise RefusedError(
-            f"the file holds {found}, and the recipe's prompt before this base has the shape {shape}",
+            f"the file holds {found}; the recipe and this base need a prompt of shape {shape}",
             where=str(file),
             hint="load the base that it was trained on",
         )
@@ -255,16 +260,16 @@ def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
 
 
 def unload(model: PeftModel) -> PreTrainedModel:
-    """The base without the adapter, which is dropped; modules that trained whole are those of the base again."""
+    """The base without the adapter; `modules_to_save` are replaced by the original modules."""
     base = model.get_base_model()
     for name, module in list(base.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):  # PEFT would leave its trained copy there
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT would leave the trained copy
             base.set_submodule(name, module.original_module)
     return model.unload()
 
 
 def store_as_base(model: nn.Module) -> None:
-    """Give modules that trained whole the type of the base's, as `load` does: outside of training nothing is cast."""
+    """Cast `modules_to_save` to the dtype of the base, as `load` does: without autocast, dtypes must match."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(next(module.original_module.parameters()).dtype)
@@ -277,16 +282,16 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise RefusedError(
-            f"the file is damaged: {error}", where=str(file), hint="train the run again, or bring back a good copy"
+            f"the file is damaged: {error}", where=str(file), hint="train the run again, or restore a good copy"
         ) from error
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:
-    """Whether layers are 4-bit or 8-bit ones of bitsandbytes: PEFT picks its layer class by these flags."""
+    """Whether layers are 4-bit or 8-bit ones of bitsandbytes; PEFT chooses its layer class by these flags."""
     kinds = {type(layer).__name__ for layer in model.modules()}
     return "Linear4bit" in kinds, "Linear8bitLt" in kinds
 
 
 def _tensors(model: PeftModel) -> dict[str, Tensor]:
-    """What an adapter consists of, by the names that it is saved under."""
+    """The tensors of an adapter by their names on disk."""
     return get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""Methods that PEFT has whole: a section of the recipe becomes its configuration, the rest is the same for all."""
+"""Methods that PEFT implements: the recipe's section is translated to PEFT's configuration."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from finetune.errors import UnsupportedError
 
 
 class PeftMethod(AdapterMethod):
-    """What all of them have in common."""
+    """Base of these methods; subclasses supply the configuration."""
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the target layers."""
         return peft_bridge.attach(model, self.config(), self.section.target_modules)
 
     def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
-        """Start from a saved adapter of the same form."""
+        """Start from a saved adapter with the same tensors."""
         peft_bridge.load_initial_adapter(model, folder)
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -32,7 +32,7 @@ class PeftMethod(AdapterMethod):
         peft_bridge.save(model, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Put a saved adapter on a base."""
+        """Load a saved adapter onto a base."""
         return peft_bridge.load(model, self.config(), folder)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
@@ -40,7 +40,7 @@ class PeftMethod(AdapterMethod):
         return peft_bridge.unload(model)
 
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
-        """Into the weights: exact but for the rounding of their dtype."""
+        """Load the adapter to be merged into the weights, which is exact up to rounding to their dtype."""
         return peft_bridge.load_stock(model, self.config(), folder)
 
     @abstractmethod
@@ -57,10 +57,10 @@ class VeraMethod(PeftMethod):
     Source: Kopiczko et al. 2024, arXiv 2310.11454, equation 2.
     """
 
-    convention = "W x + b * (B (d * (A x))), A and B as saved"
+    weight_format = "W x + b * (B (d * (A x))), A and B as saved"
 
     def config(self) -> VeraConfig:
-        """The shared matrices are saved with the adapter: a generator may change between versions."""
+        """The shared matrices are saved with the adapter: a random generator may change between versions."""
         section = self.section
         return VeraConfig(
             r=section.r,
@@ -72,7 +72,7 @@ class VeraMethod(PeftMethod):
         )
 
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """And the shared matrices, for the same reason."""
+        """Also the shared matrices, for the same reason."""
         shared = {name: buffer for name, buffer in model.named_buffers() if ".vera_A." in name or ".vera_B." in name}
         return {**super().own_tensors(model), **shared}
 
@@ -83,10 +83,10 @@ class Ia3Method(PeftMethod):
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
 
-    convention = "l * W x, W (l * x) in feed-forward layers"
+    weight_format = "l * W x, W (l * x) in feed-forward layers"
 
     def config(self) -> IA3Config:
-        """Feed-forward layers are targets as well."""
+        """(IA)3 on the recipe's layers; `feedforward_modules` scale inputs instead of outputs."""
         return IA3Config(feedforward_modules=list(self.section.feedforward_modules), **self._targets())
 
 
@@ -96,7 +96,7 @@ class LoHaMethod(PeftMethod):
     Source: Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, proposition 1.
     """
 
-    convention = "(W + (alpha / r) (B1 A1) * (B2 A2)) x"
+    weight_format = "(W + (alpha / r) (B1 A1) * (B2 A2)) x"
 
     def config(self) -> LoHaConfig:
         """LoHa on the recipe's layers."""
@@ -110,7 +110,7 @@ class LoKrMethod(PeftMethod):
     Source: Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, section 3.2.
     """
 
-    convention = "(W + (alpha / r) C kron (B A)) x"
+    weight_format = "(W + (alpha / r) C kron (B A)) x"
 
     def config(self) -> LoKrConfig:
         """LoKr on the recipe's layers."""
@@ -124,26 +124,27 @@ class OftMethod(PeftMethod):
     Source: Qiu et al. 2023, arXiv 2306.07280, equation 4 (the exact Cayley transform).
     """
 
-    convention = "W R x, R orthogonal in blocks"
+    weight_format = "W R x, R orthogonal in blocks"
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the target layers.
 
         Raises:
-            UnsupportedError: The block size divides the inputs of some layer only with a rest.
+            UnsupportedError: The block size does not divide the input width of some layer.
         """
         wrapped = super().attach(model, total_steps)
+        # PEFT would reduce the block size of such a layer, with only a warning.
         for name, layer in wrapped.named_modules():
             if isinstance(layer, OFTLayer) and layer.in_features % self.section.block_size:
                 raise UnsupportedError(
-                    f"{name.removeprefix(peft_bridge.PREFIX)} has {layer.in_features} inputs, no multiple of it",
+                    f"{name.removeprefix(peft_bridge.PREFIX)} has {layer.in_features} inputs, not a multiple of it",
                     where="adapter.block_size",
                     hint="choose a block size that divides every layer's inputs, such as 32",
                 )
         return wrapped
 
     def config(self) -> OFTConfig:
-        """OFT on the recipe's layers; the number of blocks follows from their size."""
+        """OFT on the recipe's layers; the number of blocks (PEFT's `r`) follows from the block size."""
         section = self.section
         return OFTConfig(
             r=0,
@@ -155,12 +156,12 @@ class OftMethod(PeftMethod):
 
 
 class TrainableTokensMethod(PeftMethod):
-    """New embeddings for a few tokens; of the embedding matrix nothing else is kept a second time."""
+    """New embeddings for some tokens; only their rows are copied, not the whole embedding matrix."""
 
-    convention = "embeddings of the named tokens replaced"
+    weight_format = "embeddings of the named tokens replaced"
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Wrap the embeddings, and the output head where it is tied to them."""
+        """Wrap the embeddings, and the output head if it is tied to them."""
         return peft_bridge.attach(model, self.config(), "the embeddings")
 
     def config(self) -> TrainableTokensConfig:

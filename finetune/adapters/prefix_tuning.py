@@ -1,7 +1,7 @@
-"""Prefix tuning: P keys and values before every row's own train in every layer, and nothing else.
+"""Prefix tuning: trainable keys and values at P positions before every row, in every layer; the base is frozen.
 
-Source: Li and Liang 2021, arXiv 2101.00190, section 4. The perceptron that makes them (section 4.3) is dropped once
-they are trained.
+Source: Li and Liang 2021, arXiv 2101.00190, section 4. The reparameterization by an MLP (section 4.3) is discarded
+after training.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from finetune.recipe.sections.adapter import PrefixTuning
 
 
 class PrefixTuningMethod(SoftPromptMethod):
-    """Keys and values train, directly or as what a perceptron makes."""
+    """Trains keys and values, directly or through a reparameterization MLP."""
 
-    convention = "keys and values of P places before each layer's own, in the order layer, key and value, head"
+    weight_format = "keys and values of P places before each layer's own, in the order layer, key and value, head"
     section: PrefixTuning
 
     def __init__(self, *arguments: Any) -> None:
@@ -30,15 +30,15 @@ class PrefixTuningMethod(SoftPromptMethod):
         self._shapes: WeakKeyDictionary[PreTrainedModel, KeyShape] = WeakKeyDictionary()
 
     def check_merge(self) -> None:
-        """Refuse: a prefix is neither weights nor tokens.
+        """Refuse: a prefix can be expressed neither by weights nor by tokens.
 
         Raises:
             UnsupportedError: Always.
         """
         raise UnsupportedError(
-            "a prefix stands among a model's keys and values, and a model's files have no place for it",
+            "a prefix consists of keys and values, which the files of a model cannot hold",
             where="adapter.method",
-            hint="load the run's adapter/ with PEFT, or train prompt_tuning, which ft export turns into tokens",
+            hint="load the run's adapter/ with PEFT, or train prompt_tuning, which ft export can write as tokens",
         )
 
     def check_prompt_export(self) -> None:
@@ -51,7 +51,10 @@ class PrefixTuningMethod(SoftPromptMethod):
         return EncodedPrompt(PrefixEncoder(self._peft_config(model)), self.section.tokens)
 
     def _shape(self, model: PreTrainedModel) -> KeyShape:
-        """Found once, by a pass: one process that saves cannot make it alone where each holds a share of the model."""
+        """The shape of the model's keys, from one forward pass, cached.
+
+        With a sharded model the pass needs all ranks, but only one of them saves the prompt and asks again.
+        """
         if model not in self._shapes:
             self._shapes[model] = KeyShape.of(model)
         return self._shapes[model]

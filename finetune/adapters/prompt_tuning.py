@@ -1,6 +1,6 @@
-"""Prompt tuning: P vectors before every row's embeddings train, and nothing else.
+"""Prompt tuning: P trainable vectors before the embeddings of every row; the base is frozen.
 
-Source: Lester et al. 2021, arXiv 2104.08691. Shape legend: P places of the prompt, E width of the embeddings.
+Source: Lester et al. 2021, arXiv 2104.08691. Shape legend: P positions of the prompt, E width of the embeddings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune.recipe.sections.adapter import LabelsStart, PromptTuning, TextStar
 
 
 class PromptTuningMethod(EmbeddedPromptMethod):
-    """The prompt itself trains."""
+    """Trains the prompt directly."""
 
     section: PromptTuning
 
@@ -37,7 +37,7 @@ class PromptTuningMethod(EmbeddedPromptMethod):
         start = self.section.start
         match start:
             case UniformStart():
-                prompt_PE = torch.rand(self.section.tokens, self._width(model)) - 0.5
+                prompt_PE = torch.rand(self.section.tokens, self._width(model)) - 0.5  # the paper's [-0.5, 0.5)
             case VocabularyStart():
                 prompt_PE = _embedded(model, self._common_tokens())
             case TextStart():
@@ -54,7 +54,7 @@ class PromptTuningMethod(EmbeddedPromptMethod):
         ids = self._tokens(text).tolist()
         if len(ids) > self.section.tokens:
             raise UnsupportedError(
-                f"the text that the prompt starts as has {len(ids)} tokens, and the prompt {self.section.tokens}",
+                f"the initial text has {len(ids)} tokens, and the prompt {self.section.tokens}",
                 where="adapter.tokens",
                 hint=f"set adapter.tokens to {len(ids)} or more, or shorten the text",
             )
@@ -69,7 +69,7 @@ class PromptTuningMethod(EmbeddedPromptMethod):
 
 
 def _embedded(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The embeddings of tokens, as the first layer reads them; float32."""
+    """The embeddings of tokens, (P, E), float32, from the embedding module: it may scale its weight (Gemma)."""
     with unsharded_non_block(model):
         embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
         return embedded.float().clone()

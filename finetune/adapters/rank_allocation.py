@@ -1,12 +1,12 @@
-"""AdaLoRA's budget of ranks: its course over the steps, what scores a triplet, and which triplets stay.
+"""AdaLoRA's rank allocation: the schedule of the budget, the importance of triplets, and their selection.
 
-A triplet is one rank of a layer's update B (E o A): a row of A, a number of E and a column of B, which stand for a
+A triplet is one rank of a layer's update B (E o A): a row of A, an entry of E and a column of B, in the role of a
 singular value and its two vectors.
 
-Source: Zhang et al. 2023, arXiv 2303.10512, sections 3.2 and 3.3, and algorithm 1. Where the printed budget and the
-authors' code differ, it is the code: only that starts at the first budget and ends at the last.
+Source: Zhang et al. 2023, arXiv 2303.10512, sections 3.2 and 3.3, and algorithm 1. The printed budget equation differs
+from the authors' code; this follows the code, which alone starts at the initial and ends at the final budget.
 
-Shape legend: O out_features, I in_features, R first rank of a layer, N triplets of all layers.
+Shape legend: O out_features, I in_features, R initial rank of a layer, N triplets of all layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class Triplets(NamedTuple):
-    """The three factors of one layer's update, or a number for each of their entries."""
+    """The three factors of one layer's update, or statistics of the same shapes."""
 
     a_RI: Tensor
     e_R1: Tensor
@@ -29,14 +29,14 @@ class Triplets(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many triplets all layers together have after each step.
+    """Schedule of the total number of triplets in all layers.
 
     Attributes:
-        first: Before any is taken away.
-        last: In the end.
-        initial_steps: Steps before it falls (t_i).
+        first: Initial budget.
+        last: Final budget.
+        initial_steps: Steps before the budget falls (t_i).
         falling_steps: Steps in which it falls (T - t_i - t_f); ranks are final after the last of them.
-        every: Steps from one choice to the next (Delta T).
+        every: Steps between two allocations (Delta T).
     """
 
     first: int
@@ -47,28 +47,28 @@ class Budget:
 
     @property
     def final_from(self) -> int:
-        """The step whose choice of ranks is the last."""
+        """The step of the last allocation."""
         return self.initial_steps + self.falling_steps
 
     def after(self, step: int) -> int:
-        """The budget after `step`, counted from 1: a cubic fall from `first` to `last`, rounded down."""
+        """The budget after `step`, counted from 1: a cubic decay from `first` to `last`, rounded down."""
         done = min(max(step - self.initial_steps, 0) / self.falling_steps, 1.0)
         return int(self.last + (self.first - self.last) * (1.0 - done) ** 3)
 
     def is_due(self, step: int) -> bool:
-        """Whether ranks are chosen anew after `step`."""
+        """Whether ranks are reallocated after `step`."""
         falls = self.initial_steps < step < self.final_from
         return step == self.final_from or (falls and step % self.every == 0)
 
 
 class RankAllocator:
-    """Scores every triplet step by step, and zeroes the singular values of those that the budget has no room for.
+    """Scores every triplet at each step, and sets E of the least important ones to zero, down to the budget.
 
-    A zeroed value trains on and can come back at the next choice, until the last one.
+    A zeroed entry keeps training and can return at the next allocation, until the last one.
 
     Args:
         layers: The trainable factors of each layer's update, by the layer's name.
-        budget: How many triplets stay.
+        budget: Schedule of the number of triplets.
         sensitivity_decay: beta_1.
         uncertainty_decay: beta_2.
     """
@@ -84,20 +84,21 @@ class RankAllocator:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Take in the gradients of `step`, counted from 1, after its update; choose and zero what is due.
+        """Update the scores from the gradients of `step`, counted from 1, after its update; reallocate if due.
 
-        The choice depends on weights and gradients alone, so processes that share them choose alike.
+        The allocation depends only on weights and gradients, which are equal on all ranks; so is the result.
         """
         if step < self.budget.final_from and self._gradients_are_finite():
-            self._update_scores()
+            self._update_scores()  # not needed after the last allocation
         if self.budget.is_due(step):
             self._choose(self.budget.after(step))
+        # After the last allocation the optimizer would revive pruned entries: zero them after every step.
         if self.budget.is_due(step) or step > self.budget.final_from:
             for name, factors in self.layers.items():
                 factors.e_R1.masked_fill_(~self.kept_R[name][:, None], 0.0)
 
     def scores(self, name: str) -> Tensor:
-        """Importance of each triplet of a layer, shape (R,): its entries' scores, averaged over each vector.
+        """Importance of each triplet of a layer, shape (R,): the score of E plus the mean scores of both vectors.
 
         Source: section 3.2; the score of an entry is its smoothed sensitivity times its smoothed uncertainty.
         """
@@ -108,12 +109,14 @@ class RankAllocator:
         return e_R1[:, 0] + a_RI.mean(dim=1) + b_OR.mean(dim=0)
 
     def ranks(self) -> dict[str, int]:
-        """How many triplets each layer has been given."""
-        counts = torch.stack([kept_R.sum() for kept_R in self.kept_R.values()]).tolist()  # together: one wait for a GPU
+        """The number of kept triplets of each layer."""
+        counts = torch.stack(
+            [kept_R.sum() for kept_R in self.kept_R.values()]
+        ).tolist()  # one synchronization with the GPU
         return dict(zip(self.kept_R, counts, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next choice depends on beside weights and gradients, by name: no copies."""
+        """The state of the allocator by name, for checkpoints; no copies."""
         found = {"budget": torch.tensor(astuple(self.budget))}
         for name in self.layers:
             for kind, of_layer in (("sensitivity", self.sensitivity[name]), ("uncertainty", self.uncertainty[name])):
@@ -122,12 +125,15 @@ class RankAllocator:
         return found
 
     def _gradients_are_finite(self) -> bool:
-        """False in a step whose update was left out because float16 gradients overflowed."""
+        """False in a step that the loss scaler skipped because float16 gradients overflowed."""
         gradients = [weight.grad for factors in self.layers.values() for weight in factors if weight.grad is not None]
         return bool(nn.utils.get_total_norm(gradients).isfinite())
 
     def _update_scores(self) -> None:
-        """I = |w dL/dw|, smoothed, and |I - smoothed I|, smoothed. A weight without gradient had no part: I = 0."""
+        """Update the moving averages of the sensitivity I = |w dL/dw| and of the uncertainty |I - smoothed I|.
+
+        Source: section 3.2. A weight without a gradient did not take part in the step: I = 0.
+        """
         for name, factors in self.layers.items():
             for weight, smoothed, uncertainty in zip(
                 factors, self.sensitivity[name], self.uncertainty[name], strict=True
@@ -138,9 +144,10 @@ class RankAllocator:
                 uncertainty.mul_(self.uncertainty_decay).add_(deviation, alpha=1.0 - self.uncertainty_decay)
 
     def _choose(self, budget: int) -> None:
-        """Keep the triplets of highest score, whatever layer they are in; of equals the first, to meet the budget."""
+        """Keep the `budget` triplets of highest score over all layers; ties are broken by order, to meet it exactly."""
         scores_N = torch.cat([self.scores(name) for name in self.layers])
         kept_N = torch.zeros_like(scores_N, dtype=torch.bool)
+        # A threshold on the score, as in PEFT, would keep or drop equal scores together: at step 0 all are equal.
         kept_N[scores_N.argsort(descending=True, stable=True)[:budget]] = True
         sizes = [len(kept_R) for kept_R in self.kept_R.values()]
         for kept_R, chosen_R in zip(self.kept_R.values(), kept_N.split(sizes), strict=True):

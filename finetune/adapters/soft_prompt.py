@@ -1,6 +1,6 @@
-"""What all soft prompts have in common: they are saved as PEFT saves them, and do not merge.
+"""Base of the soft prompt methods: saving in PEFT's format, and export of prompts as vocabulary tokens.
 
-Shape legend: P places of the prompt, E width of the embeddings, W numbers of a place.
+Shape legend: P positions of the prompt, E width of the embeddings, W values of a position.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from finetune.errors import UnsupportedError
 from finetune.recipe.sections.adapter import SoftPrompt
 
 COMMON_TOKENS = 5000
-"""Tokens that a prompt's first words are drawn from. Source: Lester et al. 2021, arXiv 2104.08691, section 2.1."""
+"""Tokens from which initial prompts are sampled. Source: Lester et al. 2021, arXiv 2104.08691, section 2.1."""
 
 
 class SoftPromptMethod(AdapterMethod):
-    """A prompt that trains before a frozen model."""
+    """A trainable prompt before a frozen model."""
 
     section: SoftPrompt
 
@@ -35,7 +35,7 @@ class SoftPromptMethod(AdapterMethod):
         return self._prompted(model, self._new_prompt(model))
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the prompt as stock PEFT reads it; a network that made it is not needed any more."""
+        """Write the prompt as stock PEFT reads it; a prompt encoder is not saved."""
         assert isinstance(model, SoftPromptModel)
         with torch.no_grad():
             config = self._peft_config(model.base)
@@ -47,7 +47,7 @@ class SoftPromptMethod(AdapterMethod):
         return self._prompted(model, FixedPrompt(self._saved_prompt(model, folder))).requires_grad_(False)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
-        """The model that the prompt stands before."""
+        """The base without the prompt."""
         assert isinstance(model, SoftPromptModel)
         return model.base
 
@@ -58,74 +58,75 @@ class SoftPromptMethod(AdapterMethod):
 
     @abstractmethod
     def check_merge(self) -> None:
-        """Refuse, with what to do instead."""
+        """Refuse, with a hint at the alternative."""
 
     @abstractmethod
     def _new_prompt(self, model: PreTrainedModel) -> nn.Module:
-        """What trains."""
+        """The module with the trainable parameters; its output is the prompt, (P, W)."""
 
     @abstractmethod
     def _width(self, model: PreTrainedModel) -> int:
-        """W."""
+        """W, the values of a position."""
 
     @abstractmethod
     def _prompted(self, model: PreTrainedModel, prompt: nn.Module) -> SoftPromptModel:
-        """The model with the prompt before it."""
+        """The model with the prompt before its rows."""
 
     @abstractmethod
     def _peft_config(self, model: PreTrainedModel) -> PeftConfig:
-        """What PEFT calls such a prompt."""
+        """PEFT's configuration of the prompt."""
 
     def _saved_prompt(self, model: PreTrainedModel, folder: Path) -> Tensor:
         return peft_bridge.load_prompt(folder, (self.section.tokens, self._width(model)))
 
     def _common_tokens(self) -> Tensor:
-        """As many common tokens as the prompt has places, drawn anew for each prompt; int64."""
+        """P random common tokens, int64; without replacement if there are enough."""
         pool = common_tokens(self.tokenizer)
         enough = len(pool) >= self.section.tokens
-        drawn = torch.randperm(len(pool)) if enough else torch.randint(len(pool), (self.section.tokens,))
-        return pool[drawn[: self.section.tokens]]
+        chosen = torch.randperm(len(pool)) if enough else torch.randint(len(pool), (self.section.tokens,))
+        return pool[chosen[: self.section.tokens]]
 
 
 class EmbeddedPromptMethod(SoftPromptMethod):
-    """A prompt of embeddings: it can become tokens of the model."""
+    """A prompt of embeddings, which can be exported as tokens of the model."""
 
-    convention = "the model reads [P; X] after arXiv 2104.08691, P in the place of embeddings, behind any padding"
+    weight_format = "the model reads [P; X] after arXiv 2104.08691, P in the place of embeddings, behind any padding"
 
     def check_merge(self) -> None:
-        """Refuse: a prompt is input, not weights.
+        """Refuse: a prompt is input of the model, not part of its weights.
 
         Raises:
             UnsupportedError: Always.
         """
         raise UnsupportedError(
-            f"a prompt of {self.section.method} stands before the model and not in its weights",
+            f"a prompt of {self.section.method} is input of the model and cannot be merged into its weights",
             where="adapter.method",
-            hint="ft export writes a model that has the prompt as tokens of its vocabulary",
+            hint="ft export writes a model with the prompt as tokens of its vocabulary",
         )
 
     def check_prompt_export(self) -> None:
-        """Nothing to refuse."""
+        """Accept: the prompt can be exported."""
         return None
 
     @torch.no_grad()
     def export_prompt(
         self, model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, unlikely: int
     ) -> PromptTokens:
-        """Give the base a token for each vector of the prompt, and let its chat template begin with them.
+        """Add a token for each vector of the prompt, and prepend them to the chat template.
 
-        Input and output embeddings are untied. The output rows of the new tokens are copies of an unlikely one's, and
-        the generation settings suppress them.
+        Input and output embeddings are untied: the model must read these tokens, but never generate them. Their output
+        rows copy that of an unlikely token, because zero rows would win where all other logits are negative. The
+        generation config suppresses them too, for engines that follow it.
 
         Raises:
-            UnsupportedError: The model has tokens of these names already.
+            UnsupportedError: The model already has tokens of these names.
         """
         prompt_PE = self._saved_prompt(model, folder)
         names = [f"<|soft_prompt_{place}|>" for place in range(len(prompt_PE))]
         new = [AddedToken(name, special=True, normalized=False) for name in names]
         if tokenizer.add_tokens(new, special_tokens=True) != len(names):
             raise UnsupportedError(
-                f"the tokenizer knows tokens such as {names[0]} already",
+                f"the tokenizer already has tokens such as {names[0]}",
                 where="model.name",
                 hint="train on the model that was not exported with a prompt",
             )
@@ -135,16 +136,17 @@ class EmbeddedPromptMethod(SoftPromptMethod):
             max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False
         )
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        # Gemma multiplies embeddings by this factor after the lookup; the prompt was trained behind it.
         scale = float(getattr(inputs, "embed_scale", 1.0))
         ids_P = torch.tensor(ids).to(inputs.weight.device)
-        # The prompt is read onto the CPU, the model may lie on a GPU.
+        # The prompt is read onto the CPU; the model may be on a GPU.
         inputs.weight.index_copy_(0, ids_P, (prompt_PE / scale).to(inputs.weight))
         for parameter in outputs.parameters():
             parameter.index_copy_(0, ids_P, parameter[unlikely].clone().expand(len(ids), *parameter.shape[1:]))
         model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *ids]
         text = "".join(names)
         if tokenizer.chat_template is not None:
-            tokenizer.chat_template = _begun(tokenizer.chat_template, text)
+            tokenizer.chat_template = _with_prefix(tokenizer.chat_template, text)
         return PromptTokens(model, ids, text)
 
     def _width(self, model: PreTrainedModel) -> int:
@@ -156,10 +158,10 @@ class EmbeddedPromptMethod(SoftPromptMethod):
 
 
 def common_tokens(tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """The first COMMON_TOKENS tokens of the vocabulary that are text: neither special, nor blank, nor part of a letter.
+    """The first COMMON_TOKENS tokens of the vocabulary that are text: not special, blank, or part of a character.
 
-    Tokenizers number their tokens by how common they were in the text that they were made from: by merges or by
-    likelihood. The paper takes the order of T5's vocabulary in the same way.
+    Tokenizers number tokens by frequency in their training text, by merges or by likelihood. The paper uses the order
+    of T5's vocabulary in the same way.
     """
     assert tokenizer is not None
     added = set(tokenizer.added_tokens_decoder)
@@ -177,15 +179,15 @@ def _is_text(text: str) -> bool:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give the output head a weight of its own."""
+    """Give the output head its own copy of the weight."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
 
 
-def _begun(template: Any, text: str) -> Any:
-    """A chat template, or several by name, whose every rendering begins with `text`."""
+def _with_prefix(template: Any, text: str) -> Any:
+    """A chat template, or several by name, with `text` prepended to every rendering."""
     if isinstance(template, dict):
-        return {name: _begun(one, text) for name, one in template.items()}
+        return {name: _with_prefix(one, text) for name, one in template.items()}
     return text + template

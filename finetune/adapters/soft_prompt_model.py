@@ -1,7 +1,7 @@
-"""A frozen model that reads a trained prompt before every row, as embeddings or as keys and values.
+"""A frozen model with a trained prompt before every row, as embeddings or as keys and values.
 
-Shape legend: B rows, T tokens of the rows, P places of the prompt, E width of the embeddings, W numbers of a place,
-L layers, H key heads, D width of a key.
+Shape legend: B rows, T tokens of the rows, P positions of the prompt, E width of the embeddings, W values of a
+position, L layers, H key heads, D width of a key.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from finetune.models.fsdp import unshard_non_block
 
 
 class FixedPrompt(nn.Module):
-    """A prompt that trains as it is.
+    """A prompt that is itself the trainable parameter.
 
     Args:
-        prompt_PW: What it starts as, float32.
+        prompt_PW: Initial value, float32.
     """
 
     def __init__(self, prompt_PW: Tensor) -> None:
@@ -36,10 +36,10 @@ class FixedPrompt(nn.Module):
 
 
 class EncodedPrompt(nn.Module):
-    """A prompt that a network makes of vectors of its own.
+    """A prompt that is the output of a prompt encoder (p-tuning) or reparameterization MLP (prefix tuning).
 
     Args:
-        encoder: From the numbers of the places, shape (1, P), to the prompt, shape (1, P, W).
+        encoder: Maps position indices, shape (1, P), to the prompt, shape (1, P, W).
         places: P.
     """
 
@@ -49,7 +49,7 @@ class EncodedPrompt(nn.Module):
         self.places = places
 
     def forward(self) -> Tensor:
-        """The prompt, shape (P, W); in float32 whatever the rest computes in, so that it can be saved as it was."""
+        """The prompt, shape (P, W); always in float32, so that the saved prompt equals the one used in training."""
         device = next(self.encoder.parameters()).device
         with torch.autocast(device.type, enabled=False):
             prompt_PW: Tensor = self.encoder(torch.arange(self.places, device=device)[None])[0]
@@ -57,11 +57,11 @@ class EncodedPrompt(nn.Module):
 
 
 class SoftPromptModel(nn.Module, ABC):
-    """A causal language model with a prompt before every row; called as the model itself, and answers as it does.
+    """A causal language model with a prompt before every row, with the interface of the model itself.
 
     Args:
-        base: The model; it is frozen.
-        prompt: Called without arguments, the prompt of shape (P, W), float32.
+        base: The model; it is frozen here.
+        prompt: A module whose output, without arguments, is the prompt of shape (P, W), float32.
     """
 
     def __init__(self, base: PreTrainedModel, prompt: nn.Module) -> None:
@@ -70,26 +70,25 @@ class SoftPromptModel(nn.Module, ABC):
         self.prompt = prompt.to(base.device)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
+        """The base's embeddings or output head."""
         embeddings: nn.Module = self.base.get_input_embeddings()
         return embeddings
 
     def get_output_embeddings(self) -> nn.Module:
-        """The base's."""
+        """The base's embeddings or output head."""
         head: nn.Module = self.base.get_output_embeddings()
         return head
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The model's."""
+        """The base's configuration."""
         return self.base.config
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The model's."""
+        """The base's generation config."""
         return self.base.generation_config
 
-    @abstractmethod
     def forward(
         self,
         input_ids: Tensor,
@@ -98,47 +97,46 @@ class SoftPromptModel(nn.Module, ABC):
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> Any:
-        """The model's output for rows of shape (B, T), padded on either side.
+        """The base's output for rows of shape (B, T), padded on either side.
 
-        The prompt has no logits: there are as many as without it, and `logits_to_keep` counts as without it.
+        Positions of the prompt have no logits: their number, and the meaning of `logits_to_keep`, is the same as
+        without a prompt.
         """
+        assert position_ids is None, "recipes with soft prompts pad their rows"
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.base(**self._inputs(input_ids, mask_BT, logits_to_keep), **options)
+
+    @abstractmethod
+    def _inputs(self, ids_BT: Tensor, mask_BT: Tensor, logits_to_keep: int | Tensor) -> dict[str, Any]:
+        """The arguments of the base's forward pass for rows with the prompt."""
 
     @abstractmethod
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """The rows, shape (B, T), and what follows them, as the model's own `generate` gives them.
+        """The rows, shape (B, T), with the generated tokens appended, as from the base's own `generate`.
 
-        Where that wants a token for each place of the prompt, it gets the row's first one, so that a penalty for
-        repeating counts the tokens that it counts without a prompt.
+        That needs a token id for each position of the prompt. It gets the row's first token, so that a repetition
+        penalty counts the same set of tokens as without a prompt.
         """
 
 
 class EmbeddedPromptModel(SoftPromptModel):
-    """The prompt is P more embeddings between a row's padding and its first token (W = E).
+    """The prompt is P embeddings between a row's left padding and its first token (W = E).
 
     Source: Lester et al. 2021, arXiv 2104.08691, section 2: Pr(Y | [P; X]).
     """
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **options: Any,
-    ) -> Any:
-        """See the base class."""
-        assert position_ids is None, "recipes with soft prompts pad their rows"
-        rows = self._rows(input_ids, _mask(input_ids, attention_mask))
-        added = rows.ids.shape[1] - input_ids.shape[1]
-        # A row's token in column t now stands in column t + P, with padding before it or without.
-        keep = logits_to_keep + added if isinstance(logits_to_keep, Tensor) else logits_to_keep or input_ids.shape[1]
-        return self.base(
-            inputs_embeds=rows.embeddings,
-            attention_mask=rows.mask,
-            position_ids=_positions(rows.mask),
-            logits_to_keep=keep,
-            **options,
-        )
+    def _inputs(self, ids_BT: Tensor, mask_BT: Tensor, logits_to_keep: int | Tensor) -> dict[str, Any]:
+        rows = self._rows(ids_BT, mask_BT)
+        added = rows.ids.shape[1] - ids_BT.shape[1]
+        # A token of column t is now in column t + P, whether padding is on its left or right. 0 keeps all
+        # logits: those of the row, not those of the prompt.
+        keep = logits_to_keep + added if isinstance(logits_to_keep, Tensor) else logits_to_keep or ids_BT.shape[1]
+        return {
+            "inputs_embeds": rows.embeddings,
+            "attention_mask": rows.mask,
+            "position_ids": _positions(rows.mask),
+            "logits_to_keep": keep,
+        }
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -153,9 +151,9 @@ class EmbeddedPromptModel(SoftPromptModel):
 
 
 class PromptChoiceModel(nn.Module):
-    """A model with several prompts of embeddings, of which each row names the one that stands before it.
+    """A model with several prompts, one of which is chosen for each row of a batch.
 
-    Source: Lester et al. 2021, arXiv 2104.08691, figure 2: rows of different tasks go through one model in one batch.
+    Source: Lester et al. 2021, arXiv 2104.08691, figure 2: rows of different tasks in one batch of one model.
 
     Args:
         models: One for each prompt, all with the same base.
@@ -168,14 +166,14 @@ class PromptChoiceModel(nn.Module):
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The model's."""
+        """The base's generation config."""
         return self.base.generation_config
 
     @torch.no_grad()
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_of_row: Sequence[int], **options: Any
     ) -> Tensor:
-        """As `SoftPromptModel.generate`, each row behind the prompt of the number that stands for it."""
+        """As `SoftPromptModel.generate`; `prompt_of_row` holds the index of each row's prompt."""
         chosen = [self.prompts[number]() for number in prompt_of_row]
         longest = max(map(len, chosen))
         prompts = _Prompts(
@@ -187,42 +185,32 @@ class PromptChoiceModel(nn.Module):
 
 
 class PrefixedModel(SoftPromptModel):
-    """The prompt is P keys and values before each row's own in every layer (W = 2 L H D).
+    """The prompt is P keys and values before those of the row, in every layer (W = 2 L H D).
 
-    A place holds, layer by layer, its key and then its value, head by head: the layout of PEFT's files.
+    The values of a position are ordered by layer, then key before value, then head: the layout of PEFT's files.
 
     Source: Li and Liang 2021, arXiv 2101.00190, section 4.2.
 
     Args:
         base: The model.
         prompt: The prefix.
-        shape: Of the model's keys and values.
+        shape: Shape of the model's keys and values.
     """
 
     def __init__(self, base: PreTrainedModel, prompt: nn.Module, shape: KeyShape) -> None:
         super().__init__(base, prompt)
         self.shape = shape
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **options: Any,
-    ) -> Any:
-        """See the base class."""
-        assert position_ids is None, "recipes with soft prompts pad their rows"
+    def _inputs(self, ids_BT: Tensor, mask_BT: Tensor, logits_to_keep: int | Tensor) -> dict[str, Any]:
         prefix_PW = self.prompt()
-        mask = _prefixed(_mask(input_ids, attention_mask), 1, len(prefix_PW))
-        return self.base(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, len(prefix_PW) :],
-            past_key_values=self._cache(prefix_PW, len(input_ids)),
-            logits_to_keep=logits_to_keep,
-            **options,
-        )
+        mask = _prefixed(mask_BT, 1, len(prefix_PW))
+        return {
+            "input_ids": ids_BT,
+            "attention_mask": mask,
+            "position_ids": _positions(mask)[:, len(prefix_PW) :],
+            "past_key_values": self._cache(prefix_PW, len(ids_BT)),
+            "logits_to_keep": logits_to_keep,
+        }
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -238,12 +226,14 @@ class PrefixedModel(SoftPromptModel):
         return written[:, places:]
 
     def _cache(self, prefix_PW: Tensor, rows: int) -> DynamicCache:
-        """The prefix as a model's cache holds what it has read, for each of `rows`."""
+        """The prefix as a key-value cache, expanded to `rows` rows."""
         layers, heads, width = self.shape
         device = prefix_PW.device.type
+        # Attention concatenates cached and new keys, so the prefix needs the dtype in which the model computes.
         computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.base.dtype
         prefix_LPHD = prefix_PW.to(computes_in).view(-1, 2 * layers, heads, width).transpose(0, 1)
         keys_and_values = prefix_LPHD.transpose(1, 2)[:, None].expand(-1, rows, -1, -1, -1)
+        # The configuration tells the cache which layers have a sliding window.
         return DynamicCache(
             [(keys_and_values[2 * layer], keys_and_values[2 * layer + 1]) for layer in range(layers)],
             config=self.base.config,
@@ -251,7 +241,7 @@ class PrefixedModel(SoftPromptModel):
 
 
 class KeyShape(NamedTuple):
-    """Layers, key heads, and width of a key, of a model whose layers all have the same."""
+    """Number of layers, key heads and width of a key, of a model with uniform layers."""
 
     layers: int
     heads: int
@@ -259,16 +249,16 @@ class KeyShape(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> KeyShape:
-        """The shape of `model`, seen from what it keeps of one token.
+        """The shape of `model`, from its key-value cache of one token.
 
         Raises:
-            UnsupportedError: Its layers differ, or do not all keep keys and values.
+            UnsupportedError: Its layers differ, or not all of them cache keys and values.
         """
-        keys, values = _kept(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        keys, values = _cached(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
         shapes = {tensor.shape for tensor in (*keys, *values)}
         if len(shapes) != 1:
             raise UnsupportedError(
-                f"the layers of this model ({model.config.model_type}) do not all keep keys and values of one shape",
+                f"the layers of this model ({model.config.model_type}) do not all cache keys and values of one shape",
                 where="adapter.method",
                 hint="set it to prompt_tuning",
             )
@@ -278,17 +268,17 @@ class KeyShape(NamedTuple):
 
 @torch.no_grad()
 def prefix_of_tokens(model: PreTrainedModel, ids_P: Tensor) -> Tensor:
-    """The prefix that does what reading these tokens does, shape (P, 2 L H D), float32.
+    """The prefix that is equivalent to these tokens, shape (P, 2 L H D), float32: their cached keys and values.
 
-    Source: Li and Liang 2021, arXiv 2101.00190, section 7.4: a prefix starts best as the activations of words.
+    Source: Li and Liang 2021, arXiv 2101.00190, section 7.4: activations of real words are the best initial prefix.
     """
-    keys, values = _kept(model, ids_P[None].to(model.device))
+    keys, values = _cached(model, ids_P[None].to(model.device))
     pairs_LHPD = torch.stack([tensor[0].float() for pair in zip(keys, values, strict=True) for tensor in pair])
     return pairs_LHPD.permute(2, 0, 1, 3).flatten(1)
 
 
 class _Prompts(NamedTuple):
-    """A prompt for each row, shape (B, P, E); shorter ones are padded on the left, and the mask (B, P) says so."""
+    """A prompt for each row, shape (B, P, E); shorter ones are padded on the left, where the mask (B, P) is 0."""
 
     embeddings_BPE: Tensor
     mask_BP: Tensor
@@ -303,23 +293,24 @@ class _Rows(NamedTuple):
 
 
 @torch.no_grad()
-def _kept(model: PreTrainedModel, ids_BT: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values that each layer keeps of these rows, shapes (B, H, T, D)."""
+def _cached(model: PreTrainedModel, ids_BT: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values that each layer caches for these rows, shapes (B, H, T, D)."""
     cache = model.eval()(input_ids=ids_BT, use_cache=True).past_key_values
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
 
 def _prompted(base: PreTrainedModel, prompts: _Prompts, ids_BT: Tensor, mask_BT: Tensor) -> _Rows:
-    """Each row with its prompt before its first token, behind the padding on its left.
+    """Each row with its prompt between its left padding and its first token.
 
-    Were the padding between prompt and row, sliding windows and biases by distance would count it.
+    Padding between prompt and row would count for sliding windows and distance biases such as ALiBi.
     """
-    unshard_non_block(base)
+    unshard_non_block(base)  # the embeddings are read here, outside of the base's forward pass
     embeddings_BTE = base.get_input_embeddings()(ids_BT)
     places = prompts.mask_BP.shape[1]
     begin_B1 = _first_column(mask_BT)
     column = torch.arange(places + ids_BT.shape[1], device=ids_BT.device)
-    # Of prompt and row, one behind the other, the column that comes to stand in each column.
+    # For each output column its column in the concatenation [prompt, row]. With begin = columns of left padding:
+    # output < begin: the padding, at P + output; then P columns of prompt, at output - begin; then the row, unmoved.
     source = torch.where(column < begin_B1 + places, column - begin_B1, column)
     source = torch.where(column < begin_B1, column + places, source)
     embeddings = torch.cat([prompts.embeddings_BPE.to(embeddings_BTE.dtype), embeddings_BTE], dim=1)
@@ -332,13 +323,10 @@ def _prompted(base: PreTrainedModel, prompts: _Prompts, ids_BT: Tensor, mask_BT:
 
 
 def _generated(base: PreTrainedModel, ids_BT: Tensor, rows: _Rows, **options: Any) -> Tensor:
-    """The rows without their prompts, and what follows them."""
+    """The rows without their prompts, with the generated tokens appended."""
+    # With `inputs_embeds` the ids serve only for penalties and stopping.
     written = base.generate(input_ids=rows.ids, inputs_embeds=rows.embeddings, attention_mask=rows.mask, **options)
     return torch.cat([ids_BT, written[:, rows.ids.shape[1] :]], dim=1)
-
-
-def _mask(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    return torch.ones_like(ids_BT) if mask_BT is None else mask_BT
 
 
 def _first_column(mask_BT: Tensor) -> Tensor:
@@ -347,11 +335,11 @@ def _first_column(mask_BT: Tensor) -> Tensor:
 
 
 def _positions(mask_BT: Tensor) -> Tensor:
-    """Each token's place in its row, padding not counted."""
+    """The position of each token in its row, not counting padding."""
     return (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _prefixed(rows_BT: Tensor, value: Tensor | int, places: int) -> Tensor:
-    """Rows of integers with `value`, of each row or of all, in so many places before them."""
+    """Integer rows (B, T) with `value`, one per row or one for all, in `places` columns before them."""
     before_BP = rows_BT.new_zeros(len(rows_BT), places) + value
     return torch.cat([before_BP, rows_BT], dim=1)

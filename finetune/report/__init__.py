@@ -1,1 +1,1 @@
-"""Pages that one can send: charts and tables made of a run's files, without scripts and without anything fetched."""
+"""HTML reports of runs: self-contained pages of charts and tables, without scripts and external resources."""

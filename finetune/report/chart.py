@@ -1,7 +1,7 @@
-"""Line charts as inline SVG that keep their lettering's size at any width.
+"""Line charts as inline SVG whose text keeps its size at any width, without scripts.
 
-Lines are drawn in a box of 1000 by 1000 that is stretched over the plot, with strokes that are not; lettering, dots
-and grid stand around it in percent. Values show up under a mouse or a finger by CSS alone.
+Lines are drawn in a box of 1000 by 1000 units that is stretched over the plot, without stretching strokes. Text, dots
+and grid are positioned in percent. Tooltips are shown by CSS.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from itertools import accumulate, pairwise
 
 BOX = 1000
 MOST_POINTS = 400
-"""Of a line: of more, neighbours are put together, their mean drawn as the line and their spread as a band."""
+"""Points of a line; more are averaged in groups: the mean is drawn as the line, the range as a band."""
 
 MOST_READINGS = 120
-"""Places at which a chart tells its values."""
+"""Number of x positions with a tooltip."""
 
 LOGARITHMIC_FROM = 30.0
-"""Ratio of the largest to the smallest value from which a chart that may be logarithmic is."""
+"""Ratio of the largest to the smallest value from which an axis becomes logarithmic, if allowed."""
 
 Point = tuple[float, float]
 
@@ -31,12 +31,12 @@ class Series:
     """A line of a chart.
 
     Attributes:
-        name: In the legend and the readings.
-        points: (x, y), x ascending; points whose y is not finite are left out.
+        name: Name in the legend and in tooltips.
+        points: (x, y), x ascending; points with a non-finite y are dropped.
         color: Number of its colour, from 1.
-        dotted: Draw every point too: a line of few measurements.
-        faint: What lies behind, such as the raw values of a smoothed line; in no legend and no reading.
-        joined: Draw the line between the points.
+        dotted: Draw markers too, for a line of few points.
+        faint: A background line, such as the raw values of a smoothed one, without legend and tooltips.
+        connected: Draw the line between the points.
     """
 
     name: str
@@ -44,33 +44,36 @@ class Series:
     color: int = 1
     dotted: bool = False
     faint: bool = False
-    joined: bool = True
+    connected: bool = True
 
 
 @dataclass(frozen=True)
 class Axis:
-    """How values are shown.
+    """Format and scale of an axis.
 
     Attributes:
-        words: A value as text.
-        may_be_logarithmic: Use a logarithmic axis where the values' range is wide.
-        from_zero: Let the axis begin at 0.
-        name: What is counted, in readings along this axis.
-        whole: Whether only whole numbers make sense, and the first and last of them are the ends of the axis.
+        words: Formats a value as text.
+        may_be_logarithmic: Use a logarithmic axis if the range is wide.
+        from_zero: Start the axis at 0.
+        name: Name of the quantity, in tooltips.
+        integer: Whether values are integers; the axis then ends at the first and last of them.
     """
 
     words: Callable[[float], str]
     may_be_logarithmic: bool = False
     from_zero: bool = False
     name: str = ""
-    whole: bool = False
+    integer: bool = False
 
 
-STEPS = Axis(lambda step: f"{step:.0f}", name="step", whole=True)
+STEPS = Axis(lambda step: f"{step:.0f}", name="step", integer=True)
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean of each point and as many neighbours on either side: a thirtieth of all, and less towards the ends."""
+    """A centred moving average; the window is a thirtieth of all points on either side, and shrinks at the ends.
+
+    A symmetric window keeps the first and the last point exact, and does not lag behind a falling loss.
+    """
     finite = [point for point in points if math.isfinite(point[1])]
     sums = [0.0, *accumulate(y for _, y in finite)]
     line = []
@@ -81,13 +84,13 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS) -> str:
-    """A figure with title, legend and plot; "" where no line has a point.
+    """A figure with title, legend and plot; "" if no line has a point.
 
     Args:
-        title: What is drawn.
-        series: At most six that are not faint look different.
-        axis: Of the values.
-        along: Of x.
+        title: Title of the figure.
+        series: The lines; six that are not faint have distinct colours.
+        axis: The y axis.
+        along: The x axis.
     """
     finite = [replace(s, points=[point for point in s.points if math.isfinite(point[1])]) for s in series]
     drawn = [s for s in finite if s.points]
@@ -109,7 +112,7 @@ def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS)
             for tick, at in x_axis.ticks()
         ),
         f'<svg class="lines" viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none">',
-        *(_line(s, x_axis, y_axis) for s in drawn if s.joined),
+        *(_line(s, x_axis, y_axis) for s in drawn if s.connected),
         "</svg>",
         *(_dots(s, x_axis, y_axis) for s in drawn if s.dotted),
         _readings(named, x_axis, axis.words, along),
@@ -125,12 +128,12 @@ def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS)
 
 @dataclass(frozen=True)
 class _Scale:
-    """From values to percent of the plot; of a logarithmic one `low` and `high` are logarithms."""
+    """Maps values to percent of the plot; on a logarithmic scale `low` and `high` are logarithms."""
 
     low: float
     high: float
     logarithmic: bool
-    whole: bool
+    integer: bool
 
     @classmethod
     def over(cls, values: Sequence[float], axis: Axis) -> _Scale:
@@ -139,16 +142,16 @@ class _Scale:
         if is_logarithmic:
             low, high = math.log10(low), math.log10(high)
         low = min(0.0, low) if axis.from_zero else low
-        room = 0 if axis.whole else 0.05 * (high - low)
-        return cls(low if axis.from_zero else low - room, high + room, is_logarithmic, axis.whole)
+        room = 0 if axis.integer else 0.05 * (high - low)
+        return cls(low if axis.from_zero else low - room, high + room, is_logarithmic, axis.integer)
 
     def at(self, value: float) -> float:
-        """Percent of the way along the axis."""
+        """The position of a value on the axis, in percent."""
         place = math.log10(value) if self.logarithmic else value
         return 100 * (place - self.low) / (self.high - self.low) if self.high > self.low else 50.0
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Round values and their places."""
+        """Round values and their positions in percent."""
         return [(tick, self.at(tick)) for tick in (self._decades() if self.logarithmic else self._round())]
 
     def _round(self) -> list[float]:
@@ -157,7 +160,7 @@ class _Scale:
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-        stride = max(1.0, stride) if self.whole else stride
+        stride = max(1.0, stride) if self.integer else stride
         first = math.ceil(self.low / stride - 1e-9)
         return [stride * n for n in range(first, first + 12) if stride * n <= self.high + 1e-9 * stride]
 
@@ -171,7 +174,7 @@ class _Scale:
 
 
 def _line(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
-    """The path of a line; of one with very many points the means of neighbours, over the band that they fill."""
+    """The path of a line; of very many points the means of groups, over a band of their ranges."""
     stride = -(-len(series.points) // MOST_POINTS)
     groups = [series.points[first : first + stride] for first in range(0, len(series.points), stride)]
     means = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -191,7 +194,7 @@ def _places(points: Sequence[Point], x_axis: _Scale, y_axis: _Scale) -> str:
 
 def _dots(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
     stride = -(-len(series.points) // MOST_READINGS)
-    radius = 3 if series.joined else 4.5
+    radius = 3 if series.connected else 4.5
     return "".join(
         f'<circle class="c{series.color}" cx="{x_axis.at(x):.2f}%" cy="{100 - y_axis.at(y):.2f}%" r="{radius}"/>'
         for x, y in series.points[::stride]
@@ -199,14 +202,14 @@ def _dots(series: Series, x_axis: _Scale, y_axis: _Scale) -> str:
 
 
 def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float], str], along: Axis) -> str:
-    """Strips side by side; the one that is pointed at shows a line and, above the plot, the values there."""
+    """Invisible strips side by side; the hovered one shows a vertical line and, above the plot, the values."""
     every_x = sorted({x for s in series for x, _ in s.points})
     stride = -(-len(every_x) // MOST_READINGS)
-    told = every_x[::stride]
-    ats = [x_axis.at(x) for x in told]
+    shown = every_x[::stride]
+    ats = [x_axis.at(x) for x in shown]
     edges = [0.0, *((left + right) / 2 for left, right in pairwise(ats)), 100.0]
     strips = []
-    for index, (x, at) in enumerate(zip(told, ats, strict=True)):
+    for index, (x, at) in enumerate(zip(shown, ats, strict=True)):
         values = [
             f"{s.name} {words(y)}" if len(series) > 1 else words(y)
             for s in series
@@ -222,7 +225,7 @@ def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float],
 
 
 def _value_at(series: Series, x: float, stride: int) -> float | None:
-    """The value of a line at x, or the one next to it where readings are sparse."""
+    """The value of a line at x, or the next one if tooltips are sparse; None if there is none."""
     place = bisect_left(series.points, x, key=lambda point: point[0])
     if place < len(series.points) and series.points[place][0] < x + stride:
         return series.points[place][1]

@@ -1,4 +1,4 @@
-"""Several runs on one page: results side by side, curves over each other, and what differs."""
+"""Comparison of several runs on one page: results side by side, curves in one chart, and differences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from finetune.formatting import count, duration, memory
 from finetune.report import training_curves
-from finetune.report.facts import RunMetadata
 from finetune.report.page import document, section, table
-from finetune.report.run_page import SCORES, SHOWN_ANSWERS, asked, device, score
+from finetune.report.run_metadata import RunMetadata
+from finetune.report.run_page import SCORES, SHOWN_ANSWERS, answer_card, device, score
 from finetune.report.run_page import STYLE as RUN_STYLE
 from finetune.run.comparison import Difference
 
@@ -20,7 +20,7 @@ def comparison_page(runs: Sequence[RunMetadata], differences: Sequence[Sequence[
 
     Args:
         runs: At least two.
-        differences: Of each run but the first, what differs from the first.
+        differences: For each run but the first, its differences from the first.
     """
     names = [run.name for run in runs]
     first, *others = names
@@ -30,10 +30,10 @@ def comparison_page(runs: Sequence[RunMetadata], differences: Sequence[Sequence[
         [
             f"<header><h1>{escape(' and '.join(names))}</h1><p>{len(runs)} training runs side by side</p></header>",
             section("Results", _results(runs)),
-            section("How they went", training_curves.compared([(run.name, run.history) for run in runs])),
+            section("Training curves", training_curves.compared([(run.name, run.history) for run in runs])),
             section("Answers", _answers(runs)),
             section(
-                "What differs",
+                "Differences",
                 *(_differences(first, name, found) for name, found in zip(others, differences, strict=True)),
             ),
         ],
@@ -41,19 +41,19 @@ def comparison_page(runs: Sequence[RunMetadata], differences: Sequence[Sequence[
 
 
 def _results(runs: Sequence[RunMetadata]) -> str:
-    """A line a figure, a column a run."""
+    """One row per figure, one column per run."""
     rows: list[tuple[str, Callable[[RunMetadata], str]]] = [
         ("state", lambda run: run.state),
         ("base", lambda run: run.base),
-        ("trained", lambda run: run.method),
-        ("held-out loss before", _before),
-        ("held-out loss", _after),
+        ("method", lambda run: run.method),
+        ("validation loss before", _before),
+        ("validation loss", _after),
         *((title, _scored(name)) for name, title in SCORES.items()),
         ("steps", lambda run: _of_last(run, "step", str)),
         ("time", lambda run: _of_last(run, "seconds", duration)),
         ("tokens", lambda run: _of_last(run, "tokens", count)),
         ("peak memory", lambda run: _of_last(run, "peak_memory_bytes", memory)),
-        ("trained numbers", _trained_numbers),
+        ("trainable parameters", _trainable_parameters),
         ("device", device),
     ]
     cells = [[title, *(of(run) for run in runs)] for title, of in rows]
@@ -77,7 +77,7 @@ def _scored(name: str) -> Callable[[RunMetadata], str]:
     return of
 
 
-def _trained_numbers(run: RunMetadata) -> str:
+def _trainable_parameters(run: RunMetadata) -> str:
     started = run.provenance.get("started")
     return count(started["trainable_parameters"]) if started else ""
 
@@ -87,24 +87,24 @@ def _of_last(run: RunMetadata, name: str, words: Callable[[Any], str]) -> str:
 
 
 def _answers(runs: Sequence[RunMetadata]) -> str:
-    """What the runs that were evaluated say to prompts that all of them were asked."""
-    said = [(run.name, {str(each.get("prompt")): each for each in run.answers}) for run in runs if run.answers]
-    if len(said) < 2:
+    """Answers of the evaluated runs to the prompts that all of them have in common."""
+    answered = [(run.name, {str(each.get("prompt")): each for each in run.answers}) for run in runs if run.answers]
+    if len(answered) < 2:
         return ""
-    common = [prompt for prompt in said[0][1] if all(prompt in answers for _, answers in said)]
+    common = [prompt for prompt in answered[0][1] if all(prompt in answers for _, answers in answered)]
     cards = []
     for prompt in common[:SHOWN_ANSWERS]:
-        references = [str(each) for each in said[0][1][prompt].get("references", [])]
+        references = [str(each) for each in answered[0][1][prompt].get("references", [])]
         cells = [("reference", " | ".join(references), False)]
-        for name, answers in said:
+        for name, answers in answered:
             text = str(answers[prompt].get("answer"))
             cells.append((name, text, text.strip() in [each.strip() for each in references]))
-        cards.append(asked(prompt, cells))
+        cards.append(answer_card(prompt, cells))
     return "".join(cards)
 
 
 def _differences(first: str, other: str, found: Sequence[Difference]) -> str:
     rows = [[f"{each.part}: {each.key}", each.first, each.second] for each in found if each.part != "results"]
     title = f"<h3>{escape(first)} and {escape(other)}</h3>"
-    nothing = "<p>Neither recipe nor data nor versions.</p>"
+    nothing = "<p>Recipe, data and versions are the same.</p>"
     return title + (table(["", first, other], rows, numbers=False) or nothing)

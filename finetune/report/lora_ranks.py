@@ -1,4 +1,4 @@
-"""A picture of how the ranks of a run's layers came about."""
+"""A chart of the LoRA ranks of each layer over the steps of a run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ STYLE = """
 .ranks .ground { fill: var(--back, #fff); } .ranks .rank { fill: var(--one, #1f5f9f); }
 .ranks .nothing { fill: var(--soft, #f0ece6); }
 """
-"""A page's own colours where the picture stands in one."""
+"""CSS with fallbacks; inside a page its colours apply."""
 
 
 def picture(history: Sequence[RanksChosen], total_steps: int) -> str:
-    """An SVG: a panel for each kind of layer, a row for each block, time from left to right, dark where rank is high.
+    """An SVG with a panel for each kind of layer and a row for each block; steps from left to right, darker is higher.
 
     Args:
-        history: The first is what training started with.
-        total_steps: The end of the time axis.
+        history: Allocations of ranks; the first is the initial one.
+        total_steps: End of the time axis.
     """
     first, last = history[0].ranks, history[-1].ranks
     grid = Grid.of(first)
@@ -36,8 +36,8 @@ def picture(history: Sequence[RanksChosen], total_steps: int) -> str:
     panel_height = len(grid.blocks) * ROW_HEIGHT
     height = TOP + lines * (panel_height + GAP_Y)
     body = [
-        f'<text x="{LEFT}" y="18" class="title">Rank of each layer, a row a block, over {total_steps} steps: '
-        f"{sum(first.values())} in all at first, {sum(last.values())} in the end</text>",
+        f'<text x="{LEFT}" y="18" class="title">Rank of each layer, one row per block, over {total_steps} steps: '
+        f"{sum(first.values())} in total at first, {sum(last.values())} at the end</text>",
         *_legend(highest, width),
     ]
     for index, kind in enumerate(grid.kinds):
@@ -60,14 +60,14 @@ def picture(history: Sequence[RanksChosen], total_steps: int) -> str:
 
 
 def _row(name: str, history: Sequence[RanksChosen], total_steps: int, highest: int, x: int, y: int) -> list[str]:
-    """One layer: a bar for each stretch of steps in which its rank stayed, and the rank in the end."""
+    """One layer: a bar for each interval of constant rank, and the final rank."""
     changes: list[tuple[int, int]] = []
     for event in history:
         rank = event.ranks[name]
         if not changes or rank != changes[-1][1]:
             changes.append((event.step, rank))
-    curves = " → ".join(str(rank) for _, rank in changes)
-    drawn = [f"<g><title>{escape(name)}: {curves}</title>"]
+    sequence = " → ".join(str(rank) for _, rank in changes)
+    drawn = [f"<g><title>{escape(name)}: {sequence}</title>"]
     for (step, rank), (until, _) in pairwise([*changes, (total_steps, 0)]):
         left, right = (PANEL_WIDTH * at / total_steps for at in (step, until))
         drawn.append(
@@ -78,7 +78,7 @@ def _row(name: str, history: Sequence[RanksChosen], total_steps: int, highest: i
 
 
 def _legend(highest: int, width: int) -> list[str]:
-    """The shades of all ranks, at the top on the right."""
+    """The shades of all ranks, at the top right."""
     side = min(9.0, 120 / (highest + 1))
     left = width - GAP_X - side * (highest + 1)
     shades = [

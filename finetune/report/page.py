@@ -1,4 +1,4 @@
-"""The frame of all pages: style, head, tables. Whatever a run or its data brought is text here, never markup."""
+"""The frame of all pages: style, head, tables. Content of runs and data is always escaped, never markup."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ table.numbers :is(td, th):last-child { padding-right: 0; }
 
 
 def document(title: str, style: str, body: Iterable[str]) -> str:
-    """A whole page.
+    """A complete HTML document.
 
     Args:
         title: Plain text.
-        style: CSS beside `STYLE`.
+        style: CSS in addition to `STYLE`.
         body: HTML.
     """
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # A browser would refuse a script even if one got through.
+            # A second line of defence behind escaping: the browser refuses scripts and requests.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>",
             *body,
@@ -55,7 +55,7 @@ def document(title: str, style: str, body: Iterable[str]) -> str:
 
 
 def section(title: str, *body: str) -> str:
-    """A heading and what stands below it; "" where nothing does."""
+    """A heading with content; "" without content."""
     content = "\n".join(filter(None, body))
     return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content else ""
 
@@ -66,7 +66,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
     Args:
         head: Titles of the columns.
         rows: Cells.
-        numbers: Whether the other columns are figures, which stand on the right.
+        numbers: Whether the other columns are numbers, which are aligned right.
     """
     if not rows:
         return ""
@@ -81,6 +81,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
 
 
 def collapsible(summary: str, content: str, printed: bool = False) -> str:
-    """Content that opens on demand, and if so wished in print."""
+    """A collapsed section; with `printed` it is expanded in print."""
     kind = ' class="printed"' if printed else ""
     return f"<details{kind}><summary>{escape(summary)}</summary>\n{content}</details>"

@@ -1,4 +1,4 @@
-"""`report.html`: one run on a page that can be sent."""
+"""`report.html`: one run on a self-contained page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.formatting import count, duration, memory
 from finetune.report import lora_ranks, training_curves
-from finetune.report.facts import RunMetadata, public
 from finetune.report.page import collapsible, document, section, table
+from finetune.report.run_metadata import RunMetadata, public
 from finetune.run.directory import RunDirectory
 from finetune.storage.files import write_text
 
@@ -27,15 +27,16 @@ header p { color: var(--dim); } .state { display: inline-block; font-size: .85re
 .tiles > div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--dim); font-size: .85rem; display: block; }
-.odd, .kept { border-left: 4px solid var(--odd); background: var(--odd-back); padding: .5rem .8rem; margin: .5rem 0; }
-.kept { border-color: var(--good); background: var(--good-back); }
-.said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .5rem;
+.warning, .result { border-left: 4px solid var(--odd); background: var(--odd-back); padding: .5rem .8rem;
+  margin: .5rem 0; }
+.result { border-color: var(--good); background: var(--good-back); }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .5rem;
   align-items: start; }
-.said > div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; white-space: pre-wrap;
+.answers > div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; white-space: pre-wrap;
   font: .8125rem/1.5 ui-monospace, monospace; }
-.said b { display: block; font: 600 .8rem/1.6 system-ui, sans-serif; color: var(--dim); }
-.said .right { border-color: var(--good); background: var(--good-back); }
-.asked { margin: 1.25rem 0; break-inside: avoid; } .asked .row { border: 0; border-left: 3px solid var(--line);
+.answers b { display: block; font: 600 .8rem/1.6 system-ui, sans-serif; color: var(--dim); }
+.answers .right { border-color: var(--good); background: var(--good-back); }
+.question { margin: 1.25rem 0; break-inside: avoid; } .question .row { border: 0; border-left: 3px solid var(--line);
   border-radius: 0; margin-bottom: .5rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--one); }
 footer { margin: 3rem 0 1rem; color: var(--dim); font-size: .85rem; }
@@ -43,19 +44,19 @@ footer { margin: 3rem 0 1rem; color: var(--dim); font-size: .85rem; }
 """
 
 SCORES = {"exact_match": "exact match", "f1": "F1"}
-"""Metrics of `ft eval` that are asked for first."""
+"""Metrics of `ft eval` that are shown as tiles."""
 
 SHOWN_ANSWERS = 5
 MOST_ANSWERS = 60
 LONGEST_PROMPT, LONGEST_ANSWER = 700, 1500
-"""Characters; of a prompt its end, which asks."""
+"""Characters; a long prompt is cut at its beginning, because the question is at its end."""
 
 
 def write_report(run: RunDirectory) -> None:
-    """Write `report.html`; there is none of a run that was refused before it began.
+    """Write `report.html`.
 
     Raises:
-        EnvironmentFault: It cannot be written.
+        EnvironmentFault: The page cannot be written.
         RecipeError: The run's recipe cannot be read.
     """
     write_text(run.report, run_page(RunMetadata.of(run)))
@@ -63,7 +64,10 @@ def write_report(run: RunDirectory) -> None:
 
 @contextmanager
 def recording_errors(run: RunDirectory) -> Iterator[None]:
-    """Leave a report when the block ends, however it does; a page that cannot be written is not worth a run."""
+    """Write the report when the block ends, also by an error; failure to write the page is only a warning.
+
+    Runs without metrics, such as those refused before training, get no report.
+    """
     try:
         yield
     finally:
@@ -74,47 +78,47 @@ def recording_errors(run: RunDirectory) -> Iterator[None]:
                 logger.warning("%s is not written: %s", run.report.name, fault.what)
 
 
-def run_page(facts: RunMetadata) -> str:
+def run_page(run: RunMetadata) -> str:
     """The page."""
     return document(
-        f"{facts.name}: report of a training run",
+        f"{run.name}: report of a training run",
         training_curves.STYLE + STYLE,
         [
-            _head(facts),
-            _tiles(facts),
-            _remarks(facts),
-            section("How it went", training_curves.curves(facts.history)),
-            section("Before and after", _evaluation(facts.evaluation), _answers(facts)),
-            section("Answers on the way", _samples(facts)),
-            section("The data", _ledger(facts.ledger)),
-            section("Ranks of the layers", _ranks(facts)),
-            section("Proof of what was written", *map(_verification, facts.verifications.items())),
-            section("Where it came from", _provenance(facts), _recipe(facts)),
-            f"<footer>Written by ft {escape(str(facts.provenance.get('ft', '')))}.</footer>",
+            _head(run),
+            _tiles(run),
+            _notes(run),
+            section("Training curves", training_curves.curves(run.history)),
+            section("Evaluation", _evaluation(run.evaluation), _answers(run)),
+            section("Samples during training", _samples(run)),
+            section("Data", _data_report(run.data_report)),
+            section("LoRA ranks", _ranks(run)),
+            section("Merge and export verification", *map(_verification, run.verifications.items())),
+            section("Provenance", _provenance(run), _recipe(run)),
+            f"<footer>Written by ft {escape(str(run.provenance.get('ft', '')))}.</footer>",
         ],
     )
 
 
-def _head(facts: RunMetadata) -> str:
-    kind = {"finished": " finished", "failed": " failed"}.get(facts.state, "")
-    ended = str(facts.outcome.get("ended", "")).replace("T", " ").replace("+00:00", " UTC")
-    message = str(facts.outcome.get("message", ""))
-    why = f" · {escape(message)}" if facts.state != "finished" and message else ""
+def _head(run: RunMetadata) -> str:
+    kind = {"finished": " finished", "failed": " failed"}.get(run.state, "")
+    ended = str(run.outcome.get("ended", "")).replace("T", " ").replace("+00:00", " UTC")
+    message = str(run.outcome.get("message", ""))
+    why = f" · {escape(message)}" if run.state != "finished" and message else ""
     return (
-        f'<header><h1>{escape(facts.name)}</h1><p><span class="state{kind}">{facts.state}</span> {escape(ended)}{why}'
-        f"</p><p>{escape(facts.base)} · {escape(facts.method)}</p></header>"
+        f'<header><h1>{escape(run.name)}</h1><p><span class="state{kind}">{run.state}</span> {escape(ended)}{why}'
+        f"</p><p>{escape(run.base)} · {escape(run.method)}</p></header>"
     )
 
 
-def _tiles(facts: RunMetadata) -> str:
-    """The figures that one asks for first."""
-    history, tiles = facts.history, []
+def _tiles(run: RunMetadata) -> str:
+    """The key figures."""
+    history, tiles = run.history, []
     if history.result:
         after, loss = history.result
         first = history.validations[0]
         before = f"before: {first.loss:.4f}" if first.step == 0 and after else f"after step {after}"
-        tiles.append(("held-out loss", f"{loss:.4f}", before))
-    scores, against = facts.validation_scores, facts.evaluation.get("against")
+        tiles.append(("validation loss", f"{loss:.4f}", before))
+    scores, against = run.validation_scores, run.evaluation.get("against")
     for name, title in SCORES.items():
         if name in scores:
             beside = score("share", scores[name]["against"]["value"]) if "against" in scores[name] else ""
@@ -124,11 +128,11 @@ def _tiles(facts: RunMetadata) -> str:
         tiles += [
             ("time", duration(step.seconds), f"{step.step} of {step.total_steps} steps"),
             ("tokens", count(step.tokens), f"{count(step.tokens / step.seconds)} a second" if step.seconds else ""),
-            ("peak memory", memory(max(each.peak_memory_bytes for each in history.steps)), _planned(facts)),
+            ("peak memory", memory(max(each.peak_memory_bytes for each in history.steps)), _planned(run)),
         ]
-    if started := facts.provenance.get("started"):
+    if started := run.provenance.get("started"):
         trainable, total = started["trainable_parameters"], started["total_parameters"]
-        tiles.append(("trained numbers", count(trainable), f"{100 * trainable / total:.2f} % of {count(total)}"))
+        tiles.append(("trainable parameters", count(trainable), f"{100 * trainable / total:.2f} % of {count(total)}"))
     cells = [
         f"<div><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>"
         for title, value, note in tiles
@@ -136,35 +140,35 @@ def _tiles(facts: RunMetadata) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _planned(facts: RunMetadata) -> str:
-    """What the memory was to be, and of what."""
-    planned = facts.provenance.get("started", {}).get("planned_memory_bytes")
-    return device(facts) + (f" · planned: {memory(planned)}" if planned else "")
+def _planned(run: RunMetadata) -> str:
+    """The device, and the planned peak memory."""
+    planned = run.provenance.get("started", {}).get("planned_memory_bytes")
+    return device(run) + (f" · planned: {memory(planned)}" if planned else "")
 
 
-def device(facts: RunMetadata) -> str:
+def device(run: RunMetadata) -> str:
     """Device and number of processes of a run."""
-    processes = facts.provenance.get("processes", 1)
-    return str(facts.provenance.get("device", "")) + (f", {processes} processes" if processes != 1 else "")
+    processes = run.provenance.get("processes", 1)
+    return str(run.provenance.get("device", "")) + (f", {processes} processes" if processes != 1 else "")
 
 
-def _remarks(facts: RunMetadata) -> str:
-    """Which weights are the result where they are not the last, and what was worth acting on."""
+def _notes(run: RunMetadata) -> str:
+    """The step of the result if it is not the last, and the warnings of the diagnostics."""
     kept = [
-        f'<p class="kept">The result is the weights of <b>step {best.best_step}</b>, whose held-out loss of '
-        f"{best.loss:.4f} was the lowest"
+        f'<p class="result">The result is the weights of <b>step {best.best_step}</b>, which had the lowest validation '
+        f"loss, {best.loss:.4f}"
         + (f"; training stopped early, after step {best.step}.</p>" if best.stopped_early else ".</p>")
-        for best in facts.history.best
+        for best in run.history.best
     ]
     odd = [
-        f'<p class="odd"><b>Step {each.step}: {escape(each.what)}.</b> To do: {escape(each.hint)}.</p>'
-        for each in facts.history.warnings
+        f'<p class="warning"><b>Step {each.step}: {escape(each.what)}.</b> Hint: {escape(each.hint)}.</p>'
+        for each in run.history.warnings
     ]
     return "".join([*kept, *odd])
 
 
 def _evaluation(results: Mapping[str, Any]) -> str:
-    """A table for each task that `ft eval` measured."""
+    """A table for each task of `ft eval`."""
     against = results.get("against")
     tables = [_task(name, scores, against) for name, scores in results.get("tasks", {}).items()]
     if note := answered_by(results):
@@ -173,9 +177,14 @@ def _evaluation(results: Mapping[str, Any]) -> str:
 
 
 def answered_by(results: Mapping[str, Any]) -> str:
-    """A sentence where another engine has written the answers of `results.json`; empty where ft has."""
-    writer = results.get("generation_backend", "ft")
-    return "" if writer == "ft" else f"Answers were written by {writer}; losses and choices are ft's."
+    """A sentence that names the engine which generated the answers of `results.json`; empty if it was ft."""
+    # Earlier versions wrote the key `answers_by`.
+    writer = results.get("generation_backend", results.get("answers_by", "ft"))
+    return (
+        ""
+        if writer == "ft"
+        else f"Answers were generated by {writer}; losses and multiple-choice scores are computed by ft."
+    )
 
 
 def _task(name: str, scores: Mapping[str, Any], against: str | None) -> str:
@@ -194,18 +203,18 @@ def _task(name: str, scores: Mapping[str, Any], against: str | None) -> str:
 
 
 def score(unit: str | None, value: float | None, sign: str = "") -> str:
-    """A score of `ft eval` in words; nothing where it is no number."""
+    """A score of `ft eval` as text; empty if it is None."""
     if value is None:
         return ""
     return f"{100 * value:{sign}.1f} %" if unit == "share" else f"{value:{sign}.4f}"
 
 
-def _answers(facts: RunMetadata) -> str:
-    against = facts.evaluation.get("against")
-    cards = [_card(answer, against) for answer in facts.answers[:MOST_ANSWERS]]
-    more, left_out = cards[SHOWN_ANSWERS:], len(facts.answers) - len(cards)
+def _answers(run: RunMetadata) -> str:
+    against = run.evaluation.get("against")
+    cards = [_card(answer, against) for answer in run.answers[:MOST_ANSWERS]]
+    more, omitted = cards[SHOWN_ANSWERS:], len(run.answers) - len(cards)
     rest = collapsible(f"{len(more)} more answers", "".join(more)) if more else ""
-    note = f'<p class="dim">{left_out} further answers stand in eval/generations.jsonl.</p>' if left_out else ""
+    note = f'<p class="dim">{omitted} further answers are in eval/generations.jsonl.</p>' if omitted else ""
     return "".join(cards[:SHOWN_ANSWERS]) + rest + note
 
 
@@ -214,67 +223,66 @@ def _card(answer: Mapping[str, Any], against: str | None) -> str:
     texts = [("this run", str(answer.get("answer")))]
     if against and "against" in answer:
         texts.insert(0, (against, str(answer["against"].get("answer"))))
-    said = [("reference", " | ".join(references), False)] + [
+    answers = [("reference", " | ".join(references), False)] + [
         (title, text, text.strip() in [each.strip() for each in references]) for title, text in texts
     ]
-    return asked(str(answer.get("prompt", "")), said)
+    return answer_card(str(answer.get("prompt", "")), answers)
 
 
-def asked(prompt: str, said: Sequence[tuple[str, str, bool]]) -> str:
-    """A prompt and below it what was said to it: who, what, and whether that is a reference's text."""
-    asked_for = prompt if len(prompt) <= LONGEST_PROMPT else f"…{prompt[-LONGEST_PROMPT:]}"
+def answer_card(prompt: str, answers: Sequence[tuple[str, str, bool]]) -> str:
+    """A prompt and the answers to it: source, text, and whether the text equals a reference."""
+    shown_prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"…{prompt[-LONGEST_PROMPT:]}"
     cells = [
-        f"<div{' class=right' if is_right else ''}><b>{escape(who)}{' ✓' if is_right else ''}</b>"
+        f"<div{' class=right' if is_right else ''}><b>{escape(source)}{' ✓' if is_right else ''}</b>"
         f"{escape(text if len(text) <= LONGEST_ANSWER else f'{text[:LONGEST_ANSWER]}…')}</div>"
-        for who, text, is_right in said
+        for source, text, is_right in answers
     ]
-    return (
-        f'<div class="asked"><pre class="row">{escape(asked_for)}</pre><div class="said">{"".join(cells)}</div></div>'
-    )
+    question = f'<pre class="row">{escape(shown_prompt)}</pre>'
+    return f'<div class="question">{question}<div class="answers">{"".join(cells)}</div></div>'
 
 
-def _samples(facts: RunMetadata) -> str:
-    """Of each prompt the answers by step."""
+def _samples(run: RunMetadata) -> str:
+    """The answers to each prompt, by step."""
     by_prompt: dict[str, list[tuple[str, str, bool]]] = {}
-    for sample in facts.history.samples:
+    for sample in run.history.samples:
         is_right = sample.answer.strip() == sample.reference.strip()
         first = [("reference", sample.reference, False)]
         by_prompt.setdefault(sample.prompt, first).append((f"step {sample.step}", sample.answer, is_right))
-    left_out = len(by_prompt) - SHOWN_ANSWERS
-    note = f'<p class="dim">{left_out} further prompts stand in metrics.jsonl.</p>' if left_out > 0 else ""
-    return "".join(asked(prompt, said) for prompt, said in list(by_prompt.items())[:SHOWN_ANSWERS]) + note
+    omitted = len(by_prompt) - SHOWN_ANSWERS
+    note = f'<p class="dim">{omitted} further prompts are in metrics.jsonl.</p>' if omitted > 0 else ""
+    return "".join(answer_card(prompt, answers) for prompt, answers in list(by_prompt.items())[:SHOWN_ANSWERS]) + note
 
 
-_LEDGER: list[tuple[str, str]] = [
+_DATA_COUNTS: list[tuple[str, str]] = [
     ("format", "format"),
     ("read", "rows read"),
     ("added", "added by splitting"),
-    ("too_long", "left out: too long"),
-    ("untrainable", "left out: trains nothing"),
-    ("truncated", "cut"),
+    ("too_long", "dropped: too long"),
+    ("untrainable", "dropped: no target tokens"),
+    ("truncated", "truncated"),
     ("used", "rows used"),
     ("tokens", "tokens"),
-    ("target_tokens", "trained tokens"),
-    ("cut_target_tokens", "trained tokens cut off"),
-    ("duplicates", "doubles"),
-    ("in_validation", "held out too"),
+    ("target_tokens", "target tokens"),
+    ("cut_target_tokens", "target tokens truncated"),
+    ("duplicates", "duplicates"),
+    ("in_validation", "also in validation"),
 ]
 
 
-def _ledger(report: Mapping[str, Any]) -> str:
-    """Sources side by side, so that the table of one or two fits on a phone."""
+def _data_report(report: Mapping[str, Any]) -> str:
+    """Counts as rows and sources as columns, so that a table of one or two sources fits on a phone."""
     sources = [
         (title, source)
-        for key, title in (("train", "train"), ("validation", "held out"))
+        for key, title in (("train", "train"), ("validation", "validation"))
         for source in report.get(key, {}).get("sources", [])
     ]
     if not sources:
         return ""
     head = ["", *(f"{title}: {public(str(source['source']))}" for title, source in sources)]
-    rows = [[words, *(_cell(source.get(key)) for _, source in sources)] for key, words in _LEDGER]
+    rows = [[words, *(_cell(source.get(key)) for _, source in sources)] for key, words in _DATA_COUNTS]
     for length in ("p50", "p99", "longest"):
-        rows.append([f"tokens a row, {length}", *(_cell(source["lengths"].get(length)) for _, source in sources)])
-    kept = [row for row in rows if any(cell not in ("0", "") for cell in row[1:]) or row[0].startswith("left out")]
+        rows.append([f"tokens per row, {length}", *(_cell(source["lengths"].get(length)) for _, source in sources)])
+    kept = [row for row in rows if any(cell not in ("0", "") for cell in row[1:]) or row[0].startswith("dropped")]
     packing = report.get("packing")
     packs = (
         f"<p>{packing['packs']} packs of {packing['pack_length']} tokens, {100 * packing['fill']:.1f} % filled.</p>"
@@ -294,8 +302,8 @@ def _cell(value: Any) -> str:
     )
 
 
-def _ranks(facts: RunMetadata) -> str:
-    history = facts.history
+def _ranks(run: RunMetadata) -> str:
+    history = run.history
     if not history.ranks or not history.steps:
         return ""
     return f'<div class="scroll">{lora_ranks.picture(history.ranks, history.steps[-1].total_steps)}</div>'
@@ -309,9 +317,9 @@ def _verification(found: tuple[str, Mapping[str, Any]]) -> str:
             f"{verification.get('positions')} positions of {verification.get('rows')} rows",
         ],
         ["KL divergence", f"{verification['kl_divergence']:.2e} nats"],
-        ["same likeliest token", f"{100 * verification['top1_agreement']:.2f} %"],
+        ["top-1 agreement", f"{100 * verification['top1_agreement']:.2f} %"],
         [
-            "largest logit difference, of the largest logit",
+            "largest logit difference, relative to the largest logit",
             f"{verification['relative_difference']:.2e} (bound {verification['bound']:.0e})",
         ],
     ]
@@ -324,8 +332,8 @@ def _verification(found: tuple[str, Mapping[str, Any]]) -> str:
     return f"<h3>{escape(folder)}/ <small>{escape(str(kind))}</small></h3>" + table(["", ""], rows, numbers=False)
 
 
-def _provenance(facts: RunMetadata) -> str:
-    found = facts.provenance
+def _provenance(run: RunMetadata) -> str:
+    found = run.provenance
     if not found:
         return ""
     machine = [str(found[key]) for key in ("platform",) if found.get(key)]
@@ -333,8 +341,8 @@ def _provenance(facts: RunMetadata) -> str:
     versions = {"ft": found.get("ft"), "python": found.get("python"), **found.get("packages", {})}
     rows = [
         ["versions", " · ".join(f"{name} {version}" for name, version in versions.items() if version)],
-        ["machine", " · ".join([*machine, device(facts)])],
-        ["attempts", str(facts.attempts)],
+        ["machine", " · ".join([*machine, device(run)])],
+        ["attempts", str(run.attempts)],
     ]
     base = found.get("base", {})
     rows += [[f"base, {name}", str(base[name])] for name in ("commit", "fingerprint") if base.get(name)]
@@ -346,7 +354,5 @@ def _provenance(facts: RunMetadata) -> str:
     return table(["", ""], rows, numbers=False)
 
 
-def _recipe(facts: RunMetadata) -> str:
-    return collapsible(
-        "The recipe: what it sets beside defaults", f"<pre>{escape(facts.recipe_text())}</pre>", printed=True
-    )
+def _recipe(run: RunMetadata) -> str:
+    return collapsible("Recipe, without default values", f"<pre>{escape(run.recipe_text())}</pre>", printed=True)

@@ -1,4 +1,4 @@
-"""`sweep.html`: the trials of a sweep, the best first, and what each value did to the held-out loss."""
+"""`sweep.html`: the trials of a sweep, the best first, and the validation loss by each swept value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import accumulate
 
-from finetune.formatting import value as in_words
+from finetune.formatting import value as as_text
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.sweep import Choice, LogUniform, Swept
 from finetune.report import training_curves
@@ -18,15 +18,15 @@ from finetune.run.history import History
 from finetune.run.sweep_trials import SweepDirectory, Trial, best_of, trial_table
 
 DRAWN = 6
-"""Trials whose curves are drawn: the best, as many as have colours of their own."""
+"""Number of best trials whose curves are drawn: as many as there are distinct colours."""
 
 
 def sweep_page(directory: SweepDirectory, recipe: Recipe) -> str:
-    """The page of a sweep, whatever it has come to.
+    """The page of a sweep in any state.
 
     Args:
-        directory: Of the sweep.
-        recipe: With its section `sweep`.
+        directory: Directory of the sweep.
+        recipe: Recipe with a section `sweep`.
     """
     assert recipe.sweep is not None
     trials = directory.trials()
@@ -37,12 +37,12 @@ def sweep_page(directory: SweepDirectory, recipe: Recipe) -> str:
         f"{name}: sweep",
         training_curves.STYLE + STYLE,
         [
-            f"<header><h1>{escape(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a run; "
+            f"<header><h1>{escape(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a training run; "
             f"sampler {recipe.sweep.sampler}, seed {recipe.sweep.seed}</p></header>",
             _best(trials),
-            section("What each value did", _effects(recipe.sweep.keys, done)),
+            section("Validation loss by value", _effects(recipe.sweep.keys, done)),
             section("Trials, the best first", table(*trial_table(trials))),
-            section("Curves of the best", training_curves.compared(histories) if histories else ""),
+            section("Training curves of the best trials", training_curves.compared(histories) if histories else ""),
         ],
     )
 
@@ -51,33 +51,38 @@ def _best(trials: Sequence[Trial]) -> str:
     best = best_of(trials)
     if best is None:
         return ""
-    values = ", ".join(f"{escape(key)} = {escape(in_words(value))}" for key, value in best.values.items())
-    return f'<p class="kept">Best: trial <b>{best.number}</b>, held-out loss <b>{best.loss:.4f}</b>, with {values}.</p>'
+    values = ", ".join(f"{escape(key)} = {escape(as_text(value))}" for key, value in best.values.items())
+    return (
+        f'<p class="result">Best: trial <b>{best.number}</b>, validation loss <b>{best.loss:.4f}</b>, '
+        f"with {values}.</p>"
+    )
 
 
 def _effects(keys: Sequence[Swept], done: Sequence[Trial]) -> str:
     losses = sorted((float(trial.number), trial.loss or 0.0) for trial in done)
     lowest = zip((number for number, _ in losses), accumulate((loss for _, loss in losses), min), strict=True)
     in_time = chart(
-        "Held-out loss by trial",
+        "Validation loss by trial",
         [
-            Series("trial", losses, dotted=True, joined=False),
+            Series("trial", losses, dotted=True, connected=False),
             Series("lowest so far", list(lowest), color=2),
         ],
         training_curves.LOSS,
-        Axis(lambda number: f"{number:.0f}", name="trial", whole=True),
+        Axis(lambda number: f"{number:.0f}", name="trial", integer=True),
     )
     return training_curves.charts([in_time], [_effect(swept, done) for swept in keys])
 
 
 def _effect(swept: Swept, done: Sequence[Trial]) -> str:
-    """A dot for each trial, by the value that it tried."""
+    """A scatter chart of the trials by one swept value."""
     if isinstance(swept, Choice):
-        choices = [in_words(choice) for choice in swept.choices]
-        places = {trial.number: choices.index(in_words(trial.values[swept.key])) for trial in done}
-        along = Axis(lambda place: choices[round(place)], name=swept.key, whole=True)
+        choices = [as_text(choice) for choice in swept.choices]
+        places = {trial.number: choices.index(as_text(trial.values[swept.key])) for trial in done}
+        along = Axis(lambda place: choices[round(place)], name=swept.key, integer=True)
         points = [(float(places[trial.number]), trial.loss or 0.0) for trial in done]
     else:
-        along = Axis(in_words, may_be_logarithmic=isinstance(swept, LogUniform), name=swept.key)
+        along = Axis(as_text, may_be_logarithmic=isinstance(swept, LogUniform), name=swept.key)
         points = [(float(trial.values[swept.key]), trial.loss or 0.0) for trial in done]
-    return chart(swept.key, [Series(swept.key, sorted(points), dotted=True, joined=False)], training_curves.LOSS, along)
+    return chart(
+        swept.key, [Series(swept.key, sorted(points), dotted=True, connected=False)], training_curves.LOSS, along
+    )

@@ -1,4 +1,4 @@
-"""The course of one run, or of several over each other, as charts."""
+"""Training curves of one run, or of several runs in shared charts."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ figcaption small { color: var(--dim); font-weight: 400; }
 """
 
 COLORS = 6
-"""Lines that can be told from each other."""
+"""Number of distinct line colours."""
 
 
 def charts(wide: Sequence[str], rest: Sequence[str]) -> str:
-    """Wide figures below each other, and the rest side by side where there is room."""
+    """Wide figures stacked, the rest side by side if the page is wide enough."""
     groups = (("wide", "".join(wide)), ("charts", "".join(rest)))
     return "".join(f'<div class="{kind}">{figures}</div>' for kind, figures in groups if figures)
 
 
 def curves(history: History) -> str:
-    """Loss, held-out loss, learning rate, gradient norm, speed and memory of one run."""
+    """Loss, validation loss, learning rate, gradient norm, throughput and memory of one run."""
     loss = _points(history, lambda step: step.loss)
     lines = [
         Series("each step", loss, faint=True),
         Series("training, smoothed", smoothed(loss)),
-        Series("held out", _validation(history), color=2, dotted=True),
+        Series("validation", _validation(history), color=2, dotted=True),
     ]
     figures = [chart(each.title, [Series(each.title, _points(history, each.of))], each.axis) for each in _FIGURES]
-    return charts([chart("Loss, nats per trained token", lines, LOSS)], figures)
+    return charts([chart("Loss, nats per target token", lines, LOSS)], figures)
 
 
 def compared(histories: Sequence[tuple[str, History]]) -> str:
-    """The same of several runs, one colour each; beyond `COLORS` of them colours come again."""
+    """The same for several runs, one colour each; colours repeat beyond `COLORS` runs."""
 
     def figure(title: str, points_of: Callable[[History], list[Point]], axis: Axis, dotted: bool = False) -> str:
         lines = [
@@ -66,7 +66,7 @@ def compared(histories: Sequence[tuple[str, History]]) -> str:
         return chart(title, lines, axis)
 
     losses = [
-        figure("Held-out loss, nats per trained token", _validation, LOSS, dotted=True),
+        figure("Validation loss, nats per target token", _validation, LOSS, dotted=True),
         figure("Training loss, smoothed", lambda each: smoothed(_points(each, lambda step: step.loss)), LOSS),
     ]
     return charts(losses, [figure(each.title, partial(_points, of=each.of), each.axis) for each in _FIGURES])
@@ -92,7 +92,7 @@ LOSS = Axis(_loss, may_be_logarithmic=True)
 
 
 class _Figure(NamedTuple):
-    """A figure of steps: its title, what of a step it shows, and how."""
+    """A chart over steps: title, value of a step, and axis."""
 
     title: str
     of: Callable[[StepMetrics], float]
@@ -106,6 +106,6 @@ _FIGURES = [
         lambda step: step.gradient_norm,
         Axis(lambda norm: f"{norm:.3g}", may_be_logarithmic=True),
     ),
-    _Figure("Tokens a second", lambda step: step.tokens_per_second, Axis(count, from_zero=True)),
+    _Figure("Tokens per second", lambda step: step.tokens_per_second, Axis(count, from_zero=True)),
     _Figure("Peak memory", lambda step: step.peak_memory_bytes, Axis(memory, from_zero=True)),
 ]

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, its metrics, where it came from."""
+"""Runs: directory, lock, checkpoints, metrics, provenance, trackers and ranks."""

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: a folder is committed whole, or it is never seen.
+"""Checkpoints on disk, committed atomically.
 
-A checkpoint is written into a hidden folder, synced and hashed file by file; its manifest comes last, then the folder
-is renamed. One function, `find_resumable`, decides what a run may go on from, and believes nothing but hashes.
+A checkpoint is written into a hidden folder; each file is synced and hashed. The manifest is written last, then the
+folder is renamed. `find_resumable` alone decides from which checkpoint a run resumes, by verifying sizes and hashes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from finetune.storage.files import disk_faults, open_to_readers, sync
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Layout of a checkpoint; raised when it changes."""
+"""Version of a checkpoint's layout; increased when the layout changes."""
 
 MANIFEST = "MANIFEST.json"
 LARGEST_MANIFEST = 1 << 20
-"""Bytes; ours have a few thousand."""
+"""Bytes; a real manifest has a few thousand."""
 
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 
 
 class _DamagedError(Exception):
-    """Why a folder is no checkpoint to go on from."""
+    """Reason why a checkpoint cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Checkpoint:
     """A committed checkpoint.
 
     Attributes:
-        path: Its folder.
-        commit: Counts the commits of a run; the order of checkpoints, whatever clocks and steps say.
-        step: Optimizer steps that are done.
-        files: Of each file but the manifest its `bytes` and `sha256`.
-        facts: What the run was when it was committed.
+        path: The folder.
+        commit: Counter of the commits of a run. It defines the order of checkpoints: clocks can be wrong, and steps
+            repeat after a resume from an older checkpoint.
+        step: Optimizer steps done.
+        files: `bytes` and `sha256` of each file except the manifest.
+        facts: JSON values from the caller, checked before a resume.
     """
 
     path: Path
@@ -58,7 +59,7 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files but the manifest."""
+        """Size of all files except the manifest."""
         return sum(record["bytes"] for record in self.files.values())
 
 
@@ -66,26 +67,26 @@ class Checkpoints:
     """The checkpoints of one run. Only the holder of the run's lock may change them.
 
     Args:
-        folder: `checkpoints/` of the run; made when it is needed.
+        folder: `checkpoints/` of the run; created when needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def commit(self, step: int, facts: Mapping[str, Any], write: Callable[[Path], None]) -> Checkpoint:
-        """Write a checkpoint; it is there whole when this returns, and not at all when this raises.
+        """Write a checkpoint: complete when this returns, absent when this raises.
 
-        A committed folder is never written to again: where the step has one, damaged and passed over, the new one
-        gets a number.
+        A committed folder is never modified: if the step already has a (damaged) one, the new one gets a suffix.
 
         Args:
-            step: Optimizer steps that are done.
-            facts: JSON values to stand in the manifest.
+            step: Optimizer steps done.
+            facts: JSON values for the manifest.
             write: Writes the files into an empty folder.
 
         Raises:
             EnvironmentFault: The disk is full or the folder cannot be written.
         """
+        # A folder with an unreadable manifest counts as 0 here: a number may then repeat, and names break the tie.
         number = 1 + int(max((_commit_number(folder, unreadable=0) for folder in self.folders()), default=0))
         target = self.folder / f"step-{step:08}"
         if os.path.lexists(target):
@@ -94,7 +95,7 @@ class Checkpoints:
         try:
             with disk_faults(target):
                 aside.mkdir(parents=True)
-                sync(self.folder.parent)
+                sync(self.folder.parent)  # the entry `checkpoints/`, which the first commit creates
                 write(aside)
                 open_to_readers(aside)
                 files = {file.name: _hashed(file) for file in sorted(aside.iterdir())}
@@ -102,6 +103,7 @@ class Checkpoints:
                 (aside / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
                 sync(aside / MANIFEST)
                 sync(aside)
+                # The commit: a crash before this line leaves a hidden folder, one after it a complete checkpoint.
                 aside.rename(target)
                 sync(self.folder)
         finally:
@@ -109,91 +111,93 @@ class Checkpoints:
         return Checkpoint(target, number, step, files, facts)
 
     def find_resumable(self) -> Checkpoint | None:
-        """The newest checkpoint whose every file has its size and hash; None if none was ever committed.
+        """The newest checkpoint whose files all have their size and hash; None if none was ever committed.
 
-        Newer ones that are damaged are passed over with a warning that names file and cause.
+        Damaged newer ones are skipped, with a warning that names file and cause.
 
         Raises:
-            RefusedError: There are checkpoints, and every one is damaged.
+            RefusedError: There are checkpoints, and all are damaged.
         """
         reasons = []
-        for folder in self._newest_first(unreadable=math.inf):  # it may be the newest, and must not go unsaid
+        for folder in self._newest_first(unreadable=math.inf):  # first: it may be the newest, so it needs a warning
             try:
                 checkpoint = _verified(folder)
             except _DamagedError as damage:
                 reasons.append(f"{folder.name}: {damage}")
                 continue
             for reason in reasons:
-                logger.warning("%s; this checkpoint is passed over", reason)
+                logger.warning("%s; this checkpoint is skipped", reason)
             return checkpoint
         if reasons:
             raise RefusedError(
                 "every checkpoint is damaged, and none was removed: " + "; ".join(reasons),
                 where=str(self.folder),
-                hint="bring back a good copy, or start again with --overwrite",
+                hint="restore a good copy, or start over with --overwrite",
             )
         return None
 
     @property
     def any_committed(self) -> bool:
-        """Whether a checkpoint is there, whole or damaged."""
+        """Whether there is any checkpoint, intact or damaged."""
         return bool(self.folders())
 
     def folders(self) -> list[Path]:
-        """What has the name of a checkpoint, whole or damaged, by name."""
+        """Folders named like a checkpoint, intact or damaged, by name."""
         if not self.folder.is_dir():
             return []
         return sorted(entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name))
 
     def at_step(self, step: int) -> Checkpoint | None:
-        """The newest checkpoint of a step whose every file has its size and hash; None where there is none."""
+        """The newest intact checkpoint of a step; None if there is none."""
         for folder in self._newest_first(unreadable=0):
             try:
                 if _manifest(folder).step == step:
                     return _verified(folder)
             except _DamagedError as damage:
-                logger.warning("%s: %s; this checkpoint is passed over", folder.name, damage)
+                logger.warning("%s: %s; this checkpoint is skipped", folder.name, damage)
         return None
 
     def retain(self, kept: int, best: int | None = None) -> None:
-        """Remove what is older than the newest `kept` checkpoints that have all their bytes, but for those of `best`.
+        """Remove checkpoints older than the newest `kept` complete ones, except those of step `best`.
+
+        Only file sizes are checked here: hashing gigabytes after every save would take too long.
 
         Args:
-            kept: How many.
+            kept: Number of checkpoints to keep.
             best: A step whose weights may become the result.
         """
-        whole = 0
+        complete = 0
         for folder in self._newest_first(unreadable=0):
-            if whole < kept:
-                whole += _has_its_bytes(folder)
+            if complete < kept:
+                complete += _has_all_bytes(folder)
                 continue
             if best is not None and _is_of_step(folder, best):
                 continue
             trash = self.folder / f".trash-{folder.name}"
             try:
-                folder.rename(trash)  # no reader sees half of a checkpoint
+                folder.rename(trash)  # no reader must find a checkpoint with some files removed
                 shutil.rmtree(trash)
             except OSError as error:
                 logger.warning("%s: an old checkpoint cannot be removed: %s", folder, error.strerror)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed process was about to write or to remove."""
+        """Remove temporary folders of a killed process."""
         for pattern in (".tmp-*", ".trash-*"):
             for folder in self.folder.glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _newest_first(self, unreadable: float) -> list[Path]:
-        """Folders by commit number; `unreadable` stands for the number of those that have lost theirs."""
+        """Folders by commit number, newest first; a folder with an unreadable manifest counts as `unreadable`."""
         return sorted(
             self.folders(), key=lambda folder: (_commit_number(folder, unreadable), folder.name), reverse=True
         )
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """One checkpoint, every file of which has its size and hash.
+    """Read one checkpoint and verify all its files.
 
     Raises:
-        RefusedError: It is damaged.
+        RefusedError: The checkpoint is damaged.
     """
     try:
         return _verified(folder)
@@ -204,14 +208,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the hash of what else stands in it."""
+    """A manifest with the hash of its other entries, under `sha256`."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True)
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _hashed(file: Path) -> dict[str, Any]:
-    """Put a file on the disk for good, and read from there what it holds."""
+    """Fsync a file, then read it back for its hash: this hashes the file and not what was meant to be written."""
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
@@ -222,11 +226,11 @@ def _verified(folder: Path) -> Checkpoint:
         _check_size(folder / name, record["bytes"])
         found = file_digest(folder / name)
         if found != record["sha256"]:
-            raise _DamagedError(f"{name} has sha256 {found[:12]}, and {record['sha256'][:12]} was written")
+            raise _DamagedError(f"{name} has sha256 {found[:12]}, expected {record['sha256'][:12]}")
     return checkpoint
 
 
-def _has_its_bytes(folder: Path) -> bool:
+def _has_all_bytes(folder: Path) -> bool:
     try:
         for name, record in _manifest(folder).files.items():
             _check_size(folder / name, record["bytes"])
@@ -240,7 +244,7 @@ def _check_size(file: Path, size_bytes: int) -> None:
         raise _DamagedError(f"{file.name} is missing")
     found = file.stat().st_size
     if found != size_bytes:
-        raise _DamagedError(f"{file.name} has {found} bytes, and {size_bytes} were written")
+        raise _DamagedError(f"{file.name} has {found} bytes, expected {size_bytes}")
 
 
 def _commit_number(folder: Path, unreadable: float) -> float:
@@ -258,7 +262,7 @@ def _is_of_step(folder: Path, step: int) -> bool:
 
 
 def _manifest(folder: Path) -> Checkpoint:
-    """What a manifest says; the files themselves are not looked at."""
+    """Read a manifest; the files themselves are not checked."""
     file = folder / MANIFEST
     if folder.is_symlink() or file.is_symlink() or not file.is_file():
         raise _DamagedError(f"{MANIFEST} is missing")
@@ -269,18 +273,18 @@ def _manifest(folder: Path) -> Checkpoint:
         raise _DamagedError(f"{MANIFEST} cannot be read: {error}") from error
     match written:
         case dict() if written != sealed(written):
-            raise _DamagedError(f"{MANIFEST} has another hash than was written")
+            raise _DamagedError(f"{MANIFEST} does not match its hash")
         case {"format": int(version)} if version != FORMAT:
-            raise _DamagedError(f"it has format {version}, and this version of ft reads format {FORMAT}")
+            raise _DamagedError(f"it has format {version}; this version of ft reads format {FORMAT}")
         case {"commit": int(commit), "step": int(step), "files": dict(files), "facts": dict(facts)} if all(
             map(_is_record, files.items())
         ):
             return Checkpoint(folder, commit, step, files, facts)
-    raise _DamagedError(f"{MANIFEST} is not one of ours")
+    raise _DamagedError(f"{MANIFEST} is not a manifest of ft")
 
 
 def _is_record(item: tuple[str, Any]) -> bool:
-    """Whether this is a plain file name with size and hash: a manifest must not lead out of its folder."""
+    """Whether this is a plain file name with size and hash: a manifest must not point outside its folder."""
     match item:
         case (name, {"bytes": int(), "sha256": str()}):
             return Path(name).name == name

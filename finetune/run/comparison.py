@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs in recipe, data, versions and results."""
+"""Differences between two runs in recipe, data, versions and results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finetune.storage.files import read_json
 
 @dataclass(frozen=True)
 class Difference:
-    """A fact that differs.
+    """One value that differs between two runs.
 
     Attributes:
         part: `recipe`, `data`, `versions` or `results`.
-        key: What it is.
-        first: Its value in the first run, in words.
-        second: Its value in the second.
+        key: Name of the value, such as a recipe key.
+        first: Value in the first run, as text.
+        second: Value in the second run.
     """
 
     part: str
@@ -33,7 +33,7 @@ class Difference:
 
 
 def differences(first: RunDirectory, second: RunDirectory) -> list[Difference]:
-    """What differs between two runs; nothing of the recipe can differ unseen, for both are resolved ones."""
+    """All differences between two runs; resolved recipes are compared, so that differing defaults show too."""
     before, after = (load_recipe(run.recipe).recipe for run in (first, second))
     recipe = [Difference("recipe", change.key, change.old, change.new) for change in changes(before, after)]
     return [*recipe, *_between("data", _data, first, second), *_between("versions", _versions, first, second),
@@ -44,11 +44,11 @@ def _between(part: str, read: Any, first: RunDirectory, second: RunDirectory) ->
     before, after = read(first), read(second)
     for key in {**before, **after}:
         if before.get(key) != after.get(key):
-            yield Difference(part, key, _in_words(before.get(key)), _in_words(after.get(key)))
+            yield Difference(part, key, _as_text(before.get(key)), _as_text(after.get(key)))
 
 
 def _data(run: RunDirectory) -> dict[str, Any]:
-    """The hash of every file, or all that is known of a hub data set, by its number among the sources."""
+    """The hash of every file, or the whole record of a hub data set, by its index among the sources."""
     return {
         f"{number}. {record.get('file', 'hub data set')}": record.get("sha256") or json.dumps(record, sort_keys=True)
         for number, record in enumerate(read_json(run.provenance).get("data", []), start=1)
@@ -68,14 +68,14 @@ def _results(run: RunDirectory) -> dict[str, Any]:
         "state": summary.state,
         "step": summary.step,
         "loss": summary.loss,
-        "held-out loss": summary.validation_loss,
+        "validation loss": summary.validation_loss,
     }
     for task, scores in read_results(run).get("tasks", {}).items():
         results |= {f"eval {task} {metric}": score["value"] for metric, score in scores.items()}
     return results
 
 
-def _in_words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "-" if value is None else str(value)

@@ -1,21 +1,16 @@
-"""The run directory: every path that a run reads or writes is made here."""
+"""The run directory: the only place that knows the paths which a run reads or writes."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
 
 from finetune.errors import (
     EnvironmentFault,
@@ -30,19 +25,18 @@ from finetune.errors import (
 )
 from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
+from finetune.run.lock import exclusive_lock, is_locked
+from finetune.run.provenance import now
 from finetune.run.signals import StopRequested
 from finetune.storage.files import UNFINISHED, disk_faults, read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Layout of the directory; raised when it changes."""
+"""Version of the directory's layout; increased when the layout changes."""
 
 TRAINED_RECORD = "ft_adapter.json"
-"""Beside trained weights: what they are, and what they belong to."""
-
-LOOKS = 3
-SECONDS_OF_A_LOOK = 0.05
+"""File beside trained weights: method, recipe and fingerprint of the base that they belong to."""
 
 INTERRUPTED = 130
 """Exit code of a run that Ctrl-C ended."""
@@ -50,11 +44,11 @@ INTERRUPTED = 130
 
 @dataclass
 class Attempt:
-    """How far a run has come.
+    """Progress of one attempt at training a run.
 
     Attributes:
-        steps: Optimizer steps that are done.
-        checkpoint: Steps of the newest checkpoint, from which the run could go on.
+        steps: Optimizer steps done.
+        checkpoint: Step of the newest checkpoint, from which the run can resume; None without one.
     """
 
     steps: int = 0
@@ -62,13 +56,13 @@ class Attempt:
 
 
 class RunDirectory:
-    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, checkpoints, trained weights, what was made of them.
+    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, checkpoints, trained weights, and their exports.
 
-    Made by `create` for a new run and by `open` for one that is there.
+    `create` makes a new run, `open` returns an existing one.
 
     Args:
-        path: Of the directory.
-        is_writer: Whether this process writes it; of several processes of a run only the main one does.
+        path: The directory.
+        is_writer: Whether this process writes into it; among the processes of a run only the main one does.
     """
 
     def __init__(self, path: Path, is_writer: bool = True) -> None:
@@ -98,20 +92,21 @@ class RunDirectory:
 
         Args:
             path: Must not exist, or be empty.
-            overwrite: Remove a run that is there; anything else is left alone.
+            overwrite: Remove an existing run; a folder that is not a run is never removed.
 
         Raises:
-            RefusedError: Something is there already, or another process trains or claims it.
-            EnvironmentFault: The directory cannot be made.
+            RefusedError: The path is taken, or another process trains or claims it.
+            EnvironmentFault: The directory cannot be created.
         """
         run = cls(path.absolute())
         was_there = path.exists()
         try:
             if overwrite and run.marker.is_file() and not path.is_symlink():
-                with run._locked():
+                with exclusive_lock(run.lock):
                     shutil.rmtree(path)
             run._refuse_if_used()
             path.mkdir(parents=True, exist_ok=True)
+            # Exclusive creation decides between two processes that both found the path free.
             with run.marker.open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"format": FORMAT, "created": now()}) + "\n")
         except FileExistsError as error:
@@ -119,7 +114,7 @@ class RunDirectory:
                 "another process has just taken the run directory", where=str(path), hint="choose another --run-dir"
             ) from error
         except OSError as error:
-            with suppress(OSError):  # leave nothing that looks like a run
+            with suppress(OSError):  # a marker without a run would block the name
                 run.marker.unlink(missing_ok=True)
                 if not was_there:
                     path.rmdir()
@@ -135,17 +130,17 @@ class RunDirectory:
         """The run in `path`.
 
         Args:
-            path: Of the directory.
-            is_writer: Whether this process writes it.
+            path: The directory.
+            is_writer: Whether this process writes into it.
 
         Raises:
-            UsageError: There is none.
+            UsageError: There is no run.
         """
         run = cls(path.absolute(), is_writer)
         if not run.marker.is_file():
             runs = sorted(file.parent.name for file in path.parent.glob("*/run.json"))
             hint = f"runs in {path.parent}: {', '.join(runs)}" if runs else "train one first: ft train recipe.yaml"
-            raise UsageError("this is no run directory", where=str(path), hint=hint)
+            raise UsageError("this is not a run directory", where=str(path), hint=hint)
         return run
 
     @staticmethod
@@ -158,34 +153,25 @@ class RunDirectory:
         return path
 
     def trained(self, is_whole_model: bool) -> Path:
-        """Where the trained weights are: `adapter/`, or `model/` where every weight trained."""
+        """Folder of the trained weights: `adapter/`, or `model/` after full fine-tuning."""
         return self.path / ("model" if is_whole_model else "adapter")
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run completed all its steps."""
         return read_json(self.outcome).get("code") == 0
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process trains the run just now."""
-        if not self.lock.is_file():
-            return False
-        with self.lock.open("r", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            except OSError:  # a file system without locks: nobody can tell
-                return False
-        return False
+        """Whether a process is training the run."""
+        return is_locked(self.lock)
 
     def begin(self, recipe: str, metrics_bytes: int) -> None:
-        """Make ready for an attempt: what an earlier one wrote past its last checkpoint is set aside.
+        """Prepare for an attempt: metrics past the checkpoint move to `metrics.attempt-N.jsonl`.
 
         Args:
             recipe: The resolved recipe.
-            metrics_bytes: Length of `metrics.jsonl` at the checkpoint that the run goes on from; 0 without one.
+            metrics_bytes: Length of `metrics.jsonl` at the checkpoint that the run resumes from; 0 without one.
         """
         self.remove_leftovers()
         with disk_faults(self.path):
@@ -196,29 +182,29 @@ class RunDirectory:
         write_text(self.recipe, recipe)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed process was about to put in its place."""
+        """Remove temporary files and folders of a killed process."""
         with disk_faults(self.path):
             for entry in self.path.iterdir():
                 if UNFINISHED.fullmatch(entry.name):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def append_metrics(self, record: Recorded) -> None:
-        """Add a line to `metrics.jsonl` and hand it to the operating system.
+        """Append a line to `metrics.jsonl` and flush it to the operating system.
 
-        On a disk that is full the line waits for the next one: it is not worth a run.
+        On a full disk the line stays in memory until the next call: a missing metric must not end a run.
         """
         self._unwritten.append(json.dumps(record.to_json()) + "\n")
         try:
             self._write_metrics()
         except EnvironmentFault as fault:
             if len(self._unwritten) == 1:
-                logger.warning("%s: %s; what belongs there is kept in memory for now", self.metrics.name, fault.what)
+                logger.warning("%s: %s; its lines are kept in memory for now", self.metrics.name, fault.what)
 
     def sync_metrics(self) -> int:
-        """Put `metrics.jsonl` on the disk for good; returns its length in bytes.
+        """Fsync `metrics.jsonl`; returns its length in bytes.
 
         Raises:
-            EnvironmentFault: There is no room for it.
+            EnvironmentFault: The disk is full.
         """
         self._write_metrics()
         with disk_faults(self.metrics), self.metrics.open("ab") as file:
@@ -226,11 +212,11 @@ class RunDirectory:
             return file.tell()
 
     def _write_metrics(self) -> None:
-        """Write the lines that are waiting: all of them, or none."""
+        """Write all pending lines, or none."""
         lines = "".join(self._unwritten).encode()
         with disk_faults(self.metrics), self.metrics.open("ab", buffering=0) as file:
             end = file.tell()
-            if file.write(lines) < len(lines):  # as much as there was room for
+            if file.write(lines) < len(lines):  # unbuffered: a full disk takes a part, and half a line is not JSON
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._unwritten.clear()
@@ -239,7 +225,7 @@ class RunDirectory:
         """Cut `metrics.jsonl` to its length at a checkpoint; the lines past it move to `metrics.attempt-N.jsonl`."""
         found = self.metrics.stat().st_size if self.metrics.is_file() else 0
         if found < size_bytes:
-            logger.warning("%s: %d bytes are lost; training goes on without them", self.metrics, size_bytes - found)
+            logger.warning("%s: %d bytes are lost; training continues without them", self.metrics, size_bytes - found)
         if found <= size_bytes:
             return
         with self.metrics.open("r+b") as file:
@@ -248,7 +234,7 @@ class RunDirectory:
             file.truncate(size_bytes)
 
     def _set_aside(self, file: Path) -> Path:
-        """The first free name of the kind `metrics.attempt-1.jsonl`."""
+        """The first free name like `metrics.attempt-1.jsonl`."""
         number = 1
         while (path := file.with_name(f"{file.stem}.attempt-{number}{file.suffix}")).exists():
             number += 1
@@ -256,20 +242,19 @@ class RunDirectory:
 
     @contextmanager
     def attempt(self) -> Iterator[Attempt]:
-        """The time in which a run trains, and no other process may: `exit.json` tells afterwards how it ended.
+        """Train under the lock of the run; afterwards `exit.json` records the exit code and the reason.
 
-        A new run that fails before its first step leaves nothing behind, so that its name is free for the next try;
-        a run that is refused to go on keeps its record as it was. A process that is not the run's writer takes part
-        without the lock and tells nothing.
+        A new run that fails before its first step is removed, so that its name is free again. A resume that is
+        refused leaves `exit.json` unchanged. A process that is not the run's writer neither locks nor records.
 
         Raises:
             RefusedError: Another process trains the run.
-            Stopped: A signal ended the run, and it can go on from a checkpoint.
-            Interrupted: A signal ended the run before there was one.
+            Stopped: A signal ended the run after a checkpoint, from which it can resume.
+            Interrupted: A signal ended the run before its first checkpoint.
         """
-        with self._locked() if self.is_writer else nullcontext():
+        with exclusive_lock(self.lock) if self.is_writer else nullcontext():
             attempt = Attempt()
-            is_new = not self.recipe.is_file()
+            is_new = not self.recipe.is_file()  # `begin` writes it
             try:
                 yield attempt
             except StopRequested as request:
@@ -283,7 +268,7 @@ class RunDirectory:
                 raise
             except Exception as error:
                 known = as_out_of_memory(error) or as_lost_process(error)
-                if known is None:  # a bug: keep all that could explain it
+                if known is None:  # a bug: keep the directory, its log may explain it
                     self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
                     raise
                 self._end(attempt, known.exit_code, known.what, is_new)
@@ -291,9 +276,9 @@ class RunDirectory:
             self._write_outcome(attempt, 0, "done")
 
     def _stop(self, attempt: Attempt, request: StopRequested, is_new: bool) -> Stopped | Interrupted:
-        """Write down that a signal ended the run, and make the error that says so."""
+        """Record that a signal ended the run; returns the error to raise."""
         if attempt.checkpoint is not None:
-            attempt.steps = attempt.checkpoint
+            attempt.steps = attempt.checkpoint  # later steps are lost: the run resumes from here
             self._write_outcome(attempt, Stopped.exit_code, f"stopped {request}")
             return Stopped(f"{request} after step {attempt.checkpoint}, which is saved", hint=self.resume_command)
         interrupted = Interrupted(f"{request} before anything could be saved", number=request.number)
@@ -301,24 +286,27 @@ class RunDirectory:
         return interrupted
 
     def correct_outcome(self, error: FinetuneError) -> None:
-        """Put what ended a run of several processes in the place of its main process's word that another was lost."""
+        """Record the root cause in place of the consequence that the main process recorded.
+
+        When another rank fails, the main process only learns that a process was lost (`ProcessLost`).
+        """
         if not self.outcome.is_file():
             return
         known = json.loads(self.outcome.read_text(encoding="utf-8"))
-        if known["code"] == ProcessLost.exit_code:
+        if known["code"] == ProcessLost.exit_code:  # any other code is a root cause itself
             with suppress(EnvironmentFault):
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, in as many processes."""
+        """A hint with the command that resumes the run on the same number of processes."""
         here = Path.cwd()
         path = self.path.relative_to(here) if here in self.path.parents else self.path
         rank = Rank.here()
         more = f" --processes {rank.count_here}" if rank.count_here > 1 else ""
         if rank.count > rank.count_here:
             more += f" --nodes {rank.count // rank.count_here} --rendezvous HOST:PORT"
-        return f"go on with it: ft train --resume {path}{more}"
+        return f"resume it: ft train --resume {path}{more}"
 
     def _end(self, attempt: Attempt, code: int, message: str, is_new: bool) -> None:
         if not self.is_writer:
@@ -329,78 +317,33 @@ class RunDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _write_outcome(self, attempt: Attempt, code: int, message: str) -> None:
-        """Write how the attempt ended; where it failed and this cannot be written either, the failure is what counts.
+        """Write `exit.json`.
 
         Raises:
-            EnvironmentFault: The run came to its end, and nobody could see that.
+            EnvironmentFault: It cannot be written, although the run succeeded. After a failure that is only a warning:
+                the failure itself is the error to report.
         """
         if not self.is_writer:
             return
-        ending = {"code": code, "step": attempt.steps, "resumable": bool(code) and attempt.checkpoint is not None}
+        outcome = {"code": code, "step": attempt.steps, "resumable": bool(code) and attempt.checkpoint is not None}
         try:
-            write_json(self.outcome, {**ending, "checkpoint": attempt.checkpoint, "message": message, "ended": now()})
+            write_json(self.outcome, {**outcome, "checkpoint": attempt.checkpoint, "message": message, "ended": now()})
         except EnvironmentFault as fault:
             if not code:
                 raise
             logger.warning("%s %s", self.outcome.name, fault.what)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes out; the system takes the lock away when the process ends, however it does.
-
-        Processes that tokenize do not inherit it: Python opens files so that they stay with who opened them.
-        """
-        with disk_faults(self.lock):
-            file = self.lock.open("a+", encoding="utf-8")
-        with file:
-            try:
-                self._take(file)
-            except BlockingIOError:
-                raise self._is_held() from None
-            except OSError as error:  # a network file system without locks
-                logger.warning("%s cannot be locked (%s): let only one process train it", self.path, error.strerror)
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
-            if not self.lock.exists() or not os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
-                raise RefusedError("the run has just been removed", where=str(self.path), hint="train it again")
-            with suppress(OSError):  # on a full disk others do not learn who it is, but are kept out
-                file.truncate(0)
-                os.write(file.fileno(), json.dumps(holder).encode() + b"\n")
-            yield
-
-    @staticmethod
-    def _take(file: TextIO) -> None:
-        """Lock a file. Who looks whether it is locked holds it for a moment, and is waited for."""
-        for _ in range(LOOKS):
-            with suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(SECONDS_OF_A_LOOK)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _is_held(self) -> RefusedError:
-        try:
-            holder = json.loads(self.lock.read_text(encoding="utf-8"))
-            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or somebody wrote there
-            who = "another process"
-        return RefusedError(f"the run is being trained by {who}", where=str(self.path), hint="wait for it, or stop it")
-
     def _refuse_if_used(self) -> None:
         if self.path.is_symlink():
             raise RefusedError(
-                "the run directory is a symbolic link", where=str(self.path), hint="give the folder that it points to"
+                "the run directory is a symbolic link", where=str(self.path), hint="name the folder that it points to"
             )
         if not self.path.exists():
             return
         if not self.path.is_dir() or any(self.path.iterdir()):
             is_run = self.marker.is_file()
             raise RefusedError(
-                "a run is there already" if is_run else "the run directory is not empty, and holds no run",
+                "a run is there already" if is_run else "the run directory is not empty and is not a run",
                 where=str(self.path),
                 hint="choose another --run-dir" + (", or replace it with --overwrite" if is_run else ""),
             )
-
-
-def now() -> str:
-    """The time as RFC 3339 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,15 @@
-"""Several processes of one run: which of them this one is, and how it tells what ended it."""
+"""Distributed runs: the rank of this process, and the error file in which it reports why it ended.
+
+Usually one rank fails and the others end because of it. Each writes a `RankExit`; the launcher reports the root cause
+and drops the consequences:
+
+| what happened to a rank         | `RankExit` in its error file          | role         |
+| ------------------------------- | ------------------------------------- | ------------ |
+| an error of ft, or a bug        | `code`, `what`, `traceback` of a bug  | root cause   |
+| a signal                        | `is_stop`                             | root cause   |
+| a collective lost another rank  | `is_consequence` (`ProcessLost`)      | consequence  |
+| killed (SIGKILL, out of memory) | none: the launcher has only the code  | root cause   |
+"""
 
 from __future__ import annotations
 
@@ -15,26 +26,27 @@ from pathlib import Path
 
 from finetune.errors import FinetuneError, Interrupted, ProcessFailed, ProcessLost, Stopped
 
-SUPERVISOR = "FT_SUPERVISOR"
-"""Environment variable: process id of the `ft train` that started this process as a rank of its run."""
+LAUNCHER = "FT_LAUNCHER"
+"""Environment variable: process id of the `ft train` that launched this rank."""
 
 LAUNCH = "FT_LAUNCH"
-"""Environment variable: a folder of that `ft train`, for as long as it lives."""
+"""Environment variable: a temporary folder of that launcher, removed when it ends."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable: where PyTorch's launchers look for what ended a rank."""
+"""Environment variable: the file in which PyTorch's launchers expect the error of a rank."""
 
 PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h: the signal that a process gets when its parent ends."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Which process of its run this one is.
+    """Rank and world size of this process.
 
     Attributes:
-        number: From 0; 0 is the main process, the only one that writes and speaks.
-        count: Processes of the run.
-        count_here: Of these, the ones on this machine.
+        number: The rank, from 0; 0 is the main process, the only one that writes files and prints.
+        count: World size: processes of the run.
+        count_here: Local world size: those on this machine.
     """
 
     number: int = 0
@@ -43,7 +55,7 @@ class Rank:
 
     @classmethod
     def here(cls) -> Rank:
-        """As a launcher says in the environment: ours, torchrun, Slurm, or any that sets RANK and WORLD_SIZE."""
+        """Read from the environment of any launcher that sets RANK and WORLD_SIZE (ft, torchrun), or of Slurm."""
         _translate_slurm()
         count = int(os.environ.get("WORLD_SIZE", 1))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
@@ -51,12 +63,12 @@ class Rank:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0."""
         return self.number == 0
 
 
 def _translate_slurm() -> None:
-    """Say in PyTorch's words what Slurm says to the tasks of a step; a batch script itself is no task of one."""
+    """Set PyTorch's variables from those of a Slurm step; a batch script by itself is not a task of a step."""
     found = os.environ
     if "RANK" in found or int(found.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
@@ -64,37 +76,38 @@ def _translate_slurm() -> None:
     found["LOCAL_RANK"] = found["SLURM_LOCALID"]
     found["LOCAL_WORLD_SIZE"] = re.split(r"[(,]", found["SLURM_STEP_TASKS_PER_NODE"])[0]
     found.setdefault("MASTER_ADDR", first_host(found["SLURM_STEP_NODELIST"]))
+    # All tasks must agree on a port without communication: derive it from the job id.
     found.setdefault("MASTER_PORT", str(20_000 + int(found["SLURM_JOB_ID"]) % 20_000))
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of machines: `gpu[07-09,12],login` begins with gpu07."""
+    """The first host of a Slurm node list: gpu07 for `gpu[07-09,12],login`."""
     first = re.match(r"[^,\[]+(\[[^\]]*\][^,\[]*)*|\[", nodes)
     name = first.group() if first else nodes
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges.group(1))[0], name)
 
 
 def has_launcher() -> bool:
-    """Whether an `ft train` started this process, and tells its errors."""
-    return SUPERVISOR in os.environ
+    """Whether an `ft train` launched this process; the launcher then prints its errors."""
+    return LAUNCHER in os.environ
 
 
 def exit_with_launcher() -> None:
-    """Let the system kill this process when its supervisor ends, however that ends; on Linux alone."""
+    """Have the kernel kill this process when its launcher ends, even by SIGKILL; Linux only."""
     if not has_launcher() or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[SUPERVISOR]):  # it had ended already
+    if os.getppid() != int(os.environ[LAUNCHER]):  # the launcher ended before prctl: no signal will come
         os._exit(Interrupted.exit_code)
 
 
 def launch_folder() -> Path | None:
-    """A folder of this process's supervisor, for as long as that lives."""
+    """The temporary folder of this process's launcher; None without a launcher."""
     return Path(os.environ[LAUNCH]) if has_launcher() else None
 
 
 def published_run_dir(launch: Path) -> Path | None:
-    """The run directory that the main process of a launch chose; None before it did."""
+    """The run directory that the main process of a launch has published; None before that."""
     try:
         return Path((launch / "run").read_text(encoding="utf-8"))
     except OSError:
@@ -102,24 +115,24 @@ def published_run_dir(launch: Path) -> Path | None:
 
 
 def publish_run_dir(launch: Path, directory: Path) -> None:
-    """Let later starts of the same launch go on in this directory, and the supervisor know it."""
+    """Publish the run directory to the launcher, and to restarts within the same launch, which resume there."""
     (launch / "run").write_text(str(directory), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class RankExit:
-    """What ended a rank, as it stands in the file that launchers read.
+    """Why a rank ended, as written to its error file.
 
     Attributes:
-        rank: Its number.
+        rank: Number of the rank.
         code: Exit code.
         what: As in FinetuneError.
         where: As in FinetuneError.
         hint: As in FinetuneError.
-        is_stop: Whether a signal ended it in good order.
-        is_consequence: Whether it ended because another process had.
-        traceback: Of a bug; empty otherwise.
-        timestamp: When, in seconds since 1970.
+        is_stop: Whether a signal ended it regularly.
+        is_consequence: Whether it ended only because another rank had: see the table above.
+        traceback: Traceback of a bug; empty for errors of ft.
+        timestamp: Seconds since 1970.
     """
 
     rank: int
@@ -134,18 +147,18 @@ class RankExit:
 
     @classmethod
     def of(cls, error: BaseException) -> RankExit:
-        """What an error that leaves the command comes to."""
+        """The record of an error that leaves the command."""
         rank, now = Rank.here().number, time.time()
         if isinstance(error, KeyboardInterrupt):
             return cls(rank, Interrupted.exit_code, "interrupted", is_stop=True, timestamp=now)
         if not isinstance(error, FinetuneError):
-            told = "".join(traceback.format_exception(error))
-            return cls(rank, 1, f"{type(error).__name__}: {error}", traceback=told, timestamp=now)
-        has_lines_of_its_own = type(error).lines is not FinetuneError.lines  # as a recipe with several problems
+            text = "".join(traceback.format_exception(error))
+            return cls(rank, 1, f"{type(error).__name__}: {error}", traceback=text, timestamp=now)
+        has_custom_lines = type(error).lines is not FinetuneError.lines  # such as a recipe with several problems
         return cls(
             rank,
             code=error.exit_code,
-            what="\n".join(error.lines()) if has_lines_of_its_own else error.what,
+            what="\n".join(error.lines()) if has_custom_lines else error.what,
             where=error.where,
             hint=error.hint,
             is_stop=isinstance(error, Stopped | Interrupted),
@@ -155,20 +168,20 @@ class RankExit:
 
     @classmethod
     def read(cls, file: Path) -> RankExit | None:
-        """What `write` wrote; None where nothing is."""
+        """The record that `write` wrote; None if there is none, or a broken one."""
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8"))["ending"])
-        except (OSError, ValueError, KeyError, TypeError):  # killed before it could, or while it did
+        except (OSError, ValueError, KeyError, TypeError):  # the rank was killed before or during the write
             return None
 
     def write(self) -> None:
-        """Leave it where the launcher looks, if one does; `message` and `timestamp` are what torchrun shows."""
+        """Write the error file if a launcher asks for one; torchrun shows `message` and `timestamp`."""
         if file := os.environ.get(ERROR_FILE):
-            told = {"message": self.traceback or self.what, "timestamp": int(self.timestamp), "ending": asdict(self)}
-            Path(file).write_text(json.dumps(told), encoding="utf-8")
+            record = {"message": self.traceback or self.what, "timestamp": int(self.timestamp), "ending": asdict(self)}
+            Path(file).write_text(json.dumps(record), encoding="utf-8")
 
     def error(self) -> FinetuneError:
-        """The error that the supervisor raises in its stead."""
+        """The error that the launcher raises for this rank."""
         if self.code == Stopped.exit_code:
             return Stopped(self.what, where=self.where, hint=self.hint)
         if self.is_stop:

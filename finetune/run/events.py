@@ -1,32 +1,41 @@
-"""What a job reports while it works: small records that a terminal, a file or a program can show."""
+"""Events of a running job: small records for the terminal, `metrics.jsonl`, `--json` and trackers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all records; `kind` names the record in JSON."""
+    """Base of all records.
+
+    Attributes:
+        kind: Name of the record in JSON.
+        json_keys: JSON keys of fields whose name in Python is another one.
+    """
 
     kind: ClassVar[str]
+    json_keys: ClassVar[Mapping[str, str]] = {}
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values, its kind first; a number that is not finite, which JSON lacks, becomes null."""
-        values = {name: None if _is_endless(value) else value for name, value in asdict(self).items()}
+        """The record as JSON values, kind first; JSON has no NaN or infinity, so they become null."""
+        values = {
+            self.json_keys.get(name, name): None if _is_non_finite(value) else value
+            for name, value in asdict(self).items()
+        }
         return {"event": self.kind, **values}
 
 
-def _is_endless(value: Any) -> bool:
+def _is_non_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class Phase(Event):
-    """Something that takes a while has begun."""
+    """A phase of the job has begun."""
 
     kind: ClassVar[str] = "phase"
     doing: str
@@ -34,21 +43,21 @@ class Phase(Event):
 
 @dataclass(frozen=True)
 class TrainingStarted(Event):
-    """Everything is loaded; the first step comes next.
+    """Model and data are loaded; training begins.
 
     Attributes:
-        run_directory: Where the run is kept.
-        model: The base model's name.
+        run_directory: Path of the run.
+        model: Name of the base model.
         method: `adapter.method`.
         quantization: `quantization.kind`.
-        trainable_parameters: Numbers that train.
-        total_parameters: Numbers of the model and adapter, packed ones counted one by one.
-        train_rows: Rows to train on.
-        validation_rows: Held-out rows.
-        target_tokens: Trained tokens of one epoch.
+        trainable_parameters: Count of trainable parameters.
+        total_parameters: Count of all parameters of model and adapter; quantized ones are counted unpacked.
+        train_rows: Rows of the train set.
+        validation_rows: Rows of the validation set.
+        target_tokens: Target tokens of one epoch.
         total_steps: Optimizer steps of the run.
-        compute_dtype: Type of the forward pass.
-        planned_memory_bytes: The most memory that the run should take, as `ft plan` counts it; None where it did not.
+        compute_dtype: Dtype of the forward pass.
+        planned_memory_bytes: Estimated peak memory, as in `ft plan`; None without an estimate.
     """
 
     kind: ClassVar[str] = "started"
@@ -68,7 +77,7 @@ class TrainingStarted(Event):
 
 @dataclass(frozen=True)
 class RunResumed(Event):
-    """The state of a checkpoint is back in place; the step after `step` comes next."""
+    """The state of a checkpoint is restored; training resumes with step `step + 1`."""
 
     kind: ClassVar[str] = "resumed"
     checkpoint: str
@@ -78,7 +87,7 @@ class RunResumed(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """A checkpoint is committed: whatever happens now, the run can go on from here."""
+    """A checkpoint is committed: the run can resume from it."""
 
     kind: ClassVar[str] = "saved"
     checkpoint: str
@@ -89,21 +98,22 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class DryRunPassed(Event):
-    """The whole path was walked once, on the longest rows, and everything put back.
+    """The dry run passed: one step on the longest rows, a checkpoint and a merged layer, all undone afterwards.
 
     Attributes:
-        tokens: Of the longest micro-batch.
-        peak_memory_bytes: Up to then.
-        checkpoint_bytes: Of a checkpoint with all of the optimizer's state.
-        folded: Whether a layer was merged too, which not all methods do.
-        seconds: That it took.
+        tokens: Tokens of the longest micro-batch.
+        peak_memory_bytes: Peak memory so far.
+        checkpoint_bytes: Size of a checkpoint with the full optimizer state.
+        merged: Whether a layer was merged, which only some methods can.
+        seconds: Duration.
     """
 
     kind: ClassVar[str] = "rehearsed"
+    json_keys: ClassVar[Mapping[str, str]] = {"merged": "folded"}
     tokens: int
     peak_memory_bytes: int
     checkpoint_bytes: int
-    folded: bool
+    merged: bool
     seconds: float
 
 
@@ -114,14 +124,14 @@ class StepMetrics(Event):
     Attributes:
         step: From 1.
         total_steps: Steps of the whole run.
-        epoch: Passes over the data done after this step.
-        loss: Mean over the step's trained tokens, in nats.
-        gradient_norm: Before clipping.
-        learning_rate: That this step used.
-        tokens: Tokens of the rows seen so far; those that rows share count for each.
-        tokens_per_second: Of this step.
-        peak_memory_bytes: Of the GPU, or of the process where there is none.
-        seconds: Since training began.
+        epoch: Epochs done after this step, as a fraction.
+        loss: Mean over the step's target tokens, in nats.
+        gradient_norm: L2 norm before clipping.
+        learning_rate: Learning rate of this step.
+        tokens: Tokens of all rows so far; a shared prefix counts for each of its rows.
+        tokens_per_second: Throughput of this step.
+        peak_memory_bytes: Peak of the GPU, or of the process's resident set without one.
+        seconds: Training time so far, over all attempts.
     """
 
     kind: ClassVar[str] = "step"
@@ -139,7 +149,7 @@ class StepMetrics(Event):
 
 @dataclass(frozen=True)
 class ValidationResult(Event):
-    """The held-out loss after `step` steps, in nats per trained token."""
+    """The validation loss after `step` steps, in nats per target token."""
 
     kind: ClassVar[str] = "validation"
     step: int
@@ -150,7 +160,7 @@ class ValidationResult(Event):
 
 @dataclass(frozen=True)
 class RanksChosen(Event):
-    """How many ranks each layer's update has after `step` steps, by the layer's name, from a method that chooses."""
+    """LoRA rank of each layer after `step` steps, by the layer's name, from a method that allocates ranks (AdaLoRA)."""
 
     kind: ClassVar[str] = "ranks"
     step: int
@@ -159,7 +169,7 @@ class RanksChosen(Event):
 
 @dataclass(frozen=True)
 class SampleGenerated(Event):
-    """What the model answers to a held-out prompt after `step` steps, and what it should have answered."""
+    """Generated answer to a validation prompt after `step` steps, and the reference answer."""
 
     kind: ClassVar[str] = "sample"
     step: int
@@ -170,11 +180,11 @@ class SampleGenerated(Event):
 
 @dataclass(frozen=True)
 class TrainingWarning(Event):
-    """Something that is worth acting on while the run goes on.
+    """A warning of the training diagnostics.
 
     Attributes:
-        step: After which it was seen.
-        what: It, with the numbers that show it.
+        step: Step after which the problem was detected.
+        what: The problem, with the numbers that show it.
         hint: What to do.
     """
 
@@ -186,13 +196,13 @@ class TrainingWarning(Event):
 
 @dataclass(frozen=True)
 class BestCheckpoint(Event):
-    """The result is the weights after an earlier step, whose held-out loss was the lowest.
+    """The result is the weights of an earlier step, which had the lowest validation loss.
 
     Attributes:
-        step: Steps that were trained.
-        best_step: Steps that the result has.
-        loss: Its held-out loss.
-        stopped_early: Whether training was to go on.
+        step: Steps trained.
+        best_step: Step of the result.
+        loss: Validation loss of the result, in nats.
+        stopped_early: Whether training ended before its last step.
     """
 
     kind: ClassVar[str] = "best"
@@ -204,7 +214,7 @@ class BestCheckpoint(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Part of something countable is done; `total` is None where it shows only at the end."""
+    """Progress of a countable task; `total` is None if unknown."""
 
     kind: ClassVar[str] = "progress"
     doing: str
@@ -215,18 +225,19 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class DataRead(Event):
-    """All rows are tokenized; `ledger` is what `data_report.json` holds."""
+    """All rows are tokenized; `report` is the content of `data_report.json`."""
 
     kind: ClassVar[str] = "data"
-    ledger: dict[str, Any]
+    json_keys: ClassVar[Mapping[str, str]] = {"report": "ledger"}
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TrainingFinished(Event):
     """The run is complete and its weights are saved in `trained`.
 
-    `ranks` as in the last `RanksChosen`; `standalone_by` is the command that writes a model by itself, if one can;
-    `best_step` is the step whose weights they are, where these are not the last.
+    `ranks` are those of the last `RanksChosen`. `standalone_by` is the command that writes a standalone model, if
+    there is one. `best_step` is the step of the saved weights if it is not the last.
     """
 
     kind: ClassVar[str] = "finished"
@@ -245,11 +256,11 @@ class TrainingFinished(Event):
 
 
 Recorded = StepMetrics | ValidationResult | RanksChosen | SampleGenerated | TrainingWarning | BestCheckpoint
-"""What `metrics.jsonl` keeps: all that the course of a run is told by."""
+"""Events that are recorded in `metrics.jsonl`."""
 
 EventHandler = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Report to nobody."""
+    """An event handler that does nothing."""
     del event

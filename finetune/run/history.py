@@ -1,4 +1,4 @@
-"""The course of a run, read back from `metrics.jsonl`."""
+"""The training history of a run, read from `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from finetune.run.events import (
 
 @dataclass
 class History:
-    """What was recorded, each kind in order of steps.
+    """Recorded events by kind, each in order of steps.
 
     Attributes:
         steps: Every optimizer step.
-        validations: Every held-out loss.
-        ranks: Every choice of ranks; the first is what training started with.
-        samples: Answers to held-out prompts.
-        warnings: What was worth acting on.
-        best: That an earlier step's weights are the result; at most one.
+        validations: Every validation loss.
+        ranks: Every allocation of LoRA ranks; the first is the initial one.
+        samples: Generated answers to validation prompts.
+        warnings: Warnings of the diagnostics.
+        best: The step whose weights are the result, if not the last; at most one.
     """
 
     steps: list[StepMetrics] = field(default_factory=list)
@@ -46,7 +46,7 @@ class History:
 
     @classmethod
     def of(cls, run: RunDirectory) -> History:
-        """All that a run has recorded so far; empty before its first step."""
+        """The history of a run so far; empty before its first event."""
         history = cls()
         for event in events(records(run.metrics)):
             history.add(event)
@@ -54,13 +54,13 @@ class History:
 
     @property
     def result(self) -> tuple[int, float] | None:
-        """Step and held-out loss of the weights that are the run's result so far; None where none was measured."""
+        """Step and validation loss (nats) of the run's result so far; None if no loss was measured."""
         if self.best:
             return self.best[-1].best_step, self.best[-1].loss
         return (self.validations[-1].step, self.validations[-1].loss) if self.validations else None
 
     def add(self, event: Recorded) -> None:
-        """Append an event to its kind."""
+        """Append an event to the list of its kind."""
         kinds: dict[type, list[Any]] = {
             StepMetrics: self.steps,
             ValidationResult: self.validations,
@@ -73,14 +73,14 @@ class History:
 
 
 def records(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one a line; none where there is no file."""
+    """The JSON objects of a JSONL file; none if the file is missing."""
     if file.is_file():
         with file.open(encoding="utf-8", errors="replace") as stream:
             yield from parsed(stream)
 
 
 def parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The objects that lines hold; one that a killed process did not finish is passed over."""
+    """The JSON objects of lines; incomplete lines of a killed process are skipped."""
     for line in lines:
         try:
             value = json.loads(line)
@@ -91,12 +91,12 @@ def parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
-    """Records as events; those of another version, which these fields do not fit, are passed over."""
+    """Records as events; records of other versions of ft, whose fields do not fit, are skipped."""
     for line in lines:
         kind = _kinds().get(str(line.get("event")))
         if kind is None:
             continue
-        # JSON has no word for a number that is not finite, such as the perplexity of a huge loss.
+        # `to_json` writes null for NaN and infinity, such as the perplexity of a huge loss.
         values = {each.name: line.get(each.name) for each in fields(kind)}
         filled = {name: math.nan if value is None else value for name, value in values.items()}
         try:

@@ -1,4 +1,4 @@
-"""Runs in a folder: how far each has come, what it takes, and what of it can go."""
+"""Index of the runs in a folder: state, size on disk, and removable files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import BestCheckpoint, StepMetrics, ValidationResult
 from finetune.run.history import records
 
-State = Literal["training", "finished", "can go on", "failed", "never started"]
+State = Literal["training", "finished", "resumable", "failed", "never started"]
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run.
+    """Summary of one run.
 
     Attributes:
-        path: Its directory.
-        state: `training` while a process holds its lock; `can go on` after a signal or a crash that left a checkpoint.
-        step: Optimizer steps that are done.
-        loss: Of the last step.
-        validation_loss: Of the result, or the last that was measured.
-        size_bytes: Of all its files.
+        path: The run directory.
+        state: `training` while a process holds the lock; `resumable` if the run ended early and has a checkpoint.
+        step: Optimizer steps done.
+        loss: Loss of the last step, in nats; None before the first.
+        validation_loss: Validation loss of the result, or else the latest, in nats; None if never measured.
+        size_bytes: Size of all its files.
     """
 
     path: Path
@@ -38,12 +38,12 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Removable:
-    """Something that a run can do without.
+    """A file or folder that can be deleted without loss of results.
 
     Attributes:
         path: File or folder.
-        why: Why it can go.
-        size_bytes: What is won.
+        why: Reason, for the user.
+        size_bytes: Bytes that are freed.
     """
 
     path: Path
@@ -52,13 +52,13 @@ class Removable:
 
 
 def runs_in(folder: Path) -> list[RunDirectory]:
-    """The runs in a folder, or the one that it is, by name."""
+    """The runs directly in a folder, by name; the folder itself if it is a run."""
     markers = [folder / "run.json", *sorted(folder.glob("*/run.json"))]
     return [RunDirectory(marker.parent.absolute()) for marker in markers if marker.is_file()]
 
 
 def summarize(run: RunDirectory) -> RunSummary:
-    """What a run has come to."""
+    """Read the summary of a run from its files."""
     steps, validations = _last_lines(run)
     return RunSummary(
         path=run.path,
@@ -71,15 +71,15 @@ def summarize(run: RunDirectory) -> RunSummary:
 
 
 def removable(run: RunDirectory) -> list[Removable]:
-    """What a run that nobody trains can do without: checkpoints of a finished one, and what killed processes left.
+    """Removable files of a run that is not training: leftovers of killed processes, checkpoints of a finished run.
 
-    Results, records and the checkpoints of a run that can go on are never among it.
+    Results, records and the checkpoints of a resumable run are never included.
     """
     state = state_of(run)
     if state == "training":
         return []
     found = [
-        (entry, "left by a process that was killed")
+        (entry, "left by a killed process")
         for folder in (run.path, run.checkpoints)
         if folder.is_dir()
         for entry in folder.iterdir()
@@ -87,12 +87,12 @@ def removable(run: RunDirectory) -> list[Removable]:
     ]
     if state == "finished" and run.checkpoints.is_dir() and not run.checkpoints.is_symlink():
         found = [(entry, why) for entry, why in found if entry.parent != run.checkpoints]
-        found.append((run.checkpoints, "the run is finished; with them it could only be made longer"))
+        found.append((run.checkpoints, "the run is finished; they would only serve to train it for longer"))
     return [Removable(entry, why, _size(entry)) for entry, why in found]
 
 
 def remove(found: Removable) -> None:
-    """Remove it."""
+    """Delete the file or folder."""
     if found.path.is_dir():
         shutil.rmtree(found.path)
     else:
@@ -100,18 +100,18 @@ def remove(found: Removable) -> None:
 
 
 def state_of(run: RunDirectory) -> State:
-    """How far a run has come, by its files and its lock."""
+    """State of a run, from its files and its lock."""
     if run.is_locked:
         return "training"
     if run.is_finished:
         return "finished"
     if Checkpoints(run.checkpoints).any_committed:
-        return "can go on"
+        return "resumable"
     return "failed" if run.metrics.is_file() else "never started"
 
 
 def _last_lines(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last step of `metrics.jsonl`, and where the held-out loss of the result stands; empty where there is none."""
+    """The last step record of `metrics.jsonl`, and the record with the result's validation loss; empty if missing."""
     last = {str(line.get("event")): line for line in records(run.metrics)}
     return last.get(StepMetrics.kind, {}), last.get(BestCheckpoint.kind) or last.get(ValidationResult.kind, {})
 

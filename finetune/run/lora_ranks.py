@@ -1,4 +1,4 @@
-"""Ranks that a method gives to layers while it trains: which layer is which, and a table of all."""
+"""LoRA ranks that a method allocates to layers, arranged by block and kind of layer, and as a text table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Grid:
     """Layers by block and kind.
 
     Attributes:
-        blocks: The blocks' numbers in order; "" stands for layers outside of all blocks.
-        kinds: What layers are called within a block, in the model's order.
-        names: A layer's full name by block and kind.
+        blocks: Block numbers in order; "" for layers outside of all blocks.
+        kinds: Names of layers within a block, in the model's order.
+        names: Full name of a layer by block and kind.
     """
 
     blocks: list[str]
@@ -22,11 +22,11 @@ class Grid:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Grid:
-        """Sort layers by their names, such as `model.layers.3.self_attn.q_proj`: block 3, kind q."""
+        """Parse layer names: `model.layers.3.self_attn.q_proj` is block 3, kind q."""
         found = {_place(name): name for name in names}
         full = list(dict.fromkeys(kind for _, kind in found))
         short = {kind: kind.rpartition(".")[2].removesuffix("_proj") for kind in full}
-        if len(set(short.values())) < len(full):  # as in GPT-2, where attention and MLP both have a c_proj
+        if len(set(short.values())) < len(full):  # GPT-2: attention and MLP both have a c_proj
             short = {kind: kind for kind in full}
         blocks = sorted({block for block, _ in found}, key=lambda block: int(block or -1))
         return cls(blocks, list(short.values()), {(block, short[kind]): name for (block, kind), name in found.items()})
@@ -39,7 +39,7 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def table(ranks: Mapping[str, int], width: int = 80) -> list[str] | None:
-    """Ranks as lines of text, a row a block and a column a kind; None where they do not fit into `width` characters."""
+    """Ranks as lines of text, one row per block and one column per kind; None if wider than `width` characters."""
     grid = Grid.of(ranks)
     of_kind: dict[str, list[int]] = {kind: [] for kind in grid.kinds}
     rows = [["block", *grid.kinds, "mean"]]

@@ -1,4 +1,4 @@
-"""Where a run came from: versions, machine, and the identity of its inputs."""
+"""Provenance of a run: versions, machine, and hashes of its inputs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safe
 
 
 def provenance(recipe_text: str, data: Iterable[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """The record that stands in `provenance.json`.
+    """The content of `provenance.json`.
 
     Args:
         recipe_text: The resolved recipe.
-        data: Of every source a record of what was read.
-        facts: What only the caller knows: the base model, its fingerprint, devices.
+        data: A record of every data source.
+        facts: Further keys from the caller: the base model, its fingerprint, devices.
     """
     return {
         "ft": __version__,
@@ -36,14 +37,19 @@ def provenance(recipe_text: str, data: Iterable[dict[str, Any]], facts: dict[str
 
 
 def file_record(file: Path) -> dict[str, Any]:
-    """What tells a data file from another: its name, size and sha256."""
+    """Name, size in bytes and sha256 of a data file."""
     return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The current time, as RFC 3339 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Signals as requests: a handler notes that one came, and the run looks where it can stop in good order."""
+"""Signal handling: a handler sets a flag, and the training loop stops at its next safe point."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from threading import Thread
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What people and schedulers send to end a run, or to say that its time is nearly up."""
+"""Signals by which users and schedulers end a run, or announce the end of its time limit."""
 
 
 class StopRequested(Exception):
-    """The run was asked to stop; nothing is wrong with it."""
+    """A signal requested that the run stops; not an error of the run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"by {signal.Signals(number).name}")
@@ -22,10 +22,10 @@ class StopRequested(Exception):
 
 
 class Interruption:
-    """Whether a run was asked to stop.
+    """Flag of a requested stop.
 
     Attributes:
-        number: The first signal that came, or None.
+        number: The first signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -33,29 +33,30 @@ class Interruption:
 
     @property
     def is_asked(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal was received."""
         return self.number is not None
 
     def poll(self) -> None:
-        """Raise StopRequested if a signal came."""
+        """Raise StopRequested if a signal was received."""
         if self.number is not None:
             raise StopRequested(self.number)
 
     def stop(self) -> None:
-        """Raise StopRequested because a process of the run got a signal, be it this one or another."""
+        """Raise StopRequested because some rank received a signal; SIGTERM is assumed if it was not this one."""
         raise StopRequested(self.number or signal.SIGTERM)
 
     @contextmanager
     def listening(self, leave: Callable[[], None]) -> Iterator[None]:
-        """Take note of signals while the block runs; call this from the main thread.
+        """Handle signals during the block; call this from the main thread.
 
         Args:
-            leave: Called when a second SIGINT comes, from a thread that waits for it: Python's own handlers would
-                wait for the end of a long operation in PyTorch or of a write.
+            leave: Called from a watcher thread on the second SIGINT. Python runs its own handlers only between
+                bytecodes, so they would wait for a long operation in PyTorch or a blocking write.
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         Thread(target=_leave_on_second_interrupt, args=(reading, leave), daemon=True).start()
+        # The C-level handler writes each signal's number into the pipe at once, whatever the main thread executes.
         wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
@@ -73,7 +74,7 @@ class Interruption:
 
 
 def _leave_on_second_interrupt(reading: int, leave: Callable[[], None]) -> None:
-    """Count the signals that the interpreter writes into a pipe, a byte each, until its other end is closed."""
+    """Count SIGINT among the bytes of the wakeup pipe, one for each signal, until its other end is closed."""
     interrupts = 0
     while numbers := os.read(reading, 64):
         interrupts += numbers.count(signal.SIGINT)

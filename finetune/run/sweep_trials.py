@@ -1,4 +1,4 @@
-"""The trials of a sweep: a folder with a run for each, and a record of what each was to try."""
+"""The trials of a sweep: a run directory for each, and a record of the values that each tries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.formatting import value as in_words
+from finetune.formatting import value as as_text
 from finetune.recipe.renamed_keys import renamed_settings
 from finetune.run.directory import RunDirectory
 from finetune.run.history import History, records
@@ -26,11 +26,11 @@ class Trial:
 
     Attributes:
         number: From 1.
-        values: What it tries.
-        path: Its run directory.
-        state: Of its run.
-        loss: Held-out loss of its result, in nats; None before it is finished.
-        failure: Why it has no result and will not get one.
+        values: The tried value of each swept key.
+        path: The run directory.
+        state: State of the run.
+        loss: Validation loss of its result, in nats; None before it is finished.
+        failure: Reason why the trial failed for good; None otherwise.
     """
 
     number: int
@@ -42,12 +42,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its run."""
+        """Name of the run."""
         return self.path.name
 
     @property
     def is_open(self) -> bool:
-        """Whether it is still to be trained, or to be gone on with."""
+        """Whether it still has to be trained or resumed."""
         return self.loss is None and self.failure is None
 
 
@@ -73,13 +73,13 @@ class SweepDirectory:
         return [self._trial(number, found, failures.get(number)) for number, found in sorted(values.items())]
 
     def begin(self, values: Values) -> Trial:
-        """Write down what the next trial tries, before anything of it is done."""
+        """Record the values of the next trial, before it is trained."""
         number = 1 + max((trial.number for trial in self.trials()), default=0)
         self._append({"trial": number, "values": values})
         return self._trial(number, values, None)
 
     def fail(self, trial: Trial, why: str) -> None:
-        """Write down that a trial has no result."""
+        """Record that a trial failed."""
         self._append({"trial": trial.number, "failure": why})
 
     def _trial(self, number: int, values: Values, failure: str | None) -> Trial:
@@ -93,24 +93,24 @@ class SweepDirectory:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The trial with the lowest loss, the first of several; None where none has one."""
+    """The trial with the lowest loss, the first among equals; None if no trial has one."""
     finished = [(trial.loss, trial.number, trial) for trial in trials if trial.loss is not None]
     return min(finished)[2] if finished else None
 
 
 def arguments_of(trial: Trial) -> str:
-    """The arguments of `ft train` that stand for a trial's values: `--set a=b` for each."""
+    """A trial's values as arguments of `ft train`: `--set a=b` for each."""
     return " ".join(shlex.join(["--set", f"{key}={json.dumps(value)}"]) for key, value in trial.values.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each key's last word, or all of it where several end alike."""
+    """The last part of each key, or the whole key if several end alike."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)}
 
 
 def trial_table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of all trials, the best first, those without a result last."""
+    """Header and rows of all trials, the best first, those without a result last."""
     names = short_names(list(trials[0].values)) if trials else {}
     best = best_of(trials)
     in_order = sorted(trials, key=lambda trial: (trial.loss is None, trial.loss or 0.0, trial.number))
@@ -118,5 +118,5 @@ def trial_table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
     for trial in in_order:
         loss = trial.failure or trial.state if trial.loss is None else f"{trial.loss:.4f}"
         mark = " (best)" if trial == best else ""
-        rows.append([f"{trial.number}{mark}", *(in_words(trial.values.get(key)) for key in names), loss])
-    return ["trial", *names.values(), "held-out loss"], rows
+        rows.append([f"{trial.number}{mark}", *(as_text(trial.values.get(key)) for key in names), loss])
+    return ["trial", *names.values(), "validation loss"], rows

@@ -1,4 +1,4 @@
-"""Following a run that another process trains, by what it writes."""
+"""Follow a run that another process trains, through its files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from finetune.run.history import events, parsed
 from finetune.storage.files import read_json
 
 POLL_SECONDS = 1.0
-"""Between two looks at the files."""
+"""Seconds between two reads of the files."""
 
 
 def watched(run: RunDirectory, sleep: Callable[[float], None] = time.sleep) -> Iterator[Event]:
-    """All that a run has recorded, and goes on to record; ends when nobody trains it.
+    """Yield the recorded events of a run, then new ones as they appear, until no process trains it.
 
-    Where the run goes on from a checkpoint meanwhile, what it trains anew comes again.
+    If the run resumes from a checkpoint meanwhile, the steps after that checkpoint are yielded again.
 
     Args:
-        run: Any, also one that is finished or whose process was killed.
-        sleep: Waits so many seconds.
+        run: Any run, also a finished one or one whose process was killed.
+        sleep: Waits for this many seconds.
     """
     started = False
     position = 0
     while True:
-        is_trained = run.is_locked  # asked first: what was written until its process ended is read below
+        is_trained = run.is_locked  # checked before reading, so that the last lines of an ending process are not missed
         if not started and (start := _start(run)) is not None:
             started = True
             yield start
@@ -40,7 +40,7 @@ def watched(run: RunDirectory, sleep: Callable[[float], None] = time.sleep) -> I
 
 
 def _start(run: RunDirectory) -> TrainingStarted | None:
-    """What a run started with; None before that, and where another version wrote it."""
+    """The `started` event of a run; None before training starts, or if another version of ft wrote it."""
     try:
         return TrainingStarted(run_directory=str(run.path), **read_json(run.provenance)["started"])
     except (KeyError, TypeError):
@@ -48,11 +48,11 @@ def _start(run: RunDirectory) -> TrainingStarted | None:
 
 
 def _lines_from(run: RunDirectory, position: int) -> tuple[list[str], int]:
-    """The whole lines past a position in bytes, and the position after them; from the start if the file was cut."""
+    """Complete lines after a byte offset, and the offset after them; from offset 0 if the file was truncated."""
     try:
         with run.metrics.open("rb") as file:
             if file.seek(0, 2) < position:
-                position = 0
+                position = 0  # a resume cut the file back to its checkpoint
             file.seek(position)
             text, newline, _ = file.read().rpartition(b"\n")
     except OSError:

@@ -1,4 +1,4 @@
-"""The cache: what is expensive to make and can be made again, kept between runs."""
+"""The cache folder: expensive results that can be recomputed, kept between runs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from types import ModuleType
 from finetune.storage.files import disk_faults, written_aside
 
 KEPT_DAYS = 30
-"""Days after its last use that an entry may be removed to make room."""
+"""Days without use after which an entry is removed."""
 
 
 def cache_folder() -> Path:
-    """Where it is: `$FT_CACHE`, or `ft` in the user's cache folder."""
+    """Path of the cache: `$FT_CACHE`, or `ft` in the user's cache folder."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("FT_CACHE") or Path(user_cache) / "ft")
 
 
 def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder of an entry; made if it is not there, once, however many processes ask at the same time.
+    """The folder of a cache entry; built if missing, once even if several processes request it at the same time.
 
     Args:
         kind: Subfolder of the cache.
-        name: Of the entry: covers everything that its content depends on.
-        make: Fills an empty folder. If it raises, nothing is kept.
+        name: Key of the entry: a digest of everything that its content depends on.
+        make: Fills an empty folder. If it raises, no entry is stored.
 
     Raises:
         EnvironmentFault: The cache cannot be written.
     """
     folder = cache_folder() / kind / name
     if folder.is_dir():
-        os.utime(folder)
+        os.utime(folder)  # the time of last use, for `_make_room`
         return folder
     lock = folder.with_name(f".{name}.lock")
     with disk_faults(lock):
@@ -49,13 +49,15 @@ def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
                 _make_room(folder.parent)
                 with written_aside(folder) as aside:
                     make(aside)
-        finally:  # who waits for this very file goes on with it; at worst two make the same entry
+        finally:
+            # Unlink while holding the lock: a waiter that opened this inode gets the lock next and finds the entry; a
+            # newcomer makes a new lock file. At worst both build the same entry, and one replaces the other.
             lock.unlink(missing_ok=True)
     return folder
 
 
 def sources_digest(*packages: ModuleType) -> str:
-    """A sha256 over the sources of packages of ours: what other code of theirs left in the cache is not found."""
+    """A sha256 over the source files of packages: as part of a key it invalidates entries of other code versions."""
     digest = hashlib.sha256()
     for package in packages:
         for folder in package.__path__:
@@ -65,7 +67,7 @@ def sources_digest(*packages: ModuleType) -> str:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove entries that nobody has used for a month."""
+    """Remove entries that were not used for `KEPT_DAYS`."""
     oldest = time.time() - KEPT_DAYS * 24 * 3600
     for entry in folder.iterdir():
         if entry.is_dir() and entry.stat().st_mtime < oldest:

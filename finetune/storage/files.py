@@ -1,4 +1,4 @@
-"""Writing files so that readers never see a part of one, and reading them back."""
+"""Atomic file writes: readers see the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from finetune.errors import EnvironmentFault, RefusedError
 
 UNFINISHED = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
-"""Names of what `written_aside` and `write_text` have not yet put in its place."""
+"""Names of temporary files and folders of `written_aside` and `write_text`."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A record of ours; empty where it was not written, or is damaged."""
+    """A JSON object; empty if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -30,12 +30,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that readers see the old one or the new one, never a part."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never a part, even if the machine stops."""
+    """Write a text file atomically, even if the machine crashes: write aside, fsync, rename."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with disk_faults(path):
@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """The same for a file whose folder may not be there yet."""
+    """As `write_text`, and create missing parent folders."""
     with disk_faults(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
@@ -76,9 +76,9 @@ def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` when the block ends well, and vanishes when it does not.
+    """A temporary folder that is renamed to `target` if the block succeeds, and removed if it raises.
 
-    Folder and files get the permissions that the umask allows, whatever a library gave them.
+    Folder and files get the permissions of the umask, whatever permissions a library chose.
 
     Raises:
         EnvironmentFault: The disk is full or the folder cannot be written.
@@ -96,7 +96,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn what the operating system and safetensors say of a full or closed disk into an EnvironmentFault."""
+    """Convert write errors of the operating system and of safetensors into an EnvironmentFault."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -107,7 +107,7 @@ def disk_faults(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk for good."""
+    """Fsync a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -116,7 +116,7 @@ def sync(path: Path) -> None:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give every file the permissions of a new one: those of `folder`, which is new, without the right to search."""
+    """Give every file the permissions of a new one: those of `folder`, which is new, without the execute bits."""
     allowed = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
@@ -124,7 +124,7 @@ def open_to_readers(folder: Path) -> None:
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; a folder that is there is removed only after that."""
+    """Rename `folder` to `target`; an existing folder is renamed first and removed last."""
     if target.is_symlink() or not target.is_dir():
         folder.rename(target)
         return

@@ -1,6 +1,6 @@
-"""The state of a run as files: safetensors and JSON, from which nothing but numbers can come back.
+"""Training state on disk, as safetensors and JSON: reading it executes no code.
 
-Order of rows, learning rate and dropout are functions of seed and step, so the counters stand for them.
+The order of rows, the learning rate and dropout are functions of seed and step, so counters suffice for them.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ COUNTERS = ("step", "tokens", "seconds", "loss", "validation_step", "validation_
 """Attributes of TrainState that are plain numbers."""
 
 EARLIER_COUNTERS = {"validation_step": "held_out_step", "validation_loss_before": "held_out_before"}
-"""What they are called in checkpoints of version 0.1."""
+"""Names of counters in checkpoints of version 0.1."""
 
 
 def write_state(state: TrainState, folder: Path | None) -> None:
-    """Write all that changes during a run into an empty folder, a tensor at a time.
+    """Write the training state into an empty folder, one tensor at a time.
 
     Args:
-        state: Where processes hold shares of what trains, all of them must come here.
-        folder: None in a process that does not write, and helps to put shares together.
+        state: If trainable parameters are sharded, every rank must call this.
+        folder: None on ranks that do not write and only take part in the all-gather.
 
     Raises:
-        DivergedError: A number is not finite: such a state is never kept.
-        EnvironmentFault: It does not fit on the disk.
+        DivergedError: A value is NaN or infinite: such a state is never saved.
+        EnvironmentFault: The disk has too little space.
     """
     model = state.bare_model
     trained = state.method.state(model)
     entries, moments = _optimizer_state(state.optimizer, trainable(model))
     _refuse_non_finite(state, {**trained, **moments})
+    # Tensors are gathered lazily, in this order: one full tensor is in memory at a time.
     with all_gathered({**trained, **moments}) as tensors:
         if folder is None:
             return
         plans = {
             file: {name: Planned(tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()}
-            for file, part in ((TRAINED, trained), (OPTIMIZER, moments))
+            for file, part in ((TRAINED, trained), (OPTIMIZER, moments))  # in the order of the gather
         }
         _refuse_full_disk(folder, sum(plan.bytes for part in plans.values() for plan in part.values()))
         for file, planned in plans.items():
@@ -65,10 +66,10 @@ def write_state(state: TrainState, folder: Path | None) -> None:
 
 
 def read_state(state: TrainState, folder: Path) -> None:
-    """Put what `write_state` wrote into a fresh state of the same recipe.
+    """Restore what `write_state` wrote into a fresh state of the same recipe.
 
     Raises:
-        RefusedError: A part is missing, or is not of this model and optimizer.
+        RefusedError: A part is missing, or does not match this model and optimizer.
     """
     for name in (TRAINED, OPTIMIZER, STATE):
         if not (folder / name).is_file():
@@ -95,20 +96,20 @@ def read_state(state: TrainState, folder: Path) -> None:
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """An optimizer's state by the names of parameters, whichever optimizer it is.
+    """The state of any optimizer, by the names of parameters.
 
     Returns:
-        For each parameter its `values`, which are plain numbers, and the keys of its `tensors`; and the tensors
-        themselves, each as `parameter:key`.
+        For each parameter its `values`, plain numbers, and the keys of its `tensors`; then the tensors themselves, by
+        `parameter:key`.
     """
-    if torch.cuda.is_available():  # paged state is read here from memory that the GPU may be writing to
+    if torch.cuda.is_available():  # the GPU may still be writing to paged state, which is read from the CPU here
         torch.cuda.synchronize()
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         own = {key: value.detach() for key, value in sorted(state.items()) if isinstance(value, Tensor)}
-        values = {key: value for key, value in state.items() if key not in own}
+        values = {key: value for key, value in state.items() if key not in own}  # such as bitsandbytes' step
         entries[name] = {"tensors": sorted(own), "values": values}
         tensors |= {f"{name}:{key}": tensor for key, tensor in own.items()}
     return entries, tensors
@@ -122,7 +123,9 @@ def _restore_optimizer(
     for lacking in sorted((parameters.keys() - entries.keys()) | (listed - tensors.keys())):
         raise _lacking(f"the optimizer's state of {lacking}", folder)
     for stranger in sorted((entries.keys() - parameters.keys()) | (tensors.keys() - listed)):
-        raise RefusedError(f"the checkpoint has optimizer state of {stranger}, which does not train", where=str(folder))
+        raise RefusedError(
+            f"the checkpoint has optimizer state of {stranger}, which is not trainable", where=str(folder)
+        )
     for name, parameter in parameters.items():
         placed = {
             key: _placed(state.optimizer, parameter, key, tensors[f"{name}:{key}"]) for key in entries[name]["tensors"]
@@ -132,9 +135,10 @@ def _restore_optimizer(
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, tensor: Tensor) -> Tensor:
-    """A tensor of an optimizer's state where that optimizer keeps it."""
+    """A tensor of optimizer state, on the device where the optimizer expects it."""
     if key == "step":  # PyTorch's optimizers count on the CPU
         return tensor
+    # Paged moments of bitsandbytes must be in its unified memory: copy into a buffer of its own.
     if key in ("state1", "state2") and getattr(optimizer, "is_paged", False):
         paged: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
         return paged.copy_(tensor)
@@ -142,15 +146,16 @@ def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str,
 
 
 def _read(file: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-    """The tensors of a file, of each the share that this process holds of the tensor that it is `like`."""
+    """The tensors of a file; of those that `like` maps to a sharded tensor only the local shard."""
     return {name: read_like(stored, like(name)) for name, stored in tensors_in(file).items()}
 
 
 def _refuse_non_finite(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     name = next((name for name, tensor in tensors.items() if not local_shard(tensor).isfinite().all()), None)
+    # All ranks raise together: one alone would leave the others waiting in the all-gather.
     if state.agreed_by_any(name is not None):
         raise DivergedError(
-            f"{name or 'what another process holds'} is not finite, although loss and gradient were",
+            f"{name or 'a tensor on another rank'} is not finite, although loss and gradient were",
             where=f"step {state.step}",
             hint="lower optimizer.learning_rate, or lengthen the warm-up",
         )
@@ -168,5 +173,5 @@ def _refuse_full_disk(folder: Path, needed: int) -> None:
 
 def _lacking(part: str, folder: Path) -> RefusedError:
     return RefusedError(
-        f"the checkpoint lacks {part}", where=str(folder), hint="remove it to go on from an earlier one"
+        f"the checkpoint lacks {part}", where=str(folder), hint="remove it to resume from an earlier one"
     )

@@ -1,4 +1,4 @@
-"""What in the course of a run is worth acting on while it goes on."""
+"""Training diagnostics: problems that the training history shows while the run can still be changed."""
 
 from __future__ import annotations
 
@@ -13,46 +13,54 @@ from finetune.run.events import StepMetrics, TrainingWarning, ValidationResult
 from finetune.run.history import History
 
 LEAST_STEPS = 40
-"""Before, a loss says little of its course."""
+"""Steps before which the trend of a loss is not judged."""
 
 NORMS = 50
-"""Gradient norms that a new one is compared with, once there are `LEAST_NORMS`."""
+"""Size of the window of earlier gradient norms."""
 LEAST_NORMS = 20
+"""Earlier norms from which on a new one is compared with their median."""
 EXPLODING = 10.0
-"""Times the median, in `IN_A_ROW` steps in a row: a single large norm is usual."""
+"""Ratio to the median that counts as exploding, in `IN_A_ROW` consecutive steps: single large norms are usual."""
 IN_A_ROW = 3
 
 RISES = 2
-"""Measurements in a row, each above the one before, from which a held-out loss is called rising."""
+"""Consecutive increases from which a validation loss is called rising."""
 
 
-Symptom = tuple[str, str, str]
-"""What it is, the numbers that show it, what to do."""
+EARLIER_TITLES = {
+    "the held-out loss rises": "the validation loss rises",
+    "no gradient reaches what trains": "no gradient reaches the trainable parameters",
+}
+"""Titles in the metrics of version 0.1: a resumed run must not warn again under the new title."""
+
+Finding = tuple[str, str, str]
+"""Title, the numbers that show it, and a hint."""
 
 
 class TrainingDiagnostics:
-    """Looks at every step and measurement, and tells each symptom once in a run.
+    """Checks every step and validation, and issues each kind of warning once in a run.
 
-    What it tells follows from the recorded course alone, so a run that goes on tells what it would have told.
+    Warnings depend on the recorded history alone, so a resumed run issues the same ones as an uninterrupted run.
 
     Args:
-        history: The course so far; followed from here on by `see`.
+        history: The history so far; `see` adds to it.
     """
 
     def __init__(self, history: History) -> None:
         self._losses = array("d", (step.loss for step in history.steps))
         self._norms = deque((step.gradient_norm for step in history.steps[-NORMS - IN_A_ROW :]), NORMS + IN_A_ROW)
         self._validations = list(history.validations)
-        self._told = {warning.what.partition(":")[0] for warning in history.warnings}
+        titles = (warning.what.partition(":")[0] for warning in history.warnings)
+        self._issued = {EARLIER_TITLES.get(title, title) for title in titles}
 
     def see(self, event: StepMetrics | ValidationResult) -> Iterator[TrainingWarning]:
-        """Take the next record, and tell what it shows."""
+        """Add the next record; yields new warnings."""
         for title, numbers, hint in filter(None, self._diagnostics(event)):
-            if title not in self._told:
-                self._told.add(title)
+            if title not in self._issued:
+                self._issued.add(title)
                 yield TrainingWarning(event.step, f"{title}: {numbers}", hint)
 
-    def _diagnostics(self, event: StepMetrics | ValidationResult) -> list[Symptom | None]:
+    def _diagnostics(self, event: StepMetrics | ValidationResult) -> list[Finding | None]:
         if isinstance(event, ValidationResult):
             self._validations.append(event)
             return [_rising(self._validations)]
@@ -62,12 +70,12 @@ class TrainingDiagnostics:
         return [_flat(self._losses, event.total_steps), _exploding(norms), _missing_gradient(norms), _no_rate(event)]
 
 
-def _flat(losses: Sequence[float], total_steps: int) -> Symptom | None:
-    """After a quarter and after half of all steps: the second half of the losses is not below the first.
+def _flat(losses: Sequence[float], total_steps: int) -> Finding | None:
+    """Checked after a quarter and after half of all steps: the second half of losses is not below the first half.
 
-    Means of noisy losses differ by chance; they count as different from twice the standard error of the difference.
+    The means of noisy losses differ by chance: only twice the standard error of the difference counts as a decrease.
     """
-    if len(losses) not in {max(LEAST_STEPS, total_steps // share) for share in (4, 2)}:
+    if len(losses) not in {max(LEAST_STEPS, total_steps // part) for part in (4, 2)}:
         return None
     half = len(losses) // 2
     before, after = losses[:half], losses[half:]
@@ -77,48 +85,48 @@ def _flat(losses: Sequence[float], total_steps: int) -> Symptom | None:
     return (
         "the loss does not fall",
         f"{fmean(before):.4f} on average up to step {half}, {fmean(after):.4f} since",
-        "raise optimizer.learning_rate, or see with ft preview whether the rows are what you mean to train on",
+        "raise optimizer.learning_rate, or check the rows with ft preview",
     )
 
 
-def _exploding(norms: Sequence[float]) -> Symptom | None:
+def _exploding(norms: Sequence[float]) -> Finding | None:
     recent, before = norms[-IN_A_ROW:], norms[:-IN_A_ROW]
     if len(before) < LEAST_NORMS or min(recent) <= EXPLODING * median(before):
         return None
     return (
         "the gradient norm explodes",
-        f"{recent[-1]:.3g}, and {median(before):.3g} is usual in the {len(before)} steps before",
+        f"{recent[-1]:.3g}, against a median of {median(before):.3g} in the {len(before)} steps before",
         "lower optimizer.learning_rate, or training.max_grad_norm",
     )
 
 
-def _missing_gradient(norms: Sequence[float]) -> Symptom | None:
+def _missing_gradient(norms: Sequence[float]) -> Finding | None:
     if len(norms) < IN_A_ROW or any(norms[-IN_A_ROW:]):
         return None
     return (
-        "no gradient reaches what trains",
-        f"its norm is 0 in {IN_A_ROW} steps in a row",
-        "see whether adapter.target_modules names layers that the loss depends on",
+        "no gradient reaches the trainable parameters",
+        f"its norm is 0 in {IN_A_ROW} consecutive steps",
+        "check that adapter.target_modules names layers that the loss depends on",
     )
 
 
-def _no_rate(step: StepMetrics) -> Symptom | None:
+def _no_rate(step: StepMetrics) -> Finding | None:
     if step.learning_rate > 0:
         return None
     return (
         "the learning rate is 0",
-        f"from here on to step {step.total_steps} nothing is learned",
+        f"nothing is learned from here to step {step.total_steps}",
         "raise optimizer.learning_rate, or stop the run",
     )
 
 
-def _rising(validations: Sequence[ValidationResult]) -> Symptom | None:
+def _rising(validations: Sequence[ValidationResult]) -> Finding | None:
     recent = validations[-RISES - 1 :]
     if len(recent) <= RISES or not all(before.loss < after.loss for before, after in pairwise(recent)):
         return None
     best = min(validations, key=lambda each: each.loss)
     return (
-        "the held-out loss rises",
-        ", ".join(f"{each.loss:.4f}" for each in recent) + f"; it was lowest, {best.loss:.4f}, after step {best.step}",
-        "train shorter, or at a lower learning rate; evaluation.patience stops there and keeps the best weights",
+        "the validation loss rises",
+        ", ".join(f"{each.loss:.4f}" for each in recent) + f"; the lowest was {best.loss:.4f}, after step {best.step}",
+        "train for fewer steps or at a lower learning rate; evaluation.patience stops early and keeps the best weights",
     )

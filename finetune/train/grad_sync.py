@@ -1,7 +1,7 @@
-"""What the processes of a run do together in a step: when gradients become those of all, and how large they are.
+"""Gradient synchronization between ranks, and the global gradient norm.
 
-Under DDP every process has the whole model, and PyTorch sums gradients as they come. Where processes hold shares of the
-base, FSDP2 does so for its weights; what a method adds to it is whole in each, and its gradients are summed here.
+Under DDP every rank has the full model, and PyTorch averages gradients during the backward pass. With a sharded base,
+FSDP2 does so for sharded weights. Adapter weights are replicated there, and their gradients are averaged here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from finetune.adapters.base import trainable
 from finetune.models.fsdp import is_sharded_tensor, local_shard, sharded_base
 
 
-def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model as all processes train it; what trains, and they do not hold shares of, is the main one's.
+def wrap_for_ddp(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Wrap the model for DDP; replicated trainable parameters are broadcast from rank 0.
 
-    All of them have read the same base, so none is sent: DDP would send the weights once, which copies those that lie
-    in a mapped file, and the scales of quantized ones before each step.
+    With a sharded base the model is returned as it is, after the broadcast: FSDP2 works in place.
     """
     if sharded_base(model) is None:
+        # All ranks have read the same base, so DDP need not broadcast it. It would do so once for frozen weights, which
+        # copies memory-mapped ones into memory, and before every step for buffers, such as scales of quantized layers.
         frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
         frozen.update(name for name, _ in model.named_buffers())
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
@@ -37,8 +38,8 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """The time in which gradients stay with their process and add up."""
+def no_grad_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients locally during the block: no communication in its backward passes."""
     base = sharded_base(model)
     if base is None:
         with accelerator.no_sync(model):
@@ -52,7 +53,10 @@ def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
 
 def allreduce_replicated_grads(accelerator: Accelerator, model: nn.Module) -> None:
-    """After the last backward pass of a step: the mean over processes of the gradients of what is whole in each."""
+    """Average the gradients of replicated parameters over all ranks; only needed with a sharded base.
+
+    Call it after the last backward pass of a step.
+    """
     if sharded_base(model) is None:
         return
     gradients = [
@@ -60,16 +64,18 @@ def allreduce_replicated_grads(accelerator: Accelerator, model: nn.Module) -> No
     ]
     if not gradients:
         return
+    # One flat tensor: one collective instead of one for each of several hundred small factors.
     mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
     for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
 def gradient_norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients as of one vector; of shares, that of all processes' shares."""
+    """The L2 norm of all gradients as one vector, a scalar; of sharded ones, over the shards of all ranks."""
     norm = torch.nn.utils.get_total_norm([local_shard(gradient) for gradient in gradients])
     if not any(map(is_sharded_tensor, gradients)):
         return norm
-    assert all(map(is_sharded_tensor, gradients)), "what trains is either of the base or beside it"
+    assert all(map(is_sharded_tensor, gradients)), "trainable parameters are either all sharded or all replicated"
+    # Shards are disjoint parts of the vector, so squared norms add up.
     squares: Tensor = accelerator.reduce(norm.double().square(), "sum")
     return squares.sqrt().to(norm.dtype)

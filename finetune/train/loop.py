@@ -1,4 +1,4 @@
-"""The training loop: a generator that takes one optimizer step at a time and leaves every decision to its caller."""
+"""The training loop: a generator of optimizer steps; the caller decides about evaluation, checkpoints and the end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ from finetune.train.schedules import learning_rate
 from finetune.train.state import TrainState
 from finetune.train.step import train_step
 
-STEPS_BETWEEN = 8
-"""Steps after which the allocator is asked to give back what it holds free: the tensors of each have other sizes than
-those before, and do not fit into their holes. To have every page given anew in each step takes longer; it is done where
-blocks are computed again, for there memory comes first."""
+STEPS_BETWEEN_TRIMS = 8
+"""Steps between two calls of `trim_heap`.
+
+Rows have different lengths, so tensors of one step do not fit into the free blocks of the previous one: the heap
+fragments. Trimming at every step costs time for page faults; it is done only with gradient checkpointing, where memory
+matters most."""
 
 
 def batch_order(units: int, training: Training) -> BatchOrder:
-    """Which rows or packs each step sees, by the recipe; any number of processes share them."""
+    """The rows or packs of each step; independent of the number of ranks, which split the units of a step.
+
+    Args:
+        units: Rows or packs of the train set.
+        training: The recipe's section.
+    """
     units_per_step = training.micro_batch_size * training.gradient_accumulation_steps
     if training.max_steps is not None:
         total_units = training.max_steps * units_per_step
@@ -47,22 +54,22 @@ def fit(
     """Train from `state.step` to the end of `order`, yielding after every optimizer step.
 
     Raises:
-        DivergedError: Loss or gradient is not finite; the weights are those of the last step that was yielded.
-        StopRequested: The run was asked to stop; the same holds.
+        DivergedError: Loss or gradient is not finite; the weights are those of the last yielded step.
+        StopRequested: A stop was requested; the weights are those of the last yielded step.
     """
     accelerator = state.accelerator
     began = time.perf_counter() - state.seconds
-    steps_between = 1 if training.recomputes_blocks else STEPS_BETWEEN
+    trim_interval = 1 if training.recomputes_blocks else STEPS_BETWEEN_TRIMS
     while state.step < order.total_steps:
         step_began = time.perf_counter()
-        if accelerator.device.type == "cpu" and state.step % steps_between == 0:
+        if accelerator.device.type == "cpu" and state.step % trim_interval == 0:
             trim_heap()
         tokens_before = state.tokens
         units = [[examples[row] for row in layout.rows_of(unit)] for unit in order.step_units(state.step)]
         own = layout.micro_batches(units, accelerator.process_index, accelerator.num_processes)
         batches = [batch.to(accelerator.device) for batch in own]
         rate = learning_rate(optimizer, state.step + 1, order.total_steps)
-        # Dropout draws from a stream of its own in every step, which evaluating in between cannot shift.
+        # A seed for each step: dropout then depends neither on evaluation between steps nor on where a run was resumed.
         torch.manual_seed(derived_seed(training.seed, state.step, accelerator.process_index))
         state.model.train()
         loss, norm = train_step(state, batches, rate, training.max_grad_norm)

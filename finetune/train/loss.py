@@ -1,6 +1,9 @@
-"""Next-token cross-entropy over trained tokens only.
+"""Next-token cross-entropy over target tokens, with the output head computed in chunks.
 
-Shape legend: B rows, T tokens, K kept positions, N trained tokens, E width of the hidden states, V vocabulary.
+Logits (T, V) are the largest tensor of a step. The head therefore computes only positions before a target token, a
+chunk at a time, and its gradient is formed in the same pass, so that no chunk is kept.
+
+Shape legend: B rows, T tokens, K kept positions, N target tokens, E width of the hidden states, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,18 +28,19 @@ from finetune.train.noise import embedding_noise
 logger = logging.getLogger(__name__)
 
 Visit = Callable[[Tensor, Tensor], None]
-"""Told log-probabilities (N, V) and labels (N,) of some positions."""
+"""Callback for log-probabilities (N, V) and labels (N,) of a chunk of positions."""
 
-LOGITS_AT_ONCE = 1 << 23
-"""Logits of a chunk on a CPU, whatever the vocabulary."""
+LOGITS_PER_CHUNK = 1 << 23
+"""Logits of a chunk on a CPU, for any vocabulary size."""
 
 LOGITS_IN_CACHE = 3 << 17
-"""Logits of a chunk whose softmax is computed at once on a CPU, so that its passes find them in the cache."""
+"""Logits whose softmax is computed at once on a CPU: few enough to stay in the cache over its passes."""
 
 LOGITS_ON_GPU = 1 << 27
-"""Logits of a chunk on a GPU, whose softmax is computed at once. Each chunk reads the whole head twice and launches
-about ten kernels, which take longer than the products of a chunk of a CPU's size. These logits, their softmax in
-float32 and their gradient take about 1.1 GB."""
+"""Logits of a chunk on a GPU, whose softmax is computed at once.
+
+Each chunk reads the whole head twice and launches about ten kernels, which would take longer than the matmuls of a
+chunk of the CPU's size. These logits, their softmax in float32 and their gradient take about 1.1 GB."""
 
 LOGITS_ON_SMALL_GPU = 1 << 25
 """The same on a GPU of less than `SMALL_GPU` bytes."""
@@ -44,15 +48,15 @@ LOGITS_ON_SMALL_GPU = 1 << 25
 SMALL_GPU = 16 * 10**9
 
 PROBE_TOKENS = 8
-"""Of a batch, for the comparison of the head in chunks with the model's own logits."""
+"""Tokens of the comparison between the head in chunks and the model's own logits."""
 
 
 class Chunks(NamedTuple):
-    """How many logits the output head computes at a time.
+    """Chunk sizes of the output head, counted in logits.
 
     Attributes:
-        logits: Of a chunk.
-        softmax: Those of a chunk whose softmax is computed at once.
+        logits: Logits of a chunk.
+        softmax: Logits of a part of a chunk, whose softmax is computed at once.
     """
 
     logits: int
@@ -60,43 +64,47 @@ class Chunks(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device) -> Chunks:
-        """Those for a device."""
+        """The chunk sizes for a device."""
         if device.type != "cuda":
-            return cls(LOGITS_AT_ONCE, LOGITS_IN_CACHE)
+            return cls(LOGITS_PER_CHUNK, LOGITS_IN_CACHE)
         return cls.on_gpu(torch.cuda.get_device_properties(device).total_memory)
 
     @classmethod
     def on_gpu(cls, memory_bytes: int) -> Chunks:
-        """Those for a GPU of this much memory."""
+        """The chunk sizes for a GPU with this much memory."""
         logits = LOGITS_ON_SMALL_GPU if memory_bytes < SMALL_GPU else LOGITS_ON_GPU
         return cls(logits, logits)
 
 
-_in_chunks: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_is_chunkable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Result of `_head_is_chunkable` for each output head.
+
+Computed once for each head, because the probe costs two forward passes. The keys are heads and not models: training,
+validation and evaluation wrap the same model in different ways. Weak keys let models be freed."""
 
 
 def summed_cross_entropy(model: nn.Module, batch: Batch, noise: float | None = None) -> Tensor:
-    """The cross-entropy, in nats, summed over the trained tokens of a batch; float32 scalar.
+    """The cross-entropy in nats, summed over the target tokens of a batch; float32 scalar.
 
-    A sum, not a mean: only the caller knows how many tokens the whole step trains. The output head runs at the
-    positions before a trained token and nowhere else, a few at a time, so that no (T, V) tensor is made.
+    A sum and not a mean: only the caller knows the number of target tokens of the whole step. The output head computes
+    only positions before a target token, in chunks, so that no (T, V) tensor is made.
 
     Args:
-        model: A causal language model, bare or wrapped for several processes.
+        model: A causal language model, bare or wrapped by DDP.
         batch: On the model's device.
-        noise: Size of the noise on embeddings; None for none.
+        noise: Scale of the noise on embeddings; None for no noise.
     """
     bare = _bare(model)
     head = bare.get_output_embeddings()
-    if head not in _in_chunks:
-        _in_chunks[head] = _agrees_in_chunks(bare, batch)
+    if head not in _is_chunkable:
+        _is_chunkable[head] = _head_is_chunkable(bare, batch)
     with embedding_noise(bare, batch, noise):
-        return chunked_cross_entropy(model, batch) if _in_chunks[head] else whole_cross_entropy(model, batch)
+        return chunked_cross_entropy(model, batch) if _is_chunkable[head] else unchunked_cross_entropy(model, batch)
 
 
-def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """The same from the model's own logits, (B, K, V) at once: the plain twin."""
-    labels_BK, keep_K = _kept(batch)
+def unchunked_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The same from the model's own logits, (B, K, V) at once: the reference implementation."""
+    labels_BK, keep_K = _target_positions(batch)
     logits_BKV = _run(model, batch, keep_K).logits
     return functional.cross_entropy(
         logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -105,78 +113,79 @@ def whole_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def visit_log_probs(model: nn.Module, batch: Batch, visit: Visit) -> None:
-    """Show the log-probabilities of the whole vocabulary before each trained token, a few positions at a time.
+    """Pass the log-probabilities of the vocabulary at each target token to a callback, a chunk of positions at a time.
 
-    The model is not given what predicts nothing: the last column of padded rows, the last token of examples in a line.
+    Tokens that predict nothing are not computed: the last column of padded rows, the last token of packed examples.
 
     Args:
         model: A causal language model.
         batch: Rows of at least two tokens, on the model's device.
-        visit: Told the log-probabilities, shape (N, V), float32, and the labels, shape (N,), of some positions; all of
-            them come, in the order of rows and then of tokens.
+        visit: Called with log-probabilities, shape (N, V), float32, and labels, shape (N,), of each chunk, in the order
+            of rows and then of tokens.
     """
     bare = _bare(model)
     head = bare.get_output_embeddings()
-    if head not in _in_chunks:
-        _in_chunks[head] = _agrees_in_chunks(bare, batch)
-    labels_BK, keep_K = _kept(batch)
-    given, keep_K = _without_ends(batch, keep_K)
+    if head not in _is_chunkable:
+        _is_chunkable[head] = _head_is_chunkable(bare, batch)
+    labels_BK, keep_K = _target_positions(batch)
+    shortened, keep_K = _without_last_tokens(batch, keep_K)
 
     def show(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
         for part_NE, label_N in zip(hidden_NE.split(at_once), labels_N.split(at_once), strict=True):
             visit(functional.log_softmax(logits(part_NE), dim=-1, dtype=torch.float32), label_N)
 
     chunks = Chunks.on(batch.ids_BT.device)
-    if _in_chunks[head]:
-        with _in_head(bare, labels_BK, show, chunks):
-            _run(model, given, keep_K)
+    if _is_chunkable[head]:
+        with _working_in_head(bare, labels_BK, show, chunks):
+            _run(model, shortened, keep_K)
         return
-    logits_BKV = _run(model, given, keep_K).logits
+    logits_BKV = _run(model, shortened, keep_K).logits
     is_target_BK = labels_BK != IGNORED
     show(logits_BKV[is_target_BK], labels_BK[is_target_BK], lambda part_NV: part_NV, _positions_of(bare, chunks.logits))
 
 
 def chunked_cross_entropy(model: nn.Module, batch: Batch, chunks: Chunks | None = None) -> Tensor:
-    """The same with the head a chunk of positions at a time, whether or not the model's own logits agree with that.
+    """The same with the head in chunks of positions, without the check against the model's own logits.
 
     Args:
         model: A causal language model.
         batch: On the model's device.
-        chunks: How many logits at a time; by default those for the model's device.
+        chunks: Chunk sizes; by default those for the model's device.
     """
-    labels_BK, keep_K = _kept(batch)
+    labels_BK, keep_K = _target_positions(batch)
     bare, losses = _bare(model), []
     chunks = chunks or Chunks.on(batch.ids_BT.device)
     positions = _positions_of(bare, chunks.softmax)
 
     def take_loss(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
-        # Those that the head has while it computes: before, a process may hold a share of them.
+        # Looked up here, inside the forward pass: before it, FSDP2 holds shards of the head in their place.
         weights = [parameter for parameter in bare.get_output_embeddings().parameters() if parameter.requires_grad]
         is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
         losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, (at_once, positions), is_needed, *weights))
 
-    with _in_head(bare, labels_BK, take_loss, chunks):
+    with _working_in_head(bare, labels_BK, take_loss, chunks):
         _run(model, batch, keep_K)
     return losses[0]
 
 
-def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The labels of the positions at which some row predicts a trained token, and those positions."""
+def _target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Positions at which some row predicts a target token, (K,), and their labels, (B, K)."""
     labels_BT = batch.labels_BT[:, 1:]
     keep_K = (labels_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if not len(keep_K):  # a row that trains nothing: the model must run all the same, for its collectives
+    if not len(keep_K):  # no target token: the model must still run, because other ranks wait in its collectives
         keep_K = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
     return labels_BT[:, keep_K], keep_K
 
 
-def _without_ends(batch: Batch, keep_K: Tensor) -> tuple[Batch, Tensor]:
-    """A batch without its last column, or without the last tokens of examples in a line; and where others are then."""
+def _without_last_tokens(batch: Batch, keep_K: Tensor) -> tuple[Batch, Tensor]:
+    """A batch without its last column, or without the last token of each packed example; and the shifted positions."""
     if batch.positions_BT is None:
         mask_BT = None if batch.mask_BT is None else batch.mask_BT[:, :-1]
         return replace(batch, ids_BT=batch.ids_BT[:, :-1], mask_BT=mask_BT), keep_K
-    goes_on_T = batch.positions_BT[0].diff(append=batch.positions_BT.new_tensor([-1])) == 1
-    given = replace(batch, ids_BT=batch.ids_BT[:, goes_on_T], positions_BT=batch.positions_BT[:, goes_on_T])
-    return given, goes_on_T.cumsum(0)[keep_K] - 1
+    # Positions count from 0 in each example: a token is followed by one of its own example if they differ by 1.
+    has_next_T = batch.positions_BT[0].diff(append=batch.positions_BT.new_tensor([-1])) == 1
+    shortened = replace(batch, ids_BT=batch.ids_BT[:, has_next_T], positions_BT=batch.positions_BT[:, has_next_T])
+    return shortened, has_next_T.cumsum(0)[keep_K] - 1
 
 
 def _run(model: nn.Module, batch: Batch, keep_K: Tensor) -> Any:
@@ -196,37 +205,38 @@ def _bare(model: nn.Module) -> Any:
 
 
 def _positions_of(model: Any, logits: int) -> int:
-    """Positions that have so many logits; at least one."""
+    """Number of positions with at most this many logits; at least one."""
     return max(1, logits // model.config.get_text_config().vocab_size)
 
 
 @contextmanager
-def _in_head(
+def _working_in_head(
     model: Any,
     labels_BK: Tensor,
     work: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], None],
     chunks: Chunks,
 ) -> Iterator[None]:
-    """In the block the model's output head gives no logits but works on the hidden states of the trained tokens.
+    """Replace the forward pass of the output head, during the block, by `work` on the hidden states of target tokens.
 
-    The head does it in its own place in the model's forward pass, where wrappers for many processes have its weights
-    ready.
+    The work runs at the head's place in the model's forward pass, because there FSDP2 has all-gathered its weights.
 
     Args:
-        model: Bare.
-        labels_BK: The trained tokens of the positions that the head is asked for.
-        work: Given hidden states (N, E), labels (N,), what computes logits of some of the states, and the states of a
-            chunk.
-        chunks: How many logits at a time.
+        model: The model without wrapper.
+        labels_BK: Labels of the positions that the head receives.
+        work: Called with hidden states (N, E), labels (N,), a function from hidden states to logits, and the number of
+            positions of a chunk.
+        chunks: Chunk sizes.
     """
     head, after_head = model.get_output_embeddings(), _after_head(model.config)
     at_once = _positions_of(model, chunks.logits)
+    # Hooks of accelerate put a `forward` on the instance: restore that one, not the one of the class.
     forward, own = head.forward, vars(head).get("forward")
 
     def on_targets(hidden_BKE: Tensor) -> Tensor:
         is_target_N = (labels_BK != IGNORED).flatten()
         hidden_NE, labels_N = hidden_BKE.flatten(0, 1)[is_target_N], labels_BK.flatten()[is_target_N]
         work(hidden_NE, labels_N, lambda part_NE: after_head(forward(part_NE)), at_once)
+        # The model's forward pass expects logits; nobody reads these.
         return hidden_BKE.new_zeros(*hidden_BKE.shape[:2], 1)
 
     head.forward = on_targets
@@ -239,13 +249,13 @@ def _in_head(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The summed loss of an output head, its gradient formed a chunk of logits at a time in the forward pass.
+    """The summed loss of an output head, whose gradient is computed in the forward pass, a chunk of logits at a time.
 
-    The gradient of a sum is the same whatever it is multiplied by later, so what is kept for backward is one tensor of
-    the size of the hidden states, and one of the size of each trained weight of the head.
+    Later operations only multiply the sum by a scalar, so backward only scales the stored gradients. Saved are one
+    tensor of the size of the hidden states, and one for each trainable weight of the head.
 
-    Source: the softmax less the one-hot label, which is the gradient of cross-entropy; formed early as in Hsu et al.
-    2024, arXiv 2410.10989, section 3.2.
+    Source: the gradient of cross-entropy is the softmax minus the one-hot label; computed early as in Hsu et al. 2024,
+    arXiv 2410.10989, section 3.2.
     """
 
     @staticmethod
@@ -270,6 +280,7 @@ class _HeadLoss(torch.autograd.Function):
             gradient_NV = logits_NV.detach()
             total += _to_gradient(gradient_NV, label_N, of_softmax)
             if is_needed:
+                # Through `logits`, which may cap or scale them, and into adapters of the head.
                 of_part, *of_rest = torch.autograd.grad(logits_NV, (part_NE, *weights), gradient_NV)
                 of_part_NE.copy_(of_part)
                 for sum_of, of_weight in zip(of_weights, of_rest, strict=True):
@@ -285,18 +296,23 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _to_gradient(logits_NV: Tensor, labels_N: Tensor, rows: int) -> Tensor:
-    """Put the gradient of the summed loss in the place of logits, some rows at a time; returns the loss, float32."""
+    """Overwrite logits (N, V) by the gradient of the summed loss, some rows at a time; returns the loss, float32."""
     loss = torch.zeros((), device=logits_NV.device)
     for rows_NV, label_N in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
         log_probs_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
         loss -= log_probs_NV.gather(1, label_N[:, None]).sum()
+        # In place, without a second (N, V) tensor: exp() of the log-probabilities, minus 1 at the label.
         one_hot = log_probs_NV.new_full((len(label_N), 1), -1.0)
         rows_NV.copy_(log_probs_NV.exp_().scatter_add_(1, label_N[:, None], one_hot))
     return loss
 
 
 def _after_head(config: Any) -> Callable[[Tensor], Tensor]:
-    """What families of models do to the logits of their head."""
+    """The operation of the model family on the output of its head.
+
+    Gemma 2 and 3 soft-cap logits (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides
+    them (`logits_scaling`). A family with another operation fails `_head_is_chunkable`.
+    """
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     if cap is not None:
@@ -305,16 +321,17 @@ def _after_head(config: Any) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _agrees_in_chunks(model: Any, batch: Batch) -> bool:
+def _head_is_chunkable(model: Any, batch: Batch) -> bool:
     """Whether the head in chunks gives the loss of the model's own logits, on a few tokens of a batch."""
     ids_BT = batch.ids_BT[:1, :PROBE_TOKENS]
     probe = Batch(ids_BT, ids_BT)
     was_training = model.training
     model.eval()
     try:
-        agree = torch.isclose(chunked_cross_entropy(model, probe), whole_cross_entropy(model, probe), rtol=1e-2)
+        # A loose tolerance: 16-bit logits differ by rounding, a missing operation on them by far more.
+        agree = torch.isclose(chunked_cross_entropy(model, probe), unchunked_cross_entropy(model, probe), rtol=1e-2)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        logger.info("the output head runs whole: %s", error)
+        logger.info("the output head is not chunked: %s", error)
         return False
     finally:
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""Noise on embeddings while training. Shape legend: B rows, T tokens, E width of the embeddings."""
+"""NEFTune: noise on embeddings during training. Shape legend: B rows, T tokens, E width of the embeddings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from finetune.data.collate import Batch
 
 @contextmanager
 def embedding_noise(model: nn.Module, batch: Batch, alpha: float | None) -> Iterator[None]:
-    """Forward passes in the block see embeddings with noise, drawn evenly from +- alpha / sqrt(tokens x width).
+    """Add uniform noise in +- alpha / sqrt(tokens x width) to embeddings of forward passes in the block.
 
-    The tokens are those of each example, not of the row that it stands in, so that layouts make no difference.
+    `tokens` is the length of each example, not of its padded or packed row, so that batching makes no difference.
 
     Source: Jain et al. 2024 (NEFTune), arXiv 2310.05914, algorithm 1.
 
     Args:
         model: With `get_input_embeddings`.
-        batch: That the block passes through it.
-        alpha: Size of the noise; None for none.
+        batch: The batch of the forward passes.
+        alpha: Scale of the noise; None for no noise.
     """
     if alpha is None:
         yield

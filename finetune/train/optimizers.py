@@ -1,4 +1,4 @@
-"""Optimizers by their names in a recipe. The learning rate is set by the loop before each step."""
+"""Optimizers by their names in a recipe. `train_step` sets the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def make_optimizer(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr_multiplier: Callable[[str], float]) -> Groups:
-    """Parameters by what they have in common: matrices decay, biases, norms and other vectors do not.
+    """Parameter groups by weight decay and learning rate: matrices decay; biases, norms and other vectors do not.
 
     Args:
-        model: Its trainable parameters.
-        weight_decay: Of matrices.
-        lr_multiplier: From a parameter's name to its learning rate as a multiple of the schedule's; a group has it as
+        model: Its trainable parameters are grouped.
+        weight_decay: Weight decay of matrices.
+        lr_multiplier: Maps a parameter's name to the multiplier of its learning rate, stored as the group's
             `lr_multiplier`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # Few groups: optimizers with fused or foreach kernels work on a whole group at a time.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = weight_decay if parameter.ndim >= 2 else 0.0
@@ -50,7 +51,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr_multiplier: Calla
 
 
 def adamw(section: AdamW, groups: Groups) -> torch.optim.Optimizer:
-    """AdamW with moments in 32 or 8 bits; paged ones live in memory that a GPU shares with the CPU.
+    """AdamW with moments in 32 or 8 bits; paged moments are in unified memory of GPU and CPU.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101; 8-bit moments: Dettmers et al., arXiv 2110.02861; paging:
     Dettmers et al., arXiv 2305.14314, section 3.
@@ -58,7 +59,7 @@ def adamw(section: AdamW, groups: Groups) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
     if section.name == "adamw":
         return torch.optim.AdamW(groups, **settings)
-    import bitsandbytes as bnb  # only where a recipe asks for it: its import may look for kernels on the hub
+    import bitsandbytes as bnb  # not at the top: its import takes long and may query the hub for kernels
 
     classes = {
         "adamw_8bit": bnb.optim.AdamW8bit,
@@ -66,8 +67,8 @@ def adamw(section: AdamW, groups: Groups) -> torch.optim.Optimizer:
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
     if section.name.startswith("paged") and not torch.cuda.is_available():
-        logger.warning("%s: only a GPU can page optimizer state; it is kept in ordinary memory", section.name)
-        # bitsandbytes says the same from inside the first step, once more per process.
+        logger.warning("%s: only a GPU can page optimizer state; it stays in ordinary memory", section.name)
+        # bitsandbytes would repeat this warning in the first step of every rank.
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     optimizer: torch.optim.Optimizer = classes[section.name](groups, **settings)
     return optimizer
@@ -82,14 +83,14 @@ def lion(section: Lion, groups: Groups) -> torch.optim.Optimizer:
 
 
 BLOCK = 256
-"""Numbers that share a scale where bitsandbytes keeps moments in 8 bits."""
+"""Values that share a scale in the 8-bit moments of bitsandbytes."""
 
 SMALLEST_IN_8_BITS = 4096
-"""Tensors of fewer numbers keep moments in 32 bits there."""
+"""bitsandbytes keeps the moments of smaller tensors in 32 bits."""
 
 
 def state_bytes(section: OptimizerSection, parameters: Iterable[Tensor]) -> int:
-    """Bytes that the optimizer keeps from step to step for parameters of these shapes."""
+    """Bytes of optimizer state for parameters of these shapes, as `ft plan` estimates it."""
     return sum(_state_bytes(section, parameter) for parameter in parameters)
 
 
@@ -99,6 +100,7 @@ def _state_bytes(section: OptimizerSection, parameter: Tensor) -> int:
         case Sgd():
             return parameter.nbytes if section.momentum else 0
         case Adafactor() if parameter.ndim >= 2:
+            # Factored second moments: a vector of row sums and one of column sums instead of a matrix.
             return 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
         case Adafactor():
             return 4 * numbers
@@ -107,8 +109,9 @@ def _state_bytes(section: OptimizerSection, parameter: Tensor) -> int:
         case AdamW(name="paged_adamw_32bit"):
             return 8 * numbers
     moments = 1 if isinstance(section, Lion) else 2
-    is_short = numbers >= SMALLEST_IN_8_BITS
-    return moments * (numbers + 4 * ceil(numbers / BLOCK) if is_short else 4 * numbers)
+    is_quantized = numbers >= SMALLEST_IN_8_BITS
+    # One byte each, and a float32 scale for each block.
+    return moments * (numbers + 4 * ceil(numbers / BLOCK) if is_quantized else 4 * numbers)
 
 
 def sgd(section: Sgd, groups: Groups) -> torch.optim.Optimizer:
@@ -117,5 +120,5 @@ def sgd(section: Sgd, groups: Groups) -> torch.optim.Optimizer:
 
 
 def adafactor(section: Adafactor, groups: Groups) -> torch.optim.Optimizer:
-    """Adafactor, its learning rate given and not derived. Source: Shazeer and Stern, arXiv 1804.04235."""
+    """Adafactor with an explicit learning rate. Source: Shazeer and Stern, arXiv 1804.04235."""
     return torch.optim.Adafactor(groups, lr=section.learning_rate, beta2_decay=section.beta2_decay)

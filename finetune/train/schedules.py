@@ -8,7 +8,7 @@ from finetune.recipe.sections.optimizer import OptimizerSection
 
 
 def warmup_steps(section: OptimizerSection, total_steps: int) -> int:
-    """Steps over which the rate rises; at least one step is left at the peak."""
+    """Number of warm-up steps; at least one step at the peak remains."""
     wanted = section.warmup_steps if section.warmup_steps is not None else round(section.warmup_ratio * total_steps)
     return min(wanted, total_steps - 1)
 
@@ -16,8 +16,8 @@ def warmup_steps(section: OptimizerSection, total_steps: int) -> int:
 def learning_rate(section: OptimizerSection, step: int, total_steps: int) -> float:
     """The learning rate of `step`, counted from 1 to `total_steps`.
 
-    It rises linearly and reaches the peak in the first step after the warm-up; `linear` and `cosine` then fall
-    and would reach 0 in the step after the last.
+    It rises linearly to the peak in the first step after the warm-up. `linear` and `cosine` then fall, and would reach
+    0 one step after the last: no step is wasted on a learning rate of 0.
     """
     warmup = warmup_steps(section, total_steps)
     if step <= warmup:

@@ -1,4 +1,4 @@
-"""All that changes during a run."""
+"""The mutable state of training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class TrainState:
     """Model, optimizer and counters; `checkpoint.py` writes and reads all of it.
 
     Attributes:
-        accelerator: Processes and devices.
-        model: The trainable model, wrapped for several processes where there are any.
+        accelerator: Ranks and devices.
+        model: The trainable model, wrapped by DDP if there are several ranks.
         method: The adapter method, for its part of a step.
-        optimizer: Over the trainable parameters.
-        compute_dtype: Type of the forward pass.
-        noise: Size of the noise on embeddings while training, if any.
-        scaler: Scales the loss where gradients are float16; inactive otherwise.
-        interruption: Looked at where a step can be left undone.
+        optimizer: Optimizer of the trainable parameters.
+        compute_dtype: Dtype of the forward pass.
+        noise: Scale of NEFTune's noise on embeddings; None for none.
+        scaler: Loss scaling for float16 gradients; inactive otherwise.
+        interruption: Polled where a step can still be abandoned.
         step: Optimizer steps done.
-        tokens: Tokens seen by all processes, padding not counted.
-        seconds: Since training began, in all attempts together.
-        loss: Of the last step, in nats; None before the first.
-        held_out_step: Step after which the held-out loss was last measured.
-        held_out_before: The held-out loss before the first step, in nats.
+        tokens: Tokens seen by all ranks, without padding.
+        seconds: Training time over all attempts.
+        loss: Loss of the last step, in nats; None before the first.
+        validation_step: Step of the latest validation.
+        validation_loss_before: Validation loss before the first step, in nats.
     """
 
     accelerator: Accelerator
@@ -56,28 +56,31 @@ class TrainState:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether processes hold shares of what trains, so that all of them have to save it together."""
+        """Whether trainable parameters are sharded, so that every rank takes part in saving."""
         return bool(sharded_trainable_params(self.bare_model))
 
-    def agreed_by_main(self, word: bool) -> bool:
-        """What the main process says, where processes hold shares and act together; elsewhere `word`."""
-        if not self.is_sharded:
-            return word
-        return self.agreed_by_any(word and self.accelerator.is_main_process)
+    def agreed_by_main(self, flag: bool) -> bool:
+        """Rank 0's value of `flag` if parameters are sharded, else the local value.
 
-    def agreed_by_any(self, word: bool) -> bool:
-        """Whether any process says so, where processes hold shares and act together; elsewhere `word`."""
+        With sharded parameters saving is a collective: ranks that decided differently would deadlock.
+        """
         if not self.is_sharded:
-            return word
-        said = torch.tensor(float(word), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(said, "sum"))
+            return flag
+        return self.agreed_by_any(flag and self.accelerator.is_main_process)
+
+    def agreed_by_any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank if parameters are sharded, else the local value."""
+        if not self.is_sharded:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum"))
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without its wrapper for several processes."""
+        """The model without its DDP wrapper."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass in the compute type."""
+        """The autocast context of a forward pass in the compute dtype."""
         return autocast(self.accelerator.device, self.compute_dtype)

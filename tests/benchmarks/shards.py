@@ -94,7 +94,7 @@ def measure() -> None:
     from finetune.train.loop import fit
 
     if "always" in sys.argv[2:]:
-        step.accumulating = lambda accelerator, model: nullcontext()
+        step.no_grad_sync = lambda accelerator, model: nullcontext()
     torch.manual_seed(0)
     recipe = load_recipe(Path(sys.argv[1])).recipe
     context = TrainingContext.of(recipe, ignore)

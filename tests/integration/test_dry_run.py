@@ -58,7 +58,7 @@ def test_run_with_a_dry_run_equals_the_run_without(kind: str, tiny_model: Path, 
     rehearsed = result(sections(tiny_model, chat_file, kind, with_dry_run=True), tmp_path / "rehearsed")
     assert rehearsed[:2] == plain[:2]
     (event,) = [event for event in rehearsed[2] if isinstance(event, DryRunPassed)]
-    assert event.folded == (kind in FOLDED)
+    assert event.merged == (kind in FOLDED)
     assert event.tokens > 0
     assert event.checkpoint_bytes > 0
     assert not any(isinstance(event, DryRunPassed) for event in plain[2])
@@ -90,14 +90,14 @@ def test_dry_run_reports_a_step_that_does_not_fit(
 def test_dry_run_refuses_a_layer_that_merges_wrongly(
     tiny_model: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fold = dry_run.peft_bridge.fold
+    fold = dry_run.peft_bridge.merge_layer
 
     def off(layer: torch.nn.Module) -> torch.nn.Module:
         folded = fold(layer)
         folded.weight.data *= 1.01
         return folded
 
-    monkeypatch.setattr(dry_run.peft_bridge, "fold", off)
+    monkeypatch.setattr(dry_run.peft_bridge, "merge_layer", off)
     with pytest.raises(RefusedError, match="merged layer"):
         train(
             as_recipe(sections(tiny_model, chat_file, "lora", with_dry_run=True), tmp_path),

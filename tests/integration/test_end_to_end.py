@@ -225,7 +225,7 @@ def test_adalora_merges_and_reports_its_ranks(tiny_recipe: dict[str, Any], tmp_p
     totals = {choice["step"]: sum(choice["ranks"].values()) for choice in choices}
     assert totals | {4: 28} == {0: 56, 1: 39, 2: 31, 3: 28, 4: 28}  # of 6 steps the last 2 leave ranks as they are
     assert choices[-1]["ranks"] == finished.ranks
-    assert "56 in all at first, 28 in the end" in run.ranks_picture.read_text()
+    assert "56 in total at first, 28 at the end" in run.ranks_picture.read_text()
     assert merge(run).agreement.relative_difference <= 2e-5
 
 

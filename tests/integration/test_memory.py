@@ -145,7 +145,7 @@ def test_command_suggested_after_out_of_memory_fits_and_ends_with_the_same_weigh
     outcome = json.loads((tried / "exit.json").read_text())
     assert (outcome["code"], outcome["checkpoint"], outcome["resumable"]) == (4, 1, True)
 
-    command = said.partition("-> go on with it: ft ")[2].splitlines()[0]
+    command = said.partition("-> resume it: ft ")[2].splitlines()[0]
     assert ft(*shlex.split(command), "--quiet")[0] == 0
     for name, weight in load_file(tried / "adapter" / "adapter_model.safetensors").items():
         torch.testing.assert_close(weight, small[name], rtol=0, atol=1e-5)  # the first step was taken in other passes

@@ -177,7 +177,7 @@ with torch.no_grad():
     for weight in (*trained, *kept):
         weight.add_(rank if weight.dtype is torch.uint8 else rank * 1e-3)
 before = [weight.clone() for weight in kept]
-state.model = grad_sync.prepared(accelerator, model)
+state.model = grad_sync.wrap_for_ddp(accelerator, model)
 next(fit(state, prepared.rows.train, prepared.order, recipe.optimizer, recipe.training, prepared.batch_plan))
 everyones = accelerator.gather(torch.cat([weight.detach().flatten() for weight in trained])[None])
 found = {
@@ -213,5 +213,5 @@ def test_only_trainable_parameters_are_sent_and_other_inputs_are_refused(
     main, other = found["planned"]
     assert 50e6 < main < 1e9
     assert other == 0  # only the first shows it
-    assert "the rows (fingerprint) are not the same everywhere: rows of a in the first process" in found["refused"]
-    assert "rows of b in process 1" in found["refused"]
+    assert "the rows (fingerprint) differ between ranks: rows of a on rank 0" in found["refused"]
+    assert "rows of b on rank 1" in found["refused"]

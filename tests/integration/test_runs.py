@@ -40,7 +40,7 @@ def test_runs_lists_each_run_with_its_step(runs: Path):
     found = [json.loads(line) for line in ft("runs", "--directory", runs, "--json").stdout.splitlines()]
     assert [(Path(each["path"]).name, each["state"], each["step"]) for each in found] == [
         ("done", "finished", 3),
-        ("half", "can go on", 1),
+        ("half", "resumable", 1),
         ("new", "never started", 0),
     ]
     size = sum(file.stat().st_size for file in (runs / "done").rglob("*") if file.is_file())

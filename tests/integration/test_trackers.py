@@ -40,7 +40,7 @@ def test_run_with_trackers_equals_the_run_without_bit_for_bit(
     assert code == 0
     assert left_by(tmp_path / "with" / "run") == left_by(tmp_path / "without" / "run")
     assert said.count("warning: ") == (0 if how == "nothing at all" else 2), said
-    assert len(fakes.told("init")) == 2
+    assert len(fakes.calls("init")) == 2
     texts = [file.read_text() for file in (tmp_path / "with").rglob("*") if file.suffix in (".txt", ".json", ".yaml")]
     assert "c0ffee" not in "".join([said, *texts])
 
@@ -63,4 +63,4 @@ def test_run_may_resume_with_another_tracker(
     more = ["--set", "training.max_steps=5", "--set", "trackers=[{name: mlflow}]"]
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "folder" / "run"), "--quiet", *more])
     assert result.exit_code == 0, result.output
-    assert [step for _, step, _ in fakes.told("log")] == [4, 5, 5]
+    assert [step for _, step, _ in fakes.calls("log")] == [4, 5, 5]

@@ -143,5 +143,5 @@ def _write(trained: FineTunedRun, folder: Path, dtype: str, on_event: EventHandl
         on_event(Phase(f"merging in {dtype}"))
         if not context.recipe.adapter.trains_base:
             context.method.mergeable(base.model, trained.weights)
-        write_merged(base, peft_bridge.fold, DTYPES[dtype], folder)
+        write_merged(base, peft_bridge.merge_layer, DTYPES[dtype], folder)
     context.tokenizer.save_pretrained(folder)

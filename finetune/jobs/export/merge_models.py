@@ -89,7 +89,7 @@ def combine(
         # The base goes through the same writer as the merged runs, so that names and dtypes are the same.
         start = folder / "base"
         start.mkdir()
-        write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.fold, torch.float32, start)
+        write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
         on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         merge_weights(start, parts, combination, DTYPES[dtype], folder)
         for file in parts[0].iterdir():

@@ -45,7 +45,7 @@ class TrainingRecord(Section):
 
     Attributes:
         adapter: The recipe's section `adapter`.
-        convention: Weight format: the formula that the tensors are parameters of, with its version.
+        weight_format: The formula that the tensors are parameters of, with its version; `convention` on disk.
         quantization: The recipe's section `quantization`.
         modules: The recipe's rules for single layers.
         model: The recipe's section `model`.
@@ -57,7 +57,9 @@ class TrainingRecord(Section):
 
     format: Literal[1] = 1
     adapter: Adapter
-    convention: str
+    weight_format: str = Field(
+        validation_alias=AliasChoices("convention", "weight_format"), serialization_alias="convention"
+    )
     quantization: Quantization
     modules: list[ModuleRule]
     model: Model
@@ -78,7 +80,7 @@ class TrainingRecord(Section):
         recipe = context.recipe
         return cls(
             adapter=recipe.adapter,
-            convention=context.method.convention,
+            weight_format=context.method.weight_format,
             quantization=recipe.quantization,
             modules=recipe.modules,
             model=recipe.model,
@@ -90,7 +92,7 @@ class TrainingRecord(Section):
 
     def write(self, folder: Path) -> None:
         """Write the record to the folder of the weights."""
-        write_json(folder / TRAINED_RECORD, self.model_dump(mode="json"))
+        write_json(folder / TRAINED_RECORD, self.model_dump(mode="json", by_alias=True))
 
     @classmethod
     def read(cls, folder: Path) -> TrainingRecord:
@@ -126,9 +128,9 @@ class TrainingRecord(Section):
             RefusedError: One of them differs.
         """
         refuse_other_base(self.base.fingerprint, base)
-        if self.convention != method.convention:
+        if self.weight_format != method.weight_format:
             raise RefusedError(
-                f"the weights have format {self.convention}, this version reads {method.convention}",
+                f"the weights have format {self.weight_format}, this version reads {method.weight_format}",
                 where=str(weights / TRAINED_RECORD),
                 hint="train the run again",
             )

@@ -173,7 +173,7 @@ def _merge_one_layer(prepared: PreparedRun) -> bool:
     inputs = inputs.to(prepared.context.accelerator.device)
     with torch.no_grad():
         expected = copied(inputs)
-        difference = (peft_bridge.fold(copied)(inputs) - expected).abs().max() / expected.abs().max()
+        difference = (peft_bridge.merge_layer(copied)(inputs) - expected).abs().max() / expected.abs().max()
     if not difference <= MERGED_TOLERANCE:
         raise RefusedError(
             f"a merged layer's outputs differ by {difference:.2g} of the largest", hint="do not merge this run"

@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from finetune.errors import EnvironmentFault, FinetuneError, Interrupted, ProcessFailed, ProcessLost, UsageError
 from finetune.run.directory import RunDirectory
-from finetune.run.distributed import LAUNCH, SUPERVISOR, RankExit, published_run_dir
+from finetune.run.distributed import LAUNCH, LAUNCHER, RankExit, published_run_dir
 from finetune.run.signals import Interruption
 
 POLL_SECONDS = 0.1
@@ -143,7 +143,7 @@ def launch_ranks(
             leave()
 
         # Without a shared store: restarted workers would find the addresses of dead ones in it.
-        environment = {SUPERVISOR: str(os.getpid()), LAUNCH: folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment = {LAUNCHER: str(os.getpid()), LAUNCH: folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         os.environ |= environment
         try:
             with interruption.listening(leave_all):

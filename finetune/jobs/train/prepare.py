@@ -36,7 +36,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import DataRead, Event, EventHandler, Phase
 from finetune.run.signals import Interruption
 from finetune.train.checkpoint import read_state
-from finetune.train.grad_sync import prepared
+from finetune.train.grad_sync import wrap_for_ddp
 from finetune.train.loop import batch_order
 from finetune.train.optimizers import make_optimizer
 from finetune.train.prepare_model import prepare_model
@@ -202,7 +202,7 @@ class _Preparation:
         _check_sharded_training(context, base)
         return TrainState(
             accelerator=context.accelerator,
-            model=prepared(context.accelerator, model),
+            model=wrap_for_ddp(context.accelerator, model),
             method=context.method,
             optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier),
             compute_dtype=context.compute_dtype,

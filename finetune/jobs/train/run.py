@@ -140,7 +140,7 @@ def _record_inputs(
         record for split in (rows.train, rows.validation) for source in split.sources for record in source.content
     ]
     write_json(run.provenance, provenance(dump_recipe(recipe), content, facts))
-    write_json(run.data_report, read.ledger)
+    write_json(run.data_report, read.report)
 
 
 def _describe(run: RunDirectory, prepared: PreparedRun) -> TrainingStarted:
@@ -153,9 +153,9 @@ def _describe(run: RunDirectory, prepared: PreparedRun) -> TrainingStarted:
         quantization=context.recipe.quantization.kind,
         trainable_parameters=count.trainable,
         total_parameters=count.total,
-        train_rows=read.ledger["train"]["used"],
-        validation_rows=read.ledger["validation"]["used"],
-        target_tokens=read.ledger["train"]["target_tokens"],
+        train_rows=read.report["train"]["used"],
+        validation_rows=read.report["validation"]["used"],
+        target_tokens=read.report["train"]["target_tokens"],
         total_steps=prepared.order.total_steps,
         compute_dtype=str(context.compute_dtype).removeprefix("torch."),
         planned_memory_bytes=prepared.planned_memory,

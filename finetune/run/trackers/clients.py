@@ -1,4 +1,4 @@
-"""What each tracker's package is told, in a process of its own that `tracking` starts; run as a module."""
+"""Clients of the trackers' packages; run as a module in the process that `TrackerProcess` starts."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from pydantic import TypeAdapter
 from finetune.recipe.sections.section import Section
 from finetune.recipe.sections.tracking import Mlflow, TensorBoard, Tracker, Trackio, Wandb
 from finetune.resolve import build
-from finetune.run.trackers.process import ENDED, FINISH_SECONDS, LATE, Opening
+from finetune.run.trackers.process import ENDED, FINISH_SECONDS, LATE, TrackerSetup
 
 
-class Followed(Protocol):
-    """A tracker's side of one run.
+class TrackerClient(Protocol):
+    """A tracker's client for one run.
 
     Attributes:
-        where: Where a person finds it.
+        where: URL or command that shows the tracked run.
     """
 
     where: str
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add numbers of a step."""
+        """Log the metrics of a step."""
 
     def finish(self, is_done: bool) -> None:
-        """The run has ended, at its end or before."""
+        """Close the tracked run; `is_done` tells success from failure."""
 
 
 class TensorBoardTracker:
-    """Event files. A run that goes on adds a file, whose steps take the place of those that were lost."""
+    """TensorBoard event files. A resumed run adds a file, whose steps replace those after the checkpoint."""
 
-    def __init__(self, section: TensorBoard, opening: Opening) -> None:
-        from tensorboard.summary import Generator
+    def __init__(self, section: TensorBoard, setup: TrackerSetup) -> None:
+        from tensorboard.summary import Writer
 
-        self._writer = Generator(opening.folder)
-        self.where = f"tensorboard --logdir {opening.folder}"
+        self._writer = Writer(setup.folder)
+        self.where = f"tensorboard --logdir {setup.folder}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add scalars."""
@@ -50,12 +50,12 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
 
     def finish(self, is_done: bool) -> None:
-        """Write the rest."""
+        """Flush and close the file."""
         self._writer.close()
 
 
 class WandbTracker:
-    """A run of Weights & Biases, which is gone on with by its id."""
+    """A run of Weights & Biases, resumed by its id."""
 
     _QUIET: ClassVar[dict[str, Any]] = {
         "console": "off",
@@ -67,57 +67,57 @@ class WandbTracker:
         "x_disable_stats": True,
     }
 
-    def __init__(self, section: Wandb, opening: Opening) -> None:
+    def __init__(self, section: Wandb, setup: TrackerSetup) -> None:
         import wandb
 
         self._run = wandb.init(
             project=section.project,
-            name=opening.name,
-            id=opening.id,
+            name=setup.name,
+            id=setup.id,
             resume="allow",
-            dir=opening.folder,
+            dir=setup.folder,
             mode="offline" if section.offline else None,
-            config=opening.recipe,
+            config=setup.recipe,
             settings=wandb.Settings(**self._QUIET),
         )
         self.where = self._run.url or f"wandb sync {Path(self._run.dir).parent}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add numbers; those of steps that were told before the run stopped are there, and are the same."""
+        """Log metrics. After a resume, steps that W&B already has are sent again, with the same values."""
         self._run.log(dict(values), step=step)
 
     def finish(self, is_done: bool) -> None:
-        """Send the rest."""
+        """Send pending data."""
         self._run.finish(exit_code=0 if is_done else 1)
 
 
 class MlflowTracker:
-    """A run of MLflow, which is found again by a tag."""
+    """A run of MLflow, found by a tag on resume."""
 
-    _PARAMETERS_AT_ONCE = 100
+    _PARAMETERS_AT_ONCE = 100  # the limit of MLflow's batch API
     _TAG = "ft.run"
 
-    def __init__(self, section: Mlflow, opening: Opening) -> None:
+    def __init__(self, section: Mlflow, setup: TrackerSetup) -> None:
         import mlflow
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if section.offline or not uri:
-            uri = f"sqlite:///{opening.folder}/mlflow.db"
+            uri = f"sqlite:///{setup.folder}/mlflow.db"
             mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(section.experiment)
-        found = mlflow.search_runs(filter_string=f"tags.`{self._TAG}` = '{opening.id}'", output_format="list")
+        found = mlflow.search_runs(filter_string=f"tags.`{self._TAG}` = '{setup.id}'", output_format="list")
         self._mlflow = mlflow
         if found:
             mlflow.start_run(run_id=found[0].info.run_id)
         else:
-            mlflow.start_run(run_name=opening.name, tags={self._TAG: opening.id})
-            parameters = list(flattened(opening.recipe))
+            mlflow.start_run(run_name=setup.name, tags={self._TAG: setup.id})
+            parameters = list(flattened(setup.recipe))
             for first in range(0, len(parameters), self._PARAMETERS_AT_ONCE):
                 mlflow.log_params(dict(parameters[first : first + self._PARAMETERS_AT_ONCE]))
         self.where = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add numbers."""
+        """Log metrics."""
         self._mlflow.log_metrics(dict(values), step=step)
 
     def finish(self, is_done: bool) -> None:
@@ -126,16 +126,16 @@ class MlflowTracker:
 
 
 class TrackioTracker:
-    """A run of Trackio, which is gone on with by its name."""
+    """A run of Trackio, resumed by its name."""
 
-    def __init__(self, section: Trackio, opening: Opening) -> None:
+    def __init__(self, section: Trackio, setup: TrackerSetup) -> None:
         import trackio
 
         self._run = trackio.init(
             project=section.project,
-            name=f"{opening.name}-{opening.id}",
+            name=f"{setup.name}-{setup.id}",
             space_id=section.space,
-            config=opening.recipe,
+            config=setup.recipe,
             resume="allow",
             embed=False,
             auto_log_gpu=False,
@@ -144,16 +144,16 @@ class TrackioTracker:
         self.where = f"trackio show --project {section.project}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add numbers."""
+        """Log metrics."""
         self._run.log(dict(values), step=step)
 
     def finish(self, is_done: bool) -> None:
-        """Send the rest."""
+        """Send pending data."""
         self._run.finish()
 
 
 def flattened(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and plain values of nested ones."""
+    """Nested values as pairs of dotted key and plain value."""
     if isinstance(values, dict | list) and values:
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from flattened(value, f"{key}.{name}" if key else str(name))
@@ -162,15 +162,16 @@ def flattened(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def follow(lines: Iterator[str], reply: Any) -> None:
-    """Open a tracker with the first line, log what the next ones say, and finish it.
+    """Open a tracker, log the metrics of each line, and close it after the last.
 
     Args:
-        lines: JSON objects: an `Opening`, then steps with their numbers, then how the run ended.
+        lines: JSON objects: a `TrackerSetup`, then `{"step", "values"}` for each step, then `ENDED` after success.
         reply: Called with a dictionary: `where` the run can be seen.
     """
-    opening = Opening(**json.loads(next(lines)))
-    section: Section = TypeAdapter(Tracker).validate_python(opening.section)
-    tracker: Followed = build(section, opening)
+    setup = TrackerSetup(**json.loads(next(lines)))
+    section: Section = TypeAdapter(Tracker).validate_python(setup.section)
+    # Calls the class that the section names as a string: the recipe does not import this module.
+    tracker: TrackerClient = build(section, setup)
     reply({"where": tracker.where})
     is_done = False
     for line in lines:
@@ -183,9 +184,9 @@ def follow(lines: Iterator[str], reply: Any) -> None:
 
 
 def received() -> Iterator[str]:
-    """Lines of standard input, read by a thread as they come, so that who writes never waits for a tracker.
+    """Lines of standard input, read by a thread as they arrive: the pipe stays empty while a tracker is slow.
 
-    When they end, so does this process, with a delay for what is left to send.
+    At the end of input a timer bounds the time that this process may take to send pending data.
     """
     lines: SimpleQueue[str | None] = SimpleQueue()
 
@@ -202,7 +203,7 @@ def received() -> Iterator[str]:
 
 
 def main() -> None:
-    """Follow one run for one tracker; whatever the package prints goes nowhere, for it may name a secret."""
+    """Serve one tracker of one run. Output of its package is discarded: it may contain secrets."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 1)
@@ -214,9 +215,9 @@ def main() -> None:
 
     try:
         follow(received(), reply)
-    except BaseException as error:  # SystemExit too: its package may think that it is the program
+    except BaseException as error:  # SystemExit too: some packages call sys.exit
         reply({"failed": f"{type(error).__name__}: {error}"})
-    os._exit(0)  # not to wait for threads that a package has left
+    os._exit(0)  # without waiting for threads of the package
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trackers follow a run from processes of their own: one that raises, hangs or crashes cannot touch the run.
+"""Trackers run in subprocesses, so that one that raises, hangs or crashes cannot affect the run.
 
-A line of JSON in a pipe tells a tracker's process of each event, and is never waited for. What a tracker has to say,
-where it can be seen or why it failed, is told once. `metrics.jsonl` is the record; trackers are copies.
+Each event is a line of JSON in a non-blocking pipe. A tracker replies with the place where its run can be seen, or
+with the reason of its failure, which is logged once. `metrics.jsonl` is the record; trackers hold copies.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from finetune.run.events import Event, EventHandler, Phase, StepMetrics, Validat
 logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 30.0
-"""Time that trackers have at the end of a run to send what is left."""
+"""Time limit for sending pending data at the end of a run."""
 
 FINISH_SECONDS_IF_STOPPED = 5.0
-"""The same where the run was stopped, for then the machine may be about to go."""
+"""The same for a stopped run: the machine may be about to shut down."""
 
 LATE = 3
-"""Exit code of a tracker's process that was not done in time."""
+"""Exit code of a tracker's process that exceeded the time limit."""
 
 ENDED = {"event": "ended"}
-"""The last line of a run that came to its end."""
+"""The last line after a run that completed."""
 
 PIPE_BYTES = 1 << 20
-"""Lines that wait in the pipe while a tracker's process starts: some thousand steps."""
+"""Capacity of the pipe. It buffers some thousand steps while a tracker's process imports its package."""
 
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -52,19 +52,19 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
 }
-"""Keeps packages from reporting on their user."""
+"""Disables telemetry of the packages."""
 
 
 @dataclass(frozen=True)
-class Opening:
-    """What a tracker's process is told first.
+class TrackerSetup:
+    """The first line for a tracker's process.
 
     Attributes:
         section: The recipe's section of the tracker.
-        folder: A folder of the run directory for its files.
-        name: Of the run.
-        id: The same whenever the run is gone on with, and only then.
-        recipe: With every default.
+        folder: Folder for its files, in the run directory.
+        name: Name of the run.
+        id: Stable over resumes of the run, different for every other run.
+        recipe: The resolved recipe.
     """
 
     section: dict[str, Any]
@@ -75,65 +75,66 @@ class Opening:
 
 
 def refuse_missing_packages(trackers: Sequence[TrackerSection]) -> None:
-    """Every tracker's package must be installed before the run.
+    """Check that every tracker's package is installed, before the run.
 
     Raises:
-        UnsupportedError: One is not.
+        UnsupportedError: A package is missing.
     """
     for index, tracker in enumerate(trackers):
         if find_spec(tracker.name) is None:
             raise UnsupportedError(
                 f"the package {tracker.name} is not installed",
                 where=f"trackers.{index}.name",
-                hint=f"pip install {tracker.name}, or leave the tracker out",
+                hint=f"pip install {tracker.name}, or remove the tracker",
             )
 
 
 @contextmanager
 def tracked(recipe: Recipe, run: RunDirectory, on_event: EventHandler) -> Iterator[EventHandler]:
-    """A report that tells the recipe's trackers too; they end with the block.
+    """An event handler that also sends metrics to the recipe's trackers; their processes end with the block.
 
     Args:
         recipe: Names the trackers.
-        run: Where their files go.
-        on_event: What is told first.
+        run: Holds their files.
+        on_event: Handler that is called first.
     """
-    followers = [Follower(tracker.name, _opening(tracker, recipe, run)) for tracker in recipe.trackers]
+    processes = [TrackerProcess(tracker.name, _setup(tracker, recipe, run)) for tracker in recipe.trackers]
 
-    def report_and_track(event: Event) -> None:
+    def handle_and_track(event: Event) -> None:
         on_event(event)
         if isinstance(event, StepMetrics | ValidationResult):
-            for follower in followers:
-                follower.send({"step": event.step, "values": _values(event)})
+            for process in processes:
+                process.send({"step": event.step, "values": _values(event)})
 
     seconds = FINISH_SECONDS_IF_STOPPED
     try:
-        yield report_and_track
-        for follower in followers:
-            follower.send(ENDED)
+        yield handle_and_track
+        for process in processes:
+            process.send(ENDED)
         seconds = FINISH_SECONDS
     finally:
-        if followers:
-            on_event(Phase(f"finishing {', '.join(follower.name for follower in followers)}"))
-            _finish(followers, seconds)
+        if processes:
+            on_event(Phase(f"finishing {', '.join(process.name for process in processes)}"))
+            _finish(processes, seconds)
 
 
-def _finish(followers: Sequence[Follower], seconds: float) -> None:
-    """Let all of them send the rest at the same time, and end those that do not."""
-    for follower in followers:
-        follower.close()
+def _finish(processes: Sequence[TrackerProcess], seconds: float) -> None:
+    """Give all trackers the same time to send pending data, then kill the rest."""
+    for process in processes:
+        process.close()
     deadline = time.monotonic() + seconds
     try:
-        for follower in followers:
-            follower.wait(deadline)
+        for process in processes:
+            process.wait(deadline)
     finally:
-        for follower in followers:
-            follower.kill()
+        for process in processes:
+            process.kill()
 
 
-def _opening(tracker: TrackerSection, recipe: Recipe, run: RunDirectory) -> Opening:
+def _setup(tracker: TrackerSection, recipe: Recipe, run: RunDirectory) -> TrackerSetup:
+    # The marker holds the time of creation: a run that replaces another at the same path gets another id.
     made = run.marker.read_bytes() if run.marker.is_file() else b""
-    return Opening(
+    return TrackerSetup(
         section=tracker.model_dump(mode="json"),
         folder=str(run.trackers / tracker.name),
         name=str(recipe.run.name),
@@ -143,39 +144,39 @@ def _opening(tracker: TrackerSection, recipe: Recipe, run: RunDirectory) -> Open
 
 
 def _values(event: StepMetrics | ValidationResult) -> dict[str, float]:
-    """An event's finite numbers under the names that trackers group by: `train/loss`, `validation/loss`."""
+    """An event's finite numbers, named `train/loss`, `validation/loss` and so on, which trackers group by prefix."""
     group = "train" if isinstance(event, StepMetrics) else "validation"
-    left_out = ("event", "step", "total_steps", "seconds", "rows")
-    numbers = {name: value for name, value in event.to_json().items() if name not in left_out and value is not None}
+    dropped = ("event", "step", "total_steps", "seconds", "rows")
+    numbers = {name: value for name, value in event.to_json().items() if name not in dropped and value is not None}
     return {f"{group}/{name}": value for name, value in numbers.items()}
 
 
-class Follower:
-    """A tracker's process.
+class TrackerProcess:
+    """A tracker's subprocess.
 
     Args:
-        name: Of the tracker, for messages.
-        opening: What it is told first.
+        name: Name of the tracker, for messages.
+        setup: The first line for the subprocess.
     """
 
-    def __init__(self, name: str, opening: Opening) -> None:
+    def __init__(self, name: str, setup: TrackerSetup) -> None:
         self.name = name
         self._process: subprocess.Popen[bytes] | None = None
         self._replies = b""
         try:
-            os.makedirs(opening.folder, exist_ok=True)
-            self._process = _start(opening)
+            os.makedirs(setup.folder, exist_ok=True)
+            self._process = _start(setup)
         except OSError as error:
             self._warn(f"it could not be started: {error.strerror}")
 
     def send(self, record: Mapping[str, Any]) -> None:
-        """Tell it something, without ever waiting for it."""
+        """Send a record without blocking; a tracker whose pipe is full is given up."""
         self._listen()
         if self._process is None:
             return
         assert self._process.stdin is not None
         try:
-            # Less than a pipe takes at once: written whole or not at all.
+            # Shorter than PIPE_BUF, so the write is atomic: complete or BlockingIOError.
             os.write(self._process.stdin.fileno(), json.dumps(record).encode() + b"\n")
         except BlockingIOError:
             self._give_up("it does not keep up")
@@ -184,12 +185,12 @@ class Follower:
             self._give_up("its process has ended")
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Signal the end of input."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
     def wait(self, deadline: float) -> None:
-        """Let it send the rest until `deadline`, by the monotonic clock."""
+        """Wait for its exit until `deadline`, in seconds of the monotonic clock."""
         if self._process is None:
             return
         try:
@@ -198,12 +199,12 @@ class Follower:
             code = LATE
         self._listen()
         if code == LATE:
-            self._give_up("it was not done in time at the end")
+            self._give_up("it did not finish in time")
         elif code:
             self._give_up(f"its process has ended with {code}")
 
     def kill(self) -> None:
-        """End it and what it has started, if they are there."""
+        """Kill the subprocess and its children, if they still run."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -215,34 +216,34 @@ class Follower:
                 pipe.close()
 
     def _listen(self) -> None:
-        """Tell what the process has said since the last time."""
+        """Log the replies since the last call."""
         if self._process is None:
             return
         assert self._process.stdout is not None
         with suppress(BlockingIOError):
-            while said := os.read(self._process.stdout.fileno(), 1 << 16):
-                self._replies += said
+            while received := os.read(self._process.stdout.fileno(), 1 << 16):
+                self._replies += received
         *lines, self._replies = self._replies.split(b"\n")
         for reply in map(json.loads, lines):
             if "where" in reply:
-                logger.info("%s follows the run: %s", self.name, redacted(reply["where"]))
+                logger.info("%s tracks the run: %s", self.name, redacted(reply["where"]))
             else:
                 self._give_up(reply["failed"])
                 return
 
     def _give_up(self, why: str) -> None:
-        """End it and warn, once."""
+        """Kill the subprocess and warn, once."""
         if self._process is not None:
             self.kill()
             self._warn(why)
 
     def _warn(self, why: str) -> None:
         first_line = redacted(why).strip().partition("\n")[0][:200]
-        logger.warning("%s no longer follows the run, which goes on without it: %s", self.name, first_line)
+        logger.warning("%s no longer tracks the run, which continues without it: %s", self.name, first_line)
 
 
-def _start(opening: Opening) -> subprocess.Popen[bytes]:
-    """A process with the opening in its pipe; neither end of it is ever waited for."""
+def _start(setup: TrackerSetup) -> subprocess.Popen[bytes]:
+    """Start a subprocess with non-blocking pipes and send its setup."""
     path = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "finetune.run.trackers.clients"],
@@ -250,15 +251,15 @@ def _start(opening: Opening) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        cwd=opening.folder,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "WANDB_CACHE_DIR": opening.folder},
-        start_new_session=True,  # Ctrl-C is for the run, which then tells it to finish
+        cwd=setup.folder,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "WANDB_CACHE_DIR": setup.folder},
+        start_new_session=True,  # Ctrl-C must reach the run only, which then ends its trackers
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    with suppress(OSError, AttributeError):  # Linux alone can widen a pipe
+    with suppress(OSError, AttributeError):  # only Linux can resize a pipe
         fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    process.stdin.write(json.dumps(asdict(opening)).encode() + b"\n")
+    process.stdin.write(json.dumps(asdict(setup)).encode() + b"\n")
     os.set_blocking(process.stdin.fileno(), False)
     os.set_blocking(process.stdout.fileno(), False)
     return process

@@ -1,4 +1,4 @@
-"""AdaLoRA on a model: its layer, its penalty, its budget, what it saves, and what it takes to go on."""
+"""AdaLoRA on a model: layer, penalty, budget, saving, resume."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ def layers(model: nn.Module) -> list[AdaLoraLinear]:
     return [layer for layer in model.modules() if isinstance(layer, AdaLoraLinear)]
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-6) -> bool:
-    return bool((found - expected).abs().max() <= share * expected.abs().max())
+def is_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> bool:
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 # The layer
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
-def test_an_untrained_adapter_changes_nothing_and_alone_trains(tiny_model: Path, kind: str):
+def test_untrained_adalora_keeps_logits_and_is_all_that_trains(tiny_model: Path, kind: str):
     model = load(tiny_model, BASES[kind])
     before = logits(model)
     attached = adalora().attach(model, STEPS)
@@ -94,7 +94,7 @@ def test_an_untrained_adapter_changes_nothing_and_alone_trains(tiny_model: Path,
     assert sum(p.numel() for p in trainable.values()) == 4 * sum(sizes)
 
 
-def test_the_layer_is_w_plus_scaled_p_lambda_q():
+def test_adalora_layer_matches_formula():
     layer = layers(take_steps(state_of(adalora(), tiny_llama()), 2).model)[0].double()
     a_RI, e_R1, b_OR = layer.triplets("default")
     x = torch.randn(3, layer.in_features, dtype=torch.float64)
@@ -103,13 +103,13 @@ def test_the_layer_is_w_plus_scaled_p_lambda_q():
     assert is_close(layer.get_delta_weight("default"), update_OI, 1e-12)
 
 
-def test_vectors_start_normal_with_the_authors_deviation():
+def test_adalora_vectors_are_initially_normal_with_std_of_authors():
     for layer in layers(adalora(r=12).attach(tiny_llama(), STEPS)):
         for vectors in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             assert float(vectors.detach().std()) == pytest.approx(0.02, rel=0.2)
 
 
-def test_singular_values_decay_as_the_authors_do():
+def test_adalora_singular_values_have_weight_decay():
     model = adalora().attach(tiny_llama(), STEPS)
     (decaying,) = parameter_groups(model, 0.1, lambda name: 1.0)
     assert len(decaying["params"]) == 3 * 14
@@ -118,7 +118,7 @@ def test_singular_values_decay_as_the_authors_do():
 # The penalty
 
 
-def test_the_penalty_is_the_mean_distance_from_orthogonal():
+def test_penalty_is_mean_distance_from_orthogonal():
     method = adalora(orthogonal_weight=0.3)
     model = method.attach(tiny_llama(), STEPS)
     norms = []
@@ -134,8 +134,8 @@ def test_the_penalty_is_the_mean_distance_from_orthogonal():
     assert method.penalty(model).item() < 1e-6
 
 
-def test_the_penalty_trains_whatever_the_loss_is():
-    """As long as E is zero, the loss moves neither A nor B; what does is the penalty."""
+def test_penalty_has_gradient_without_that_of_the_loss():
+    """While E is zero, the loss has no gradient for A and B; only the penalty has."""
     moved = {}
     for weight in (0.0, 0.1):
         method = adalora(orthogonal_weight=weight)
@@ -154,34 +154,34 @@ def test_the_penalty_trains_whatever_the_loss_is():
     assert all(moved[0.1])
 
 
-def test_neither_the_reported_nor_the_held_out_loss_holds_the_penalty():
+def test_penalty_is_in_neither_reported_nor_validation_loss():
     found = {}
     for weight in (0.0, 100.0):
         method = adalora(orthogonal_weight=weight)
         state = state_of(method, tiny_llama())
         rows = [Example(list(range(1, 20)), [position > 3 for position in range(19)])]
         settings = {"compute_dtype": torch.float32, "batch_size": 1, "make_batch": partial(padded, padding=0)}
-        held_out = compute_validation_loss(state.model, rows, accelerator=state.accelerator, **settings).loss
-        recording_errors, _ = train_step(state, batches(0), 0.0, None)
-        found[weight] = (held_out, recording_errors, float(method.penalty(state.model)))
+        validation_loss = compute_validation_loss(state.model, rows, accelerator=state.accelerator, **settings).loss
+        reported, _ = train_step(state, batches(0), 0.0, None)
+        found[weight] = (validation_loss, reported, float(method.penalty(state.model)))
     assert found[0.0][:2] == found[100.0][:2]
     assert found[100.0][2] > 50
 
 
-def test_many_micro_batches_are_one_batch():
-    whole = take_steps(state_of(adalora(), tiny_llama()), STEPS)
+def test_adalora_micro_batches_match_one_batch():
+    batched = take_steps(state_of(adalora(), tiny_llama()), STEPS)
     parts = take_steps(state_of(adalora(), tiny_llama()), STEPS, micro_batches=4)
-    assert whole.method.ranks(whole.model) == parts.method.ranks(parts.model)
-    for one, other in zip(layers(whole.model), layers(parts.model), strict=True):
+    assert batched.method.ranks(batched.model) == parts.method.ranks(parts.model)
+    for one, other in zip(layers(batched.model), layers(parts.model), strict=True):
         for factor, same in zip(one.triplets("default"), other.triplets("default"), strict=True):
             assert torch.allclose(factor, same, atol=1e-4)
-    assert len(set(whole.method.ranks(whole.model).values())) > 2  # ranks did move
+    assert len(set(batched.method.ranks(batched.model).values())) > 2  # ranks did move
 
 
 # The budget
 
 
-def test_the_steps_of_a_run_lay_out_the_budget():
+def test_budget_follows_from_steps_of_run():
     method = adalora(initial_ratio=0.1, final_ratio=0.4)
     method.attach(tiny_llama(), 1000)
     budget = method.allocator.budget
@@ -194,7 +194,7 @@ def test_the_steps_of_a_run_lay_out_the_budget():
 
 
 @pytest.mark.parametrize("total_steps", [2, 3, 10])
-def test_the_trained_model_has_exactly_the_budget(total_steps: int):
+def test_trained_ranks_sum_to_budget(total_steps: int):
     state = take_steps(state_of(adalora(), tiny_llama(), total_steps), total_steps)
     assert sum(state.method.ranks(state.model).values()) == 14 * 2
     assert sum(int((layer.lora_E["default"] != 0).sum()) for layer in layers(state.model)) == 14 * 2
@@ -204,12 +204,12 @@ def test_the_trained_model_has_exactly_the_budget(total_steps: int):
     ("settings", "total_steps"),
     [({"initial_steps": 4, "final_steps": 6}, 10), ({"initial_steps": 12}, 10), ({"final_steps": 9}, 10), ({}, 1)],
 )
-def test_steps_that_leave_no_choice_are_refused_before_training(settings: dict[str, int], total_steps: int):
+def test_attach_refuses_too_few_steps(settings: dict[str, int], total_steps: int):
     with pytest.raises(UnsupportedError, match=f"of {total_steps} steps .* too few are left"):
         adalora(**settings).attach(tiny_llama(), total_steps)
 
 
-def test_rules_give_single_layers_their_first_rank_and_leave_layers_out():
+def test_module_rules_set_initial_rank_or_skip_layers():
     rules = [
         ModuleRule(match="*.down_proj", adapter={"r": 6}),
         ModuleRule(match="*.layers.0.self_attn.*", adapter={"skip": True}),
@@ -225,13 +225,11 @@ def test_rules_give_single_layers_their_first_rank_and_leave_layers_out():
         adalora([ModuleRule(match="*", adapter={"r": 2})]).attach(tiny_llama(), STEPS)
 
 
-# What is saved
+# Saving
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_saved_adapter_is_the_trained_one_for_us_for_stock_peft_and_merged(
-    tiny_model: Path, tmp_path: Path, kind: str
-):
+def test_saved_adalora_gives_same_logits_in_stock_peft_and_merged(tiny_model: Path, tmp_path: Path, kind: str):
     rules = [ModuleRule(match="*.v_proj", adapter={"alpha": 3})]
     method = adalora(rules)
     live = take_steps(state_of(method, load(tiny_model, BASES[kind])), STEPS).model
@@ -243,7 +241,7 @@ def test_a_saved_adapter_is_the_trained_one_for_us_for_stock_peft_and_merged(
     def dequantized() -> nn.Module:
         return dequantize_model(load(tiny_model, BASES[kind]), torch.float32)
 
-    if kind == "int8":  # rounds its inputs too, as no merged weight does
+    if kind == "int8":  # int8 also rounds activations, which a merged weight does not
         expected = logits(adalora(rules).load(dequantized(), tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = method.ranks(live).values()
@@ -258,7 +256,7 @@ def test_a_saved_adapter_is_the_trained_one_for_us_for_stock_peft_and_merged(
     assert is_close(logits(merged(adalora(rules), dequantized(), tmp_path)), expected, 1e-5)
 
 
-def test_it_works_on_layers_that_are_stored_transposed(tmp_path: Path):
+def test_adalora_works_over_conv1d(tmp_path: Path):
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=2)
 
     def base() -> nn.Module:
@@ -272,25 +270,25 @@ def test_it_works_on_layers_that_are_stored_transposed(tmp_path: Path):
     assert is_close(logits(merged(adalora(), base(), tmp_path)), logits(live), 1e-5)
 
 
-# Going on
+# Resume
 
 
 @pytest.mark.parametrize("stop", [4, 8])
-def test_a_run_goes_on_bit_for_bit_from_its_state(stop: int):
-    whole = take_steps(state_of(adalora(), tiny_llama()), STEPS)
+def test_restored_state_resumes_bitwise(stop: int):
+    uninterrupted = take_steps(state_of(adalora(), tiny_llama()), STEPS)
     first = take_steps(state_of(adalora(), tiny_llama()), stop)
     kept = {name: tensor.clone() for name, tensor in first.method.state(first.model).items()}
     second = state_of(adalora(), tiny_llama())
     second.method.restore(second.model, kept)
     second.step = stop
     take_steps(second, STEPS)
-    found, expected = second.method.state(second.model), whole.method.state(whole.model)
+    found, expected = second.method.state(second.model), uninterrupted.method.state(uninterrupted.model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("missing", ["sensitivity.", "uncertainty.", "kept.", "budget", "base_model."])
-def test_a_state_that_lacks_something_is_refused(missing: str):
+def test_restore_refuses_incomplete_state(missing: str):
     state = state_of(adalora(), tiny_llama())
     kept = state.method.state(state.model)
     names = [name for name in kept if name.startswith(missing)]
@@ -299,7 +297,7 @@ def test_a_state_that_lacks_something_is_refused(missing: str):
         state.method.restore(state.model, {name: tensor for name, tensor in kept.items() if name != names[-1]})
 
 
-def test_a_state_of_another_budget_is_refused():
+def test_restore_refuses_state_of_another_budget():
     state = state_of(adalora(), tiny_llama(), total_steps=20)
     longer = state_of(adalora(), tiny_llama(), total_steps=40)
     with pytest.raises(RefusedError, match="another budget"):

@@ -1,4 +1,4 @@
-"""What is put on a base is taken off again without a trace, whichever method trained it."""
+"""Detaching an adapter restores the base bitwise, for every method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def method(name: str) -> Any:
 
 
 def saved(name: str, model: Any, folder: Path) -> None:
-    """Weights that say something else than the base, as a training would leave them."""
+    """Save weights that change the logits, as after training."""
     torch.manual_seed(0)
     chosen = method(name)
     attached = chosen.attach(model, 10)
@@ -41,9 +41,7 @@ def saved(name: str, model: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), ON)
-def test_the_base_is_as_it_was_and_the_next_adapter_finds_it_so(
-    tiny_model: Path, tmp_path: Path, name: str, kind: str | None
-):
+def test_detach_restores_base_bitwise_for_next_adapter(tiny_model: Path, tmp_path: Path, name: str, kind: str | None):
     saved(name, base(tiny_model, kind), tmp_path)
     chosen, model = method(name), base(tiny_model, kind)
     plain, tensors = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -60,7 +58,7 @@ def test_the_base_is_as_it_was_and_the_next_adapter_finds_it_so(
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_full_fine_tuning_leaves_nothing_to_take_off(tiny_model: Path):
+def test_detach_of_full_fine_tuning_is_refused(tiny_model: Path):
     chosen = method("full")
     with pytest.raises(UnsupportedError, match="no adapter"):
         chosen.detach(chosen.attach(load(tiny_model), 1))

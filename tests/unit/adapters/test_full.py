@@ -1,4 +1,4 @@
-"""Full fine-tuning: everything trains, and what is saved is an ordinary model."""
+"""Full fine-tuning: selection of trainable weights, saving, loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = torch.tensor([[256, 5, 9, 80, 41]])
         ({"train": ["*.bias"]}, ["q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"]),
     ],
 )
-def test_chosen_weights_train_and_no_others(section: dict[str, list[str]], trains: list[str]):
+def test_attach_unfreezes_selected_weights_only(section: dict[str, list[str]], trains: list[str]):
     model = tiny_llama(attention_bias=True, tie_word_embeddings=False)
     FullMethod(Full(method="full", **section)).attach(model, 1)
     training = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -34,18 +34,18 @@ def test_chosen_weights_train_and_no_others(section: dict[str, list[str]], train
 
 
 @pytest.mark.parametrize("section", [{"train": ["*.bias"]}, {"freeze": ["*.queries.*"]}, {"freeze": ["*"]}])
-def test_patterns_that_pick_nothing_are_refused(section: dict[str, list[str]]):
+def test_attach_refuses_patterns_without_match(section: dict[str, list[str]]):
     with pytest.raises(UnsupportedError):
         FullMethod(Full(method="full", **section)).attach(tiny_llama(), 1)
 
 
-def test_every_weight_trains():
+def test_attach_unfreezes_all_weights_by_default():
     model = tiny_llama().requires_grad_(False)
     assert all(p.requires_grad for p in METHOD.attach(model, 1).parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_model_loads_in_plain_transformers_and_on_the_base(tmp_path: Path, tied: bool):
+def test_saved_model_loads_in_transformers_and_by_load(tmp_path: Path, tied: bool):
     model = tiny_llama(seed=1, tie_word_embeddings=tied).eval()
     METHOD.save(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -56,12 +56,12 @@ def test_a_saved_model_loads_in_plain_transformers_and_on_the_base(tmp_path: Pat
     assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
 
 
-def test_weights_of_another_shape_are_refused(tmp_path: Path):
+def test_load_refuses_weights_of_another_shape(tmp_path: Path):
     METHOD.save(tiny_llama(), tmp_path)
     with pytest.raises(RefusedError):
         METHOD.load(tiny_llama(num_hidden_layers=1), tmp_path)
 
 
-def test_missing_weights_are_named(tmp_path: Path):
+def test_load_names_missing_weights(tmp_path: Path):
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
         METHOD.load(tiny_llama(), tmp_path)

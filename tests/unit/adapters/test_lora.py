@@ -1,4 +1,4 @@
-"""LoRA as the paper defines it, over full-precision and quantized bases."""
+"""LoRA as defined in the paper, over full-precision and quantized bases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """As if trained: every update is something other than zero."""
+    """Simulate training: no update is zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,13 +56,13 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.kind)
-def test_an_untrained_adapter_changes_nothing(tiny_model: Path, section: object):
+def test_untrained_lora_keeps_logits(tiny_model: Path, section: object):
     model = base(tiny_model, section)
     before = logits(model)
     assert torch.equal(logits(lora().attach(model, 1)), before)
 
 
-def test_only_the_update_trains_and_its_size_is_the_papers(tiny_model: Path):
+def test_lora_trains_only_a_and_b(tiny_model: Path):
     model = base(tiny_model)
     layers = [layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
     expected = sum(4 * (layer.in_features + layer.out_features) for layer in layers)
@@ -72,7 +72,7 @@ def test_only_the_update_trains_and_its_size_is_the_papers(tiny_model: Path):
     assert sum(p.numel() for p in trainable.values()) == expected
 
 
-def test_the_update_is_alpha_over_r_times_b_a(tiny_model: Path):
+def test_lora_update_is_alpha_over_r_times_b_a(tiny_model: Path):
     model = base(tiny_model)
     layer = trained(lora().attach(model, 1)).base_model.model.model.layers[0].mlp.up_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -82,7 +82,7 @@ def test_the_update_is_alpha_over_r_times_b_a(tiny_model: Path):
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.kind)
-def test_saved_and_loaded_is_the_same_model(tiny_model: Path, tmp_path: Path, section: object):
+def test_lora_round_trips_through_disk(tiny_model: Path, tmp_path: Path, section: object):
     model = base(tiny_model, section)
     attached = trained(lora().attach(model, 1))
     lora().save(attached, tmp_path)
@@ -92,7 +92,7 @@ def test_saved_and_loaded_is_the_same_model(tiny_model: Path, tmp_path: Path, se
 
 
 @pytest.mark.parametrize("section", SECTIONS[:3], ids=lambda section: section.kind)
-def test_merged_is_unmerged(tiny_model: Path, tmp_path: Path, section: object):
+def test_merged_lora_matches_unmerged(tiny_model: Path, tmp_path: Path, section: object):
     model = base(tiny_model, section)
     attached = trained(lora().attach(model, 1))
     expected = logits(attached)
@@ -105,7 +105,7 @@ def test_merged_is_unmerged(tiny_model: Path, tmp_path: Path, section: object):
     assert not any("lora_" in name for name, _ in dequantized.named_parameters())
 
 
-def test_a_file_tells_neither_paths_nor_a_floating_alpha(tiny_model: Path, tmp_path: Path):
+def test_saved_config_has_no_paths_and_integer_alpha(tiny_model: Path, tmp_path: Path):
     model = base(tiny_model)
     lora().save(lora().attach(model, 1), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -115,7 +115,7 @@ def test_a_file_tells_neither_paths_nor_a_floating_alpha(tiny_model: Path, tmp_p
     assert not (tmp_path / "README.md").exists()
 
 
-def test_an_adapter_of_a_wider_base_is_refused(tiny_model: Path, tmp_path: Path):
+def test_load_refuses_adapter_of_wider_base(tiny_model: Path, tmp_path: Path):
     model = base(tiny_model)
     lora().save(lora().attach(model, 1), tmp_path)
     from tests.fixtures.tiny import write_tiny_model
@@ -126,7 +126,7 @@ def test_an_adapter_of_a_wider_base_is_refused(tiny_model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(tiny_model: Path, tmp_path: Path, layers: int):
+def test_load_refuses_adapter_of_other_depth(tiny_model: Path, tmp_path: Path, layers: int):
     model = base(tiny_model)
     lora().save(lora().attach(model, 1), tmp_path)
     from tests.fixtures.tiny import write_tiny_model
@@ -136,7 +136,7 @@ def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(tiny_model: Path, t
         lora().load(base(tmp_path / "other"), tmp_path)
 
 
-def test_an_adapter_with_a_number_that_is_none_is_not_merged(tiny_model: Path, tmp_path: Path):
+def test_merge_refuses_adapter_with_nan(tiny_model: Path, tmp_path: Path):
     model = base(tiny_model)
     lora().save(trained(lora().attach(model, 1)), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -147,14 +147,14 @@ def test_an_adapter_with_a_number_that_is_none_is_not_merged(tiny_model: Path, t
         merged(lora(), base(tiny_model), tmp_path)
 
 
-def test_unknown_target_modules_name_the_layers_that_are_there(tiny_model: Path):
+def test_unknown_target_modules_error_lists_layers(tiny_model: Path):
     model = base(tiny_model)
     with pytest.raises(UnsupportedError) as caught:
         lora(target_modules=["query"]).attach(model, 1)
     assert "q_proj" in str(caught.value)
 
 
-def test_chosen_target_modules_are_the_only_ones(tiny_model: Path):
+def test_target_modules_limit_adapted_layers(tiny_model: Path):
     model = base(tiny_model)
     attached = lora(target_modules=["q_proj", "v_proj"]).attach(model, 1)
     names = [name for name, p in attached.named_parameters() if p.requires_grad]
@@ -162,7 +162,7 @@ def test_chosen_target_modules_are_the_only_ones(tiny_model: Path):
     assert len(names) == 2 * 2 * 2
 
 
-def test_a_damaged_file_is_refused_by_its_name(tiny_model: Path, tmp_path: Path):
+def test_load_refuses_damaged_file(tiny_model: Path, tmp_path: Path):
     lora().save(lora().attach(base(tiny_model), 1), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""QA-LoRA and IR-QLoRA's elastic connection, as published, alone and together, at every number of bits."""
+"""QA-LoRA and IR-QLoRA's elastic connection (IEC), as published, alone and combined, at every number of bits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lora(rules: list[ModuleRule] | None = None, **settings: Any) -> LoraMethod:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """As if trained: no number of the adapter is zero."""
+    """Simulate training: no value of the adapter is zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,17 +50,17 @@ def low_rank_layers(model: nn.Module) -> list[LowRankLinear]:
     return [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
 
 
-def alone(in_features: int, out_features: int, r: int, *, elastic: bool = True, dropout: float = 0.0) -> LowRankLinear:
+def alone(in_features: int, out_features: int, r: int, *, iec: bool = True, dropout: float = 0.0) -> LowRankLinear:
     """One adapted layer in float64."""
     torch.manual_seed(3)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout)
-    kind = IecLinear if elastic else LowRankLinear
+    kind = IecLinear if iec else LowRankLinear
     layer = kind(nn.Linear(in_features, out_features), "default", config, r=r, lora_alpha=2 * r)
     return trained(layer).double()
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor, share: float = 2e-5) -> bool:
-    return bool((found - expected).abs().max() <= share * expected.abs().max())
+def is_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> bool:
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 # QA-LoRA
@@ -68,7 +68,7 @@ def is_close(found: torch.Tensor, expected: torch.Tensor, share: float = 2e-5) -
 
 @pytest.mark.parametrize("iec", [False, True])
 @pytest.mark.parametrize("kind", GROUPED)
-def test_merging_moves_nothing_but_minimums_and_loses_nothing(tiny_model: Path, tmp_path: Path, kind: str, iec: bool):
+def test_qa_lora_merge_changes_only_minimums_and_is_exact(tiny_model: Path, tmp_path: Path, kind: str, iec: bool):
     model = load(tiny_model, PACKED[kind])
     plain = logits(model)
     before = {name: {key: t.clone() for key, t in layer.packed().items()} for name, layer in quantized(model).items()}
@@ -94,12 +94,12 @@ def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
 
 
-def test_a_layer_in_double_precision_equals_its_merge_to_rounding(tiny_model: Path):
+def test_qa_lora_merge_is_exact_in_float64(tiny_model: Path):
     attached = trained(qa_lora(iec=True).attach(load(tiny_model, PACKED["affine-4"]), 1))
     layer = low_rank_layers(attached)[0]
     base = layer.get_base_layer()
     x = torch.randn(5, base.in_features, dtype=torch.float64)
-    a_RL, b_OR = (factor.double() for factor in layer.double().expanded_factors("default"))
+    a_RL, b_OR = (factor.double() for factor in layer.double().group_factors("default"))
     minimum = base.minimum.double() + b_OR @ a_RL * layer.scaling["default"]
     codes_OGK = (base.dequantized(torch.float32).double().unflatten(1, (-1, 32)) - base.minimum.double()[..., None]) / (
         base.scale.double()[..., None]
@@ -109,7 +109,7 @@ def test_a_layer_in_double_precision_equals_its_merge_to_rounding(tiny_model: Pa
     assert is_close(x @ merged.T, expected, 1e-12)
 
 
-def test_what_trains_is_r_times_groups_and_outputs(tiny_model: Path):
+def test_qa_lora_has_r_times_groups_plus_outputs_parameters(tiny_model: Path):
     model = load(tiny_model, PACKED["affine-4"])
     expected = sum(4 * (layer.in_features // 32 + layer.out_features) for layer in quantized(model).values())
     attached = qa_lora().attach(model, 1)
@@ -117,10 +117,10 @@ def test_what_trains_is_r_times_groups_and_outputs(tiny_model: Path):
 
 
 @pytest.mark.parametrize("iec", [False, True])
-def test_the_update_is_constant_within_groups_and_sums_them(tiny_model: Path, iec: bool):
+def test_qa_lora_update_is_constant_within_groups(tiny_model: Path, iec: bool):
     attached = trained(qa_lora(iec=iec).attach(load(tiny_model, PACKED["hqq-4"]), 1))
     for layer in low_rank_layers(attached):
-        delta_OGK = layer.get_delta_weight("default").unflatten(1, (-1, layer.pooled_inputs))
+        delta_OGK = layer.get_delta_weight("default").unflatten(1, (-1, layer.group_size))
         assert torch.equal(delta_OGK, delta_OGK[..., :1].expand_as(delta_OGK))
     layer = low_rank_layers(attached)[0]
     x = torch.randn(3, layer.get_base_layer().in_features)
@@ -130,22 +130,22 @@ def test_the_update_is_constant_within_groups_and_sums_them(tiny_model: Path, ie
         assert torch.allclose(layer.update("default", x), 2.0 * x.unflatten(1, (-1, 32)).sum(2) @ a.T @ b.T, atol=1e-5)
 
 
-def test_a_starts_with_the_scale_of_the_lora_that_it_stands_for(tiny_model: Path):
-    pooled = low_rank_layers(qa_lora(r=64).attach(load(tiny_model, PACKED["affine-4"]), 1))
+def test_qa_lora_initial_a_has_scale_of_equivalent_lora(tiny_model: Path):
+    grouped = low_rank_layers(qa_lora(r=64).attach(load(tiny_model, PACKED["affine-4"]), 1))
     plain = low_rank_layers(lora(r=64).attach(load(tiny_model, PACKED["affine-4"]), 1))
-    for one, other in zip(pooled, plain, strict=True):
+    for one, other in zip(grouped, plain, strict=True):
         spread, expected = (float(layer.factors("default").a_RI.detach().std()) for layer in (one, other))
         assert spread == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "icq-4", None])
-def test_a_base_without_groups_is_refused_by_the_layers_name(tiny_model: Path, kind: str | None):
+def test_qa_lora_refuses_base_without_groups(tiny_model: Path, kind: str | None):
     model = load(tiny_model, PACKED[kind]) if kind else load(tiny_model)
     with pytest.raises(UnsupportedError, match=r"the layer model\.layers\.0\.\S+_proj does not have"):
         qa_lora().attach(model, 1)
 
 
-def test_plain_lora_is_not_merged_into_codes(tiny_model: Path):
+def test_lora_merge_into_quantized_weights_is_refused(tiny_model: Path):
     model = lora().attach(load(tiny_model, PACKED["affine-4"]), 1)
     with pytest.raises(UnsupportedError, match="without rounding"):
         lora().merge_quantized(low_rank_layers(model)[0])
@@ -155,7 +155,7 @@ def test_plain_lora_is_not_merged_into_codes(tiny_model: Path):
 
 
 @pytest.mark.parametrize(("in_features", "out_features", "r"), [(24, 36, 8), (30, 14, 4), (7, 5, 3), (16, 16, 16)])
-def test_the_elastic_layer_is_the_papers_and_folds_into_two_matrices(in_features: int, out_features: int, r: int):
+def test_iec_matches_equation_16_and_merges_into_two_factors(in_features: int, out_features: int, r: int):
     """Against equation 16 written out entry by entry."""
     layer = alone(in_features, out_features, r)
     x = torch.randn(6, in_features, dtype=torch.float64)
@@ -170,14 +170,14 @@ def test_the_elastic_layer_is_the_papers_and_folds_into_two_matrices(in_features
                 b[o, j] += beta2 * g2 / r * (j // (r // g2) == o // (out_features // g2))
     expected = 2.0 * x @ a.T @ b.T
     assert is_close(layer.update("default", x), expected, 1e-10)
-    folded = layer.factors("default")
-    assert is_close(folded.a_RI, a, 1e-12)
-    assert is_close(folded.b_OR, b, 1e-12)
-    without = alone(in_features, out_features, r, elastic=False)
+    factors = layer.factors("default")
+    assert is_close(factors.a_RI, a, 1e-12)
+    assert is_close(factors.b_OR, b, 1e-12)
+    without = alone(in_features, out_features, r, iec=False)
     assert not is_close(without.update("default", x), expected, 1e-3)
 
 
-def test_dropout_is_not_on_the_elastic_path():
+def test_iec_path_has_no_dropout():
     layer = alone(16, 12, 4, dropout=0.5).train()
     with torch.no_grad():
         layer.lora_A["default"].weight.zero_()
@@ -186,13 +186,13 @@ def test_dropout_is_not_on_the_elastic_path():
 
 
 @pytest.mark.parametrize("kind", ICQ)
-def test_an_untrained_elastic_adapter_changes_nothing(tiny_model: Path, kind: str):
+def test_untrained_iec_keeps_logits(tiny_model: Path, kind: str):
     model = load(tiny_model, PACKED[kind])
     before = logits(model)
     assert torch.equal(logits(lora(iec=True).attach(model, 1)), before)
 
 
-def test_the_betas_train(tiny_model: Path):
+def test_iec_betas_have_gradients(tiny_model: Path):
     attached = lora(iec=True).attach(load(tiny_model, PACKED["icq-4"]), 1)
     found = gradients(trained(attached))
     betas = [gradient for name, gradient in found.items() if "lora_beta" in name]
@@ -214,10 +214,10 @@ def test_the_betas_train(tiny_model: Path):
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.section.method}-{value.section.iec}",
 )
-def test_a_saved_adapter_is_the_same_for_us_and_for_stock_peft(
+def test_saved_adapter_gives_same_logits_in_stock_peft(
     tiny_model: Path, tmp_path: Path, method: LowRankMethod, kind: str
 ):
-    """Stock PEFT needs the dequantized base; what it would make of the native tensors is another model."""
+    """Stock PEFT needs the dequantized base; the native tensors under its formula would be another model."""
     attached = trained(method.attach(load(tiny_model, PACKED[kind]), 1))
     expected = logits(attached)
     method.save(attached, tmp_path)
@@ -237,9 +237,7 @@ def test_a_saved_adapter_is_the_same_for_us_and_for_stock_peft(
 @pytest.mark.parametrize(
     ("method", "kind"), [(lora(iec=True), "icq-3"), (lora(iec=True), "affine-2"), (qa_lora(iec=True), "hqq-3")]
 )
-def test_an_adapter_merges_into_the_dequantized_base(
-    tiny_model: Path, tmp_path: Path, method: LowRankMethod, kind: str
-):
+def test_adapter_merges_into_dequantized_base(tiny_model: Path, tmp_path: Path, method: LowRankMethod, kind: str):
     attached = trained(method.attach(load(tiny_model, PACKED[kind]), 1))
     method.save(attached, tmp_path)
     base = dequantize_model(load(tiny_model, PACKED[kind]), torch.float32)
@@ -249,7 +247,7 @@ def test_an_adapter_merges_into_the_dequantized_base(
 # Single layers
 
 
-def test_rules_give_single_layers_their_own_rank_scale_or_nothing(tiny_model: Path, tmp_path: Path):
+def test_module_rules_set_rank_and_scale_or_skip_layers(tiny_model: Path, tmp_path: Path):
     rules = [
         ModuleRule(match="*.layers.0.mlp.*", adapter={"skip": True}),
         ModuleRule(match="*.down_proj", adapter={"r": 2, "alpha": 6}),
@@ -273,14 +271,14 @@ def test_rules_give_single_layers_their_own_rank_scale_or_nothing(tiny_model: Pa
     assert is_close(logits(peft.PeftModel.from_pretrained(load(tiny_model), tmp_path).eval()), logits(attached), 1e-6)
 
 
-def test_rules_give_single_layers_their_own_quantizer(tiny_model: Path, tmp_path: Path):
+def test_module_rules_set_quantizer_of_layers(tiny_model: Path, tmp_path: Path):
     rules = [
         ModuleRule(match="*.down_proj", quantization=section(kind="hqq", bits=8)),
         ModuleRule(match="*.layers.0.*", quantization=section(kind="none")),
     ]
     model = load(tiny_model, section(kind="affine", bits=2), rules=rules)
     kinds = {name: layer.quantizer.section.kind for name, layer in quantized(model).items()}
-    assert len(kinds) == 8  # of layer 1 all seven, of layer 0 one
+    assert len(kinds) == 8  # all seven of layer 1, one of layer 0
     assert {name for name, kind in kinds.items() if kind == "hqq"} == {
         f"model.layers.{n}.mlp.down_proj" for n in (0, 1)
     }

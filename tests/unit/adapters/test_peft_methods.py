@@ -1,4 +1,4 @@
-"""VeRA, (IA)3, LoHa, LoKr and OFT: they start as the base, train, save, reload, merge, and say where they cannot."""
+"""VeRA, (IA)3, LoHa, LoKr and OFT: initial state, training, saving, merging, refusals."""
 
 from __future__ import annotations
 
@@ -45,18 +45,16 @@ def trained(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def test_each_of_them_that_needs_the_weights_own_numbers_is_known():
+def test_needs_full_precision_lists_ia3_loha_lokr():
     needing = {name for name in METHODS if method(name).section.needs_full_precision}
     assert needing == {"ia3", "loha", "lokr"}
 
 
 @pytest.mark.parametrize(("name", "kind"), ON)
-def test_it_starts_as_the_base_trains_saves_reloads_and_merges(
-    tiny_model: Path, tmp_path: Path, name: str, kind: str | None
-):
+def test_peft_method_trains_saves_reloads_and_merges(tiny_model: Path, tmp_path: Path, name: str, kind: str | None):
     chosen = method(name)
     if kind and chosen.section.needs_full_precision:
-        pytest.skip("a rule refuses it over quantized weights")
+        pytest.skip("a recipe rule refuses it over quantized weights")
     plain = logits(base(tiny_model, kind))
     model = chosen.attach(base(tiny_model, kind), 1)
     assert is_close(logits(model), plain, 1e-5)
@@ -75,7 +73,7 @@ def test_it_starts_as_the_base_trains_saves_reloads_and_merges(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_adapter_of_another_base_is_refused(tiny_model: Path, tmp_path: Path, name: str):
+def test_load_refuses_adapter_of_another_base(tiny_model: Path, tmp_path: Path, name: str):
     chosen = method(name)
     chosen.save(chosen.attach(load(tiny_model), 1), tmp_path)
     write_tiny_model(tmp_path / "deeper", num_hidden_layers=3)
@@ -84,13 +82,13 @@ def test_an_adapter_of_another_base_is_refused(tiny_model: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_unknown_layers_are_told_with_those_that_are_there(tiny_model: Path, name: str):
+def test_unknown_target_modules_error_lists_layers(tiny_model: Path, name: str):
     with pytest.raises(UnsupportedError, match="no layer of the model matches"):
         method(name, target_modules=["queries"], **({"feedforward_modules": []} if name == "ia3" else {})).attach(
             load(tiny_model), 1
         )
 
 
-def test_a_block_size_that_leaves_a_rest_is_refused_not_changed(tiny_model: Path):
-    with pytest.raises(UnsupportedError, match="has 64 inputs, no multiple"):
+def test_oft_refuses_block_size_that_does_not_divide(tiny_model: Path):
+    with pytest.raises(UnsupportedError, match="has 64 inputs, not a multiple"):
         method("oft", block_size=12).attach(load(tiny_model), 1)

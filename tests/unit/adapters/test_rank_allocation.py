@@ -1,4 +1,4 @@
-"""AdaLoRA's allocator: the budget's course, scores, choices, and what it takes to go on from the middle."""
+"""AdaLoRA's allocator: budget schedule, scores, selection, resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def allocator(budget: Budget = BUDGET) -> RankAllocator:
 
 
 def take_step(trained: dict[str, Triplets], step: int) -> None:
-    """What an optimizer would do: gradients, and an update that has not to do with them."""
+    """Simulate an optimizer: random gradients, and a random update that does not depend on them."""
     draw = torch.Generator().manual_seed(100 + step)
     with torch.no_grad():
         for factors in trained.values():
@@ -59,15 +59,15 @@ def nonzero(tested: RankAllocator) -> int:
 @pytest.mark.parametrize("initial", [0, 3])
 @pytest.mark.parametrize("falling", [1, 2, 17, 1000])
 @pytest.mark.parametrize(("first", "last"), [(14, 5), (2520, 1680), (7, 6)])
-def test_the_budget_falls_from_exactly_the_first_to_exactly_the_last(initial: int, falling: int, first: int, last: int):
+def test_budget_falls_from_first_to_last_exactly(initial: int, falling: int, first: int, last: int):
     budget = Budget(first, last, initial, falling, every=1)
-    course = [budget.after(step) for step in range(initial + falling + 5)]
-    assert course[: initial + 1] == [first] * (initial + 1)
-    assert course[initial + falling :] == [last] * 5
-    assert course == sorted(course, reverse=True)
+    schedule = [budget.after(step) for step in range(initial + falling + 5)]
+    assert schedule[: initial + 1] == [first] * (initial + 1)
+    assert schedule[initial + falling :] == [last] * 5
+    assert schedule == sorted(schedule, reverse=True)
 
 
-def test_the_printed_budget_would_miss_both_ends():
+def test_printed_budget_equation_misses_both_ends():
     """With t_f in the numerator too, as in the paper's equation of the budget."""
     total, initial, final = 100, 10, 40
 
@@ -79,7 +79,7 @@ def test_the_printed_budget_would_miss_both_ends():
     assert abs(printed(total - final) - budget.after(total - final)) > 1
 
 
-def test_ranks_are_chosen_every_so_many_steps_and_for_the_last_time_when_the_budget_is_reached():
+def test_is_due_at_interval_and_at_final_step():
     due = [step for step in range(STEPS + 1) if BUDGET.is_due(step)]
     assert due == [4, 6, 8, 10, 12, 14, 16, 17]
 
@@ -102,7 +102,7 @@ def plain_scores(history: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
     return found
 
 
-def test_scores_are_the_papers_number_by_number():
+def test_scores_match_scalar_reference():
     tested = allocator()
     seen: dict[str, list[list[tuple[Tensor, Tensor]]]] = {name: [[], [], []] for name in SIZES}
     for step in range(1, 8):
@@ -117,7 +117,7 @@ def test_scores_are_the_papers_number_by_number():
         assert tested.scores(name).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_triplets_of_highest_score_stay_whatever_layer_they_are_in():
+def test_allocation_keeps_highest_scores_over_all_layers():
     tested = allocator()
     for step in run(tested):
         if not BUDGET.is_due(step):
@@ -145,7 +145,7 @@ class AsPeftNames(nn.Module):
             self.add_module(name, layer)
 
 
-def test_choices_are_those_of_pefts_allocator():
+def test_allocation_matches_peft():
     tested = allocator(Budget(14, 6, 3, 14, every=2))
     others = layers()
     config = AdaLoraConfig(
@@ -169,7 +169,7 @@ def test_choices_are_those_of_pefts_allocator():
         assert torch.equal(tested.layers[name].e_R1, others[name].e_R1)
 
 
-def test_equal_scores_leave_exactly_the_budget():
+def test_allocation_with_equal_scores_meets_budget():
     """PEFT's threshold would prune all of them."""
     tested = allocator()
     tested._choose(5)  # before any step, when all scores are zero
@@ -183,7 +183,7 @@ def test_equal_scores_leave_exactly_the_budget():
     assert sum(map(sum, theirs.mask_to_budget(model, 5).values())) == 0
 
 
-def test_a_triplet_can_come_back_until_the_last_choice_and_not_after_it():
+def test_pruned_triplet_can_return_until_last_allocation():
     tested = allocator()
     counts, came_back = [], []
     before = {name: kept_R.clone() for name, kept_R in tested.kept_R.items()}
@@ -198,7 +198,7 @@ def test_a_triplet_can_come_back_until_the_last_choice_and_not_after_it():
     assert counts[BUDGET.final_from - 1 :] == [5] * (STEPS - BUDGET.final_from + 1)
 
 
-def test_a_weight_without_gradient_counts_as_one_with_a_gradient_of_zero():
+def test_missing_gradient_counts_as_zero():
     without, with_zeros = allocator(), allocator()
     for step in range(1, STEPS + 1):
         for tested in (without, with_zeros):
@@ -213,7 +213,7 @@ def test_a_weight_without_gradient_counts_as_one_with_a_gradient_of_zero():
     assert without.ranks()["v"] == 0
 
 
-def test_a_step_whose_gradients_overflowed_feeds_no_score_and_is_still_one_of_the_schedule():
+def test_overflowed_step_is_not_scored_but_counts_in_schedule():
     tested = allocator()
     for step in range(1, STEPS + 1):
         take_step(tested.layers, step)
@@ -224,34 +224,34 @@ def test_a_step_whose_gradients_overflowed_feeds_no_score_and_is_still_one_of_th
     assert sum(tested.ranks().values()) == nonzero(tested) == 5
 
 
-# Going on
+# Resume
 
 
 @pytest.mark.parametrize("stop", [2, 6, 9, 16, 17, 20])
-def test_going_on_from_its_tensors_chooses_bit_for_bit_the_same(stop: int):
-    whole = allocator()
-    list(run(whole))
+def test_restored_tensors_resume_bitwise(stop: int):
+    uninterrupted = allocator()
+    list(run(uninterrupted))
     first = allocator()
     list(run(first, range(1, stop + 1)))
     second = allocator()
     hand_over(first, second)
     list(run(second, range(stop + 1, STEPS + 1)))
-    found, expected = second.tensors(), whole.tensors()
+    found, expected = second.tensors(), uninterrupted.tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert all(torch.equal(second.layers[name].e_R1, whole.layers[name].e_R1) for name in SIZES)
+    assert all(torch.equal(second.layers[name].e_R1, uninterrupted.layers[name].e_R1) for name in SIZES)
 
 
 @pytest.mark.parametrize(("dropped", "stop"), [("sensitivity", 9), ("uncertainty", 9), ("kept", 18)])
-def test_going_on_without_one_of_them_would_not(dropped: str, stop: int):
-    whole = allocator()
-    list(run(whole))
+def test_resume_without_any_of_the_tensors_differs(dropped: str, stop: int):
+    uninterrupted = allocator()
+    list(run(uninterrupted))
     first = allocator()
     list(run(first, range(1, stop + 1)))
     second = allocator()
     hand_over(first, second, without=dropped)
     list(run(second, range(stop + 1, STEPS + 1)))
-    found, expected = second.tensors(), whole.tensors()
+    found, expected = second.tensors(), uninterrupted.tensors()
     assert not all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 

@@ -1,4 +1,4 @@
-"""Prompt tuning, p-tuning and prefix tuning: what trains, that a batch is its rows, and that others can read it."""
+"""Prompt tuning, p-tuning and prefix tuning: training, batching, saving, export."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def answers(model: nn.Module, rows: list[list[int]], batch_size: int, tokens: in
     return generate(model, tiny_tokenizer(), rows, sampling, batch_size=batch_size, padding=257)
 
 
-# --- what trains
+# --- training
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def answers(model: nn.Module, rows: list[list[int]], batch_size: int, tokens: in
         ("prefix_tuning directly", PLACES * 2 * 2 * 2 * 16),  # keys and values of 2 layers with 2 heads of width 16
     ],
 )
-def test_what_trains_is_the_prompt_and_nothing_else(folder: Path, kind: str, numbers: int):
+def test_trainable_parameters_are_the_prompt_only(folder: Path, kind: str, numbers: int):
     model = prompted(kind, load(folder))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
 
 
 @kinds
 @on_bases
-def test_a_step_changes_the_prompt_and_leaves_the_base_bit_for_bit(folder: Path, kind: str, base: str):
+def test_step_changes_prompt_and_not_base(folder: Path, kind: str, base: str):
     model = prompted(kind, load(folder, base))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss(folder: Path, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning lstm"])
-def test_checkpointed_layers_give_the_same_gradient(folder: Path, kind: str):
+def test_gradient_checkpointing_gives_same_gradient(folder: Path, kind: str):
     def gradients(checkpointed: bool) -> list[Tensor]:
         base = load(folder)
         if checkpointed:
@@ -158,7 +158,7 @@ def test_checkpointed_layers_give_the_same_gradient(folder: Path, kind: str):
         assert torch.equal(plain, again)
 
 
-# --- what it starts as
+# --- initial values
 
 
 def embeddings(model: PreTrainedModel, text: str) -> Tensor:
@@ -169,13 +169,13 @@ def starting_as(model: PreTrainedModel, start: dict[str, Any], tokens: int = PLA
     return prompted(PromptTuning(method="prompt_tuning", tokens=tokens, start=start), model).prompt()
 
 
-def test_a_prompt_starts_as_a_text_that_is_repeated(folder: Path):
+def test_initial_prompt_repeats_text(folder: Path):
     model = load(folder)
     prompt = starting_as(model, {"kind": "text", "text": "Hi!?"})
     assert torch.equal(prompt, embeddings(model, "Hi!?Hi"))
 
 
-def test_a_prompt_that_starts_as_a_text_is_the_text(folder: Path):
+def test_initial_prompt_of_text_matches_text(folder: Path):
     model = load(folder)
     text = tiny_tokenizer()("Hi!?Hi", return_tensors="pt")["input_ids"]
     expected = logits(model, torch.cat([text, IDS], dim=1))[:, PLACES:]
@@ -184,12 +184,12 @@ def test_a_prompt_that_starts_as_a_text_is_the_text(folder: Path):
     assert not torch.allclose(logits(model), expected, atol=1e-2)
 
 
-def test_a_text_longer_than_the_prompt_is_refused(folder: Path):
+def test_initial_text_longer_than_prompt_is_refused(folder: Path):
     with pytest.raises(UnsupportedError, match="has 7 tokens, and the prompt 6"):
         starting_as(load(folder), {"kind": "text", "text": "Hi there"[:7]})
 
 
-def test_labels_are_means_over_their_tokens_and_words_fill_up(folder: Path):
+def test_initial_prompt_of_labels_uses_token_means(folder: Path):
     model = load(folder)
     prompt = starting_as(model, {"kind": "labels", "labels": ["good", "x"]})
     assert torch.allclose(prompt[0], embeddings(model, "good").mean(0))
@@ -198,7 +198,7 @@ def test_labels_are_means_over_their_tokens_and_words_fill_up(folder: Path):
     assert all((row == words).all(1).any() for row in prompt[2:])
 
 
-def test_common_words_are_no_special_tokens_and_come_in_the_vocabularys_order():
+def test_common_tokens_exclude_special_and_keep_vocabulary_order():
     tokenizer = tiny_tokenizer()
     found = common_tokens(tokenizer).tolist()
     assert found == sorted(found)
@@ -208,24 +208,24 @@ def test_common_words_are_no_special_tokens_and_come_in_the_vocabularys_order():
     assert tokenizer.convert_tokens_to_ids("é") not in found  # half a letter
 
 
-def test_a_prompt_of_more_places_than_common_words_is_filled(folder: Path):
+def test_common_tokens_are_repeated_for_long_prompt(folder: Path):
     assert starting_as(load(folder), {"kind": "vocabulary"}, tokens=300).shape == (300, 64)
 
 
-def test_uniform_is_the_papers_interval(folder: Path):
+def test_initial_uniform_prompt_uses_interval_of_paper(folder: Path):
     prompt = starting_as(load(folder), {"kind": "uniform"}, tokens=200)
     assert prompt.abs().max() <= 0.5
     assert abs(prompt.std() - 1 / 12**0.5) < 0.01  # of a normal distribution of the same width, 0.5 / 3
 
 
-def test_an_untrained_prefix_is_the_words_that_it_starts_as(folder: Path):
+def test_initial_prefix_matches_its_tokens(folder: Path):
     model = load(folder)
     words = logits(prompted("prompt_tuning", model))
     assert torch.allclose(logits(prompted("prefix_tuning directly", model)), words, atol=1e-5)
     assert not torch.allclose(logits(model), words, atol=1e-2)
 
 
-# --- a batch is its rows
+# --- batching
 
 
 def learned_positions() -> GPT2LMHeadModel:
@@ -275,7 +275,7 @@ def test_padding_changes_no_logits(kind: str, side: str, architecture: str):
         assert torch.allclose(own, logits(model, torch.tensor([row]))[0], atol=1e-5)
 
 
-def test_peft_would_not_keep_that_on_the_left(folder: Path, tmp_path: Path):
+def test_stock_peft_changes_logits_with_left_padding(folder: Path, tmp_path: Path):
     stock = in_peft(prompted("prompt_tuning", load(folder)), "prompt_tuning", folder, tmp_path)
     alone = logits(stock, torch.tensor([ROWS[0]]))[0, PLACES:]
     padded_left = logits(stock, torch.tensor([[257] * 3 + ROWS[0]]), attention_mask=torch.tensor([[0] * 3 + [1] * 4]))
@@ -283,7 +283,7 @@ def test_peft_would_not_keep_that_on_the_left(folder: Path, tmp_path: Path):
 
 
 @kinds
-def test_logits_to_keep_counts_as_without_a_prompt(folder: Path, kind: str):
+def test_logits_to_keep_ignores_prompt(folder: Path, kind: str):
     model = prompted(kind, load(folder))
     everything = logits(model)
     columns = torch.tensor([1, 4, 7])
@@ -294,7 +294,7 @@ def test_logits_to_keep_counts_as_without_a_prompt(folder: Path, kind: str):
 
 @kinds
 @on_bases
-def test_a_batch_is_answered_as_each_prompt_alone(folder: Path, kind: str, base: str):
+def test_generation_of_batch_matches_single_rows(folder: Path, kind: str, base: str):
     model = prompted(kind, load(folder, base))
     alone = answers(model, ROWS, batch_size=1)
     assert answers(model, ROWS, batch_size=3) == alone
@@ -312,7 +312,7 @@ def test_generation_follows_the_logits(folder: Path, kind: str):
 
 
 @kinds
-def test_a_penalty_for_repeating_counts_the_row_alone(folder: Path, kind: str):
+def test_repetition_penalty_ignores_prompt(folder: Path, kind: str):
     model = prompted(kind, load(folder))
     scores = logits(model)[0, -1]
     repeated = IDS[0].unique()
@@ -321,7 +321,7 @@ def test_a_penalty_for_repeating_counts_the_row_alone(folder: Path, kind: str):
     assert written[0, -1] == scores.argmax()
 
 
-# --- saved and loaded
+# --- saving
 
 
 def in_peft(model: Any, kind: str, folder: Path, saved: Path) -> nn.Module:
@@ -332,7 +332,7 @@ def in_peft(model: Any, kind: str, folder: Path, saved: Path) -> nn.Module:
 
 @kinds
 @on_bases
-def test_saved_and_loaded_is_the_same_model(folder: Path, tmp_path: Path, kind: str, base: str):
+def test_soft_prompt_round_trips_through_disk(folder: Path, tmp_path: Path, kind: str, base: str):
     model = prompted(kind, load(folder, base))
     method(kind).save(model, tmp_path)
     again = method(kind).load(load(folder, base), tmp_path)
@@ -342,7 +342,7 @@ def test_saved_and_loaded_is_the_same_model(folder: Path, tmp_path: Path, kind: 
 
 
 @kinds
-def test_what_is_loaded_is_what_trained_in_a_narrower_type(folder: Path, tmp_path: Path, kind: str):
+def test_loaded_prompt_matches_training_under_autocast(folder: Path, tmp_path: Path, kind: str):
     model = prompted(kind, load(folder))
     method(kind).save(model, tmp_path)
     again = method(kind).load(load(folder), tmp_path)
@@ -351,14 +351,14 @@ def test_what_is_loaded_is_what_trained_in_a_narrower_type(folder: Path, tmp_pat
 
 
 @kinds
-def test_stock_peft_says_the_same(folder: Path, tmp_path: Path, kind: str):
+def test_stock_peft_gives_same_logits(folder: Path, tmp_path: Path, kind: str):
     model = prompted(kind, load(folder))
     stock = in_peft(model, kind, folder, tmp_path)
     assert torch.allclose(logits(stock)[:, -IDS.shape[1] :], logits(model), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
-def test_a_prompt_of_another_length_or_width_is_refused(folder: Path, tmp_path: Path, kind: str):
+def test_load_refuses_prompt_of_other_shape(folder: Path, tmp_path: Path, kind: str):
     method(kind).save(prompted(kind, load(folder)), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     prompt = load_file(file)["prompt_embeddings"]
@@ -368,17 +368,17 @@ def test_a_prompt_of_another_length_or_width_is_refused(folder: Path, tmp_path: 
             method(kind).load(load(folder), tmp_path)
 
 
-# --- without an adapter
+# --- merging and export
 
 
 @kinds
-def test_a_merge_is_refused_with_what_to_do_instead(folder: Path, tmp_path: Path, kind: str):
+def test_merge_is_refused_with_hint(folder: Path, tmp_path: Path, kind: str):
     with pytest.raises(UnsupportedError, match=r"ft export|PEFT"):
         method(kind).mergeable(load(folder), tmp_path)
 
 
-def test_a_prefix_does_not_become_tokens(folder: Path, tmp_path: Path):
-    with pytest.raises(UnsupportedError, match="no place"):
+def test_prefix_export_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(UnsupportedError, match="cannot hold"):
         method("prefix_tuning").export_prompt(load(folder), tmp_path, tiny_tokenizer(), unlikely=7)
 
 
@@ -392,7 +392,7 @@ def exported_prompt(kind: str, base: PreTrainedModel, folder: Path, unlikely: in
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vocabulary", [259, 262])  # as many rows as tokens, and three that no token needs
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning lstm"])
-def test_baked_tokens_are_the_prompt(tmp_path: Path, kind: str, vocabulary: int, tied: bool):
+def test_exported_tokens_match_prompt(tmp_path: Path, kind: str, vocabulary: int, tied: bool):
     base = tiny_llama(tie_word_embeddings=tied, vocab_size=vocabulary)
     known = len(tiny_tokenizer())
     base.generation_config.suppress_tokens = list(range(known, vocabulary))  # which only an untrained model would write
@@ -414,12 +414,10 @@ def test_baked_tokens_are_the_prompt(tmp_path: Path, kind: str, vocabulary: int,
     assert chat[: PLACES + 1] == [*prompt.ids, 256]
 
 
-def test_baked_tokens_are_never_written(folder: Path, tmp_path: Path):
+def test_exported_tokens_are_never_generated(folder: Path, tmp_path: Path):
     base = load(folder)
-    likeliest = int(logits(prompted("prompt_tuning", base))[0, -1].argmax())
-    prompt, _ = exported_prompt(
-        "prompt_tuning", base, tmp_path, unlikely=likeliest
-    )  # only the settings hold them back then
+    top1 = int(logits(prompted("prompt_tuning", base))[0, -1].argmax())
+    prompt, _ = exported_prompt("prompt_tuning", base, tmp_path, unlikely=top1)  # only the settings hold them back then
     rows = torch.cat([torch.tensor([prompt.ids]), IDS], dim=1).expand(100, -1)
 
     def written() -> set[int]:
@@ -431,7 +429,7 @@ def test_baked_tokens_are_never_written(folder: Path, tmp_path: Path):
     assert written() & set(prompt.ids)
 
 
-def test_a_model_with_a_baked_prompt_takes_no_second_one(folder: Path, tmp_path: Path):
+def test_model_with_exported_prompt_refuses_second_export(folder: Path, tmp_path: Path):
     prompt, tokenizer = exported_prompt("prompt_tuning", load(folder), tmp_path)
     with pytest.raises(UnsupportedError, match="already"):
         method("prompt_tuning").export_prompt(prompt.model, tmp_path, tokenizer, unlikely=7)

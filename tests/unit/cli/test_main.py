@@ -192,7 +192,7 @@ def test_contradicting_train_options_exit_with_2_and_a_hint(arguments: list[str]
 
 @pytest.mark.parametrize(
     ("command", "what"),
-    [("eval", "this folder holds no run, no trained weights and no model"), ("merge", "this is no run directory")],
+    [("eval", "this folder holds no run, no trained weights and no model"), ("merge", "this is not a run directory")],
 )
 def test_directory_without_a_run_exits_with_2_and_json(tmp_path: Path, command: str, what: str):
     result = ft(command, str(tmp_path), "--json")

@@ -123,14 +123,14 @@ def test_sum_of_likelihoods_equals_the_validation_loss():
 
 def test_likelihoods_without_chunks_equal_those_in_chunks(monkeypatch: pytest.MonkeyPatch):
     in_chunks = found(ROWS)
-    monkeypatch.setattr("finetune.train.loss._agrees_in_chunks", lambda model, batch: False)
+    monkeypatch.setattr("finetune.train.loss._head_is_chunkable", lambda model, batch: False)
     for got, expected in zip(found(ROWS), in_chunks, strict=True):
         assert got.log_prob == pytest.approx(expected.log_prob, abs=1e-5)
 
 
 def test_likelihoods_in_small_chunks_are_equal(monkeypatch: pytest.MonkeyPatch):
     at_once = found(ROWS)
-    monkeypatch.setattr("finetune.train.loss.LOGITS_AT_ONCE", 700)  # two positions
+    monkeypatch.setattr("finetune.train.loss.LOGITS_PER_CHUNK", 700)  # two positions
     for got, expected in zip(found(ROWS), at_once, strict=True):
         assert got == Likelihood(pytest.approx(expected.log_prob, abs=1e-5), expected.tokens, expected.is_greedy)
 

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and only what has its size and hash is gone on from."""
+"""Checkpoints: atomic commits, verification by size and hash, retention."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def names(checkpoints: Checkpoints) -> list[str]:
     return sorted(entry.name for entry in checkpoints.folder.iterdir())
 
 
-def test_without_a_commit_there_is_nothing_to_go_on_from(checkpoints: Checkpoints):
+def test_find_resumable_without_commit_is_none(checkpoints: Checkpoints):
     assert checkpoints.find_resumable() is None
 
 
-def test_what_was_committed_last_is_found_with_its_facts(checkpoints: Checkpoints):
+def test_find_resumable_returns_last_commit_with_facts(checkpoints: Checkpoints):
     commit(checkpoints, 4)
     committed = commit(checkpoints, 8)
     found = checkpoints.find_resumable()
@@ -45,7 +45,7 @@ def test_what_was_committed_last_is_found_with_its_facts(checkpoints: Checkpoint
     assert (found.step, found.commit, found.facts, found.size_bytes) == (8, 2, {"step_was": 8}, 5002)
 
 
-def test_the_order_is_that_of_commits_not_of_steps_names_or_clocks(checkpoints: Checkpoints):
+def test_order_follows_commits_not_steps_or_clocks(checkpoints: Checkpoints):
     later_step = commit(checkpoints, 900)  # of a run that was longer once
     commit(checkpoints, 8)
     os.utime(later_step.path, (2e9, 2e9))
@@ -74,7 +74,7 @@ DAMAGES = [truncate, flip_a_bit, zero_the_second_half, Path.unlink]
 
 @pytest.mark.parametrize("name", ["a.bin", "b.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(
+def test_find_resumable_skips_damaged_file_with_warning(
     checkpoints: Checkpoints, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ):
     commit(checkpoints, 4)
@@ -87,22 +87,22 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_is_named_although_it_cannot_say_how_new_it_was(
+def test_find_resumable_skips_damaged_manifest_with_warning(
     checkpoints: Checkpoints, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ):
     commit(checkpoints, 4)
     file = commit(checkpoints, 8).path / MANIFEST
-    os.truncate(file, file.stat().st_size - 1)  # its last line end, without which it still is JSON
+    os.truncate(file, file.stat().st_size - 1)  # drops the final newline: still valid JSON
     damage(file)
     assert checkpoints.find_resumable().step == 4
     assert f"step-00000008: {MANIFEST}" in caplog.text
 
 
-def test_a_single_digit_of_a_manifest_cannot_change(checkpoints: Checkpoints):
+def test_manifest_with_changed_digit_is_refused(checkpoints: Checkpoints):
     file = commit(checkpoints, 8).path / MANIFEST
     assert checkpoints.find_resumable().step == 8
     file.write_text(file.read_text().replace('"step_was": 8', '"step_was": 9'))
-    with pytest.raises(RefusedError, match="another hash"):
+    with pytest.raises(RefusedError, match="does not match its hash"):
         checkpoints.find_resumable()
 
 
@@ -118,14 +118,14 @@ def test_a_single_digit_of_a_manifest_cannot_change(checkpoints: Checkpoints):
         {"step": "8"},
     ],
 )
-def test_a_manifest_that_is_not_ours_is_passed_over(checkpoints: Checkpoints, change: dict[str, object]):
+def test_find_resumable_skips_foreign_manifest(checkpoints: Checkpoints, change: dict[str, object]):
     commit(checkpoints, 4)
     file = commit(checkpoints, 8).path / MANIFEST
     file.write_text(json.dumps(sealed({**json.loads(file.read_text()), **change})))
     assert checkpoints.find_resumable().step == 4
 
 
-def test_links_are_not_followed(checkpoints: Checkpoints, tmp_path: Path):
+def test_find_resumable_follows_no_links(checkpoints: Checkpoints, tmp_path: Path):
     commit(checkpoints, 4)
     elsewhere = commit(checkpoints, 8).path.rename(tmp_path / "elsewhere")
     (checkpoints.folder / "step-00000008").symlink_to(elsewhere)
@@ -137,7 +137,7 @@ def test_links_are_not_followed(checkpoints: Checkpoints, tmp_path: Path):
     assert (elsewhere / "a.bin").is_file()
 
 
-def test_if_all_are_damaged_each_is_named_and_none_removed(checkpoints: Checkpoints):
+def test_find_resumable_with_all_damaged_names_each_and_removes_none(checkpoints: Checkpoints):
     for step in (4, 8):
         truncate(commit(checkpoints, step).path / "a.bin")
     with pytest.raises(RefusedError, match=r"step-00000008: a\.bin .*; step-00000004: a\.bin") as caught:
@@ -146,7 +146,7 @@ def test_if_all_are_damaged_each_is_named_and_none_removed(checkpoints: Checkpoi
     assert names(checkpoints) == ["step-00000004", "step-00000008"]
 
 
-def test_a_step_that_is_reached_again_does_not_write_over_the_damaged_one(checkpoints: Checkpoints):
+def test_commit_does_not_overwrite_damaged_checkpoint_of_same_step(checkpoints: Checkpoints):
     commit(checkpoints, 4)
     truncate(commit(checkpoints, 8).path / "a.bin")
     assert checkpoints.find_resumable().step == 4
@@ -154,13 +154,13 @@ def test_a_step_that_is_reached_again_does_not_write_over_the_damaged_one(checkp
     assert checkpoints.find_resumable().commit == 3
 
 
-# How it is written
+# Writing
 
 POINTS = ["mkdir", "open_to_readers", "_hashed", "write_text", "rename"]
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 def die(*arguments: object, **options: object) -> None:
@@ -168,13 +168,13 @@ def die(*arguments: object, **options: object) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_process_that_is_killed_leaves_the_checkpoint_before(
+def test_commit_killed_at_any_point_keeps_previous_checkpoint(
     checkpoints: Checkpoints, point: str, monkeypatch: pytest.MonkeyPatch
 ):
     commit(checkpoints, 4)
     with monkeypatch.context() as until_killed:
         until_killed.setattr(Path if hasattr(Path, point) else module, point, die)
-        until_killed.setattr(shutil, "rmtree", die)  # a process that is killed does not tidy up
+        until_killed.setattr(shutil, "rmtree", die)  # a killed process does not clean up
         with pytest.raises(Killed):
             commit(checkpoints, 8)
     assert checkpoints.find_resumable().step == 4
@@ -183,7 +183,7 @@ def test_a_process_that_is_killed_leaves_the_checkpoint_before(
     assert commit(checkpoints, 8).path.name == "step-00000008"
 
 
-def test_everything_is_on_the_disk_before_the_name_is(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+def test_commit_syncs_all_files_before_rename(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     done: list[str] = []
     sync, rename = module.sync, Path.rename
     monkeypatch.setattr(module, "sync", lambda path: (done.append(f"sync {path.name}"), sync(path)))
@@ -195,7 +195,7 @@ def test_everything_is_on_the_disk_before_the_name_is(checkpoints: Checkpoints, 
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DivergedError("not finite")])
-def test_a_write_that_fails_leaves_nothing_of_itself(checkpoints: Checkpoints, error: Exception):
+def test_commit_that_fails_leaves_no_files(checkpoints: Checkpoints, error: Exception):
     commit(checkpoints, 4)
 
     def fail(folder: Path) -> None:
@@ -207,17 +207,17 @@ def test_a_write_that_fails_leaves_nothing_of_itself(checkpoints: Checkpoints, e
     assert names(checkpoints) == ["step-00000004"]
 
 
-# What is kept
+# Retention
 
 
-def test_the_newest_are_kept(checkpoints: Checkpoints):
+def test_retain_keeps_newest(checkpoints: Checkpoints):
     for step in (2, 4, 6, 8):
         commit(checkpoints, step)
         checkpoints.retain(2)
     assert names(checkpoints) == ["step-00000006", "step-00000008"]
 
 
-def test_what_is_damaged_does_not_count_as_kept(checkpoints: Checkpoints):
+def test_retain_does_not_count_damaged(checkpoints: Checkpoints):
     commit(checkpoints, 2)
     truncate(commit(checkpoints, 4).path / "a.bin")
     commit(checkpoints, 6)
@@ -228,9 +228,7 @@ def test_what_is_damaged_does_not_count_as_kept(checkpoints: Checkpoints):
     assert names(checkpoints) == ["step-00000006", "step-00000008"]
 
 
-def test_at_no_moment_is_there_less_than_one_whole_checkpoint(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-):
+def test_retain_always_leaves_one_intact_checkpoint(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     rename, rmtree, seen = Path.rename, shutil.rmtree, []
 
     def look() -> None:
@@ -256,7 +254,7 @@ def test_at_no_moment_is_there_less_than_one_whole_checkpoint(
     assert seen == sorted(seen)
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(
+def test_retain_only_warns_if_removal_fails(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     commit(checkpoints, 1)
@@ -270,7 +268,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(
     assert "cannot be removed: Permission denied" in caplog.text
 
 
-def test_a_strange_folder_beside_checkpoints_is_left_alone(checkpoints: Checkpoints):
+def test_retain_ignores_unknown_folder(checkpoints: Checkpoints):
     commit(checkpoints, 1)
     (checkpoints.folder / "notes").mkdir()
     commit(checkpoints, 2)
@@ -283,7 +281,7 @@ def entries_of(folder: Path) -> Iterator[int]:
     return (file.stat().st_mode & 0o777 for file in folder.iterdir())
 
 
-def test_files_have_the_permissions_of_new_ones(checkpoints: Checkpoints, tmp_path: Path):
+def test_commit_gives_files_default_permissions(checkpoints: Checkpoints, tmp_path: Path):
     def private(folder: Path) -> None:
         write(folder)
         (folder / "a.bin").chmod(0o600)  # as safetensors does

@@ -1,4 +1,4 @@
-"""The record of a run's inputs: it changes when they do."""
+"""Provenance: the record changes when the inputs of a run do."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finetune.run import provenance as module
 from finetune.run.provenance import file_digest, file_record, provenance
 
 
-def test_a_file_is_known_by_its_sha256(tmp_path: Path):
+def test_file_digest_is_sha256(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     content = b"{}\n" * 100_000
     file.write_bytes(content)
     assert file_digest(file) == hashlib.sha256(content).hexdigest()
 
 
-def test_recipe_and_every_data_file_are_identified(tmp_path: Path):
+def test_provenance_hashes_recipe_and_data_files(tmp_path: Path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_text("{}\n")
     second.write_text("")
@@ -33,7 +33,7 @@ def test_recipe_and_every_data_file_are_identified(tmp_path: Path):
     ]
 
 
-def test_one_changed_byte_of_data_or_recipe_changes_the_record(tmp_path: Path):
+def test_provenance_changes_with_one_byte_of_input(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("1\n")
     before = provenance("recipe", [file_record(file)], {})
@@ -43,20 +43,20 @@ def test_one_changed_byte_of_data_or_recipe_changes_the_record(tmp_path: Path):
     assert provenance("recipe", [file_record(file)], {})["data"] != before["data"]
 
 
-def test_the_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch):
+def test_provenance_records_installed_versions(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "PACKAGES", ("torch", "a-package-that-is-not-there"))
     record = provenance("", [], {})
     assert record["ft"] == __version__
     assert record["packages"] == {"torch": version("torch"), "a-package-that-is-not-there": None}
 
 
-def test_what_the_caller_knows_is_in_the_record_and_all_of_it_is_json():
+def test_provenance_includes_facts_of_caller_as_json():
     record = provenance("", [], {"device": "cpu", "base": {"name": "tiny", "commit": None}})
     assert record["device"] == "cpu"
     assert json.loads(json.dumps(record)) == record
 
 
-def test_no_path_of_the_machine_is_in_the_record(tmp_path: Path):
+def test_provenance_contains_no_local_paths(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.touch()
     assert str(tmp_path) not in json.dumps(provenance("", [file_record(file)], {}))

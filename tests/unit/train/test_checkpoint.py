@@ -1,4 +1,4 @@
-"""What is read from a checkpoint goes on, bit for bit, as what was written; less than all of it is refused."""
+"""Training state on disk: bitwise resume, refusal of incomplete state."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "oft": {"method": "oft", "module_dropout": 0.3},
     "bitfit": {"method": "full", "train": ["*norm.weight"]},
 }
-"""Methods under the law for one optimizer."""
-ORDER = BatchOrder(units=7, units_per_step=3, seed=5, total_units=14)  # two epochs, one step across their border
+"""Methods that are tested with one optimizer."""
+ORDER = BatchOrder(units=7, units_per_step=3, seed=5, total_units=14)  # two epochs, one step across their boundary
 TRAINING = Training(micro_batch_size=1, gradient_accumulation_steps=3, seed=5)
 
 
@@ -61,7 +61,7 @@ ROWS = rows()
 
 
 class Setup(NamedTuple):
-    """A method and an optimizer, from which any number of fresh states can be made."""
+    """A method and an optimizer, and the fresh states made of them."""
 
     method: str
     optimizer: str
@@ -85,7 +85,7 @@ class Setup(NamedTuple):
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Everything in a checkpoint but the time that it took."""
+    """The content of a checkpoint without elapsed seconds."""
     written = json.loads((folder / STATE).read_text())
     written["counters"].pop("seconds")
     return {"trained": load_file(folder / TRAINED), "optimizer": load_file(folder / OPTIMIZER), "state": written}
@@ -122,12 +122,12 @@ def uninterrupted(setup: Setup, folder: Path) -> list[tuple[float, ...]]:
         *(("adamw", method) for method in OTHERS),
     ],
 )
-def test_from_every_step_a_fresh_state_goes_on_to_the_same_end(optimizer: str, method: str, tmp_path: Path):
+def test_resume_from_any_step_gives_same_end_bitwise(optimizer: str, method: str, tmp_path: Path):
     setup = Setup(method, optimizer)
     steps = uninterrupted(setup, tmp_path)
     assert [step[0] for step in steps] == [1, 2, 3, 4, 5]
     for done in range(1, 5):
-        state = setup.fresh(seed=99)  # whatever it is initialised to, the checkpoint replaces it
+        state = setup.fresh(seed=99)  # the checkpoint replaces all of it
         read_state(state, tmp_path / str(done))
         assert list(setup.steps(state)) == steps[done:]
         resumed = saved(state, tmp_path / f"from-{done}")
@@ -136,7 +136,7 @@ def test_from_every_step_a_fresh_state_goes_on_to_the_same_end(optimizer: str, m
         assert {tensor.dtype for tensor in contents(tmp_path / "5")["optimizer"].values()} >= {torch.uint8}
 
 
-def test_what_was_read_is_written_again_the_same(tmp_path: Path):
+def test_write_after_read_gives_same_bytes(tmp_path: Path):
     setup = Setup("full", "adamw_8bit")
     uninterrupted(setup, tmp_path)
     state = setup.fresh(seed=99)
@@ -146,7 +146,7 @@ def test_what_was_read_is_written_again_the_same(tmp_path: Path):
         assert (again / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-# Each part of the state matters: without it the law above does not hold.
+# Controls: without any part of the state the resumed run differs.
 
 
 def forget_moments(state: TrainState) -> None:
@@ -168,7 +168,7 @@ def forget_trained(state: TrainState) -> None:
 
 @pytest.mark.parametrize("forget", [forget_moments, forget_step, forget_tokens, forget_trained])
 @pytest.mark.parametrize("optimizer", ["adamw", "lion_8bit", "sgd"])
-def test_without_any_one_part_of_the_state_the_end_is_another(
+def test_resume_without_part_of_state_gives_another_end(
     optimizer: str, forget: Callable[[TrainState], None], tmp_path: Path
 ):
     setup = Setup("full", optimizer)
@@ -181,7 +181,7 @@ def test_without_any_one_part_of_the_state_the_end_is_another(
     assert not are_equal(contents(saved(state, tmp_path / "resumed")), contents(tmp_path / "5"))
 
 
-# Less than all of it, or more, is refused.
+# Refusals
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -237,7 +237,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Writes a good checkpoint."""
+    """Writes an intact checkpoint."""
     setup = Setup("full", "adamw")
     state = setup.fresh()
     next(setup.steps(state))
@@ -245,7 +245,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_lacks_a_part_is_refused(damage: str, whole: Callable[[Path], Path], tmp_path: Path):
+def test_read_refuses_incomplete_checkpoint(damage: str, whole: Callable[[Path], Path], tmp_path: Path):
     folder = whole(tmp_path / "checkpoint")
     read_state(Setup("full", "adamw").fresh(), folder)
     act, message = DAMAGES[damage]
@@ -254,26 +254,24 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(damage: str, whole: Callable[
         read_state(Setup("full", "adamw").fresh(), folder)
 
 
-# What must never be kept
+# What must never be written
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", ["weight", "moment"])
-def test_a_number_that_is_not_finite_is_not_written(place: str, value: float, tmp_path: Path):
+@pytest.mark.parametrize("location", ["weight", "moment"])
+def test_write_refuses_non_finite_values(location: str, value: float, tmp_path: Path):
     setup = Setup("full", "adamw")
     state = setup.fresh()
     next(setup.steps(state))
     weight = dict(state.model.named_parameters())[NAME]
     with torch.no_grad():
-        (weight if place == "weight" else state.optimizer.state[weight]["exp_avg"])[3] = value
+        (weight if location == "weight" else state.optimizer.state[weight]["exp_avg"])[3] = value
     with pytest.raises(DivergedError, match=NAME):
         write_state(state, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_state_that_does_not_fit_on_the_disk_is_refused_before_it_fills_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_write_refuses_full_disk_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Usage(NamedTuple):
         free: int = 1000
 
@@ -286,7 +284,7 @@ def test_a_state_that_does_not_fit_on_the_disk_is_refused_before_it_fills_it(
 # Scaling of float16 losses
 
 
-def test_the_scale_of_float16_losses_comes_back(tmp_path: Path):
+def test_float16_loss_scale_is_restored(tmp_path: Path):
     setup = Setup("full", "sgd")
     state = setup.fresh(dtype=torch.float16)
     next(setup.steps(state))
@@ -298,19 +296,19 @@ def test_the_scale_of_float16_losses_comes_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("method", "made"), [("pissa", "lora_start_A"), ("vera", "vera_A")])
-def test_what_a_method_made_itself_is_kept_as_it_was_made(method: str, made: str):
+def test_tensors_computed_by_method_are_restored(method: str, made: str):
     state, other = Setup(method, "sgd").fresh(), Setup(method, "sgd").fresh()
     kept = state.method.state(state.model)
     assert any(made in name for name in kept)
     with torch.no_grad():
         for tensor in other.method.own_tensors(other.model).values():
-            tensor.add_(1e-6)  # as another library would have made it
+            tensor.add_(1e-6)  # as with another version of a library
     other.method.restore(other.model, kept)
     restored = other.method.state(other.model)
     assert all(torch.equal(restored[name], tensor) for name, tensor in kept.items())
 
 
-def test_state_and_restore_speak_of_trainable_parameters_by_their_names():
+def test_method_state_names_trainable_parameters():
     state = Setup("lora", "sgd").fresh()
     tensors = state.method.state(state.model)
     assert tensors

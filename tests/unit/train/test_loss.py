@@ -1,4 +1,4 @@
-"""The head's loss in chunks and its plain twin, from the model's own logits: the same loss, the same gradients."""
+"""The chunked loss equals its reference implementation, in loss and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig
 from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.train import loss as loss_module
-from finetune.train.loss import Chunks, chunked_cross_entropy, summed_cross_entropy, whole_cross_entropy
+from finetune.train.loss import Chunks, chunked_cross_entropy, summed_cross_entropy, unchunked_cross_entropy
 from tests.fixtures.tiny import SIZES, random_model, tiny_llama
 
 ROWS = [
@@ -48,32 +48,32 @@ def results(
 @pytest.mark.parametrize("head_trains", [True, False])
 @pytest.mark.parametrize("batch", [padded(ROWS, padding=0), flattened(ROWS)], ids=["padded", "flattened"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_it_is_its_twin_in_loss_and_gradients(
+def test_chunked_loss_matches_reference_in_loss_and_gradients(
     kind: str, batch: Batch, head_trains: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 3 * 320)  # three tokens
-    monkeypatch.setattr(loss_module, "LOGITS_IN_CACHE", 2 * 320)  # and of them two
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 3 * 320)  # three tokens
+    monkeypatch.setattr(loss_module, "LOGITS_IN_CACHE", 2 * 320)  # two of them
     model = MODELS[kind]()
     model.get_output_embeddings().requires_grad_(head_trains)
-    expected, gradients = results(model, whole_cross_entropy, batch)
+    expected, gradients = results(model, unchunked_cross_entropy, batch)
     found, others = results(model, summed_cross_entropy, batch)
-    assert loss_module._in_chunks[model.get_output_embeddings()]  # it is not the twin that was compared
+    assert loss_module._is_chunkable[model.get_output_embeddings()]  # the reference was not compared with itself
     assert torch.allclose(found, expected, rtol=1e-5)
     for name, gradient in gradients.items():
         assert (others[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-def test_a_head_that_does_more_is_run_whole():
-    """The control: logits that are changed after the head in a way that nobody knows of."""
+def test_unknown_operation_on_logits_disables_chunks():
+    """Control: the logits are changed after the head by a hook."""
     model = tiny_llama()
     model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 * output.logits))
     batch = flattened(ROWS)
-    assert torch.equal(summed_cross_entropy(model, batch), whole_cross_entropy(model, batch))
-    assert not loss_module._in_chunks[model.get_output_embeddings()]
+    assert torch.equal(summed_cross_entropy(model, batch), unchunked_cross_entropy(model, batch))
+    assert not loss_module._is_chunkable[model.get_output_embeddings()]
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most numbers that any tensor had."""
+    """Records the largest size of any tensor."""
 
     numbers = 0
 
@@ -86,18 +86,18 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("vocabulary", [4_000, 40_000])
-def test_no_tensor_of_tokens_times_vocabulary_is_made(vocabulary: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 1 << 16)
+def test_chunked_loss_makes_no_tensor_of_tokens_times_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1 << 16)
     row = Example(list(range(600)), [True] * 600)
     model = tiny_llama(vocab_size=vocabulary)
     model.get_input_embeddings().requires_grad_(False)
     found = {}
-    for loss_of in (whole_cross_entropy, summed_cross_entropy):
+    for loss_of in (unchunked_cross_entropy, summed_cross_entropy):
         summed_cross_entropy(model, flattened([row]))  # the probe, once
         with Largest() as largest:
             loss_of(model, flattened([row])).backward()
         found[loss_of] = largest.numbers
-    assert found[whole_cross_entropy] >= 599 * vocabulary  # the control
+    assert found[unchunked_cross_entropy] >= 599 * vocabulary  # the control
     assert found[summed_cross_entropy] <= max(1 << 16, vocabulary * 64)  # a chunk, or the embeddings themselves
 
 

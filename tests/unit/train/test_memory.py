@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of lengths that rows have."""
+"""Memory does not grow with the number of different row lengths."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 
 from finetune.train.memory import KERNEL_CACHES, bound_kernel_caches
 
-PRODUCTS = """
+MATMULS = """
 import sys, torch
 from finetune.malloc import trim_heap
 from finetune.train.memory import bound_kernel_caches
 if sys.argv[1] == "bounded":
     bound_kernel_caches()
-def held():
+def rss():
     trim_heap()
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 weight = torch.rand(256, 256).bfloat16()
 for length in range(16, 616):
     if length == 316:  # the bounded caches are full
-        before = held()
+        before = rss()
     torch.rand(length, 256).bfloat16() @ weight
-print(held() - before)
+print(rss() - before)
 """
 
 
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
+def test_bound_kernel_caches_keeps_values_of_user(monkeypatch: pytest.MonkeyPatch):
     first, second = KERNEL_CACHES
     monkeypatch.setenv(first, "7")
     monkeypatch.delenv(second, raising=False)
@@ -44,12 +44,12 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
     not (sys.platform == "linux" and torch.cpu.get_capabilities().get("avx512_bf16")),
     reason="oneDNN multiplies bfloat16 here only with these instructions",
 )
-def test_products_of_many_shapes_are_not_all_kept():
+def test_kernel_caches_of_many_shapes_are_bounded():
     grown = {}
     for how in ("bounded", "free"):
         environment = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
         result = subprocess.run(
-            [sys.executable, "-c", PRODUCTS, how],
+            [sys.executable, "-c", MATMULS, how],
             cwd=Path(__file__).parents[3],
             env=environment,
             capture_output=True,

@@ -1,4 +1,4 @@
-"""NEFTune's noise: as large as the paper says for each example, and in training only."""
+"""NEFTune noise: scale of the paper for each example, only inside the block."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def noise_of(batch: Batch, alpha: float | None = 5.0) -> torch.Tensor:
     torch.manual_seed(0)
     with embedding_noise(model, batch, alpha):
         noisy = embeddings(batch.ids_BT)
-    assert torch.equal(embeddings(batch.ids_BT), plain)  # it is gone afterwards
+    assert torch.equal(embeddings(batch.ids_BT), plain)  # the hook was removed
     return (noisy - plain).detach()
 
 
 @pytest.mark.parametrize("layout", ["padded", "joined"])
-def test_each_example_has_noise_by_its_own_length(layout: str):
+def test_noise_scale_follows_length_of_each_example(layout: str):
     if layout == "padded":
         found = noise_of(padded(ROWS, 0))
         parts = [found[index, : len(row.ids)] for index, row in enumerate(ROWS)]
@@ -37,5 +37,5 @@ def test_each_example_has_noise_by_its_own_length(layout: str):
         assert abs(float(part.mean())) < 0.15 * largest
 
 
-def test_without_alpha_nothing_happens():
+def test_noise_without_alpha_is_zero():
     assert not noise_of(padded(ROWS, 0), None).any()

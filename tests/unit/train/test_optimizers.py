@@ -1,4 +1,4 @@
-"""Every optimizer of the schema steps, and does what its library's own class does."""
+"""Optimizers: each one takes steps and has the properties of its library's class."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def train(name: str, steps: int, **settings: object) -> tuple[float, float, nn.M
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_optimizer_lowers_a_loss(name: str):
+def test_optimizer_lowers_loss(name: str):
     first, last, _ = train(name, steps=20)
     assert last < 0.9 * first
 
 
-def test_32_bit_paged_adamw_is_adamw():
+def test_paged_adamw_32bit_matches_adamw():
     plain, paged = train("adamw", 5)[2], train("paged_adamw_32bit", 5)[2]
     assert torch.allclose(plain.weight, paged.weight, atol=1e-6)
 
 
-def test_8_bit_moments_are_8_bit():
+def test_adamw_8bit_has_uint8_moments():
     model, inputs, _ = problem()
     section = TypeAdapter(Optimizer).validate_python({"name": "adamw_8bit"})
     optimizer = make_optimizer(section, model)
@@ -55,7 +55,7 @@ def test_8_bit_moments_are_8_bit():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bytes_that_are_foreseen_are_those_that_are_kept(name: str):
+def test_state_bytes_match_actual_state(name: str):
     model, inputs, _ = problem()
     section = TypeAdapter(Optimizer).validate_python({"name": name})
     optimizer = make_optimizer(section, model)
@@ -71,17 +71,17 @@ def test_the_bytes_that_are_foreseen_are_those_that_are_kept(name: str):
     assert state_bytes(section, model.parameters()) == numbers > 0
 
 
-def test_paging_without_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture):
+def test_paged_optimizer_without_gpu_warns_once(caplog: pytest.LogCaptureFixture):
     if torch.cuda.is_available():
         pytest.skip("this machine can page")
     with caplog.at_level(logging.WARNING, logger="finetune"):
         train("paged_adamw_8bit", steps=2)
     assert [record.message for record in caplog.records if "page" in record.message] == [
-        "paged_adamw_8bit: only a GPU can page optimizer state; it is kept in ordinary memory"
+        "paged_adamw_8bit: only a GPU can page optimizer state; it stays in ordinary memory"
     ]
 
 
-def test_matrices_decay_and_vectors_do_not():
+def test_weight_decay_applies_to_matrices_only():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     model[0].weight.requires_grad_(True)
     groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.1, lambda name: 1.0)}
@@ -89,13 +89,13 @@ def test_matrices_decay_and_vectors_do_not():
     assert [p.ndim for p in groups[0.0]] == [1, 1, 1]
 
 
-def test_frozen_weights_are_left_out():
+def test_parameter_groups_exclude_frozen_weights():
     model = nn.Linear(4, 4)
     model.weight.requires_grad_(False)
     assert [group["weight_decay"] for group in parameter_groups(model, 0.1, lambda name: 1.0)] == [0.0]
 
 
-def test_a_method_may_give_parameters_other_rates():
+def test_parameter_groups_follow_lr_multiplier():
     model = nn.Linear(4, 4)
     groups = parameter_groups(model, 0.0, lambda name: 16.0 if name == "weight" else 1.0)
     assert {group["lr_multiplier"]: len(group["params"]) for group in groups} == {16.0: 1, 1.0: 1}

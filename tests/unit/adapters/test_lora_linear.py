@@ -1,4 +1,4 @@
-"""Adapted layers as one step of autograd and their plain twin, the formula: the same loss, the same gradients."""
+"""`lora_linear` equals its reference implementation in loss and gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.adapters import low_rank
 from finetune.adapters.base import trainable
-from finetune.adapters.lora_linear import LoraTerm, is_one_step, lora_linear, lora_linear_reference
+from finetune.adapters.lora_linear import LoraTerm, is_fusable, lora_linear, lora_linear_reference
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.recipe.sections.adapter import Adapter
 from finetune.resolve import build
@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 def attached(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with an adapter whose numbers are all other than zero."""
+    """A model with an adapter without zeros."""
     section, quantization = METHODS[kind]
     recipe = TypeAdapter(Adapter).validate_python({"r": 4, **section})
     method = build(recipe, [], None)
@@ -60,59 +60,59 @@ def results(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The base of every layer that was computed so."""
+    """The base of every layer that was computed by `lora_linear`."""
     found: list[nn.Module] = []
 
-    def noted(x: Tensor, z: Tensor | None, branch: LoraTerm) -> Tensor:
-        found.append(branch.base)
-        return lora_linear(x, z, branch)
+    def recorded(x: Tensor, z: Tensor | None, term: LoraTerm) -> Tensor:
+        found.append(term.base)
+        return lora_linear(x, z, term)
 
-    monkeypatch.setattr(low_rank, "lora_linear", noted)
+    monkeypatch.setattr(low_rank, "lora_linear", recorded)
     return found
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_it_is_its_twin_in_loss_and_gradients(
+def test_lora_linear_matches_reference_in_loss_and_gradients(
     kind: str, tiny_model: Path, calls: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ):
     model = attached(kind, tiny_model)
     loss, gradients = results(model)
     adapted = 2 * (2 if kind == "attention only" else 7)
     assert len(calls) == adapted
-    monkeypatch.setattr(LowRankLinear, "_is_one_step", lambda self, adapter: False)
+    monkeypatch.setattr(LowRankLinear, "_is_fusable", lambda self, adapter: False)
     expected, others = results(model)
-    assert len(calls) == adapted  # no more
+    assert len(calls) == adapted  # none this time
     assert torch.allclose(loss, expected, rtol=1e-5)
     for name, gradient in gradients.items():
         assert gradient.norm() > 0, name
         assert (gradient - others[name]).norm() <= 2e-4 * others[name].norm(), name
 
 
-def test_an_update_that_is_a_little_off_is_seen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    """The control of the comparison."""
+def test_comparison_detects_slightly_wrong_scale(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Control: the comparison above would fail."""
     model = attached("lora", tiny_model)
     _, gradients = results(model)
-    branch = LowRankLinear.branch
+    term = LowRankLinear.lora_term
 
     def off(layer: LowRankLinear, adapter: str) -> LoraTerm:
-        return branch(layer, adapter)._replace(scale=1.01 * layer.scaling[adapter])
+        return term(layer, adapter)._replace(scale=1.01 * layer.scaling[adapter])
 
-    monkeypatch.setattr(LowRankLinear, "branch", off)
+    monkeypatch.setattr(LowRankLinear, "lora_term", off)
     _, others = results(model)
     name = next(name for name in gradients if "lora_B" in name)
     assert (gradients[name] - others[name]).norm() > 2e-3 * gradients[name].norm()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dropout_is_before_a_and_nowhere_else(dropout: float):
+def test_lora_linear_applies_dropout_to_input_of_a_only(dropout: float):
     torch.manual_seed(0)
     base, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(7, 6)
-    branch = LoraTerm(base, torch.randn(2, 6), torch.randn(5, 2), 0.5)
+    term = LoraTerm(base, torch.randn(2, 6), torch.randn(5, 2), 0.5)
     z = nn.functional.dropout(x, dropout) if dropout else None
-    assert torch.allclose(lora_linear(x, z, branch), lora_linear_reference(x, z, branch), atol=1e-5)
+    assert torch.allclose(lora_linear(x, z, term), lora_linear_reference(x, z, term), atol=1e-5)
 
 
-def test_in_16_bits_factors_have_gradients_of_their_own_type(tiny_model: Path, calls: list[nn.Module]):
+def test_lora_linear_in_bfloat16_gives_float32_gradients(tiny_model: Path, calls: list[nn.Module]):
     model = attached("lora", tiny_model, torch.bfloat16)
     wide, _ = results(attached("lora", tiny_model))
     loss, gradients = results(model)
@@ -121,7 +121,7 @@ def test_in_16_bits_factors_have_gradients_of_their_own_type(tiny_model: Path, c
     assert all(gradient.dtype is torch.float32 for gradient in gradients.values())
 
 
-def test_layers_stored_transposed_are_as_they_were(calls: list[nn.Module], monkeypatch: pytest.MonkeyPatch):
+def test_lora_linear_matches_reference_over_conv1d(calls: list[nn.Module], monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     base = GPT2LMHeadModel(
         GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
@@ -133,16 +133,16 @@ def test_layers_stored_transposed_are_as_they_were(calls: list[nn.Module], monke
             parameter.add_(0.05)
     loss, gradients = results(model)
     assert calls
-    monkeypatch.setattr(LowRankLinear, "_is_one_step", lambda self, adapter: False)
+    monkeypatch.setattr(LowRankLinear, "_is_fusable", lambda self, adapter: False)
     expected, others = results(model)
     assert torch.allclose(loss, expected, rtol=1e-5)
     assert all(torch.allclose(gradients[name], others[name], rtol=1e-3, atol=1e-6) for name in gradients)
 
 
-def test_a_base_that_trains_or_is_watched_keeps_its_own_pass():
-    assert is_one_step(nn.Linear(3, 4).requires_grad_(False))
-    assert not is_one_step(nn.Linear(3, 4))
-    watched = nn.Linear(3, 4).requires_grad_(False)
-    watched.register_forward_hook(lambda layer, inputs, output: output)
-    assert not is_one_step(watched)
-    assert not is_one_step(nn.Bilinear(3, 3, 4).requires_grad_(False))
+def test_is_fusable_is_false_for_trainable_or_hooked_base():
+    assert is_fusable(nn.Linear(3, 4).requires_grad_(False))
+    assert not is_fusable(nn.Linear(3, 4))
+    hooked = nn.Linear(3, 4).requires_grad_(False)
+    hooked.register_forward_hook(lambda layer, inputs, output: output)
+    assert not is_fusable(hooked)
+    assert not is_fusable(nn.Bilinear(3, 3, 4).requires_grad_(False))

@@ -1,4 +1,4 @@
-"""Which process of a run this one is, as launchers say it."""
+"""Rank of this process from launcher variables, and error files of ranks."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ STEP = {
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*LAUNCHERS, *STEP):
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken away again
+        monkeypatch.setenv(name, "")  # registers the variable, so that teardown removes it
         monkeypatch.delenv(name)
 
 
-def test_alone_it_is_the_main_process():
+def test_rank_without_launcher_is_main():
     assert Rank.here() == Rank(0, 1, 1)
     assert Rank.here().is_main
 
 
-def test_torchrun_says_it_in_pytorchs_words(monkeypatch: pytest.MonkeyPatch):
+def test_rank_reads_torchrun_variables(monkeypatch: pytest.MonkeyPatch):
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert Rank.here() == Rank(3, 4, 2)
     assert not Rank.here().is_main
 
 
-def test_a_task_of_a_slurm_step_is_a_process_of_a_run(monkeypatch: pytest.MonkeyPatch):
+def test_rank_reads_slurm_step_variables(monkeypatch: pytest.MonkeyPatch):
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert Rank.here() == Rank(5, 8, 4)
@@ -48,7 +48,7 @@ def test_a_task_of_a_slurm_step_is_a_process_of_a_run(monkeypatch: pytest.Monkey
     assert (environ["LOCAL_RANK"], environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("1", "gpu07", "24711")
 
 
-def test_a_batch_script_of_slurm_is_no_task(monkeypatch: pytest.MonkeyPatch):
+def test_rank_in_slurm_batch_script_is_single(monkeypatch: pytest.MonkeyPatch):
     for name, value in (("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_JOB_ID", "4711")):
         monkeypatch.setenv(name, value)
     assert Rank.here().count == 1
@@ -64,22 +64,20 @@ def test_a_batch_script_of_slurm_is_no_task(monkeypatch: pytest.MonkeyPatch):
         ("x-[1,3]", "x-1"),
     ],
 )
-def test_the_first_host_of_a_list(nodes: str, first: str):
+def test_first_host_expands_slurm_node_list(nodes: str, first: str):
     assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        DataError("a bad row", where="rows.jsonl:2", hint="mend it"),
+        DataError("a bad row", where="rows.jsonl:2", hint="fix it"),
         Stopped("by SIGTERM"),
         Interrupted("by SIGTERM", number=15),
         ProcessLost("gone"),
     ],
 )
-def test_what_ended_a_process_comes_back_from_its_file(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_rank_exit_round_trips_errors(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "error.json"
     monkeypatch.setenv(ERROR_FILE, str(file))
     RankExit.of(error).write()
@@ -91,20 +89,20 @@ def test_what_ended_a_process_comes_back_from_its_file(
     assert found.is_consequence == isinstance(error, ProcessLost)
 
 
-def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rank_exit_keeps_traceback_of_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
     try:
         raise ZeroDivisionError("by zero")
     except ZeroDivisionError as error:
         RankExit.of(error).write()
-    told = RankExit.read(tmp_path / "error.json").error()
-    assert told.exit_code == 1
-    assert told.lines()[0] == "process 0: ZeroDivisionError: by zero"
-    assert any("test_processes.py" in line for line in told.lines())
+    raised = RankExit.read(tmp_path / "error.json").error()
+    assert raised.exit_code == 1
+    assert raised.lines()[0] == "process 0: ZeroDivisionError: by zero"
+    assert any("test_distributed.py" in line for line in raised.lines())
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}", '{"ending": {"rank": 0}}'])
-def test_a_process_that_was_killed_left_no_word(content: str | None, tmp_path: Path):
+def test_rank_exit_read_of_missing_or_broken_file_is_none(content: str | None, tmp_path: Path):
     file = tmp_path / "error.json"
     if content is not None:
         file.write_text(content)

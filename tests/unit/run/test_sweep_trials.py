@@ -1,4 +1,4 @@
-"""The record of a sweep: what each trial tries stands there before it begins, and its result in its run."""
+"""Trials of a sweep: recorded values, results, ranking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def directory(tmp_path: Path) -> SweepDirectory:
     return SweepDirectory(tmp_path)
 
 
-def test_trials_are_numbered_and_open_until_they_have_a_result_or_a_failure(directory: SweepDirectory):
+def test_trials_are_open_until_result_or_failure(directory: SweepDirectory):
     first, second, third = (directory.begin({"adapter.r": r}) for r in (4, 8, 16))
     assert [trial.name for trial in (first, second, third)] == ["trial-001", "trial-002", "trial-003"]
     written_run(first.path, course=measured(0.5))
@@ -34,19 +34,19 @@ def test_trials_are_numbered_and_open_until_they_have_a_result_or_a_failure(dire
     assert [trial.values for trial in found] == [{"adapter.r": 4}, {"adapter.r": 8}, {"adapter.r": 16}]
 
 
-def test_a_trial_that_is_not_finished_has_no_result_yet(directory: SweepDirectory):
+def test_trial_without_outcome_is_open(directory: SweepDirectory):
     trial = directory.begin({"adapter.r": 4})
     written_run(trial.path, course=measured(0.5)).outcome.unlink()
     assert directory.trials()[0].is_open
 
 
-def test_where_the_best_weights_were_kept_their_loss_is_the_result(directory: SweepDirectory):
+def test_trial_loss_is_that_of_best_checkpoint(directory: SweepDirectory):
     trial = directory.begin({"adapter.r": 4})
     written_run(trial.path, course=[*measured(0.5), BestCheckpoint(1, 0, 0.25, stopped_early=True)])
     assert directory.trials()[0].loss == 0.25
 
 
-def test_the_best_has_the_lowest_loss_and_the_table_begins_with_it(directory: SweepDirectory):
+def test_trial_table_starts_with_lowest_loss(directory: SweepDirectory):
     for loss in (0.5, 0.25, 0.25):
         written_run(directory.begin({"adapter.r": 4, "optimizer.learning_rate": 1e-4}).path, course=measured(loss))
     directory.fail(directory.begin({"adapter.r": 8, "optimizer.learning_rate": 1e-3}), "it diverged")
@@ -55,18 +55,18 @@ def test_the_best_has_the_lowest_loss_and_the_table_begins_with_it(directory: Sw
     assert best is not None
     assert best.number == 2
     head, rows = trial_table(trials)
-    assert head == ["trial", "r", "learning_rate", "held-out loss"]
+    assert head == ["trial", "r", "learning_rate", "validation loss"]
     assert [row[0] for row in rows] == ["2 (best)", "3", "1", "4"]
     assert rows[-1] == ["4", "8", "0.001", "it diverged"]
     assert best_of([]) is None
 
 
-def test_keys_that_end_alike_keep_their_whole_names():
+def test_short_names_keep_full_keys_if_endings_collide():
     keys = ["adapter.r", "modules.0.adapter.r", "optimizer.learning_rate"]
     assert list(short_names(keys).values()) == ["adapter.r", "modules.0.adapter.r", "learning_rate"]
 
 
-def test_the_arguments_of_a_trial_are_safe_for_a_shell(directory: SweepDirectory):
+def test_arguments_of_trial_are_shell_quoted(directory: SweepDirectory):
     trial = directory.begin({"adapter.target_modules": "a b; rm", "training.gradient_checkpointing": True})
     assert arguments_of(trial) == (
         """--set 'adapter.target_modules="a b; rm"' --set training.gradient_checkpointing=true"""

@@ -1,4 +1,4 @@
-"""All that a page tells of a run, read from its directory."""
+"""The data of a run's report, read from its directory."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from finetune.storage.files import read_json
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """A run's files, read.
+    """The content of a run's files. Records that were not written are empty.
 
     Attributes:
-        name: Of its directory.
-        state: How far it has come.
-        recipe: As resolved.
-        history: Its course.
-        provenance: Versions, machine, inputs; as the next ones, empty where it was not written.
-        ledger: What became of the rows.
-        outcome: How the last attempt ended.
-        evaluation: What `ft eval` measured.
-        answers: Held-out prompts with references and the answers of base and run, from `ft eval`.
-        verifications: Of what `ft merge` and `ft export` wrote, by folder.
-        attempts: How many times it was begun or gone on with.
+        name: Name of the directory.
+        state: State of the run.
+        recipe: The resolved recipe.
+        history: The training history.
+        provenance: Versions, machine, inputs.
+        data_report: Counts of read, dropped and used rows.
+        outcome: Exit code and message of the last attempt.
+        evaluation: Results of `ft eval`.
+        answers: Validation prompts with references and the answers of base and run, from `ft eval`.
+        verifications: Verification reports of `ft merge` and `ft export`, by folder.
+        attempts: Number of starts and resumes.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RunMetadata:
     recipe: Recipe
     history: History
     provenance: Mapping[str, Any]
-    ledger: Mapping[str, Any]
+    data_report: Mapping[str, Any]
     outcome: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     answers: list[dict[str, Any]]
@@ -52,7 +52,7 @@ class RunMetadata:
 
     @classmethod
     def of(cls, run: RunDirectory) -> RunMetadata:
-        """Read a run, whatever it has come to.
+        """Read a run in any state.
 
         Raises:
             RecipeError: Its resolved recipe is missing, damaged or of another version.
@@ -67,7 +67,7 @@ class RunMetadata:
             recipe=load_recipe(run.recipe).recipe,
             history=History.of(run),
             provenance=read_json(run.provenance),
-            ledger=read_json(run.data_report),
+            data_report=read_json(run.data_report),
             outcome=read_json(run.outcome),
             evaluation=read_results(run),
             answers=list(records(run.evaluation / "generations.jsonl")),
@@ -83,24 +83,24 @@ class RunMetadata:
 
     @property
     def base(self) -> str:
-        """The base model's name: of a file or folder its own, without where that is."""
+        """The base model's name; of a local folder only its last part, because paths are private."""
         name = self.recipe.model.name
         return name.rpartition("/")[2] if os.path.isabs(name) or name.startswith("package://") else name
 
     @property
     def method(self) -> str:
-        """`LoRA over nf4`, in the recipe's words."""
+        """Method and quantization by their recipe keys, such as `lora over nf4`."""
         kind = self.recipe.quantization.kind
         return self.recipe.adapter.method + (f" over {kind}" if kind != "none" else "")
 
     def recipe_text(self) -> str:
-        """What the recipe sets beside defaults, as YAML; paths are without their folders, secrets without letters."""
+        """The recipe without defaults, as YAML; folders of paths are removed, secrets redacted."""
         shown = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run"})
         return redacted(yaml.safe_dump(_without_folders(shown), sort_keys=False, allow_unicode=True, width=100))
 
 
 def public(text: str) -> str:
-    """A path without its folders, which say where somebody works; any other text as it is."""
+    """A path without its folders, which can be private; any other text unchanged."""
     return f"…/{os.path.basename(text)}" if os.path.isabs(text) else text
 
 

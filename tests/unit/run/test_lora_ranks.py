@@ -1,4 +1,4 @@
-"""Which layer is which, and ranks as a table."""
+"""LoRA ranks: parsing of layer names, and the text table."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ LLAMA = {
 }
 
 
-def test_layers_are_told_by_block_and_by_what_they_are_called_in_it():
+def test_grid_parses_block_and_kind():
     grid = Grid.of(LLAMA)
     assert (grid.blocks, grid.kinds) == (["0", "2", "10"], ["q", "v", "down"])
     assert grid.names["10", "v"] == "model.layers.10.self_attn.v_proj"
 
 
-def test_names_that_shortened_would_be_the_same_stay_long():
+def test_grid_keeps_long_names_if_short_ones_collide():
     grid = Grid.of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])
     assert grid.kinds == ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
 
 
-def test_a_layer_outside_of_all_blocks_has_a_row_of_its_own():
+def test_grid_gives_layers_outside_blocks_their_own_row():
     grid = Grid.of([*LLAMA, "lm_head"])
     assert grid.blocks == ["", "0", "2", "10"]
     assert grid.names["", "lm_head"] == "lm_head"
 
 
-def test_the_table_has_a_row_a_block_a_column_a_kind_and_means():
+def test_table_has_rows_of_blocks_columns_of_kinds_and_means():
     ranks = {name: rank for name, rank in LLAMA.items() if name != "model.layers.2.mlp.down_proj"}
     assert table(ranks) == [
         "block    q    v  down  mean",
@@ -42,5 +42,5 @@ def test_the_table_has_a_row_a_block_a_column_a_kind_and_means():
 
 
 @pytest.mark.parametrize(("width", "fits"), [(27, True), (26, False)])
-def test_a_table_that_is_too_wide_is_none(width: int, fits: bool):
+def test_table_wider_than_width_is_none(width: int, fits: bool):
     assert (table(LLAMA, width) is not None) == fits

@@ -1,4 +1,4 @@
-"""Ranks as a picture."""
+"""The chart of LoRA ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.run.events import RanksChosen
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_the_picture_shows_how_long_each_layer_had_which_rank():
+def test_picture_shows_duration_of_each_rank():
     names = ["layers.0.q_proj", "layers.1.q_proj", "layers.0.<odd>"]
     history = [
         RanksChosen(step=0, ranks=dict.fromkeys(names, 4)),
@@ -31,10 +31,10 @@ def test_the_picture_shows_how_long_each_layer_had_which_rank():
     }
     shades = {bar.get("fill-opacity", "0") for layer in root.iter(f"{SVG}g") for bar in layer.iter(f"{SVG}rect")}
     assert len(shades) == 4
-    assert "12 in all at first, 6 in the end" in "".join(root.itertext())
+    assert "12 in total at first, 6 at the end" in "".join(root.itertext())
 
 
-def test_panels_that_do_not_fit_in_a_line_go_to_the_next():
+def test_picture_wraps_panels_into_rows():
     names = [f"layers.0.kind{index}" for index in range(9)]
     root = ElementTree.fromstring(picture([RanksChosen(step=0, ranks=dict.fromkeys(names, 2))], total_steps=3))
     edges = [float(bar.get("x", 0)) + float(bar.get("width")) for bar in root.iter(f"{SVG}rect")]

@@ -1,0 +1,96 @@
+"""The lock of a run: one process trains at a time, and others can check whether one does."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from finetune.errors import RefusedError
+from finetune.run.provenance import now
+from finetune.storage.files import disk_faults
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+SECONDS_BETWEEN_ATTEMPTS = 0.05
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds the lock; False on a file system without locks, where nothing can be known."""
+    if not file.is_file():
+        return False
+    with file.open("r", encoding="utf-8") as stream:
+        try:
+            # Shared: two readers that check at the same moment must not take each other for the trainer.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+@contextmanager
+def exclusive_lock(file: Path) -> Iterator[None]:
+    """Hold the lock of a run for the block; the operating system releases it when the process ends, even by SIGKILL.
+
+    The file holds process id, host and time of the holder, for the message to others. Its content decides nothing.
+
+    Args:
+        file: The lock file in the run directory; created if missing, never removed.
+
+    Raises:
+        RefusedError: Another process holds the lock, or the run directory was removed meanwhile.
+        EnvironmentFault: The file cannot be opened.
+    """
+    # Python opens files with O_CLOEXEC, so a program started from here does not inherit the lock.
+    with disk_faults(file):
+        stream = file.open("a+", encoding="utf-8")
+    with stream:
+        try:
+            _acquire(stream)
+        except BlockingIOError:
+            raise _held_by_another(file) from None
+        except OSError as error:  # a network file system without locks
+            logger.warning("%s cannot be locked (%s): let only one process train it", file.parent, error.strerror)
+        # Between our open and our lock another --overwrite may have removed the directory: then we hold a lock on a
+        # file that nobody sees, and the next process would lock a new one. The inodes differ in that case.
+        if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+            raise RefusedError("the run has just been removed", where=str(file.parent), hint="train it again")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+        with suppress(OSError):  # on a full disk others are kept out without learning by whom
+            stream.truncate(0)
+            os.write(stream.fileno(), json.dumps(holder).encode() + b"\n")
+        yield
+
+
+def _acquire(stream: TextIO) -> None:
+    """Take the lock, or raise BlockingIOError.
+
+    `is_locked` holds the lock for a moment, and must not stop a training process: hence several attempts.
+    """
+    for _ in range(ATTEMPTS):
+        with suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _held_by_another(file: Path) -> RefusedError:
+    try:
+        holder = json.loads(file.read_text(encoding="utf-8"))
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # the holder has not written yet, or something else wrote there
+        who = "another process"
+    return RefusedError(
+        f"the run is being trained by {who}", where=str(file.parent), hint="wait for it, or stop that process"
+    )
