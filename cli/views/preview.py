@@ -33,7 +33,7 @@ def show_preview(preview: Preview) -> None:
     console.print(Text(first_step_line(preview), style="bold"))
     for batch in preview.first_step:
         console.print(_bar(batch, longest))
-    for line in data_table(preview.ledger):
+    for line in data_table(preview.data_report):
         console.print(Text(line), soft_wrap=True)
 
 

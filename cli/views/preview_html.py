@@ -28,7 +28,7 @@ _STYLE = """
 
 def preview_page(preview: Preview) -> str:
     """The preview as HTML."""
-    table = "\n".join(data_table(preview.ledger))
+    table = "\n".join(data_table(preview.data_report))
     longest = max(batch.computed + batch.shared for batch in preview.first_step)
     return document(
         "Preview of the training data",

@@ -87,13 +87,13 @@ def _of_last(run: RunMetadata, name: str, words: Callable[[Any], str]) -> str:
 
 
 def _answers(runs: Sequence[RunMetadata]) -> str:
-    """Answers of the evaluated runs to the prompts that all of them have in common."""
+    """Answers of the evaluated runs to the prompts that all of them were given."""
     answered = [(run.name, {str(each.get("prompt")): each for each in run.answers}) for run in runs if run.answers]
     if len(answered) < 2:
         return ""
-    common = [prompt for prompt in answered[0][1] if all(prompt in answers for _, answers in answered)]
+    shared = [prompt for prompt in answered[0][1] if all(prompt in answers for _, answers in answered)]
     cards = []
-    for prompt in common[:SHOWN_ANSWERS]:
+    for prompt in shared[:SHOWN_ANSWERS]:
         references = [str(each) for each in answered[0][1][prompt].get("references", [])]
         cells = [("reference", " | ".join(references), False)]
         for name, answers in answered:

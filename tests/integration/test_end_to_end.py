@@ -147,7 +147,9 @@ def with_system_prompt(source: Path, target: Path) -> None:
 
 
 def test_steps_over_all_rows_are_the_same_with_and_without_packing(tiny_recipe: dict[str, Any], tmp_path: Path):
-    packs = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1).ledger["packing"]["packs"]
+    packs = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1).data_report["packing"][
+        "packs"
+    ]
     assert packs < 24  # rows stand together
     losses = []
     for batching, units in (("padded", 24), ("packed", packs)):

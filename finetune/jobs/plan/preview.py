@@ -83,12 +83,12 @@ class Preview:
     Attributes:
         rows: Some of the training rows, in the order of training.
         first_step: Micro-batches of the first step in one process.
-        ledger: Data report, as in a run's `data_report.json`.
+        data_report: As in a run's `data_report.json`.
     """
 
     rows: list[PreviewRow]
     first_step: list[MicroBatch]
-    ledger: dict[str, Any]
+    data_report: dict[str, Any]
 
     @property
     def fill(self) -> float:
@@ -102,7 +102,8 @@ class Preview:
 
     def to_json(self) -> dict[str, Any]:
         """All attributes and properties as JSON values."""
-        return {**asdict(self), "fill": self.fill, "shared": self.shared}
+        attributes = {("ledger" if name == "data_report" else name): value for name, value in asdict(self).items()}
+        return {**attributes, "fill": self.fill, "shared": self.shared}
 
 
 def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Preview:
@@ -133,7 +134,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
     return Preview(
         rows=[PreviewRow(train.place(row), list(_stretches(train[row], tokenizer))) for row in islice(in_order, rows)],
         first_step=[_micro_batch(batch_plan, group) for group in batch_plan.groups(first_step)],
-        ledger=data_report(data, batch_plan),
+        data_report=data_report(data, batch_plan),
     )
 
 

@@ -36,7 +36,7 @@ def test_preview_has_the_micro_batches_of_the_first_step(tiny_recipe: dict[str, 
     padded = preview(as_recipe(tiny_recipe, tmp_path), rows=1)
     packed = preview(as_recipe(tiny_recipe, tmp_path, ["training.batching=packed"]), rows=1)
     assert [len(batch.lengths) for batch in padded.first_step] == [2, 2]
-    packing = packed.ledger["packing"]
+    packing = packed.data_report["packing"]
     assert packing["pack_length"] == 128
     assert 0 < packing["fill"] <= 1
     assert packed.fill == 1.0
@@ -47,7 +47,7 @@ def test_preview_needs_no_weights(tiny_recipe: dict[str, Any], tiny_model: Path,
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     tiny_recipe["model"]["name"] = str(tmp_path / "model")
-    assert preview(as_recipe(tiny_recipe, tmp_path), rows=1).ledger["train"]["used"] == 24
+    assert preview(as_recipe(tiny_recipe, tmp_path), rows=1).data_report["train"]["used"] == 24
 
 
 def test_preview_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any], tmp_path: Path):
