@@ -285,7 +285,7 @@ def _choose_attention(inputs: EstimateInputs, model: PreTrainedModel) -> None:
 
 
 def _fuses(inputs: EstimateInputs) -> bool:
-    """Whether norms and gated MLPs run fused. On a GPU that needs Liger, which is assumed to be installed as it is here."""
+    """Whether norms and gated MLPs run fused. A GPU needs Liger, which is assumed to be installed as it is here."""
     return not inputs.on_gpu or kernels_on("cuda") is not None
 
 
