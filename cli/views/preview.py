@@ -21,7 +21,7 @@ def show_preview(preview: Preview) -> None:
     console = Console(highlight=False)
     for row in preview.rows:
         targets = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
-        console.print(Text(f"{row.where}  {row.tokens} tokens, {targets} target tokens", style="bold"))
+        console.print(Text(f"{row.where}  {row.tokens} tokens, {targets} target tokens", style="bold"), soft_wrap=True)
         text = Text()
         for stretch in row.stretches:
             colour = "green" if stretch.trained else "default"

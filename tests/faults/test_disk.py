@@ -122,7 +122,7 @@ def test_disk_that_is_full_for_a_while_causes_only_warnings(
     assert Result.of(run.path) == uninterrupted
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [warning.split(" could")[0] for warning in warnings] == ["step 4", "step 5", "step 6", "step 7"]
-    assert all("step 3 is still there" in warning for warning in warnings)
+    assert all("the checkpoint of step 3 remains" in warning for warning in warnings)
 
 
 def test_unwritable_result_exits_with_7_and_the_run_can_be_resumed(recipe: Path, uninterrupted: Result, tmp_path: Path):

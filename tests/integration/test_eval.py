@@ -323,7 +323,8 @@ def test_score_table_fits_a_narrow_terminal(runs: Path, tasks: Path, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     shown = ft("eval", runs / "low-rank", "--against", "base", "--tasks", f"validation,{tasks}", "--quiet").stdout
     lines = shown.splitlines()
-    assert max(map(len, lines)) <= 80
+    # The path of the results depends on the machine.
+    assert max(len(line) for line in lines if not line.startswith("results and")) <= 80
     assert [line.split()[0] for line in lines if line.startswith(("validation:", "colours:", "talk:", "nats:"))] == [
         "validation:",
         "colours:",

@@ -67,7 +67,7 @@ def test_q4_1_contains_the_merged_codes_and_scales_unchanged(tiny_recipe: dict[s
 
 def test_q4_1_of_other_quantizations_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
     three = {"quantization": {"kind": "affine", "bits": 3}, "adapter": {"method": "qa_lora", "r": 4}}
-    with pytest.raises(UnsupportedError, match="4 bits with groups of 32"):
+    with pytest.raises(UnsupportedError, match="4 bits in groups of 32"):
         export_gguf(run_of({**tiny_recipe, **three}, tmp_path, "three"), kind="q4_1")
     with pytest.raises(UnsupportedError, match="without rounding"):
         export_gguf(run_of(tiny_recipe, tmp_path, "lora"), kind="q4_1")

@@ -28,7 +28,7 @@ def test_dry_run_on_cpu_writes_reports_and_table(tmp_path: Path):
     assert outcomes == {
         "test_packed_attention_in_16_bits_matches_float64_reference[64-causal-bfloat16]": "passed",
         "test_fused_kernels_match_plain_loss_and_gradients[selective-llama-float32]": "passed",
-        "test_run_with_joined_rows_finishes[bfloat16-padding_free]": "passed",
+        "test_run_with_flattened_rows_finishes[bfloat16-padding_free]": "passed",
         "test_paged_optimizer_state_is_paged[paged_adamw_8bit]": "skipped",
         "test_paged_optimizer_state_is_paged[paged_adamw_32bit]": "skipped",
     }

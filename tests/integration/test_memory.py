@@ -111,7 +111,7 @@ def test_training_continues_after_an_evaluation_that_does_not_fit(
     refusing(0, SHORTAGES[0], "evaluation.loss", monkeypatch)
     code, said = ft("train", recipe, "--run-dir", tmp_path / "short", "--quiet")
     assert code == 0
-    assert said.count("the held-out loss of step") == 4  # before the first step too
+    assert said.count("the validation loss of step") == 4  # before the first step too
     assert trained(tmp_path / "short") == trained(tmp_path / "whole")
     events = [json.loads(line)["event"] for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
     assert events == ["step"] * 3

@@ -61,7 +61,7 @@ def test_export_json_has_folder_and_agreement(tiny_recipe: dict[str, Any], tmp_p
     assert told["event"] == "exported"
     assert told["prompt"].startswith("<|soft_prompt_0|><|soft_prompt_1|>")
     again = CliRunner().invoke(app, ["export", str(run.path), "--overwrite", "--dtype", "bfloat16"])
-    assert "the folder's chat template begins with them" in again.stdout
+    assert "the folder's chat template inserts them" in again.stdout
 
 
 def test_merge_of_a_soft_prompt_is_refused_before_loading(tiny_recipe: dict[str, Any], tmp_path: Path):

@@ -91,7 +91,7 @@ def test_run_stopped_after_any_step_ends_as_uninterrupted(
                 tiny_recipe,
                 run,
                 EPOCHS,
-                lambda event: event == Phase("measuring the held-out loss") and steps_of(run) == 12,
+                lambda event: event == Phase("measuring the validation loss") and steps_of(run) == 12,
             )
     outcome = json.loads(run.outcome.read_text())
     assert (outcome["code"], outcome["resumable"], outcome["step"]) == (75, True, step)
@@ -140,7 +140,7 @@ def test_resume_with_other_quantized_weights_is_refused(
     sections = {**tiny_recipe, "quantization": {"kind": "nf4"}}
     run = stopped_run(sections, tmp_path)
     monkeypatch.setattr(module, "fingerprint_quantized", lambda model: "others")
-    with pytest.raises(RefusedError, match="quantized to other codes"):
+    with pytest.raises(RefusedError, match="quantized weights of the base differ"):
         train(as_recipe(sections, tmp_path), run)
 
 
@@ -307,7 +307,7 @@ def test_resume_with_more_steps_uses_their_schedule_and_logs_it(
     steps = [line for line in results(run)["metrics"] if line["event"] == "step"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     assert steps[3]["learning_rate"] > steps[2]["learning_rate"]  # the cosine of three steps had come down
-    with pytest.raises(RefusedError, match="would end after 4 steps, and 5 are done"):
+    with pytest.raises(RefusedError, match="would end after 4 steps, but 5 are done"):
         train(as_recipe(tiny_recipe, tmp_path, ["training.max_steps=4"]), run)
 
 
@@ -317,7 +317,7 @@ def test_resume_with_more_steps_is_refused_for_a_schedule_over_all_steps(tiny_re
     run = stopped_run(sections, tmp_path)
     result = ft("--resume", run.path, "--set", "training.max_steps=6")
     assert result.exit_code == RefusedError.exit_code
-    assert "training.max_steps: 4 -> 6): adalora chooses ranks by a course over all steps" in result.stderr
+    assert "training.max_steps: 4 -> 6): adalora schedules its ranks over all steps" in result.stderr
     assert "--set adapter.continue_from=RUN" in result.stderr
     assert ft("--resume", run.path).exit_code == 0
     assert ft("--resume", run.path, "--set", "training.max_steps=6").exit_code == RefusedError.exit_code
@@ -388,7 +388,7 @@ def test_full_disk_while_training_is_a_warning(
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [warning[:26] for warning in warnings] == ["step 2 could not be saved:", "step 3 could not be saved:"]
     assert "2.0 MB are needed" in warnings[0]
-    assert "step 1 is still there" in warnings[0]
+    assert "the checkpoint of step 1 remains" in warnings[0]
 
 
 def test_full_disk_while_stopping_is_an_error_and_keeps_the_previous_checkpoint(

@@ -72,7 +72,7 @@ def test_samples_and_validation_do_not_change_the_weights(tiny_recipe: dict[str,
     assert [sample.step for sample in samples] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert History.of(asked).samples == samples
     assert all(sample.reference and sample.prompt for sample in samples)
-    assert "Answers on the way" in asked.report.read_text(encoding="utf-8")
+    assert "Samples during training" in asked.report.read_text(encoding="utf-8")
 
 
 def test_early_stopping_ends_the_run_with_the_best_weights(
@@ -126,7 +126,7 @@ def test_last_weights_are_kept_with_a_warning_if_validation_loss_never_fell(
     scripted.update({0: 1.0, 1: 5.0, 2: 4.0})
     finished, _ = trained(made(tiny_recipe, patience=2), RunDirectory.create(tmp_path / "run"))
     assert (finished.steps, finished.best_step) == (2, None)
-    assert "never lowered the held-out loss" in caplog.text
+    assert "never lowered the validation loss" in caplog.text
 
 
 def test_damaged_best_weights_are_not_loaded(
@@ -139,7 +139,7 @@ def test_damaged_best_weights_are_not_loaded(
     shutil.rmtree(run.checkpoints / "step-00000002")
     finished, _ = trained(made(tiny_recipe, patience=2), run)
     assert (finished.steps, finished.best_step) == (4, None)
-    assert "the weights of step 2, whose held-out loss was lowest, are lost" in caplog.text
+    assert "the checkpoint with the lowest validation loss, of step 2, is lost" in caplog.text
 
 
 def test_early_stopping_of_two_processes_ends_at_the_step_of_one(tiny_recipe: dict[str, Any], tmp_path: Path):

