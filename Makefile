@@ -58,8 +58,7 @@ bench-methods: $(VENV)/dev $(VENV)/quickstart  ## Accuracy of each method with a
 bench-plan: $(VENV)/dev $(VENV)/quickstart  ## Planned and measured memory of every recipe: half an hour
 	$(BIN)/python -m tests.benchmarks.plan
 
-# GPU_PYTHON=python3 for a machine that has everything, BENCH_GPU="--device cpu --tiny" for one without a GPU.
-GPU_PYTHON ?= $(BIN)/python
+# BENCH_GPU="--device cpu --tiny" is a dry run without a GPU, BENCH_GPU="--trl PYTHON" names an interpreter that has trl.
 PART ?= 1
 bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## Speed, memory and a trace beside TRL on a GPU, PART=1, 2 or 3: ten minutes each
 	$(GPU_PYTHON) -m tests.benchmarks.gpu --part $(PART) --page $(BENCH_GPU)

@@ -19,7 +19,7 @@ from finetune.recipe import secrets
 from finetune.recipe.error_messages import explain
 from finetune.recipe.overrides import apply_overrides
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.renamed_keys import rename_keys
+from finetune.recipe.renamed_keys import rename_keys, rename_tasks
 from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # exported here beside load and dump
 from finetune.recipe.sections.evaluation import TaskFile, TaskSection
@@ -72,6 +72,8 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
     _refuse_secrets(text, str(path), overrides)
     sources = SourceMap(read_yaml(text, str(path)), str(path))
     of_file = rename_keys(sources)
+    if path.name == RESOLVED_RECIPE:
+        rename_tasks(sources)
     of_overrides = apply_overrides(sources, overrides)
     # A user cannot edit the recipe that a run recorded, so its old spellings are read in silence.
     for note in (*(() if path.name == RESOLVED_RECIPE else of_file.notes), *of_overrides.notes):
@@ -142,7 +144,9 @@ def _recipes_in(folder: Path) -> str:
 
 
 def _recipe_names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
+    return sorted(
+        entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml") and not entry.name.startswith(".")
+    )
 
 
 def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.errors import Problem
+from finetune.recipe.sections.evaluation import RENAMED_TASK, VALIDATION
 from finetune.recipe.yaml.document import KeyPath
 from finetune.recipe.yaml.origins import Placed, SourceMap
 from finetune.recipe.yaml.writer import flow
@@ -66,7 +67,7 @@ def rename_keys(sources: SourceMap) -> Renaming:
         if _is_written(sources, old):
             origin = sources.key_origin(old)
             if _is_written(sources, new) and sources.key_origin(new).override == origin.override:
-                what = f"{key.old} is the earlier name of {key.new}, and both are written"
+                what = f"the earlier name of {key.new}, and both are written"
                 problems.append((origin, Problem(origin.text, key.old, what, f"leave {key.old} out")))
                 sources.remove(old)
                 continue
@@ -77,6 +78,17 @@ def rename_keys(sources: SourceMap) -> Renaming:
             origin = sources.value_origin(new)
             notes.append(_note(origin.text, f"{key.new}: {value}", f"{key.new}: {renamed}"))
     return Renaming((*notes, *_swept(sources)), tuple(problems))
+
+
+def rename_tasks(sources: SourceMap) -> None:
+    """Rename a task called `validation` in a recipe that a run of version 0.1 recorded.
+
+    The name is that of the validation rows now. A user can rename the task in a recipe, but not in a recorded one.
+    """
+    tasks = sources.value(("evaluation", "tasks"))
+    for task in tasks if isinstance(tasks, list) else ():
+        if isinstance(task, dict) and task.get("name") == VALIDATION:
+            task["name"] = RENAMED_TASK
 
 
 def renamed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

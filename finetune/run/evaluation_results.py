@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.recipe.sections.evaluation import current_task_name
+from finetune.recipe.sections.evaluation import RENAMED_TASK, VALIDATION, current_task_name
 from finetune.run.directory import RunDirectory
 from finetune.storage.files import read_json
 
@@ -14,4 +14,7 @@ def read_results(run: RunDirectory) -> dict[str, Any]:
     results = read_json(run.evaluation / "results.json")
     if "tasks" not in results:
         return results
-    return {**results, "tasks": {current_task_name(name): scores for name, scores in results["tasks"].items()}}
+    tasks = dict(results["tasks"])
+    if "held_out" in tasks and VALIDATION in tasks:  # version 0.1 left the name to tasks of the recipe
+        tasks[RENAMED_TASK] = tasks.pop(VALIDATION)
+    return {**results, "tasks": {current_task_name(name): scores for name, scores in tasks.items()}}

@@ -60,13 +60,14 @@ def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is
         path: Output of a command.
         overwrite: Whether it may be replaced.
         option: The option or argument that names another path, for the hint.
-        is_folder: Whether the output is a folder. A file never replaces a folder, with `overwrite` neither.
+        is_folder: Whether the output is a folder. `overwrite` replaces no folder by a file, and no file by a folder.
 
     Raises:
         RefusedError: The path is taken.
     """
-    if path.is_dir() and not is_folder:
-        raise RefusedError("a folder has this name already", where=str(path), hint=f"choose another {option}")
+    if path.exists() and path.is_dir() is not is_folder:
+        kind = "folder" if path.is_dir() else "file"
+        raise RefusedError(f"a {kind} has this name already", where=str(path), hint=f"choose another {option}")
     if path.exists() and not overwrite:
         kind = "folder" if path.is_dir() else "file"
         raise RefusedError(

@@ -37,6 +37,9 @@ def main(given: list[str] | None = None) -> int:
     """Run the tests; 0 if none failed, 1 if one did or none was found, 2 without a CUDA device."""
     asked = arguments(given)
     passed_before: frozenset[str] = frozenset()
+    if asked.after and not asked.after.is_file():
+        sys.stderr.write(f"{asked.after}: there is no such file; --after takes the results.json of an earlier run.\n")
+        return 2
     if asked.after:
         tests = json.loads(asked.after.read_text(encoding="utf-8"))["tests"]
         passed_before = frozenset(test["id"] for test in tests if test["outcome"] == PASSED)

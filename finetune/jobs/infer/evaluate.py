@@ -141,7 +141,8 @@ def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_
             raise _nothing_to_measure(named, context)
         return [*validation, *map(build, own.values())]
     tasks: list[Task] = []
-    for name in map(current_task_name, names):
+    # Once each: `held_out` and `validation` are two spellings of one task.
+    for name in dict.fromkeys(map(current_task_name, names)):
         if name == VALIDATION:
             task = _validation(context, on_event)
             if task is None:

@@ -110,7 +110,7 @@ class EvaluationResult:
         """
         failed = [f"{gate.measured} is {gate.value:.4g}, not {gate.gate}" for gate in self.gates if not gate.is_met]
         if failed:
-            raise CheckFailedError("; ".join(failed), where=self.label, hint="train on, or lower the gate")
+            raise CheckFailedError("; ".join(failed), where=self.label, hint="train longer, or change the gate")
 
 
 def _numbers(spread: Interval) -> dict[str, float | None]:

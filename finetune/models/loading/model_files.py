@@ -124,7 +124,7 @@ def find_model(section: Model, report_work: Callable[[str], None], weights: bool
 
 def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> ModelFolder:
     if not file.is_file():
-        raise ModelError("there is no such file", where=str(file), hint="check model.name in the recipe")
+        raise ModelError("there is no such file", where=str(file), hint="check the path, or model.name in the recipe")
     return ModelFolder(converted(file, report_work), name)
 
 
@@ -194,7 +194,9 @@ def _from_hub(section: Model, report_work: Callable[[str], None], weights: bool)
 
 def _check_folder(folder: ModelFolder) -> None:
     if not folder.path.is_dir():
-        raise ModelError("there is no such folder", where=str(folder.path), hint="check model.name in the recipe")
+        raise ModelError(
+            "there is no such folder", where=str(folder.path), hint="check the path, or model.name in the recipe"
+        )
     if (folder.path / "adapter_config.json").is_file():
         raise ModelError(
             "this folder holds an adapter, not a model",

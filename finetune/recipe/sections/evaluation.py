@@ -19,6 +19,10 @@ EARLIER_TASK_NAMES = {"held_out": VALIDATION}
 """Names of earlier versions and their current names. They are read in `--tasks`, in `--gate` and in `results.json`."""
 
 
+RENAMED_TASK = "validation_task"
+"""Name, in runs of version 0.1, of a task of the recipe that was called `validation`: there the name was free."""
+
+
 def current_task_name(name: str) -> str:
     """The name of a task in this version; other names are returned unchanged."""
     return EARLIER_TASK_NAMES.get(name, name)

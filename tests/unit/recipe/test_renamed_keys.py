@@ -17,6 +17,8 @@ from finetune.recipe.load import dump_recipe, json_schema, load_recipe
 from finetune.recipe.renamed_keys import RENAMED_KEYS, renamed_settings
 from finetune.recipe.schema import every_key
 from finetune.recipe.yaml.document import dotted
+from finetune.run.directory import RunDirectory
+from finetune.run.evaluation_results import read_results
 from tests.fixtures.make_golden_run import FOLDER
 
 from .conftest import Load, Problems
@@ -172,3 +174,22 @@ def test_validate_shows_the_note_once_on_standard_error(old: str, tmp_path: Path
     assert result.stderr.count("warning: ") == 2
     assert "recipe.yaml:10:3: `data.on_untrainable`" in result.stderr
     assert "earlier" not in result.stdout
+
+
+def test_task_named_validation_is_renamed_in_a_recorded_recipe_and_refused_in_a_users(
+    good: str, tmp_path: Path, problems: Problems
+):
+    task = "\nevaluation: {tasks: [{name: validation, kind: loss, data: {path: rows.jsonl}}]}\n"
+    text = good[: good.index("evaluation:")] + task if "evaluation:" in good else good + task
+    recorded = tmp_path / "recipe.resolved.yaml"
+    recorded.write_text(text, encoding="utf-8")
+    assert [each.name for each in load_recipe(recorded).recipe.evaluation.tasks] == ["validation_task"]
+    (problem,) = problems(text)
+    assert problem.key == "evaluation.tasks.0.name"
+
+
+def test_results_of_a_task_named_validation_stay_apart_from_the_validation_rows(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    run.evaluation.mkdir()
+    (run.evaluation / "results.json").write_text('{"tasks": {"held_out": {"loss": 1}, "validation": {"loss": 2}}}')
+    assert read_results(run)["tasks"] == {"validation": {"loss": 1}, "validation_task": {"loss": 2}}

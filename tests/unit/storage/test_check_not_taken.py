@@ -37,3 +37,11 @@ def test_check_not_taken_never_replaces_a_folder_with_a_file(tmp_path: Path, ove
     with pytest.raises(RefusedError) as refused:
         check_not_taken(tmp_path, overwrite)
     assert refused.value.hint == "choose another --output"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_check_not_taken_never_replaces_a_file_with_a_folder(tmp_path: Path, overwrite: bool):
+    file = tmp_path / "merged"
+    file.touch()
+    with pytest.raises(RefusedError, match="a file has this name"):
+        check_not_taken(file, overwrite, is_folder=True)
