@@ -37,7 +37,9 @@ def evaluate(
             "lm-evaluation-harness. Default: all tasks of the recipe. Repeatable.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first rows of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Evaluate only the first rows of each task.")
+    ] = None,
     gates: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,7 +56,7 @@ def evaluate(
         ),
     ] = EngineName.ft,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch of ft; smaller if memory is short.")
+        int | None, typer.Option(metavar="N", min=1, help="Largest batch of ft; smaller if memory is short.")
     ] = None,
     output: Annotated[
         Path | None,

@@ -43,7 +43,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")] = 16,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def init(
     output: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="The file to write.")] = Path("recipe.yaml"),
     data: Annotated[
-        str | None, typer.Option(help="Training rows: a file, a pattern, a folder, or the id of a hub data set.")
+        str | None,
+        typer.Option(metavar="DATA", help="Training rows: a file, a pattern, a folder, or the id of a hub data set."),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="Format of the rows, if it cannot be inferred from their columns.")
+        str, typer.Option(metavar="FORMAT", help="Format of the rows, if it cannot be inferred from their columns.")
     ] = "auto",
     column: Annotated[
         list[str] | None,
@@ -36,12 +37,17 @@ def init(
     objective: Annotated[
         str | None,
         typer.Option(
-            "--objective", "--aim", help="chat, classification, extraction, tools, qa, pretraining or long-context."
+            "--objective",
+            "--aim",
+            metavar="OBJECTIVE",
+            help="chat, classification, extraction, tools, qa, pretraining or long-context.",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Base model: a hub id, a folder, a .gguf file, or package://<package>/<file>.gguf."),
+        typer.Option(
+            metavar="MODEL", help="Base model: a hub id, a folder, a .gguf file, or package://<package>/<file>.gguf."
+        ),
     ] = None,
     memory: Annotated[
         str | None,

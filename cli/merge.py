@@ -54,10 +54,10 @@ def merge(
         str | None, typer.Option(metavar="W,W", help="Weight of each run, with several runs. Default: 1 each.")
     ] = None,
     density: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Fraction of entries that ties and dare keep.")
+        float, typer.Option(metavar="FRACTION", min=0.01, max=1.0, help="Fraction of entries that ties and dare keep.")
     ] = 0.5,
-    rank: Annotated[int, typer.Option(min=1, help="Rank that svd keeps for each matrix.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the entries that dare drops.")] = 0,
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank that svd keeps for each matrix.")] = 16,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the entries that dare drops.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -24,10 +24,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing o
 HERE = "here"
 """The word for this machine in options that take a GPU."""
 MODEL_REF = "A run, a checkpoint of a run, an adapter folder, or a model: folder, .gguf file, hub id or package://"
-System = Annotated[str | None, typer.Option(help="System message.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy decoding; 0.7 is a usual value for sampling.")]
-TopP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: sample from the top tokens up to this probability.")
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")]
+Temperature = Annotated[
+    float, typer.Option(metavar="NUMBER", min=0.0, help="0: greedy decoding; 0.7 is a usual value for sampling.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+TopP = Annotated[
+    float,
+    typer.Option(
+        metavar="PROBABILITY",
+        min=0.0,
+        max=1.0,
+        help="Nucleus sampling: sample from the top tokens up to this probability.",
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")]

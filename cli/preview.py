@@ -17,7 +17,7 @@ from .views.preview import show_preview
 def preview(
     recipe: RecipePath,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Number of training rows to show.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="Number of training rows to show.")] = 3,
     html: Annotated[Path | None, typer.Option("--html", help="Write the preview as an HTML page to this file.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
