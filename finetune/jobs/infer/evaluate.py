@@ -141,8 +141,10 @@ def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_
             raise _nothing_to_measure(named, context)
         return [*validation, *map(build, own.values())]
     tasks: list[Task] = []
-    # Once each: `held_out` and `validation` are two spellings of one task.
-    for name in dict.fromkeys(map(current_task_name, names)):
+    current = list(map(current_task_name, names))
+    for index, name in enumerate(current):
+        if name == VALIDATION and name in current[:index]:
+            continue  # `held_out` and `validation` are two spellings of one task
         if name == VALIDATION:
             task = _validation(context, on_event)
             if task is None:
