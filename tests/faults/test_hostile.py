@@ -13,7 +13,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,10 +153,8 @@ def test_hostile_model_runs_no_code(tiny_model: Path, tiny_recipe: dict[str, Any
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     canary = tmp_path / "canary"
     MODELS[name](model, canary)
-    began = time.monotonic()
     result = train(tmp_path, {**tiny_recipe, "model": {"name": str(model)}})
     assert not canary.exists()
-    assert time.monotonic() - began < SECONDS
     assert "Traceback" not in result.stderr
     if name in ("model code", "kernel from the hub"):  # what it asks for is left out, and the rest is a model
         assert result.returncode in (0, 2), result.stderr
