@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class FinetuneError(Exception):
@@ -96,6 +97,29 @@ class DataError(FinetuneError):
     """A data file or row that cannot be used."""
 
     exit_code = 3
+
+
+class BadRow(DataError):
+    """A row that cannot be used although its file is sound; `data.on_bad_row` says what happens to it.
+
+    Args:
+        what: One sentence: the problem.
+        reason: The kind of problem, under which such rows are counted.
+        where: Place of the row.
+        hint: The fix.
+    """
+
+    def __init__(self, what: str, *, reason: str, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For `pickle`: worker processes send their errors to the parent."""
+        return _bad_row, (self.what, self.reason, self.where, self.hint)
+
+
+def _bad_row(what: str, reason: str, where: str | None, hint: str | None) -> BadRow:
+    return BadRow(what, reason=reason, where=where, hint=hint)
 
 
 class OutOfMemoryError(FinetuneError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from finetune.data.rows import Row
@@ -27,6 +27,7 @@ class Message:
         tool_call_id: Id of the call that a tool's message answers.
         train: Whether the tokens of the turn may be targets.
         reasoning: Reasoning before the content; chat templates that support it render it before the content.
+        extra: Further keys of the turn, such as `name`, which the chat template gets as they are.
     """
 
     role: str
@@ -35,6 +36,7 @@ class Message:
     tool_call_id: str | None = None
     train: bool = True
     reasoning: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Conversation:
         tools: Definitions of the available tools, in OpenAI's form.
         references: Accepted forms of the last answer, where the data set gives several.
         choices: Answers to choose from, where the row offers them; the last answer is one of them.
+        template_arguments: Variables that the row sets for the chat template, such as `enable_thinking`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[ToolObject, ...] = ()
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def split_turns(self) -> list[Conversation]:
         """One conversation for each trainable answer, which is its last turn and the only one with targets."""
