@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from finetune.errors import DataError
 
@@ -72,9 +71,3 @@ def listed(places: Sequence[str], count: int) -> str:
     if len(lines) == 1:
         return places[0] + more
     return f"{file}, lines {', '.join(lines)}{more}"
-
-
-def bad_row_counts(report: Mapping[str, Any]) -> dict[str, int]:
-    """The rows of a data report that cannot be used, by reason; versions up to 0.1 counted one reason, as `untrainable`."""
-    earlier = {WITHOUT_TARGETS: report["untrainable"]} if report.get("untrainable") else {}
-    return dict(report.get("bad", earlier))

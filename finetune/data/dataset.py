@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import BadRows, bad_rows_error, listed, merged
 from finetune.data.documents import Document
-from finetune.data.encode import EncodingReport, Example
+from finetune.data.encode import Example
+from finetune.data.encoding_report import EncodingReport
 from finetune.data.mixing import rows_by_weight, sampled
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
