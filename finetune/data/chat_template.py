@@ -104,7 +104,7 @@ class ChatTemplate:
             except Exception:  # the template rejects the call in this form
                 continue
             # Python prints an object with single quotes; a template that renders text as JSON once more escapes it.
-            if "'n'" not in text and '\\"n' not in text:
+            if "'k'" not in text and "'n'" not in text and '\\"n' not in text:
                 return form
         return "object"
 
