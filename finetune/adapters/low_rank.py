@@ -225,6 +225,12 @@ class LowRankLinear(lora.Linear):
         delta_OI = b_OR @ a_RI * self.scaling[adapter]
         return delta_OI.T if self.fan_in_fan_out else delta_OI
 
+    @property
+    def is_stored_transposed(self) -> bool:
+        """Whether the model's files hold the weight as (I, O), as GPT-2's do."""
+        base = self.get_base_layer()
+        return base.stored_transposed if is_quantized(base) else isinstance(base, Conv1D)
+
     def base_weight(self) -> Tensor:
         """W as the base computes with it, shape (O, I), float32; all-gathered if sharded: call it on every rank."""
         base = self.get_base_layer()
