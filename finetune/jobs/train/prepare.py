@@ -204,7 +204,7 @@ class _Preparation:
             accelerator=context.accelerator,
             model=wrap_for_ddp(context.accelerator, model),
             method=context.method,
-            optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier),
+            optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier, recipe.training.seed),
             compute_dtype=context.compute_dtype,
             interruption=interruption,
             noise=recipe.training.neftune_alpha,

@@ -24,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     memory.prefix_tuning_excludes_checkpointing,
     memory.selective_checkpointing_excludes_compiled_blocks,
     memory.float16_weights_cannot_train,
+    memory.stochastic_rounding_needs_bfloat16_weights,
     adapters.qa_lora_needs_groups,
     adapters.adalora_target_rank_is_lower,
     adapters.adalora_phases_fit_steps,
