@@ -319,6 +319,8 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = ["quantization={kind: plugin, name: other}"]
     if "hub" in path:
         before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
+    if value == "stochastic":
+        before = ["adapter={method: full}", "quantization={kind: none}", "model.dtype=bfloat16", *before]
     if value == "loftq":
         before = ["quantization={kind: affine}", *before]
     if path[1:] == ("train", 0, "weight"):

@@ -30,7 +30,8 @@ def test_rounded_value_is_one_of_both_neighbours_and_right_on_average(value: flo
     assert len(found.unique()) == 2
     low, high = found.unique().tolist()
     assert low < exact < high
-    assert low == float(torch.tensor(low).bfloat16()) and high == float(torch.tensor(high).bfloat16())
+    assert low == float(torch.tensor(low).bfloat16())
+    assert high == float(torch.tensor(high).bfloat16())
     assert not low < float(wide[0].bfloat16()) < high
     assert float(found.mean()) == pytest.approx(exact, abs=4 * (high - low) / 2 / 200_000**0.5)
 
@@ -141,7 +142,7 @@ def test_warning_names_the_share_of_weights_that_changed():
     assert "10 steps" in found[0]
 
 
-def test_no_warning_where_most_weights_change_or_weights_are_float32():
+def test_weight_changes_of_most_weights_or_of_float32_weights_raise_no_warning():
     steps = [step(number) for number in range(1, 30)]
     assert not warnings(0.9, torch.bfloat16, steps)
     assert not warnings(0.02, torch.float32, steps)
