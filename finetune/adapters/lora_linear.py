@@ -101,7 +101,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(z_TJ, inner_TR, a, scaled_b)
         ctx.base, ctx.scale, ctx.factor_type = base, scale, a_RJ.dtype
         ctx.x, ctx.z = (x.shape, x.dtype), None if z is None else (z.shape, z.dtype)
-        return product_TO.view(*x.shape[:-1], -1)
+        # A view would forbid its caller to change it in place, as the loss does with the logits of a head.
+        return product_TO if x.ndim == 2 else product_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,22 +18,20 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.batch_plan import BatchPlan
 from finetune.data.dataset import Datasets, read_data
 from finetune.data.encode import Encoder
-from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
+from finetune.errors import DataError, OutOfMemoryError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
+from finetune.jobs.load.model_check import check_fits_model
 from finetune.models.kernels.packing_check import supports_prefix_sharing
-from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
 from finetune.models.loading.load import load_model, load_sharded_model, load_tokenizer, padding_id
 from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import AdapterSection
 from finetune.recipe.sections.model import Model
-from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.recipe.sections.training import Precision, Training
 from finetune.resolve import build
@@ -137,7 +135,6 @@ class ModelSetup:
 
         Raises:
             OutOfMemoryError: The model does not fit.
-            UnsupportedError: A rule for single layers matches no layer.
         """
         folder = self.base_folder(on_event)
         kind = self.quantizers.section.kind
@@ -151,7 +148,6 @@ class ModelSetup:
                 compute_dtype=dtype or self.compute_dtype,
                 device=self.accelerator.device,
             )
-        _refuse_unused_rules(self.quantizers.modules, base)
         # Loading may hold two copies of a weight; a run reports the peak of its own steps.
         reset_peak_memory(self.accelerator.device)
         return base
@@ -192,6 +188,15 @@ class TrainingContext(ModelSetup):
         setup = ModelSetup.find(recipe.model, on_event, quantizers, recipe.training.precision, trains_base, weights)
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
+    def check_fits_model(self) -> None:
+        """Check that names, tokens and ranks of the recipe fit the model, without loading weights.
+
+        Raises:
+            RecipeError: They do not; the places of its problems are keys.
+            FinetuneError: The model or a layer of it is not supported.
+        """
+        check_fits_model(self.section, self.folder, self.quantizers, self.method)
+
     def read_data(self, on_event: EventHandler) -> Datasets:
         """The recipe's tokenized datasets; read once.
 
@@ -229,7 +234,6 @@ class TrainingContext(ModelSetup):
                 weight_dtype=dtype or self.weight_dtype,
                 device=self.accelerator.device,
             )
-        _refuse_unused_rules(self.quantizers.modules, base)
         reset_peak_memory(self.accelerator.device)
         return base
 
@@ -303,26 +307,6 @@ def _loading(name: str) -> Iterator[None]:
             f"out of memory while {name} loads",
             hint="free memory that other programs hold, set quantization.kind to nf4, or take a smaller model",
         ) from error
-
-
-def _refuse_unused_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
-    """Check that each rule for single layers matches a layer.
-
-    Raises:
-        UnsupportedError: A rule matches none.
-    """
-    layers = linear_layers(base)
-    for index, rule in enumerate(rules):
-        matching = [layer for name, layer in layers.items() if rule.matches(name)]
-        quantizes = rule.quantization is not None and rule.quantization.quantizes
-        if quantizes:
-            matching = [layer for layer in matching if is_quantized(layer)]
-        if not matching:
-            raise UnsupportedError(
-                f"no linear layer {'that can be quantized ' if quantizes else ''}matches {rule.match!r}",
-                where=f"modules.{index}.match",
-                hint=f"names look like {next(iter(layers))}; * stands for any part",
-            )
 
 
 def _phases(on_event: EventHandler) -> Callable[[str], None]:
