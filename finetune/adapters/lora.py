@@ -207,7 +207,8 @@ class LoraMethod(LowRankMethod):
                     # that is zero, and factors that both are zero have no gradient: it starts as in plain LoRA.
                     case "loftq" if is_quantized(layer.get_base_layer()):
                         # The file is read onto the CPU; the base may be on a GPU.
-                        error_OI = original(name).to(weight_OI) - weight_OI
+                        stored = original(name).to(weight_OI)
+                        error_OI = (stored.T if layer.is_stored_transposed else stored) - weight_OI
                         layer.start_from(adapter, principal(error_OI / scaling, r))
 
     def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
