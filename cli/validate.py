@@ -15,15 +15,17 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     from finetune.recipe.load import load_recipe
     from finetune.recipe.local_model import local_model_folder
+    from finetune.recipe.rules.start import broken_start_rules
     from finetune.recipe.vllm_support import describe_vllm_support
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
+    loaded.refuse(broken_start_rules(plan))
     if (folder := local_model_folder(plan.model)) is not None:
         with event_handler(quiet=False, as_json=False), loaded.locating_errors():
-            from finetune.jobs.load.model_check import check_recipe
+            from finetune.jobs.load.model_check import check_start_at_hand
 
-            check_recipe(plan, folder)
+            check_start_at_hand(plan, folder)
     show_result(
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"

@@ -26,7 +26,7 @@ from finetune.adapters.name_checks import (
     target_violations,
     token_violations,
 )
-from finetune.adapters.targets import find_targets
+from finetune.adapters.targets import adaptation_note, find_targets
 from finetune.models.linear_layers import LINEAR_KINDS, LINEAR_TYPES, LayerKind, linear_layers
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.rules.violation import Violation
@@ -84,8 +84,8 @@ class LowRankMethod(AdapterMethod):
         }
 
     def note(self, model: PreTrainedModel) -> str | None:
-        """The layers that are left out."""
-        return find_targets(model, self.section.target_modules, self.kinds).note
+        """The layers that are left out, and those that are tied."""
+        return adaptation_note(model, self.section.target_modules, self.kinds)
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Add an update of rank r to each target layer."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.name_checks import target_violations, token_violations
-from finetune.adapters.targets import find_targets
+from finetune.adapters.targets import adaptation_note, find_targets
 from finetune.errors import UnsupportedError
 from finetune.models.linear_layers import LINEAR_KINDS, LayerKind, shape_of
 from finetune.recipe.rules.violation import Violation
@@ -31,8 +31,8 @@ class PeftMethod(AdapterMethod):
         yield from target_violations(model, self.section.target_modules, self.kinds)
 
     def note(self, model: PreTrainedModel) -> str | None:
-        """The layers that are left out."""
-        return find_targets(model, self.section.target_modules, self.kinds).note
+        """The layers that are left out, and those that are tied."""
+        return adaptation_note(model, self.section.target_modules, self.kinds)
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the target layers."""

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.models.layer_names import ends_with, shown
-from finetune.models.linear_layers import LINEAR_TYPES, LayerKind, kind_of
+from finetune.models.linear_layers import LINEAR_TYPES, LayerKind, kind_of, modules_with_weight
 
 ALL_LINEAR = "all-linear"
 
@@ -63,6 +63,17 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str], kinds: Co
         {name: each for name, each in named.items() if objections[name] is None},
         {name: reason for name, reason in objections.items() if reason is not None},
     )
+
+
+def adaptation_note(model: PreTrainedModel, targets: str | Sequence[str], kinds: Collection[LayerKind]) -> str | None:
+    """What a user should know of how `target_modules` apply to a base, in words; None if there is nothing."""
+    found = find_targets(model, targets, kinds)
+    tied = modules_with_weight(model, model.get_input_embeddings().weight)
+    adapted = [name for name in tied if name in found.adapted]
+    notes = [found.note]
+    if adapted and len(tied) > 1:
+        notes.append(f"{' and '.join(tied)} are tied, and each is adapted by itself if at all: ft merge unties them")
+    return "; ".join(filter(None, notes)) or None
 
 
 def objection(model: PreTrainedModel, name: str, module: Any, kinds: Collection[LayerKind]) -> str | None:

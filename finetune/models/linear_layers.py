@@ -33,7 +33,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def kind_of(layer: Any) -> LayerKind | None:
     """The kind of a layer; None for every other module, such as a router that is a linear layer and chooses experts."""
     if isinstance(layer, LINEAR_TYPES):
-        is_transposed = isinstance(layer, Conv1D) or (is_quantized(layer) and layer.stored_transposed)
+        is_transposed = isinstance(layer, Conv1D) or getattr(layer, "stored_transposed", False)
         is_plain = type(layer) in LINEAR_TYPES or is_quantized(layer) or _maps_vectors(layer)
         return ("conv1d" if is_transposed else "linear") if is_plain else None
     # A scaled embedding (Gemma) has its factor as `embed_scale`; other subclasses look up other rows.

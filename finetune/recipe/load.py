@@ -53,6 +53,15 @@ class LoadedRecipe:
     overrides: tuple[str, ...] = ()
     sources: SourceMap | None = field(default=None, repr=False, compare=False)
 
+    def refuse(self, violations: Sequence[Violation]) -> None:
+        """Refuse a recipe with violations that its own rules do not find.
+
+        Raises:
+            RecipeError: There are any.
+        """
+        if violations and self.sources is not None:
+            _refuse(_placed(violation, self.sources) for violation in violations)
+
     @contextmanager
     def locating_errors(self) -> Iterator[None]:
         """A context in which errors about a key of the recipe get its file and line as their place.

@@ -18,14 +18,14 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.batch_plan import BatchPlan
 from finetune.data.dataset import Datasets, read_data
 from finetune.data.encode import Encoder
-from finetune.errors import DataError, OutOfMemoryError, UsageError, as_out_of_memory
+from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
-from finetune.jobs.load.model_check import check_fits_model
-from finetune.models.kernels.packing_check import supports_prefix_sharing
+from finetune.jobs.load.model_check import check_start
+from finetune.models.kernels.packing_check import causal_table, supports_prefix_sharing
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
 from finetune.models.loading.load import load_model, load_sharded_model, load_tokenizer, padding_id
-from finetune.models.loading.meta_model import read_config
+from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.choice import Quantizers
@@ -91,7 +91,7 @@ class ModelSetup:
         accelerator = make_accelerator()
         with accelerator.main_process_first():  # one process downloads or converts, the others read the cache
             folder = find_model(section, _phases(on_event), weights)
-        computes_in = compute_dtype(precision, accelerator.device)
+        computes_in = compute_dtype(precision, accelerator.device, section.dtype)
         return ModelSetup(
             section=section,
             accelerator=accelerator,
@@ -188,14 +188,17 @@ class TrainingContext(ModelSetup):
         setup = ModelSetup.find(recipe.model, on_event, quantizers, recipe.training.precision, trains_base, weights)
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
-    def check_fits_model(self) -> None:
-        """Check that names, tokens and ranks of the recipe fit the model, without loading weights.
+    def check_start(self, starts_here: bool = True) -> None:
+        """Check that the recipe can start and that its names fit the model, without loading weights.
+
+        Args:
+            starts_here: Whether on this machine.
 
         Raises:
             RecipeError: They do not; the places of its problems are keys.
             FinetuneError: The model or a layer of it is not supported.
         """
-        check_fits_model(self.section, self.folder, self.quantizers, self.method)
+        check_start(self.recipe, self.folder, self.quantizers, self.method, starts_here)
 
     def read_data(self, on_event: EventHandler) -> Datasets:
         """The recipe's tokenized datasets; read once.
@@ -283,12 +286,38 @@ def batch_plan_of(
         folder: The model's files.
         lengths: Tokens of each training row.
         padding: Any token id.
+
+    Raises:
+        UnsupportedError: The recipe joins rows to sequences that are longer than the model's attention supports.
     """
     may_join = not adapter.prompt_tokens  # a soft prompt must stand before each row
+    if may_join and training.batching != "padded":
+        may_join = _may_join(training, max_length, folder, lengths)
     # Noise and dropout differ from row to row, so rows with the same first tokens have different activations.
     is_random = training.neftune_alpha or getattr(adapter, "dropout", 0)
     may_share = attention == "auto" and supports_prefix_sharing(read_config(folder)) and not is_random
     return BatchPlan.of(training, lengths, max_length, padding, may_join, may_share)
+
+
+def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths: npt.NDArray[np.int64]) -> bool:
+    """Whether the model's attention supports the longest sequence of joined rows.
+
+    Raises:
+        UnsupportedError: It does not, and the recipe asks for joined rows.
+    """
+    count, longest = training.micro_batch_size, training.pack_length or max_length
+    tokens = count * longest if training.batching == "packed" else int(np.sort(lengths)[-count:].sum())
+    if folder.positions is None or tokens <= folder.positions:
+        return True
+    table = causal_table(meta_model(read_config(folder), Model(name=folder.name), torch.float32))
+    if table is None or tokens <= table:
+        return True
+    what = f"the attention of this model masks {table} positions, and joined rows have up to {tokens} tokens"
+    if training.batching != "auto":
+        hint = "set it to padded, or lower training.micro_batch_size"
+        raise UnsupportedError(what, where="training.batching", hint=hint)
+    logger.info("training.batching: auto is padded: %s", what)
+    return False
 
 
 @contextmanager

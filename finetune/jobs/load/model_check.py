@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -12,74 +12,75 @@ from finetune.adapters.base import AdapterMethod
 from finetune.errors import Problem, RecipeError
 from finetune.models.layer_names import nearest_ending
 from finetune.models.linear_layers import linear_layers
-from finetune.models.loading.attention import missing_package
 from finetune.models.loading.expected_model import expected_model
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules.start import broken_start_rules
 from finetune.recipe.rules.violation import Violation
 from finetune.recipe.sections.model import Model
-from finetune.recipe.sections.modules import setting_for
+from finetune.recipe.sections.modules import sets_something
 from finetune.resolve import build
 
 logger = logging.getLogger(__name__)
 
 
-def check_fits_model(section: Model, folder: ModelFolder, quantizers: Quantizers, method: AdapterMethod | None) -> None:
-    """Check that every name of the recipe stands for something of the model, and log what is left out.
+def check_start(
+    recipe: Recipe, folder: ModelFolder, quantizers: Quantizers, method: AdapterMethod, starts_here: bool = True
+) -> None:
+    """Check that a recipe can start: its types and kernels, and that its names stand for something of the model.
 
     Args:
-        section: The recipe's section `model`.
+        recipe: A valid recipe.
         folder: The model's files; config.json is enough.
-        quantizers: By the recipe, with its rules for single layers.
-        method: The adapter method; None where nothing trains.
+        quantizers: By the recipe.
+        method: By the recipe; without a tokenizer its tokens are not checked.
+        starts_here: Whether the run is to start on this machine.
 
     Raises:
         RecipeError: Its problems have keys of the recipe as their places.
         ModelError: transformers does not know the architecture.
         UnsupportedError: A quantizer does not support a layer.
     """
-    problems = violations(section, folder, quantizers, method)
-    if problems:
-        raise RecipeError([Problem(each.key, each.key, each.what, each.hint) for each in problems])
+    _refuse(broken_start_rules(recipe) if starts_here else ())
+    model = expected_model(folder, recipe.model, quantizers)
+    _refuse([*_rule_violations(model, quantizers), *method.violations(model)])
+    if (note := method.note(model)) is not None:
+        logger.info("adapter.target_modules: %s", note)
 
 
-def check_recipe(recipe: Recipe, folder: Path) -> None:
+def check_start_at_hand(recipe: Recipe, folder: Path, starts_here: bool = True) -> None:
     """The same for a recipe whose model's config.json is at hand; weights may be missing.
 
     Args:
         recipe: A valid recipe.
         folder: The folder with config.json. Tokens are checked if the tokenizer is there too.
+        starts_here: As for `check_start`.
 
     Raises:
-        FinetuneError: As `check_fits_model`.
+        FinetuneError: As `check_start`.
     """
     files = ModelFolder(folder, recipe.model.name)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(files) if recipe.adapter.named_tokens and has_tokenizer else None
     method = build(recipe.adapter, recipe.modules, tokenizer)
-    check_fits_model(recipe.model, files, Quantizers(recipe.quantization, recipe.modules), method)
+    check_start(recipe, files, Quantizers(recipe.quantization, recipe.modules), method, starts_here)
 
 
-def violations(
-    section: Model, folder: ModelFolder, quantizers: Quantizers, method: AdapterMethod | None
-) -> list[Violation]:
-    """What does not fit; logs what a method leaves out."""
-    model = expected_model(folder, section, quantizers)
-    found = [*_attention_violations(section), *_rule_violations(model, quantizers)]
-    if method is not None:
-        found += method.violations(model)
-        if not found and (note := method.note(model)):
-            logger.info("adapter.target_modules: %s", note)
-    return found
+def check_rules_fit_model(section: Model, folder: ModelFolder, quantizers: Quantizers) -> None:
+    """Check the rules for single layers alone, for a model that does not train.
+
+    Raises:
+        FinetuneError: As `check_start`.
+    """
+    _refuse(_rule_violations(expected_model(folder, section, quantizers), quantizers))
 
 
-def _attention_violations(section: Model) -> Iterator[Violation]:
-    if (package := missing_package(section)) is not None:
-        hint = f"pip install {package}, or leave model.attention out for the fastest kernel that is installed"
-        yield Violation("model.attention", f"{section.attention} needs the package {package}, which is missing", hint)
+def _refuse(violations: Iterable[Violation]) -> None:
+    if problems := [Problem(each.key, each.key, each.what, each.hint) for each in violations]:
+        raise RecipeError(problems)
 
 
 def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator[Violation]:
@@ -95,8 +96,6 @@ def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator
             what = f"no layer that {rule.match!r} matches can be quantized, such as {matching[0]}"
             yield Violation(key, what, "leave its quantization out")
             continue
-        for setting in ("quantization", "adapter"):
-            own = getattr(rule, setting)
-            if own is not None and not any(setting_for(quantizers.modules, n, setting) is own for n in matching):
-                what = f"earlier rules set the {setting} of every layer that {rule.match!r} matches"
-                yield Violation(key, what, "put it before them, or leave it out")
+        if not sets_something(quantizers.modules, rule, layers):
+            what = f"earlier rules set the same for every layer that {rule.match!r} matches"
+            yield Violation(key, what, "put it before them, or leave it out")

@@ -100,7 +100,7 @@ class PreparedRun:
         """
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event)
-        _check_fits_model(context, is_resumed=checkpoint is not None)
+        _check_start(context, is_resumed=checkpoint is not None)
         rows = context.read_data(on_event)
         plan = batch_plan_of(
             recipe.training,
@@ -147,10 +147,10 @@ def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandle
     return report_or_stop
 
 
-def _check_fits_model(context: TrainingContext, is_resumed: bool) -> None:
+def _check_start(context: TrainingContext, is_resumed: bool) -> None:
     """Check the recipe's names against the model; in a run that has begun, an entry without effect is only told."""
     try:
-        context.check_fits_model()
+        context.check_start()
     except RecipeError as error:
         if not is_resumed:
             raise
