@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,8 @@ def train(
                 run.remove_leftovers()
             show_finished_already(run.path, as_json)
         return
-    with event_handler(quiet, as_json, log=run.log, is_main=rank.is_main) as on_event:
+    locating = loaded.locating_errors() if loaded else nullcontext()
+    with event_handler(quiet, as_json, log=run.log, is_main=rank.is_main) as on_event, locating:
         from finetune.jobs.train.run import train as train_job
         from finetune.run.signals import Interruption
 
@@ -113,7 +115,7 @@ def _smoke_test(
 
     loaded = load_recipe(recipe, overrides or ())
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it is imported, below
-    with event_handler(quiet, as_json) as on_event:
+    with event_handler(quiet, as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.smoke_test import smoke as smoke_job
 
         passed = smoke_job(loaded.recipe, on_event)

@@ -18,7 +18,7 @@ from finetune.data.collate import BatchOrder
 from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
 from finetune.data.report import data_report
-from finetune.errors import UnsupportedError, UsageError
+from finetune.errors import RecipeError, UnsupportedError, UsageError
 from finetune.jobs.load.context import TrainingContext, batch_plan_of
 from finetune.jobs.load.training_record import TrainingRecord
 from finetune.jobs.plan.estimate import estimated_peak
@@ -100,6 +100,7 @@ class PreparedRun:
         """
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event)
+        _check_start(context, is_resumed=checkpoint is not None)
         rows = context.read_data(on_event)
         plan = batch_plan_of(
             recipe.training,
@@ -144,6 +145,17 @@ def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandle
         interruption.poll()
 
     return report_or_stop
+
+
+def _check_start(context: TrainingContext, is_resumed: bool) -> None:
+    """Check the recipe's names against the model; in a run that has begun, an entry without effect is only told."""
+    try:
+        context.check_start()
+    except RecipeError as error:
+        if not is_resumed:
+            raise
+        for line in error.lines():
+            logger.warning("%s", line.strip())
 
 
 def _refuse_idle_processes(context: TrainingContext, order: BatchOrder) -> None:

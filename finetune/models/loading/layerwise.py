@@ -120,7 +120,8 @@ class StreamedModel:
                 if isinstance(packed, PackedQuantizer):
                     self.model.set_submodule(name, replacement(name, layers[name], packed, dtype))
         self._parts = self._to_placeholders(self._kept_in_float32(dtype))
-        self._originals = dict(self.model.named_modules())
+        # All names: layers of several blocks may share one activation module.
+        self._originals = dict(self.model.named_modules(remove_duplicate=False))
 
     def _packed_names(self) -> list[str]:
         """Names of the packed tensors of quantized layers, if the files hold these."""

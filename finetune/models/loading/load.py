@@ -16,6 +16,7 @@ from transformers import (
 from finetune.errors import ModelError, UnsupportedError
 from finetune.models.fsdp import shard_model
 from finetune.models.linear_layers import linear_layers, list_of_blocks
+from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.chat_template_guard import check_template_terminates
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.layerwise import StreamedModel
@@ -104,7 +105,7 @@ def load_model(
             config=read_config(folder),
             dtype=weight_dtype,
             device_map={"": device},
-            attn_implementation=None if section.attention == "auto" else section.attention,
+            attn_implementation=attention_argument(section),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

@@ -33,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     adapters.qa_lora_excludes_other_weights,
     adapters.embeddings_train_fully_or_by_token,
     adapters.module_rules_set_something,
+    adapters.feedforward_modules_are_targets,
     adapters.labels_fit_into_prompt,
     data.revision_needs_hub_model,
     data.validation_has_one_source,

@@ -336,6 +336,8 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = [f"adapter={{method: prompt_tuning, start: {begun}}}}}"]
     if value == "trainable_tokens" or "trainable_tokens" in "".join(before):
         before = ["adapter={method: trainable_tokens, tokens: [a]}"]
+    if path[-1] == "feedforward_modules":  # they are among the targets
+        before = ["quantization={kind: none}", "adapter={method: ia3, target_modules: [other]}"]
     if path[0] == "sweep":  # a key has all that its kind of draw needs
         kind = before[0].partition("draw: ")[2].rstrip("}") if before else "uniform"
         drawn = {"choice": "choices: [1]", "integer": "low: 1, high: 16"}.get(kind, "low: 0.01, high: 16")

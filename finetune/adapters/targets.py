@@ -1,0 +1,89 @@
+"""The layers that `target_modules` name, and those of them that a method cannot adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.models.layer_names import ends_with, shown
+from finetune.models.linear_layers import LINEAR_TYPES, LayerKind, kind_of, modules_with_weight
+
+ALL_LINEAR = "all-linear"
+
+READ_DIRECTLY: Mapping[str, tuple[str, ...]] = {
+    "mamba": ("x_proj", "dt_proj", "out_proj"),
+    "falcon_mamba": ("x_proj", "dt_proj", "out_proj"),
+    "jamba": ("dt_proj",),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h", "bamba", "zamba2", "granitemoehybrid"), ("out_proj",)),
+}
+"""By model type, name endings of linear layers whose weights a state space block reads without calling the layer:
+`dt_proj` always, the others in its fused kernels. An adapter around such a layer has no part in the output."""
+
+
+class Targets(NamedTuple):
+    """The layers that a recipe's `target_modules` name.
+
+    Attributes:
+        adapted: The layers that are adapted, by name.
+        left_out: For each other module of such a name, the reason why it is not.
+    """
+
+    adapted: dict[str, nn.Module]
+    left_out: dict[str, str]
+
+    @property
+    def note(self) -> str | None:
+        """What is left out and why, in words; None if nothing is."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        parts = [f"{shown(names)} ({len(names)}: {reason})" for reason, names in by_reason.items()]
+        return f"not adapted: {'; '.join(parts)}" if parts else None
+
+
+def find_targets(model: PreTrainedModel, targets: str | Sequence[str], kinds: Collection[LayerKind]) -> Targets:
+    """The layers that `target_modules` name, matched as PEFT matches them.
+
+    Args:
+        model: The base without adapter; on the meta device too.
+        targets: `all-linear`, for all linear layers but the output head; or name endings.
+        kinds: Kinds of layers that the method adapts.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if targets == ALL_LINEAR:
+        head = model.get_output_embeddings()
+        named = {n: each for n, each in modules.items() if isinstance(each, LINEAR_TYPES) and each is not head}
+    else:
+        named = {name: each for name, each in modules.items() if any(ends_with(name, target) for target in targets)}
+    objections = {name: objection(model, name, each, kinds) for name, each in named.items()}
+    return Targets(
+        {name: each for name, each in named.items() if objections[name] is None},
+        {name: reason for name, reason in objections.items() if reason is not None},
+    )
+
+
+def adaptation_note(model: PreTrainedModel, targets: str | Sequence[str], kinds: Collection[LayerKind]) -> str | None:
+    """What a user should know of how `target_modules` apply to a base, in words; None if there is nothing."""
+    found = find_targets(model, targets, kinds)
+    tied = modules_with_weight(model, model.get_input_embeddings().weight)
+    adapted = [name for name in tied if name in found.adapted]
+    notes = [found.note]
+    if adapted and len(tied) > 1:
+        notes.append(f"{' and '.join(tied)} are tied, and each is adapted by itself if at all: ft merge unties them")
+    return "; ".join(filter(None, notes)) or None
+
+
+def objection(model: PreTrainedModel, name: str, module: Any, kinds: Collection[LayerKind]) -> str | None:
+    """Why a module cannot be adapted, in words; None if it can."""
+    kind = kind_of(module)
+    if kind not in kinds:
+        return {"embedding": "an embedding", "conv1d": "a transposed weight (Conv1D)"}.get(
+            str(kind), f"no linear layer ({type(module).__name__})"
+        )
+    direct = READ_DIRECTLY.get(model.config.get_text_config().model_type, ())
+    if any(ends_with(name, ending) for ending in direct):
+        return "the model reads its weight without calling it"
+    return None
