@@ -224,9 +224,19 @@ class TrainingContext(ModelSetup):
         return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
 
     def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Load the frozen model, or this process's shard of it, to the device; see `ModelSetup.load_base`."""
+        """Load the frozen model, or this process's shard of it, to the device; see `ModelSetup.load_base`.
+
+        Raises:
+            UnsupportedError: Shards of 16-bit weights are to compute in float32.
+        """
         if not self.shards_base:
             return super().load_base(on_event, dtype)
+        if self.compute_dtype is torch.float32 is not (dtype or self.weight_dtype):
+            raise UnsupportedError(
+                "16-bit weights that are sharded do not compute in float32",
+                where="model.dtype",
+                hint="set it to float32, training.precision to bfloat16, or distributed.strategy to ddp",
+            )
         folder = self.base_folder(on_event)
         on_event(Phase(f"loading shards of {self.section.name}"))
         with _loading(self.section.name):

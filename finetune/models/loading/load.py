@@ -15,6 +15,7 @@ from transformers import (
 
 from finetune.errors import ModelError, UnsupportedError
 from finetune.models.fsdp import shard_model
+from finetune.models.kernels.float32_compute import compute_in_float32
 from finetune.models.linear_layers import linear_layers, list_of_blocks
 from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.chat_template_guard import check_template_terminates
@@ -88,7 +89,7 @@ def load_model(
         section: The recipe's section, for the attention kernel.
         quantizers: How each linear layer is stored.
         weight_dtype: Dtype of all other weights.
-        compute_dtype: Dtype of the quantized layers' matmuls.
+        compute_dtype: Dtype of the forward pass under autocast; float32 over 16-bit weights needs no autocast.
         device: The device of every weight.
 
     Raises:
@@ -119,6 +120,8 @@ def load_model(
         )
     if options and device.type == "cpu" and file_dtype(folder.path) is weight_dtype:
         _copy_mapped_weights(model)
+    if compute_dtype is torch.float32 is not weight_dtype:
+        compute_in_float32(model)
     # Saved adapters name the base as the recipe does, not by a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False)
