@@ -20,6 +20,7 @@ from finetune.models.linear_layers import linear_layers, list_of_blocks
 from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.chat_template_guard import check_template_terminates
 from finetune.models.loading.dtype import file_dtype
+from finetune.models.loading.finite import check_finite_weights
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
 from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
@@ -93,8 +94,8 @@ def load_model(
         device: The device of every weight.
 
     Raises:
-        ModelError: transformers does not know the architecture, or weights are missing, of another shape, or already
-            quantized in another way.
+        ModelError: transformers does not know the architecture, or weights are missing, of another shape, not finite,
+            or already quantized in another way.
         UnsupportedError: The quantizer does not support a layer of the model.
     """
     where = str(folder.path)
@@ -118,6 +119,7 @@ def load_model(
         raise ModelError(
             f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
         )
+    check_finite_weights(model, folder.path, getattr(getattr(model, "hf_quantizer", None), "non_finite", []))
     if options and device.type == "cpu" and file_dtype(folder.path) is weight_dtype:
         _copy_mapped_weights(model)
     if compute_dtype is torch.float32 is not weight_dtype:
