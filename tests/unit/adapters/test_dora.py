@@ -5,10 +5,16 @@ Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
 
 from __future__ import annotations
 
+from copy import deepcopy
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from finetune.adapters.base import trainable
 from finetune.adapters.lora import LoraMethod
@@ -132,3 +138,39 @@ def test_trained_magnitude_changes_the_loss_as_the_formula_says():
         changes.append(logits[1] - logits[0])
     exact, found = changes
     assert float((exact * found).sum() / (exact * exact).sum()) == pytest.approx(1, abs=0.05)
+
+
+def tied_gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, **off)).eval()
+
+
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "c_attn"], ["lm_head", "q_proj"]], ids=str)
+def test_tied_head_computes_the_formula_as_stock_peft_does(targets: list[str], dora: bool, tmp_path: Path):
+    """The head has its own update; the embeddings that it is tied to stay as they are. In float64."""
+    base = (tiny_llama() if "q_proj" in targets else tied_gpt2()).eval()
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    method = LoraMethod(Lora(method="lora", r=4, dora=dora, target_modules=targets))
+    model = method.attach(deepcopy(base), 1).eval()
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    method.save(model, tmp_path)
+    stock = PeftModel.from_pretrained(deepcopy(base), tmp_path).eval()
+    exact = deepcopy(base).double()
+    for name, layer in low_rank_layers(model).items():
+        module = exact.get_submodule(name)
+        a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        weight = (module.weight.T if isinstance(module, Conv1D) else module.weight) + layer.scaling["default"] * b @ a
+        if dora:
+            magnitude = layer.lora_magnitude_vector["default"].weight.double()
+            weight = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        module.weight = nn.Parameter((weight.T if isinstance(module, Conv1D) else weight).contiguous())
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = exact(input_ids=ids).logits
+        for found in (model, stock):
+            assert (found(input_ids=ids).logits - expected).norm() <= 1e-5 * expected.norm()
+        assert (base(input_ids=ids).logits - expected).norm() > 1e-2 * expected.norm()
