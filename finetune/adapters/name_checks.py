@@ -49,7 +49,7 @@ def _nothing_adapted(
         return f"no layer of the model is named {target}", nearest_ending(target, adaptable)
     name, reason = next(iter(found.left_out.items()))
     within = [each for each in adaptable if each.startswith(f"{name}.")]
-    hint = f"name the layers in it: {shown(within)}" if within else f"names of layers that can be: {shown(adaptable)}"
+    hint = f"name the layers in it: {shown(within)}" if within else f"layers that can be end in: {shown(adaptable)}"
     return f"{name} cannot be adapted by this method: {reason}", hint
 
 
