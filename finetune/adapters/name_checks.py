@@ -101,7 +101,12 @@ def _saving_fault(
         return f"{name} is quantized, and quantized weights do not train", f"leave it unquantized: {fix}"
     if any(name.startswith(f"{other}.") for other in others):
         return f"{name} is part of another of these modules", "leave it out"
-    tied = [other for other in modules_with_weight(model, parameters[0]) if other != name and other in adapted]
+    tied = [
+        other
+        for parameter in parameters
+        for other in modules_with_weight(model, parameter)
+        if other in adapted and not is_within(other, name)
+    ]
     return (f"{name} is tied to {tied[0]}, which target_modules name", "leave one of them out") if tied else None
 
 

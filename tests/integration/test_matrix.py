@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune.adapters import peft_bridge
-from finetune.models.writing import rewrite
 from tests.fixtures.matrix import (
     Combination,
     changed_weights,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import Problem, RecipeError
-from finetune.models.layer_names import nearest_ending, shown
+from finetune.models.layer_names import nearest_part, shown
 from finetune.models.linear_layers import linear_layers, shape_of
 from finetune.models.loading.expected_model import expected_model
 from finetune.models.loading.load import load_tokenizer
@@ -92,7 +92,7 @@ def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator
     for index, rule in enumerate(quantizers.modules):
         key, matching = f"modules.{index}.match", [name for name in layers if rule.matches(name)]
         if not matching:
-            yield Violation(key, f"no linear layer matches {rule.match!r}", nearest_ending(rule.match, layers, "*.{}"))
+            yield Violation(key, f"no linear layer matches {rule.match!r}", nearest_part(rule.match, layers))
             continue
         quantizes = rule.quantization is not None and rule.quantization.quantizes
         if quantizes and not any(is_quantized(layers[name]) for name in matching):
