@@ -45,9 +45,9 @@ def _nothing_adapted(
     """The problem with a name of no layer that is adapted, and the fix."""
     modules = model.named_modules()
     adaptable = [name for name, module in modules if name and objection(model, name, module, kinds) is None]
-    if not found.left_out:
+    if not found.excluded:
         return f"no layer of the model is named {target}", nearest_ending(target, adaptable)
-    name, reason = next(iter(found.left_out.items()))
+    name, reason = next(iter(found.excluded.items()))
     within = [each for each in adaptable if each.startswith(f"{name}.")]
     hint = f"name the layers in it: {shown(within)}" if within else f"layers that can be end in: {shown(adaptable)}"
     return f"{name} cannot be adapted by this method: {reason}", hint

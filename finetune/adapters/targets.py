@@ -20,17 +20,17 @@ class Targets(NamedTuple):
 
     Attributes:
         adapted: The layers that are adapted, by name.
-        left_out: For each other module of such a name, the reason why it is not.
+        excluded: For each other module of such a name, the reason why it is not.
     """
 
     adapted: dict[str, nn.Module]
-    left_out: dict[str, str]
+    excluded: dict[str, str]
 
     @property
     def note(self) -> str | None:
         """What is left out and why, in words; None if nothing is."""
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
+        for name, reason in self.excluded.items():
             by_reason.setdefault(reason, []).append(name)
         parts = [f"{shown(names)} ({len(names)}: {reason})" for reason, names in by_reason.items()]
         return f"not adapted: {'; '.join(parts)}" if parts else None

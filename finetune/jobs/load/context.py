@@ -288,7 +288,7 @@ def batch_plan_of(
         padding: Any token id.
 
     Raises:
-        UnsupportedError: The recipe joins rows to sequences that are longer than the model's attention supports.
+        UnsupportedError: The recipe flattens rows to sequences that are longer than the model's attention supports.
     """
     may_join = not adapter.prompt_tokens  # a soft prompt must stand before each row
     if may_join and training.batching != "padded":
@@ -300,10 +300,10 @@ def batch_plan_of(
 
 
 def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths: npt.NDArray[np.int64]) -> bool:
-    """Whether the model's attention supports the longest sequence of joined rows.
+    """Whether the model's attention supports the longest sequence of flattened rows.
 
     Raises:
-        UnsupportedError: It does not, and the recipe asks for joined rows.
+        UnsupportedError: It does not, and the recipe asks for flattened rows.
     """
     count, longest = training.micro_batch_size, training.pack_length or max_length
     tokens = count * longest if training.batching == "packed" else int(np.sort(lengths)[-count:].sum())
@@ -312,7 +312,7 @@ def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths:
     table = causal_table(meta_model(read_config(folder), Model(name=folder.name), torch.float32))
     if table is None or tokens <= table:
         return True
-    what = f"the attention of this model masks {table} positions, and joined rows have up to {tokens} tokens"
+    what = f"the attention of this model masks {table} positions, and flattened rows have up to {tokens} tokens"
     if training.batching != "auto":
         hint = "set it to padded, or lower training.micro_batch_size"
         raise UnsupportedError(what, where="training.batching", hint=hint)

@@ -41,8 +41,8 @@ def test_all_linear_adapts_the_linear_layers_that_the_model_calls(family: str):
     found = find_targets(model, "all-linear", LINEAR_KINDS)
     head = model.get_output_embeddings()
     linear = {name for name, layer in model.named_modules() if isinstance(layer, LINEAR_TYPES) and layer is not head}
-    assert {name.rpartition(".")[2] for name in found.left_out} == LEFT_OUT[family]
-    assert {*found.adapted, *found.left_out} == linear
+    assert {name.rpartition(".")[2] for name in found.excluded} == LEFT_OUT[family]
+    assert {*found.adapted, *found.excluded} == linear
     assert head not in found.adapted.values()
 
 
@@ -68,11 +68,11 @@ def test_layer_that_is_read_directly_is_not_called():
     assert not is_read_directly(tiny_llama(), "backbone.layers.0.mixer.dt_proj")
 
 
-def test_layers_of_another_kind_with_the_same_name_are_left_out_and_told():
+def test_layers_of_another_kind_with_the_same_name_are_excluded_and_told():
     model = model_of("gemma4")
     found = find_targets(model, ["q_proj"], LINEAR_KINDS)
     assert list(found.adapted) == [f"model.language_model.layers.{block}.self_attn.q_proj" for block in range(2)]
-    assert list(found.left_out) == ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]
+    assert list(found.excluded) == ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]
     note = adaptation_note(model, ["q_proj"], LINEAR_KINDS)
     assert note is not None
     assert "Gemma4ClippableLinear" in note
