@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner, Result
 
 from cli.main import app
@@ -176,6 +177,31 @@ def test_init_with_a_hub_data_set_writes_its_name(folder: Path, tiny_model: Path
     assert (source.path, source.format) == (None, "text")
     assert source.hub is not None
     assert source.hub.name == "org/stories.v2"
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {"n_positions": 96, "n_embd": 32, "n_layer": 1, "n_head": 2}),
+        ("gptj", {"n_positions": 96, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
+        ("opt", {"max_position_embeddings": 96, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "word_embed_proj_dim": 32}),
+        ("bloom", {"seq_length": 96, "hidden_size": 32, "n_layer": 1, "n_head": 2}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("data", ["book.txt", "long.jsonl"])
+def test_init_chooses_no_more_tokens_than_the_positions_of_the_model(
+    data: str, family: str, sizes: dict[str, Any], folder: Path
+):
+    (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 100, "completion": "b"}] * 8))
+    CONFIG_MAPPING[family](vocab_size=320, **sizes).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    result = init(data, "model")
+    assert result.exit_code == 0, result.output
+    section = load_recipe(folder / "recipe.yaml").recipe.data
+    assert section.max_length == 96
+    assert section.overlength == ("split" if data == "book.txt" else "truncate_prompt")
+    assert ft("preview", "recipe.yaml").exit_code == 0
 
 
 @pytest.mark.slow
