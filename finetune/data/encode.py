@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.bad_rows import CONTROL, EMPTY, MALFORMED, OMITTED
+from finetune.data.bad_rows import BEGINS_WITH_ANSWER, CONTROL, EMPTY, MALFORMED, OMITTED
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.control_tokens import BREAK, ControlTokens
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
@@ -327,7 +327,7 @@ class Encoder:
         if not turn:
             raise BadRow(
                 "the first message has the role assistant",
-                reason=MALFORMED,
+                reason=BEGINS_WITH_ANSWER,
                 where=where,
                 hint="begin with a user message, or exclude it from the targets: {train: false}",
             )
