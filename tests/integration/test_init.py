@@ -216,11 +216,11 @@ def test_init_with_less_memory_keeps_the_batch_in_smaller_passes(folder: Path, l
     assert sizes[0] > sizes[1]
 
 
-def test_init_sets_split_turns_for_templates_that_rewrite_earlier_turns(folder: Path, tmp_path: Path):
+def test_init_leaves_split_turns_to_the_encoder_for_templates_that_rewrite_earlier_turns(folder: Path, tmp_path: Path):
     from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer, tiny_llama
 
     rewriting = CHAT_TEMPLATE.replace(
-        "message['content'] }}", "message['content'] if loop.last or message['role'] == 'user' else 'x' }}"
+        "message['content'] }}", "message['content'] ~ ('' if loop.last or message['role'] == 'user' else ' .') }}"
     )
     tiny_llama().save_pretrained(tmp_path / "model")
     byte_tokenizer(SPECIAL, rewriting).save_pretrained(tmp_path / "model")
@@ -228,9 +228,11 @@ def test_init_sets_split_turns_for_templates_that_rewrite_earlier_turns(folder: 
     (folder / "turns.jsonl").write_text(jsonl(rows * 4))
     assert init("turns.jsonl", "model").exit_code == 0
     recipe = load_recipe(folder / "recipe.yaml").recipe
-    assert recipe.data.split_turns
+    assert not recipe.data.split_turns
     assert recipe.model.name == str(tmp_path / "model")
-    assert ft("preview", "recipe.yaml").exit_code == 0
+    shown = ft("preview", "recipe.yaml")
+    assert shown.exit_code == 0
+    assert "each answer as an example of its own" in shown.stderr
 
 
 @pytest.mark.parametrize(
