@@ -31,6 +31,8 @@ def show_preview(preview: Preview) -> None:
         # In a file or a pipe the only line ends are those of the row.
         console.print(_row(row, is_plain), "", sep="\n", soft_wrap=not console.is_terminal)
     console.print(Text(_legend(is_plain), style="dim"))
+    if preview.template:
+        console.print(Text(f"template     {preview.template}"), soft_wrap=True)
     longest = max(batch.computed + batch.shared for batch in preview.first_step)
     console.print(Text(first_step_line(preview), style="bold"), soft_wrap=True)
     for batch in preview.first_step:
