@@ -6,14 +6,16 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.bad_rows import BadRows, bad_rows_error, listed, merged
 from finetune.data.documents import Document
-from finetune.data.encode import Example
+from finetune.data.encode import EncodingReport, Example
 from finetune.data.mixing import rows_by_weight, sampled
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
@@ -64,6 +66,21 @@ class TokenizedDataset(Sequence[Example]):
     def counts(self) -> RowCounts:
         """The counts of all sources, summed."""
         return sum((source.store.counts for source in self.sources), RowCounts())
+
+    @property
+    def bad(self) -> dict[str, BadRows]:
+        """The rows of all sources that cannot be used, by reason."""
+        return reduce(merged, (source.store.bad for source in self.sources), {})
+
+    @property
+    def report(self) -> EncodingReport:
+        """What the encoder found in the rows of all sources."""
+        return sum((source.store.report for source in self.sources), EncodingReport())
+
+    @property
+    def answer_ends(self) -> dict[int, int]:
+        """The tokens that end trained answers, each with the number of answers, most frequent first."""
+        return dict(self.report.ends.most_common())
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -227,22 +244,16 @@ def _mixed(sources: list[TokenizedSource]) -> TokenizedDataset:
 
 
 def check_dropped_rows(split: TokenizedDataset, section: Data) -> None:
-    """Refuse rows without target tokens unless the recipe drops them, and more dropped rows than it allows.
+    """Refuse bad rows unless the recipe drops them, and more dropped rows than it allows; log what was found.
 
     Raises:
-        DataError: With the places of the first of these rows.
+        DataError: With the number of these rows and the places of the first.
     """
-    counts = split.counts
+    counts, bad = split.counts, split.bad
     rows = counts.read + counts.added
+    if counts.bad and (section.on_bad_row == "error" or counts.bad.total() == rows):
+        raise bad_rows_error(counts.bad, bad, may_drop=section.on_bad_row == "error")
     too_long = [place for source in split.sources for place in source.store.too_long]
-    without_targets = [place for source in split.sources for place in source.store.without_targets]
-    if counts.without_targets and (section.on_bad_row == "error" or counts.without_targets == rows):
-        have = "row has" if counts.without_targets == 1 else "rows have"
-        raise DataError(
-            f"{counts.without_targets} {have} no target tokens: {_listed(without_targets, counts.without_targets)}",
-            where=without_targets[0],
-            hint="give them an answer, remove them, or set data.on_bad_row to drop",
-        )
     if counts.too_long == rows > 0:
         raise DataError(
             f"all {rows} rows are longer than data.max_length: {section.max_length}",
@@ -250,31 +261,27 @@ def check_dropped_rows(split: TokenizedDataset, section: Data) -> None:
             hint="raise data.max_length",
         )
     if counts.dropped > section.max_dropped * rows:
-        causes = [
-            (counts.too_long, f"longer than {section.max_length} tokens", too_long),
-            (counts.without_targets, "without target tokens", without_targets),
-        ]
-        reasons = "; ".join(f"{count} {cause} ({_listed(places, count)})" for count, cause, places in causes if count)
+        causes = [f"{count} {reason} ({listed(bad[reason].places, count)})" for reason, count in counts.bad.items()]
+        if counts.too_long:
+            longer = f"{counts.too_long} longer than {section.max_length} tokens"
+            causes.insert(0, f"{longer} ({listed(too_long, counts.too_long)})")
         raise DataError(
             f"{counts.dropped} of {rows} rows would be dropped, more than data.max_dropped: "
-            f"{100 * section.max_dropped:g} %: {reasons}",
-            where=(too_long or without_targets)[0],
+            f"{100 * section.max_dropped:g} %: {'; '.join(causes)}",
+            where=(too_long or bad[next(iter(counts.bad))].places)[0],
             hint="raise data.max_length, correct the rows, or raise data.max_dropped",
         )
     _log(split, section)
 
 
-def _listed(places: list[str], count: int) -> str:
-    return ", ".join(places) + (", ..." if count > len(places) else "")
-
-
 def _log(split: TokenizedDataset, section: Data) -> None:
-    counts = split.counts
+    counts, report = split.counts, split.report
     rows = counts.read + counts.added
     if counts.too_long:
         logger.warning("dropped %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
-    if counts.without_targets:
-        logger.warning("dropped %d of %d rows without target tokens", counts.without_targets, rows)
+    for reason, rows_of_reason in split.bad.items():
+        places = listed(rows_of_reason.places, counts.bad[reason])
+        logger.warning("dropped %d of %d rows: %s (%s)", counts.bad[reason], rows, reason, places)
     if counts.truncated or counts.cut_target_tokens:
         logger.warning(
             "cut %d of %d rows to %d tokens; %d target tokens were cut",
@@ -285,5 +292,7 @@ def _log(split: TokenizedDataset, section: Data) -> None:
         )
     if counts.added:
         logger.info("%d rows were split into %d", counts.read, rows)
-    for warning in dict.fromkeys(warning for source in split.sources for warning in source.store.warnings):
-        logger.warning("%s", warning)
+    for text, note in report.notes.items():
+        logger.warning("%d %s (first: %s)", note.count, text, note.where)
+    if report.unended:
+        logger.warning("%d answers end without a control token: the model does not learn to end them", report.unended)

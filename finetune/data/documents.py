@@ -60,9 +60,10 @@ class Conversation:
     def split_turns(self) -> list[Conversation]:
         """One conversation for each trainable answer, which is its last turn and the only one with targets."""
         turns = [turn for turn, message in enumerate(self.messages) if message.role == "assistant" and message.train]
-        return [self._through(turn) for turn in turns] or [self]
+        return [self.through(turn) for turn in turns] or [self]
 
-    def _through(self, turn: int) -> Conversation:
+    def through(self, turn: int) -> Conversation:
+        """The messages through a turn, which alone may have targets."""
         history = (replace(message, train=False) for message in self.messages[:turn])
         is_last = not any(message.role == "assistant" for message in self.messages[turn + 1 :])
         return replace(self, messages=(*history, self.messages[turn]), references=self.references if is_last else ())

@@ -1,23 +1,43 @@
 """Encoding of documents: token ids and a mask of the target tokens.
 
+A row trains exactly what a model is asked for later. The ids before an answer are those of its prompt alone: the text
+that the chat template renders with a generation prompt, or the prompt of plain text. An answer whose prompt is
+rendered or tokenized differently once later turns follow becomes an example of its own.
+
 Masks come from positions in the rendered text and the tokenizer's character offsets. A search for marker strings could
 match text that a user wrote; a mask by token id would fail where padding and end-of-turn are the same token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from os.path import commonprefix
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.bad_rows import CONTROL, EMPTY, MALFORMED, OMITTED
+from finetune.data.chat_template import THOUGHT_TAGS, ChatTemplate
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
-from finetune.errors import DataError, ModelError
-from finetune.models.loading.chat_template_guard import TemplateLimit, render
+from finetune.data.omitted_parts import Part, omitted_parts
+from finetune.data.rows import excerpt
+from finetune.data.text_tokens import Affixes, Spans, inner_spans, spans
+from finetune.errors import BadRow
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
+ControlTokens = Literal["text", "error"]
+
+CHUNK_CHARACTERS = 200
+"""Headers up to this length are tokenized once and remembered."""
+
+BREAK = "\ue003"
+"""A character of a private use area, put into a control token that a user wrote, so that it stays text."""
 
 
 @dataclass(frozen=True)
@@ -51,37 +71,106 @@ class Prompt:
     references: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something about rows that a user should know, counted.
+
+    Attributes:
+        count: Number of rows.
+        where: Place of the first one.
+    """
+
+    count: int
+    where: str
+
+    def __add__(self, later: Note) -> Note:
+        """The note about the rows of both; this one's come first."""
+        return Note(self.count + later.count, self.where)
+
+
+@dataclass
+class EncodingReport:
+    """What was found in documents.
+
+    Attributes:
+        notes: Notes by their text, which follows the number of rows.
+        ends: Number of trained answers that each token ends.
+        unended: Number of trained answers without a control token at their end.
+    """
+
+    notes: dict[str, Note] = field(default_factory=dict)
+    ends: Counter[int] = field(default_factory=Counter)
+    unended: int = 0
+
+    def __add__(self, later: EncodingReport) -> EncodingReport:
+        """What was found in the documents of both; this one's come first."""
+        notes = dict(self.notes)
+        for text, note in later.notes.items():
+            notes[text] = notes[text] + note if text in notes else note
+        return EncodingReport(notes, self.ends + later.ends, self.unended + later.unended)
+
+    def note(self, text: str, where: str) -> None:
+        """Count a row under a text, such as `prompts end inside a token`."""
+        note = Note(1, where)
+        self.notes[text] = self.notes[text] + note if text in self.notes else note
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer in a text: the characters from `begin`, where its prompt ends, through its end of turn."""
+
+    begin: int
+    end: int
+
+
 class Encoder:
     """Encodes documents with one tokenizer.
 
     Args:
         tokenizer: A tokenizer with character offsets; its chat template renders conversations.
         train_on: Which tokens of a conversation are targets.
+        control_tokens: Whether control tokens in the words of a conversation stay text, or make the row a bad one.
 
     Attributes:
-        warnings: Warnings about the documents encoded so far.
+        report: What was found in the documents so far.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, control_tokens: ControlTokens = "text"
+    ) -> None:
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self.train_on = train_on
-        special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self._special = tuple(special)
-        self.warnings: set[str] = set()
+        self.report = EncodingReport()
+        self._control_tokens = control_tokens
+        added = tokenizer.added_tokens_decoder
+        self._special = {str(token): number for number, token in added.items() if token.special}
+        self._ends = tuple(self._special)
+        self._added = frozenset(added)
+        self._control = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
+        self._control_starts = tuple({token[:2] for token in self._special})
+        self._header_ids: Callable[[str], list[int]] = lru_cache(maxsize=4096)(self._bare_ids)
 
-    def example(self, document: Document, where: str) -> Example:
+    def examples(self, document: Document, where: str) -> list[Example]:
         """The tokens of a document and the mask of its targets, of which there may be none.
 
+        A conversation gives one example for each trained answer where one example for all of them would train another
+        text than the answers are asked with.
+
         Raises:
-            DataError: The chat template rejects the document, omits a part of it or renders a target turn differently
-                once later turns follow, or the row has two beginning-of-text tokens.
+            BadRow: The chat template rejects the document or omits a part of it, or the row cannot be used for
+                another reason.
             ModelError: The document is a conversation and the tokenizer has no chat template.
         """
         if isinstance(document, Tokens):
-            return Example(self._known(document.ids, where), list(document.is_target))
-        example = self._plain(document) if isinstance(document, PlainText) else self._conversation(document, where)
-        self._begin_once(example.ids, where)
-        return example
+            return [Example(self._known(document.ids, where), list(document.is_target))]
+        if isinstance(document, PlainText):
+            examples = [self._plain(document, where)]
+        else:
+            examples = self._conversation(self._as_words(document, where), where)
+        for example in examples:
+            self._begin_once(example.ids, where)
+        return examples
 
     def protected_prefix(self, document: Document, example: Example, where: str) -> int:
         """Number of tokens at the beginning of a row that must stay when its prompt is cut.
@@ -92,6 +181,7 @@ class Encoder:
         has_bos = int(example.ids[0] == self.tokenizer.bos_token_id)
         if not isinstance(document, Conversation):
             return has_bos
+        document = self._as_words(document, where)
         turns = [turn for turn, message in enumerate(document.messages) if message.role == "user"]
         if not turns:
             return has_bos
@@ -102,10 +192,8 @@ class Encoder:
         other = replace(document.messages[first], content="b" if character == "a" else "a")
         messages = (*document.messages[:first], other, *document.messages[first + 1 :])
         changed = self._render(replace(document, messages=messages), len(messages), where)
-        differing = (index for index, (old, new) in enumerate(zip(text, changed, strict=False)) if old != new)
-        end_of_prefix = next(differing, 0)
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return max(has_bos, len([end for _, end in offsets if end <= end_of_prefix]))
+        end_of_prefix = len(commonprefix([text, changed]))
+        return max(has_bos, sum(end <= end_of_prefix for end in self._spans(text).ends))
 
     def prompt(self, document: Document, where: str) -> Prompt | None:
         """The document up to its last answer; None for a document without a prompt."""
@@ -117,15 +205,15 @@ class Encoder:
         if not turns or not turns[-1]:
             return None
         last = turns[-1]
-        text = self._render(document, last, where, generation_prompt=True)
-        ids = self._tokenize(text)
+        asked = self._as_words(document, where)
+        ids = self._spans(self._render(asked, last, where, generation_prompt=True)).ids
         self._begin_once(ids, where)
         return Prompt(ids, document.references or (document.messages[last].content,))
 
     def _plain_prompt(self, document: PlainText) -> Prompt | None:
         if not document.prompt:
             return None
-        return Prompt(self.tokenizer(document.prompt)["input_ids"], (document.completion,))
+        return Prompt([*self._affixes.before, *self._bare_ids(document.prompt)], (document.completion,))
 
     def _tokens_prompt(self, document: Tokens, where: str) -> Prompt | None:
         if not any(document.is_target) or document.is_target[0]:
@@ -134,130 +222,312 @@ class Encoder:
         ids = self._known(document.ids, where)
         return Prompt(ids[:begins], (self.tokenizer.decode(ids[begins:], skip_special_tokens=True),))
 
-    def _plain(self, document: PlainText) -> Example:
-        # Tokenized as one text: a tokenizer may merge characters across the seam, and two separate texts would give
-        # other tokens than the same text gives at inference.
-        encoded = self.tokenizer(document.prompt + document.completion, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        begins = len(document.prompt)
-        # A token that straddles the seam is a target; an empty one (start == end, such as BOS) is not.
-        is_target = [self.train_on == "all" or end > max(begins, start) for start, end in encoded["offset_mapping"]]
-        eos = self.tokenizer.eos_token_id
-        if eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
-            is_target.append(True)
-        else:
-            is_target[-1:] = [True]
+    def _plain(self, document: PlainText, where: str) -> Example:
+        if document.prompt and not document.completion.strip():
+            raise BadRow("the completion is empty", reason=EMPTY, where=where, hint="give it one, or remove the row")
+        self._note_control_tokens(document, where)
+        prompt = self._bare_ids(document.prompt) if document.prompt else []
+        whole = self._bare_ids(document.prompt + document.completion)
+        rest = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            self.report.note("prompts end inside a token of the whole text; they are tokenized alone", where)
+            rest = inner_spans(self.tokenizer, document.completion).ids
+        ids = [*self._affixes.before, *prompt, *rest]
+        count = len(self._affixes.before) + len(prompt)
+        is_target = [self.train_on == "all"] * count + [True] * len(rest)
+        end = self.tokenizer.eos_token_id
+        ending = list(self._affixes.after) if end is None else [end]
+        if ids[-1:] != ending:
+            ids += ending
+            is_target += [True] * len(ending)
+        is_target[-1:] = [True]
+        self._count_end(ids[-1])
         return Example(ids, is_target)
 
-    def _conversation(self, conversation: Conversation, where: str) -> Example:
+    def _conversation(self, conversation: Conversation, where: str) -> list[Example]:
         text = self._render(conversation, len(conversation.messages), where)
-        _check_tools(conversation, text, where)
-        self._check_reasoning(conversation, text, where)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # A token that straddles the beginning of an answer is a target: it contains a part of the answer.
-        spans = self._spans(conversation, text, where)
-        starts, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
-        inside = np.zeros(len(starts), bool)
-        for begin, stop in spans:
-            inside |= (starts < stop) & (ends > begin)
-        is_target: list[bool] = (~inside if self.train_on == "all" else inside).tolist()
-        return Example(list(encoded["input_ids"]), is_target)
-
-    def _check_reasoning(self, conversation: Conversation, text: str, where: str) -> None:
-        """Refuse a target turn whose reasoning is not rendered: many templates drop it silently from earlier turns."""
-        for turn in _target_turns(conversation, self.train_on):
-            if conversation.messages[turn].reasoning.strip() not in text:
-                raise DataError(
-                    f"the chat template omits the reasoning of turn {turn}",
-                    where=where,
-                    hint="set data.split_turns to true, which makes a row of each answer; or write the "
-                    "reasoning into the content, if the template of this model supports none",
-                )
-
-    def _spans(self, conversation: Conversation, text: str, where: str) -> list[tuple[int, int]]:
-        """Character spans of the target turns; with `train_on: all`, of the turns that are excluded instead."""
         if self.train_on == "all":
-            turns = [turn for turn, message in enumerate(conversation.messages) if not message.train]
-        else:
-            turns = _target_turns(conversation, self.train_on)
-        return [self._span(conversation, turn, text, where) for turn in turns]
+            self._refuse_omitted(conversation, self._omitted(conversation, text, where), [], where)
+            return [self._all_but_excluded(conversation, text, where)]
+        turns = _target_turns(conversation, self.train_on)
+        self._refuse_empty(conversation, turns, where)
+        omitted = self._omitted(conversation, text, where)
+        thoughts = self._refuse_omitted(conversation, omitted, turns, where)
+        answers = None if thoughts else self._answers(conversation, turns, text, where)
+        example = None if answers is None else self._in_one(text, answers)
+        if example is not None:
+            return [example]
+        if len(turns) > 1:
+            self.report.note(
+                "rows train each answer as an example of its own: the chat template renders it differently once later "
+                "turns follow",
+                where,
+            )
+        return [self._of_answer(conversation.through(turn), where) for turn in turns]
 
-    def _span(self, conversation: Conversation, turn: int, text: str, where: str) -> tuple[int, int]:
-        """Character span of a turn in the rendered `text`: from the end of its header through its end-of-turn token.
+    def _answers(self, conversation: Conversation, turns: Sequence[int], text: str, where: str) -> list[_Answer] | None:
+        """The answers in the text; None where one of them or its prompt is rendered differently in it."""
+        answers = []
+        for turn in turns:
+            prompt = self._prompt_text(conversation, turn, where)
+            is_last = turn + 1 == len(conversation.messages)
+            through = text if is_last else self._render(conversation, turn + 1, where)
+            if not text.startswith(through) or not through.startswith(prompt):
+                return None
+            answers.append(_Answer(len(prompt), self._end_of_turn(through, len(prompt))))
+        return answers
 
-        The start is the length of the text that prompts the model for this turn, the end that of the text through
-        this turn. Both must be prefixes of the full text, or the mask would be at other characters.
+    def _in_one(self, text: str, answers: Sequence[_Answer]) -> Example | None:
+        """One example of a text; None where the prompt of an answer has other ids alone."""
+        tokens = self._spans(text)
+        is_target = _inside(tokens, answers)
+        if not all(self._prompt_is_prefix(text, answer.begin, tokens) for answer in answers):
+            return None
+        for answer in answers:
+            self._count_end(tokens.ids[bisect_left(tokens.starts, answer.end) - 1])
+        return Example(tokens.ids, is_target.tolist())
+
+    def _prompt_is_prefix(self, text: str, length: int, tokens: Spans) -> bool:
+        """Whether the first tokens of a text are those of its first `length` characters alone.
+
+        A tokenizer cuts a text at its added tokens first, so only the tokens from the last of these on are compared:
+        mostly the header of the turn, the same for every row.
         """
+        stop = bisect_left(tokens.starts, length)
+        if stop and tokens.ends[stop - 1] > length:
+            return False
+        start = next((at for at in range(stop - 1, -1, -1) if tokens.ids[at] in self._added), 0)
+        header = text[tokens.starts[start] if start else 0 : length]
+        if BREAK in header:
+            return self._spans(header).ids == tokens.ids[start:stop]
+        ids = self._header_ids(header) if len(header) <= CHUNK_CHARACTERS else self._bare_ids(header)
+        return ids == tokens.ids[start:stop]
+
+    def _of_answer(self, conversation: Conversation, where: str) -> Example:
+        """The example of a conversation that ends with its only trained answer."""
+        turn = len(conversation.messages) - 1
+        prompt = self._prompt_text(conversation, turn, where)
+        through = self._render(conversation, turn + 1, where)
+        thoughts = self._refuse_omitted(conversation, self._omitted(conversation, through, where), [turn], where)
+        if through.startswith(prompt) and not thoughts:
+            text = through
+        else:
+            text = prompt + self._with_thought(conversation.messages[turn], prompt, through, where)
+        answer = _Answer(len(prompt), self._end_of_turn(text, len(prompt)))
+        return self._in_one(text, [answer]) or self._parted(text, answer, where)
+
+    def _parted(self, text: str, answer: _Answer, where: str) -> Example:
+        """The example of a text whose prompt ends inside a token: the prompt is tokenized alone."""
+        self.report.note("prompts end inside a token of the whole text; they are tokenized alone", where)
+        prompt = self._spans(text[: answer.begin]).ids
+        inner = inner_spans(self.tokenizer, text[answer.begin : answer.end]).ids
+        rest = self._spans(text[answer.end :]).ids if answer.end < len(text) else []
+        self._count_end(inner[-1])
+        return Example(prompt + inner + rest, [False] * len(prompt) + [True] * len(inner) + [False] * len(rest))
+
+    def _with_thought(self, message: Message, prompt: str, through: str, where: str) -> str:
+        """The text after a prompt, through the end of the turn, for an answer whose thought the template does not show.
+
+        Templates of reasoning models show no thoughts of earlier turns, and many open the thought in the generation
+        prompt. The answer is then written as the model generates it: the thought, its closing tag, the content.
+        """
+        opened = next((tags for tags in THOUGHT_TAGS if prompt.rstrip().endswith(tags[0])), None)
+        header = prompt[: prompt.rindex(opened[0])] if opened else prompt
+        tags = opened or self._tags_for(message)
+        if tags is None or not through.startswith(header):
+            raise BadRow(
+                "the chat template renders the answer with another beginning than its generation prompt"
+                if tags
+                else "the chat template omits the reasoning of the answer, and mentions no tags for it",
+                reason=OMITTED,
+                where=where,
+                hint="set model.chat_template to a template that renders these rows, or use data of format completion",
+            )
+        thought, tail = _thought_of(message, tags), through[len(header) :]
+        if thought:
+            self.report.note("answers have a thought that the chat template does not show; it is trained", where)
+        else:
+            self.report.note(
+                f"answers without a thought close at once the one that the generation prompt opens ({tags[0]})", where
+            )
+        if opened and not prompt.endswith("\n"):
+            return f"{thought}{tags[1]}{tail}"
+        opening = "" if opened else f"{tags[0]}\n"
+        return f"{opening}{thought}\n{tags[1]}\n\n{tail.lstrip()}"
+
+    def _tags_for(self, message: Message) -> tuple[str, str] | None:
+        """The tags around a thought that the prompt does not open: those of the message, or else of the template."""
+        own = next((pair for pair in THOUGHT_TAGS if pair[1] in message.content), None)
+        return own or next(iter(self.template.thought_tags), None)
+
+    def _all_but_excluded(self, conversation: Conversation, text: str, where: str) -> Example:
+        """An example of all tokens but those of messages that are excluded from the targets."""
+        tokens = self._spans(text)
+        excluded = [turn for turn, message in enumerate(conversation.messages) if not message.train]
+        is_target = ~_inside(tokens, [self._excluded(conversation, turn, text, where) for turn in excluded])
+        last = bisect_left(tokens.starts, self._end_of_turn(text, 0)) - 1
+        if last >= 0 and is_target[last]:
+            self._count_end(tokens.ids[last])
+        return Example(tokens.ids, is_target.tolist())
+
+    def _excluded(self, conversation: Conversation, turn: int, text: str, where: str) -> _Answer:
         is_answer = conversation.messages[turn].role == "assistant"
-        if is_answer and not turn:
-            raise DataError(
+        if is_answer and turn:
+            before = self._prompt_text(conversation, turn, where)
+        else:
+            before = self._render(conversation, turn, where) if turn else ""
+        is_last = turn + 1 == len(conversation.messages)
+        through = text if is_last else self._render(conversation, turn + 1, where)
+        if not text.startswith(through) or not through.startswith(before):
+            raise BadRow(
+                f"the chat template renders turn {turn}, which is excluded, differently once later turns follow",
+                reason=OMITTED,
+                where=where,
+                hint="set data.train_on to assistant",
+            )
+        return _Answer(len(before), self._end_of_turn(through, len(before)))
+
+    def _prompt_text(self, conversation: Conversation, turn: int, where: str) -> str:
+        """The text that asks for the answer of a turn."""
+        if not turn:
+            raise BadRow(
                 "the first message has the role assistant",
+                reason=MALFORMED,
                 where=where,
                 hint="begin with a user message, or exclude it from the targets: {train: false}",
             )
-        before = self._render(conversation, turn, where, generation_prompt=is_answer) if turn else ""
-        is_last = turn + 1 == len(conversation.messages)
-        through = text if is_last else self._render(conversation, turn + 1, where)
-        if not text.startswith(through):
-            raise DataError(
-                f"the chat template renders turn {turn} differently once later turns follow",
-                where=where,
-                hint="set data.split_turns to true, which makes a row of each answer, or data.train_on to last_turn",
-            )
-        if not through.startswith(before):
-            raise DataError(
-                f"the chat template renders turn {turn} with another beginning than its generation prompt",
-                where=where,
-                hint="write the answer as the model should generate it, or use data of format completion",
-            )
-        end = self._end_of_turn(through, len(before))
-        if is_answer and not through[:end].endswith(self._special):
-            self.warnings.add(
-                "the chat template ends answers without a special token: the model does not learn to end them"
-            )
-        return len(before), end
+        return self._render(conversation, turn, where, generation_prompt=True)
 
     def _end_of_turn(self, through: str, begins: int) -> int:
         """End of a turn; white space that the template renders after the end-of-turn token is not a part of it."""
         stripped = through.rstrip()
-        return len(stripped) if len(stripped) > begins and stripped.endswith(self._special) else len(through)
+        return len(stripped) if len(stripped) > begins and stripped.endswith(self._ends) else len(through)
+
+    def _count_end(self, token: int) -> None:
+        """Count the token that ends a trained answer."""
+        if token in self._added:
+            self.report.ends[token] += 1
+        else:
+            self.report.unended += 1
+
+    def _refuse_empty(self, conversation: Conversation, turns: Sequence[int], where: str) -> None:
+        for turn in turns:
+            message = conversation.messages[turn]
+            if not (message.content.strip() or message.tool_calls or message.reasoning.strip()):
+                raise BadRow(
+                    f"the answer of turn {turn} is empty",
+                    reason=EMPTY,
+                    where=where,
+                    hint="give it a text, or exclude it from the targets: {train: false}",
+                )
+
+    def _omitted(self, conversation: Conversation, text: str, where: str) -> list[Part]:
+        count = len(conversation.messages)
+        return omitted_parts(conversation, text, lambda marked: self._render(marked, count, where))
+
+    def _refuse_omitted(
+        self, conversation: Conversation, omitted: Sequence[Part], targets: Sequence[int], where: str
+    ) -> bool:
+        """Refuse a row of which the template omits more than thoughts and further keys, which are noted.
+
+        Returns:
+            Whether the thought of a target turn is omitted.
+        """
+        is_thought = False
+        for part in omitted:
+            if part.kind == "reasoning" and part.turn in targets:
+                is_thought = True
+            elif part.kind == "reasoning":
+                self.report.note("rows have earlier thoughts that the chat template does not show", where)
+            elif part.kind == "key":
+                self._note_key(conversation, part, where)
+            else:
+                raise _omission(part, conversation, where)
+        return is_thought
+
+    def _note_key(self, conversation: Conversation, part: Part, where: str) -> None:
+        message = conversation.messages[part.turn]
+        called = {call["function"]["name"] for each in conversation.messages for call in each.tool_calls}
+        if not (part.key == "name" and message.role == "tool" and part.text in called):
+            key = f"rows have the key {part.key!r} in messages, which the chat template does not show"
+            self.report.note(key, where)
+
+    def _as_words(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation with a break in each control token that its words contain, so that it stays text."""
+        broken = [self._broken(message) for message in conversation.messages]
+        if all(new is old for new, old in zip(broken, conversation.messages, strict=True)):
+            return conversation
+        token = next(
+            match.group()
+            for message in conversation.messages
+            for text in _texts(message)
+            if (match := self._control.search(text))
+        )
+        if self._control_tokens == "error":
+            raise BadRow(
+                f"a message contains the control token {token}",
+                reason=CONTROL,
+                where=where,
+                hint="remove it, or set data.control_tokens to text, which trains it as text",
+            )
+        self.report.note("conversations contain control tokens in their words; they are tokenized as text", where)
+        return replace(conversation, messages=tuple(broken))
+
+    def _broken(self, message: Message) -> Message:
+        if not any(start in text for text in _texts(message) for start in self._control_starts):
+            return message
+        broken = _map_texts(message, lambda text: self._control.sub(_break, text))
+        return message if broken == message else broken
+
+    def _note_control_tokens(self, document: PlainText, where: str) -> None:
+        text = document.prompt + document.completion
+        if any(start in text for start in self._control_starts) and (found := self._control.search(text)):
+            self.report.note(f"rows of text contain the control token {found.group()}, which is trained as one", where)
 
     def _render(self, conversation: Conversation, count: int, where: str, generation_prompt: bool = False) -> str:
         """The first `count` messages, rendered by the chat template."""
-        if not self.tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template, and the rows are conversations",
-                where=where,
-                hint="use the instruction-tuned version of the model, or data of format completion or text",
-            )
-        try:
-            return render(
-                self.tokenizer,
-                [_as_dict(message) for message in conversation.messages[:count]],
-                tools=list(conversation.tools) or None,
-                add_generation_prompt=generation_prompt,
-            )
-        except TemplateLimit as limit:
-            raise ModelError(
-                f"the model's chat template {limit} for this row",
-                where=where,
-                hint="use another tokenizer: the template of this one is broken or hostile",
-            ) from limit
-        except Exception as error:  # a template is a program: it can divide by zero, call a number, and so on
-            raise DataError(
-                f"the model's chat template rejects the row: {error}", where=where, hint="correct its order of roles"
-            ) from error
+        return self.template.render(
+            conversation.messages[:count],
+            where,
+            tools=conversation.tools,
+            arguments=conversation.template_arguments,
+            generation_prompt=generation_prompt,
+        )
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _spans(self, text: str) -> Spans:
+        """The tokens of a rendered text; control tokens with a break in them are tokenized as the text they are."""
+        if BREAK not in text:
+            return spans(self.tokenizer, text)
+        found, position = Spans([], [], []), 0
+        for match in re.finditer(self._broken_control(), text):
+            found += self._segment(text, position, match.start())
+            words = inner_spans(self.tokenizer, match.group().replace(BREAK, ""), as_text=True)
+            found += Spans(words.ids, [match.start()] * len(words.ids), [match.end()] * len(words.ids))
+            position = match.end()
+        return found + self._segment(text, position, len(text))
+
+    def _segment(self, text: str, begin: int, end: int) -> Spans:
+        if begin == end:
+            return Spans([], [], [])
+        return (inner_spans if begin else spans)(self.tokenizer, text[begin:end]).shifted(begin)
+
+    def _broken_control(self) -> str:
+        return "|".join(re.escape(_broken_text(token)) for token in sorted(self._special, key=len, reverse=True))
+
+    @cached_property
+    def _affixes(self) -> Affixes:
+        return Affixes.of(self.tokenizer)
+
+    def _bare_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _begin_once(self, ids: list[int], where: str) -> None:
         """Refuse a second beginning-of-text token: some templates render one and some tokenizers add one."""
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
-            raise DataError(
+            raise BadRow(
                 f"the row begins with {self.tokenizer.bos_token} twice",
+                reason=MALFORMED,
                 where=where,
                 hint="remove it from the row: the tokenizer adds it",
             )
@@ -265,12 +535,22 @@ class Encoder:
     def _known(self, ids: Sequence[int], where: str) -> list[int]:
         unknown = next((token for token in ids if token >= len(self.tokenizer)), None)
         if unknown is not None:
-            raise DataError(
+            raise BadRow(
                 f"token {unknown} is outside of the model's vocabulary of {len(self.tokenizer)}",
+                reason=MALFORMED,
                 where=where,
                 hint="tokenize the rows with the tokenizer of this model",
             )
         return list(ids)
+
+
+def _inside(tokens: Spans, answers: Sequence[_Answer]) -> np.ndarray:
+    """Whether each token has a character of an answer, shape (tokens,), bool."""
+    starts, ends = np.array(tokens.starts, np.int64), np.array(tokens.ends, np.int64)
+    inside = np.zeros(len(starts), bool)
+    for answer in answers:
+        inside |= (starts < answer.end) & (ends > answer.begin)
+    return inside
 
 
 def _assistant_turns(conversation: Conversation) -> list[int]:
@@ -287,25 +567,63 @@ def _target_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
     return [turn for turn in turns if conversation.messages[turn].train]
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
-    """A message for a chat template. Keys that do not apply are absent, because templates test their presence."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = list(message.tool_calls)
-    if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
+def _thought_of(message: Message, tags: tuple[str, str]) -> str:
+    """The thought of an answer, from its key or from its content, without tags."""
     if message.reasoning:
-        turn |= dict.fromkeys(("reasoning_content", "thinking"), message.reasoning)  # templates read one or the other
-    return turn
+        return message.reasoning.strip()
+    before, closing, _ = message.content.rpartition(tags[1])
+    return before.replace(tags[0], "", 1).strip() if closing else ""
 
 
-def _check_tools(conversation: Conversation, text: str, where: str) -> None:
-    """Refuse tools that are not rendered: a template without tool support omits them silently."""
-    calls = [call for message in conversation.messages for call in message.tool_calls]
-    for tool in (*conversation.tools, *calls):
-        if tool["function"]["name"] not in text:
-            raise DataError(
-                f"the chat template omits the tool {tool['function']['name']!r}",
-                where=where,
-                hint="use a model whose chat template supports tools, or remove them from the row",
-            )
+_OMITTED_PARTS = {
+    "content": "a part of turn {turn}",
+    "name": "the name in turn {turn}",
+    "call": "the tool call of turn {turn}",
+    "argument": "an argument of the tool call of turn {turn}",
+    "tool": "the definition of a tool",
+}
+
+
+def _omission(part: Part, conversation: Conversation, where: str) -> BadRow:
+    role = f" ({conversation.messages[part.turn].role})" if part.turn >= 0 else ""
+    name = _OMITTED_PARTS[part.kind].format(turn=f"{part.turn}{role}")
+    return BadRow(
+        f"the chat template omits {name}: {excerpt(part.text)!r}",
+        reason=OMITTED,
+        where=where,
+        hint="set model.chat_template to a template that renders it, or remove it from the row",
+    )
+
+
+def _texts(message: Message) -> list[str]:
+    """All texts of a message that a chat template may render."""
+    found: list[str] = []
+    _map_texts(message, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    return found
+
+
+def _map_texts(message: Message, change: Callable[[str], str]) -> Message:
+    """A message with a function applied to each of its texts."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, dict):
+            return {key: mapped(each) for key, each in value.items()}
+        return [mapped(each) for each in value] if isinstance(value, list) else value
+
+    return replace(
+        message,
+        content=change(message.content),
+        reasoning=change(message.reasoning),
+        tool_calls=tuple(mapped(dict(call)) for call in message.tool_calls),
+        extra=mapped(dict(message.extra)),
+    )
+
+
+def _break(token: re.Match[str]) -> str:
+    return _broken_text(token.group())
+
+
+def _broken_text(token: str) -> str:
+    return f"{token[0]}{BREAK}{token[1:]}"

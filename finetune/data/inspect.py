@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,7 +14,7 @@ from finetune.data.encode import Encoder
 from finetune.data.formats.auto import detect
 from finetune.data.rows import Row
 from finetune.data.sources import read_rows
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import AutoSource, ClassificationSource, SourceSection
 from finetune.resolve import build
 
@@ -80,7 +80,7 @@ def summarize_source(source: SourceSection) -> DatasetSummary:
     if are_all:
         section = section.model_copy(update={"labels": labels.names(), "system": LABELS_SYSTEM})
     to_document = build(section).document
-    sample = [(to_document(row), row.where) for row in first]
+    sample = list(_usable(to_document, first))
     answers = [answer for document, _ in sample if (answer := _last_answer(document)) is not None]
     return DatasetSummary(
         source=section,
@@ -92,33 +92,44 @@ def summarize_source(source: SourceSection) -> DatasetSummary:
     )
 
 
-def longest_row(sample: Iterable[tuple[Document, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
-    """Number of tokens of the longest row, and whether `data.split_turns` is needed.
-
-    It is needed where the chat template renders a turn differently once later turns follow.
+def _usable(to_document: Callable[[Row], Document], rows: Sequence[Row]) -> Iterator[tuple[Document, str]]:
+    """The documents of rows that the format can use, each with its place.
 
     Raises:
-        DataError: The template cannot render a row, split or not.
+        BadRow: None of them can be used.
+    """
+    bad: list[BadRow] = []
+    for row in rows:
+        try:
+            yield to_document(row), row.where
+        except BadRow as error:
+            bad.append(error)
+    if len(bad) == len(rows):
+        raise bad[0]
+
+
+def longest_row(sample: Iterable[tuple[Document, str]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens of the longest row.
+
+    Raises:
+        DataError: No row of the sample can be used.
         ModelError: The tokenizer has no chat template, and rows are conversations.
     """
     encoder = Encoder(tokenizer, "assistant")
-    sample = list(sample)
-    try:
-        return max(len(encoder.example(document, where).ids) for document, where in sample), False
-    except DataError:
-        split = [(part, where) for document, where in sample for part in _parts(document)]
-        if len(split) == len(sample):  # nothing was split, so the error has another cause
-            raise
-        return max(len(encoder.example(document, where).ids) for document, where in split), True
+    lengths, bad = [], None
+    for document, where in sample:
+        try:
+            lengths += [len(example.ids) for example in encoder.examples(document, where)]
+        except BadRow as error:
+            bad = bad or error
+    if bad and not lengths:
+        raise bad
+    return max(lengths)
 
 
 def estimated_longest_row(sample: Iterable[tuple[Document, str]]) -> int:
     """Number of tokens of the longest row, estimated from its text without a tokenizer."""
     return max(_size_bytes(document) for document, _ in sample) // BYTES_A_TOKEN + 1
-
-
-def _parts(document: Document) -> list[Document]:
-    return list(document.split_turns()) if isinstance(document, Conversation) else [document]
 
 
 def _with_detected_format(source: SourceSection, row: Row) -> SourceSection:

@@ -11,7 +11,8 @@ is found again by any run, and never when one of these changed. No function is h
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from finetune.data.encode import Example
+from finetune.data.bad_rows import SHOWN_PLACES, BadRows, merged
+from finetune.data.encode import EncodingReport, Example, Note
 from finetune.recipe.sections.data import Source, SourceSection
 from finetune.storage.files import write_json
-
-SHOWN_PLACES = 5
-"""Number of places of dropped rows that are kept for messages."""
 
 COLUMNS: dict[str, npt.DTypeLike] = {
     "tokens": np.uint32,  # token id << 1 | is_target: one array for ids and mask, so that ids are below 2^31
@@ -42,14 +41,14 @@ METADATA = "facts.json"
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Outcome of the rows of a source: `read` + `added` = `kept` + `too_long` + `without_targets`.
+    """Outcome of the rows of a source: `read` + `added` = `kept` + `too_long` + the sum of `bad`.
 
     Attributes:
         read: Rows that were read.
         added: Rows that splitting added, beyond one for each row read.
         kept: Rows that can be used.
         too_long: Rows dropped because of their length.
-        without_targets: Rows dropped because they have no target tokens.
+        bad: Rows that cannot be used, by reason.
         truncated: Kept rows that were cut.
         tokens: Tokens of the kept rows.
         target_tokens: Target tokens among them.
@@ -60,7 +59,7 @@ class RowCounts:
     added: int = 0
     kept: int = 0
     too_long: int = 0
-    without_targets: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     tokens: int = 0
     target_tokens: int = 0
@@ -69,15 +68,20 @@ class RowCounts:
     @property
     def dropped(self) -> int:
         """Number of dropped rows, for any reason."""
-        return self.too_long + self.without_targets
+        return self.too_long + self.bad.total()
 
     def __add__(self, other: RowCounts) -> RowCounts:
         """The sum of both, count by count."""
         return RowCounts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
 
-    def to_json(self) -> dict[str, int]:
-        """The counts under their names in `data_report.json`, where rows without targets are `untrainable`."""
-        return {"untrainable" if name == "without_targets" else name: count for name, count in asdict(self).items()}
+    def to_json(self) -> dict[str, Any]:
+        """The counts under their names in `data_report.json`."""
+        return {**asdict(self), "bad": dict(self.bad)}
+
+    @classmethod
+    def from_json(cls, counts: Mapping[str, Any]) -> RowCounts:
+        """The counts that `to_json` wrote."""
+        return cls(**{**counts, "bad": Counter(counts["bad"])})
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class EncodedRows:
         places: `file:line` of each example.
         counts: Of these rows.
         too_long: Places of the first rows dropped because of their length.
-        without_targets: Places of the first rows without target tokens.
-        warnings: Warnings about the rows, shown by every run that uses them.
+        bad: Rows that cannot be used, by reason.
+        report: What the encoder found in the rows.
     """
 
     columns: dict[str, npt.NDArray[Any]]
@@ -99,8 +103,8 @@ class EncodedRows:
     places: list[str]
     counts: RowCounts
     too_long: list[str] = field(default_factory=list)
-    without_targets: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    bad: dict[str, BadRows] = field(default_factory=dict)
+    report: EncodingReport = field(default_factory=EncodingReport)
 
 
 class TokenStoreWriter:
@@ -111,6 +115,7 @@ class TokenStoreWriter:
 
     Attributes:
         counts: Counts of the rows so far.
+        bad: Those of them that cannot be used, by reason.
         section: Section of the source with its format, detected where the recipe leaves it open; None without rows.
     """
 
@@ -118,11 +123,12 @@ class TokenStoreWriter:
         self.counts = RowCounts()
         self.section: SourceSection | None = None
         self._folder = folder
-        self._warnings: set[str] = set()
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (*COLUMNS, PLACES)}
         self._tokens = 0
         self._place_bytes = 0
-        self._dropped: dict[str, list[str]] = {"too_long": [], "without_targets": []}
+        self._too_long: list[str] = []
+        self.bad: dict[str, BadRows] = {}
+        self._report = EncodingReport()
 
     def __enter__(self) -> Self:
         """The writer itself."""
@@ -137,10 +143,14 @@ class TokenStoreWriter:
         if error is None:
             metadata = {
                 "section": self.section and self.section.model_dump(exclude=set(SourceSection.model_fields)),
-                "counts": asdict(self.counts),
-                "warnings": sorted(self._warnings),
+                "counts": self.counts.to_json(),
+                "too_long": self._too_long,
+                "bad": {reason: asdict(rows) for reason, rows in self.bad.items()},
+                "notes": {text: asdict(note) for text, note in self._report.notes.items()},
+                "answer_ends": list(self._report.ends.items()),
+                "unended": self._report.unended,
             }
-            write_json(self._folder / METADATA, {**metadata, **self._dropped})
+            write_json(self._folder / METADATA, metadata)
 
     def add(self, encoded: EncodedRows) -> None:
         """Append a chunk of rows."""
@@ -154,9 +164,9 @@ class TokenStoreWriter:
         self._tokens += int(encoded.lengths.sum())
         self._place_bytes += sum(map(len, texts))
         self.counts += encoded.counts
-        self._warnings.update(encoded.warnings)
-        for reason, places in self._dropped.items():
-            places += getattr(encoded, reason)[: SHOWN_PLACES - len(places)]
+        self._too_long += encoded.too_long[: SHOWN_PLACES - len(self._too_long)]
+        self.bad = merged(self.bad, encoded.bad)
+        self._report += encoded.report
 
 
 class TokenStore(Sequence[Example]):
@@ -169,9 +179,9 @@ class TokenStore(Sequence[Example]):
         section: Format of the rows and names of their columns, as set or detected; None without rows. The other keys
             of a source (path, rows, weight) are not stored.
         counts: Outcome of the source's rows.
-        warnings: Warnings about the rows.
         too_long: Places of the first rows dropped because of their length.
-        without_targets: Places of the first rows without target tokens.
+        bad: Rows that cannot be used, by reason.
+        report: What the encoder found in the rows.
         ends, targets, rows, digests: One integer for each example, shape (examples,); see `COLUMNS`.
     """
 
@@ -179,10 +189,14 @@ class TokenStore(Sequence[Example]):
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         section = metadata["section"]
         self.section: SourceSection | None = section and TypeAdapter(Source).validate_python(section)
-        self.counts = RowCounts(**metadata["counts"])
-        self.warnings: list[str] = metadata["warnings"]
+        self.counts = RowCounts.from_json(metadata["counts"])
         self.too_long: list[str] = metadata["too_long"]
-        self.without_targets: list[str] = metadata["without_targets"]
+        self.bad = {reason: BadRows(**rows) for reason, rows in metadata["bad"].items()}
+        self.report = EncodingReport(
+            {text: Note(**note) for text, note in metadata["notes"].items()},
+            Counter(dict(metadata["answer_ends"])),
+            metadata["unended"],
+        )
         self.ends = _column(folder, "ends")
         self.targets = _column(folder, "targets")
         self.rows = _column(folder, "rows")

@@ -15,13 +15,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.bad_rows import bad_rows_error
 from finetune.data.documents import Format
-from finetune.data.encode import Encoder
+from finetune.data.encode import Encoder, EncodingReport
 from finetune.data.rows import Row
 from finetune.data.token_store import EncodedRows, TokenStoreWriter
 from finetune.data.truncation import Truncation
-from finetune.errors import EnvironmentFault
-from finetune.recipe.sections.data import Data, SourceSection
+from finetune.errors import DataError, EnvironmentFault
+from finetune.recipe.sections.data import AutoSource, Data, SourceSection
 from finetune.resolve import build
 
 CHUNK_ROWS = 256
@@ -29,6 +30,9 @@ CHUNK_ROWS = 256
 
 ROWS_WORTH_PROCESSES = 8192
 """Number of rows below which starting processes takes longer than tokenizing."""
+
+MOST_BAD_ROWS = 1000
+"""Number of bad rows after which no more are counted before the error, where the recipe does not drop them."""
 
 NumberedRow = tuple[int, Row]
 
@@ -54,18 +58,28 @@ class TokenizationSpec:
         row_format: Format[Any] = build(self.source)
         # `auto` detects the format on the first row it is given. Every process gives it the same one, whatever
         # chunk it works on, so that all of them read the rows alike.
-        row_format.document(self.first)
+        try:
+            row_format.document(self.first)
+        except DataError:
+            if row_format.resolved is self.source and isinstance(self.source, AutoSource):
+                raise  # no format was detected; other errors are counted when the row is encoded
         return row_format
 
     def encoder(self) -> Callable[[list[NumberedRow]], EncodedRows]:
         """A function that tokenizes chunks of rows; format and encoder are built once."""
         row_format = self.format()
-        encoder = Encoder(self.tokenizer, self.section.train_on)
+        encoder = Encoder(self.tokenizer, self.section.train_on, self.section.control_tokens)
 
         def encode(rows: list[NumberedRow]) -> EncodedRows:
+            encoder.report = EncodingReport()
             truncation = Truncation(encoder, self.section)
             for number, row in rows:
-                truncation.add(row_format.document(row), number, row.where)
+                try:
+                    document = row_format.document(row)
+                except DataError as error:
+                    truncation.add_bad(error, row.where)
+                    continue
+                truncation.add(document, number, row.where)
             return truncation.encoded()
 
         return encode
@@ -99,16 +113,18 @@ def tokenize(
     workers = section.workers or _cores()
     chunks_here = None if workers == 1 else ROWS_WORTH_PROCESSES // CHUNK_ROWS
     for chunk in islice(chunks, chunks_here):
-        _write(encode(chunk), writer, report_rows)
+        _write(encode(chunk), writer, section, report_rows)
     next_chunk = next(chunks, None)
     if next_chunk is not None:
         for encoded in _in_processes(specification, chain([next_chunk], chunks), workers):
-            _write(encoded, writer, report_rows)
+            _write(encoded, writer, section, report_rows)
 
 
-def _write(encoded: EncodedRows, writer: TokenStoreWriter, report_rows: Callable[[int], None]) -> None:
+def _write(encoded: EncodedRows, writer: TokenStoreWriter, section: Data, report_rows: Callable[[int], None]) -> None:
     writer.add(encoded)
     report_rows(writer.counts.read)
+    if section.on_bad_row == "error" and writer.counts.bad.total() > MOST_BAD_ROWS:
+        raise bad_rows_error(writer.counts.bad, writer.bad, may_drop=True)
 
 
 def _chunks(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 import finetune.data
 import finetune.recipe.sections
+from finetune.data.chat_template import ChatTemplate
 from finetune.data.hub import revision_of
 from finetune.data.mixing import sampled
 from finetune.data.rows import Row
@@ -29,7 +30,7 @@ from finetune.run.events import EventHandler, Progress
 from finetune.run.provenance import file_record
 from finetune.storage.cache import cached, sources_digest
 
-SHAPING_OPTIONS = ("max_length", "overlength", "train_on", "split_turns")
+SHAPING_OPTIONS = ("max_length", "overlength", "train_on", "split_turns", "control_tokens")
 """Keys of the section `data` on which the tokens and target masks of a row depend."""
 
 SHAPING_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
@@ -127,6 +128,7 @@ def _key(
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
+        "today": str(getattr(tokenizer, "today", None)) if ChatTemplate(tokenizer).mentions("strftime_now") else None,
         "packages": {name: version(name) for name in SHAPING_PACKAGES},
         # A fixed bug in masks must not return from the cache; the store has a section, which new code must accept.
         "code": sources_digest(finetune.data, finetune.recipe.sections),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from finetune.data.bad_rows import MALFORMED, WITHOUT_TARGETS, BadRows, merged
 from finetune.data.documents import Conversation, Document, PlainText, Tokens
 from finetune.data.encode import Encoder, Example
 from finetune.data.token_store import EncodedRows, RowCounts
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import Data
+
+_NO_TARGETS = DataError("the row has no target tokens", hint="give it an answer, or remove it")
 
 
 class Truncation:
@@ -29,7 +33,8 @@ class Truncation:
         self._rows: list[int] = []
         self._places: list[str] = []
         self._too_long: list[str] = []
-        self._without_targets: list[str] = []
+        self._bad: dict[str, BadRows] = {}
+        self._bad_counts: Counter[str] = Counter()
         self._read = 0
         self._truncated = 0
         self._cut_targets = 0
@@ -37,28 +42,47 @@ class Truncation:
     def add(self, document: Document, row: int, where: str) -> None:
         """Encode the document of a row, shorten it, and keep its examples that have target tokens.
 
+        A row that cannot be used is counted under its reason, and none of its examples is kept.
+
         Args:
             document: The row's content.
             row: Index of the row in its source.
             where: Place of the row, for messages.
 
         Raises:
-            DataError: The row is too long and no policy applies, or it cannot be encoded.
+            DataError: The row is too long and no policy applies.
         """
+        try:
+            encoded = self._encoded(document, where)
+        except BadRow as error:
+            self.add_bad(error, where)
+            return
         self._read += 1
-        splits = self._section.split_turns and isinstance(document, Conversation)
-        for part in document.split_turns() if splits and isinstance(document, Conversation) else [document]:
-            full = self._encoder.example(part, where)
+        for part, full in encoded:
             for example in self._shortened(full, part, where):
                 # Tested after the cut: a cut at the end can remove all targets.
                 if not example.targets:
-                    self._without_targets.append(where)
+                    self._count_bad(WITHOUT_TARGETS, _NO_TARGETS, where)
                     continue
                 self._examples.append(example)
                 self._rows.append(row)
                 self._places.append(where)
                 # Splitting loses no token, so its parts do not count as cut.
                 self._truncated += self._section.overlength != "split" and example is not full
+
+    def _encoded(self, document: Document, where: str) -> list[tuple[Document, Example]]:
+        splits = self._section.split_turns and isinstance(document, Conversation)
+        parts = document.split_turns() if splits and isinstance(document, Conversation) else [document]
+        return [(part, example) for part in parts for example in self._encoder.examples(part, where)]
+
+    def add_bad(self, error: DataError, where: str) -> None:
+        """Count a row that cannot be used, under the error's reason or as malformed."""
+        self._read += 1
+        self._count_bad(error.reason if isinstance(error, BadRow) else MALFORMED, error, where)
+
+    def _count_bad(self, reason: str, error: DataError, where: str) -> None:
+        self._bad = merged(self._bad, {reason: BadRows(error.what, error.hint, [where])})
+        self._bad_counts[reason] += 1
 
     def encoded(self) -> EncodedRows:
         """All rows that were added, as columns."""
@@ -69,10 +93,10 @@ class Truncation:
         is_target = np.array([mark for example in examples for mark in example.is_target], np.uint32)
         counts = RowCounts(
             read=self._read,
-            added=len(examples) + len(self._too_long) + len(self._without_targets) - self._read,
+            added=len(examples) + len(self._too_long) + self._bad_counts.total() - self._read,
             kept=len(examples),
             too_long=len(self._too_long),
-            without_targets=len(self._without_targets),
+            bad=self._bad_counts,
             truncated=self._truncated,
             tokens=int(lengths.sum()),
             target_tokens=int(targets.sum()),
@@ -84,8 +108,7 @@ class Truncation:
             "rows": np.array(self._rows, np.int64),
             "digests": _digests(ids, lengths),
         }
-        warnings = sorted(self._encoder.warnings)
-        return EncodedRows(columns, lengths, self._places, counts, self._too_long, self._without_targets, warnings)
+        return EncodedRows(columns, lengths, self._places, counts, self._too_long, self._bad, self._encoder.report)
 
     def _shortened(self, example: Example, document: Document, where: str) -> list[Example]:
         longest, policy = self._section.max_length, self._section.overlength

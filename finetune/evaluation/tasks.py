@@ -174,7 +174,7 @@ class Choose(_OnRows[ChooseTask]):
         if not questions:
             raise self._none_found()
         examples = [
-            _without_end(encoder.example(_answered(each.document, choice), each.where), engine)
+            _without_end(encoder.examples(_answered(each.document, choice), each.where)[0], engine)
             for each, choices in questions
             for choice in choices
         ]
@@ -231,7 +231,11 @@ class Loss(_OnRows[LossTask]):
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         encoder = Encoder(engine.tokenizer, "assistant")
-        encoded = [(each.where, encoder.example(each.document, each.where)) for each in self._documents(limit)]
+        encoded = [
+            (each.where, example)
+            for each in self._documents(limit)
+            for example in encoder.examples(each.document, each.where)
+        ]
         found = [(row, example) for row, example in encoded if example.targets]  # others have no loss
         if not found:
             raise self._none_found()

@@ -320,7 +320,7 @@ def test_generation_prompt_has_the_tokens_of_training(tiny_recipe: dict[str, Any
     encoder = Encoder(AutoTokenizer.from_pretrained(tiny_model), "assistant")
     row = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
     asked = encoder.prompt(Conversation((Message("user", "Hi"), Message("assistant", ""))), "prompt")
-    assert encoder.example(row, "row").ids[: len(asked.ids)] == asked.ids
+    assert encoder.examples(row, "row")[0].ids[: len(asked.ids)] == asked.ids
 
 
 def test_changed_base_is_refused_by_every_command(tiny_recipe: dict[str, Any], tmp_path: Path):

@@ -169,7 +169,7 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
     folder = find_model(section, lambda doing: on_event(Phase(doing)), weights=False)
     on_event(Phase("inspecting the data"))
-    longest, splits_turns = longest_row(seen.sample, load_tokenizer(folder))
+    longest = longest_row(seen.sample, load_tokenizer(folder))
     wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
     return Facts(
         seen=seen,
@@ -177,7 +177,6 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         objective=objective,
         longest_row=longest,
         row_tokens=min(wanted, folder.positions or wanted),
-        splits_turns=splits_turns,
     )
 
 

@@ -63,7 +63,6 @@ class Facts:
         objective: One of `OBJECTIVES`.
         longest_row: Tokens of the longest sampled row.
         row_tokens: `data.max_length`.
-        splits_turns: Whether each answer needs a row of its own.
     """
 
     seen: DatasetSummary
@@ -71,7 +70,6 @@ class Facts:
     objective: str
     longest_row: int
     row_tokens: int
-    splits_turns: bool
 
 
 def batch_size(rows: int) -> int:
@@ -144,8 +142,6 @@ def _data(facts: Facts, folder: Path) -> dict[str, Any]:
         data["overlength"] = "split"
     elif facts.longest_row > facts.row_tokens:
         data["overlength"] = "truncate_prompt"
-    if facts.splits_turns:
-        data["split_turns"] = True
     return data
 
 
@@ -195,8 +191,6 @@ def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:
         remarks["data.max_length"] = "tokens; longer texts become several rows, each token is a target once"
     elif facts.longest_row > facts.row_tokens:
         remarks["data.overlength"] = "some rows are longer than the model's context: their prompt's beginning is cut"
-    if facts.splits_turns:
-        remarks["data.split_turns"] = "the model's template renders earlier answers in another way than the last"
     if any(isinstance(label, int) for label in facts.seen.labels):
         remarks["data.train"] = "labels are numbers in the file: name them in `labels`, the model generates names"
     return remarks

@@ -283,10 +283,27 @@ class Data(Section):
     )
     on_bad_row: Literal["error", "drop"] = Field(
         "error",
-        description="What to do with a row without target tokens. error: stop. drop: drop the row and count it.",
+        description=(
+            "What to do with a row that cannot be used: the chat template refuses it or omits a part of it, it has no "
+            "target tokens or an empty answer, or it is malformed. error: stop. drop: drop the row and count it."
+        ),
     )
     max_dropped: float = Field(
         0.01, ge=0, le=1, description="Maximum fraction of dropped rows, whatever the reason; beyond it, stop."
+    )
+    control_tokens: Literal["text", "error"] = Field(
+        "text",
+        description=(
+            "Control tokens such as `<|im_end|>` written in the words of a conversation. text: they stay text. error: "
+            "the row is bad, see `on_bad_row`."
+        ),
+    )
+    template_arguments: dict[str, Any] = Field(
+        {},
+        description=(
+            "Variables for the chat template, such as `enable_thinking: false`; saved with the run's template as "
+            "defaults."
+        ),
     )
     workers: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
         None, ge=1, description="Processes that tokenize rows; by default one per core."

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.bad_rows import SHOWN_PLACES
 from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import IGNORED, Batch, BatchOrder, flattened
 from finetune.data.dataset import TokenizedDataset
 from finetune.data.documents import Tokens
 from finetune.data.encode import Encoder, Example
 from finetune.data.packing import packed
-from finetune.data.token_store import SHOWN_PLACES, TokenStore, TokenStoreWriter
+from finetune.data.token_store import TokenStore, TokenStoreWriter
 from finetune.data.truncation import Truncation
 from finetune.recipe.sections.data import Data
 from finetune.recipe.sections.training import Training
@@ -213,7 +214,7 @@ def test_token_store_returns_what_was_written_without_dropped_rows(chunks: list[
     assert len(set(digests)) == len({row.tokens.ids for _, row in kept})
     counts = store.counts
     assert (counts.read, counts.added, counts.kept) == (len(rows), 0, len(kept))
-    assert (counts.too_long, counts.without_targets) == (len(rows) - len(short), len(short) - len(kept))
+    assert (counts.too_long, counts.bad.total()) == (len(rows) - len(short), len(short) - len(kept))
     assert (counts.tokens, counts.target_tokens) == (sum(lengths), sum(targets))
     assert store.too_long == [row.where for row in rows if len(row.tokens.ids) > 8][:SHOWN_PLACES]
 

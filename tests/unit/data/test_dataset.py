@@ -153,7 +153,7 @@ def test_kept_rows_equal_file_without_dropped_rows(tmp_path: Path):
 
 
 def test_row_of_exactly_max_length_is_kept(tmp_path: Path):
-    example = Encoder(TOKENIZER, "assistant").example(PlainText("", "x" * 50), "row")
+    example = Encoder(TOKENIZER, "assistant").examples(PlainText("", "x" * 50), "row")[0]
     split = read(data(text_file(tmp_path, ["x" * 50]), max_length=len(example.ids))).train
     assert list(split) == [example]
     assert split.counts.too_long == 0

@@ -26,57 +26,57 @@ TWO_TURNS = conversation(
 
 
 def test_targets_are_answers_with_end_of_turn():
-    example = Encoder(TOKENIZER, "assistant").example(TWO_TURNS, "row")
+    example = Encoder(TOKENIZER, "assistant").examples(TWO_TURNS, "row")[0]
     assert target_text(example) == "Hello\nyou<|end|>See you<|end|>"
 
 
 def test_train_on_last_turn_targets_last_answer_only():
-    example = Encoder(TOKENIZER, "last_turn").example(TWO_TURNS, "row")
+    example = Encoder(TOKENIZER, "last_turn").examples(TWO_TURNS, "row")[0]
     assert target_text(example) == "See you<|end|>"
 
 
 def test_train_on_all_targets_every_token():
-    example = Encoder(TOKENIZER, "all").example(TWO_TURNS, "row")
+    example = Encoder(TOKENIZER, "all").examples(TWO_TURNS, "row")[0]
     assert all(example.is_target)
 
 
 def test_end_of_turn_is_target_when_it_is_padding_token():
     assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id
-    example = Encoder(TOKENIZER, "assistant").example(conversation(("user", "a"), ("assistant", "b")), "row")
+    example = Encoder(TOKENIZER, "assistant").examples(conversation(("user", "a"), ("assistant", "b")), "row")[0]
     ends = [target for i, target in zip(example.ids, example.is_target, strict=True) if i == TOKENIZER.eos_token_id]
     assert ends == [False, True]  # the user's turn and the assistant's
 
 
 def test_mask_is_by_position_when_answer_repeats_question():
-    example = Encoder(TOKENIZER, "assistant").example(conversation(("user", "same"), ("assistant", "same")), "row")
+    example = Encoder(TOKENIZER, "assistant").examples(conversation(("user", "same"), ("assistant", "same")), "row")[0]
     first = example.is_target.index(True)
     assert target_text(example) == "same<|end|>"
     assert TOKENIZER.decode(example.ids[:first]).endswith("<|turn|>assistant\n")
 
 
 def test_targets_include_white_space_of_answer():
-    example = Encoder(TOKENIZER, "assistant").example(conversation(("user", "a"), ("assistant", "b \n ")), "row")
+    example = Encoder(TOKENIZER, "assistant").examples(conversation(("user", "a"), ("assistant", "b \n ")), "row")[0]
     assert target_text(example) == "b \n <|end|>"
 
 
 def test_encoded_row_has_one_bos_token():
-    example = Encoder(TOKENIZER, "assistant").example(TWO_TURNS, "row")
+    example = Encoder(TOKENIZER, "assistant").examples(TWO_TURNS, "row")[0]
     assert example.ids.count(TOKENIZER.bos_token_id) == 1
 
 
 def test_completion_targets_exclude_prompt_and_include_eos():
-    example = Encoder(TOKENIZER, "assistant").example(PlainText("2+2=", "4"), "row")
+    example = Encoder(TOKENIZER, "assistant").examples(PlainText("2+2=", "4"), "row")[0]
     assert target_text(example) == "4<|end|>"
 
 
 def test_plain_text_without_prompt_targets_all_tokens():
-    example = Encoder(TOKENIZER, "assistant").example(PlainText("", "once upon"), "row")
+    example = Encoder(TOKENIZER, "assistant").examples(PlainText("", "once upon"), "row")[0]
     assert target_text(example) == "once upon<|end|>"
 
 
 def test_prompt_ends_where_answer_begins():
     encoder = Encoder(TOKENIZER, "assistant")
-    prompt, example = encoder.prompt(TWO_TURNS, "row"), encoder.example(TWO_TURNS, "row")
+    prompt, example = encoder.prompt(TWO_TURNS, "row"), encoder.examples(TWO_TURNS, "row")[0]
     assert prompt is not None
     assert prompt.references == ("See you",)
     assert example.ids[: len(prompt.ids)] == prompt.ids
@@ -84,35 +84,35 @@ def test_prompt_ends_where_answer_begins():
 
 
 def test_conversation_without_answer_has_no_targets():
-    assert Encoder(TOKENIZER, "assistant").example(conversation(("user", "a")), "row").targets == 0
+    assert Encoder(TOKENIZER, "assistant").examples(conversation(("user", "a")), "row")[0].targets == 0
 
 
 def test_conversation_beginning_with_assistant_raises_with_place():
     with pytest.raises(DataError) as caught:
-        Encoder(TOKENIZER, "assistant").example(conversation(("assistant", "a")), "f.jsonl:3")
+        Encoder(TOKENIZER, "assistant").examples(conversation(("assistant", "a")), "f.jsonl:3")[0]
     assert caught.value.where == "f.jsonl:3"
 
 
-def test_template_rewriting_history_raises():
+def test_template_rewriting_user_turns_raises():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|turn|>{{ m['role'] }}\n"
-        "{{ m['content'] if loop.last or m['role'] == 'user' else 'gone' }}<|end|>\n{% endfor %}"
+        "{{ m['content'] if loop.last or m['role'] == 'assistant' else 'gone' }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
     )
-    with pytest.raises(DataError, match="differently once later turns follow"):
-        Encoder(tokenizer, "assistant").example(TWO_TURNS, "row")
+    with pytest.raises(DataError, match="omits a part of turn 0"):
+        Encoder(tokenizer, "assistant").examples(TWO_TURNS, "row")[0]
 
 
 def test_tokenizer_without_chat_template_raises_model_error():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
-        Encoder(tokenizer, "assistant").example(TWO_TURNS, "row")
+        Encoder(tokenizer, "assistant").examples(TWO_TURNS, "row")[0]
 
 
 def test_template_exception_raises_data_error():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
-        Encoder(tokenizer, "assistant").example(TWO_TURNS, "row")
+        Encoder(tokenizer, "assistant").examples(TWO_TURNS, "row")[0]

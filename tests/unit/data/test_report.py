@@ -36,7 +36,7 @@ def test_report_accounts_for_every_row_by_source_and_in_total(tmp_path: Path):
     assert [each["read"] for each in numbers["sources"]] == [4, 2]
     assert [each["too_long"] for each in numbers["sources"]] == [1, 1]
     for each in (numbers, *numbers["sources"]):
-        assert each["read"] + each["added"] == each["kept"] + each["too_long"] + each["untrainable"]
+        assert each["read"] + each["added"] == each["kept"] + each["too_long"] + sum(each["bad"].values())
     for name in ("read", "kept", "used", "tokens", "target_tokens", "duplicates"):
         assert numbers[name] == sum(each[name] for each in numbers["sources"])
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.bad_rows import OMITTED
 from finetune.data.documents import Conversation, Message
 from finetune.data.encode import Encoder
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from tests.fixtures.templates import SPECIAL, family_tokenizer
 
 TOKENIZERS = {family: family_tokenizer(family) for family in SPECIAL}
@@ -22,7 +23,7 @@ STABLE = [family for family in SPECIAL if family != "qwen3"]
 def marked(family: str, conversation: Conversation, train_on: str = "assistant") -> str:
     """The rendered text with its targets in double brackets."""
     tokenizer = TOKENIZERS[family]
-    example = Encoder(tokenizer, train_on).example(conversation, "row")  # type: ignore[arg-type]
+    example = Encoder(tokenizer, train_on).examples(conversation, "row")[0]  # type: ignore[arg-type]
     pieces = []
     for target, pairs in groupby(zip(example.ids, example.is_target, strict=True), key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in pairs])
@@ -77,11 +78,12 @@ def test_template_rendering_and_targets_match_golden_text(family: str):
     assert marked(family, TALK) == GOLDEN[family]
 
 
-def test_template_rendering_last_turn_differently_raises_with_hint():
-    with pytest.raises(DataError, match="turn 2 differently") as caught:
-        marked("qwen3", TALK)
-    assert "data.split_turns" in str(caught.value.hint)
-    assert "last_turn" in str(caught.value.hint)
+def test_template_rendering_last_turn_differently_gives_example_of_each_answer():
+    encoder = Encoder(TOKENIZERS["qwen3"], "assistant")
+    examples = encoder.examples(TALK, "row")
+    assert examples == [example for part in TALK.split_turns() for example in encoder.examples(part, "row")]
+    assert len(examples) == 2
+    assert [note.count for note in encoder.report.notes.values()] == [1]
 
 
 def test_split_turns_makes_row_of_each_answer():
@@ -112,14 +114,13 @@ def test_reasoning_is_rendered_and_target_with_its_answer():
     assert "One and one." not in last  # the template drops the reasoning of earlier turns
 
 
-@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
-def test_reasoning_omitted_by_template_raises_with_hint(family: str):
-    with pytest.raises(DataError, match="omits the reasoning of turn 1") as caught:
-        marked(family, THOUGHT)
-    assert "data.split_turns" in str(caught.value.hint)
+def test_reasoning_omitted_by_template_without_tags_raises_unless_excluded():
+    with pytest.raises(BadRow, match="omits the reasoning") as caught:
+        marked("qwen2_5", THOUGHT)
+    assert caught.value.reason == OMITTED
     alone = THOUGHT.split_turns()[0]
     quiet = Conversation((*alone.messages[:-1], replace(alone.messages[-1], train=False)))
-    assert "⟦" not in marked(family, quiet)
+    assert "⟦" not in marked("qwen2_5", quiet)
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -175,28 +176,27 @@ def test_qwen3_renders_tools_in_system_turn_with_last_answer_as_target():
 def test_protected_prefix_ends_before_first_user_text(family: str):
     tokenizer = TOKENIZERS[family]
     encoder = Encoder(tokenizer, "last_turn")
-    example = encoder.example(TALK, "row")
+    example = encoder.examples(TALK, "row")[0]
     protected = encoder.protected_prefix(TALK, example, "row")
     assert "Be brief." in tokenizer.decode(example.ids[:protected])
     assert tokenizer.decode(example.ids[protected:]).startswith("Hi")
 
 
-def test_template_without_end_token_warns_once():
+def test_template_without_end_token_counts_unended_answers():
     tokenizer = family_tokenizer("qwen2_5")
     tokenizer.chat_template = "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}"
     tokenizer.chat_template += "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     encoder = Encoder(tokenizer, "assistant")
-    for _ in range(2):
-        encoder.example(TALK, "row")
-    (warning,) = encoder.warnings
-    assert "without a special token" in warning
+    encoder.examples(TALK, "row")
+    assert (encoder.report.unended, encoder.report.ends.total()) == (2, 0)
 
 
 @pytest.mark.parametrize("family", STABLE)
 def test_template_families_end_answers_with_special_token(family: str):
     encoder = Encoder(TOKENIZERS[family], "assistant")
-    encoder.example(TALK, "row")
-    assert not encoder.warnings
+    encoder.examples(TALK, "row")
+    end = TOKENIZERS[family].convert_tokens_to_ids(SPECIAL[family][1])
+    assert (encoder.report.unended, encoder.report.ends) == (0, {end: 2})
 
 
 def test_train_on_completion_targets_all_turns_after_last_user_turn():
@@ -206,7 +206,7 @@ def test_train_on_completion_targets_all_turns_after_last_user_turn():
 
 
 def test_tools_omitted_by_template_raise():
-    with pytest.raises(DataError, match="omits the tool 'add'"):
+    with pytest.raises(DataError, match="omits the definition of a tool: 'add'"):
         marked("smollm2", WITH_TOOL)
 
 
@@ -226,7 +226,7 @@ CONTENT = st.lists(
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
     system = [Message("system", draw(CONTENT))] if draw(st.booleans()) else []
-    exchanges = draw(st.lists(st.tuples(CONTENT, CONTENT, st.booleans()), min_size=1, max_size=3))
+    exchanges = draw(st.lists(st.tuples(CONTENT, CONTENT.filter(str.strip), st.booleans()), min_size=1, max_size=3))
     turns = [
         message
         for question, answer, train in exchanges

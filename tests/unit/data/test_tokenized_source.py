@@ -58,7 +58,7 @@ def test_token_store_returns_encoded_examples_with_places(tmp_path: Path):
     rows = [Row(json.loads(line), "row") for line in file.read_text().splitlines()]
     section = Data.model_validate({"train": [{"path": str(file), "format": "chat"}]})
     documents = [ChatFormat(section.train[0]).document(row) for row in rows]
-    assert list(store) == [Encoder(TOKENIZER, "assistant").example(document, "row") for document in documents]
+    assert list(store) == [Encoder(TOKENIZER, "assistant").examples(document, "row")[0] for document in documents]
     assert [store.place(number) for number in range(6)] == [f"{file}:{line}" for line in range(1, 7)]
     assert store.targets.tolist() == [example.targets for example in store]
 
@@ -81,15 +81,28 @@ def test_tokenization_on_two_processes_equals_one(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_tokenization_error_names_first_bad_row_and_keeps_no_entry(tmp_path: Path):
+def test_malformed_rows_are_counted_with_place_of_the_first(tmp_path: Path):
     def break_row(number: int, row: dict[str, Any]) -> None:
         if number in (13, 17):
             row["messages"] = "nothing"
 
+    store, _ = tokenized(chats(tmp_path, 21, break_row), workers=2, on_bad_row="drop")
+    assert (store.counts.kept, store.counts.bad) == (19, {"malformed": 2})
+    malformed = store.bad["malformed"]
+    assert [place.rpartition("/")[2] for place in malformed.places] == ["chat.jsonl:14", "chat.jsonl:18"]
+    assert "messages" in malformed.what
+    assert malformed.hint
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_tokenization_stops_at_many_bad_rows_and_keeps_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def break_row(number: int, row: dict[str, Any]) -> None:
+        row["messages"] = number
+
+    monkeypatch.setattr(tokenize_module, "MOST_BAD_ROWS", 7)
     with pytest.raises(DataError, match="messages") as caught:
-        tokenized(chats(tmp_path, 21, break_row), workers=2)
-    assert str(caught.value.where).endswith("chat.jsonl:14")
-    assert caught.value.hint
+        tokenized(chats(tmp_path, 21, break_row))
+    assert str(caught.value.where).endswith("chat.jsonl:1")
     assert list((tmp_path / "cache" / "tokens").glob("[!.]*")) == []
 
 
@@ -199,5 +212,5 @@ def test_warnings_are_logged_on_cache_miss_and_hit(tmp_path: Path, caplog: pytes
     for _ in range(1 + again):
         caplog.clear()
         rows = read_data(section, tokenizer, seed=1)
-    assert caplog.text.count("without a special token") == 1
+    assert caplog.text.count("without a control token") == 1
     assert rows.train.sources[0].store.format == "chat"

@@ -70,8 +70,8 @@ def test_truncate_counts_cut_target_tokens(caplog: pytest.LogCaptureFixture):
 
 def test_truncate_removing_all_targets_counts_row_without_targets():
     split = encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate", on_bad_row="drop")
-    assert (split.counts.kept, split.counts.without_targets) == (1, 1)
-    with pytest.raises(DataError, match=r"no target tokens: rows.jsonl:1"):
+    assert (split.counts.kept, split.counts.bad["without target tokens"]) == (1, 1)
+    with pytest.raises(DataError, match="no target tokens"):
         encoded(TALK, LONG_ANSWER, max_length=40, overlength="truncate")
 
 
@@ -92,9 +92,9 @@ def test_overlength_split_splits_text_and_rejects_prompt():
 
 def test_rows_without_targets_raise_with_places_or_are_dropped():
     unanswered = Conversation((Message("user", "a"),))
-    with pytest.raises(DataError, match=r"2 rows have no target tokens: rows.jsonl:1, rows.jsonl:3"):
+    with pytest.raises(DataError, match=r"2 rows .*without target tokens.*: rows.jsonl:1, rows.jsonl:3"):
         encoded(unanswered, TALK, unanswered)
-    assert encoded(unanswered, TALK, unanswered, on_bad_row="drop").counts.without_targets == 2
+    assert encoded(unanswered, TALK, unanswered, on_bad_row="drop").counts.bad.total() == 2
     with pytest.raises(DataError, match="no target tokens"):
         encoded(unanswered, on_bad_row="drop")
 
@@ -109,7 +109,7 @@ def test_row_with_two_bos_tokens_raises():
     twice = tiny_tokenizer()
     twice.chat_template = "{{ bos_token }}" + str(twice.chat_template)
     with pytest.raises(DataError, match="twice"):
-        Encoder(twice, "assistant").example(TALK, "row")
+        Encoder(twice, "assistant").examples(TALK, "row")[0]
 
 
 def test_truncate_prompt_keeps_system_message():

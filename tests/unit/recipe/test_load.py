@@ -417,7 +417,7 @@ def test_dump_has_defaults_in_schema_order(good: str, load: Load) -> None:
     tops = [line.partition(":")[0] for line in text.splitlines() if not line.startswith((" ", "-"))]
     assert tops == list(json_schema()["properties"])
     assert "  warmup_ratio: 0.03\n" in text
-    assert "{" not in text
+    assert "{" not in text.replace("template_arguments: {}", "")
 
 
 @pytest.mark.parametrize("rate", [2e-05, 1e-8, 1e-300, 123456789.123, 1e22])

@@ -1,0 +1,223 @@
+"""The chat template of a tokenizer: rendering of conversations, and what the template reads of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.bad_rows import REJECTED
+from finetune.data.documents import Message, ToolObject
+from finetune.errors import BadRow, ModelError
+from finetune.models.loading.chat_template_guard import TemplateLimit, render
+
+_ROLES = re.compile(r"\brole|alternat|must start with|first message|last message", re.IGNORECASE)
+"""Words in a template's own error that is about the order of roles."""
+
+_PROBE_CALL = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"k": "v"}}}
+_PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
+
+
+class JsonObject(dict[str, Any]):
+    """An object that a template prints as JSON; Python prints a dict with single quotes."""
+
+    def __str__(self) -> str:
+        """The JSON text."""
+        return json.dumps(self, ensure_ascii=False)
+
+
+class JsonList(list[Any]):
+    """A list that a template prints as JSON."""
+
+    def __str__(self) -> str:
+        """The JSON text."""
+        return json.dumps(self, ensure_ascii=False)
+
+
+class ChatTemplate:
+    """Renders conversations as text.
+
+    The date that a template writes is `tokenizer.today`, at 0:00, so that a run renders the same text on every day.
+
+    Args:
+        tokenizer: A tokenizer; it may have no chat template, one, or several under names.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._now = datetime.combine(getattr(tokenizer, "today", None) or date.today(), time())
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        where: str,
+        *,
+        tools: Sequence[ToolObject] = (),
+        arguments: Mapping[str, Any] | None = None,
+        generation_prompt: bool = False,
+    ) -> str:
+        """The messages as text.
+
+        Args:
+            messages: The turns.
+            where: Place of the row.
+            tools: Definitions of the available tools.
+            arguments: Further variables of the template.
+            generation_prompt: Whether to add the header of the assistant's next turn.
+
+        Raises:
+            BadRow: The template rejects the messages.
+            ModelError: There is no template for them, or it exceeds a limit.
+        """
+        self._require(has_tools=bool(tools), where=where)
+        try:
+            return self._rendered(messages, tools, arguments or {}, generation_prompt, self.takes_objects)
+        except TemplateLimit as limit:
+            raise ModelError(
+                f"the model's chat template {limit} for this row",
+                where=where,
+                hint="use another tokenizer: the template of this one is broken or hostile",
+            ) from limit
+        except Exception as error:  # a template is a program: it can divide by zero, call a number, and so on
+            raise _rejection(error, messages, where) from error
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolObject],
+        arguments: Mapping[str, Any],
+        generation_prompt: bool,
+        as_objects: bool,
+    ) -> str:
+        variables = {"strftime_now": self._now.strftime, **arguments}
+        return render(
+            self.tokenizer,
+            [_as_dict(message, as_objects) for message in messages],
+            tools=list(tools) or None,
+            add_generation_prompt=generation_prompt,
+            **variables,
+        )
+
+    @cached_property
+    def takes_objects(self) -> bool:
+        """Whether the template takes a call's arguments as an object; otherwise it wants JSON text.
+
+        Found by rendering a call with the arguments `{"k": "v"}` in both ways.
+        """
+        call = Message("assistant", "", (_PROBE_CALL,))
+        for as_objects in (True, False):
+            try:
+                text = self._rendered([Message("user", "a"), call], [_PROBE_TOOL], {}, False, as_objects)
+            except Exception:  # the template rejects the call in this form
+                continue
+            if '\\"k' not in text:  # JSON within JSON: the template renders text as JSON once more
+                return as_objects
+        return True
+
+    def mentions(self, name: str) -> bool:
+        """Whether the template reads a variable, or a key of a message, of this name."""
+        return name in self._names
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """The templates by name; a single one is called `default`."""
+        template = self.tokenizer.chat_template
+        return dict(template) if isinstance(template, Mapping) else {"default": template} if template else {}
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for source in self.sources.values() for name in _names_in(source))
+
+    @cached_property
+    def thought_tags(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of tags around thoughts that the template mentions."""
+        source = "\n".join(self.sources.values())
+        return tuple(pair for pair in THOUGHT_TAGS if pair[0] in source or pair[1] in source)
+
+    def _require(self, has_tools: bool, where: str) -> None:
+        if not self.sources:
+            raise ModelError(
+                "the tokenizer has no chat template, and the rows are conversations",
+                where=where,
+                hint="set model.chat_template to a template file or to the name of a family "
+                "(ft explain model.chat_template), use the instruction-tuned version of the model, or data of format "
+                "completion or text",
+            )
+        if "default" not in self.sources and not (has_tools and "tool_use" in self.sources):
+            raise ModelError(
+                f"the model has the chat templates {', '.join(self.sources)}, and none called default",
+                where=where,
+                hint="set model.chat_template to a file with the template that these rows need"
+                + ("; rows with tools use tool_use" if "tool_use" in self.sources else ""),
+            )
+
+
+THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+"""The pairs of tags that models write around a thought."""
+
+
+def _names_in(source: str) -> set[str]:
+    """Names of variables, attributes and keys in a template, and all its strings, which may be keys as well."""
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except jinja2.TemplateError:  # of another extension, or broken: rendering tells
+        return set(re.findall(r"\w+", source))
+    names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+
+def _rejection(error: Exception, messages: Sequence[Message], where: str) -> BadRow:
+    raised = isinstance(error, jinja2.TemplateError) and not isinstance(error, jinja2.UndefinedError)
+    what = f"the chat template rejects the row: {error}"
+    if raised and _ROLES.search(str(error)):
+        roles = ", ".join(message.role for message in messages)
+        hint = f"correct the order of roles (here: {roles})"
+    else:
+        hint = "write the row as the template expects it, or set model.chat_template to another template"
+    return BadRow(what, reason=REJECTED, where=where, hint=hint)
+
+
+def _as_dict(message: Message, as_objects: bool) -> dict[str, Any]:
+    """A message for a chat template. Keys that do not apply are absent, because templates test their presence."""
+    turn: dict[str, Any] = {**message.extra, "role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call, as_objects) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning:
+        turn |= dict.fromkeys(("reasoning_content", "thinking"), message.reasoning)  # templates read one or the other
+    return turn
+
+
+def _call(call: ToolObject, as_objects: bool) -> dict[str, Any]:
+    function = dict(call["function"])
+    arguments = function.get("arguments")
+    if as_objects:
+        function["arguments"] = _printed_as_json(arguments)
+    elif not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": function}
+
+
+def _printed_as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return JsonObject((key, _printed_as_json(each)) for key, each in value.items())
+    if isinstance(value, list):
+        return JsonList(_printed_as_json(each) for each in value)
+    return value
