@@ -29,6 +29,8 @@ def show_preview(preview: Preview) -> None:
             text.append(stretch.text.replace("\n", "↵\n") if not stretch.special else stretch.text, style=style)
         console.print(text, "", sep="\n")
     console.print(Text("green: target tokens; reversed: special tokens; ↵: end of line", style="dim"))
+    if preview.template:
+        console.print(Text(f"template     {preview.template}"), soft_wrap=True)
     longest = max(batch.computed + batch.shared for batch in preview.first_step)
     console.print(Text(first_step_line(preview), style="bold"))
     for batch in preview.first_step:

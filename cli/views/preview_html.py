@@ -38,6 +38,7 @@ def preview_page(preview: Preview) -> str:
             '<p><span class="trained">target tokens</span>, other tokens, '
             '<span class="special">special token</span>, '
             "↵ end of line</p>",
+            *([f"<p>template: {escape(preview.template)}</p>"] if preview.template else []),
             "<h2>Rows</h2>",
             *map(_row, preview.rows),
             f"<h2>{first_step_line(preview).capitalize()}</h2>",

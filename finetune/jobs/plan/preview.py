@@ -14,6 +14,7 @@ from finetune.data.dataset import read_data
 from finetune.data.encode import Example
 from finetune.data.report import data_report
 from finetune.jobs.load.context import batch_plan_of
+from finetune.jobs.load.template_report import report_template, template_line
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model
 from finetune.recipe.recipe import Recipe
@@ -84,11 +85,13 @@ class Preview:
         rows: Some of the training rows, in the order of training.
         first_step: Micro-batches of the first step in one process.
         data_report: As in a run's `data_report.json`.
+        template: The recipe's settings for the chat template; None where the base's is used as it is.
     """
 
     rows: list[PreviewRow]
     first_step: list[MicroBatch]
     data_report: dict[str, Any]
+    template: str | None = None
 
     @property
     def fill(self) -> float:
@@ -113,10 +116,11 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
         FinetuneError: A mistake that would stop the training too.
     """
     folder = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, recipe.model.chat_template, recipe.data.template_arguments)
     on_event(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)
     train = data.train
+    report_template(folder, tokenizer, train.answer_ends)
     batch_plan = batch_plan_of(
         recipe.training,
         recipe.data.max_length,
@@ -135,6 +139,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
         rows=[PreviewRow(train.place(row), list(_stretches(train[row], tokenizer))) for row in islice(in_order, rows)],
         first_step=[_micro_batch(batch_plan, group) for group in batch_plan.groups(first_step)],
         data_report=data_report(data, batch_plan),
+        template=template_line(recipe),
     )
 
 

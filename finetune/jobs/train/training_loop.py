@@ -154,4 +154,7 @@ def _write_trained(prepared: PreparedRun, folder: Path) -> None:
     with written_aside(folder) as aside:
         context.method.save(prepared.state.bare_model, aside)
         context.tokenizer.save_pretrained(aside)
-        TrainingRecord.of(context, facts["quantized_base"], facts["uses_chat_template"]).write(aside)
+        record = TrainingRecord.of(
+            context, facts["quantized_base"], facts["uses_chat_template"], facts["answer_ends"]
+        )
+        record.write(aside)
