@@ -32,6 +32,7 @@ FILE_TYPES = {
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
 }
 
+
 class GgufTypeError(UnsupportedError):
     """The weights do not fit the chosen type of a GGUF file."""
 

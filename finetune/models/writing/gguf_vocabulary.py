@@ -100,15 +100,15 @@ class GgufVocabulary:
         if DEFAULT in self.templates:
             writer.add_chat_template(self.templates[DEFAULT])
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """The ids that llama.cpp makes of a prompt."""
-        return [self.special["bos"], *self.ids(text)] if self.adds_bos else self.ids(text)
+    def without_bos(self, text: str) -> str:
+        """A prompt without the beginning of text, if llama.cpp puts it there itself."""
+        return text.removeprefix(self.tokens[self.special["bos"]]) if self.adds_bos else text
 
     def ids(self, text: str) -> list[int]:
         """The ids that llama.cpp makes of a text, without a beginning of text.
 
-        llama.cpp finds control tokens in the text by themselves, the longest first; it strips no white space around them
-        and normalizes nothing. What is between them is split and merged as byte-level BPE.
+        llama.cpp first finds control tokens in the text, the longest first. It strips no white space around them and
+        normalizes nothing. What is between them is split and merged as byte-level BPE.
         """
         found = []
         for part in self._parts(text):
@@ -131,7 +131,8 @@ class GgufVocabulary:
     @cached_property
     def _byte_pairs(self) -> Tokenizer:
         vocabulary = {token: index for index, token in enumerate(self.tokens)}
-        merges = [tuple(merge.split(" ")) for merge in self.merges]
+        pairs = (merge.split(" ") for merge in self.merges)
+        merges = [(left, right) for left, right in pairs]
         ignores_merges = self.pretokenizer == "llama-bpe"  # a word that is a token is not merged from its parts
         core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignores_merges))
         core.pre_tokenizer = _splitter(self.pretokenizer)
