@@ -93,7 +93,7 @@ class EncodingReport:
     """What was found in documents.
 
     Attributes:
-        notes: Notes by their text, which follows the number of rows.
+        notes: Notes by their text, which the number of rows follows.
         ends: Number of trained answers that each token ends.
         unended: Number of trained answers without a control token at their end.
     """
@@ -110,7 +110,7 @@ class EncodingReport:
         return EncodingReport(notes, self.ends + later.ends, self.unended + later.unended)
 
     def note(self, text: str, where: str) -> None:
-        """Count a row under a text, such as `prompts end inside a token`."""
+        """Count a row under a text, such as `prompts end inside a token`; its number follows the text."""
         note = Note(1, where)
         self.notes[text] = self.notes[text] + note if text in self.notes else note
 
@@ -230,7 +230,7 @@ class Encoder:
         whole = self._bare_ids(document.prompt + document.completion)
         rest = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
-            self.report.note("prompts end inside a token of the whole text; they are tokenized alone", where)
+            self.report.note("prompts that end inside a token of the whole text are tokenized alone", where)
             rest = inner_spans(self.tokenizer, document.completion).ids
         ids = [*self._affixes.before, *prompt, *rest]
         count = len(self._affixes.before) + len(prompt)
@@ -259,8 +259,8 @@ class Encoder:
             return [example]
         if len(turns) > 1:
             self.report.note(
-                "rows train each answer as an example of its own: the chat template renders it differently once later "
-                "turns follow",
+                "rows train each answer as an example of its own, because the chat template renders answers differently "
+                "once later turns follow",
                 where,
             )
         return [self._of_answer(conversation.through(turn), where) for turn in turns]
@@ -318,7 +318,7 @@ class Encoder:
 
     def _parted(self, text: str, answer: _Answer, where: str) -> Example:
         """The example of a text whose prompt ends inside a token: the prompt is tokenized alone."""
-        self.report.note("prompts end inside a token of the whole text; they are tokenized alone", where)
+        self.report.note("prompts that end inside a token of the whole text are tokenized alone", where)
         prompt = self._spans(text[: answer.begin]).ids
         inner = inner_spans(self.tokenizer, text[answer.begin : answer.end]).ids
         rest = self._spans(text[answer.end :]).ids if answer.end < len(text) else []
@@ -345,7 +345,7 @@ class Encoder:
             )
         thought, tail = _thought_of(message, tags), through[len(header) :]
         if thought:
-            self.report.note("answers have a thought that the chat template does not show; it is trained", where)
+            self.report.note("answers train a thought that the chat template does not show", where)
         else:
             self.report.note(
                 f"answers without a thought close at once the one that the generation prompt opens ({tags[0]})", where
@@ -438,7 +438,7 @@ class Encoder:
             if part.kind == "reasoning" and part.turn in targets:
                 is_thought = True
             elif part.kind == "reasoning":
-                self.report.note("rows have earlier thoughts that the chat template does not show", where)
+                self.report.note("the chat template does not show the thoughts of earlier answers", where)
             elif part.kind == "key":
                 self._note_key(conversation, part, where)
             else:
@@ -449,7 +449,7 @@ class Encoder:
         message = conversation.messages[part.turn]
         called = {call["function"]["name"] for each in conversation.messages for call in each.tool_calls}
         if not (part.key == "name" and message.role == "tool" and part.text in called):
-            key = f"rows have the key {part.key!r} in messages, which the chat template does not show"
+            key = f"the chat template does not show the key {part.key!r} of messages"
             self.report.note(key, where)
 
     def _as_words(self, conversation: Conversation, where: str) -> Conversation:
@@ -470,7 +470,7 @@ class Encoder:
                 where=where,
                 hint="remove it, or set data.control_tokens to text, which trains it as text",
             )
-        self.report.note("conversations contain control tokens in their words; they are tokenized as text", where)
+        self.report.note("control tokens in the words of a conversation are tokenized as text", where)
         return replace(conversation, messages=tuple(broken))
 
     def _broken(self, message: Message) -> Message:
@@ -482,7 +482,7 @@ class Encoder:
     def _note_control_tokens(self, document: PlainText, where: str) -> None:
         text = document.prompt + document.completion
         if any(start in text for start in self._control_starts) and (found := self._control.search(text)):
-            self.report.note(f"rows of text contain the control token {found.group()}, which is trained as one", where)
+            self.report.note(f"rows of text train the control token {found.group()}", where)
 
     def _render(self, conversation: Conversation, count: int, where: str, generation_prompt: bool = False) -> str:
         """The first `count` messages, rendered by the chat template."""
