@@ -140,8 +140,8 @@ def _vocabulary(trained: FineTunedRun, prompts: Sequence[RunPrompt], size: int) 
     vocabulary = GgufVocabulary.of(trained.context.tokenizer, size, trained.record.answer_ends, adds_bos)
     if trained.record.uses_chat_template and DEFAULT not in vocabulary.templates:
         logger.warning(
-            "the file has the chat templates %s, and none called %s, which llama.cpp and Ollama use: set "
-            "model.chat_template to the template of the rows, and train again",
+            "the file has the chat templates %s, and none called %s: llama.cpp renders every prompt with tool_use, and "
+            "Ollama has no template",
             ", ".join(vocabulary.templates),
             DEFAULT,
         )

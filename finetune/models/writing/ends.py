@@ -38,9 +38,11 @@ def write_ends(source: Path, answer_ends: Sequence[int], folder: Path) -> None:
     Raises:
         ModelError: The settings cannot be read.
     """
-    if answer_ends:
-        ends = ends_with(source, answer_ends)
-        write_json(folder / GENERATION_CONFIG, {**_settings(source), "eos_token_id": ends})
+    if not answer_ends:
+        return
+    settings = {**_settings(source), "eos_token_id": ends_with(source, answer_ends)}
+    settings.pop("_from_model_config", None)  # transformers 4 would take the ends from config.json again
+    write_json(folder / GENERATION_CONFIG, settings)
 
 
 def _settings(source: Path) -> dict[str, Any]:
@@ -51,5 +53,4 @@ def _settings(source: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
     settings: dict[str, Any] = generation_settings(source).to_diff_dict()
-    settings.pop("_from_model_config", None)  # the settings differ from the config now
     return settings
