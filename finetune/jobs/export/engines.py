@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date, datetime, time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ class Vllm(Engine):
 
     def __init__(self, folder: Path, trained: PreTrainedTokenizerBase) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self._now = datetime.combine(getattr(trained, "today", None) or date.today(), time())
+        self.tokenizer.today = getattr(trained, "today", None)
         affixes = Affixes.of(self.tokenizer)
         if affixes.after:
             begin = self.tokenizer.decode(list(affixes.before))
@@ -87,7 +86,7 @@ class Vllm(Engine):
                 [_as_request(message) for message in document.messages[:-1]],
                 tools=list(document.tools) or None,
                 add_generation_prompt=True,
-                **{"strftime_now": self._now.strftime, **document.template_arguments},
+                **document.template_arguments,
             )
         except Exception:  # the template rejects the form that vLLM gives it: it asks nothing
             return []

@@ -102,9 +102,8 @@ def combine(
         write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
         on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         merge_weights(start, parts, combination, DTYPES[dtype], folder)
-        for file in parts[0].iterdir():
-            if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
-                shutil.copyfile(file, folder / file.name)
+        not_copied = shutil.ignore_patterns("*.safetensors", "merge.json", CARD, "model.safetensors.index.json")
+        shutil.copytree(parts[0], folder, ignore=not_copied, dirs_exist_ok=True)
         # Copied from the float32 part: transformers would load the weights in that dtype.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})
