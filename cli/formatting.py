@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.data.bad_rows import bad_row_counts
 from finetune.formatting import count, duration, memory, size
+from finetune.run.data_report import bad_row_counts
 from finetune.run.events import (
     BestCheckpoint,
     CheckpointSaved,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import REJECTED
 from finetune.data.documents import Message, ToolObject
+from finetune.data.thoughts import THOUGHT_TAGS, Tags
 from finetune.errors import BadRow, ModelError
 from finetune.models.loading.chat_template_guard import TemplateLimit, render
 
@@ -103,7 +104,7 @@ class ChatTemplate:
             except Exception:  # the template rejects the call in this form
                 continue
             # Python prints an object with single quotes; a template that renders text as JSON once more escapes it.
-            if "'n'" not in text and '\\"n' not in text:
+            if "'k'" not in text and "'n'" not in text and '\\"n' not in text:
                 return form
         return "object"
 
@@ -122,7 +123,7 @@ class ChatTemplate:
         return frozenset(name for source in self.sources.values() for name in _names_in(source))
 
     @cached_property
-    def thought_tags(self) -> tuple[tuple[str, str], ...]:
+    def thought_tags(self) -> tuple[Tags, ...]:
         """The pairs of tags around thoughts that the template mentions."""
         source = "\n".join(self.sources.values())
         return tuple(pair for pair in THOUGHT_TAGS if pair[0] in source or pair[1] in source)
@@ -143,19 +144,6 @@ class ChatTemplate:
                 hint="set model.chat_template to a file with the template that these rows need"
                 + ("; rows with tools use tool_use" if "tool_use" in self.sources else ""),
             )
-
-
-THOUGHT_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("◁think▷", "◁/think▷"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
-"""The pairs of tags that models write around a thought."""
 
 
 def _names_in(source: str) -> set[str]:

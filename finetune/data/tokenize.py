@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import bad_rows_error
 from finetune.data.documents import Format
-from finetune.data.encode import Encoder, EncodingReport
+from finetune.data.encode import Encoder
+from finetune.data.encoding_report import EncodingReport
 from finetune.data.rows import Row
 from finetune.data.token_store import EncodedRows, TokenStoreWriter
 from finetune.data.truncation import Truncation
@@ -79,6 +80,8 @@ class TokenizationSpec:
                 except DataError as error:
                     truncation.add_bad(error, row.where)
                     continue
+                for column in row_format.unread_columns(row):
+                    encoder.report.note(f"column {column!r} is not read", row.where)
                 truncation.add(document, number, row.where)
             return truncation.encoded()
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any
 
-from finetune.data.bad_rows import bad_row_counts
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.formatting import count, duration, memory
 from finetune.report import lora_ranks, training_curves
 from finetune.report.page import collapsible, document, section, table
 from finetune.report.run_metadata import RunMetadata, public
+from finetune.run.data_report import bad_row_counts
 from finetune.run.directory import RunDirectory
 from finetune.storage.files import write_text
 
