@@ -23,7 +23,6 @@ KEYS: Mapping[str, str] = {
     "attn_implementation": "model.attention",
     "attn_impl": "model.attention",
     "template": "model.chat_template",
-    "chat_template": "model.chat_template",
     "chat_template_jinja": "model.chat_template",
     "chat_template_path": "model.chat_template",
     # quantization
@@ -186,6 +185,7 @@ SNIPPETS: Mapping[str, str] = {
 """From a switch of another tool to the line to write here."""
 
 NOTES: Mapping[str, str] = {
+    "chat_template": "write `model.chat_template`, a template file or a family such as chatml",
     **dict.fromkeys(
         ("tensor_parallel", "tensor_parallel_size", "tp_size", "tp_plan", "tensor_model_parallel_size"),
         "leave it out: layers are not split between processes; `distributed.strategy: fsdp` shards all weights",

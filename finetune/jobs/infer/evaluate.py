@@ -256,8 +256,7 @@ def _engine(
         tokenizer=setup.tokenizer,
         uses_chat_template=finetuned.uses_chat_template,
         load=load,
-        generator=generator
-        or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding, finetuned.answer_ends),
+        generator=generator or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding, finetuned.answer_ends),
         cache=PredictionCache(_identity(finetuned, on_event)),
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,

@@ -28,6 +28,7 @@ from finetune.models.kernels.packing_check import supports_prefix_sharing
 from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
 from finetune.models.loading.load import (
+    NOTHING_KEPT,
     KeptTokenizer,
     load_model,
     load_sharded_model,
@@ -85,7 +86,7 @@ class ModelSetup:
         trains_base: bool = False,
         weights: bool = True,
         arguments: Mapping[str, Any] = MappingProxyType({}),
-        kept: KeptTokenizer = KeptTokenizer(),
+        kept: KeptTokenizer = NOTHING_KEPT,
     ) -> ModelSetup:
         """Find a model; download or convert it first if necessary.
 
@@ -193,7 +194,7 @@ class TrainingContext(ModelSetup):
 
     @classmethod
     def of(
-        cls, recipe: Recipe, on_event: EventHandler, weights: bool = True, kept: KeptTokenizer = KeptTokenizer()
+        cls, recipe: Recipe, on_event: EventHandler, weights: bool = True, kept: KeptTokenizer = NOTHING_KEPT
     ) -> TrainingContext:
         """Find the model and build the method.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,16 @@ class FineTunedModel:
         Raises:
             FinetuneError: It cannot be opened, or its base has changed.
         """
-        match named.kind:
-            case Kind.RUN:
-                return _of_run(named, on_event)
-            case Kind.CHECKPOINT:
-                return _of_checkpoint(named, on_event)
-            case Kind.WEIGHTS:
-                return _from_weights(named, on_event)
-            case Kind.MODEL:
-                return _of_model(named, on_event)
+        find = {
+            Kind.RUN: _of_run,
+            Kind.CHECKPOINT: _of_checkpoint,
+            Kind.WEIGHTS: _from_weights,
+            Kind.MODEL: _of_model,
+        }
+        found = find[named.kind](named, on_event)
+        if (today := found.setup.kept_date) not in (None, date.today()):
+            logger.info("the chat template writes a date: %s, that of the training", today)
+        return found
 
     @property
     def untuned(self) -> FineTunedModel:
@@ -170,9 +172,7 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
 
     codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
     trained = LoadedAdapter(context.method, codes, attach_to, recipe.adapter.prompt_tokens, named.path)
-    return FineTunedModel(
-        named.label, context, trained, recorded_chat_template(facts), recorded_ends(facts)
-    )
+    return FineTunedModel(named.label, context, trained, recorded_chat_template(facts), recorded_ends(facts))
 
 
 def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:

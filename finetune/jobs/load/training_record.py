@@ -73,7 +73,7 @@ class TrainingRecord(Section):
     quantized_base: QuantizedRecord | None
     uses_chat_template: bool = Field(validation_alias=AliasChoices("uses_chat_template", "in_conversation"))
     today: date | None = None
-    answer_ends: list[int] = []
+    answer_ends: list[int] = Field([])
 
     @classmethod
     def of(

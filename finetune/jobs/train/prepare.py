@@ -32,7 +32,7 @@ from finetune.models.kernels.compiled import compile_blocks
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
 from finetune.models.loading.dtype import autocast
-from finetune.models.loading.load import KeptTokenizer
+from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.recipe import Recipe
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
@@ -87,7 +87,7 @@ class PreparedRun:
         interruption: Interruption,
         checkpoint: Checkpoint | None = None,
         is_extended: bool = False,
-        kept: KeptTokenizer = KeptTokenizer(),
+        kept: KeptTokenizer = NOTHING_KEPT,
     ) -> PreparedRun:
         """Read the rows, load the base, attach the method and restore the checkpoint.
 

@@ -16,7 +16,7 @@ from finetune.jobs.train.prepare import PreparedRun
 from finetune.jobs.train.resume import extends, permitted_changes
 from finetune.jobs.train.training_loop import TrainingLoop
 from finetune.models.linear_layers import count_parameters
-from finetune.models.loading.load import KeptTokenizer
+from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.run_page import recording_errors
@@ -43,7 +43,7 @@ def train(
     run: RunDirectory,
     on_event: EventHandler = ignore,
     interruption: Interruption | None = None,
-    kept: KeptTokenizer = KeptTokenizer(),
+    kept: KeptTokenizer = NOTHING_KEPT,
 ) -> TrainingFinished:
     """Train what the recipe describes and leave the result in the run directory.
 

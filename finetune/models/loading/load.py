@@ -55,11 +55,15 @@ class KeptTokenizer:
         return cls(folder if (folder / "tokenizer_config.json").is_file() else None, today)
 
 
+NOTHING_KEPT = KeptTokenizer()
+"""Of a new run, which takes the base's tokenizer and the current date."""
+
+
 def load_tokenizer(
     folder: ModelFolder,
     chat_template: str | None = None,
     arguments: Mapping[str, Any] = MappingProxyType({}),
-    kept: KeptTokenizer = KeptTokenizer(),
+    kept: KeptTokenizer = NOTHING_KEPT,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, checked against the model's vocabulary.
 
@@ -142,9 +146,7 @@ def _warn_of_changes(
         changed.append("the base's tokenizer")
     if changed:
         verbs = ("has", "is") if len(changed) == 1 else ("have", "are")
-        logger.warning(
-            "%s %s changed since the run was trained; the run's own %s used", " and ".join(changed), *verbs
-        )
+        logger.warning("%s %s changed since the run was trained; the run's own %s used", " and ".join(changed), *verbs)
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, str]]:

@@ -69,9 +69,7 @@ def read_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str
             "there is no such file", where=where, hint=f"correct the path, or name a family for this model: {fitting}"
         )
     if path.stat().st_size > LARGEST_TEMPLATE:
-        raise ModelError(
-            f"a chat template has at most {LARGEST_TEMPLATE} bytes", where=where, hint="name a Jinja file"
-        )
+        raise ModelError(f"a chat template has at most {LARGEST_TEMPLATE} bytes", where=where, hint="name a Jinja file")
     try:
         source = path.read_text(encoding="utf-8")
         _environment().parse(source)
@@ -115,11 +113,11 @@ def _with_defaults(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     read = {name: variables_of(source) for name, source in sources.items()}
     for argument in arguments:
         _check_argument(argument, set().union(*read.values()) - set(tokenizer.special_tokens_map), tokenizer)
-    baked = {
+    completed = {
         name: "".join(_default(key, value) for key, value in arguments.items() if key in read[name]) + _joined(source)
         for name, source in sources.items()
     }
-    return baked if isinstance(tokenizer.chat_template, Mapping) else baked["default"]
+    return completed if isinstance(tokenizer.chat_template, Mapping) else completed["default"]
 
 
 def _check_argument(name: str, read: set[str], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -194,6 +192,4 @@ class _Generation(Extension):
 
 def _environment() -> jinja2.Environment:
     """Parses templates as transformers does; nothing is rendered with it."""
-    return jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])

@@ -16,6 +16,9 @@ TEMPLATE_FAMILIES = ("chatml", "llama3", "gemma", "mistral", "vicuna", "alpaca")
 """Chat templates that come with ft: `finetune/models/chat_templates/<family>.jinja`."""
 
 
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
 class Model(Section):
     """The base model; a fingerprint detects changed weights."""
 
@@ -74,7 +77,7 @@ class Model(Section):
         if template is None or template in TEMPLATE_FAMILIES or not info.context:
             return template
         path = absolute_to(template, info.context["folder"])
-        if not is_template_file(template) and not os.path.isfile(path):
+        if not _is_path(template) and not os.path.isfile(path):
             raise ValueError(
                 f"expected a template file or a family of models ({', '.join(TEMPLATE_FAMILIES)}), found {template!r}"
             )
@@ -86,6 +89,6 @@ class Model(Section):
         return not (self.name.startswith(("package://", "/")) or Path(self.name).is_absolute())
 
 
-def is_template_file(template: str) -> bool:
+def _is_path(template: str) -> bool:
     """Whether a value of `chat_template` is written as a path."""
-    return os.sep in template or template.startswith(("~", ".")) or template.endswith((".jinja", ".jinja2", ".j2"))
+    return os.sep in template or template.startswith(("~", ".")) or template.endswith(TEMPLATE_SUFFIXES)
