@@ -124,7 +124,7 @@ def _start_lines(event: TrainingStarted) -> str:
         f"{count(event.total_parameters)} parameters are trainable ({percent:.2f} %), computing in "
         f"{event.compute_dtype}\n"
         f"{event.train_rows} training rows{validation}, {count(event.target_tokens)} target tokens per epoch, "
-        f"{event.total_steps} steps{planned}\n"
+        f"{event.total_steps} step{'s' * (event.total_steps != 1)}{planned}\n"
         f"run directory: {event.run_directory}"
     )
 

@@ -152,6 +152,11 @@ def test_result_without_validation_has_one_line():
     assert len(result_lines(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
 
 
+def test_run_of_one_step_has_one_step():
+    assert "per epoch, 1 step\n" in str(event_line(replace(STARTED, total_steps=1)))
+    assert result_lines(replace(FINISHED, steps=1))[0].startswith("trained 1 step in")
+
+
 def test_ranks_are_a_table_unless_it_is_too_wide():
     assert rank_lines(None, Path("runs/a")) == []
     few = {f"layers.{block}.{kind}_proj": 3 for block in range(2) for kind in "qkv"}
