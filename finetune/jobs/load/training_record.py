@@ -218,6 +218,11 @@ def recorded_chat_template(record: Mapping[str, Any]) -> Any:
     return record.get("uses_chat_template", record.get("in_conversation"))
 
 
+def facts_for_prompts(record: TrainingRecord) -> dict[str, Any]:
+    """The facts of a record, as JSON, with which a model written from a run is asked as the run was trained."""
+    return record.model_dump(mode="json", include={"uses_chat_template", "answer_ends", "today"})
+
+
 def recorded_date(record: Mapping[str, Any]) -> date | None:
     """The date that the chat template wrote in training, by a JSON record; None if it wrote none."""
     try:
