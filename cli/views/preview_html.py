@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from finetune.report.page import document
+from finetune.run.data_report import notes_of
 
 from ..formatting import data_table
 from .preview import first_step_line
@@ -46,6 +47,7 @@ def preview_page(preview: Preview) -> str:
             *(_bar(batch, longest) for batch in preview.first_step),
             "<h2>Data report</h2>",
             f"<pre>{escape(table)}</pre>",
+            *(f"<p>{escape(note)}</p>" for note in notes_of(preview.data_report)),
         ],
     )
 

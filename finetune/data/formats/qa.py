@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.data.documents import EMPTY_ANSWER, Conversation, Message
+from finetune.data.bad_rows import EMPTY
+from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import Row, describe
 from finetune.errors import BadRow, DataError
@@ -31,7 +32,7 @@ class QaFormat(ConversationFormat[QaSource]):
         if answers == []:
             raise BadRow(
                 f"column {column!r} has no answer",
-                reason=EMPTY_ANSWER,
+                reason=EMPTY,
                 where=row.where,
                 hint="give it one, or remove the row",
             )

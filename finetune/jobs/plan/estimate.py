@@ -49,6 +49,7 @@ class Workload:
 
     Attributes:
         rows: Training rows.
+        units: The same, or packs with `training.batching: packed`.
         tokens: Tokens of one epoch, without padding.
         steps_per_epoch: Optimizer steps of one epoch.
         steps: Optimizer steps of the run.
@@ -59,6 +60,7 @@ class Workload:
     """
 
     rows: int
+    units: int
     tokens: int
     steps_per_epoch: float
     steps: int
@@ -384,6 +386,7 @@ def _largest(
     shared = 1 - sampled_computed / sampled if sampled else 0.0
     workload = Workload(
         rows=len(lengths),
+        units=order.units,
         tokens=int(lengths.sum()),
         steps_per_epoch=batch_plan.units / order.units_per_step,
         steps=order.total_steps,

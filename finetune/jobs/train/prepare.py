@@ -34,6 +34,7 @@ from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_pa
 from finetune.models.loading.dtype import autocast
 from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules.steps import warn_about_steps
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import DataRead, Event, EventHandler, Phase
@@ -116,6 +117,7 @@ class PreparedRun:
             context.padding,
         )
         order = batch_order(plan.units, recipe.training)
+        warn_about_steps(recipe, order.total_steps, order.units)
         _refuse_idle_processes(context, order)
         facts = _facts(context, rows, order)
         # In two stages: the fingerprint of quantized weights exists only after the base is loaded.

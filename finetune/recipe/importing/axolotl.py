@@ -89,10 +89,10 @@ def _turns(entry: Mapping[str, Any]) -> dict[str, Any]:
         **values.mapping(entry.get("message_property_mappings") or {}),
     }
     role, content = names["role"] or "role", names["content"] or "content"
-    columns = values.only(entry, {"field_tools": "tools"})
+    columns = values.only(entry, {"field_tools": "tools", "field_system": "system_column"})
     if (role, content) == ("role", "content"):
         return {"format": "chat", **values.only(entry, {"field_messages": "messages"}), **columns}
-    columns |= values.only(entry, {"field_messages": "conversations", "field_system": "system"})
+    columns |= values.only(entry, {"field_messages": "conversations"})
     return {"format": "sharegpt", "role_key": role, "content_key": content, **columns}
 
 

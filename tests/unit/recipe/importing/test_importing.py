@@ -97,6 +97,14 @@ def test_axolotl_column_names_are_carried_over(tmp_path: Path):
     assert [each.key for each in made.left] == ["datasets.0.type.format"]
 
 
+@pytest.mark.parametrize("names", [{}, {"message_field_role": "who", "message_field_content": "what"}])
+def test_axolotl_system_column_of_turns_is_carried_over(names: dict[str, str], tmp_path: Path):
+    rows = {"path": "rows.jsonl", "type": "chat_template", "field_system": "rules", **names}
+    made, recipe = translated("axolotl", {**LEAST["axolotl"], "datasets": [rows]}, tmp_path)
+    assert recipe.data.train[0].system_column == "rules"  # type: ignore[union-attr]
+    assert not made.left
+
+
 def test_llamafactory_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("llamafactory", tmp_path)
@@ -129,7 +137,7 @@ def test_llamafactory_registry_resolves_data_set_names(tmp_path: Path, monkeypat
             "hf_hub_url": "org/turns",
             "subset": "en",
             "formatting": "sharegpt",
-            "columns": {"messages": "dialogue"},
+            "columns": {"messages": "dialogue", "system": "rules"},
             "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "guest", "assistant_tag": "house"},
         },
         "ranked": {"file_name": "ranked.json", "ranking": True},
@@ -145,6 +153,7 @@ def test_llamafactory_registry_resolves_data_set_names(tmp_path: Path, monkeypat
     assert turns == {
         "hub": {"name": "org/turns", "subset": "en"}, "format": "sharegpt", "conversations": "dialogue",
         "role_key": "who", "content_key": "what", "user_roles": ["guest"], "assistant_roles": ["house"],
+        "system_column": "rules",
     }  # fmt: skip
     assert [each.key for each in made.left] == ["dataset_info.json: mine.folder"]
     made, _ = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "ranked"}, tmp_path)
