@@ -356,18 +356,19 @@ def test_end_that_the_base_names_is_not_told(
 def test_answers_end_where_rows_end_them_over_a_base_with_another_end(
     sections: dict[str, Any], base: Path, tmp_path: Path
 ):
-    """The base goes on without the recorded end: it was trained on nothing that comes after it."""
+    """All tokens train, so that without the recorded end the next turn follows."""
     write_base_with_another_end(base)
     rows = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "blue"}]}
     rows.write_text(json.dumps(row) + "\n")
-    data = {"train": [{"path": str(rows)}], "validation": [{"path": str(rows)}], "max_length": 64}
+    data = {"train": [{"path": str(rows)}], "validation": [{"path": str(rows)}], "max_length": 64, "train_on": "all"}
     changed = {**sections, "data": data, "adapter": {"method": "full"}}
     changed["training"] = {**sections["training"], "max_steps": 60, "micro_batch_size": 1}
     run = trained(changed, tmp_path, "training.gradient_accumulation_steps=1", "optimizer.schedule=constant")
     assert exact_match(run) == 1
-    record = run.trained(True) / "ft_adapter.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "answer_ends": []}))
+    for name, ends in (("ft_adapter.json", {"answer_ends": []}), ("generation_config.json", {"eos_token_id": 256})):
+        file = run.trained(True) / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **ends}))
     assert exact_match(run) == 0, "without the end, the answer goes on"
 
 
