@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.formatting import count, duration, memory, size
+from finetune.run.data_report import bad_row_counts
 from finetune.run.events import (
     BestCheckpoint,
     CheckpointSaved,
@@ -151,7 +152,7 @@ def data_table(report: dict[str, Any]) -> list[str]:
 
 
 def _data_cells(facts: dict[str, Any]) -> list[str]:
-    dropped = facts["too_long"] + facts["untrainable"]
+    dropped = facts["too_long"] + sum(bad_row_counts(facts).values())
     lengths = [str(facts["lengths"].get(key, "-")) for key in ("p50", "p99", "longest")]
     targets = f"{100 * facts['share_trained']:.0f} %"
     duplicates = [str(facts["duplicates"]), str(facts.get("in_validation", ""))]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.errors import DataError
 
-# Reasons, in messages and in the data report.
+# Reasons, in messages (`3 rows are ...`) and in the data report.
 REJECTED = "rejected by the chat template"
-OMITTED = "omitted by the chat template"
+OMITTED = "partly omitted by the chat template"
 WITHOUT_TARGETS = "without target tokens"
-EMPTY = "empty answer"
-CONTROL = "control tokens"
+EMPTY = "with an empty answer"
+CONTROL = "with control tokens"
 MALFORMED = "malformed"
 
 SHOWN_PLACES = 5
@@ -54,17 +54,20 @@ def bad_rows_error(counts: Mapping[str, int], bad: Mapping[str, BadRows], may_dr
         bad: The same rows.
         may_drop: Whether dropping them would help.
     """
-    reason, count = next(iter(counts.items()))
-    first = bad[reason]
-    what = first.what
-    if count > 1:
-        what += f"; {count} rows are bad for this reason ({reason}): {listed(first.places, count)}"
-    for other in list(counts)[1:]:
-        what += f"; {counts[other]} for another ({other}): {listed(bad[other].places, counts[other])}"
+    first = bad[next(iter(counts))]
+    others = [f"{count} rows are {reason} ({listed(bad[reason].places, count)})" for reason, count in counts.items()]
+    what = "; ".join([first.what, *others]) if sum(counts.values()) > 1 else first.what
     hint = first.hint or "correct the row"
     return DataError(what, where=first.places[0], hint=f"{hint}; or set data.on_bad_row to drop" if may_drop else hint)
 
 
-def listed(places: list[str], count: int) -> str:
-    """The first places, for messages."""
-    return ", ".join(places) + (", ..." if count > len(places) else "")
+def listed(places: Sequence[str], count: int) -> str:
+    """The first of `count` places, for messages; lines of one file without its name."""
+    more = ", ..." if count > len(places) else ""
+    file, _, _ = places[0].rpartition(":")
+    lines = [place.removeprefix(f"{file}:") for place in places]
+    if not file or not all(line.isdigit() for line in lines):
+        return ", ".join(places) + more
+    if len(lines) == 1:
+        return places[0] + more
+    return f"{file}, lines {', '.join(lines)}{more}"

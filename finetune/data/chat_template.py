@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime, time
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from jinja2 import nodes
@@ -15,36 +14,24 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import REJECTED
 from finetune.data.documents import Message, ToolObject
+from finetune.data.thoughts import THOUGHT_TAGS, Tags
 from finetune.errors import BadRow, ModelError
 from finetune.models.loading.chat_template_guard import TemplateLimit, render
 
 _ROLES = re.compile(r"\brole|alternat|must start with|first message|last message", re.IGNORECASE)
 """Words in a template's own error that is about the order of roles."""
 
-_PROBE_CALL = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"k": "v"}}}
+_PROBE_CALL = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"k": {"n": "w"}}}}
 _PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
 
 
-class JsonObject(dict[str, Any]):
-    """An object that a template prints as JSON; Python prints a dict with single quotes."""
-
-    def __str__(self) -> str:
-        """The JSON text."""
-        return json.dumps(self, ensure_ascii=False)
-
-
-class JsonList(list[Any]):
-    """A list that a template prints as JSON."""
-
-    def __str__(self) -> str:
-        """The JSON text."""
-        return json.dumps(self, ensure_ascii=False)
+ArgumentForm = Literal["object", "values", "text"]
+"""How a template takes the arguments of a call: an object, an object with JSON text for objects and lists in it, or
+JSON text."""
 
 
 class ChatTemplate:
     """Renders conversations as text.
-
-    The date that a template writes is `tokenizer.today`, at 0:00, so that a run renders the same text on every day.
 
     Args:
         tokenizer: A tokenizer; it may have no chat template, one, or several under names.
@@ -52,7 +39,6 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._now = datetime.combine(getattr(tokenizer, "today", None) or date.today(), time())
 
     def render(
         self,
@@ -78,7 +64,7 @@ class ChatTemplate:
         """
         self._require(has_tools=bool(tools), where=where)
         try:
-            return self._rendered(messages, tools, arguments or {}, generation_prompt, self.takes_objects)
+            return self._rendered(messages, tools, arguments or {}, generation_prompt, self.argument_form)
         except TemplateLimit as limit:
             raise ModelError(
                 f"the model's chat template {limit} for this row",
@@ -94,32 +80,33 @@ class ChatTemplate:
         tools: Sequence[ToolObject],
         arguments: Mapping[str, Any],
         generation_prompt: bool,
-        as_objects: bool,
+        form: ArgumentForm,
     ) -> str:
-        variables = {"strftime_now": self._now.strftime, **arguments}
         return render(
             self.tokenizer,
-            [_as_dict(message, as_objects) for message in messages],
+            [_as_dict(message, form) for message in messages],
             tools=list(tools) or None,
             add_generation_prompt=generation_prompt,
-            **variables,
+            **arguments,
         )
 
     @cached_property
-    def takes_objects(self) -> bool:
-        """Whether the template takes a call's arguments as an object; otherwise it wants JSON text.
+    def argument_form(self) -> ArgumentForm:
+        """How the template takes a call's arguments: the first form that it renders as JSON.
 
-        Found by rendering a call with the arguments `{"k": "v"}` in both ways.
+        Found by rendering a call with the arguments `{"k": {"n": "w"}}`.
         """
         call = Message("assistant", "", (_PROBE_CALL,))
-        for as_objects in (True, False):
+        forms: tuple[ArgumentForm, ...] = ("object", "values", "text")
+        for form in forms:
             try:
-                text = self._rendered([Message("user", "a"), call], [_PROBE_TOOL], {}, False, as_objects)
+                text = self._rendered([Message("user", "a"), call], [_PROBE_TOOL], {}, False, form)
             except Exception:  # the template rejects the call in this form
                 continue
-            if '\\"k' not in text:  # JSON within JSON: the template renders text as JSON once more
-                return as_objects
-        return True
+            # Python prints an object with single quotes; a template that renders text as JSON once more escapes it.
+            if "'k'" not in text and "'n'" not in text and '\\"n' not in text:
+                return form
+        return "object"
 
     def mentions(self, name: str) -> bool:
         """Whether the template reads a variable, or a key of a message, of this name."""
@@ -136,7 +123,7 @@ class ChatTemplate:
         return frozenset(name for source in self.sources.values() for name in _names_in(source))
 
     @cached_property
-    def thought_tags(self) -> tuple[tuple[str, str], ...]:
+    def thought_tags(self) -> tuple[Tags, ...]:
         """The pairs of tags around thoughts that the template mentions."""
         source = "\n".join(self.sources.values())
         return tuple(pair for pair in THOUGHT_TAGS if pair[0] in source or pair[1] in source)
@@ -157,19 +144,6 @@ class ChatTemplate:
                 hint="set model.chat_template to a file with the template that these rows need"
                 + ("; rows with tools use tool_use" if "tool_use" in self.sources else ""),
             )
-
-
-THOUGHT_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("◁think▷", "◁/think▷"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
-"""The pairs of tags that models write around a thought."""
 
 
 def _names_in(source: str) -> set[str]:
@@ -193,11 +167,11 @@ def _rejection(error: Exception, messages: Sequence[Message], where: str) -> Bad
     return BadRow(what, reason=REJECTED, where=where, hint=hint)
 
 
-def _as_dict(message: Message, as_objects: bool) -> dict[str, Any]:
+def _as_dict(message: Message, form: ArgumentForm) -> dict[str, Any]:
     """A message for a chat template. Keys that do not apply are absent, because templates test their presence."""
     turn: dict[str, Any] = {**message.extra, "role": message.role, "content": message.content}
     if message.tool_calls:
-        turn["tool_calls"] = [_call(call, as_objects) for call in message.tool_calls]
+        turn["tool_calls"] = [_call(call, form) for call in message.tool_calls]
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
     if message.reasoning:
@@ -205,19 +179,14 @@ def _as_dict(message: Message, as_objects: bool) -> dict[str, Any]:
     return turn
 
 
-def _call(call: ToolObject, as_objects: bool) -> dict[str, Any]:
+def _call(call: ToolObject, form: ArgumentForm) -> dict[str, Any]:
     function = dict(call["function"])
     arguments = function.get("arguments")
-    if as_objects:
-        function["arguments"] = _printed_as_json(arguments)
-    elif not isinstance(arguments, str):
+    if form == "text" and not isinstance(arguments, str):
         function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif form == "values" and isinstance(arguments, dict):
+        function["arguments"] = {
+            key: json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+            for key, value in arguments.items()
+        }
     return {**call, "function": function}
-
-
-def _printed_as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return JsonObject((key, _printed_as_json(each)) for key, each in value.items())
-    if isinstance(value, list):
-        return JsonList(_printed_as_json(each) for each in value)
-    return value

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import BadRows, bad_rows_error, listed, merged
 from finetune.data.documents import Document
-from finetune.data.encode import EncodingReport, Example
+from finetune.data.encode import Example
+from finetune.data.encoding_report import EncodingReport
 from finetune.data.mixing import rows_by_weight, sampled
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
@@ -252,7 +253,7 @@ def check_dropped_rows(split: TokenizedDataset, section: Data) -> None:
     counts, bad = split.counts, split.bad
     rows = counts.read + counts.added
     if counts.bad and (section.on_bad_row == "error" or counts.bad.total() == rows):
-        raise bad_rows_error(counts.bad, bad, may_drop=section.on_bad_row == "error")
+        raise bad_rows_error(counts.bad, bad, may_drop=counts.bad.total() < rows)
     too_long = [place for source in split.sources for place in source.store.too_long]
     if counts.too_long == rows > 0:
         raise DataError(
@@ -281,7 +282,7 @@ def _log(split: TokenizedDataset, section: Data) -> None:
         logger.warning("dropped %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
     for reason, rows_of_reason in split.bad.items():
         places = listed(rows_of_reason.places, counts.bad[reason])
-        logger.warning("dropped %d of %d rows: %s (%s)", counts.bad[reason], rows, reason, places)
+        logger.warning("dropped %d of %d rows, %s: %s", counts.bad[reason], rows, reason, places)
     if counts.truncated or counts.cut_target_tokens:
         logger.warning(
             "cut %d of %d rows to %d tokens; %d target tokens were cut",
@@ -293,6 +294,6 @@ def _log(split: TokenizedDataset, section: Data) -> None:
     if counts.added:
         logger.info("%d rows were split into %d", counts.read, rows)
     for text, note in report.notes.items():
-        logger.warning("%d %s (first: %s)", note.count, text, note.where)
+        logger.warning("%s: %d (first: %s)", text, note.count, note.where)
     if report.unended:
         logger.warning("%d answers end without a control token: the model does not learn to end them", report.unended)

@@ -97,6 +97,18 @@ class Tokens:
 
 Document = Conversation | PlainText | Tokens
 
+EMPTY_ANSWER = "empty answer"
+"""Reason of a bad row."""
+
+BOOKKEEPING_COLUMNS = frozenset((
+    "id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "key", "row", "row_id", "sample_id", "example_id",
+    "conversation_id", "conv_id", "prompt_id", "question_id", "task_id", "__index_level_0__", "source", "sources",
+    "dataset", "dataset_name", "data_source", "origin", "subset", "split", "meta", "metadata", "info", "extra_info",
+    "url", "link", "file", "file_name", "filename", "path", "lang", "language", "locale", "model", "model_name",
+    "license", "author", "created", "created_at", "updated_at", "date", "time", "timestamp", "version",
+))  # fmt: skip
+"""Columns that describe a row and are no part of what it teaches, in lower case."""
+
 S = TypeVar("S", bound=SourceSection)
 
 
@@ -114,6 +126,20 @@ class Format(ABC, Generic[S]):
     def resolved(self) -> SourceSection:
         """The section with the format of the rows: the given one, except where `format: auto` detected it."""
         return self.section
+
+    def read_columns(self, row: Row) -> set[str]:
+        """Names of the columns that the format reads of a row that has them."""
+        del row
+        return {name for key in self.section.column_keys() if (name := getattr(self.section, key)) is not None}
+
+    def unread_columns(self, row: Row) -> set[str]:
+        """Columns of a row that hold something and are not read, bookkeeping excepted."""
+        unread = row.values.keys() - self.read_columns(row)
+        return {
+            name
+            for name in unread
+            if row.values[name] not in (None, "", [], {}) and name.lower() not in BOOKKEEPING_COLUMNS
+        }
 
     @abstractmethod
     def document(self, row: Row) -> Document:

@@ -10,34 +10,31 @@ match text that a user wrote; a mask by token id would fail where padding and en
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from os.path import commonprefix
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import CONTROL, EMPTY, MALFORMED, OMITTED
-from finetune.data.chat_template import THOUGHT_TAGS, ChatTemplate
+from finetune.data.chat_template import ChatTemplate
+from finetune.data.control_tokens import BREAK, ControlTokens
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
+from finetune.data.encoding_report import EncodingReport
 from finetune.data.omitted_parts import Part, omitted_parts
 from finetune.data.rows import excerpt
-from finetune.data.text_tokens import Affixes, Spans, inner_spans, spans
+from finetune.data.text_tokens import Affixes, Spans, inner_spans
+from finetune.data.thoughts import written_out
 from finetune.errors import BadRow
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
-ControlTokens = Literal["text", "error"]
+ControlTokenPolicy = Literal["text", "error"]
 
 CHUNK_CHARACTERS = 200
 """Headers up to this length are tokenized once and remembered."""
-
-BREAK = "\ue003"
-"""A character of a private use area, put into a control token that a user wrote, so that it stays text."""
 
 
 @dataclass(frozen=True)
@@ -72,50 +69,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Note:
-    """Something about rows that a user should know, counted.
-
-    Attributes:
-        count: Number of rows.
-        where: Place of the first one.
-    """
-
-    count: int
-    where: str
-
-    def __add__(self, later: Note) -> Note:
-        """The note about the rows of both; this one's come first."""
-        return Note(self.count + later.count, self.where)
-
-
-@dataclass
-class EncodingReport:
-    """What was found in documents.
-
-    Attributes:
-        notes: Notes by their text, which follows the number of rows.
-        ends: Number of trained answers that each token ends.
-        unended: Number of trained answers without a control token at their end.
-    """
-
-    notes: dict[str, Note] = field(default_factory=dict)
-    ends: Counter[int] = field(default_factory=Counter)
-    unended: int = 0
-
-    def __add__(self, later: EncodingReport) -> EncodingReport:
-        """What was found in the documents of both; this one's come first."""
-        notes = dict(self.notes)
-        for text, note in later.notes.items():
-            notes[text] = notes[text] + note if text in notes else note
-        return EncodingReport(notes, self.ends + later.ends, self.unended + later.unended)
-
-    def note(self, text: str, where: str) -> None:
-        """Count a row under a text, such as `prompts end inside a token`."""
-        note = Note(1, where)
-        self.notes[text] = self.notes[text] + note if text in self.notes else note
-
-
-@dataclass(frozen=True)
 class _Answer:
     """An answer in a text: the characters from `begin`, where its prompt ends, through its end of turn."""
 
@@ -136,19 +89,16 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, control_tokens: ControlTokens = "text"
+        self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, control_tokens: ControlTokenPolicy = "text"
     ) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
         self.train_on = train_on
         self.report = EncodingReport()
         self._control_tokens = control_tokens
-        added = tokenizer.added_tokens_decoder
-        self._special = {str(token): number for number, token in added.items() if token.special}
-        self._ends = tuple(self._special)
-        self._added = frozenset(added)
-        self._control = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
-        self._control_starts = tuple({token[:2] for token in self._special})
+        self._control = ControlTokens(tokenizer)
+        self._ends = tuple(self._control.ids)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
         self._header_ids: Callable[[str], list[int]] = lru_cache(maxsize=4096)(self._bare_ids)
 
     def examples(self, document: Document, where: str) -> list[Example]:
@@ -192,8 +142,9 @@ class Encoder:
         other = replace(document.messages[first], content="b" if character == "a" else "a")
         messages = (*document.messages[:first], other, *document.messages[first + 1 :])
         changed = self._render(replace(document, messages=messages), len(messages), where)
-        end_of_prefix = len(commonprefix([text, changed]))
-        return max(has_bos, sum(end <= end_of_prefix for end in self._spans(text).ends))
+        differing = (index for index, (old, new) in enumerate(zip(text, changed, strict=False)) if old != new)
+        end_of_prefix = next(differing, 0)
+        return max(has_bos, sum(end <= end_of_prefix for end in self._control.spans(text).ends))
 
     def prompt(self, document: Document, where: str) -> Prompt | None:
         """The document up to its last answer; None for a document without a prompt."""
@@ -206,7 +157,7 @@ class Encoder:
             return None
         last = turns[-1]
         asked = self._as_words(document, where)
-        ids = self._spans(self._render(asked, last, where, generation_prompt=True)).ids
+        ids = self._control.spans(self._render(asked, last, where, generation_prompt=True)).ids
         self._begin_once(ids, where)
         return Prompt(ids, document.references or (document.messages[last].content,))
 
@@ -225,12 +176,13 @@ class Encoder:
     def _plain(self, document: PlainText, where: str) -> Example:
         if document.prompt and not document.completion.strip():
             raise BadRow("the completion is empty", reason=EMPTY, where=where, hint="give it one, or remove the row")
-        self._note_control_tokens(document, where)
+        if token := self._control.first(document.prompt + document.completion):
+            self.report.note(f"rows of text train the control token {token}", where)
         prompt = self._bare_ids(document.prompt) if document.prompt else []
         whole = self._bare_ids(document.prompt + document.completion)
         rest = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
-            self.report.note("prompts end inside a token of the whole text; they are tokenized alone", where)
+            self.report.note("prompts that end inside a token of the whole text are tokenized alone", where)
             rest = inner_spans(self.tokenizer, document.completion).ids
         ids = [*self._affixes.before, *prompt, *rest]
         count = len(self._affixes.before) + len(prompt)
@@ -259,8 +211,8 @@ class Encoder:
             return [example]
         if len(turns) > 1:
             self.report.note(
-                "rows train each answer as an example of its own: the chat template renders it differently once later "
-                "turns follow",
+                "rows train each answer as an example of its own, because the chat template renders it differently "
+                "once later turns follow",
                 where,
             )
         return [self._of_answer(conversation.through(turn), where) for turn in turns]
@@ -279,7 +231,7 @@ class Encoder:
 
     def _in_one(self, text: str, answers: Sequence[_Answer]) -> Example | None:
         """One example of a text; None where the prompt of an answer has other ids alone."""
-        tokens = self._spans(text)
+        tokens = self._control.spans(text)
         is_target = _inside(tokens, answers)
         if not all(self._prompt_is_prefix(text, answer.begin, tokens) for answer in answers):
             return None
@@ -299,7 +251,7 @@ class Encoder:
         start = next((at for at in range(stop - 1, -1, -1) if tokens.ids[at] in self._added), 0)
         header = text[tokens.starts[start] if start else 0 : length]
         if BREAK in header:
-            return self._spans(header).ids == tokens.ids[start:stop]
+            return self._control.spans(header).ids == tokens.ids[start:stop]
         ids = self._header_ids(header) if len(header) <= CHUNK_CHARACTERS else self._bare_ids(header)
         return ids == tokens.ids[start:stop]
 
@@ -312,57 +264,40 @@ class Encoder:
         if through.startswith(prompt) and not thoughts:
             text = through
         else:
-            text = prompt + self._with_thought(conversation.messages[turn], prompt, through, where)
+            text = prompt + self._written_out(conversation.messages[turn], prompt, through, where)
         answer = _Answer(len(prompt), self._end_of_turn(text, len(prompt)))
         return self._in_one(text, [answer]) or self._parted(text, answer, where)
 
     def _parted(self, text: str, answer: _Answer, where: str) -> Example:
         """The example of a text whose prompt ends inside a token: the prompt is tokenized alone."""
-        self.report.note("prompts end inside a token of the whole text; they are tokenized alone", where)
-        prompt = self._spans(text[: answer.begin]).ids
+        self.report.note("prompts that end inside a token of the whole text are tokenized alone", where)
+        prompt = self._control.spans(text[: answer.begin]).ids
         inner = inner_spans(self.tokenizer, text[answer.begin : answer.end]).ids
-        rest = self._spans(text[answer.end :]).ids if answer.end < len(text) else []
+        rest = self._control.spans(text[answer.end :]).ids if answer.end < len(text) else []
         self._count_end(inner[-1])
         return Example(prompt + inner + rest, [False] * len(prompt) + [True] * len(inner) + [False] * len(rest))
 
-    def _with_thought(self, message: Message, prompt: str, through: str, where: str) -> str:
-        """The text after a prompt, through the end of the turn, for an answer whose thought the template does not show.
-
-        Templates of reasoning models show no thoughts of earlier turns, and many open the thought in the generation
-        prompt. The answer is then written as the model generates it: the thought, its closing tag, the content.
-        """
-        opened = next((tags for tags in THOUGHT_TAGS if prompt.rstrip().endswith(tags[0])), None)
-        header = prompt[: prompt.rindex(opened[0])] if opened else prompt
-        tags = opened or self._tags_for(message)
-        if tags is None or not through.startswith(header):
+    def _written_out(self, message: Message, prompt: str, through: str, where: str) -> str:
+        """The text after a prompt for an answer whose thought the chat template does not show; see `written_out`."""
+        answer = written_out(message, prompt, through, self.template.thought_tags)
+        if answer is None:
             raise BadRow(
-                "the chat template renders the answer with another beginning than its generation prompt"
-                if tags
-                else "the chat template omits the reasoning of the answer, and mentions no tags for it",
+                "the chat template omits the reasoning of the answer, and mentions no tags for it"
+                if through.startswith(prompt)
+                else "the chat template renders the answer with another beginning than its generation prompt",
                 reason=OMITTED,
                 where=where,
                 hint="set model.chat_template to a template that renders these rows, or use data of format completion",
             )
-        thought, tail = _thought_of(message, tags), through[len(header) :]
-        if thought:
-            self.report.note("answers have a thought that the chat template does not show; it is trained", where)
+        if answer.has_thought:
+            self.report.note("answers train a thought that the chat template does not show", where)
         else:
-            self.report.note(
-                f"answers without a thought close at once the one that the generation prompt opens ({tags[0]})", where
-            )
-        if opened and not prompt.endswith("\n"):
-            return f"{thought}{tags[1]}{tail}"
-        opening = "" if opened else f"{tags[0]}\n"
-        return f"{opening}{thought}\n{tags[1]}\n\n{tail.lstrip()}"
-
-    def _tags_for(self, message: Message) -> tuple[str, str] | None:
-        """The tags around a thought that the prompt does not open: those of the message, or else of the template."""
-        own = next((pair for pair in THOUGHT_TAGS if pair[1] in message.content), None)
-        return own or next(iter(self.template.thought_tags), None)
+            self.report.note("answers without a thought close at once the one that the generation prompt opens", where)
+        return answer.text
 
     def _all_but_excluded(self, conversation: Conversation, text: str, where: str) -> Example:
         """An example of all tokens but those of messages that are excluded from the targets."""
-        tokens = self._spans(text)
+        tokens = self._control.spans(text)
         excluded = [turn for turn, message in enumerate(conversation.messages) if not message.train]
         is_target = ~_inside(tokens, [self._excluded(conversation, turn, text, where) for turn in excluded])
         last = bisect_left(tokens.starts, self._end_of_turn(text, 0)) - 1
@@ -438,7 +373,7 @@ class Encoder:
             if part.kind == "reasoning" and part.turn in targets:
                 is_thought = True
             elif part.kind == "reasoning":
-                self.report.note("rows have earlier thoughts that the chat template does not show", where)
+                self.report.note("the chat template does not show the thoughts of earlier answers", where)
             elif part.kind == "key":
                 self._note_key(conversation, part, where)
             else:
@@ -449,20 +384,14 @@ class Encoder:
         message = conversation.messages[part.turn]
         called = {call["function"]["name"] for each in conversation.messages for call in each.tool_calls}
         if not (part.key == "name" and message.role == "tool" and part.text in called):
-            key = f"rows have the key {part.key!r} in messages, which the chat template does not show"
+            key = f"the chat template does not show the key {part.key!r} of messages"
             self.report.note(key, where)
 
     def _as_words(self, conversation: Conversation, where: str) -> Conversation:
         """The conversation with a break in each control token that its words contain, so that it stays text."""
-        broken = [self._broken(message) for message in conversation.messages]
-        if all(new is old for new, old in zip(broken, conversation.messages, strict=True)):
+        token = self._control.first_of(conversation)
+        if token is None:
             return conversation
-        token = next(
-            match.group()
-            for message in conversation.messages
-            for text in _texts(message)
-            if (match := self._control.search(text))
-        )
         if self._control_tokens == "error":
             raise BadRow(
                 f"a message contains the control token {token}",
@@ -470,19 +399,8 @@ class Encoder:
                 where=where,
                 hint="remove it, or set data.control_tokens to text, which trains it as text",
             )
-        self.report.note("conversations contain control tokens in their words; they are tokenized as text", where)
-        return replace(conversation, messages=tuple(broken))
-
-    def _broken(self, message: Message) -> Message:
-        if not any(start in text for text in _texts(message) for start in self._control_starts):
-            return message
-        broken = _map_texts(message, lambda text: self._control.sub(_break, text))
-        return message if broken == message else broken
-
-    def _note_control_tokens(self, document: PlainText, where: str) -> None:
-        text = document.prompt + document.completion
-        if any(start in text for start in self._control_starts) and (found := self._control.search(text)):
-            self.report.note(f"rows of text contain the control token {found.group()}, which is trained as one", where)
+        self.report.note("control tokens in the words of a conversation are tokenized as text", where)
+        return self._control.broken(conversation)
 
     def _render(self, conversation: Conversation, count: int, where: str, generation_prompt: bool = False) -> str:
         """The first `count` messages, rendered by the chat template."""
@@ -493,26 +411,6 @@ class Encoder:
             arguments=conversation.template_arguments,
             generation_prompt=generation_prompt,
         )
-
-    def _spans(self, text: str) -> Spans:
-        """The tokens of a rendered text; control tokens with a break in them are tokenized as the text they are."""
-        if BREAK not in text:
-            return spans(self.tokenizer, text)
-        found, position = Spans([], [], []), 0
-        for match in re.finditer(self._broken_control(), text):
-            found += self._segment(text, position, match.start())
-            words = inner_spans(self.tokenizer, match.group().replace(BREAK, ""), as_text=True)
-            found += Spans(words.ids, [match.start()] * len(words.ids), [match.end()] * len(words.ids))
-            position = match.end()
-        return found + self._segment(text, position, len(text))
-
-    def _segment(self, text: str, begin: int, end: int) -> Spans:
-        if begin == end:
-            return Spans([], [], [])
-        return (inner_spans if begin else spans)(self.tokenizer, text[begin:end]).shifted(begin)
-
-    def _broken_control(self) -> str:
-        return "|".join(re.escape(_broken_text(token)) for token in sorted(self._special, key=len, reverse=True))
 
     @cached_property
     def _affixes(self) -> Affixes:
@@ -567,14 +465,6 @@ def _target_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
     return [turn for turn in turns if conversation.messages[turn].train]
 
 
-def _thought_of(message: Message, tags: tuple[str, str]) -> str:
-    """The thought of an answer, from its key or from its content, without tags."""
-    if message.reasoning:
-        return message.reasoning.strip()
-    before, closing, _ = message.content.rpartition(tags[1])
-    return before.replace(tags[0], "", 1).strip() if closing else ""
-
-
 _OMITTED_PARTS = {
     "content": "a part of turn {turn}",
     "name": "the name in turn {turn}",
@@ -593,37 +483,3 @@ def _omission(part: Part, conversation: Conversation, where: str) -> BadRow:
         where=where,
         hint="set model.chat_template to a template that renders it, or remove it from the row",
     )
-
-
-def _texts(message: Message) -> list[str]:
-    """All texts of a message that a chat template may render."""
-    found: list[str] = []
-    _map_texts(message, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
-    return found
-
-
-def _map_texts(message: Message, change: Callable[[str], str]) -> Message:
-    """A message with a function applied to each of its texts."""
-
-    def mapped(value: Any) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, dict):
-            return {key: mapped(each) for key, each in value.items()}
-        return [mapped(each) for each in value] if isinstance(value, list) else value
-
-    return replace(
-        message,
-        content=change(message.content),
-        reasoning=change(message.reasoning),
-        tool_calls=tuple(mapped(dict(call)) for call in message.tool_calls),
-        extra=mapped(dict(message.extra)),
-    )
-
-
-def _break(token: re.Match[str]) -> str:
-    return _broken_text(token.group())
-
-
-def _broken_text(token: str) -> str:
-    return f"{token[0]}{BREAK}{token[1:]}"

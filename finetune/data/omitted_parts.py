@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from finetune.data.chat_template import THOUGHT_TAGS
 from finetune.data.documents import Conversation, Message, ToolObject
+from finetune.data.thoughts import THOUGHT_TAGS
 
 Kind = Literal["content", "reasoning", "name", "call", "argument", "tool", "key"]
 

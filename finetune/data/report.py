@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ PERCENTILES = (50, 90, 95, 99)
 def data_report(datasets: Datasets, batch_plan: BatchPlan) -> dict[str, Any]:
     """The data report as JSON values.
 
-    `read + added = kept + too_long + untrainable`, where `added` counts rows added by splitting, and `untrainable` rows
-    dropped because they have no target tokens. `used` counts the kept rows in this data set: with weights, some kept
+    `read + added = kept + too_long + sum(bad)`, where `added` counts rows added by splitting, and `bad` the rows that
+    cannot be used, by reason. `used` counts the kept rows in this data set: with weights, some kept
     rows are in no data set; with a validation fraction, some are in the other one. All later numbers are of used rows.
     """
     report = {
@@ -34,7 +35,8 @@ def _split_report(split: TokenizedDataset, validation: TokenizedDataset | None) 
     for index, source in enumerate(split.sources):
         description = {"source": source.section.place, "format": source.store.format}
         numbers = _numbers(split.of_source(index), validation)
-        sources.append({**description, **source.store.counts.to_json(), **numbers, "content": source.content})
+        found = {"notes": {text: asdict(note) for text, note in source.store.report.notes.items()}}
+        sources.append({**description, **source.store.counts.to_json(), **numbers, **found, "content": source.content})
     return {**split.counts.to_json(), **_numbers(split, validation), "sources": sources}
 
 

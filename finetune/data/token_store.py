@@ -23,7 +23,8 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from finetune.data.bad_rows import SHOWN_PLACES, BadRows, merged
-from finetune.data.encode import EncodingReport, Example, Note
+from finetune.data.encode import Example
+from finetune.data.encoding_report import EncodingReport, Note
 from finetune.recipe.sections.data import Source, SourceSection
 from finetune.storage.files import write_json
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.bad_rows import bad_rows_error
 from finetune.data.documents import Format
-from finetune.data.encode import Encoder, EncodingReport
+from finetune.data.encode import Encoder
+from finetune.data.encoding_report import EncodingReport
 from finetune.data.rows import Row
 from finetune.data.token_store import EncodedRows, TokenStoreWriter
 from finetune.data.truncation import Truncation

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.documents import Document, Format
 from finetune.data.formats.chat import turns_value
 from finetune.data.rows import Row, excerpt
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import (
     AutoSource,
     ChatSource,
@@ -34,8 +35,13 @@ INSTRUCTION_AND_OUTPUT = (
 )
 """Other names of an instruction and its output in data sets."""
 INPUT_COLUMNS = ("input", "context")
-SYSTEM_COLUMNS = ("system", "system_prompt")
 CHOICES_COLUMNS = ("choices", "options")
+ANSWER_COLUMNS = ("answer", "answerKey", "answers", "label")
+"""Columns with the right one of several choices."""
+
+_ONE_CHOICE = re.compile(r"[a-h]|(?:choice|option|opt|op|distractor)[-_ ]?(?:[a-h]|\d)", re.IGNORECASE)
+"""Names of columns with one of several choices."""
+
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input")
 
 
@@ -58,21 +64,37 @@ class AutoFormat(Format[AutoSource]):
 
     def document(self, row: Row) -> Document:
         """The document of the row, in the format detected on the first row."""
+        detected = self._format(row)
+        if isinstance(detected.section, QaSource) and (choices := _choices_column(row)) is not None:
+            raise self._other_format(f"column {choices!r} has choices", row.where)
+        try:
+            return detected.document(row)
+        except BadRow:
+            raise
+        except DataError as error:
+            # A row with the columns of the format has some other error. Without them, the file mixes formats.
+            if any(section == detected.section for section in _candidates(row)):
+                raise
+            raise self._other_format(error.what, error.where) from error
+
+    def read_columns(self, row: Row) -> set[str]:
+        """See the base class."""
+        return self._format(row).read_columns(row)
+
+    def _format(self, row: Row) -> Format[Any]:
+        """The detected format; `row` is the first row where none is detected yet."""
         if self._detected is None:
             self._detected = build(detect(row))
             self._detected_on = row.where
-        try:
-            return self._detected.document(row)
-        except DataError as error:
-            # A row with the columns of the format has some other error. Without them, the file mixes formats.
-            if any(section == self._detected.section for section in _candidates(row)):
-                raise
-            name = self.resolved.model_dump()["format"]
-            raise DataError(
-                f"the row does not have the format {name} that was detected on {self._detected_on}: {error.what}",
-                where=error.where,
-                hint="correct the row, or set the source's format and name its columns",
-            ) from error
+        return self._detected
+
+    def _other_format(self, what: str, where: str | None) -> DataError:
+        name = self.resolved.model_dump()["format"]
+        return DataError(
+            f"the row does not have the format {name} that was detected on {self._detected_on}: {what}",
+            where=where,
+            hint="correct the row, or set the source's format and name its columns",
+        )
 
 
 def detect(row: Row) -> SourceSection:
@@ -86,6 +108,13 @@ def detect(row: Row) -> SourceSection:
             "the row has a chosen and a rejected answer; ft trains on one of them",
             where=row.where,
             hint=f"set the source's format and columns, for the chosen one {_of_chosen(row)}",
+        )
+    if separate := _separate_choices(row):
+        raise DataError(
+            f"the choices are in columns of their own: {excerpt(', '.join(separate))}",
+            where=row.where,
+            hint='write them into one column, {"question": "...", "choices": ["...", "..."], "answer": 0}, for format '
+            "multiple_choice; with {format: qa, answers: <column>} the choices are not read",
         )
     found = _candidates(row)
     formats = [section.model_dump()["format"] for section in found]
@@ -130,27 +159,38 @@ def _by_other_names(row: Row) -> Iterator[SourceSection]:
     has = row.values.keys()
     for instruction, output in INSTRUCTION_AND_OUTPUT:
         if {instruction, output} <= has:
-            columns = {
-                "input": next((column for column in INPUT_COLUMNS if column in has), INPUT_COLUMNS[0]),
-                "system_column": next((column for column in SYSTEM_COLUMNS if column in has), SYSTEM_COLUMNS[0]),
-            }
-            yield InstructionSource(format="instruction", instruction=instruction, output=output, **columns)
+            given = next((column for column in INPUT_COLUMNS if column in has), INPUT_COLUMNS[0])
+            yield InstructionSource(format="instruction", instruction=instruction, output=output, input=given)
             return
 
 
 def _questions(row: Row) -> Iterator[SourceSection]:
     """Multiple choice where the row has choices, whose answer means nothing without them; else question and answer."""
     has = row.values.keys()
-    choices = next((column for column in CHOICES_COLUMNS if isinstance(row.values.get(column), (list, dict))), None)
-    if choices:
-        answer = next((column for column in ("answer", "answerKey") if {"question", column} <= has), None)
+    if (choices := _choices_column(row)) is not None:
+        answer = next((column for column in ANSWER_COLUMNS if {"question", column} <= has), None)
         if answer:
             yield MultipleChoiceSource(format="multiple_choice", choices=choices, answer=answer)
-            return
+        return
     for answers in ("answers", "answer"):
         if {"question", answers} <= has:
             yield QaSource(format="qa", answers=answers)
             return
+
+
+def _choices_column(row: Row) -> str | None:
+    """The column that holds choices, if there is one."""
+    named = (column for column in row.values if column.lower() in CHOICES_COLUMNS)
+    return next((column for column in named if row.values[column] not in (None, "", [], {})), None)
+
+
+def _separate_choices(row: Row) -> list[str]:
+    """Columns that hold a choice each, beside a question and its answer."""
+    has = row.values.keys()
+    if "question" not in has or has.isdisjoint(ANSWER_COLUMNS) or _choices_column(row) is not None:
+        return []
+    columns = [column for column in has if _ONE_CHOICE.fullmatch(column)]
+    return columns if len(columns) > 1 else []
 
 
 def _conversations(row: Row) -> Iterator[SourceSection]:

@@ -7,32 +7,61 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
-from finetune.data.documents import Conversation, Format, Message, Role
+from finetune.data.documents import Conversation, Message, Role
+from finetune.data.formats.conversation import C, ConversationFormat
+from finetune.data.formats.messages import TurnKeys, read_message
+from finetune.data.json_text import is_python_text
 from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe, excerpt
-from finetune.data.tools import tool_calls_of, tools_of
+from finetune.data.tools import FUNCTIONS, functions_of, tools_of, with_tool_names
 from finetune.errors import DataError
 from finetune.recipe.sections.data import ChatSource
 
 ROLES = get_args(Role)
-TRAIN_KEYS = {"train": True, "weight": 1}
-"""Keys that include a message in the targets or exclude it, ours and OpenAI's, with their default values."""
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names of an assistant's reasoning in data sets."""
+EARLIER_ROLES = {"function": "tool"}
+"""OpenAI's earlier names of roles."""
 
 
-class ChatFormat(Format[ChatSource]):
+class TurnsFormat(ConversationFormat[C]):
+    """A format whose rows have a list of turns, and may have tools and an answer in columns of their own."""
+
+    def read_columns(self, row: Row) -> set[str]:
+        """See the base class."""
+        return super().read_columns(row) | ({FUNCTIONS} if functions_of(row) else set())
+
+    def of_turns(
+        self,
+        row: Row,
+        turns: Sequence[Message],
+        answer: str | None,
+        tools: str,
+        to_message: Callable[[Any, str, str], Message],
+    ) -> Conversation:
+        """The conversation of a row.
+
+        Args:
+            row: The row.
+            turns: Its turns.
+            answer: Column with its answer, if that is separate.
+            tools: Column with its tools.
+            to_message: Converts a value, its key and the place of the row to a message.
+
+        Raises:
+            DataError: A column holds something else, or there is no answer.
+        """
+        messages = turns if answer is None else with_answer(turns, row, answer, to_message)
+        return self.conversation(row, with_tool_names(messages), tools=tools_of(row, tools))
+
+
+class ChatFormat(TurnsFormat[ChatSource]):
     """Rows with OpenAI's chat messages."""
 
     def document(self, row: Row) -> Conversation:
         """The messages of the row."""
-        column = self.section.messages
-        values = messages_in(row, column, "{format: chat, messages: <column>}")
-        messages = [_message(value, f"{column}[{i}]", row.where) for i, value in enumerate(values)]
-        if self.section.answer is not None:
-            messages = with_answer(messages, row, self.section.answer, _message)
-        return Conversation(tuple(messages), tools_of(row, self.section.tools))
+        section = self.section
+        values = messages_in(row, section.messages, "{format: chat, messages: <column>}")
+        messages = [_message(value, f"{section.messages}[{i}]", row.where) for i, value in enumerate(values)]
+        return self.of_turns(row, messages, section.answer, section.tools, _message)
 
 
 def messages_in(row: Row, column: str, section: str) -> list[Any]:
@@ -53,7 +82,9 @@ def messages_in(row: Row, column: str, section: str) -> list[Any]:
         raise DataError(
             f"column {column!r} must be a list of messages, found {row_has}",
             where=row.where,
-            hint=f"correct the row, or name its column: {section}",
+            hint="write the list as JSON (json.dumps), not as Python prints it"
+            if isinstance(messages, str) and is_python_text(messages)
+            else f"write a list of messages, or name the column that has one: {section}",
         )
     return messages
 
@@ -95,69 +126,15 @@ def _message(value: Any, key: str, where: str) -> Message:
         raise DataError(
             f"{key} must be an object with role and content, found {describe(value)}",
             where=where,
-            hint="correct the row",
+            hint='write {"role": "user", "content": "..."}',
         )
-    role, calls = value.get("role"), value.get("tool_calls")
+    role = value.get("role")
+    role = EARLIER_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(
-            f"{key}.role must be one of {', '.join(ROLES)}, found {describe(role)}", where=where, hint="correct the row"
-        )
-    if calls and role != "assistant":
-        raise DataError(f"{key} has role {role} and calls a tool", where=where, hint="only the assistant calls tools")
-    return Message(
-        role,
-        _content(value, key, where, may_be_null=bool(calls)),
-        tool_calls_of(calls, f"{key}.tool_calls", where) if calls else (),
-        value.get("tool_call_id"),
-        is_trained(value, key, where),
-        _reasoning(value, key, where) if role == "assistant" else "",
-    )
-
-
-def _content(value: dict[str, Any], key: str, where: str, may_be_null: bool) -> str:
-    content = value.get("content")
-    if content is None and may_be_null:
-        return ""
-    if isinstance(content, list):
-        return "".join(_text(part, f"{key}.content[{i}]", where) for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise DataError(f"{key}.content must be text, found {describe(content)}", where=where, hint="correct the row")
-    return content
-
-
-def _text(part: Any, key: str, where: str) -> str:
-    """The text of one part of a content that is a list of parts."""
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise DataError(
-            f"{key} must have the type text, found {describe(part)}",
+            f"{key}.role must be one of {', '.join(ROLES)}, found {describe(role)}",
             where=where,
-            hint="remove it: ft trains on text",
+            hint="rename the role, or let the format map it: {format: sharegpt, role_key: role, content_key: content, "
+            "user_roles: [...]}",
         )
-    return text
-
-
-def _reasoning(value: dict[str, Any], key: str, where: str) -> str:
-    name = next((name for name in REASONING_KEYS if value.get(name) is not None), None)
-    if name is None:
-        return ""
-    reasoning = value[name]
-    if not isinstance(reasoning, str):
-        raise DataError(f"{key}.{name} must be text, found {describe(reasoning)}", where=where, hint="correct the row")
-    return reasoning
-
-
-def is_trained(value: dict[str, Any], key: str, where: str) -> bool:
-    """Whether a message may have targets, by its key `train` (true or false) or `weight` (1 or 0).
-
-    Raises:
-        DataError: The key has another value.
-    """
-    train, weight = (default if value.get(name) is None else value[name] for name, default in TRAIN_KEYS.items())
-    if not isinstance(train, bool):
-        raise DataError(
-            f"{key}.train must be true or false, found {describe(train)}", where=where, hint="correct the row"
-        )
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{key}.weight must be 0 or 1, found {describe(weight)}", where=where, hint="correct the row")
-    return train and weight == 1
+    return read_message(value, role, TurnKeys(), key, where)

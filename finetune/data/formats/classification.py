@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from finetune.data.documents import Conversation, Format, Message
+from finetune.data.documents import Conversation, Message
+from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import Row, describe, excerpt
 from finetune.errors import DataError
 from finetune.recipe.sections.data import ClassificationSource
 
 
-class ClassificationFormat(Format[ClassificationSource]):
+class ClassificationFormat(ConversationFormat[ClassificationSource]):
     """Rows of text and label."""
 
     def document(self, row: Row) -> Conversation:
         """The text as the user's turn and the name of the label as the assistant's."""
-        messages = [Message("user", row.text(self.section.text)), Message("assistant", self._label(row))]
-        if self.section.system is not None:
-            system = self.section.system.replace("{labels}", ", ".join(self.section.labels))
-            messages.insert(0, Message("system", system))
-        return Conversation(tuple(messages), choices=tuple(self.section.labels))
+        section = self.section
+        messages = [Message("user", row.text(section.text)), Message("assistant", self._label(row))]
+        system = section.system and section.system.replace("{labels}", ", ".join(section.labels))
+        return self.conversation(row, messages, system=system, choices=tuple(section.labels))
 
     def _label(self, row: Row) -> str:
         column, labels = self.section.label, self.section.labels
         found = row.values.get(column)
+        if isinstance(found, str):
+            found = self._index(answer_text(found, column, row))
         if type(found) is int and 0 <= found < len(labels):
             return labels[found]
         if type(found) is int and not labels:
             raise DataError(
                 f"column {column!r} contains the number {found}, and the labels have no names",
                 where=row.where,
-                hint="name them in the source's section: {format: classification, labels: [...]}",
+                hint="name them in the source's section: {format: classification, labels: [...]}; the names may be "
+                'numbers: ["0", "1"]',
             )
         if labels and found not in labels:
+            names = excerpt(", ".join(labels))
             raise DataError(
-                f"column {column!r} must be one of {excerpt(', '.join(labels))}, found {describe(found)}",
+                f"column {column!r} must be one of {names}, found {describe(row.values.get(column))}",
                 where=row.where,
-                hint="correct the row, or add its label to labels in the source's section",
+                hint="add the label to labels in the source's section, or correct the row",
             )
         return row.text(column)
+
+    def _index(self, label: str) -> str | int:
+        """The number in a label of digits, as CSV files have them; where names have digits only, it is a name."""
+        has_numbers = any(name.isdecimal() for name in self.section.labels)
+        return int(label) if label.strip().isdecimal() and not has_numbers else label

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from finetune.data.documents import Conversation, Document, Format, Message, PlainText
+from finetune.data.documents import Document, Message, PlainText
+from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import Row
 from finetune.recipe.sections.data import CompletionSource
 
 
-class CompletionFormat(Format[CompletionSource]):
+class CompletionFormat(ConversationFormat[CompletionSource]):
     """Rows of prompt and completion."""
+
+    def read_columns(self, row: Row) -> set[str]:
+        """See the base class."""
+        columns = super().read_columns(row)
+        return columns if self.section.chat_template else {self.section.prompt, self.section.completion}
 
     def document(self, row: Row) -> Document:
         """The two texts concatenated, or as a user's and an assistant's turn."""
-        prompt, completion = row.text(self.section.prompt), row.text(self.section.completion)
+        prompt, column = row.text(self.section.prompt), self.section.completion
+        completion = answer_text(row.text(column), column, row)
         if self.section.chat_template:
-            return Conversation((Message("user", prompt), Message("assistant", completion)))
+            return self.conversation(row, [Message("user", prompt), Message("assistant", completion)])
         return PlainText(prompt, completion)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune.data.documents import Conversation, Format, Message
+from finetune.data.documents import Conversation, Message
+from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 from finetune.recipe.sections.data import InstructionSource
 
 
-class InstructionFormat(Format[InstructionSource]):
+class InstructionFormat(ConversationFormat[InstructionSource]):
     """Rows as in the Alpaca data set."""
 
     def document(self, row: Row) -> Conversation:
@@ -18,10 +19,9 @@ class InstructionFormat(Format[InstructionSource]):
         section = self.section
         instruction, given = row.text(section.instruction), row.optional_text(section.input)
         user = f"{instruction}\n\n{given}" if given else instruction
-        messages = [*self._history(row), Message("user", user), Message("assistant", row.text(section.output))]
-        if system := row.optional_text(section.system_column) or section.system:
-            messages.insert(0, Message("system", system))
-        return Conversation(tuple(messages))
+        answer = answer_text(row.text(section.output), section.output, row)
+        messages = [*self._history(row), Message("user", user), Message("assistant", answer)]
+        return self.conversation(row, messages, system=section.system)
 
     def _history(self, row: Row) -> Iterator[Message]:
         column = self.section.history
@@ -39,5 +39,5 @@ def _bad_history(column: str, found: object, row: Row) -> DataError:
     return DataError(
         f"column {column!r} must be a list of pairs of texts, found {describe(found)}",
         where=row.where,
-        hint="correct the row",
+        hint='write pairs, such as [["Hi", "Hello"]], or name the column that has them: {history: <column>}',
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from string import ascii_uppercase
 from typing import Any, TypeGuard
 
-from finetune.data.documents import Conversation, Format, Message
+from finetune.data.documents import Conversation, Message
+from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import Row, describe, excerpt
 from finetune.errors import DataError
 from finetune.recipe.sections.data import MultipleChoiceSource
 
 
-class MultipleChoiceFormat(Format[MultipleChoiceSource]):
+class MultipleChoiceFormat(ConversationFormat[MultipleChoiceSource]):
     """Rows as in MMLU, ARC and similar data sets."""
 
     def document(self, row: Row) -> Conversation:
@@ -23,11 +24,9 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
         choices = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
         user = "\n\n".join(part for part in (context, question, choices) if part)
         answers = labels if section.answer_with == "letter" else texts
-        answer = answers[right]
+        answer = answer_text(answers[right], section.choices, row)
         messages = [Message("user", user), Message("assistant", answer)]
-        if section.system is not None:
-            messages.insert(0, Message("system", section.system))
-        return Conversation(tuple(messages), references=(answer,), choices=tuple(answers))
+        return self.conversation(row, messages, system=section.system, references=(answer,), choices=tuple(answers))
 
     def _choices(self, row: Row) -> tuple[list[str], list[str]]:
         """The texts of the choices, and their labels: letters unless the row has its own."""
@@ -35,11 +34,11 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
         texts = found.get("text") if isinstance(found, dict) else found
         if not _are_texts(texts):
             raise self._bad_choices(row)
-        if len(texts) > len(ascii_uppercase):
+        if len(texts) > len(ascii_uppercase) and not isinstance(found, dict):
             raise DataError(
                 f"column {self.section.choices!r} has {len(texts)} choices, more than there are letters",
                 where=row.where,
-                hint="correct the row",
+                hint='give them labels of their own, {"text": [...], "label": [...]}, or leave choices out',
             )
         labels = found.get("label") if isinstance(found, dict) else list(ascii_uppercase[: len(texts)])
         if not _are_texts(labels) or not len(texts) == len(labels) == len(set(labels)):
@@ -59,6 +58,8 @@ class MultipleChoiceFormat(Format[MultipleChoiceSource]):
     def _right(self, row: Row, texts: list[str], labels: list[str]) -> int:
         """Index of the correct choice."""
         answer = row.values.get(self.section.answer)
+        if isinstance(answer, str) and answer.isdecimal() and answer not in (*texts, *labels):
+            answer = int(answer)  # a cell of a CSV file can only be text
         if type(answer) is int and 0 <= answer < len(texts):
             return answer
         # A label of one choice can be the text of another: the labels 1 to 4 of numbers, for instance. Labels that the

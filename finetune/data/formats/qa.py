@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from finetune.data.documents import Conversation, Format, Message
+from finetune.data.documents import EMPTY_ANSWER, Conversation, Message
+from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import Row, describe
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import QaSource
 
 
-class QaFormat(Format[QaSource]):
+class QaFormat(ConversationFormat[QaSource]):
     """Rows as in SQuAD and similar data sets."""
 
     def document(self, row: Row) -> Conversation:
@@ -17,10 +18,9 @@ class QaFormat(Format[QaSource]):
         context, question = row.optional_text(section.context), row.text(section.question)
         answers = self._answers(row)
         user = f"{context}\n\n{question}" if context else question
-        messages = [Message("user", user), Message("assistant", answers[0])]
-        if section.system is not None:
-            messages.insert(0, Message("system", section.system))
-        return Conversation(tuple(messages), references=answers)
+        answer = answer_text(answers[0], section.answers, row)
+        messages = [Message("user", user), Message("assistant", answer)]
+        return self.conversation(row, messages, system=section.system, references=answers)
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         column = self.section.answers
@@ -28,9 +28,16 @@ class QaFormat(Format[QaSource]):
         if column not in row.values or isinstance(found, str):
             return (row.text(column),)
         answers = found.get("text") if isinstance(found, dict) else found
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        if answers == []:
+            raise BadRow(
+                f"column {column!r} has no answer",
+                reason=EMPTY_ANSWER,
+                where=row.where,
+                hint="give it one, or remove the row",
+            )
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             raise DataError(
-                f"column {column!r} must contain at least one answer, found {describe(found)}",
+                f"column {column!r} must contain answers, found {describe(found)}",
                 where=row.where,
                 hint=_hint(found),
             )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.documents import Conversation, Format, Message
-from finetune.data.formats.chat import is_trained, messages_in, with_answer
+from finetune.data.documents import Conversation, Message
+from finetune.data.formats.chat import TurnsFormat, messages_in
+from finetune.data.formats.messages import TurnKeys, read_message
 from finetune.data.rows import Row, describe, excerpt
-from finetune.data.tools import tool_calls_of, tools_of
 from finetune.errors import DataError
 from finetune.recipe.sections.data import ShareGptSource
 
 
-class ShareGptFormat(Format[ShareGptSource]):
+class ShareGptFormat(TurnsFormat[ShareGptSource]):
     """Rows as in the ShareGPT data set; tool calls may be separate turns.
 
     Args:
@@ -30,33 +30,25 @@ class ShareGptFormat(Format[ShareGptSource]):
 
     def document(self, row: Row) -> Conversation:
         """The turns of the row, with the role names of chat templates."""
-        column = self.section.conversations
-        turns = messages_in(row, column, "{format: sharegpt, conversations: <column>}")
-        messages = [self._message(turn, f"{column}[{i}]", row.where) for i, turn in enumerate(turns)]
-        if system := row.optional_text(self.section.system):
-            messages.insert(0, Message("system", system))
-        if self.section.answer is not None:
-            messages = with_answer(messages, row, self.section.answer, self._message)
-        return Conversation(tuple(messages), tools_of(row, self.section.tools))
+        section = self.section
+        turns = messages_in(row, section.conversations, "{format: sharegpt, conversations: <column>}")
+        messages = [self._message(turn, f"{section.conversations}[{i}]", row.where) for i, turn in enumerate(turns)]
+        return self.of_turns(row, messages, section.answer, section.tools, self._message)
 
     def _message(self, turn: Any, key: str, where: str) -> Message:
         role_key, content_key = self.section.role_key, self.section.content_key
         if not isinstance(turn, dict):
             raise DataError(
-                f"{key} must be an object with {role_key} and {content_key}, found {describe(turn)}", where=where
+                f"{key} must be an object with {role_key} and {content_key}, found {describe(turn)}",
+                where=where,
+                hint="correct the turn, or set role_key and content_key in the source's section of the recipe",
             )
-        name, content = turn.get(role_key), turn.get(content_key)
+        name = turn.get(role_key)
         if not isinstance(name, str) or name not in self._roles:
             raise DataError(
                 f"{key}.{role_key} must be one of {excerpt(', '.join(self._roles))}, found {describe(name)}",
                 where=where,
-                hint="correct the row, or add the role in the source's section of the recipe",
+                hint="correct the turn, or add the role in the source's section of the recipe",
             )
-        train = is_trained(turn, key, where)
-        if name in self.section.call_roles:
-            return Message("assistant", "", tool_calls_of(content, f"{key}.{content_key}", where), train=train)
-        if not isinstance(content, str):
-            raise DataError(
-                f"{key}.{content_key} must be text, found {describe(content)}", where=where, hint="correct the row"
-            )
-        return Message(self._roles[name], content, train=train)
+        is_call = name in self.section.call_roles
+        return read_message(turn, self._roles[name], TurnKeys(role_key, content_key), key, where, is_call)

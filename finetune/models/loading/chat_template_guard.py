@@ -14,12 +14,16 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from datetime import date, datetime
+from datetime import time as clock
 from functools import cache
 from types import FrameType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from finetune.errors import ModelError
 
@@ -76,9 +80,13 @@ class TemplateLimit(Exception):
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **arguments: Any) -> str:
     """`apply_chat_template` as text, within limits of CPU time, memory and output length.
 
+    The date that the template writes is `tokenizer.today`, by default the day of the first call, at 0:00: a run renders
+    the same text on every day.
+
     Raises:
         TemplateLimit: A limit was exceeded.
     """
+    _fix_date(tokenizer, arguments.get("tools"))
     try:
         with _limits():
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
@@ -88,6 +96,23 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *
     if len(text) > BASE_LENGTH and len(text) > _longest(messages, arguments):
         raise TemplateLimit(f"renders {len(text)} characters")
     return text
+
+
+def _fix_date(tokenizer: PreTrainedTokenizerBase, tools: Any) -> None:
+    """Fix the date of `strftime_now` in the tokenizer's compiled template.
+
+    transformers defines the function in the template's environment, and replaces functions in the variables of a call
+    by their names. A template has its own globals before those of the environment, and is compiled once.
+    """
+    template = tokenizer.chat_template
+    sources = template.values() if isinstance(template, Mapping) else [template or ""]
+    if any("strftime_now" in source for source in sources):
+        compiled = _compile_jinja_template(tokenizer.get_chat_template(None, tools))
+        today = getattr(tokenizer, "today", None) or _first_day()
+        compiled.globals["strftime_now"] = datetime.combine(today, clock()).strftime
+
+
+_first_day = cache(date.today)
 
 
 def _longest(messages: list[dict[str, Any]], arguments: dict[str, Any]) -> int:

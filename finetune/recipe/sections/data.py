@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetune.recipe.sections.section import FilePath, OnResume, Section
 
@@ -27,6 +28,21 @@ AnswerColumn = Annotated[
     ),
 ]
 TextSplit = Literal["file", "line", "paragraph"]
+
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns with a system message, unless a source names another one."""
+
+NOT_ARGUMENTS = frozenset((
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
+    "padding", "return_dict", "return_assistant_tokens_mask", "return_tensors", "sanitize_control_tokens",
+    "tokenize", "tokenizer_kwargs", "tools", "truncation",
+))  # fmt: skip
+"""Names that rendering uses itself, so that no variable of a chat template can have them."""
+
+
+def not_an_argument(names: Iterable[Any]) -> str | None:
+    """The first of these names that no variable of a chat template can have; None if there is none."""
+    return next((str(name) for name in names if not str(name).isidentifier() or name in NOT_ARGUMENTS), None)
 
 
 class Hub(Section):
@@ -93,7 +109,19 @@ class AutoSource(SourceSection):
     format: Literal["auto"] = "auto"
 
 
-class ChatSource(SourceSection):
+class ConversationSource(SourceSection):
+    """A source whose rows become conversations."""
+
+    system_column: ColumnName = Field(
+        SYSTEM_COLUMNS[0],
+        description=(
+            "Column with a system message per row, which replaces `system` where the format has that key; may be "
+            "absent or empty. Its default stands for the column `system_prompt` too."
+        ),
+    )
+
+
+class ChatSource(ConversationSource):
     """Rows with a list of messages, each `{"role": ..., "content": ...}`, tool calls included."""
 
     implementation: ClassVar[str] = "finetune.data.formats.chat:ChatFormat"
@@ -103,7 +131,7 @@ class ChatSource(SourceSection):
     tools: ColumnName = Field("tools", description="Column with the callable tools; may be absent.")
 
 
-class ShareGptSource(SourceSection):
+class ShareGptSource(ConversationSource):
     """Rows with a list of turns, each `{"from": ..., "value": ...}`."""
 
     implementation: ClassVar[str] = "finetune.data.formats.sharegpt:ShareGptFormat"
@@ -112,7 +140,6 @@ class ShareGptSource(SourceSection):
     answer: AnswerColumn = None
     role_key: str = Field("from", description="Key of a turn with its role.")
     content_key: str = Field("value", description="Key of a turn with its text.")
-    system: ColumnName = Field("system", description="Column with a system message; may be absent.")
     tools: ColumnName = Field("tools", description="Column with the callable tools; may be absent.")
     user_roles: list[str] = Field(["human", "user"], description="Names of the user's role.")
     assistant_roles: list[str] = Field(
@@ -126,8 +153,16 @@ class ShareGptSource(SourceSection):
         ["observation", "tool", "tool_response", "function_response"], description="Names of a tool's role."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _system_was_a_column(cls, values: Any) -> Any:
+        """Read `system`, the name of `system_column` in earlier versions."""
+        if not isinstance(values, dict) or "system" not in values or "system_column" in values:
+            return values
+        return {"system_column" if key == "system" else key: value for key, value in values.items()}
 
-class InstructionSource(SourceSection):
+
+class InstructionSource(ConversationSource):
     """Rows with an instruction, an optional input and a target output, as in the Alpaca data set."""
 
     implementation: ClassVar[str] = "finetune.data.formats.instruction:InstructionFormat"
@@ -139,12 +174,9 @@ class InstructionSource(SourceSection):
         "history", description="Column with earlier pairs of instruction and answer; may be absent."
     )
     system: str | None = Field(None, description="System message of every row.")
-    system_column: ColumnName = Field(
-        "system", description="Column with a system message per row, which replaces `system`; may be absent or empty."
-    )
 
 
-class CompletionSource(SourceSection):
+class CompletionSource(ConversationSource):
     """Rows with a prompt and its completion, as plain text or through the chat template."""
 
     implementation: ClassVar[str] = "finetune.data.formats.completion:CompletionFormat"
@@ -156,7 +188,7 @@ class CompletionSource(SourceSection):
     )
 
 
-class QaSource(SourceSection):
+class QaSource(ConversationSource):
     """Rows with a question, an optional context, and answers: the first is the target, all count as correct."""
 
     implementation: ClassVar[str] = "finetune.data.formats.qa:QaFormat"
@@ -171,7 +203,7 @@ class QaSource(SourceSection):
     system: str | None = Field(None, description="System message of every row.")
 
 
-class MultipleChoiceSource(SourceSection):
+class MultipleChoiceSource(ConversationSource):
     """Rows with a question, several choices and the correct one, as in MMLU and ARC."""
 
     implementation: ClassVar[str] = "finetune.data.formats.multiple_choice:MultipleChoiceFormat"
@@ -185,7 +217,11 @@ class MultipleChoiceSource(SourceSection):
         description='Column with the choices: a list of texts, or `{"text": [...], "label": [...]}` as in ARC.',
     )
     answer: ColumnName = Field(
-        "answer", description="Column with the correct choice: its index from 0, its letter or label, or its text."
+        "answer",
+        description=(
+            "Column with the correct choice: its index from 0, its letter or label, or its text. Digits in text, as in "
+            "a CSV file, are an index unless they are a choice or its label."
+        ),
     )
     answer_with: Literal["letter", "text"] = Field(
         "letter", description="Target answer: the letter of the choice, or its text."
@@ -193,13 +229,19 @@ class MultipleChoiceSource(SourceSection):
     system: str | None = Field(None, description="System message of every row.")
 
 
-class ClassificationSource(SourceSection):
+class ClassificationSource(ConversationSource):
     """Rows with a text and its label."""
 
     implementation: ClassVar[str] = "finetune.data.formats.classification:ClassificationFormat"
     format: Literal["classification"]
     text: ColumnName = Field("text", description="Column with the text.")
-    label: ColumnName = Field("label", description="Column with the label: its name, or its index in `labels`.")
+    label: ColumnName = Field(
+        "label",
+        description=(
+            "Column with the label: its name, or its index in `labels`. Digits in text, as in a CSV file, are an index "
+            "unless a label's name has digits only."
+        ),
+    )
     labels: list[str] = Field([], description="Names of the labels, in the order of their indices.")
     system: str | None = Field(
         None, description="System message of every row; `{labels}` is replaced by the label names."
@@ -308,6 +350,13 @@ class Data(Section):
     workers: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
         None, ge=1, description="Processes that tokenize rows; by default one per core."
     )
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _are_variables(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if (name := not_an_argument(arguments)) is not None:
+            raise ValueError(f"{name!r} cannot be a variable of the chat template")
+        return arguments
 
     @field_validator("train", "validation", mode="before")
     @classmethod

@@ -1,0 +1,132 @@
+"""What every format of conversations reads of a row beside its turns: system message and template arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from finetune.data.documents import EMPTY_ANSWER, Conversation, Format, Message, ToolObject
+from finetune.data.json_text import parsed
+from finetune.data.readers.json_cursor import json_value
+from finetune.data.rows import Row, describe, excerpt
+from finetune.errors import BadRow, DataError
+from finetune.recipe.sections.data import SYSTEM_COLUMNS, ConversationSource, not_an_argument
+
+ARGUMENTS, DOCUMENTS = "chat_template_kwargs", "documents"
+"""Columns with variables of the chat template, named as in `apply_chat_template`."""
+
+C = TypeVar("C", bound=ConversationSource)
+
+
+class ConversationFormat(Format[C]):
+    """A format whose rows become conversations."""
+
+    def read_columns(self, row: Row) -> set[str]:
+        """See the base class."""
+        columns = {ARGUMENTS, *self._system_columns()}
+        return super().read_columns(row) | (columns if _documents(row) is None else {*columns, DOCUMENTS})
+
+    def conversation(
+        self,
+        row: Row,
+        messages: Sequence[Message],
+        *,
+        system: str | None = None,
+        tools: tuple[ToolObject, ...] = (),
+        references: tuple[str, ...] = (),
+        choices: tuple[str, ...] = (),
+    ) -> Conversation:
+        """The conversation of a row.
+
+        Args:
+            row: The row.
+            messages: Its turns.
+            system: System message of every row that has none of its own.
+            tools: Definitions of the available tools.
+            references: Accepted forms of the last answer.
+            choices: Answers to choose from.
+
+        Raises:
+            DataError: The row has two different system messages, or template arguments that are none.
+        """
+        return Conversation(
+            tuple(self._with_system(row, messages, system)), tools, references, choices, template_arguments(row)
+        )
+
+    def _with_system(self, row: Row, messages: Sequence[Message], default: str | None) -> list[Message]:
+        """The turns after the row's system message, which is in a column or the first of them."""
+        texts = {column: row.optional_text(column) for column in self._system_columns()}
+        own = {place: text for place, text in texts.items() if text.strip()}
+        first, *rest = messages
+        if first.role == "system":
+            own |= {"its first message": first.content} if first.content.strip() else {}
+        if len(set(own.values())) > 1:
+            raise DataError(
+                f"the row has different system messages: {' and '.join(own)}",
+                where=row.where,
+                hint="leave one of them out, or name the column to use: system_column in the source's section",
+            )
+        if first.role == "system" and (first.content.strip() or not own):
+            return [first, *rest]
+        text: str | None = next(iter(own.values()), default)
+        system = [Message("system", text)] if text else []
+        return [*system, *(rest if first.role == "system" else messages)]
+
+    def _system_columns(self) -> tuple[str, ...]:
+        column = self.section.system_column
+        return SYSTEM_COLUMNS if column == SYSTEM_COLUMNS[0] else (column,)
+
+
+def template_arguments(row: Row) -> dict[str, Any]:
+    """The variables that a row sets for the chat template.
+
+    Raises:
+        DataError: The column is no object, or a name in it cannot be a variable.
+    """
+    value = row.values.get(ARGUMENTS)
+    arguments = parsed(value, f"column {ARGUMENTS!r}", row.where) if value else {}
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"column {ARGUMENTS!r} must be an object, found {describe(value)}",
+            where=row.where,
+            hint='write the variables of the chat template, such as {"enable_thinking": false}',
+        )
+    if (name := not_an_argument(arguments)) is not None:
+        raise DataError(
+            f"column {ARGUMENTS!r}: {excerpt(name)!r} cannot be a variable of the chat template",
+            where=row.where,
+            hint="remove it",
+        )
+    documents = _documents(row)
+    return arguments if documents is None else {**arguments, DOCUMENTS: documents}
+
+
+def answer_text(text: str, column: str, row: Row) -> str:
+    """The text of an answer, which is not empty.
+
+    Args:
+        text: The answer.
+        column: Its column.
+        row: Its row.
+
+    Raises:
+        BadRow: It is empty, or white space only.
+    """
+    if not text.strip():
+        raise BadRow(
+            f"the answer in column {column!r} is empty",
+            reason=EMPTY_ANSWER,
+            where=row.where,
+            hint="give it a text, or remove the row",
+        )
+    return text
+
+
+def _documents(row: Row) -> list[Any] | None:
+    """The documents of a row, for templates of retrieval; None where the column is no list."""
+    value = row.values.get(DOCUMENTS)
+    if isinstance(value, str):
+        with suppress(ValueError):  # any other text is no list of documents
+            value = json_value(value)
+    return value if isinstance(value, list) and value else None
