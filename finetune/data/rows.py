@@ -98,13 +98,18 @@ def describe(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bytes):
-        return f"binary data ({len(value)} bytes)"
+        return _without_type(value)
     try:
-        shown = excerpt(json.dumps(value, ensure_ascii=False, default=describe))
+        shown = excerpt(json.dumps(value, ensure_ascii=False, default=_without_type))
     except RecursionError:  # json.dumps needs a deeper stack than the parser that accepted the value
         shown = "nested deeply"
     kind = next((name for types, name in _KINDS if isinstance(value, types)), "a value without a JSON type")
     return f"{kind} ({shown})"
+
+
+def _without_type(value: Any) -> str:
+    """A value that JSON has no type for, which only columns of Parquet and Arrow files can have."""
+    return f"binary data ({len(value)} bytes)" if isinstance(value, bytes) else str(value)
 
 
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (

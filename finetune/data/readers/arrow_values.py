@@ -9,7 +9,7 @@ Arrow has one type for a column where JSON has one for a value. What that change
   `datasets`) what it says, and numbers with the feature `ClassLabel` the names of their labels.
 - Dates, times and durations become ISO 8601 text, decimals the text of their digits, and NaN becomes null. A moment
   without a time zone and at midnight becomes a date, because `datasets` stores the dates of JSON text as moments.
-- A 16- or 32-bit number becomes the shortest decimal number that rounds to it.
+- A 16- or 32-bit fraction becomes the shortest decimal number that rounds to it.
 
 Binary data stays bytes, which no format accepts. The order of the keys of an object is that of the type.
 """
@@ -235,8 +235,10 @@ def _floats(array: pa.Array, feature: Feature) -> list[Any]:
     if types.is_float64(array.type):
         return array.to_pylist()  # type: ignore[no-any-return]
     is_number = array.is_valid().to_pylist()
+    exact = array.to_numpy(zero_copy_only=False)
     # numpy writes the shortest text that names the number in its own precision.
-    numbers = array.to_numpy(zero_copy_only=False).astype("U").astype(np.float64).tolist()
+    shortest = exact.astype("U").astype(np.float64)
+    numbers = np.where(np.trunc(exact) == exact, exact.astype(np.float64), shortest).tolist()
     return [number if valid else None for number, valid in zip(numbers, is_number, strict=True)]
 
 
