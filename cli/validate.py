@@ -12,10 +12,13 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     Also prints how vLLM can serve the trained model, or why it cannot.
     """
     from finetune.recipe.load import load_recipe
+    from finetune.recipe.rules.steps import warn_about_steps
     from finetune.recipe.vllm_support import describe_vllm_support
 
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
+    if plan.training.max_steps is not None:  # with epochs, the number of steps depends on the rows
+        warn_about_steps(plan, plan.training.max_steps)
     show_result(
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"

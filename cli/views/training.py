@@ -79,8 +79,9 @@ def show_smoke_test(passed: Smoke, recipe: Path, as_json: bool) -> None:
 def result_lines(event: TrainingFinished) -> list[str]:
     """Steps, speed, memory and losses of a finished run."""
     lines = [
-        f"trained {event.steps} steps in {duration(event.seconds)}, {count(event.tokens)} tokens "
-        f"({event.tokens / event.seconds:.0f} tok/s), peak memory {memory(event.peak_memory_bytes)}"
+        f"trained {event.steps} step{'s' * (event.steps != 1)} in {duration(event.seconds)}, "
+        f"{count(event.tokens)} tokens ({event.tokens / event.seconds:.0f} tok/s), "
+        f"peak memory {memory(event.peak_memory_bytes)}"
     ]
     if event.validation_loss is not None and event.validation_loss_before is not None:
         lines.append(f"validation loss {event.validation_loss_before:.4f} -> {event.validation_loss:.4f}")

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from finetune.errors import DataError
 
-# Reasons, in messages (`3 rows are ...`) and in the data report.
+# Reasons, in messages (`3 rows ...`) and in the data report.
 REJECTED = "rejected by the chat template"
 OMITTED = "partly omitted by the chat template"
 WITHOUT_TARGETS = "without target tokens"
 EMPTY = "with an empty answer"
 CONTROL = "with control tokens"
-MALFORMED = "malformed"
+BEGINS_WITH_ANSWER = "that begin with an answer"
+MALFORMED = "of another form than their format"
 
 SHOWN_PLACES = 5
 """Number of places of dropped rows that are kept for messages."""
@@ -55,19 +56,19 @@ def bad_rows_error(counts: Mapping[str, int], bad: Mapping[str, BadRows], may_dr
         may_drop: Whether dropping them would help.
     """
     first = bad[next(iter(counts))]
-    others = [f"{count} rows are {reason} ({listed(bad[reason].places, count)})" for reason, count in counts.items()]
-    what = "; ".join([first.what, *others]) if sum(counts.values()) > 1 else first.what
+    file = first.places[0].rpartition(":")[0]
+    alike = [f"{count} rows {reason} ({listed(bad[reason].places, count, file)})" for reason, count in counts.items()]
+    what = "; ".join([first.what, *alike]) if sum(counts.values()) > 1 else first.what
     hint = first.hint or "correct the row"
     return DataError(what, where=first.places[0], hint=f"{hint}; or set data.on_bad_row to drop" if may_drop else hint)
 
 
-def listed(places: Sequence[str], count: int) -> str:
-    """The first of `count` places, for messages; lines of one file without its name."""
+def listed(places: Sequence[str], count: int, known: str = "") -> str:
+    """The first of `count` places, for messages; lines of one file together, without its name where it is known."""
     more = ", ..." if count > len(places) else ""
     file, _, _ = places[0].rpartition(":")
     lines = [place.removeprefix(f"{file}:") for place in places]
     if not file or not all(line.isdigit() for line in lines):
         return ", ".join(places) + more
-    if len(lines) == 1:
-        return places[0] + more
-    return f"{file}, lines {', '.join(lines)}{more}"
+    name = "" if file == known else f"{file}, "
+    return f"{name}line{'s' if len(lines) > 1 else ''} {', '.join(lines)}{more}"

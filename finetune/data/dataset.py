@@ -282,7 +282,7 @@ def _log(split: TokenizedDataset, section: Data) -> None:
         logger.warning("dropped %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
     for reason, rows_of_reason in split.bad.items():
         places = listed(rows_of_reason.places, counts.bad[reason])
-        logger.warning("dropped %d of %d rows, %s: %s", counts.bad[reason], rows, reason, places)
+        logger.warning("dropped %d of %d rows, those %s: %s", counts.bad[reason], rows, reason, places)
     if counts.truncated or counts.cut_target_tokens:
         logger.warning(
             "cut %d of %d rows to %d tokens; %d target tokens were cut",

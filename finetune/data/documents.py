@@ -97,8 +97,6 @@ class Tokens:
 
 Document = Conversation | PlainText | Tokens
 
-EMPTY_ANSWER = "empty answer"
-"""Reason of a bad row."""
 
 BOOKKEEPING_COLUMNS = frozenset((
     "id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "key", "row", "row_id", "sample_id", "example_id",

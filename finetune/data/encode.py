@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.bad_rows import CONTROL, EMPTY, MALFORMED, OMITTED
+from finetune.data.bad_rows import BEGINS_WITH_ANSWER, CONTROL, EMPTY, MALFORMED, OMITTED
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.control_tokens import BREAK, ControlTokens
 from finetune.data.documents import Conversation, Document, Message, PlainText, Tokens
@@ -281,13 +281,15 @@ class Encoder:
         """The text after a prompt for an answer whose thought the chat template does not show; see `written_out`."""
         answer = written_out(message, prompt, through, self.template.thought_tags)
         if answer is None:
+            begins_otherwise = not through.startswith(prompt)
             raise BadRow(
-                "the chat template omits the reasoning of the answer, and mentions no tags for it"
-                if through.startswith(prompt)
-                else "the chat template renders the answer with another beginning than its generation prompt",
+                "the chat template renders the answer with another beginning than its generation prompt"
+                if begins_otherwise
+                else "the chat template omits the reasoning of the answer, and mentions no tags for it",
                 reason=OMITTED,
                 where=where,
-                hint="set model.chat_template to a template that renders these rows, or use data of format completion",
+                hint="set model.chat_template to a template that renders it, or "
+                + ("use data of format completion" if begins_otherwise else "write it into the content with its tags"),
             )
         if answer.has_thought:
             self.report.note("answers train a thought that the chat template does not show", where)
@@ -327,7 +329,7 @@ class Encoder:
         if not turn:
             raise BadRow(
                 "the first message has the role assistant",
-                reason=MALFORMED,
+                reason=BEGINS_WITH_ANSWER,
                 where=where,
                 hint="begin with a user message, or exclude it from the targets: {train: false}",
             )

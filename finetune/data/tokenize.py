@@ -80,6 +80,8 @@ class TokenizationSpec:
                 except DataError as error:
                     truncation.add_bad(error, row.where)
                     continue
+                for column in row_format.unread_columns(row):
+                    encoder.report.note(f"column {column!r} is not read", row.where)
                 truncation.add(document, number, row.where)
             return truncation.encoded()
 

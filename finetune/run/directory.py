@@ -56,7 +56,7 @@ class Attempt:
 
 
 class RunDirectory:
-    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, checkpoints, trained weights, and their exports.
+    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, tokenizer, checkpoints, trained weights, exports.
 
     `create` makes a new run, `open` returns an existing one.
 
@@ -79,6 +79,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
         self.outcome = path / "exit.json"
         self.merged = path / "merged"
         self.exported = path / "exported"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from finetune.data.documents import EMPTY_ANSWER, Conversation, Format, Message, ToolObject
+from finetune.data.bad_rows import EMPTY
+from finetune.data.documents import Conversation, Format, Message, ToolObject
 from finetune.data.json_text import parsed
 from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe, excerpt
@@ -116,7 +117,7 @@ def answer_text(text: str, column: str, row: Row) -> str:
     if not text.strip():
         raise BadRow(
             f"the answer in column {column!r} is empty",
-            reason=EMPTY_ANSWER,
+            reason=EMPTY,
             where=row.where,
             hint="give it a text, or remove the row",
         )

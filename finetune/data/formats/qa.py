@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.documents import EMPTY_ANSWER, Conversation, Message
+from finetune.data.bad_rows import EMPTY
+from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.json_text import structured
 from finetune.data.rows import Row, describe
@@ -34,7 +35,7 @@ class QaFormat(ConversationFormat[QaSource]):
         if answers == []:
             raise BadRow(
                 f"column {column!r} has no answer",
-                reason=EMPTY_ANSWER,
+                reason=EMPTY,
                 where=row.where,
                 hint="give it one, or remove the row",
             )

@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data import tokenize as tokenize_module
+from finetune.data.bad_rows import MALFORMED
 from finetune.data.dataset import read_data
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
@@ -87,8 +88,8 @@ def test_malformed_rows_are_counted_with_place_of_the_first(tmp_path: Path):
             row["messages"] = "nothing"
 
     store, _ = tokenized(chats(tmp_path, 21, break_row), workers=2, on_bad_row="drop")
-    assert (store.counts.kept, store.counts.bad) == (19, {"malformed": 2})
-    malformed = store.bad["malformed"]
+    assert (store.counts.kept, store.counts.bad) == (19, {MALFORMED: 2})
+    malformed = store.bad[MALFORMED]
     assert [place.rpartition("/")[2] for place in malformed.places] == ["chat.jsonl:14", "chat.jsonl:18"]
     assert "messages" in malformed.what
     assert malformed.hint

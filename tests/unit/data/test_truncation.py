@@ -92,7 +92,7 @@ def test_overlength_split_splits_text_and_rejects_prompt():
 
 def test_rows_without_targets_raise_with_places_or_are_dropped():
     unanswered = Conversation((Message("user", "a"),))
-    with pytest.raises(DataError, match=r"2 rows are without target tokens \(rows.jsonl, lines 1, 3\)"):
+    with pytest.raises(DataError, match=r"2 rows without target tokens \(lines 1, 3\)"):
         encoded(unanswered, TALK, unanswered)
     assert encoded(unanswered, TALK, unanswered, on_bad_row="drop").counts.bad.total() == 2
     with pytest.raises(DataError, match="no target tokens"):
