@@ -76,7 +76,9 @@ class Row:
         value = self.values[column]
         if not isinstance(value, str):
             raise DataError(
-                f"column {column!r} must be text, found {describe(value)}", where=self.where, hint=self.remedy(column)
+                f"column {column!r} must be text, found {describe(value)}",
+                where=self.where,
+                hint=self.fix_of_type(column),
             )
         return value
 
@@ -84,7 +86,7 @@ class Row:
         """The text in a column; empty where the column is absent or null."""
         return self.text(column) if self.values.get(column) is not None else ""
 
-    def remedy(self, column: str) -> str:
+    def fix_of_type(self, column: str) -> str:
         """What to do about a value of the wrong type: in a source with types by column, every row has it."""
         if self.typing == "by_column" and self.values.get(column) is not None:
             return (

@@ -1,12 +1,12 @@
 """Rows of Arrow tables as JSON values, so that Parquet files, Arrow files and the hub give the rows that JSONL would.
 
-Arrow has one type for a column where JSON has one for a value. What that changes is undone:
+Arrow has one type for a column where JSON has one for a value. The consequences are undone:
 
 - A struct has the keys of all rows. A key that is null in a row is dropped, because another row may be the only reason
   why it exists (`PartialObject` keeps its name). It stays where the type of the key is `null`: no row has a value, so
   that an explicit null in some row is the reason. Nulls stay in columns, in lists, in maps and in JSON text.
-- Maps become objects, dictionary-encoded columns their values, JSON text (`arrow.json`, the feature `Json` of
-  `datasets`) what it says, and numbers with the feature `ClassLabel` the names of their labels.
+- Maps become objects, dictionary-encoded columns become their values, JSON text (`arrow.json`, the feature `Json` of
+  `datasets`) is parsed, and numbers with the feature `ClassLabel` become the names of their labels.
 - Dates, times and durations become ISO 8601 text, decimals the text of their digits, and NaN becomes null. A moment
   without a time zone and at midnight becomes a date, because `datasets` stores the dates of JSON text as moments.
 - A 16- or 32-bit fraction becomes the shortest decimal number that rounds to it.

@@ -1,4 +1,4 @@
-"""Lists and objects in text: JSON is read where a format asks for a list, and what Python or NumPy prints is refused."""
+"""Lists and objects in text: JSON is read where a format asks for a list, what Python or NumPy prints is refused."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_structured_text_is_parsed_as_json(value: Any):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "Ann", "3", "true", '"quoted"', "null", "[1] and [2]", "see ['a']", "(a) first", "[citation needed]", "(3, 4)",
-        "{x | x > 0}", "[0, 1)", "[0, 1] U [2, 3]", "f([1, 2])", "[", "]", "[a]", "{1, 2}",
+        "", "Ann", "3", "true", '"quoted"', "null", "[1] and [2]", "see ['a']", "(a) first", "[citation needed]",
+        "(3, 4)", "{x | x > 0}", "[0, 1)", "[0, 1] U [2, 3]", "f([1, 2])", "[", "]", "[a]", "{1, 2}",
     ],
 )  # fmt: skip
 def test_structured_text_without_list_stays_text(text: str):
@@ -58,13 +58,15 @@ def test_structured_text_without_list_stays_text(text: str):
 
 
 PRINTED = [
-    str(["a"]), str(["a", "b"]), str(["it's", 'say "x"']), str(np.array(["Ann", "Ann Lee"])), str(np.array([1, 2, 3])),
-    str(np.array([[0.5, 1e-9], [2, np.nan]])), str(np.arange(5000)), str(np.array(["x" * 40] * 9)), repr(np.array(["a"])),
-    str({"text": np.array(["Ann"], dtype=object), "answer_start": np.array([0], dtype=np.int32)}), str([np.array(["a"])]),
-    str(("a", "b")), str([None, True]), str({"role": "user"}), str([{"role": "user", "content": "Hi"}]), str({"a", "b"}),
-    str(np.array([{"role": "user"}, {"role": "assistant"}])), str([np.str_("a")]), str([b"a"]), str([float("nan"), 1]),
-    "tensor([1, 2])", "tensor([[1., 2.]], dtype=torch.float16)", '["a" "b"]', '["a", "b",]', '{"a": 1,}', "[list(['a'])]",
-    "  ['a']\n", "[Timestamp('2026-01-01 00:00:00')]",
+    str(["a"]), str(["a", "b"]), str(["it's", 'say "x"']), str(("a", "b")), str([None, True]), str([b"a"]),
+    str({"a", "b"}), str({"role": "user"}), str([{"role": "user", "content": "Hi"}]), str([float("nan"), 1]), "  ['a']\n",
+    str(np.array(["Ann", "Ann Lee"])), str(np.array([1, 2, 3])), str(np.array([[0.5, 1e-9], [2, np.nan]])),
+    str(np.arange(5000)), str(np.array(["x" * 40] * 9)), repr(np.array(["a"])), str([np.array(["a"])]),
+    str([np.str_("a")]),
+    str({"text": np.array(["Ann"], dtype=object), "answer_start": np.array([0], dtype=np.int32)}),
+    str(np.array([{"role": "user"}, {"role": "assistant"}])), "tensor([1, 2])",
+    "tensor([[1., 2.]], dtype=torch.float16)",
+    '["a" "b"]', '["a", "b",]', '{"a": 1,}', "[list(['a'])]", "[Timestamp('2026-01-01 00:00:00')]",
 ]  # fmt: skip
 """Lists and objects as Python, NumPy and PyTorch print them, and JSON with an error."""
 

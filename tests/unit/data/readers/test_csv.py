@@ -163,7 +163,7 @@ def test_csv_index_column_is_not_read_and_noted(
         ("Unnamed: 0,a\n0,1\nx,2\n", "3", "'x'"),
     ],
 )
-def test_csv_nameless_column_without_numbers_raises_with_remedy(tmp_path: Path, content: str, place: str, what: str):
+def test_csv_nameless_column_without_numbers_raises_with_fix(tmp_path: Path, content: str, place: str, what: str):
     error = error_of(write(tmp_path, "rows.csv", content))
     assert error.where == f"{tmp_path / 'rows.csv'}:{place}"
     assert what in error.what

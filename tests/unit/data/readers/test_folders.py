@@ -136,7 +136,7 @@ def test_saved_splits_are_asked_for(tmp_path: Path):
     assert len(values_of(Path(paths["all"]), COLUMNS)) == 3
 
 
-def test_one_saved_split_is_read(tmp_path: Path):
+def test_folder_with_one_saved_split_is_read(tmp_path: Path):
     datasets.DatasetDict({"test_sft": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "sets")
     assert values_of(tmp_path / "sets", COLUMNS) == ROWS
 
@@ -195,7 +195,7 @@ def test_files_of_several_splits_are_asked_for(tmp_path: Path, files: list[str],
     paths = proposed(caught.value)
     assert names_in(folder, Path(paths.pop("all")), options) == sorted(files)
     read = {split: names_in(folder, Path(path), options) for split, path in paths.items()}
-    assert sorted(sum(read.values(), [])) == sorted(files)
+    assert sorted(name for names in read.values() for name in names) == sorted(files)
     plain = {split: path.replace("[[]", "[").removeprefix(f"{folder}/") for split, path in paths.items()}
     assert plain == splits
 
