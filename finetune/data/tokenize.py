@@ -80,7 +80,7 @@ class TokenizationSpec:
                 except DataError as error:
                     truncation.add_bad(error, row.where)
                     continue
-                for column in row_format.unread_columns(row):
+                for column in sorted(row_format.unread_columns(row)):
                     encoder.report.note(f"column {column!r} is not read", row.where)
                 truncation.add(document, number, row.where)
             return truncation.encoded()

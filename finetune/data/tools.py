@@ -167,6 +167,8 @@ def with_tool_names(messages: Sequence[Message]) -> list[Message]:
     A name in the row stays. Without one, it is that of the call that `tool_call_id` names, or else of the calls just
     before, in their order; where there are more or fewer answers than calls, nothing says whose they are.
     """
+    if not any(message.role == "tool" for message in messages):
+        return list(messages)
     named, by_id, before = list(messages), dict[str, ToolObject](), list[ToolObject]()
     for kind, group in groupby(enumerate(messages), key=lambda turn: _kind(turn[1])):
         turns = list(group)

@@ -220,7 +220,7 @@ def test_difference_in_an_engine_is_a_warning_and_in_the_report(
         written = export_gguf(run).folder
     ollama = json.loads((written / "export.json").read_text())["engines"][1]
     assert (ollama["engine"], ollama["differing"]) == ("Ollama", 1)
-    assert "Ollama asks 1 of" in caplog.text
+    assert "Ollama makes other tokens of 1 of" in caplog.text
 
 
 def test_merge_and_export_print_one_line_about_engines(tiny_recipe: dict[str, Any], tmp_path: Path):

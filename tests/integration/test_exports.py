@@ -68,8 +68,14 @@ def test_q4_1_of_other_quantizations_is_refused(tiny_recipe: dict[str, Any], tmp
     three = {"quantization": {"kind": "affine", "bits": 3}, "adapter": {"method": "qa_lora", "r": 4}}
     with pytest.raises(UnsupportedError, match="4 bits in groups of 32"):
         export_gguf(run_of({**tiny_recipe, **three}, tmp_path, "three"), kind="q4_1")
-    with pytest.raises(UnsupportedError, match="without rounding"):
-        export_gguf(run_of(tiny_recipe, tmp_path, "lora"), kind="q4_1")
+    for method in ("lora", "full"):
+        run = run_of(tiny_recipe, tmp_path, method, f"adapter={{method: {method}}}")
+        with pytest.raises(UnsupportedError, match="without rounding") as caught:
+            export_gguf(run, kind="q4_1")
+        assert caught.value.where == "--dtype q4_1"
+        assert "f16" in str(caught.value.hint)
+        with pytest.raises(UnsupportedError, match="without rounding"):
+            merge(run, dtype="quantized")
 
 
 def test_gguf_of_an_unsupported_architecture_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):

@@ -1,7 +1,7 @@
 """Prompts of a run as inference engines tokenize them, compared with the tokens that the run was trained on.
 
 A few rows of the training data and some fixed conversations or texts are compared. An engine that makes other tokens
-of a prompt asks the model something that it has not been trained on.
+of a prompt gives the model an input that it has not been trained on.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class PromptAgreement:
 
 
 def run_prompts(trained: FineTunedRun, on_event: EventHandler) -> list[RunPrompt]:
-    """Prompts of some training rows, then fixed ones; those that the run cannot be asked with are left out."""
+    """Prompts of some training rows, then fixed ones; prompts that the run cannot use are left out."""
     encoder = trained.context.encoder
     template = ChatTemplate(trained.context.tokenizer)
     fixed: Sequence[Document] = CONVERSATIONS if trained.record.uses_chat_template else TEXTS
@@ -156,7 +156,7 @@ def compare(
         _refuse_other_vocabulary(engine, prompts, tokenizer)
         agreement = _compared(engine, prompts, tokenizer)
         if agreement.first is not None:
-            logger.warning("%s", _described(agreement, engine.remedy))
+            logger.warning("%s", _described(agreement, engine.hint))
         found.append(agreement)
     return found
 
@@ -204,12 +204,11 @@ def _difference(prompt: RunPrompt, ids: Sequence[int], tokenizer: PreTrainedToke
     return Difference(excerpt(prompt.text), position, *shown)
 
 
-def _described(agreement: PromptAgreement, remedy: str) -> str:
+def _described(agreement: PromptAgreement, hint: str) -> str:
     assert agreement.first is not None
-    what = (
-        f"{agreement.engine} asks {agreement.differing} of {agreement.prompts} prompts with other tokens than the run"
-    )
-    return f"{what} was trained on: {_place(agreement.first)}" + (f"; {remedy}" if remedy else "")
+    count = f"{agreement.differing} of {agreement.prompts} prompts"
+    what = f"{agreement.engine} makes other tokens of {count} than the training: {_place(agreement.first)}"
+    return f"{what}; {hint}" if hint else what
 
 
 def _place(difference: Difference) -> str:

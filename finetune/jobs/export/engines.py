@@ -25,7 +25,7 @@ class RunPrompt:
     Attributes:
         document: The prompt with the answer that it asks for.
         text: The prompt as text, without what the tokenizer adds.
-        ids: The tokens that the run is trained and asked with.
+        ids: Its tokens in training and generation.
     """
 
     document: Conversation | PlainText
@@ -39,16 +39,16 @@ class Engine(ABC):
     Attributes:
         name: Its name.
         by: How its tokens are found here.
-        remedy: What a user of the engine can do about a difference; may be empty.
+        hint: What a user of the engine can do about a difference; may be empty.
     """
 
     name: str
     by: str
-    remedy: str = ""
+    hint: str = ""
 
     @abstractmethod
     def prompt_ids(self, prompt: RunPrompt) -> list[int] | None:
-        """The tokens that it asks the model with; None for a prompt that it has no form for."""
+        """The tokens of a prompt; None for one that the engine has no form for."""
 
     @abstractmethod
     def text_ids(self, text: str) -> list[int]:
@@ -71,7 +71,7 @@ class Vllm(Engine):
         affixes = Affixes.of(self.tokenizer)
         if affixes.after:
             begin = self.tokenizer.decode(list(affixes.before))
-            self.remedy = "with text prompts send add_special_tokens: false" + (
+            self.hint = "with text prompts send add_special_tokens: false" + (
                 f", and begin them with {begin}" if begin else ""
             )
 
@@ -88,7 +88,7 @@ class Vllm(Engine):
                 add_generation_prompt=True,
                 **document.template_arguments,
             )
-        except Exception:  # the template rejects the form that vLLM gives it: it asks nothing
+        except Exception:  # the template rejects the form that vLLM gives it: there are no tokens
             return []
         return self.text_ids(text)
 
@@ -116,11 +116,13 @@ class LlamaCpp(Engine):
 
     def prompt_ids(self, prompt: RunPrompt) -> list[int] | None:
         """See the base class."""
-        # Its own Jinja writes the text of the chat template; a beginning of text that it adds itself is taken off.
+        if isinstance(prompt.document, PlainText):
+            return self.rendered_ids(prompt.text)
+        # Its own Jinja renders the chat template. It removes a beginning of text that it adds itself.
         return self.rendered_ids(self.vocabulary.without_bos(prompt.text))
 
     def rendered_ids(self, text: str) -> list[int]:
-        """The tokens of a text that asks the model, with what the engine adds."""
+        """The tokens of a rendered prompt, with the beginning of text that the engine adds."""
         bos = [self.vocabulary.special["bos"]] if self.vocabulary.adds_bos else []
         return bos + self.text_ids(text)
 
@@ -144,7 +146,7 @@ class Ollama(Engine):
     def __init__(self, turns: Turns | None, llama_cpp: LlamaCpp) -> None:
         self.turns, self.llama_cpp = turns, llama_cpp
         self.by = f"the Modelfile's template, and {llama_cpp.by}"
-        self.remedy = "Ollama's templates write messages as they are, white space included" if turns else ""
+        self.hint = "Ollama's templates write messages as they are, white space included" if turns else ""
 
     def prompt_ids(self, prompt: RunPrompt) -> list[int] | None:
         """See the base class."""

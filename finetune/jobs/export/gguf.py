@@ -23,7 +23,7 @@ from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, engine_adds_bos, run_prompts
 from finetune.jobs.export.engines import LlamaCpp, Ollama, RunPrompt
-from finetune.jobs.export.merge import merge
+from finetune.jobs.export.merge import check_fits_quantized, merge
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import OllamaTemplate, modelfile
 from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
@@ -100,12 +100,14 @@ def export_gguf(
     """
     target = (output or run.exported).absolute()
     check_not_taken(target, overwrite, is_folder=True)
+    trained = FineTunedRun.open(run, on_event)
+    if kind == "q4_1":
+        check_fits_quantized(trained.context.method, f"--dtype {kind}", "choose f16 or q8_0")
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
         merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event, engines=False)
         on_event(Phase(f"writing {MODEL} in {kind}"))
-        trained = FineTunedRun.open(run, on_event)
         streamed = _streamed(trained, part)
         prompts = run_prompts(trained, on_event)
         with _naming_options(kind):

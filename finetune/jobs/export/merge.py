@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.adapters import peft_bridge
+from finetune.adapters.base import AdapterMethod
 from finetune.data.encode import Example
+from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
@@ -107,6 +109,8 @@ def merge(
     context = trained.context
     context.method.check_merge()
     dtype = dtype or (QUANTIZED if context.method.fits_quantized else "float32")
+    if dtype == QUANTIZED:
+        check_fits_quantized(context.method, "--dtype", "choose float32, bfloat16 or float16")
     verification = verification_rows(trained, on_event)
     reference = _trained_logits(trained, verification.rows, on_event)
     # Written aside: the folder gets its final name only if the model has passed the verification.
@@ -130,6 +134,25 @@ def merge(
         what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
+
+
+def check_fits_quantized(method: AdapterMethod, where: str, hint: str) -> None:
+    """Check before weights are loaded that a method merges into quantized weights.
+
+    Args:
+        method: The run's method.
+        where: The command's option.
+        hint: Values of it that fit every method.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    if not method.fits_quantized:
+        raise UnsupportedError(
+            f"an update of {method.section.method} cannot be merged into quantized weights without rounding",
+            where=where,
+            hint=f"{hint}; adapter.method: qa_lora merges into quantized weights",
+        )
 
 
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:

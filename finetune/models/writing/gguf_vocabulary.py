@@ -108,7 +108,7 @@ class GgufVocabulary:
         """The ids that llama.cpp makes of a text, without a beginning of text.
 
         llama.cpp first finds control tokens in the text, the longest first. It strips no white space around them and
-        normalizes nothing. What is between them is split and merged as byte-level BPE.
+        normalizes nothing. The rest is split and merged as byte-level BPE.
         """
         found = []
         for part in self._parts(text):

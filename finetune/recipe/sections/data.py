@@ -157,8 +157,8 @@ class ShareGptSource(ConversationSource):
     @classmethod
     def _system_was_a_column(cls, values: Any) -> Any:
         """Read `system`, the name of `system_column` in earlier versions."""
-        if not isinstance(values, dict) or "system" not in values or "system_column" in values:
-            return values
+        if not isinstance(values, dict) or not isinstance(values.get("system"), str) or "system_column" in values:
+            return values  # pydantic reports what is wrong
         return {"system_column" if key == "system" else key: value for key, value in values.items()}
 
 

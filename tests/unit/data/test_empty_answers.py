@@ -72,7 +72,11 @@ def test_null_answer_is_no_bad_row_but_malformed():
 
 def test_auto_empty_answer_is_bad_row_on_first_and_later_rows():
     auto = build(TypeAdapter(Source).validate_python({"path": "rows.jsonl", "format": "auto"}))
-    rows = [{"question": "a", "response": " "}, {"question": "b", "response": "c"}, {"question": "d", "response": ""}]
+    rows = [
+        {"question": "a", "response": " "},
+        {"question": "b", "response": "c"},
+        {"question": "d", "context": "e", "response": ""},
+    ]
     for row in (rows[0], rows[2]):
         with pytest.raises(BadRow) as caught:
             auto.document(Row(row, "rows.jsonl:5"))

@@ -189,7 +189,9 @@ def test_arguments_as_python_prints_them_raise(arguments: str):
     assert "found Python's notation" in error_of({"conversations": said}, format="sharegpt").what
 
 
-@pytest.mark.parametrize("arguments", ['{"a": "it\'s"', "{", "None", '{"a": "None"} x', "it's"])
+@pytest.mark.parametrize(
+    "arguments", ['{"a": "it\'s"', '{"a": "it\'s",}', '{"a": "None",}', "{", "None", '{"a": "None"} x', "it's"]
+)
 def test_arguments_that_are_no_json_are_not_called_python(arguments: str):
     error = error_of({"messages": [calling({"function": {"name": "f", "arguments": arguments}})]}, format="chat")
     assert "must be JSON, found text" in error.what

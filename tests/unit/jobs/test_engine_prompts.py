@@ -162,7 +162,7 @@ def test_ollama_with_a_template_that_strips_messages_is_reported(caplog: pytest.
     assert (llama_cpp.differing, ollama.differing) == (0, 1)
     assert ollama.first is not None
     assert ollama.first.position == len("turn user\n") - 4
-    assert "Ollama asks 1 of 3" in caplog.text
+    assert "Ollama makes other tokens of 1 of 3" in caplog.text
 
 
 @pytest.mark.parametrize(
