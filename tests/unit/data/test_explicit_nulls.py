@@ -15,6 +15,7 @@ from finetune.data.readers.files import read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import PartialObject
 from finetune.data.tools import with_explicit_nulls
+from finetune.errors import DataError
 from finetune.recipe.sections.data import AutoSource
 from finetune.resolve import build
 
@@ -94,3 +95,26 @@ def test_null_argument_stays_where_the_definition_says_so(arguments: Any, tools:
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     (message,) = with_explicit_nulls([Message("assistant", "", (call,))], tools)
     assert message.tool_calls[0]["function"]["arguments"] == expected
+
+
+@pytest.mark.parametrize("value", [b"x", float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["call", "tool", "key", "template"])
+def test_value_without_json_in_parquet_raises(tmp_path: Path, value: Any, place: str):
+    """Chat templates would render `<bytes>` or `Infinity`."""
+    arguments = {"limit": value if place == "call" else 3}
+    tools = [tool("search", {"limit": {"default": value if place == "tool" else 1}}, [])]
+    bad = row(tools, ("search", arguments))
+    if place == "key":
+        bad["messages"][0]["name"] = value
+    if place == "template":
+        bad["chat_template_kwargs"] = {"budget": value}
+    parquet.write_table(pa.Table.from_pylist([bad]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="binary data or an infinite number") as caught:
+        documents(tmp_path / "rows.parquet")
+    assert caught.value.where == f"{tmp_path / 'rows.parquet'}:row 1"
+
+
+def test_binary_column_that_is_not_read_is_no_error(tmp_path: Path):
+    picture = {"bytes": b"\xff", "path": None}
+    parquet.write_table(pa.Table.from_pylist([{**ROWS[0], "image": picture}]), tmp_path / "rows.parquet")
+    assert len(documents(tmp_path / "rows.parquet")) == 1
