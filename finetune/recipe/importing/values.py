@@ -10,7 +10,7 @@ from typing import Any
 from finetune.recipe.importing.translation import Context, NotCarried, Settings
 from finetune.recipe.sections.model import TEMPLATE_FAMILIES, TEMPLATE_SUFFIXES
 
-_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 

@@ -64,8 +64,8 @@ class SourceSection(Section):
     path: Annotated[FilePath | None, OnResume.MAY_CHANGE] = Field(
         None,
         description=(
-            "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv or .parquet files; "
-            "all but the last may be compressed: .gz, .bz2, .xz, .zst."
+            "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv, .parquet or .arrow "
+            "files; all but the last two may be compressed: .gz, .bz2, .xz, .zst."
         ),
     )
     hub: Annotated[Hub | None, OnResume.MAY_CHANGE] = Field(

@@ -409,8 +409,9 @@ def test_instruction_row_system_message_overrides_section():
 
 @pytest.mark.parametrize("cell", ['[{"role": "user", "content": "\\ud800"}]', "[" * 100_000, "[NaN]", "[{}"])
 def test_turns_in_json_text_are_parsed_strictly(cell: str):
-    assert "must be a list of messages, found text" in error_of({"messages": cell}, format="chat").what
-    assert "match no format" in error_of({"messages": cell}, format="auto").what
+    assert "found text" in error_of({"messages": cell}, format="chat").what
+    what = error_of({"messages": cell}, format="auto").what
+    assert "match no format" in what or "must be JSON" in what
 
 
 def test_auto_ambiguous_or_unknown_columns_raise():
