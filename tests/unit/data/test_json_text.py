@@ -59,7 +59,7 @@ def test_structured_text_without_list_stays_text(text: str):
 
 PRINTED = [
     str(["a"]), str(["a", "b"]), str(["it's", 'say "x"']), str(("a", "b")), str([None, True]), str([b"a"]),
-    str({"a", "b"}), str({"role": "user"}), str([{"role": "user", "content": "Hi"}]), str([float("nan"), 1]),
+    str({"a"}), str({"role": "user"}), str([{"role": "user", "content": "Hi"}]), str([float("nan"), 1]),
     "  ['a']\n",
     str(np.array(["Ann", "Ann Lee"])), str(np.array([1, 2, 3])), str(np.array([[0.5, 1e-9], [2, np.nan]])),
     str(np.arange(5000)), str(np.array(["x" * 40] * 9)), repr(np.array(["a"])), str([np.array(["a"])]),
