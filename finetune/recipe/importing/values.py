@@ -37,7 +37,7 @@ def template_of(families: Mapping[str, str]) -> Any:
 
     def rule(context: Context, value: Any) -> Settings:
         del context
-        if value not in families:
+        if not isinstance(value, str) or value not in families:
             raise NotCarried(NO_TEMPLATE)
         return {"model.chat_template": families[value]}
 
