@@ -16,6 +16,7 @@ from finetune.data.bad_rows import REJECTED
 from finetune.data.documents import Message, ToolObject
 from finetune.data.thoughts import THOUGHT_TAGS, Tags
 from finetune.errors import BadRow, ModelError
+from finetune.models.chat_templates.families import families_for
 from finetune.models.loading.chat_template_guard import TemplateLimit, render
 
 _ROLES = re.compile(r"\brole|alternat|must start with|first message|last message", re.IGNORECASE)
@@ -133,9 +134,9 @@ class ChatTemplate:
             raise ModelError(
                 "the tokenizer has no chat template, and the rows are conversations",
                 where=where,
-                hint="set model.chat_template to a template file or to the name of a family "
-                "(ft explain model.chat_template), use the instruction-tuned version of the model, or data of format "
-                "completion or text",
+                hint="set model.chat_template to a template file or to a family that this tokenizer has the tokens for "
+                f"({', '.join(families_for(self.tokenizer))}); or use the instruction-tuned version of the model, or "
+                "data of format completion or text",
             )
         if "default" not in self.sources and not (has_tools and "tool_use" in self.sources):
             raise ModelError(
