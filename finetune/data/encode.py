@@ -198,6 +198,7 @@ class Encoder:
 
     def _conversation(self, conversation: Conversation, where: str) -> list[Example]:
         text = self._render(conversation, len(conversation.messages), where)
+        self._note_unread(conversation, where)
         if self.train_on == "all":
             self._refuse_omitted(conversation, self._omitted(conversation, text, where), [], where)
             return [self._all_but_excluded(conversation, text, where)]
@@ -381,6 +382,18 @@ class Encoder:
             else:
                 raise _omission(part, conversation, where)
         return is_thought
+
+    def _note_unread(self, conversation: Conversation, where: str) -> None:
+        """Note variables and keys that the template does not mention; keys with a text are found by `omitted_parts`."""
+        for name in conversation.template_arguments:
+            if not self.template.mentions(name):
+                self.report.note(f"the chat template does not read the variable {name!r}", where)
+        keys = {
+            key for each in conversation.messages for key, value in each.extra.items() if not isinstance(value, str)
+        }
+        for key in sorted(keys):
+            if not self.template.mentions(key):
+                self.report.note(f"the chat template does not read the key {key!r} of messages", where)
 
     def _note_key(self, conversation: Conversation, part: Part, where: str) -> None:
         message = conversation.messages[part.turn]

@@ -112,6 +112,17 @@ def test_key_that_template_does_not_show_is_noted_with_count():
     assert (note.count, note.where) == (2, "f.jsonl:0")
 
 
+def test_variables_and_keys_that_template_does_not_mention_are_noted():
+    messages = (Message("user", "Hi", extra={"score": 3}), Message("assistant", "Hello"))
+    row = Conversation(messages, template_arguments={"enable_thinking": False})
+    encoder = encoder_of(FULL)
+    encoder.examples(row, "row")
+    assert [name in text for name, text in zip(("enable_thinking", "score"), encoder.report.notes, strict=True)]
+    reads = encoder_of("{{ enable_thinking }}{% if messages[0].score %}{% endif %}" + FULL)
+    reads.examples(row, "row")
+    assert not reads.report.notes
+
+
 def test_private_use_characters_in_row_are_kept():
     row = Conversation((Message("user", "a\ue0001\ue001b\ue002"), Message("assistant", "c\ue003d")))
     encoder = encoder_of(FULL)
