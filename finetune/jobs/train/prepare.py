@@ -312,6 +312,7 @@ def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
     template = folder / "chat_template.jinja"
     if template.is_file() and template.read_text(encoding="utf-8") != context.tokenizer.chat_template:
         logger.warning(
-            "%s was trained with another chat template; this run uses that of model.name or model.chat_template", earlier
+            "%s was trained with another chat template; this run uses that of model.name or model.chat_template",
+            earlier,
         )
     context.method.load_initial_adapter(model, folder)
