@@ -33,12 +33,12 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
     show_result("\n".join(lines))
 
 
-def show_finished_already(run: Path, as_json: bool) -> None:
-    """Print that a run is finished and how to train it longer."""
+def show_finished_already(run: Path, length: str, as_json: bool) -> None:
+    """Print that a run is finished and how to train it longer; `length` is the key of its length."""
     if as_json:
         show_result(json.dumps({"event": "nothing_left", "run_directory": str(run.absolute())}))
         return
-    show_result(f"nothing to do: {run} is finished\nto train longer: ft train --resume {run} --set training.epochs=...")
+    show_result(f"nothing to do: {run} is finished\nto train longer: ft train --resume {run} --set {length}=...")
 
 
 def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_json: bool) -> None:

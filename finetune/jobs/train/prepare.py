@@ -123,7 +123,7 @@ class PreparedRun:
         # In two stages: the fingerprint of quantized weights exists only after the base is loaded.
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
-            refuse_other_inputs(checkpoint, facts, is_extended)
+            refuse_other_inputs(checkpoint, facts, is_extended, recipe)
         read = DataRead(data_report(rows, plan))
         on_event(read)
         report_template(context.folder, context.tokenizer, facts["answer_ends"])

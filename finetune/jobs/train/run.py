@@ -132,7 +132,7 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
         logger.info("no checkpoint was saved: the run starts again from the beginning")
     else:
         attempt.steps = attempt.checkpoint = checkpoint.step
-    return checkpoint, extends(found)
+    return checkpoint, extends(found, recipe)
 
 
 def _record_inputs(
