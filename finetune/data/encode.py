@@ -27,7 +27,7 @@ from finetune.data.encoding_report import EncodingReport
 from finetune.data.omitted_parts import Part, omitted_parts
 from finetune.data.rows import excerpt
 from finetune.data.text_tokens import Affixes, Spans, inner_spans
-from finetune.data.thoughts import written_out
+from finetune.data.thoughts import is_closed, written_out
 from finetune.errors import BadRow
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
@@ -280,6 +280,14 @@ class Encoder:
 
     def _written_out(self, message: Message, prompt: str, through: str, where: str) -> str:
         """The text after a prompt for an answer whose thought the chat template does not show; see `written_out`."""
+        if is_closed(prompt):
+            raise BadRow(
+                "the answer has a thought, and the generation prompt of the chat template closes the thought before it",
+                reason=OMITTED,
+                where=where,
+                hint="set the variable of the template that lets it think, such as data.template_arguments: "
+                "{enable_thinking: true} or {thinking: true}, or remove the thought from the row",
+            )
         answer = written_out(message, prompt, through, self.template.thought_tags)
         if answer is None:
             begins_otherwise = not through.startswith(prompt)
