@@ -73,7 +73,7 @@ class ChatTemplate:
                 hint="use another tokenizer: the template of this one is broken or hostile",
             ) from limit
         except Exception as error:  # a template is a program: it can divide by zero, call a number, and so on
-            raise _rejection(error, messages, where) from error
+            raise _rejection(error, messages, self.mentions("tool"), where) from error
 
     def _rendered(
         self,
@@ -157,10 +157,12 @@ def _names_in(source: str) -> set[str]:
     return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
-def _rejection(error: Exception, messages: Sequence[Message], where: str) -> BadRow:
+def _rejection(error: Exception, messages: Sequence[Message], takes_tools: bool, where: str) -> BadRow:
     raised = isinstance(error, jinja2.TemplateError) and not isinstance(error, jinja2.UndefinedError)
     what = f"the chat template rejects the row: {error}"
-    if raised and _ROLES.search(str(error)):
+    if any(message.role == "tool" for message in messages) and not takes_tools:
+        hint = "the template has no role tool: set model.chat_template to one that has"
+    elif raised and _ROLES.search(str(error)):
         roles = ", ".join(message.role for message in messages)
         hint = f"correct the order of roles (here: {roles})"
     else:

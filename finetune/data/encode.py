@@ -204,6 +204,7 @@ class Encoder:
             return [self._all_but_excluded(conversation, text, where)]
         turns = _target_turns(conversation, self.train_on)
         self._refuse_empty(conversation, turns, where)
+        self._note_stripped(conversation, turns, text, where)
         omitted = self._omitted(conversation, text, where)
         thoughts = self._refuse_omitted(conversation, omitted, turns, where)
         answers = None if thoughts else self._answers(conversation, turns, text, where)
@@ -402,6 +403,12 @@ class Encoder:
         for key in sorted(keys):
             if not self.template.mentions(key):
                 self.report.note(f"the chat template does not read the key {key!r} of messages", where)
+
+    def _note_stripped(self, conversation: Conversation, turns: Sequence[int], text: str, where: str) -> None:
+        """Note answers without the white space around them, such as the indentation of code."""
+        contents = [conversation.messages[turn].content for turn in turns]
+        if any(content != content.strip() and content not in text for content in contents):
+            self.report.note("the chat template strips white space around answers", where)
 
     def _note_key(self, conversation: Conversation, part: Part, where: str) -> None:
         message = conversation.messages[part.turn]

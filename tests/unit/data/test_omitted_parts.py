@@ -120,6 +120,24 @@ def test_key_that_template_does_not_show_is_noted_with_count():
     assert (note.count, note.where) == (2, "f.jsonl:0")
 
 
+def test_call_whose_id_holds_its_name_is_shown_by_its_id():
+    call = {"id": "functions.add:0", "function": {"name": "add", "arguments": {"a": 1}}}
+    row = Conversation((Message("user", "add"), Message("assistant", "", (call,))))
+    by_id = FULL.replace("{{ c.function.name }}", "{{ c.id }}")
+    encoder_of(by_id).examples(row, "row")
+    other = replace(row, messages=(row.messages[0], Message("assistant", "", ({**call, "id": "x1"},))))
+    assert "call of turn 1" in refusal(by_id, other).what
+
+
+def test_stripped_white_space_of_answers_is_noted():
+    row = Conversation((Message("user", " Hi "), Message("assistant", "  def f():\n")))
+    plain, trims = encoder_of(FULL), encoder_of(FULL.replace("{{ m.content }}", "{{ m.content | trim }}"))
+    for encoder in (plain, trims):
+        encoder.examples(row, "row")
+    assert not plain.report.notes
+    assert any("white space" in text for text in trims.report.notes)
+
+
 def test_variables_and_keys_that_template_does_not_mention_are_noted():
     messages = (Message("user", "Hi", extra={"score": 3}), Message("assistant", "Hello"))
     row = Conversation(messages, template_arguments={"enable_thinking": False})
