@@ -156,7 +156,7 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
                 where=where,
                 hint="restore the original files and settings, or train another run",
             )
-    steps_before, steps = before.get("total_steps"), facts["total_steps"]
+    steps_before, steps = int(before["total_steps"]), facts["total_steps"]
     if steps != steps_before and not is_extended:
         raise RefusedError(
             f"the run had {steps_before} steps and would have {steps}, with another learning rate schedule",
