@@ -70,7 +70,8 @@ class AdapterMethod(ABC):
 
         Args:
             model: The result of `attach`.
-            original: Maps a layer's name to its weight before quantization, shape (out, in).
+            original: Maps a layer's name to its weight before quantization, as its file stores it: shape (out, in), or
+                (in, out) for GPT-2's Conv1D.
         """
         return None
 

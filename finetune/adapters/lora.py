@@ -161,7 +161,8 @@ class LoraMethod(LowRankMethod):
                         layer.start_from(adapter, orthonormal(weight_OI, r))
                     case "loftq":  # B A approximates the quantization error W - Q(W)
                         # The file is read onto the CPU; the base may be on a GPU.
-                        error_OI = original(name).to(weight_OI) - weight_OI
+                        stored = original(name).to(weight_OI)
+                        error_OI = (stored.T if layer.is_stored_transposed else stored) - weight_OI
                         layer.start_from(adapter, principal(error_OI / scaling, r))
 
     def lr_multiplier(self, parameter: str) -> float:

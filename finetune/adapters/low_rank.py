@@ -6,6 +6,7 @@ Shape legend: O out_features, I in_features, R rank, K inputs of a quantization 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from typing import Any, ClassVar, NamedTuple
 
@@ -106,10 +107,21 @@ class LowRankLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W x plus every active update, in the dtype of W x; (..., I) -> (..., O)."""
         adapters = self._adapters_in_use()
+        has_dora = any(name in self.lora_magnitude_vector for name in adapters)
+        is_narrow = has_dora and _computes_in(x) is not torch.float32
         # Without gradients autograd saves nothing, so the fused function would gain nothing.
-        if len(adapters) == 1 and torch.is_grad_enabled() and self._is_fusable(adapters[0]):
-            product = lora_linear(x, self._input_of_update(adapters[0], x), self.lora_term(adapters[0]))
-            return self._to_norm(adapters[0], product)
+        if len(adapters) == 1 and self._is_fusable(adapters[0]) and (is_narrow or torch.is_grad_enabled()):
+            adapter = adapters[0]
+            growth_O = self._length_ratio(adapter) - 1 if is_narrow else None
+            product = lora_linear(x, self._input_of_update(adapter, x), self.lora_term(adapter), growth_O)
+            return product if is_narrow else self._to_norm(adapter, product)
+        if is_narrow and is_quantized(self.base_layer):
+            # DoRA's ratio needs more bits of the output than the activations have.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._unfused(adapters, x.float(), *args, **kwargs).to(_computes_in(x))
+        return self._unfused(adapters, x, *args, **kwargs)
+
+    def _unfused(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             result = self._to_norm(adapter, result + self.update(adapter, x).to(result.dtype))
@@ -129,10 +141,15 @@ class LowRankLinear(lora.Linear):
         """
         if adapter not in self.lora_magnitude_vector:
             return product
-        # The quotient in float32: m and the norm are close, and their ratio is what trains.
-        scale_O = (self.lora_magnitude_vector[adapter].weight / self._row_norms(adapter)).to(product.dtype)
+        scale_O = self._length_ratio(adapter)
         bias = self.get_base_layer().bias  # is not part of the adapted weight, so it must not be scaled
-        return product * scale_O if bias is None else (product - bias) * scale_O + bias
+        scaled = product * scale_O if bias is None else (product - bias) * scale_O + bias
+        return scaled.to(product.dtype)
+
+    def _length_ratio(self, adapter: str) -> Tensor:
+        """The ratio m / |W + s B A|, (O,), float32: in bfloat16, whose next to 1 is 1.0078, it would not train."""
+        ratio_O: Tensor = self.lora_magnitude_vector[adapter].weight / self._row_norms(adapter)
+        return ratio_O
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """The update s B A x of one adapter, (..., I) -> (..., O), in the dtype of x.
@@ -208,6 +225,12 @@ class LowRankLinear(lora.Linear):
         delta_OI = b_OR @ a_RI * self.scaling[adapter]
         return delta_OI.T if self.fan_in_fan_out else delta_OI
 
+    @property
+    def is_stored_transposed(self) -> bool:
+        """Whether the model's files hold the weight as (I, O), as GPT-2's do."""
+        base = self.get_base_layer()
+        return base.stored_transposed if is_quantized(base) else isinstance(base, Conv1D)
+
     def base_weight(self) -> Tensor:
         """W as the base computes with it, shape (O, I), float32; all-gathered if sharded: call it on every rank."""
         base = self.get_base_layer()
@@ -265,6 +288,12 @@ class DifferenceLinear(LowRankLinear):
     """PiSSA and OLoRA: s (B A - B0 A0), which starts at zero although A and B start from W."""
 
     subtracts_start = True
+
+
+def _computes_in(x: Tensor) -> torch.dtype:
+    """The dtype of a linear layer's matmul: autocast's, or that of its input."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _group_size(base_layer: nn.Module, name: str) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
@@ -200,6 +202,28 @@ class PrefixedModel(SoftPromptModel):
     def __init__(self, base: PreTrainedModel, prompt: nn.Module, shape: KeyShape) -> None:
         super().__init__(base, prompt)
         self.shape = shape
+        self._counts_any_padding: bool | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Any,
+    ) -> Any:
+        """See the base class. Padding is moved to the right of each row: windows would count it after the prefix."""
+        if attention_mask is None or not bool(_first_column(attention_mask).any()):
+            return super().forward(input_ids, attention_mask, position_ids, logits_to_keep, **options)
+        begin_B1, columns_T = _first_column(attention_mask), torch.arange(input_ids.shape[1], device=input_ids.device)
+        moved_BT = (columns_T + begin_B1) % len(columns_T)
+        output = super().forward(
+            input_ids.gather(1, moved_BT), attention_mask.gather(1, moved_BT), position_ids, 0, **options
+        )
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        back_BK = ((columns_T - begin_B1) % len(columns_T))[:, keep, None]
+        output.logits = output.logits.gather(1, back_BK.expand(-1, -1, output.logits.shape[-1]))
+        return output
 
     def _inputs(self, ids_BT: Tensor, mask_BT: Tensor, logits_to_keep: int | Tensor) -> dict[str, Any]:
         prefix_PW = self.prompt()
@@ -214,16 +238,58 @@ class PrefixedModel(SoftPromptModel):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """See the base class."""
+        """See the base class. Rows of different lengths are separate batches where the model counts their padding."""
+        begins_B = _first_column(attention_mask).squeeze(1)
+        lengths = begins_B.unique().tolist()
+        tokens = input_ids.shape[1] + options.get("max_new_tokens", input_ids.shape[1])
+        if len(lengths) == 1 or not self._counts_padding(tokens):
+            return self._continued(input_ids, attention_mask, **options)
+        new: dict[int, Tensor] = {}
+        for begin in lengths:
+            rows = (begins_B == begin).nonzero().squeeze(1)
+            written = self._continued(
+                input_ids[rows, begin:],
+                attention_mask[rows, begin:],
+                # Each of them may count the tokens that it has seen.
+                **{**options, "stopping_criteria": [copy(each) for each in options.get("stopping_criteria") or ()]},
+            )
+            new |= dict(zip(rows.tolist(), written[:, input_ids.shape[1] - begin :], strict=True))
+        filler = options.get("pad_token_id") or 0
+        ends_BN = pad_sequence([new[row] for row in range(len(input_ids))], batch_first=True, padding_value=filler)
+        return torch.cat([input_ids, ends_BN], dim=1)
+
+    def _continued(self, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
+        """As `generate`, for rows whose padding between prefix and first token does not matter."""
         prefix_PW = self.prompt()
         places = len(prefix_PW)
         written = self.base.generate(
-            input_ids=_prefixed(input_ids, input_ids.gather(1, _first_column(attention_mask)), places),
-            attention_mask=_prefixed(attention_mask, 1, places),
-            past_key_values=self._cache(prefix_PW, len(input_ids)),
+            input_ids=_prefixed(ids_BT, ids_BT.gather(1, _first_column(mask_BT)), places),
+            attention_mask=_prefixed(mask_BT, 1, places),
+            past_key_values=self._cache(prefix_PW, len(ids_BT)),
             **options,
         )
         return written[:, places:]
+
+    def _counts_padding(self, tokens: int) -> bool:
+        """Whether padding between prefix and row changes what the model computes for rows of this many tokens.
+
+        Sliding windows count it once they are shorter than prefix and row. Other distances by column, such as ALiBi's
+        in MPT, show on a few tokens.
+        """
+        prefix_PW = self.prompt()
+        windows = [layer.get_max_length() for layer in self._cache(prefix_PW, 1).layers if layer.is_sliding]
+        if windows and min(windows) < len(prefix_PW) + tokens:
+            return True
+        if self._counts_any_padding is None:
+            few_BT = torch.arange(4, device=self.base.device)[None]
+            mask_BT = torch.ones_like(few_BT)
+            alone, moved = (
+                self.base(**self._inputs(pad(few_BT, (gap, 0)), pad(mask_BT, (gap, 0)), 0)).logits[:, -4:]
+                for gap in (0, 32)
+            )
+            tolerance = max(1e-4, 8 * torch.finfo(alone.dtype).eps) * alone.float().norm()
+            self._counts_any_padding = not bool((alone - moved).float().norm() <= tolerance)
+        return self._counts_any_padding
 
     def _cache(self, prefix_PW: Tensor, rows: int) -> DynamicCache:
         """The prefix as a key-value cache, expanded to `rows` rows."""

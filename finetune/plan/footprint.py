@@ -21,6 +21,7 @@ from finetune.data.collate import Batch
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.fused import fuse, kernels_on
+from finetune.models.kernels.logit_transform import LogitTransform
 from finetune.models.kernels.packing_check import takes_packed_attention
 from finetune.models.kernels.recompute import saving_everything
 from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
@@ -213,7 +214,7 @@ def passes(inputs: EstimateInputs, train: Batch, validation: Batch | None) -> Pa
 
 def _traced(inputs: EstimateInputs, config: Any, train: Batch, validation: Batch | None) -> PassCosts:
     model, fakes, _ = _attached(inputs, config)
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary, transform = config.get_text_config().vocab_size, LogitTransform.expected(config)
     # Gradients are resident and are added to: without them here, backward would allocate them as transient memory.
     for parameter in trainable(model).values():
         parameter.grad = torch.empty_like(parameter)
@@ -228,13 +229,13 @@ def _traced(inputs: EstimateInputs, config: Any, train: Batch, validation: Batch
         with trace() as trained:
             trained.watch(model.get_output_embeddings())  # type: ignore[operator]
             with _autocast(inputs), embedding_noise(model, train, inputs.noise):
-                loss = chunked_cross_entropy(model.train(), train, inputs.chunks)
+                loss = chunked_cross_entropy(model.train(), train, transform, inputs.chunks)
             penalty = inputs.method.penalty(model)
             (loss if penalty is None else loss + penalty).backward()
         evaluated = 0
         if validation is not None:
             with trace() as measured, torch.no_grad(), _autocast(inputs):
-                chunked_cross_entropy(model.eval(), validation, inputs.chunks)
+                chunked_cross_entropy(model.eval(), validation, transform, inputs.chunks)
             evaluated = measured.peak
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,6 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.data.collate import IGNORED, Batch
+from finetune.models.kernels.logit_transform import (
+    RELATIVE_TOLERANCE,
+    LogitTransform,
+    find_logit_transform,
+    head_replaced,
+)
 from finetune.models.kernels.packing_check import mask_for
 from finetune.models.kernels.recompute import saving_inputs_only
 from finetune.train.noise import embedding_noise
@@ -76,10 +82,10 @@ class Chunks(NamedTuple):
         return cls(logits, logits)
 
 
-_is_chunkable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Result of `_head_is_chunkable` for each output head.
+_transforms: WeakKeyDictionary[nn.Module, LogitTransform | None] = WeakKeyDictionary()
+"""Result of `_chunkable_transform` for each output head.
 
-Computed once for each head, because the probe costs two forward passes. The keys are heads and not models: training,
+Computed once for each head, because the probe costs four forward passes. The keys are heads and not models: training,
 validation and evaluation wrap the same model in different ways. Weak keys let models be freed."""
 
 
@@ -94,18 +100,17 @@ def summed_cross_entropy(model: nn.Module, batch: Batch, noise: float | None = N
         batch: On the model's device.
         noise: Scale of the noise on embeddings; None for no noise.
     """
-    bare = _bare(model)
-    head = bare.get_output_embeddings()
-    if head not in _is_chunkable:
-        _is_chunkable[head] = _head_is_chunkable(bare, batch)
-    with embedding_noise(bare, batch, noise):
-        return chunked_cross_entropy(model, batch) if _is_chunkable[head] else unchunked_cross_entropy(model, batch)
+    transform = _transform_of(model, batch)
+    with embedding_noise(_bare(model), batch, noise):
+        if transform is None:
+            return unchunked_cross_entropy(model, batch)
+        return chunked_cross_entropy(model, batch, transform)
 
 
 def unchunked_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The same from the model's own logits, (B, K, V) at once: the reference implementation."""
     labels_BK, keep_K = _target_positions(batch)
-    logits_BKV = _run(model, batch, keep_K).logits
+    logits_BKV = _own_logits(model, batch, keep_K)
     return functional.cross_entropy(
         logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -123,10 +128,7 @@ def visit_log_probs(model: nn.Module, batch: Batch, visit: Visit) -> None:
         visit: Called with log-probabilities, shape (N, V), float32, and labels, shape (N,), of each chunk, in the order
             of rows and then of tokens.
     """
-    bare = _bare(model)
-    head = bare.get_output_embeddings()
-    if head not in _is_chunkable:
-        _is_chunkable[head] = _head_is_chunkable(bare, batch)
+    bare, transform = _bare(model), _transform_of(model, batch)
     labels_BK, keep_K = _target_positions(batch)
     shortened, keep_K = _without_last_tokens(batch, keep_K)
 
@@ -135,21 +137,24 @@ def visit_log_probs(model: nn.Module, batch: Batch, visit: Visit) -> None:
             visit(functional.log_softmax(logits(part_NE), dim=-1, dtype=torch.float32), label_N)
 
     chunks = Chunks.on(batch.ids_BT.device)
-    if _is_chunkable[head]:
-        with _working_in_head(bare, labels_BK, show, chunks):
+    if transform is not None:
+        with _working_in_head(bare, (labels_BK, keep_K), show, chunks, transform):
             _run(model, shortened, keep_K)
         return
-    logits_BKV = _run(model, shortened, keep_K).logits
+    logits_BKV = _own_logits(model, shortened, keep_K)
     is_target_BK = labels_BK != IGNORED
     show(logits_BKV[is_target_BK], labels_BK[is_target_BK], lambda part_NV: part_NV, _positions_of(bare, chunks.logits))
 
 
-def chunked_cross_entropy(model: nn.Module, batch: Batch, chunks: Chunks | None = None) -> Tensor:
+def chunked_cross_entropy(
+    model: nn.Module, batch: Batch, transform: LogitTransform, chunks: Chunks | None = None
+) -> Tensor:
     """The same with the head in chunks of positions, without the check against the model's own logits.
 
     Args:
         model: A causal language model.
         batch: On the model's device.
+        transform: From the output of the head to logits.
         chunks: Chunk sizes; by default those for the model's device.
     """
     labels_BK, keep_K = _target_positions(batch)
@@ -163,7 +168,7 @@ def chunked_cross_entropy(model: nn.Module, batch: Batch, chunks: Chunks | None 
         is_needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_NE, *weights))
         losses.append(_HeadLoss.apply(hidden_NE, labels_N, logits, (at_once, positions), is_needed, *weights))
 
-    with _working_in_head(bare, labels_BK, take_loss, chunks):
+    with _working_in_head(bare, (labels_BK, keep_K), take_loss, chunks, transform):
         _run(model, batch, keep_K)
     return losses[0]
 
@@ -200,6 +205,16 @@ def _run(model: nn.Module, batch: Batch, keep_K: Tensor) -> Any:
         )
 
 
+def _own_logits(model: nn.Module, batch: Batch, keep_K: Tensor) -> Tensor:
+    """The model's own logits at the kept positions, (B, K, V)."""
+    return _kept(_run(model, batch, keep_K).logits, keep_K)
+
+
+def _kept(tensor: Tensor, keep_K: Tensor) -> Tensor:
+    """The kept positions of (B, K, X), or of (B, T, X) where the model ignores `logits_to_keep` (xLSTM)."""
+    return tensor if tensor.shape[1] == len(keep_K) else tensor[:, keep_K]
+
+
 def _bare(model: nn.Module) -> Any:
     return getattr(model, "module", model)
 
@@ -212,9 +227,10 @@ def _positions_of(model: Any, logits: int) -> int:
 @contextmanager
 def _working_in_head(
     model: Any,
-    labels_BK: Tensor,
+    targets: tuple[Tensor, Tensor],
     work: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], None],
     chunks: Chunks,
+    transform: LogitTransform,
 ) -> Iterator[None]:
     """Replace the forward pass of the output head, during the block, by `work` on the hidden states of target tokens.
 
@@ -222,30 +238,25 @@ def _working_in_head(
 
     Args:
         model: The model without wrapper.
-        labels_BK: Labels of the positions that the head receives.
+        targets: Labels, (B, K), and positions, (K,), that the loss needs.
         work: Called with hidden states (N, E), labels (N,), a function from hidden states to logits, and the number of
             positions of a chunk.
         chunks: Chunk sizes.
+        transform: From the output of the head to logits.
     """
-    head, after_head = model.get_output_embeddings(), _after_head(model.config)
+    labels_BK, keep_K = targets
     at_once = _positions_of(model, chunks.logits)
-    # Hooks of accelerate put a `forward` on the instance: restore that one, not the one of the class.
-    forward, own = head.forward, vars(head).get("forward")
 
-    def on_targets(hidden_BKE: Tensor) -> Tensor:
+    def on_targets(hidden_BTE: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        hidden_BKE = _kept(hidden_BTE, keep_K)
         is_target_N = (labels_BK != IGNORED).flatten()
         hidden_NE, labels_N = hidden_BKE.flatten(0, 1)[is_target_N], labels_BK.flatten()[is_target_N]
-        work(hidden_NE, labels_N, lambda part_NE: after_head(forward(part_NE)), at_once)
+        work(hidden_NE, labels_N, lambda part_NE: transform(own(part_NE)), at_once)
         # The model's forward pass expects logits; nobody reads these.
-        return hidden_BKE.new_zeros(*hidden_BKE.shape[:2], 1)
+        return hidden_BTE.new_zeros(*hidden_BTE.shape[:2], 1)
 
-    head.forward = on_targets
-    try:
+    with head_replaced(model.get_output_embeddings(), on_targets):
         yield
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -307,32 +318,46 @@ def _to_gradient(logits_NV: Tensor, labels_N: Tensor, rows: int) -> Tensor:
     return loss
 
 
-def _after_head(config: Any) -> Callable[[Tensor], Tensor]:
-    """The operation of the model family on the output of its head.
-
-    Gemma 2 and 3 soft-cap logits (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides
-    them (`logits_scaling`). A family with another operation fails `_head_is_chunkable`.
-    """
-    cap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    if cap is not None:
-        return lambda logits: torch.tanh(logits / cap) * cap
-    return (lambda logits: logits) if factor == 1 else lambda logits: logits * factor
+def _transform_of(model: nn.Module, batch: Batch) -> LogitTransform | None:
+    """From the output of the head to logits; None if the head cannot be computed in chunks. Tried once a head."""
+    bare = _bare(model)
+    head = bare.get_output_embeddings()
+    if head not in _transforms:
+        _transforms[head] = _chunkable_transform(bare, batch)
+    return _transforms[head]
 
 
 @torch.no_grad()
-def _head_is_chunkable(model: Any, batch: Batch) -> bool:
-    """Whether the head in chunks gives the loss of the model's own logits, on a few tokens of a batch."""
+def _chunkable_transform(model: Any, batch: Batch) -> LogitTransform | None:
+    """The transform with which the head in chunks gives the model's own logits, on a few tokens of a batch."""
     ids_BT = batch.ids_BT[:1, :PROBE_TOKENS]
     probe = Batch(ids_BT, ids_BT)
+    labels_BK, keep_K = _target_positions(probe)
     was_training = model.training
     model.eval()
     try:
-        # A loose tolerance: 16-bit logits differ by rounding, a missing operation on them by far more.
-        agree = torch.isclose(chunked_cross_entropy(model, probe), unchunked_cross_entropy(model, probe), rtol=1e-2)
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        logger.info("the output head is not chunked: %s", error)
-        return False
+        transform = find_logit_transform(model.get_output_embeddings(), lambda: _run(model, probe, keep_K).logits)
+        if transform is None:
+            logger.warning(
+                "this model changes its logits in a way that ft does not compute in chunks: all logits of a "
+                "micro-batch are in memory at once"
+            )
+            return None
+        in_chunks: list[Tensor] = []
+        with _working_in_head(
+            model,
+            (labels_BK, keep_K),
+            lambda hidden_NE, labels_N, logits, at_once: in_chunks.append(logits(hidden_NE)),
+            Chunks.on(ids_BT.device),
+            transform,
+        ):
+            _run(model, probe, keep_K)
+        own_NV = _own_logits(model, probe, keep_K)[0]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("the output head is not computed in chunks: %s", error)
+        return None
     finally:
         model.train(was_training)
-    return bool(agree)
+    # The transform is known to be right; this finds a head that is called with, or returns, something else.
+    tolerance = max(RELATIVE_TOLERANCE, 4 * torch.finfo(own_NV.dtype).eps)
+    return transform if torch.dist(in_chunks[0], own_NV) <= tolerance * own_NV.norm() else None

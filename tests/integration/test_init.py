@@ -171,7 +171,7 @@ def test_init_with_a_hub_data_set_writes_its_name(folder: Path, tiny_model: Path
     import datasets
 
     rows = [{"text": f"Story {i}"} for i in range(5)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: datasets.Dataset.from_list(rows))
     assert init("org/stories.v2", tiny_model).exit_code == 0
     source = load_recipe(folder / "recipe.yaml").recipe.data.train[0]
     assert (source.path, source.format) == (None, "text")

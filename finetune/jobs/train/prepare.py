@@ -309,4 +309,10 @@ def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
     record = TrainingRecord.read(folder)
     record.refuse_others(folder, context.folder, context.method)
     record.refuse_other_quantization(context, model)
+    template = folder / "chat_template.jinja"
+    if template.is_file() and template.read_text(encoding="utf-8") != context.tokenizer.chat_template:
+        logger.warning(
+            "%s was trained with another chat template; this run uses that of model.name or model.chat_template",
+            earlier,
+        )
     context.method.load_initial_adapter(model, folder)

@@ -169,7 +169,7 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
             where=where,
             hint=f"raise {length_key(recipe)}",
         )
-    if steps != steps_before:
+    if steps_before is not None and steps != steps_before:
         _report_schedule(checkpoint, recipe, steps_before, steps)
         if (dropped := checkpoint.step * facts["units_per_step"] - before["total_units"]) > 0:
             logger.warning(

@@ -75,7 +75,9 @@ class ModelFolder:
         return config
 
     def weight(self, layer: str) -> Tensor:
-        """The weight of a linear layer as it is stored, before any quantization; shape (out, in).
+        """The weight of a linear layer as it is stored, before any quantization.
+
+        Shape (out, in), or (in, out) for GPT-2's Conv1D.
 
         Raises:
             ModelError: The files have it under another name, or quantized.

@@ -63,9 +63,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The base of every layer that was computed by `lora_linear`."""
     found: list[nn.Module] = []
 
-    def recorded(x: Tensor, z: Tensor | None, term: LoraTerm) -> Tensor:
+    def recorded(x: Tensor, z: Tensor | None, term: LoraTerm, growth_O: Tensor | None) -> Tensor:
         found.append(term.base)
-        return lora_linear(x, z, term)
+        return lora_linear(x, z, term, growth_O)
 
     monkeypatch.setattr(low_rank, "lora_linear", recorded)
     return found

@@ -8,6 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.adapters.initialization import Factors
 from finetune.adapters.lora import LoraMethod
@@ -18,7 +20,7 @@ from finetune.recipe.sections.adapter import Lora
 from finetune.recipe.sections.modules import ModuleRule
 from tests.fixtures.merge_helpers import merged
 from tests.fixtures.one_device import OneDevice
-from tests.fixtures.tiny import tiny_llama
+from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.adapters.test_low_rank import is_close, trained
 from tests.unit.quantizers.loading import PACKED, PLAIN, gradients, load, logits
 
@@ -78,6 +80,31 @@ def test_loftq_reduces_initial_quantization_error(tiny_model: Path, kind: str):
         assert after < 0.98 * before
         singular = torch.linalg.svdvals(original - layer.base_weight())
         assert is_close(after, singular[4:].norm(), 1e-4)  # the optimum for rank 4
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its linear layers are Conv1D, whose weight is (in, out); the one after attention is square."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=64, n_layer=1, n_head=4)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["nf4", "affine-3", "icq-4"])
+def test_loftq_over_conv1d_is_the_best_approximation_of_the_quantization_error(gpt2: Path, kind: str):
+    """By Eckart and Young: the error that remains is that of the singular values after the rank, in float64."""
+    model = attached("loftq", gpt2, kind)
+    layers = low_rank_layers(model)
+    assert {tuple(layer.base_weight().shape) for layer in layers.values()} > {(64, 64), (192, 64), (64, 256)}
+    stored = load_file(gpt2 / "model.safetensors")
+    for name, layer in layers.items():
+        error = stored[f"{name}.weight"].T.double() - layer.base_weight().double()
+        left = error - layer.scaling["default"] * (
+            layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        )
+        assert float(left.norm()) == pytest.approx(float(torch.linalg.svdvals(error)[4:].norm()), rel=1e-4)
 
 
 def test_pissa_trains_the_largest_singular_vectors(tiny_model: Path):

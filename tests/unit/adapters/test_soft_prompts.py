@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
@@ -38,7 +39,7 @@ from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.quantization import Affine, FourBit, NoQuantization
 from finetune.train.loss import summed_cross_entropy
 from tests.fixtures.one_device import OneDevice
-from tests.fixtures.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
+from tests.fixtures.tiny import SIZES, random_model, tiny_llama, tiny_tokenizer, write_tiny_model
 
 PLACES = 6
 IDS = torch.tensor([[256, 5, 9, 80, 41, 257, 30, 31]])
@@ -258,8 +259,6 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 @pytest.mark.parametrize("side", ["left", "right"])
 @kinds
 def test_padding_changes_no_logits(kind: str, side: str, architecture: str):
-    if (architecture, kind.split()[0], side) == ("sliding windows", "prefix_tuning", "left"):
-        pytest.skip("a cache stands before the padding, which windows count")
     model = prompted(kind, ARCHITECTURES[architecture]())
     longest = max(map(len, ROWS))
     gaps = [longest - len(row) for row in ROWS]
@@ -273,6 +272,94 @@ def test_padding_changes_no_logits(kind: str, side: str, architecture: str):
     for row, gap, found in zip(ROWS, gaps, together, strict=True):
         own = found[gap:] if left else found[: len(row)]
         assert torch.allclose(own, logits(model, torch.tensor([row]))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [2, torch.tensor([1, 4, 6])], ids=["last", "chosen"])
+def test_prefix_before_left_padding_keeps_the_wanted_logits(keep: int | Tensor):
+    model = prompted("prefix_tuning directly", sliding_windows())
+    ids, mask = torch.tensor([[257] * 3 + ROWS[0], ROWS[2]]), torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    everything = logits(model, ids, attention_mask=mask)
+    columns = slice(-keep, None) if isinstance(keep, int) else keep
+    kept = logits(model, ids, attention_mask=mask, logits_to_keep=keep)
+    is_token = mask[:, columns].bool()
+    assert torch.allclose(kept[is_token], everything[:, columns][is_token], atol=1e-6)
+
+
+def mistral(window: int | None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # answers that depend on what is read
+    return model
+
+
+def by_column() -> PreTrainedModel:
+    """A model that takes the column of a token for its position, whatever `position_ids` say."""
+    model = tiny_llama(tie_word_embeddings=False).eval()
+    own = model.forward
+    model.forward = lambda **inputs: own(**{**inputs, "position_ids": None})
+    return model
+
+
+COUNTING: dict[str, Callable[[], PreTrainedModel]] = {
+    "window 64": lambda: mistral(64),
+    "window and full attention": lambda: random_model(
+        Gemma3TextConfig(**SIZES, sliding_window=32, layer_types=["sliding_attention", "full_attention"])
+    ).eval(),
+    "distances by column": by_column,
+}
+"""Models that count padding between a cache and a row."""
+
+LONG_ROWS = [[256, *((7 * place + row) % 250 for place in range(length))] for row, length in enumerate((4, 30, 30, 99))]
+
+
+def written_alone(model: Any, rows: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy answers without padding, from the logits of the model's own forward pass, a row at a time."""
+    found = []
+    for row in rows:
+        ids = torch.tensor([row])
+        for _ in range(tokens):
+            ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
+        found.append(ids[0, len(row) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("architecture", COUNTING)
+def test_prefix_answers_of_a_batch_equal_those_of_single_rows(architecture: str):
+    model = prompted("prefix_tuning directly", COUNTING[architecture]())
+    with torch.no_grad():
+        model.prompt.embedding.mul_(3)
+    longest = max(map(len, LONG_ROWS))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in LONG_ROWS])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in LONG_ROWS])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
+    expected = written_alone(model, LONG_ROWS, 12)
+    written = model.generate(ids, mask, **options)
+    assert torch.equal(written[:, :longest], ids)
+    assert written[:, longest:].tolist() == expected
+    # The control: with the padding between prefix and row, answers differ.
+    with torch.no_grad():
+        assert model._continued(ids, mask, **options)[:, longest:].tolist() != expected
+
+
+@pytest.mark.parametrize(("window", "batches"), [(64, 3), (200, 1), (None, 1)])
+def test_prefix_batches_are_split_only_where_a_window_is_shorter_than_the_rows(window: int | None, batches: int):
+    model = prompted("prefix_tuning directly", mistral(window))
+    calls: list[int] = []
+    own = model.base.generate
+    model.base.generate = lambda **options: (calls.append(len(options["input_ids"])), own(**options))[1]
+    answers(model, LONG_ROWS, batch_size=4)
+    assert len(calls) == batches
+
+
+def test_prefix_answers_that_end_early_are_padded():
+    model = prompted("prefix_tuning directly", mistral(64))
+    ids = torch.tensor([[0] * 95 + LONG_ROWS[0], LONG_ROWS[3]])
+    mask = torch.tensor([[0] * 95 + [1] * 5, [1] * 100])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 7}
+    first = model.generate(ids, mask, eos_token_id=[], **options)[0, 100].item()
+    written = model.generate(ids, mask, eos_token_id=[first], **options)
+    assert written[0, 100:].tolist() == [first] + [7] * 11
 
 
 def test_stock_peft_changes_logits_with_left_padding(folder: Path, tmp_path: Path):

@@ -103,6 +103,14 @@ def test_template_that_depends_on_words_falls_back_to_search_in_order():
     encoder_of(shouts).examples(ROW, "row")
 
 
+@pytest.mark.parametrize("shown", ["{{ m.content | indent(4) }}", "{{ m.content | replace('\n', '\n// ') }}"])
+def test_lines_that_template_indents_are_shown_and_cut_ones_are_not(shown: str):
+    row = Conversation((Message("system", "Be brief.\nBe kind."), Message("user", "Hi"), Message("assistant", "Hello")))
+    encoder_of(FULL.replace("{{ m.content }}", shown)).examples(row, "row")
+    refusal(FULL.replace("{{ m.content }}", "{{ m.content | replace('brief', '') }}"), row)
+    refusal(FULL.replace("{{ m.content }}", "{{ m.content.split('\n')[0] }}"), row)
+
+
 def test_key_that_template_does_not_show_is_noted_with_count():
     encoder = encoder_of(FULL.replace("{% if m.name %} ({{ m.name }}){% endif %}", ""))
     for number in range(2):

@@ -123,7 +123,7 @@ def test_sum_of_likelihoods_equals_the_validation_loss():
 
 def test_likelihoods_without_chunks_equal_those_in_chunks(monkeypatch: pytest.MonkeyPatch):
     in_chunks = found(ROWS)
-    monkeypatch.setattr("finetune.train.loss._head_is_chunkable", lambda model, batch: False)
+    monkeypatch.setattr("finetune.train.loss._chunkable_transform", lambda model, batch: None)
     for got, expected in zip(found(ROWS), in_chunks, strict=True):
         assert got.log_prob == pytest.approx(expected.log_prob, abs=1e-5)
 

@@ -11,6 +11,7 @@ from torch import nn
 from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
 from finetune.models.kernels import packed_attention
+from finetune.models.kernels.logit_transform import LogitTransform
 from finetune.plan.tracing import FakeTensors, MemoryTrace, Unfilled
 from finetune.train.loss import chunked_cross_entropy
 from tests.fixtures.tiny import tiny_config, tiny_llama
@@ -25,7 +26,7 @@ def peak(model: nn.Module, batch: Batch, fakes: FakeTensors) -> int:
     trace = MemoryTrace(fakes)
     trace.ignore([*model.parameters(), *(parameter.grad for parameter in model.parameters()), *model.buffers()])
     with trace, torch.autocast("cpu", torch.bfloat16):
-        chunked_cross_entropy(model.train(), batch).backward()
+        chunked_cross_entropy(model.train(), batch, LogitTransform()).backward()
     return trace.peak
 
 

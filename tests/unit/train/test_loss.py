@@ -14,6 +14,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
 from finetune.data.collate import Batch, flattened, padded
 from finetune.data.encode import Example
+from finetune.models.kernels.logit_transform import LogitTransform
 from finetune.train import loss as loss_module
 from finetune.train.loss import Chunks, chunked_cross_entropy, summed_cross_entropy, unchunked_cross_entropy
 from tests.fixtures.tiny import SIZES, random_model, tiny_llama
@@ -57,7 +58,9 @@ def test_chunked_loss_matches_reference_in_loss_and_gradients(
     model.get_output_embeddings().requires_grad_(head_trains)
     expected, gradients = results(model, unchunked_cross_entropy, batch)
     found, others = results(model, summed_cross_entropy, batch)
-    assert loss_module._is_chunkable[model.get_output_embeddings()]  # the reference was not compared with itself
+    assert (
+        loss_module._transforms[model.get_output_embeddings()] is not None
+    )  # the reference was not compared with itself
     assert torch.allclose(found, expected, rtol=1e-5)
     for name, gradient in gradients.items():
         assert (others[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
@@ -66,10 +69,10 @@ def test_chunked_loss_matches_reference_in_loss_and_gradients(
 def test_unknown_operation_on_logits_disables_chunks():
     """Control: the logits are changed after the head by a hook."""
     model = tiny_llama()
-    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 * output.logits))
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 + output.logits))
     batch = flattened(ROWS)
     assert torch.equal(summed_cross_entropy(model, batch), unchunked_cross_entropy(model, batch))
-    assert not loss_module._is_chunkable[model.get_output_embeddings()]
+    assert loss_module._transforms[model.get_output_embeddings()] is None
 
 
 class Largest(TorchDispatchMode):
@@ -111,9 +114,9 @@ def test_head_on_a_gpu_runs_once_for_hundreds_of_positions(memory: int, calls: i
     counted: list[int] = []
     own = head.forward
     head.forward = lambda hidden: (counted.append(len(hidden)), own(hidden))[1]
-    on_gpu = chunked_cross_entropy(model, batch, Chunks.on_gpu(memory))
+    on_gpu = chunked_cross_entropy(model, batch, LogitTransform(), Chunks.on_gpu(memory))
     assert len(counted) == calls
-    on_cpu = chunked_cross_entropy(model, batch)
+    on_cpu = chunked_cross_entropy(model, batch, LogitTransform())
     assert len(counted) - calls == 7
     assert torch.allclose(on_gpu, on_cpu, rtol=1e-5)
 
