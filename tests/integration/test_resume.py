@@ -313,16 +313,16 @@ def test_resume_with_more_steps_uses_their_schedule_and_logs_it(
 
 @pytest.mark.parametrize(
     ("schedule", "before", "stop", "after", "rates"),
-    [  # of the last step and the next, by hand: peak 0.01, no warm-up; cosine 0.5 (1 + cos(pi (step - 1) / steps))
-        ("cosine", 3, 3, 6, (0.0025, 0.005)),
-        ("cosine", 4, 2, 8, (0.008535534, 0.008535534)),
-        ("linear", 4, 4, 8, (0.0025, 0.005)),
+    [  # of the last step, the next, and the next as it was planned: peak 0.01, no warm-up; cosine 0.5 (1 + cos(pi (step - 1) / steps))
+        ("cosine", 3, 3, 6, (0.0025, 0.005, None)),
+        ("cosine", 4, 2, 8, (0.008535534, 0.008535534, 0.005)),
+        ("linear", 4, 4, 8, (0.0025, 0.005, None)),
         ("linear", 4, 2, 2, None),
         ("constant", 3, 3, 6, None),
     ],
 )
-def test_resume_with_other_steps_warns_with_both_rates_where_they_jump(
-    schedule: str, before: int, stop: int, after: int, rates: tuple[float, float] | None,
+def test_resume_with_other_steps_warns_with_both_rates_where_they_change(
+    schedule: str, before: int, stop: int, after: int, rates: tuple[float, float, float | None] | None,
     tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ):  # fmt: skip
     sections = {**tiny_recipe, "optimizer": {**tiny_recipe["optimizer"], "schedule": schedule, "warmup_steps": 0}}
@@ -334,14 +334,15 @@ def test_resume_with_other_steps_warns_with_both_rates_where_they_jump(
         train(as_recipe(sections, tmp_path, first), run)
     caplog.clear()
     train(as_recipe(sections, tmp_path, [f"training.max_steps={after}"]), run)
-    warned = [record.getMessage() for record in caplog.records if "jumps" in record.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if "another learning rate" in record.getMessage()]
     if rates is None:
         assert not warned
         return
     done = [line for line in results(run)["metrics"] if line["event"] == "step"]
-    assert [line["learning_rate"] for line in done[stop - 1 : stop + 1]] == pytest.approx(rates)
+    assert [line["learning_rate"] for line in done[stop - 1 : stop + 1]] == pytest.approx(rates[:2])
     (message,) = warned
-    assert f"step {stop} had {rates[0]:.3g}, step {stop + 1} has {rates[1]:.3g}" in message
+    planned = "" if rates[2] is None else f" instead of {rates[2]:.3g}"
+    assert f"step {stop} had {rates[0]:.3g}, step {stop + 1} has {rates[1]:.3g}{planned}, because" in message
     assert f"adapter.continue_from={run.path}" in message
 
 
