@@ -313,7 +313,7 @@ def test_resume_with_more_steps_uses_their_schedule_and_logs_it(
 
 @pytest.mark.parametrize(
     ("schedule", "before", "stop", "after", "rates"),
-    [  # of the last step, the next, and the next as it was planned: peak 0.01, no warm-up; cosine 0.5 (1 + cos(pi (step - 1) / steps))
+    [  # of the last step, the next, and the next as planned; cosine: 0.005 (1 + cos(pi (step - 1) / steps))
         ("cosine", 3, 3, 6, (0.0025, 0.005, None)),
         ("cosine", 4, 2, 8, (0.008535534, 0.008535534, 0.005)),
         ("linear", 4, 4, 8, (0.0025, 0.005, None)),

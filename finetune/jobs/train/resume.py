@@ -195,7 +195,7 @@ def _report_schedule(checkpoint: Checkpoint, recipe: Recipe, steps_before: int, 
         logger.info("the run has %d steps instead of %d; the learning rate goes on without a jump", steps, steps_before)
         return
     logger.warning(
-        "the run has %d steps instead of %d, and another learning rate from here on: step %d had %.3g, step %d has %.3g%s, "
+        "the run has %d steps instead of %d, and another learning rate now: step %d had %.3g, step %d has %.3g%s, "
         "because optimizer.schedule (%s) is counted over %d steps now. Without this change of the rate: %s",
         steps, steps_before, done, last, done + 1, after,
         f" instead of {expected:.3g}" if done < steps_before else "",
