@@ -184,22 +184,21 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
 
 
 def _report_schedule(checkpoint: Checkpoint, recipe: Recipe, steps_before: int, steps: int) -> None:
-    """Report the other number of steps: as a warning, with both rates, where the learning rate jumps."""
+    """Report the other number of steps: as a warning, with both rates, where the learning rate changes."""
     done, section = checkpoint.step, recipe.optimizer
     if done == steps:
         return
-    # Of the step that would be next, or of the last one, where the run was at its end.
-    expected = learning_rate(section, min(done + 1, steps_before), steps_before)
-    after = learning_rate(section, done + 1, steps)
+    last, after = learning_rate(section, done, steps_before), learning_rate(section, done + 1, steps)
+    # A run at its end had no next step: its last rate is the one to compare with.
+    expected = learning_rate(section, done + 1, steps_before) if done < steps_before else last
     if math.isclose(expected, after, rel_tol=SAME_RATE):
-        logger.info(
-            "the run has %d steps instead of %d, and the learning rate goes on without a jump", steps, steps_before
-        )
+        logger.info("the run has %d steps instead of %d; the learning rate goes on without a jump", steps, steps_before)
         return
     logger.warning(
-        "the run has %d steps instead of %d, and the learning rate jumps: step %d had %.3g, step %d has %.3g: "
-        "optimizer.schedule (%s) is counted over %d steps now. Without a jump: %s",
-        steps, steps_before, done, learning_rate(section, done, steps_before), done + 1, after,
+        "the run has %d steps instead of %d, and another learning rate now: step %d had %.3g, step %d has %.3g%s, "
+        "because optimizer.schedule (%s) is counted over %d steps now. Without this change of the rate: %s",
+        steps, steps_before, done, last, done + 1, after,
+        f" instead of {expected:.3g}" if done < steps_before else "",
         section.schedule, steps, way_on(recipe, checkpoint.path.parent.parent),
     )  # fmt: skip
 
