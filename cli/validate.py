@@ -16,6 +16,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finetune.recipe.load import load_recipe
     from finetune.recipe.local_model import local_model_folder
     from finetune.recipe.rules.start import broken_start_rules
+    from finetune.recipe.rules.steps import warn_about_steps
     from finetune.recipe.vllm_support import describe_vllm_support
 
     loaded = load_recipe(recipe, overrides or ())
@@ -26,6 +27,8 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
             from finetune.jobs.load.model_check import check_start_at_hand
 
             check_start_at_hand(plan, folder)
+    if plan.training.max_steps is not None:  # with epochs, the number of steps depends on the rows
+        warn_about_steps(plan, plan.training.max_steps)
     show_result(
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"

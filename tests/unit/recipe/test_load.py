@@ -315,6 +315,8 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = ["data.validation=[]"]
     if path == ("training", "pack_length"):
         before = ["training.batching=packed", "data.max_length=8"]
+    if path == ("model", "chat_template"):
+        value = "chatml"
     if path == ("quantization", "options") or value == "plugin":
         before = ["quantization={kind: plugin, name: other}"]
     if "hub" in path:
