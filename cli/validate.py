@@ -22,13 +22,13 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or ())
     plan = loaded.recipe
     loaded.refuse(broken_start_rules(plan))
+    if plan.training.max_steps is not None:  # with epochs, the number of steps depends on the rows
+        warn_about_steps(plan, plan.training.max_steps)
     if (folder := local_model_folder(plan.model)) is not None:
         with event_handler(quiet=False, as_json=False), loaded.locating_errors():
             from finetune.jobs.load.model_check import check_start_at_hand
 
             check_start_at_hand(plan, folder)
-    if plan.training.max_steps is not None:  # with epochs, the number of steps depends on the rows
-        warn_about_steps(plan, plan.training.max_steps)
     show_result(
         f"{recipe}: valid ({plan.adapter.method} on {plan.model.name}, quantization {plan.quantization.kind}, "
         f"{plan.optimizer.name})"
