@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import AsJson
-from .views.recipe import show_explanation, show_sections
+from .views.recipe import show_explanations, show_sections
 
 
 def explain(
@@ -27,5 +27,4 @@ def explain(
     if key is None:
         show_sections(sections(), as_json)
         return
-    for explanation in explain_key(key):
-        show_explanation(explanation, values_in(explanation, recipes), as_json)
+    show_explanations([(each, values_in(each, recipes)) for each in explain_key(key)], as_json)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from finetune.formatting import count, duration, memory, size
-from finetune.run.data_report import bad_row_counts
+from finetune.run.data_report import dropped_rows
 from finetune.run.events import (
     BestCheckpoint,
     CheckpointSaved,
@@ -123,28 +124,31 @@ def _start_lines(event: TrainingStarted) -> str:
         f"{count(event.total_parameters)} parameters are trainable ({percent:.2f} %), computing in "
         f"{event.compute_dtype}\n"
         f"{event.train_rows} training rows{validation}, {count(event.target_tokens)} target tokens per epoch, "
-        f"{event.total_steps} steps{planned}\n"
+        f"{event.total_steps} step{'s' * (event.total_steps != 1)}{planned}\n"
         f"run directory: {event.run_directory}"
     )
 
 
 def data_table(report: dict[str, Any]) -> list[str]:
-    """The data report as a table: one line of numbers per source, and how full packs are.
+    """The data report as a table: one line of numbers per source, its dropped rows by reason, and how full packs are.
 
     The name of a source is on a line of its own: 80 characters have no room for name and numbers.
     """
-    named: list[tuple[str, list[str]]] = []
+    named: list[tuple[str, list[str], dict[str, int]]] = []
     for key in ("train", "validation"):
         split = report[key]
         used = [source for source in split["sources"] if source["used"]]
-        named += [(f"{key}: {source['source']} ({source['format']})", _data_cells(source)) for source in used]
+        named += [
+            (f"{key}: {source['source']} ({source['format']})", _data_cells(source), dropped_rows(source))
+            for source in used
+        ]
         if len(used) > 1:
-            named.append((f"{key}: all", _data_cells(split)))
+            named.append((f"{key}: all", _data_cells(split), {}))
     above, below = (list(titles) for titles in zip(*COLUMNS, strict=True))
-    widths = [max(map(len, column)) for column in zip(above, below, *(cells for _, cells in named), strict=True)]
+    widths = [max(map(len, column)) for column in zip(above, below, *(cells for _, cells, _ in named), strict=True)]
     lines = [_in_columns(above, widths), _in_columns(below, widths)]
-    for name, cells in named:
-        lines += [shortened(name), _in_columns(cells, widths)]
+    for name, cells, dropped in named:
+        lines += [shortened(name), _in_columns(cells, widths), *_reasons(dropped)]
     if packing := report.get("packing"):
         filled = f"{100 * packing['fill']:.1f} % filled"
         lines.append(f"{packing['packs']} packs of {packing['pack_length']} tokens, {filled}")
@@ -152,12 +156,17 @@ def data_table(report: dict[str, Any]) -> list[str]:
 
 
 def _data_cells(facts: dict[str, Any]) -> list[str]:
-    dropped = facts["too_long"] + sum(bad_row_counts(facts).values())
+    dropped = sum(dropped_rows(facts).values())
     lengths = [str(facts["lengths"].get(key, "-")) for key in ("p50", "p99", "longest")]
     targets = f"{100 * facts['share_trained']:.0f} %"
     duplicates = [str(facts["duplicates"]), str(facts.get("in_validation", ""))]
     counts = [str(facts["read"]), str(dropped), str(facts["used"]), count(facts["tokens"])]
     return [*counts, targets, *lengths, *duplicates]
+
+
+def _reasons(dropped: dict[str, int]) -> list[str]:
+    reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items())
+    return textwrap.wrap(f"  dropped: {reasons}", 80, subsequent_indent="  ") if dropped else []
 
 
 def _in_columns(cells: list[str], widths: list[int]) -> str:

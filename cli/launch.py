@@ -82,7 +82,10 @@ def _run_of_recipe(
 
 
 def _unless_finished(run: RunDirectory, recipe: Recipe) -> Recipe | None:
-    from finetune.jobs.train.resume import extends, permitted_changes
+    from finetune.jobs.train.resume import extends, permitted_changes, warn_of_finished_run
 
     changes = permitted_changes(run.recipe, recipe) if run.recipe.is_file() else []
-    return None if run.is_finished and not extends(changes) else recipe
+    if not run.is_finished or extends(changes, recipe):
+        return recipe
+    warn_of_finished_run(run, recipe, changes)
+    return None

@@ -47,11 +47,14 @@ def plan(
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write
         from finetune.plan.gpu_specs import gpu_spec
+        from finetune.recipe.rules.steps import warn_about_steps
 
         wanted = gpu or fit
         planner = MemoryPlanner.of(loaded.recipe, gpu_spec(wanted) if wanted and wanted != HERE else None, on_event)
         fitted = fit_job(planner, loaded) if fit else None
-        planned = planner.plan(fitted.recipe if fitted else loaded.recipe)
+        wanted_recipe = fitted.recipe if fitted else loaded.recipe
+        planned = planner.plan(wanted_recipe)
+        warn_about_steps(wanted_recipe, planned.workload.steps, planned.workload.units)
         if fitted and output:
             write(fitted, loaded, output)
     changes = fitted.changes if fitted else None

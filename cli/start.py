@@ -18,6 +18,7 @@ BETTER_ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 
 def run() -> None:
     """Run `ft` with the arguments of this process."""
+    keep_downloads_in_cache()
     reexec_with_allocator()
     from .main import app
 
@@ -46,6 +47,13 @@ def reexec_with_allocator() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:  # the command also works with the default allocator
         return
+
+
+def keep_downloads_in_cache() -> None:
+    """Without a home, have the hub's library download into `$FT_CACHE`: it would create a folder named `~` here."""
+    has_place = "HF_HOME" in os.environ or "XDG_CACHE_HOME" in os.environ or os.path.expanduser("~") != "~"
+    if not has_place and (cache := os.environ.get("FT_CACHE")):
+        os.environ["HF_HOME"] = os.path.join(cache, "huggingface")
 
 
 def better_allocator() -> str | None:

@@ -92,10 +92,18 @@ def train(
             # A run killed between its last step and its report is finished but has no page yet: this writes it.
             with recording_errors(run):
                 run.remove_leftovers()
-            show_finished_already(run.path, as_json)
+            from finetune.jobs.train.resume import length_key
+            from finetune.recipe.load import load_recipe
+
+            length = length_key(load_recipe(run.recipe).recipe)
+            show_finished_already(run.path, length, as_json)
         return
     locating = loaded.locating_errors() if loaded else nullcontext()
-    with event_handler(quiet, as_json, log=run.log, is_main=rank.is_main) as on_event, locating:
+    with (
+        run.removed_unless_attempted(),
+        event_handler(quiet, as_json, log=run.log, is_main=rank.is_main) as on_event,
+        locating,
+    ):
         from finetune.jobs.train.run import train as train_job
         from finetune.run.signals import Interruption
 

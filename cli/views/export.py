@@ -14,7 +14,8 @@ def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> Non
     if as_json:
         show_result(json.dumps({"event": "merged", "folder": str(folder), **verification}))
         return
-    show_result(f"merged model: {folder} ({verification['dtype']})\n{_agreement(verification)}")
+    lines = [f"merged model: {folder} ({verification['dtype']})", _agreement(verification), *_engines(verification)]
+    show_result("\n".join(lines))
 
 
 def show_model_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -28,6 +29,7 @@ def show_model_merge(verification: dict[str, Any], folder: Path, as_json: bool) 
             f"{name}: same top-1 token as the run alone at {100 * found['top1_agreement']:.1f} % of "
             f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
         )
+        lines += _engines(found)
     show_result("\n".join(lines))
 
 
@@ -46,7 +48,7 @@ def show_export(
         return
     lines = [f"exported {format}: {folder}" + (f" ({_type_of(verification)})" if verification else "")]
     if verification:
-        lines.append(_agreement(verification))
+        lines += [_agreement(verification), *_engines(verification)]
     if format == "prompt" and verification:
         usage = (
             "the folder's chat template inserts them"
@@ -74,6 +76,15 @@ def _agreement(verification: dict[str, Any]) -> str:
         f"KL divergence {verification['kl_divergence']:.1e}, same top-1 token at "
         f"{100 * verification['top1_agreement']:.1f} % of positions"
     )
+
+
+def _engines(verification: dict[str, Any]) -> list[str]:
+    """One line: in how many prompts engines have the tokens of the training."""
+    counts = [
+        f"{engine['engine']} {engine['prompts'] - engine['differing']} of {engine['prompts']}"
+        for engine in verification["engines"]
+    ]
+    return [f"prompts with the tokens of the training: {', '.join(counts)}"] if counts else []
 
 
 def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:

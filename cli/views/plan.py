@@ -58,6 +58,7 @@ def plan_lines(plan: Plan) -> list[str]:
         *([f"shared       {100 * work.shared:.2g} % of tokens, saved by prefix sharing"] if work.shared else []),
         f"steps        {work.steps:,}, {work.steps_per_epoch:.4g} per epoch; "
         f"the largest pass has {work.largest_pass:,} tokens",
+        *([f"template     {plan.template}"] if plan.template else []),
         "",
     ]
     longest = max(plan.parts.values())

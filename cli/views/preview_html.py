@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from finetune.report.page import document
+from finetune.run.data_report import notes_of
 
 from ..formatting import data_table
 from .preview import first_step_line
@@ -38,6 +39,7 @@ def preview_page(preview: Preview) -> str:
             '<p><span class="trained">target tokens</span>, other tokens, '
             '<span class="special">special token</span>, '
             "↵ end of line</p>",
+            *([f"<p>template: {escape(preview.template)}</p>"] if preview.template else []),
             "<h2>Rows</h2>",
             *map(_row, preview.rows),
             f"<h2>{first_step_line(preview).capitalize()}</h2>",
@@ -45,6 +47,7 @@ def preview_page(preview: Preview) -> str:
             *(_bar(batch, longest) for batch in preview.first_step),
             "<h2>Data report</h2>",
             f"<pre>{escape(table)}</pre>",
+            *(f"<p>{escape(note)}</p>" for note in notes_of(preview.data_report)),
         ],
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from finetune.recipe.explain import Explanation, Meaning
     from finetune.recipe.importing.convert import Imported
     from finetune.recipe.methods import Choice
+
+    Values = dict[str, list[str]]
+    """Values in YAML, each with the names of the recipes that set it."""
 
 
 def show_methods(choices: list[Choice], as_json: bool) -> None:
@@ -37,12 +40,14 @@ def show_sections(sections: dict[str, str], as_json: bool) -> None:
     show_result("\n".join(["sections of a recipe; for more: ft explain SECTION", *definition_list(sections, width)]))
 
 
-def show_explanation(explanation: Explanation, values: dict[str, list[str]], as_json: bool) -> None:
-    """Print the documentation of a key, and the values that recipes set."""
+def show_explanations(explained: Sequence[tuple[Explanation, Values]], as_json: bool) -> None:
+    """Print the documentation of keys, each with the values that recipes set; as text, the same documentation once."""
     if as_json:
-        show_result(json.dumps({**asdict(explanation), "recipes": values}, ensure_ascii=False))
+        for explanation, values in explained:
+            show_result(json.dumps({**asdict(explanation), "recipes": values}, ensure_ascii=False))
         return
-    show_result("\n".join(explanation_lines(explanation, values, shutil.get_terminal_size().columns)))
+    width = shutil.get_terminal_size().columns
+    show_result("\n".join(line for group in same_documentation(explained) for line in explanation_lines(*group, width)))
 
 
 def show_import(made: Imported, file: Path, as_json: bool) -> None:
@@ -64,15 +69,37 @@ def choice_lines(choice: Choice, width: int) -> list[str]:
     return [f"{choice.key}: {choice.name}", *lines[0], *lines[1]]
 
 
-def explanation_lines(explanation: Explanation, values: dict[str, list[str]], width: int) -> list[str]:
-    """One key of a recipe, and below it its documentation.
+def same_documentation(
+    explained: Iterable[tuple[Explanation, Values]],
+) -> list[tuple[list[str], Explanation, Values]]:
+    """Explanations that differ in their key only, such as a column of training and of validation rows, as one.
+
+    Returns:
+        For each, its keys, the explanation, and the values that recipes set for any of the keys.
+    """
+    groups: list[tuple[list[str], Explanation, Values]] = []
+    for explanation, values in explained:
+        for keys, known, together in groups:
+            if replace(explanation, key=known.key) == known:
+                keys.append(explanation.key)
+                for value, files in values.items():
+                    together[value] = sorted({*together.get(value, []), *files})
+                break
+        else:
+            groups.append(([explanation.key], explanation, dict(values)))
+    return groups
+
+
+def explanation_lines(keys: Sequence[str], explanation: Explanation, values: Values, width: int) -> list[str]:
+    """Keys of a recipe, and below them their documentation.
 
     Args:
+        keys: Dotted paths.
         explanation: Documentation from the schema.
         values: Values that recipes set, and the names of these recipes.
         width: Longest line in characters.
     """
-    lines = [explanation.key if explanation.word is None else f"{explanation.key}: {explanation.word}"]
+    lines = [key if explanation.word is None else f"{key}: {explanation.word}" for key in keys]
     for meaning in explanation.meanings:
         lines += [*_indented(meaning.what, width), *_titled(_facts(meaning, explanation), width)]
     lines += definition_list(explanation.choices, width) + definition_list(explanation.keys, width)
@@ -101,7 +128,8 @@ def _facts(meaning: Meaning, explanation: Explanation) -> dict[str, str]:
     if explanation.word is not None:
         return {}
     default = "none: the key is required" if meaning.default is None else meaning.default
-    return {"values": meaning.values, "default": default, "only with": ", ".join(meaning.kinds)}
+    kinds = f"{meaning.chosen_by}: {', '.join(meaning.kinds)}" if meaning.kinds else ""
+    return {"values": meaning.values, "default": default, "only with": kinds}
 
 
 def definition_list(entries: Mapping[str, str], width: int) -> list[str]:

@@ -33,12 +33,12 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
     show_result("\n".join(lines))
 
 
-def show_finished_already(run: Path, as_json: bool) -> None:
-    """Print that a run is finished and how to train it longer."""
+def show_finished_already(run: Path, length: str, as_json: bool) -> None:
+    """Print that a run is finished and how to train it longer; `length` is the key of its length."""
     if as_json:
         show_result(json.dumps({"event": "nothing_left", "run_directory": str(run.absolute())}))
         return
-    show_result(f"nothing to do: {run} is finished\nto train longer: ft train --resume {run} --set training.epochs=...")
+    show_result(f"nothing to do: {run} is finished\nto train longer: ft train --resume {run} --set {length}=...")
 
 
 def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_json: bool) -> None:
@@ -79,8 +79,9 @@ def show_smoke_test(passed: Smoke, recipe: Path, as_json: bool) -> None:
 def result_lines(event: TrainingFinished) -> list[str]:
     """Steps, speed, memory and losses of a finished run."""
     lines = [
-        f"trained {event.steps} steps in {duration(event.seconds)}, {count(event.tokens)} tokens "
-        f"({event.tokens / event.seconds:.0f} tok/s), peak memory {memory(event.peak_memory_bytes)}"
+        f"trained {event.steps} step{'s' * (event.steps != 1)} in {duration(event.seconds)}, "
+        f"{count(event.tokens)} tokens ({event.tokens / event.seconds:.0f} tok/s), "
+        f"peak memory {memory(event.peak_memory_bytes)}"
     ]
     if event.validation_loss is not None and event.validation_loss_before is not None:
         lines.append(f"validation loss {event.validation_loss_before:.4f} -> {event.validation_loss:.4f}")

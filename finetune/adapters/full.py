@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import all_gathered, sharded_base
-from finetune.models.layer_names import nearest_ending
+from finetune.models.layer_names import nearest_part
 from finetune.models.writing.rewrite import saved_tensors, write_from_shards
 from finetune.recipe.rules.violation import Violation
 
@@ -114,8 +114,7 @@ def _unmatched(model: PreTrainedModel, pattern: str, names: Sequence[str]) -> tu
     if second := sorted(_matching(weights, [pattern])):  # `named_parameters` has tied weights under their first name
         first = next(name for name in names if weights[name] is weights[second[0]])
         return f"{second[0]} is tied to {first}, and they train as one", f"name {first}"
-    modules = [name.rpartition(".")[0] for name in names]
-    return f"no weight of the model matches {pattern!r}", f"{nearest_ending(pattern, modules, '*.{}.*')}"
+    return f"no weight of the model matches {pattern!r}", nearest_part(pattern, names)
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:

@@ -45,11 +45,11 @@ def _nothing_adapted(
     """The problem with a name of no layer that is adapted, and the fix."""
     modules = model.named_modules()
     adaptable = [name for name, module in modules if name and objection(model, name, module, kinds) is None]
-    if not found.left_out:
+    if not found.excluded:
         return f"no layer of the model is named {target}", nearest_ending(target, adaptable)
-    name, reason = next(iter(found.left_out.items()))
+    name, reason = next(iter(found.excluded.items()))
     within = [each for each in adaptable if each.startswith(f"{name}.")]
-    hint = f"name the layers in it: {shown(within)}" if within else f"names of layers that can be: {shown(adaptable)}"
+    hint = f"name the layers in it: {shown(within)}" if within else f"layers that can be end in: {shown(adaptable)}"
     return f"{name} cannot be adapted by this method: {reason}", hint
 
 
@@ -101,7 +101,12 @@ def _saving_fault(
         return f"{name} is quantized, and quantized weights do not train", f"leave it unquantized: {fix}"
     if any(name.startswith(f"{other}.") for other in others):
         return f"{name} is part of another of these modules", "leave it out"
-    tied = [other for other in modules_with_weight(model, parameters[0]) if other != name and other in adapted]
+    tied = [
+        other
+        for parameter in parameters
+        for other in modules_with_weight(model, parameter)
+        if other in adapted and not is_within(other, name)
+    ]
     return (f"{name} is tied to {tied[0]}, which target_modules name", "leave one of them out") if tied else None
 
 

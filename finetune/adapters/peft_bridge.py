@@ -232,10 +232,10 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path, kinds: Collect
 
 def _leave_out(config: PeftConfig, found: Targets) -> None:
     """Adapt only the layers that the method can adapt."""
-    if not found.left_out:
+    if not found.excluded:
         return
     if hasattr(config, "exclude_modules"):
-        config.exclude_modules = [*(config.exclude_modules or ()), *found.left_out]
+        config.exclude_modules = [*(config.exclude_modules or ()), *found.excluded]
     else:
         config.target_modules = list(found.adapted)
 
@@ -248,7 +248,7 @@ def _fit_to_tensors(
     saved = {name for name in modules if any(tensor.startswith(f"{PREFIX}{name}.") for tensor in tensors)}
     if targets := getattr(config, "target_modules", None):
         found = find_targets(model, targets, kinds)
-        _leave_out(config, Targets(found.adapted, {n: why for n, why in found.left_out.items() if n not in saved}))
+        _leave_out(config, Targets(found.adapted, {n: why for n, why in found.excluded.items() if n not in saved}))
     if getattr(config, "modules_to_save", None):
         # PEFT's own match, which an earlier version used, is an ending anywhere in a name.
         matching = _named_modules(model, config.modules_to_save, str.endswith)

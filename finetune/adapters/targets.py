@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,17 +10,9 @@ from transformers import PreTrainedModel
 
 from finetune.models.layer_names import ends_with, shown
 from finetune.models.linear_layers import LINEAR_TYPES, LayerKind, kind_of, modules_with_weight
+from finetune.quantizers.direct_weights import is_read_directly
 
 ALL_LINEAR = "all-linear"
-
-READ_DIRECTLY: Mapping[str, tuple[str, ...]] = {
-    "mamba": ("x_proj", "dt_proj", "out_proj"),
-    "falcon_mamba": ("x_proj", "dt_proj", "out_proj"),
-    "jamba": ("dt_proj",),
-    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h", "bamba", "zamba2", "granitemoehybrid"), ("out_proj",)),
-}
-"""By model type, name endings of linear layers whose weights a state space block reads without calling the layer:
-`dt_proj` always, the others in its fused kernels. An adapter around such a layer has no part in the output."""
 
 
 class Targets(NamedTuple):
@@ -28,17 +20,17 @@ class Targets(NamedTuple):
 
     Attributes:
         adapted: The layers that are adapted, by name.
-        left_out: For each other module of such a name, the reason why it is not.
+        excluded: For each other module of such a name, the reason why it is not.
     """
 
     adapted: dict[str, nn.Module]
-    left_out: dict[str, str]
+    excluded: dict[str, str]
 
     @property
     def note(self) -> str | None:
         """What is left out and why, in words; None if nothing is."""
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
+        for name, reason in self.excluded.items():
             by_reason.setdefault(reason, []).append(name)
         parts = [f"{shown(names)} ({len(names)}: {reason})" for reason, names in by_reason.items()]
         return f"not adapted: {'; '.join(parts)}" if parts else None
@@ -83,7 +75,4 @@ def objection(model: PreTrainedModel, name: str, module: Any, kinds: Collection[
         return {"embedding": "an embedding", "conv1d": "a transposed weight (Conv1D)"}.get(
             str(kind), f"no linear layer ({type(module).__name__})"
         )
-    direct = READ_DIRECTLY.get(model.config.get_text_config().model_type, ())
-    if any(ends_with(name, ending) for ending in direct):
-        return "the model reads its weight without calling it"
-    return None
+    return "the model reads its weight without calling it" if is_read_directly(model, name) else None

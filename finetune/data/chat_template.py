@@ -16,6 +16,7 @@ from finetune.data.bad_rows import REJECTED
 from finetune.data.documents import Message, ToolObject
 from finetune.data.thoughts import THOUGHT_TAGS, Tags
 from finetune.errors import BadRow, ModelError
+from finetune.models.chat_templates.families import families_for
 from finetune.models.loading.chat_template_guard import TemplateLimit, render
 
 _ROLES = re.compile(r"\brole|alternat|must start with|first message|last message", re.IGNORECASE)
@@ -72,7 +73,7 @@ class ChatTemplate:
                 hint="use another tokenizer: the template of this one is broken or hostile",
             ) from limit
         except Exception as error:  # a template is a program: it can divide by zero, call a number, and so on
-            raise _rejection(error, messages, where) from error
+            raise _rejection(error, messages, self.mentions("tool"), where) from error
 
     def _rendered(
         self,
@@ -133,9 +134,9 @@ class ChatTemplate:
             raise ModelError(
                 "the tokenizer has no chat template, and the rows are conversations",
                 where=where,
-                hint="set model.chat_template to a template file or to the name of a family "
-                "(ft explain model.chat_template), use the instruction-tuned version of the model, or data of format "
-                "completion or text",
+                hint="set model.chat_template to a template file or to a family that this tokenizer has the tokens for "
+                f"({', '.join(families_for(self.tokenizer))}); or use the instruction-tuned version of the model, or "
+                "data of format completion or text",
             )
         if "default" not in self.sources and not (has_tools and "tool_use" in self.sources):
             raise ModelError(
@@ -156,10 +157,12 @@ def _names_in(source: str) -> set[str]:
     return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
-def _rejection(error: Exception, messages: Sequence[Message], where: str) -> BadRow:
+def _rejection(error: Exception, messages: Sequence[Message], takes_tools: bool, where: str) -> BadRow:
     raised = isinstance(error, jinja2.TemplateError) and not isinstance(error, jinja2.UndefinedError)
     what = f"the chat template rejects the row: {error}"
-    if raised and _ROLES.search(str(error)):
+    if any(message.role == "tool" for message in messages) and not takes_tools:
+        hint = "the template has no role tool: set model.chat_template to one that has"
+    elif raised and _ROLES.search(str(error)):
         roles = ", ".join(message.role for message in messages)
         hint = f"correct the order of roles (here: {roles})"
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 from finetune.data.rows import Row
@@ -97,8 +98,6 @@ class Tokens:
 
 Document = Conversation | PlainText | Tokens
 
-EMPTY_ANSWER = "empty answer"
-"""Reason of a bad row."""
 
 BOOKKEEPING_COLUMNS = frozenset((
     "id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "key", "row", "row_id", "sample_id", "example_id",
@@ -130,7 +129,12 @@ class Format(ABC, Generic[S]):
     def read_columns(self, row: Row) -> set[str]:
         """Names of the columns that the format reads of a row that has them."""
         del row
-        return {name for key in self.section.column_keys() if (name := getattr(self.section, key)) is not None}
+        return set(self._named_columns)
+
+    @cached_property
+    def _named_columns(self) -> frozenset[str]:
+        names = (getattr(self.section, key) for key in self.section.column_keys())
+        return frozenset(name for name in names if name is not None)
 
     def unread_columns(self, row: Row) -> set[str]:
         """Columns of a row that hold something and are not read, bookkeeping excepted."""

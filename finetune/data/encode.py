@@ -27,7 +27,7 @@ from finetune.data.encoding_report import EncodingReport
 from finetune.data.omitted_parts import Part, omitted_parts
 from finetune.data.rows import excerpt
 from finetune.data.text_tokens import Affixes, Spans, inner_spans
-from finetune.data.thoughts import written_out
+from finetune.data.thoughts import is_closed, written_out
 from finetune.errors import BadRow
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
@@ -198,11 +198,13 @@ class Encoder:
 
     def _conversation(self, conversation: Conversation, where: str) -> list[Example]:
         text = self._render(conversation, len(conversation.messages), where)
+        self._note_unread(conversation, where)
         if self.train_on == "all":
             self._refuse_omitted(conversation, self._omitted(conversation, text, where), [], where)
             return [self._all_but_excluded(conversation, text, where)]
         turns = _target_turns(conversation, self.train_on)
         self._refuse_empty(conversation, turns, where)
+        self._note_stripped(conversation, turns, text, where)
         omitted = self._omitted(conversation, text, where)
         thoughts = self._refuse_omitted(conversation, omitted, turns, where)
         answers = None if thoughts else self._answers(conversation, turns, text, where)
@@ -279,15 +281,25 @@ class Encoder:
 
     def _written_out(self, message: Message, prompt: str, through: str, where: str) -> str:
         """The text after a prompt for an answer whose thought the chat template does not show; see `written_out`."""
-        answer = written_out(message, prompt, through, self.template.thought_tags)
-        if answer is None:
+        if is_closed(prompt):
             raise BadRow(
-                "the chat template omits the reasoning of the answer, and mentions no tags for it"
-                if through.startswith(prompt)
-                else "the chat template renders the answer with another beginning than its generation prompt",
+                "the answer has a thought, and the generation prompt of the chat template closes the thought before it",
                 reason=OMITTED,
                 where=where,
-                hint="set model.chat_template to a template that renders these rows, or use data of format completion",
+                hint="set the variable of the template that lets it think, such as data.template_arguments: "
+                "{enable_thinking: true} or {thinking: true}, or remove the thought from the row",
+            )
+        answer = written_out(message, prompt, through, self.template.thought_tags)
+        if answer is None:
+            begins_otherwise = not through.startswith(prompt)
+            raise BadRow(
+                "the chat template renders the answer with another beginning than its generation prompt"
+                if begins_otherwise
+                else "the chat template omits the reasoning of the answer, and mentions no tags for it",
+                reason=OMITTED,
+                where=where,
+                hint="set model.chat_template to a template that renders it, or "
+                + ("use data of format completion" if begins_otherwise else "write it into the content with its tags"),
             )
         if answer.has_thought:
             self.report.note("answers train a thought that the chat template does not show", where)
@@ -379,6 +391,24 @@ class Encoder:
             else:
                 raise _omission(part, conversation, where)
         return is_thought
+
+    def _note_unread(self, conversation: Conversation, where: str) -> None:
+        """Note variables and keys that the template does not mention; keys with a text are found by `omitted_parts`."""
+        for name in conversation.template_arguments:
+            if not self.template.mentions(name):
+                self.report.note(f"the chat template does not read the variable {name!r}", where)
+        keys = {
+            key for each in conversation.messages for key, value in each.extra.items() if not isinstance(value, str)
+        }
+        for key in sorted(keys):
+            if not self.template.mentions(key):
+                self.report.note(f"the chat template does not read the key {key!r} of messages", where)
+
+    def _note_stripped(self, conversation: Conversation, turns: Sequence[int], text: str, where: str) -> None:
+        """Note answers without the white space around them, such as the indentation of code."""
+        contents = [conversation.messages[turn].content for turn in turns]
+        if any(content != content.strip() and content not in text for content in contents):
+            self.report.note("the chat template strips white space around answers", where)
 
     def _note_key(self, conversation: Conversation, part: Part, where: str) -> None:
         message = conversation.messages[part.turn]

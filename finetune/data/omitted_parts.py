@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from finetune.data.documents import Conversation, Message, ToolObject
@@ -26,6 +27,7 @@ FIRST_NUMBER = 7_310_000_000
 _TAG = re.compile(r"(</?[^<>\s]{1,40}>|\[/?[A-Z_]+\]|◁/?\w+▷|<\|\w+\|>)")
 _CLOSING = re.compile("|".join(re.escape(end) for _, end in THOUGHT_TAGS))
 _MARKED = re.compile(f"{BEGIN}(\\d+){SEPARATOR}(.*?){END}", re.DOTALL)
+_WORD = re.compile(r"\w+")
 _MARK = re.compile(f"{BEGIN}\\d+{SEPARATOR}|{END}")
 
 
@@ -45,10 +47,21 @@ class Part:
     text: str
     key: str = ""
 
-    @property
-    def forms(self) -> tuple[str, str]:
-        """The text as it is, and as a part of a JSON string."""
-        return self.text, json.dumps(self.text, ensure_ascii=False)[1:-1]
+    @cached_property
+    def forms(self) -> tuple[str, ...]:
+        """The text as it is, and as a part of a JSON string, once or twice over."""
+        plain, ascii_only = (json.dumps(self.text, ensure_ascii=escapes)[1:-1] for escapes in (False, True))
+        return self.text, plain, ascii_only, json.dumps(plain, ensure_ascii=False)[1:-1]
+
+    def is_shown_in(self, text: str) -> bool:
+        """Whether a rendering shows the part: as one of its forms, or all of its words with others between them.
+
+        Templates that indent lines, or begin each with a mark of a comment, put something between words.
+        """
+        if text in self.forms:
+            return True
+        words = iter(_WORD.findall(text))
+        return all(word in words for word in _WORD.findall(self.text)) and bool(_WORD.search(self.text))
 
 
 def omitted_parts(conversation: Conversation, text: str, render: Callable[[Conversation], str]) -> list[Part]:
@@ -74,9 +87,16 @@ def omitted_parts(conversation: Conversation, text: str, render: Callable[[Conve
     def is_found(number: int, part: Part) -> bool:
         if number in marks.numbers:
             return str(FIRST_NUMBER + number) in rendered
-        return found.get(number) in part.forms
+        return number in found and part.is_shown_in(found[number])
 
-    return [part for number, part in enumerate(marks.parts) if not is_found(number, part)]
+    # Some templates write the id of a call in place of its name, which is a part of the id.
+    ids = {str(call.get("id")) for message in conversation.messages for call in message.tool_calls}
+    names = {part.text for part in marks.parts if any(part.text in name and name in text for name in ids)}
+    return [
+        part
+        for number, part in enumerate(marks.parts)
+        if not is_found(number, part) and not (part.kind == "call" and part.text in names)
+    ]
 
 
 def _not_in_order(parts: list[Part], text: str) -> Iterator[Part]:

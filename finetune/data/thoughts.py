@@ -58,10 +58,18 @@ def written_out(message: Message, prompt: str, through: str, tags: Sequence[Tags
         return None
     opening, closing = pair
     thought, tail = _thought_of(message, pair), through[len(header) :]
+    if opened and tail.lstrip().startswith(closing):  # the template closes the thought that it does not show
+        tail = tail.lstrip().removeprefix(closing)
     if opened and not prompt.endswith("\n"):  # the template writes no line breaks around thoughts
         return WrittenAnswer(f"{thought}{closing}{tail}", bool(thought))
     begin = "" if opened else f"{opening}\n"
-    return WrittenAnswer(f"{begin}{thought}\n{closing}\n\n{tail.lstrip()}", bool(thought))
+    content = tail.lstrip("\n")  # spaces are the indentation of an answer
+    return WrittenAnswer(f"{begin}{thought}\n{closing}\n\n{content}", bool(thought))
+
+
+def is_closed(prompt: str) -> bool:
+    """Whether a prompt ends with a closed thought, behind which the model writes no other."""
+    return prompt.rstrip().endswith(tuple(closing for _, closing in THOUGHT_TAGS))
 
 
 def _thought_of(message: Message, tags: Tags) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,8 @@ from finetune.data.truncation import Truncation
 from finetune.errors import DataError, EnvironmentFault
 from finetune.recipe.sections.data import AutoSource, Data, SourceSection
 from finetune.resolve import build
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 256
 """Rows sent to a process at a time."""
@@ -80,7 +83,7 @@ class TokenizationSpec:
                 except DataError as error:
                     truncation.add_bad(error, row.where)
                     continue
-                for column in row_format.unread_columns(row):
+                for column in sorted(row_format.unread_columns(row)):
                     encoder.report.note(f"column {column!r} is not read", row.where)
                 truncation.add(document, number, row.where)
             return truncation.encoded()
@@ -119,7 +122,7 @@ def tokenize(
         _write(encode(chunk), writer, section, report_rows)
     next_chunk = next(chunks, None)
     if next_chunk is not None:
-        for encoded in _in_processes(specification, chain([next_chunk], chunks), workers):
+        for encoded in _encoded(specification, encode, chain([next_chunk], chunks), workers):
             _write(encoded, writer, section, report_rows)
 
 
@@ -135,17 +138,53 @@ def _chunks(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
         yield chunk
 
 
-def _in_processes(
-    specification: TokenizationSpec, chunks: Iterator[list[NumberedRow]], workers: int
+def _encoded(
+    specification: TokenizationSpec,
+    encode: Callable[[list[NumberedRow]], EncodedRows],
+    chunks: Iterator[list[NumberedRow]],
+    workers: int,
 ) -> Iterator[EncodedRows]:
-    """The results of the chunks, in order; at most two chunks a process are pending, which bounds the memory."""
+    """The results of the chunks, in order: from `workers` processes, or from this one where they cannot be started."""
+    try:
+        pool = _started_pool(specification, workers)
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.info(
+            "the rows are tokenized in one process, which takes longer: several cannot be started (%s); they need free "
+            "space in a writable /dev/shm (docker run --shm-size=64m). data.workers: 1 does the same without this note",
+            reason,
+        )
+        return map(encode, chunks)
+    return _in_processes(pool, chunks, workers)
+
+
+def _started_pool(specification: TokenizationSpec, workers: int) -> ProcessPoolExecutor:
+    """A pool of processes with its first one.
+
+    Raises:
+        OSError: The machine has no shared memory for the locks of the pool, or no folder for its sockets.
+        NotImplementedError: The machine has no semaphores.
+    """
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     # Not fork: the parent has threads (torch, tokenizers), and a lock that one of them holds would never be released.
     # Children of the fork server share the memory of the modules that it has imported.
     if has_server:
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(specification,)) as pool:
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(specification,))
+    try:
+        pool.submit(os.getpid)  # starts a process, and the server of the others
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    return pool
+
+
+def _in_processes(
+    pool: ProcessPoolExecutor, chunks: Iterator[list[NumberedRow]], workers: int
+) -> Iterator[EncodedRows]:
+    """The results of the chunks, in order; at most two chunks a process are pending, which bounds the memory."""
+    with pool:
         pending: deque[Future[EncodedRows]] = deque()
         try:
             for chunk in chunks:

@@ -15,7 +15,7 @@ from typing import Any
 from finetune.data.documents import Message, ToolObject
 from finetune.data.json_text import parsed
 from finetune.data.readers.json_cursor import json_value
-from finetune.data.rows import Row, describe
+from finetune.data.rows import PartialObject, Row, describe
 from finetune.errors import DataError
 
 FUNCTIONS = "functions"
@@ -121,12 +121,54 @@ def _wrapper(function: Any) -> dict[str, Any]:
     return {**({"id": function["id"]} if "id" in function else {}), "function": inside}
 
 
+def with_explicit_nulls(messages: Sequence[Message], tools: Sequence[ToolObject]) -> list[Message]:
+    """The messages, with the arguments that a call has and that are null.
+
+    A row of a struct column says of a null argument only that it has no value (`PartialObject`): the call has the
+    argument if the tool's definition requires it, and lacks it if the definition does not know it.
+    """
+    schemas = {_name(tool): tool["function"].get("parameters") for tool in tools}
+
+    def completed(call: ToolObject) -> ToolObject:
+        arguments = _with_nulls(call["function"].get(ARGUMENTS[0]), schemas.get(_name(call)))
+        return {**call, "function": {**call["function"], ARGUMENTS[0]: arguments}}
+
+    return [
+        replace(message, tool_calls=tuple(map(completed, message.tool_calls)))
+        if any(_is_partial(call["function"].get(ARGUMENTS[0])) for call in message.tool_calls)
+        else message
+        for message in messages
+    ]
+
+
+def _is_partial(value: Any) -> bool:
+    return isinstance(value, PartialObject) or (isinstance(value, dict) and any(map(_is_partial, value.values())))
+
+
+def _with_nulls(arguments: Any, schema: Any) -> Any:
+    """The arguments with the nulls that the schema requires, and without those it does not know."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(arguments, dict) or not isinstance(properties, dict):
+        return arguments
+    if not isinstance(arguments, PartialObject):
+        return {key: _with_nulls(value, properties.get(key)) for key, value in arguments.items()}
+    required = schema.get("required")
+    required = required if isinstance(required, list) else []
+    return {
+        key: _with_nulls(arguments.get(key), properties.get(key))
+        for key in arguments.fields
+        if arguments.get(key) is not None or key in required or (key in arguments and key in properties)
+    }
+
+
 def with_tool_names(messages: Sequence[Message]) -> list[Message]:
     """The messages, each tool's answer with the key `name`, which some chat templates render or demand.
 
     A name in the row stays. Without one, it is that of the call that `tool_call_id` names, or else of the calls just
     before, in their order; where there are more or fewer answers than calls, nothing says whose they are.
     """
+    if not any(message.role == "tool" for message in messages):
+        return list(messages)
     named, by_id, before = list(messages), dict[str, ToolObject](), list[ToolObject]()
     for kind, group in groupby(enumerate(messages), key=lambda turn: _kind(turn[1])):
         turns = list(group)

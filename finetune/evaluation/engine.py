@@ -62,12 +62,14 @@ class ModelGenerator(Generator):
         tokenizer: Its tokenizer.
         batch_size: Most rows of one forward pass; fewer where memory is short.
         padding: Any token id.
+        answer_ends: Ids that end an answer, beside those of tokenizer and model.
     """
 
     load: Callable[[], nn.Module]
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     padding: int
+    answer_ends: Sequence[int] = ()
     name = "ft"
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_answers: OnAnswers) -> None:
@@ -81,6 +83,7 @@ class ModelGenerator(Generator):
             sampling,
             batch_size=self.batch_size,
             padding=self.padding,
+            answer_ends=self.answer_ends,
             on_batch=on_answers,
         )
 

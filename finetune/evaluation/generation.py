@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from finetune.evaluation.batching import in_batches
 from finetune.models.fsdp import sharded_base
+from finetune.models.loading.load import named_ends
 
 OnText = Callable[[str], None]
 """Receives an answer piece by piece while it is generated."""
@@ -47,21 +48,23 @@ def generate(
     *,
     batch_size: int,
     padding: int,
+    answer_ends: Sequence[int] = (),
     report_rows: Callable[[int], None] = lambda rows: None,
     options_of: Callable[[Sequence[int]], dict[str, Any]] = lambda rows: {},
     on_text: OnText | None = None,
     on_batch: Callable[[dict[int, str]], None] = lambda answers: None,
 ) -> list[str]:
-    """Continue each prompt until the end-of-turn token, a stop of `sampling`, or the longest answer.
+    """Continue each prompt until an end token, a stop of `sampling`, or the longest answer.
 
     Args:
         model: A causal language model, with or without an adapter. If it is sharded, all processes must call this
             function with the same arguments.
-        tokenizer: Decodes; its end-of-turn token ends an answer.
+        tokenizer: Decodes; its end token ends an answer.
         prompts: Token ids.
         sampling: Selection of tokens.
         batch_size: Most prompts of one batch; fewer where memory is short.
         padding: Any token id; prompts are padded on the left and masked.
+        answer_ends: Ids that end an answer, beside those of tokenizer and model: the ends of the training.
         report_rows: Receives the number of prompts that are done.
         options_of: Further arguments of `model.generate`, for the prompts of these indices.
         on_text: Receives the answer while it is generated; for a single prompt only.
@@ -79,6 +82,7 @@ def generate(
     torch.manual_seed(sampling.seed)  # `model.generate` samples from the global generator
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     device = next(model.parameters()).device
+    ends = end_tokens(model.generation_config, tokenizer, answer_ends)
 
     def work(chosen: list[int]) -> dict[int, str]:
         # Padding on the left: the last position of every row is the end of its prompt, where generation begins.
@@ -92,13 +96,14 @@ def generate(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=bool(sampling.temperature),
             pad_token_id=padding,
-            eos_token_id=end_tokens(model.generation_config, tokenizer),
-            streamer=None if on_text is None else _Stream(tokenizer, on_text),
+            eos_token_id=ends,
+            streamer=None if on_text is None else _Stream(tokenizer, ends, on_text),
             **sampled,
             **stops,
             **options_of(chosen),
         )[:, longest:]  # without the prompts
-        texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True)
+        written = [before_end(ids, ends) for ids in written_BT.tolist()]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         # The texts still have their stop strings, and padding after them.
         return {index: up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
 
@@ -118,11 +123,17 @@ def generate(
     return answers
 
 
-def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's end token, and those in the model's generation settings."""
-    named = settings.eos_token_id
+def end_tokens(
+    settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, answer_ends: Sequence[int] = ()
+) -> list[int]:
+    """The ids that end an answer: those of the tokenizer, of the model's generation settings and of the training."""
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return sorted({*own, *(named if isinstance(named, list) else [named] if named is not None else [])})
+    return sorted({*own, *named_ends(settings), *answer_ends})
+
+
+def before_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """The tokens before the first one that ends an answer."""
+    return list(ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))])
 
 
 def up_to(text: str, stops: Sequence[str]) -> str:
@@ -156,8 +167,8 @@ class _Stream(BaseStreamer):
     The full answer is decoded at every token, because the text of many tokens depends on the tokens before them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], on_text: OnText) -> None:
+        self.tokenizer, self.ends, self.on_text = tokenizer, ends, on_text
         self.ids: list[int] | None = None
         self.sent = ""
 
@@ -176,7 +187,7 @@ class _Stream(BaseStreamer):
         self._send_up_to(self._text())
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.ids or [], skip_special_tokens=True)
+        return self.tokenizer.decode(before_end(self.ids or [], self.ends), skip_special_tokens=True)
 
     def _send_up_to(self, text: str) -> None:
         if piece := text[len(self.sent) :]:

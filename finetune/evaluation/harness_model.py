@@ -13,6 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from finetune.data.encode import Example
+from finetune.data.text_tokens import prompt_ids
 from finetune.errors import UnsupportedError
 from finetune.evaluation.engine import Engine, OnProgress
 from finetune.evaluation.generation import Sampling
@@ -71,10 +72,12 @@ class InMemory(TemplateLM):  # type: ignore[misc]
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids. By default with the tokenizer's special tokens, unless the text begins with them."""
+        """Token ids, without an end of text. By default with the tokenizer's beginning, unless the text has it."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        if add_special_tokens:
+            return prompt_ids(self.tokenizer, string)
+        return list(self.tokenizer.encode(string, add_special_tokens=False))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **options: Any

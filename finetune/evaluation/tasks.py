@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from finetune.data.dataset import LocatedDocument, TokenizedDataset
-from finetune.data.documents import Conversation
+from finetune.data.documents import Conversation, PlainText
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
 from finetune.data.tokenized_source import numbered_rows
 from finetune.errors import DataError
@@ -174,7 +174,7 @@ class Choose(_OnRows[ChooseTask]):
         if not questions:
             raise self._none_found()
         examples = [
-            _without_end(encoder.examples(_answered(each.document, choice), each.where)[0], engine)
+            _without_end(encoder.examples(each.answered(choice), each.where)[0], engine)
             for each, choices in questions
             for choice in choices
         ]
@@ -184,7 +184,7 @@ class Choose(_OnRows[ChooseTask]):
             log_probs = {choice: next(found).log_prob for choice in choices}
             by_length = {choice: log_prob / max(1, len(choice)) for choice, log_prob in log_probs.items()}
             chosen = max(log_probs, key=log_probs.__getitem__)
-            right = _references(each.document)
+            right = each.references
             rows.append(each.where)
             # A longer answer has a lower likelihood: the normalized score divides by the length.
             scores.append((float(chosen in right), float(max(by_length, key=by_length.__getitem__) in right)))
@@ -205,8 +205,8 @@ class Choose(_OnRows[ChooseTask]):
         return Measurement(columns, tuple(records), {})
 
     def _choices(self, each: _WithChoices) -> Sequence[str]:
-        choices = tuple(dict.fromkeys(self.section.choices)) or each.document.choices
-        right = _references(each.document)
+        choices = tuple(dict.fromkeys(self.section.choices)) or each.choices
+        right = each.references
         if not choices:
             raise DataError(
                 "the row offers no choices",
@@ -245,27 +245,45 @@ class Loss(_OnRows[LossTask]):
 
 @dataclass(frozen=True)
 class _WithChoices:
-    """A conversation whose last turn is one of several answers, and the location of its row."""
+    """A question with one of several answers, as turns or as plain text, and the location of its row."""
 
-    document: Conversation
+    document: Conversation | PlainText
     where: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The choices that the row offers itself."""
+        return () if isinstance(self.document, PlainText) else self.document.choices
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The answers that count as right."""
+        if isinstance(self.document, PlainText):
+            return (self.document.completion.strip(),)
+        return self.document.references or (self.document.messages[-1].content,)
+
+    def answered(self, choice: str) -> Conversation | PlainText:
+        """The question with another answer; in plain text with the row's own space before it."""
+        if isinstance(self.document, PlainText):
+            answer = self.document.completion
+            return replace(self.document, completion=answer[: len(answer) - len(answer.lstrip())] + choice)
+        *earlier, last = self.document.messages
+        return replace(self.document, messages=(*earlier, replace(last, content=choice, train=True, reasoning="")))
 
 
 def _with_choices(documents: Iterable[LocatedDocument]) -> Iterator[_WithChoices]:
     for each in documents:
-        if not isinstance(each.document, Conversation) or each.document.messages[-1].role != "assistant":
-            raise DataError(
-                "the row is not a question with an answer to choose",
-                where=each.where,
-                hint="use data of format multiple_choice, classification, qa or instruction",
-            )
-        yield _WithChoices(each.document, each.where)
-
-
-def _answered(document: Conversation, answer: str) -> Conversation:
-    """The same conversation with another answer."""
-    *earlier, last = document.messages
-    return replace(document, messages=(*earlier, replace(last, content=answer, train=True, reasoning="")))
+        match each.document:
+            case Conversation() as document if document.messages[-1].role == "assistant":
+                yield _WithChoices(document, each.where)
+            case PlainText() as document if document.prompt:
+                yield _WithChoices(document, each.where)
+            case _:
+                raise DataError(
+                    "the row is not a question with an answer to choose",
+                    where=each.where,
+                    hint="use data of format multiple_choice, classification, qa, instruction or completion",
+                )
 
 
 def _without_end(example: Example, engine: Engine) -> Example:
@@ -285,10 +303,6 @@ def _prompt(encoder: Encoder, each: _WithChoices) -> Prompt:
     prompt = encoder.prompt(each.document, each.where)
     assert prompt is not None, "it has an answer"
     return prompt
-
-
-def _references(document: Conversation) -> tuple[str, ...]:
-    return document.references or (document.messages[-1].content,)
 
 
 def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_PromptRow]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.engine import Generator, OnAnswers
-from finetune.evaluation.generation import Sampling, end_tokens, up_to
+from finetune.evaluation.generation import Sampling, before_end, end_tokens, up_to
+from finetune.models.loading.load import generation_settings
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.cache import cache_folder
 
@@ -71,6 +72,7 @@ class VllmGenerator(Generator):
         positions: Context length of the model in tokens; None if unknown.
         adapter: Folder of a LoRA adapter in PEFT's format.
         rank: The --max-lora-rank that the adapter needs.
+        answer_ends: Further ids that end an answer: those of the training.
         on_event: Receives the phase of loading.
 
     Raises:
@@ -88,6 +90,7 @@ class VllmGenerator(Generator):
         positions: int | None,
         adapter: Path | None = None,
         rank: int | None = None,
+        answer_ends: Sequence[int] = (),
         on_event: EventHandler = ignore,
     ) -> None:
         os.environ |= {**VLLM_ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"), **os.environ}
@@ -103,7 +106,8 @@ class VllmGenerator(Generator):
         self.name = f"vLLM {vllm.__version__}"
         self.label, self.folder, self.tokenizer, self.device = label, folder, tokenizer, device
         self.dtype, self.positions, self.adapter, self.rank = dtype, positions, adapter, rank
-        self.settings = _settings(folder)
+        self.settings = generation_settings(folder)
+        self.ends = end_tokens(self.settings, tokenizer, answer_ends)
         _refuse_what_vllm_lacks(self.settings, label)
         self._on_event = on_event
         self._engine: Any = None
@@ -151,7 +155,7 @@ class VllmGenerator(Generator):
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
             stop=list(sampling.stops),
-            stop_token_ids=end_tokens(settings, self.tokenizer),
+            stop_token_ids=self.ends,
             ignore_eos=True,  # stop_token_ids has all of them
             repetition_penalty=settings.repetition_penalty or 1.0,
             # vLLM has no `suppress_tokens`; -100 is the lowest bias that it accepts.
@@ -163,7 +167,7 @@ class VllmGenerator(Generator):
 
     def _text(self, ids: Sequence[int], sampling: Sampling) -> str:
         """The answer, decoded here: vLLM's own text ends at the stop string that is first in the list."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text: str = self.tokenizer.decode(before_end(ids, self.ends), skip_special_tokens=True)
         return up_to(text, sampling.stops)
 
     def _loaded(self, length: int) -> Any:
@@ -205,15 +209,6 @@ class VllmGenerator(Generator):
         # vLLM's setting is a fraction of the total memory: scaled to what other processes leave free.
         free, total = torch.cuda.mem_get_info()
         return {"gpu_memory_utilization": GPU_SHARE * free / total}
-
-
-def _settings(folder: Path) -> GenerationConfig:
-    """Generation settings as transformers reads them: from their own file, or else from the model's config."""
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(
-        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    )
 
 
 def _refuse_what_vllm_lacks(settings: GenerationConfig, label: str) -> None:

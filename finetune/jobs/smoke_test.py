@@ -116,7 +116,7 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
     on_event(Phase(f"making a random model of {BLOCKS} blocks"))
     write_truncated_model(original, folder / "model", recipe.training.seed)
     model: dict[str, Any] = {"name": str(folder / "model"), "revision": None}
-    training: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 1}
+    training: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "checkpoint_every_steps": None}
     adapter: dict[str, Any] = _names(recipe, original)
     if recipe.model.attention == "flash_attention_2":  # a CPU lacks it
         model["attention"] = "auto"
@@ -132,7 +132,14 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
         "model": model,
         "training": training,
         "adapter": adapter,
-        "evaluation": {"max_rows": ROWS, "generation_rows": 2, "max_new_tokens": 8, "patience": None},
+        "optimizer": {"warmup_steps": None},  # as a ratio, it fits into the few steps
+        "evaluation": {
+            "every_steps": None,
+            "max_rows": ROWS,
+            "generation_rows": 2,
+            "max_new_tokens": 8,
+            "patience": None,
+        },
         "distributed": {"processes": 1},
         "data": {"train": _few(recipe.data.train), "validation": _few(recipe.data.validation)},
         "run": {"directory": str(folder)},

@@ -26,19 +26,27 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
 
 
-def nearest_ending(wanted: str, names: Iterable[str], pattern: str = "{}") -> str:
-    """A hint: the ending that `wanted` probably means, and all of them.
-
-    Args:
-        wanted: A name that matches nothing, possibly with wildcards or further parts around it.
-        names: Full names.
-        pattern: How the recipe writes an ending, such as `*.{}`.
-    """
+def nearest_ending(wanted: str, names: Iterable[str]) -> str:
+    """A hint: the ending that a name of nothing probably means, and all of them."""
     names = list(names)
     known = endings(names)
-    parts = [part for part in wanted.split(".") if part.strip("*?[]0123456789")]
-    near = next((found for part in [*reversed(parts), wanted] if (found := nearest(part, known))), None)
-    return (f"did you mean {pattern.format(near)}? " if near else "") + f"names end in: {shown(names)}"
+    near = next((found for part in [*reversed(_words(wanted)), wanted] if (found := nearest(part, known))), None)
+    return (f"did you mean {near}? " if near else "") + f"names end in: {shown(names)}"
+
+
+def nearest_part(pattern: str, names: Iterable[str]) -> str:
+    """A hint: the part of names that an unknown part of a pattern probably means, and how names look."""
+    names = list(names)
+    known = {part for name in names for part in name.split(".")}
+    unknown = [part for part in _words(pattern) if part not in known]
+    near = next((found for part in unknown if (found := nearest(part, known))), None)
+    longest = max(names, key=lambda name: name.count("."), default="")
+    return (f"did you mean {near}? " if near else "") + f"names look like {longest}; * stands for any part"
+
+
+def _words(pattern: str) -> list[str]:
+    """The parts of a name or pattern that are more than numbers and wildcards, without these around them."""
+    return [word for part in pattern.split(".") if (word := part.strip("*?[]0123456789"))]
 
 
 def _ending(name: str) -> str:

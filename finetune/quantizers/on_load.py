@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from finetune.errors import ModelError, UnsupportedError
 from finetune.malloc import HeapTrimmer
 from finetune.quantizers.base import Quantizer, is_quantized
+from finetune.quantizers.direct_weights import stays_unquantized
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.recipe.sections.quantization import StoredQuantization
 from finetune.resolve import build
@@ -184,7 +185,7 @@ def quantizable_layers(model: PreTrainedModel, with_head: bool = False) -> dict[
     return {
         name: layer
         for name, layer in model.named_modules()
-        if type(layer) in (nn.Linear, Conv1D) and not _is_kept(name, kept)
+        if type(layer) in (nn.Linear, Conv1D) and not _is_kept(name, kept) and not stays_unquantized(model, name)
     }
 
 

@@ -30,6 +30,7 @@ class Meaning:
 
     Attributes:
         kinds: Names of these kinds, such as `lora`; empty if the meaning is the same in every kind.
+        chosen_by: The key of the section that chooses its kind, such as `method`; None if there is one kind only.
         what: Purpose of the key.
         values: Allowed values, in words.
         default: Its default in YAML; None if the key is required.
@@ -37,6 +38,7 @@ class Meaning:
     """
 
     kinds: tuple[str, ...]
+    chosen_by: str | None
     what: str
     values: str
     default: str | None
@@ -100,7 +102,8 @@ def explain_key(name: str) -> list[Explanation]:
 
     Args:
         name: A dotted path, with list indices or without; the end of one, which may match several keys; or the name
-            of a kind of section, such as `lora`. Earlier names of a key are accepted.
+            of a kind of section, such as `lora`. `completion` is both: a column and a format. Earlier names of a key
+            are accepted.
 
     Raises:
         UsageError: A recipe has no such key; the hint has the key that was probably meant.
@@ -108,11 +111,12 @@ def explain_key(name: str) -> list[Explanation]:
     wanted = current_name(".".join(segment for segment in name.strip().split(".") if not segment.isdigit()))
     keys = _keys()
     found = [key for key in keys if key == wanted] or [key for key in keys if key.endswith(f".{wanted}")]
-    if found:
-        return [_of_key(key) for key in found]
-    if kinds := [kind for kind in _kinds() if wanted in kind.words]:
-        return [_of_kind(kind, wanted) for kind in kinds]
-    raise UsageError(f"a recipe has no key {name!r}", hint=_meant(wanted))
+    # A section inside several kinds of another section is in `_kinds` once for each of them.
+    kinds = dict.fromkeys(kind for kind in _kinds() if wanted in kind.words)
+    explanations = [*map(_of_key, found), *(_of_kind(kind, wanted) for kind in kinds)]
+    if not explanations:
+        raise UsageError(f"a recipe has no key {name!r}", hint=_meant(wanted))
+    return explanations
 
 
 def values_in(explanation: Explanation, folder: Path) -> dict[str, list[str]]:
@@ -209,7 +213,7 @@ def _of_key(key: str) -> Explanation:
 
 
 def _of_kind(kind: _Kind, word: str) -> Explanation:
-    meaning = Meaning((), _first_line(kind.section), "", None, kind.section.on_resume.value)
+    meaning = Meaning((), None, _first_line(kind.section), "", None, kind.section.on_resume.value)
     return Explanation(f"{kind.path}.{kind.tag}", word, (meaning,), {}, kind.keys())
 
 
@@ -217,7 +221,7 @@ def _choice(kinds: list[_Kind]) -> Meaning:
     """The meaning of the key that chooses the kind of a section."""
     defaults = [kind.section.model_fields[str(kind.tag)].get_default() for kind in kinds]
     default = next((word for word in defaults if isinstance(word, str)), None)
-    return Meaning((), "Kind of the section.", "one of these", default, kinds[0].section.on_resume.value)
+    return Meaning((), None, "Kind of the section.", "one of these", default, kinds[0].section.on_resume.value)
 
 
 def _meaning(kind: _Kind, name: str) -> Meaning:
@@ -229,6 +233,7 @@ def _meaning(kind: _Kind, name: str) -> Meaning:
     )
     return Meaning(
         kind.words,
+        kind.tag,
         field.description or _purpose(field),
         shape.expected(),
         None if field.is_required() else _in_yaml(field.get_default()),
@@ -237,11 +242,15 @@ def _meaning(kind: _Kind, name: str) -> Meaning:
 
 
 def _merged(meanings: Iterable[Meaning], every_kind: Iterable[str]) -> tuple[Meaning, ...]:
-    """Merge meanings that differ in their kinds only; the kinds are omitted if every kind has the meaning."""
+    """Merge meanings that differ in their kinds only; the kinds are omitted if every kind has the meaning.
+
+    A section inside several kinds of another section, such as the rows of each kind of task, is met once for each of
+    them: its kinds are named once.
+    """
     merged: dict[Meaning, tuple[str, ...]] = {}
     for meaning in meanings:
         key = replace(meaning, kinds=())
-        merged[key] = (*merged.get(key, ()), *meaning.kinds)
+        merged[key] = tuple(dict.fromkeys((*merged.get(key, ()), *meaning.kinds)))
     everywhere = len(merged) == 1 and set(every_kind) == set(*merged.values())
     return tuple(replace(meaning, kinds=() if everywhere else kinds) for meaning, kinds in merged.items())
 

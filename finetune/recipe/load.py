@@ -25,6 +25,7 @@ from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # exported here beside load and dump
 from finetune.recipe.schema import shape_at
 from finetune.recipe.sections.evaluation import TaskFile, TaskSection
+from finetune.recipe.task_file import nest_tasks
 from finetune.recipe.yaml.document import MAX_BYTES, KeyPath, decode, position_at, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 from finetune.recipe.yaml.writer import block
@@ -132,7 +133,7 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
 
 
 def load_tasks(path: Path) -> list[TaskSection]:
-    """Read and validate a file of tasks: a recipe with nothing but `evaluation.tasks`.
+    """Read and validate a file of tasks: `evaluation: {tasks: [...]}` as in a recipe, `tasks: [...]`, or a list.
 
     Args:
         path: A YAML file. Relative paths in it start at its folder.
@@ -143,6 +144,8 @@ def load_tasks(path: Path) -> list[TaskSection]:
     text = decode(_read(path), str(path))
     _refuse_secrets(text, str(path), ())
     sources = SourceMap(read_yaml(text, str(path)), str(path))
+    if problem := nest_tasks(sources):
+        _refuse([problem])
     try:
         found = TaskFile.model_validate(sources.data, context={"folder": path.parent.resolve()})
     except ValidationError as error:

@@ -22,6 +22,9 @@ KEYS: Mapping[str, str] = {
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attention",
     "attn_impl": "model.attention",
+    "template": "model.chat_template",
+    "chat_template_jinja": "model.chat_template",
+    "chat_template_path": "model.chat_template",
     # quantization
     "bnb_4bit_quant_type": "quantization.kind",
     "quant_method": "quantization.kind",
@@ -82,6 +85,7 @@ KEYS: Mapping[str, str] = {
     "mask_prompt": "data.train_on",
     "roles_to_train": "data.train_on",
     "masking_strategy": "data.train_on",
+    "chat_template_kwargs": "data.template_arguments",
     # optimizer
     "optim": "optimizer.name",
     "lr": "optimizer.learning_rate",
@@ -164,6 +168,7 @@ SNIPPETS: Mapping[str, str] = {
     "completion_only_loss": "data.train_on: completion",
     "train_on_responses_only": "data.train_on: assistant",
     "mask_history": "data.train_on: last_turn",
+    "enable_thinking": "data.template_arguments: {enable_thinking: false}",
     "report_to": "trackers: [{name: wandb}]",
     "use_wandb": "trackers: [{name: wandb}]",
     "use_tensorboard": "trackers: [{name: tensorboard}]",
@@ -180,8 +185,7 @@ SNIPPETS: Mapping[str, str] = {
 """From a switch of another tool to the line to write here."""
 
 NOTES: Mapping[str, str] = {
-    "template": "leave it out: chats are rendered by the tokenizer's own template",
-    "chat_template": "leave it out: chats are rendered by the tokenizer's own template",
+    "chat_template": "write `model.chat_template`, a template file or a family such as chatml",
     **dict.fromkeys(
         ("tensor_parallel", "tensor_parallel_size", "tp_size", "tp_plan", "tensor_model_parallel_size"),
         "leave it out: layers are not split between processes; `distributed.strategy: fsdp` shards all weights",

@@ -13,7 +13,7 @@ from finetune.formatting import count, duration, memory
 from finetune.report import lora_ranks, training_curves
 from finetune.report.page import collapsible, document, section, table
 from finetune.report.run_metadata import RunMetadata, public
-from finetune.run.data_report import bad_row_counts
+from finetune.run.data_report import dropped_rows, notes_of
 from finetune.run.directory import RunDirectory
 from finetune.storage.files import write_text
 
@@ -258,7 +258,6 @@ _DATA_COUNTS: list[tuple[str, str]] = [
     ("format", "format"),
     ("read", "rows read"),
     ("added", "added by splitting"),
-    ("too_long", "dropped: too long"),
     ("truncated", "truncated"),
     ("used", "rows used"),
     ("tokens", "tokens"),
@@ -280,9 +279,9 @@ def _data_report(report: Mapping[str, Any]) -> str:
         return ""
     head = ["", *(f"{title}: {public(str(source['source']))}" for title, source in sources)]
     rows = [[words, *(_cell(source.get(key)) for _, source in sources)] for key, words in _DATA_COUNTS]
-    bad = [bad_row_counts(source) for _, source in sources]
-    for reason in dict.fromkeys(reason for counts in bad for reason in counts):
-        rows.append([f"dropped: {reason}", *(_cell(counts.get(reason, 0)) for counts in bad)])
+    dropped = [dropped_rows(source) for _, source in sources]
+    for reason in dict.fromkeys(reason for counts in dropped for reason in counts):
+        rows.append([f"dropped: {reason}", *(_cell(counts.get(reason, 0)) for counts in dropped)])
     for length in ("p50", "p99", "longest"):
         rows.append([f"tokens per row, {length}", *(_cell(source["lengths"].get(length)) for _, source in sources)])
     kept = [row for row in rows if any(cell not in ("0", "") for cell in row[1:]) or row[0].startswith("dropped")]
@@ -292,7 +291,7 @@ def _data_report(report: Mapping[str, Any]) -> str:
         if packing
         else ""
     )
-    return table(head, kept) + packs
+    return table(head, kept) + packs + "".join(f"<p>{escape(note)}</p>" for note in notes_of(report, public))
 
 
 def _cell(value: Any) -> str:

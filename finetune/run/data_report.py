@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -13,3 +13,24 @@ def bad_row_counts(report: Mapping[str, Any]) -> dict[str, int]:
     """
     earlier = {"without target tokens": report["untrainable"]} if report.get("untrainable") else {}
     return dict(report.get("bad", earlier))
+
+
+def dropped_rows(report: Mapping[str, Any]) -> dict[str, int]:
+    """The dropped rows of a data report, or of a source in one, by reason."""
+    too_long = {"too long": report["too_long"]} if report.get("too_long") else {}
+    return {**too_long, **bad_row_counts(report)}
+
+
+def notes_of(report: Mapping[str, Any], shown: Callable[[str], str] = str) -> list[str]:
+    """The notes on the rows of all sources of a data report, each once.
+
+    Args:
+        report: The report.
+        shown: The form in which places are shown.
+
+    Returns:
+        For each source and note, the text, the number of rows and the place of the first.
+    """
+    sources = [source for split in ("train", "validation") for source in report.get(split, {}).get("sources", [])]
+    notes = [(text, note) for source in sources for text, note in source.get("notes", {}).items()]
+    return list(dict.fromkeys(f"{text}: {note['count']} (first: {shown(note['where'])})" for text, note in notes))

@@ -23,6 +23,7 @@ from finetune.errors import (
     as_lost_process,
     as_out_of_memory,
 )
+from finetune.run.checkpoints import Checkpoints
 from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
 from finetune.run.lock import exclusive_lock, is_locked
@@ -56,7 +57,7 @@ class Attempt:
 
 
 class RunDirectory:
-    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, checkpoints, trained weights, and their exports.
+    """`runs/<name>/`: recipe, provenance, metrics, log, outcome, tokenizer, checkpoints, trained weights, exports.
 
     `create` makes a new run, `open` returns an existing one.
 
@@ -79,6 +80,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
         self.outcome = path / "exit.json"
         self.merged = path / "merged"
         self.exported = path / "exported"
@@ -91,7 +93,7 @@ class RunDirectory:
         """Claim `path` for a new run.
 
         Args:
-            path: Must not exist, or be empty.
+            path: Must not exist, be empty, or hold a run that failed before its first step, which is removed.
             overwrite: Remove an existing run; a folder that is not a run is never removed.
 
         Raises:
@@ -101,7 +103,8 @@ class RunDirectory:
         run = cls(path.absolute())
         was_there = path.exists()
         try:
-            if overwrite and run.marker.is_file() and not path.is_symlink():
+            is_replaceable = run.marker.is_file() and not path.is_symlink()
+            if is_replaceable and (overwrite or run._failed_before_first_step):
                 with exclusive_lock(run.lock):
                     shutil.rmtree(path)
             run._refuse_if_used()
@@ -165,6 +168,27 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Whether a process is training the run."""
         return is_locked(self.lock)
+
+    @property
+    def _failed_before_first_step(self) -> bool:
+        """Whether an attempt has ended with an error, and nothing was ever trained."""
+        outcome = read_json(self.outcome)
+        if not outcome.get("code") or outcome.get("step") or outcome.get("checkpoint") is not None:
+            return False
+        if Checkpoints(self.checkpoints).any_committed:
+            return False
+        return not any(b'"event": "step"' in file.read_bytes() for file in self.path.glob("metrics*.jsonl"))
+
+    @contextmanager
+    def removed_unless_attempted(self) -> Iterator[None]:
+        """If the block raises before an attempt began, such as while libraries load, remove the new directory again."""
+        try:
+            yield
+        except BaseException:
+            has_begun = self.recipe.is_file() or self.outcome.is_file() or self.is_locked
+            if self.is_writer and not has_begun:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def begin(self, recipe: str, metrics_bytes: int) -> None:
         """Prepare for an attempt: metrics past the checkpoint move to `metrics.attempt-N.jsonl`.

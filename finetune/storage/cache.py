@@ -11,16 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from finetune.errors import EnvironmentFault
 from finetune.storage.files import disk_faults, written_aside
+from finetune.storage.home import expand_home
 
 KEPT_DAYS = 30
 """Days without use after which an entry is removed."""
 
 
+SET_CACHE = "set FT_CACHE to a folder that can be written"
+
+
 def cache_folder() -> Path:
-    """Path of the cache: `$FT_CACHE`, or `ft` in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FT_CACHE") or Path(user_cache) / "ft")
+    """Path of the cache: `$FT_CACHE`, or `ft` in the user's cache folder.
+
+    Raises:
+        EnvironmentFault: FT_CACHE and XDG_CACHE_HOME are not set, and the user has no home.
+    """
+    if chosen := os.environ.get("FT_CACHE"):
+        return Path(expand_home(chosen))
+    if user_cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(expand_home(user_cache)) / "ft"
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise EnvironmentFault("there is no folder for the cache: this user has no home", hint=SET_CACHE)
+    return Path(home) / ".cache" / "ft"
 
 
 def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
@@ -39,7 +54,8 @@ def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
         os.utime(folder)  # the time of last use, for `_make_room`
         return folder
     lock = folder.with_name(f".{name}.lock")
-    with disk_faults(lock):
+    hint = f"check free space and permissions, or {SET_CACHE}"
+    with disk_faults(lock, hint):
         folder.parent.mkdir(parents=True, exist_ok=True)
         held = lock.open("w")
     with held:
@@ -47,7 +63,7 @@ def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
         try:
             if not folder.is_dir():
                 _make_room(folder.parent)
-                with written_aside(folder) as aside:
+                with written_aside(folder, hint) as aside:
                     make(aside)
         finally:
             # Unlink while holding the lock: a waiter that opened this inode gets the lock next and finds the entry; a

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from finetune.errors import EnvironmentFault, RefusedError
 
+CHECK_DISK = "check free space and permissions"
+
 UNFINISHED = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 """Names of temporary files and folders of `written_aside` and `write_text`."""
 
@@ -76,17 +78,21 @@ def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path, hint: str = CHECK_DISK) -> Iterator[Path]:
     """A temporary folder that is renamed to `target` if the block succeeds, and removed if it raises.
 
     Folder and files get the permissions of the umask, whatever permissions a library chose.
+
+    Args:
+        target: The folder; an existing one is replaced.
+        hint: The fix where it cannot be written.
 
     Raises:
         EnvironmentFault: The disk is full or the folder cannot be written.
     """
     aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
-        with disk_faults(target):
+        with disk_faults(target, hint):
             aside.mkdir(parents=True)
             yield aside
             open_to_readers(aside)
@@ -96,15 +102,13 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
+def disk_faults(path: Path, hint: str = CHECK_DISK) -> Iterator[None]:
     """Convert write errors of the operating system and of safetensors into an EnvironmentFault."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise EnvironmentFault(
-            f"cannot be written: {reason}", where=str(path), hint="check free space and permissions"
-        ) from error
+        raise EnvironmentFault(f"cannot be written: {reason}", where=str(path), hint=hint) from error
 
 
 def sync(path: Path) -> None:

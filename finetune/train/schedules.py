@@ -9,8 +9,7 @@ from finetune.recipe.sections.optimizer import OptimizerSection
 
 def warmup_steps(section: OptimizerSection, total_steps: int) -> int:
     """Number of warm-up steps; at least one step at the peak remains."""
-    wanted = section.warmup_steps if section.warmup_steps is not None else round(section.warmup_ratio * total_steps)
-    return min(wanted, total_steps - 1)
+    return min(section.warmup(total_steps), total_steps - 1)
 
 
 def learning_rate(section: OptimizerSection, step: int, total_steps: int) -> float:

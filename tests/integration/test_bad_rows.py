@@ -84,7 +84,7 @@ LINES: dict[str, tuple[str, Any, str]] = {
         chat(USER, {**ASSISTANT, "tool_calls": [{"function": {}}]}),
         "messages[1].tool_calls",
     ),
-    "no answer": ("chat", chat(USER), "1 row has no target tokens"),
+    "no answer": ("chat", chat(USER), "the row has no target tokens"),
     "no question": ("chat", chat(ASSISTANT), "the first message has the role assistant"),
     "too many words": ("chat", chat({**USER, "content": "x" * 500}, ASSISTANT), "more than data.max_length: 128"),
     "an unknown speaker": ("sharegpt", {"conversations": [{"from": "x", "value": "y"}]}, "conversations[0].from"),
@@ -235,4 +235,4 @@ def test_dropped_rows_are_counted_by_cause(tiny_recipe: dict[str, Any], tmp_path
     policies = ["data.on_bad_row=drop", "data.overlength=drop", "data.max_dropped=0.1", "training.max_steps=1"]
     assert train(file, tiny_recipe, "chat", *policies).code == 0
     counts = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
-    assert [counts[key] for key in ("read", "too_long", "untrainable", "used")] == [503, 1, 2, 500]
+    assert [counts[key] for key in ("read", "too_long", "bad", "used")] == [503, 1, {"without target tokens": 2}, 500]

@@ -43,6 +43,16 @@ def test_continue_from_starts_with_the_loss_of_the_earlier_run(
     assert second.validation_loss < first.validation_loss < first.validation_loss_before
 
 
+@pytest.mark.parametrize("template", [None, "mistral"])
+def test_continue_from_a_run_with_another_chat_template_is_a_warning(
+    template: str | None, tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run_of(tiny_recipe, tmp_path, "first")
+    sections = {**tiny_recipe, "model": {**tiny_recipe["model"], "chat_template": template}}
+    run_of(sections, tmp_path, "second", continue_from=str(tmp_path / "first"))
+    assert ("another chat template" in caplog.text) is (template is not None)
+
+
 def test_continue_from_adalora_starts_a_new_rank_schedule(tiny_recipe: dict[str, Any], tmp_path: Path):
     adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1}
     sections = sections_of(tiny_recipe, adapter)

@@ -397,7 +397,8 @@ def test_eval_of_impossible_requests_is_an_error(runs: Path, base: Path, tasks: 
     ("row", "task", "what"),
     [
         ({"text": "once"}, {"kind": "choose"}, "not a question"),
-        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "not a question"),
+        ({"prompt": "2+2=", "completion": "4"}, {"kind": "choose"}, "offers no choices"),
+        ({"prompt": "2+2=", "completion": " 4"}, {"kind": "choose", "choices": ["5"]}, "'4' is none of the choices"),
         ({"instruction": "Add", "output": "4"}, {"kind": "choose"}, "offers no choices"),
         ({"instruction": "Add", "output": "4"}, {"kind": "choose", "choices": ["5"]}, "is none of the choices"),
         ({"text": "once"}, {"kind": "generate"}, "has no rows to measure"),

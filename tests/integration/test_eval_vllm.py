@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner, Result
 
 from cli.main import app
@@ -148,6 +148,19 @@ def written(folder: Path, **settings: Any) -> VllmGenerator:
     write_tiny_model(folder)
     GenerationConfig(**{"eos_token_id": 257, **settings}).save_pretrained(folder)
     return VllmGenerator("model", folder, tiny_tokenizer(), torch.float32, "cpu", None)
+
+
+def test_answers_of_vllm_end_before_the_ends_of_the_training(tmp_path: Path, fake_vllm: Calls):
+    write_tiny_model(tmp_path, tie_word_embeddings=False, initializer_range=0.3)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = model.generate(input_ids=torch.tensor([[256, 80, 81]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    end = next(token for token in tokens[2:] if token not in tokens[:2])
+    generator = VllmGenerator("model", tmp_path, tiny_tokenizer(), torch.float32, "cpu", None, answer_ends=[end])
+    found: dict[int, str] = {}
+    generator.generate([[256, 80, 81]], Sampling(12), found.update)
+    assert fake_vllm.requests[-1][1].stop_token_ids == sorted({257, end})
+    assert found == {0: tiny_tokenizer().decode(tokens[: tokens.index(end)])}
 
 
 GREEDY = {

@@ -22,11 +22,10 @@ from finetune.errors import RefusedError, UnsupportedError
 from finetune.jobs.export import gguf as export_module
 from finetune.jobs.export.gguf import export_gguf, export_gguf_adapter
 from finetune.jobs.export.merge import merge
-from finetune.jobs.export.ollama import modelfile, turns_of
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ValidationResult
-from tests.fixtures.tiny import byte_tokenizer, tiny_tokenizer
+from tests.fixtures.tiny import tiny_tokenizer
 from tests.integration.test_merging import ARCHITECTURES, run_of, write_model
 
 FOUR_BITS = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora", "r": 4}}
@@ -69,8 +68,14 @@ def test_q4_1_of_other_quantizations_is_refused(tiny_recipe: dict[str, Any], tmp
     three = {"quantization": {"kind": "affine", "bits": 3}, "adapter": {"method": "qa_lora", "r": 4}}
     with pytest.raises(UnsupportedError, match="4 bits in groups of 32"):
         export_gguf(run_of({**tiny_recipe, **three}, tmp_path, "three"), kind="q4_1")
-    with pytest.raises(UnsupportedError, match="without rounding"):
-        export_gguf(run_of(tiny_recipe, tmp_path, "lora"), kind="q4_1")
+    for method in ("lora", "full"):
+        run = run_of(tiny_recipe, tmp_path, method, f"adapter={{method: {method}}}")
+        with pytest.raises(UnsupportedError, match="without rounding") as caught:
+            export_gguf(run, kind="q4_1")
+        assert caught.value.where == "--dtype q4_1"
+        assert "f16" in str(caught.value.hint)
+        with pytest.raises(UnsupportedError, match="without rounding"):
+            merge(run, dtype="quantized")
 
 
 def test_gguf_of_an_unsupported_architecture_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path):
@@ -232,12 +237,3 @@ def test_contradictory_export_options_are_exit_code_2(
 ):
     RunDirectory.create(tmp_path / "run")
     assert ft("export", tmp_path / "run", *arguments)[0] == 2
-
-
-def test_modelfile_template_equals_the_chat_template():
-    turns = turns_of(tiny_tokenizer())
-    assert turns is not None
-    assert turns.system == ("<|begin|><|turn|>system\n", "<|end|>\n")
-    assert "{{ .Content }}" in modelfile(tiny_tokenizer(), "model.gguf")
-    counting = "{% for m in messages %}{{ loop.index }} {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    assert turns_of(byte_tokenizer(["<s>", "</s>"], counting)) is None

@@ -17,6 +17,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.load.context import ModelSetup
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.writing.gguf import write_gguf
+from finetune.models.writing.gguf_vocabulary import GgufVocabulary
 from finetune.recipe.sections.model import Model
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
@@ -55,7 +56,8 @@ def test_gguf_adapter_over_the_base_answers_as_the_merged_model(runs: dict[str, 
     base = tmp_path / "base.gguf"
     setup = ModelSetup.find(Model(name=BASE), ignore)
     streamed = StreamedModel(setup.folder, setup.section, setup.quantizers, torch.device("cpu"), dequantized=False)
-    write_gguf(streamed, setup.tokenizer, "f16", base, "base")
+    vocabulary = GgufVocabulary.of(setup.tokenizer, streamed.model.config.vocab_size)
+    write_gguf(streamed, vocabulary, "f16", base, "base")
     plain, adapted = (
         of_engine("FT_LLAMA_CPP", base, TOKENS),
         of_engine("FT_LLAMA_CPP", base, TOKENS, folder / "adapter.gguf"),

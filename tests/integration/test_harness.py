@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from finetune.errors import UnsupportedError, UsageError
 from finetune.evaluation.engine import Engine, ModelGenerator
@@ -166,6 +167,23 @@ def test_harness_evaluates_adapters_and_soft_prompts_with_the_chat_template(
     assert perplexity.ours.value != pytest.approx(perplexity.theirs.value, rel=1e-3)
     records = [json.loads(line) for line in (run.evaluation / "generations.jsonl").read_text().splitlines()]
     assert records[0]["prompt"].startswith("<|begin|><|turn|>user\n")
+
+
+def test_requests_hold_no_end_of_text_that_the_tokenizer_appends(manager: Any, base: Path):
+    from finetune.evaluation.harness_model import InMemory
+
+    model = InMemory(engine_of(base), lambda done, total: None)
+    special = [(token, model.tokenizer.convert_tokens_to_ids(token)) for token in ("<|begin|>", "<|end|>")]
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A <|end|>", special_tokens=special
+    )
+    bare = model.tokenizer("snow is", add_special_tokens=False)["input_ids"]
+    assert model.tokenizer("snow is")["input_ids"] == [256, *bare, 257]
+    assert model.tok_encode("snow is") == [256, *bare]
+    assert model.tok_encode("<|begin|>snow is") == [256, *bare]
+    assert model.tok_encode("snow is", add_special_tokens=False) == bare
+    context, continuation = model._encode_pair("snow is", " white")
+    assert context + continuation == [256, *model.tokenizer("snow is white", add_special_tokens=False)["input_ids"]]
 
 
 def test_harness_task_is_cached(manager: Any, base: Path, monkeypatch: pytest.MonkeyPatch):

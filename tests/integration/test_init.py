@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner, Result
 
 from cli.main import app
@@ -170,12 +171,37 @@ def test_init_with_a_hub_data_set_writes_its_name(folder: Path, tiny_model: Path
     import datasets
 
     rows = [{"text": f"Story {i}"} for i in range(5)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: datasets.Dataset.from_list(rows))
     assert init("org/stories.v2", tiny_model).exit_code == 0
     source = load_recipe(folder / "recipe.yaml").recipe.data.train[0]
     assert (source.path, source.format) == (None, "text")
     assert source.hub is not None
     assert source.hub.name == "org/stories.v2"
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {"n_positions": 96, "n_embd": 32, "n_layer": 1, "n_head": 2}),
+        ("gptj", {"n_positions": 96, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
+        ("opt", {"max_position_embeddings": 96, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "word_embed_proj_dim": 32}),
+        ("bloom", {"seq_length": 96, "hidden_size": 32, "n_layer": 1, "n_head": 2}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("data", ["book.txt", "long.jsonl"])
+def test_init_chooses_no_more_tokens_than_the_positions_of_the_model(
+    data: str, family: str, sizes: dict[str, Any], folder: Path
+):
+    (folder / "long.jsonl").write_text(jsonl([{"prompt": "word " * 100, "completion": "b"}] * 8))
+    CONFIG_MAPPING[family](vocab_size=320, **sizes).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    result = init(data, "model")
+    assert result.exit_code == 0, result.output
+    section = load_recipe(folder / "recipe.yaml").recipe.data
+    assert section.max_length == 96
+    assert section.overlength == ("split" if data == "book.txt" else "truncate_prompt")
+    assert ft("preview", "recipe.yaml").exit_code == 0
 
 
 @pytest.mark.slow
@@ -190,11 +216,11 @@ def test_init_with_less_memory_keeps_the_batch_in_smaller_passes(folder: Path, l
     assert sizes[0] > sizes[1]
 
 
-def test_init_sets_split_turns_for_templates_that_rewrite_earlier_turns(folder: Path, tmp_path: Path):
+def test_init_leaves_split_turns_to_the_encoder_for_templates_that_rewrite_earlier_turns(folder: Path, tmp_path: Path):
     from tests.fixtures.tiny import CHAT_TEMPLATE, SPECIAL, byte_tokenizer, tiny_llama
 
     rewriting = CHAT_TEMPLATE.replace(
-        "message['content'] }}", "message['content'] if loop.last or message['role'] == 'user' else 'x' }}"
+        "message['content'] }}", "message['content'] ~ ('' if loop.last or message['role'] == 'user' else ' .') }}"
     )
     tiny_llama().save_pretrained(tmp_path / "model")
     byte_tokenizer(SPECIAL, rewriting).save_pretrained(tmp_path / "model")
@@ -202,9 +228,11 @@ def test_init_sets_split_turns_for_templates_that_rewrite_earlier_turns(folder: 
     (folder / "turns.jsonl").write_text(jsonl(rows * 4))
     assert init("turns.jsonl", "model").exit_code == 0
     recipe = load_recipe(folder / "recipe.yaml").recipe
-    assert recipe.data.split_turns
+    assert not recipe.data.split_turns
     assert recipe.model.name == str(tmp_path / "model")
-    assert ft("preview", "recipe.yaml").exit_code == 0
+    shown = ft("preview", "recipe.yaml")
+    assert shown.exit_code == 0
+    assert "each answer as an example of its own" in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,76 @@ def test_resume_with_more_steps_uses_their_schedule_and_logs_it(
         train(as_recipe(tiny_recipe, tmp_path, ["training.max_steps=4"]), run)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "before", "stop", "after", "rates"),
+    [  # of the last step, the next, and the next as planned; cosine: 0.005 (1 + cos(pi (step - 1) / steps))
+        ("cosine", 3, 3, 6, (0.0025, 0.005, None)),
+        ("cosine", 4, 2, 8, (0.008535534, 0.008535534, 0.005)),
+        ("linear", 4, 4, 8, (0.0025, 0.005, None)),
+        ("linear", 4, 2, 2, None),
+        ("constant", 3, 3, 6, None),
+    ],
+)
+def test_resume_with_other_steps_warns_with_both_rates_where_they_change(
+    schedule: str, before: int, stop: int, after: int, rates: tuple[float, float, float | None] | None,
+    tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    sections = {**tiny_recipe, "optimizer": {**tiny_recipe["optimizer"], "schedule": schedule, "warmup_steps": 0}}
+    run, first = RunDirectory.create(tmp_path / "run"), [f"training.max_steps={before}"]
+    if stop < before:
+        with pytest.raises(Stopped):
+            stopped_at(sections, run, first, after_step(stop))
+    else:
+        train(as_recipe(sections, tmp_path, first), run)
+    caplog.clear()
+    train(as_recipe(sections, tmp_path, [f"training.max_steps={after}"]), run)
+    warned = [record.getMessage() for record in caplog.records if "another learning rate" in record.getMessage()]
+    if rates is None:
+        assert not warned
+        return
+    done = [line for line in results(run)["metrics"] if line["event"] == "step"]
+    assert [line["learning_rate"] for line in done[stop - 1 : stop + 1]] == pytest.approx(rates[:2])
+    (message,) = warned
+    planned = "" if rates[2] is None else f" instead of {rates[2]:.3g}"
+    assert f"step {stop} had {rates[0]:.3g}, step {stop + 1} has {rates[1]:.3g}{planned}, because" in message
+    assert f"adapter.continue_from={run.path}" in message
+
+
+def test_resume_of_a_finished_run_names_changed_data_and_the_key_of_its_length(
+    tiny_recipe: dict[str, Any], chat_file: Path, tmp_path: Path
+):
+    run = RunDirectory.create(tmp_path / "run")
+    train(as_recipe(tiny_recipe, tmp_path), run)
+    same = ft("--resume", run.path)
+    assert (same.exit_code, same.stderr) == (0, "")
+    assert "--set training.max_steps=..." in same.stdout
+    no_effect = ft("--resume", run.path, "--set", "training.epochs=4")
+    assert (no_effect.exit_code, no_effect.stdout.startswith("nothing to do")) == (0, True)
+    assert "training.epochs: 1.0 -> 4.0 has no effect: training.max_steps is 3" in no_effect.stderr
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(chat_file.read_bytes())
+    path = ("--set", f"data.train.0.path={moved}")
+    assert ft("--resume", run.path, *path).stderr == ""
+    text = moved.read_text()
+    for change in (text.replace("a", "b", 1), text + text.splitlines()[0] + "\n", text.swapcase()):
+        moved.write_text(change)
+        changed = ft("--resume", run.path, *path)
+        assert changed.exit_code == 0
+        assert f"the data changed since the run was trained ({moved})" in changed.stderr
+        assert f"--set adapter.continue_from={run.path}" in changed.stderr
+    moved.unlink()
+    assert f"{moved}: there is no such file" in ft("--resume", run.path, *path).stderr
+
+
+def test_hints_of_a_run_by_epochs_name_epochs(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    recipe = as_recipe(tiny_recipe, tmp_path, ["training.max_steps=null", "training.epochs=1"])
+    train(recipe, run)
+    assert "--set training.epochs=..." in ft("--resume", run.path).stdout
+    shorter = ft("--resume", run.path, "--set", "training.epochs=0.3")
+    assert "-> raise training.epochs\n" in shorter.stderr
+
+
 def test_resume_with_more_steps_is_refused_for_a_schedule_over_all_steps(tiny_recipe: dict[str, Any], tmp_path: Path):
     adapter = {"method": "adalora", "r": 4, "target_r": 2, "initial_steps": 1, "final_steps": 1}
     sections = {**tiny_recipe, "adapter": adapter, "training": {**tiny_recipe["training"], "max_steps": 4}}

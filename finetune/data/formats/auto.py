@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.documents import Document, Format
-from finetune.data.formats.chat import turns_value
+from finetune.data.json_text import parsed_if_json, structured
 from finetune.data.rows import Row, excerpt
 from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import (
@@ -101,7 +101,7 @@ def detect(row: Row) -> SourceSection:
     """The section of the format that the columns of a row match.
 
     Raises:
-        DataError: They match no format, or more than one.
+        DataError: They match no format, or more than one; or turns are text that is no JSON.
     """
     if {"chosen", "rejected"} <= row.values.keys():
         raise DataError(
@@ -119,6 +119,8 @@ def detect(row: Row) -> SourceSection:
     found = _candidates(row)
     formats = [section.model_dump()["format"] for section in found]
     if not found:
+        for column in CONVERSATION_COLUMNS:
+            structured(row, column)
         raise DataError(
             f"the columns match no format: {excerpt(', '.join(row.values)) or '(none)'}",
             where=row.where,
@@ -205,7 +207,7 @@ def _prompts(row: Row) -> Iterator[SourceSection]:
 
 
 def _turns(row: Row, column: str) -> Iterator[SourceSection]:
-    turns = turns_value(row, column)
+    turns = parsed_if_json(row.values.get(column))
     first = turns[0] if isinstance(turns, list) and turns else None
     if isinstance(first, dict) and "role" in first:
         yield ChatSource(format="chat", messages=column)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
 from finetune.data.documents import Conversation, Message, Role
 from finetune.data.formats.conversation import C, ConversationFormat
 from finetune.data.formats.messages import TurnKeys, read_message
-from finetune.data.json_text import is_python_text
-from finetune.data.readers.json_cursor import json_value
+from finetune.data.json_text import parsed_if_json, structured
 from finetune.data.rows import Row, describe, excerpt
-from finetune.data.tools import FUNCTIONS, functions_of, tools_of, with_tool_names
+from finetune.data.tools import FUNCTIONS, functions_of, tools_of, with_explicit_nulls, with_tool_names
 from finetune.errors import DataError
 from finetune.recipe.sections.data import ChatSource
 
@@ -50,7 +48,9 @@ class TurnsFormat(ConversationFormat[C]):
             DataError: A column holds something else, or there is no answer.
         """
         messages = turns if answer is None else with_answer(turns, row, answer, to_message)
-        return self.conversation(row, with_tool_names(messages), tools=tools_of(row, tools))
+        definitions = tools_of(row, tools)
+        messages = with_explicit_nulls(with_tool_names(messages), definitions)
+        return self.conversation(row, messages, tools=definitions)
 
 
 class ChatFormat(TurnsFormat[ChatSource]):
@@ -73,29 +73,18 @@ def messages_in(row: Row, column: str, section: str) -> list[Any]:
         section: Recipe section that would name another column, for the hint.
 
     Raises:
-        DataError: The column is missing or contains no list.
+        DataError: The column is missing or contains no list, or one that is printed text instead of JSON.
     """
-    messages = turns_value(row, column)
+    messages = structured(row, column)
     if not isinstance(messages, list) or not messages:
         columns = f"no such column among: {excerpt(', '.join(row.values)) or 'none'}"
         row_has = describe(messages) if column in row.values else columns
         raise DataError(
             f"column {column!r} must be a list of messages, found {row_has}",
             where=row.where,
-            hint="write the list as JSON (json.dumps), not as Python prints it"
-            if isinstance(messages, str) and is_python_text(messages)
-            else f"write a list of messages, or name the column that has one: {section}",
+            hint=f"write a list of messages, or name the column that has one: {section}",
         )
     return messages
-
-
-def turns_value(row: Row, column: str) -> Any:
-    """The value of a column of turns; JSON text is parsed, because a cell of a CSV file can only be text."""
-    value = row.values.get(column)
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return json_value(value)
-    return value
 
 
 def with_answer(
@@ -113,6 +102,10 @@ def with_answer(
         DataError: The row has no answer.
     """
     value = row.values.get(column)
+    if row.typing == "none":
+        as_json = parsed_if_json(value)
+        parts = as_json if isinstance(as_json, list) else [as_json]
+        value = as_json if all(isinstance(part, dict) for part in parts) else value
     if isinstance(value, (dict, list)) and value:
         parts = value if isinstance(value, list) else [value]
         answer = [to_message(part, f"{column}[{i}]", row.where) for i, part in enumerate(parts)]

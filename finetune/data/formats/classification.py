@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
-from finetune.data.rows import Row, describe, excerpt
+from finetune.data.rows import LabelName, Row, describe, excerpt
 from finetune.errors import DataError
 from finetune.recipe.sections.data import ClassificationSource
 
@@ -22,7 +22,9 @@ class ClassificationFormat(ConversationFormat[ClassificationSource]):
     def _label(self, row: Row) -> str:
         column, labels = self.section.label, self.section.labels
         found = row.values.get(column)
-        if isinstance(found, str):
+        if isinstance(found, LabelName) and labels and found not in labels:
+            found = found.number
+        elif isinstance(found, str):
             found = self._index(answer_text(found, column, row))
         if type(found) is int and 0 <= found < len(labels):
             return labels[found]

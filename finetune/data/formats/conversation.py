@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from finetune.data.documents import EMPTY_ANSWER, Conversation, Format, Message, ToolObject
+from finetune.data.bad_rows import EMPTY
+from finetune.data.documents import Conversation, Format, Message, ToolObject
 from finetune.data.json_text import parsed
 from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe, excerpt
@@ -48,11 +50,15 @@ class ConversationFormat(Format[C]):
             choices: Answers to choose from.
 
         Raises:
-            DataError: The row has two different system messages, or template arguments that are none.
+            DataError: The row has two different system messages, template arguments that are none, or a value that
+                JSON lacks.
         """
-        return Conversation(
+        conversation = Conversation(
             tuple(self._with_system(row, messages, system)), tools, references, choices, template_arguments(row)
         )
+        if row.typing == "by_column":
+            _refuse_values_without_json(conversation, row)
+        return conversation
 
     def _with_system(self, row: Row, messages: Sequence[Message], default: str | None) -> list[Message]:
         """The turns after the row's system message, which is in a column or the first of them."""
@@ -76,6 +82,22 @@ class ConversationFormat(Format[C]):
     def _system_columns(self) -> tuple[str, ...]:
         column = self.section.system_column
         return SYSTEM_COLUMNS if column == SYSTEM_COLUMNS[0] else (column,)
+
+
+def _refuse_values_without_json(conversation: Conversation, row: Row) -> None:
+    """Refuse binary data and infinity in tools, calls and the like: templates render them as `<bytes>` or `Infinity`.
+
+    Columns of Parquet and Arrow files can hold them; other files cannot.
+    """
+    of_messages = [(message.tool_calls, dict(message.extra)) for message in conversation.messages]
+    try:
+        json.dumps([conversation.tools, dict(conversation.template_arguments), of_messages], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            "the tools, calls or further keys of the row hold binary data or an infinite number, which JSON lacks",
+            where=row.where,
+            hint="write the column again with text in their place",
+        ) from error
 
 
 def template_arguments(row: Row) -> dict[str, Any]:
@@ -116,7 +138,7 @@ def answer_text(text: str, column: str, row: Row) -> str:
     if not text.strip():
         raise BadRow(
             f"the answer in column {column!r} is empty",
-            reason=EMPTY_ANSWER,
+            reason=EMPTY,
             where=row.where,
             hint="give it a text, or remove the row",
         )

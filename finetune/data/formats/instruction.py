@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
+from finetune.data.json_text import structured
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 from finetune.recipe.sections.data import InstructionSource
@@ -25,8 +26,8 @@ class InstructionFormat(ConversationFormat[InstructionSource]):
 
     def _history(self, row: Row) -> Iterator[Message]:
         column = self.section.history
-        exchanges = row.values.get(column)
-        if exchanges is not None and not isinstance(exchanges, list):
+        exchanges = structured(row, column)
+        if exchanges not in (None, "") and not isinstance(exchanges, list):
             raise _bad_history(column, exchanges, row)
         for exchange in exchanges or []:
             if not (isinstance(exchange, list) and [type(text) for text in exchange] == [str, str]):

@@ -65,11 +65,13 @@ def read_message(
 
 def _further_keys(turn: Mapping[str, Any], names: TurnKeys, reasoning: str) -> dict[str, Any]:
     """The keys of a turn that ft does not interpret; null is the same as absent."""
-    interpreted = {names.role, names.content, *_INTERPRETED}
     return {
         name: value
         for name, value in turn.items()
-        if value is not None and name not in interpreted and not (name in REASONING_KEYS and value in ("", reasoning))
+        if name not in (names.role, names.content)
+        and name not in _INTERPRETED
+        and value is not None
+        and not (name in REASONING_KEYS and value in ("", reasoning))
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 
 from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
-from finetune.data.rows import Row, describe, excerpt
+from finetune.data.json_text import structured
+from finetune.data.rows import LabelName, Row, describe, excerpt
 from finetune.errors import DataError
 from finetune.recipe.sections.data import MultipleChoiceSource
 
@@ -19,8 +20,9 @@ class MultipleChoiceFormat(ConversationFormat[MultipleChoiceSource]):
         """The question and its choices below it as the user's turn, the right one as the assistant's."""
         section = self.section
         context, question = row.optional_text(section.context), row.text(section.question)
-        texts, labels = self._choices(row)
-        right = self._right(row, texts, labels)
+        found = structured(row, section.choices)
+        texts, labels = self._choices(row, found)
+        right = self._right(row, texts, labels, has_labels=isinstance(found, dict))
         choices = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
         user = "\n\n".join(part for part in (context, question, choices) if part)
         answers = labels if section.answer_with == "letter" else texts
@@ -28,9 +30,8 @@ class MultipleChoiceFormat(ConversationFormat[MultipleChoiceSource]):
         messages = [Message("user", user), Message("assistant", answer)]
         return self.conversation(row, messages, system=section.system, references=(answer,), choices=tuple(answers))
 
-    def _choices(self, row: Row) -> tuple[list[str], list[str]]:
+    def _choices(self, row: Row, found: Any) -> tuple[list[str], list[str]]:
         """The texts of the choices, and their labels: letters unless the row has its own."""
-        found = row.values.get(self.section.choices)
         texts = found.get("text") if isinstance(found, dict) else found
         if not _are_texts(texts):
             raise self._bad_choices(row)
@@ -55,18 +56,23 @@ class MultipleChoiceFormat(ConversationFormat[MultipleChoiceSource]):
             "{format: multiple_choice, choices: <column>}",
         )
 
-    def _right(self, row: Row, texts: list[str], labels: list[str]) -> int:
+    def _right(self, row: Row, texts: list[str], labels: list[str], has_labels: bool) -> int:
         """Index of the correct choice."""
         answer = row.values.get(self.section.answer)
-        if isinstance(answer, str) and answer.isdecimal() and answer not in (*texts, *labels):
-            answer = int(answer)  # a cell of a CSV file can only be text
+        index = int(answer) if isinstance(answer, str) and answer.isdecimal() else None
+        if index is not None and answer not in (*texts, *labels):
+            answer = index  # a cell of a CSV file can only be text
         if type(answer) is int and 0 <= answer < len(texts):
             return answer
         # A label of one choice can be the text of another: the labels 1 to 4 of numbers, for instance. Labels that the
         # row gives itself take precedence; otherwise such an answer is ambiguous.
         matches = {index for index, names in enumerate(zip(texts, labels, strict=True)) if answer in names}
-        if isinstance(row.values[self.section.choices], dict) and answer in labels:
+        if has_labels and answer in labels:
             matches = {labels.index(answer)}
+        elif row.typing == "none" and index is not None and index < len(texts):
+            matches.add(index)  # "1" in a cell is the text of a choice, or the number of another
+        if len(matches) != 1 and isinstance(answer, LabelName) and 0 <= answer.number < len(texts):
+            return answer.number
         if len(matches) != 1:
             kind = "more than one" if matches else "none"
             raise DataError(

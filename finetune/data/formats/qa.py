@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from finetune.data.documents import EMPTY_ANSWER, Conversation, Message
+from typing import Any
+
+from finetune.data.bad_rows import EMPTY
+from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
+from finetune.data.json_text import structured
 from finetune.data.rows import Row, describe
 from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import QaSource
@@ -24,14 +28,14 @@ class QaFormat(ConversationFormat[QaSource]):
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         column = self.section.answers
-        found = row.values.get(column)
+        found = _found(row, column)
         if column not in row.values or isinstance(found, str):
             return (row.text(column),)
         answers = found.get("text") if isinstance(found, dict) else found
         if answers == []:
             raise BadRow(
                 f"column {column!r} has no answer",
-                reason=EMPTY_ANSWER,
+                reason=EMPTY,
                 where=row.where,
                 hint="give it one, or remove the row",
             )
@@ -42,6 +46,17 @@ class QaFormat(ConversationFormat[QaSource]):
                 hint=_hint(found),
             )
         return tuple(answers)
+
+
+def _found(row: Row, column: str) -> Any:
+    """The value of the column; a cell of a CSV file is a list of answers where it is JSON for one.
+
+    An object in a cell that is not like SQuAD's is the text of an answer, as in rows of extraction.
+    """
+    if row.typing != "none":
+        return row.values.get(column)
+    found = structured(row, column)
+    return row.values[column] if isinstance(found, dict) and not isinstance(found.get("text"), list) else found
 
 
 def _hint(found: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.data.documents import Format, PlainText
 from finetune.data.rows import Row
+from finetune.errors import BadRow
 from finetune.recipe.sections.data import TextSource
 
 
@@ -12,4 +13,10 @@ class TextFormat(Format[TextSource]):
 
     def document(self, row: Row) -> PlainText:
         """The text as a completion without a prompt."""
-        return PlainText("", row.text(self.section.text))
+        column = self.section.text
+        text = row.text(column)
+        if not text.strip():
+            raise BadRow(
+                f"the text in column {column!r} is empty", reason="without text", where=row.where, hint="remove the row"
+            )
+        return PlainText("", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.data.collate import IGNORED
 from finetune.data.documents import Format, Tokens
+from finetune.data.json_text import structured
 from finetune.data.rows import Row, describe
 from finetune.errors import DataError
 from finetune.recipe.sections.data import TokenizedSource
@@ -20,13 +21,14 @@ class TokenizedFormat(Format[TokenizedSource]):
             raise DataError(
                 f"column {section.input_ids!r} has a token below 0", where=row.where, hint="correct the row"
             )
-        if section.labels in row.values and section.mask in row.values:
+        has_labels, has_mask = (row.values.get(column) not in (None, "") for column in (section.labels, section.mask))
+        if has_labels and has_mask:
             raise DataError(
                 f"the row has both {section.labels!r} and {section.mask!r}", where=row.where, hint="remove one of them"
             )
-        if section.labels in row.values:
+        if has_labels:
             return Tokens(ids, self._labelled(row, ids))
-        if section.mask in row.values:
+        if has_mask:
             return Tokens(ids, self._masked(row, ids))
         return Tokens(ids, (True,) * len(ids))
 
@@ -51,7 +53,7 @@ class TokenizedFormat(Format[TokenizedSource]):
 
 
 def _integers(row: Row, column: str, length: int | None = None) -> tuple[int, ...]:
-    values = row.values.get(column)
+    values = structured(row, column)
     if not isinstance(values, list) or not values or any(type(value) is not int for value in values):
         raise DataError(
             f"column {column!r} must be a list of whole numbers, found {describe(values)}",

@@ -19,6 +19,7 @@ HIGHEST_RATIO = 200
 FREE_BYTES = 64 << 20
 """A file may decompress to this many bytes plus `HIGHEST_RATIO` times its size."""
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -89,6 +90,13 @@ def open_bytes(path: Path) -> BinaryIO:
         raise DataError(
             f"the file cannot be read: {error.strerror}", where=str(path), hint="check the source's path in the recipe"
         ) from error
+    if stream.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+        stream.close()
+        raise DataError(
+            "the file is a pointer of Git LFS to a file that was not downloaded",
+            where=str(path),
+            hint="run git lfs pull in the clone",
+        )
     if path.suffix.lower() in COMPRESSIONS:
         return io.BufferedReader(_Decompressed(path, stream), 1 << 16)
     return stream

@@ -1,8 +1,13 @@
-"""CSV: a header with the names of the columns, then rows of text; a quoted cell may hold anything, newlines too."""
+"""CSV: a header with the names of the columns, then rows of text; a quoted cell may hold anything, newlines too.
+
+A cell stays text. A format that reads a list or an object from it parses it as JSON. The first column is skipped where
+it is the index that pandas and R write: numbers under an empty name.
+"""
 
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -16,6 +21,11 @@ from finetune.recipe.sections.data import Delimiter
 
 CHARACTERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 SNIFFED = (",", ";", "\t")
+
+logger = logging.getLogger(__name__)
+
+_PANDAS_NAME = re.compile(r"Unnamed: 0(\.\d+)*")
+"""What pandas calls a first column without a name."""
 
 _QUOTED = re.compile(r'"[^"]*"?')
 _FAULTS = {
@@ -34,9 +44,28 @@ def read_csv(path: Path, options: Options) -> Iterator[Row]:
     """The rows of a CSV file, in order; blank lines are skipped, and every value is text.
 
     Raises:
-        DataError: The header names a column twice or not at all, a row has more or fewer cells than the header,
-            or a quote is not closed. It names the line where the row begins and, where known, the column.
+        DataError: The header names a column twice, or one that is no index not at all; a row has more or fewer cells
+            than the header; or a quote is not closed. It names the line where the row begins and, where known, the
+            column.
     """
+    records = _records(path, options)
+    where, columns = next(records, ("", []))
+    first = next(records, None)
+    if first is None:
+        return
+    begins_with_number = _is_number(first[1][0])
+    has_index = not columns[0].strip() or (begins_with_number and bool(_PANDAS_NAME.fullmatch(columns[0])))
+    begin = 1 if has_index else 0
+    if has_index and begins_with_number:
+        logger.info("%s: the first column numbers the rows and is not read", path)
+    for where, cells in chain([first], records):
+        if has_index and not _is_number(cells[0]):
+            raise _nameless(1, where, f"its cell {excerpt(cells[0])!r} is no number of a row")
+        yield Row(dict(zip(columns[begin:], cells[begin:], strict=True)), where, "none")
+
+
+def _records(path: Path, options: Options) -> Iterator[tuple[str, list[str]]]:
+    """The header and the records of a file as cells, each with the place of its first line."""
     lines = numbered_lines(path)
     first = next((line for line in lines if not _is_blank(line[1])), None)
     if first is None:
@@ -58,16 +87,14 @@ def read_csv(path: Path, options: Options) -> Iterator[Row]:
         where = f"{path}:{taken[0][0]}"
         if _is_blank(taken[-1][1]):  # the last line of a record with newlines has a quote, so it is never blank
             continue
-        if not columns:
-            columns = _header(cells, where)
-            continue
+        columns = columns or _header(cells, where)
         if len(cells) != len(columns):
             raise DataError(
                 f"expected {len(columns)} cells as in the header, found {len(cells)}",
                 where=where,
                 hint="put a cell with the delimiter in it in quotes, or set the source's delimiter",
             )
-        yield Row(dict(zip(columns, cells, strict=True)), where)
+        yield where, cells
 
 
 def _is_blank(line: str) -> bool:
@@ -87,15 +114,30 @@ def _sniff(header: str) -> str:
 
 
 def _header(cells: list[str], where: str) -> list[str]:
+    """The names of the columns; only the first one, which may be an index, may have none."""
     for place, name in enumerate(cells):
-        is_named = bool(name.strip())
-        if not is_named or name in cells[:place]:
+        if not name.strip() and (place > 0 or len(cells) == 1):
+            raise _nameless(place + 1, where, "the first line names the columns")
+        if name in cells[:place]:
             raise DataError(
-                f"the header names column {excerpt(name)!r} twice" if is_named else f"column {place + 1} has no name",
+                f"the header names column {excerpt(name)!r} twice",
                 where=where,
-                hint="the first line of a CSV file names its columns",
+                hint="the first line of a CSV file names its columns: rename one of them",
             )
     return cells
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip().isdecimal()
+
+
+def _nameless(number: int, where: str, reason: str) -> DataError:
+    return DataError(
+        f"column {number} has no name, and {reason}",
+        where=where,
+        hint="name it in the first line, or remove it (in pandas, to_csv(..., index=False)); a delimiter at the end "
+        "of the first line begins such a column",
+    )
 
 
 def _fault(

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from finetune.data.readers.arrow import read_arrow
 from finetune.data.readers.content import COMPRESSIONS
 from finetune.data.readers.csv import read_csv
+from finetune.data.readers.folders import data_below, refuse_several_splits, without_bookkeeping
 from finetune.data.readers.json import read_json
 from finetune.data.readers.jsonl import read_jsonl
 from finetune.data.readers.options import Options
@@ -25,6 +27,7 @@ READERS: Mapping[str, Reader] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_text,
     ".md": read_text,
 }
@@ -51,16 +54,21 @@ def read_files(path: str, options: Options) -> Iterator[Row]:
 def data_files(path: str, options: Options) -> list[Path]:
     """The data files of a path, sorted: the file itself, or all of a known kind in a folder or matching a pattern.
 
+    Files about a data set, such as `dataset_info.json`, are no data unless the path is one of them. The files of a
+    folder must belong to one split; a pattern may match files of several.
+
     Raises:
-        DataError: There are no such files, or the path is a file of another kind.
+        DataError: There are no such files, they belong to several splits, or the path is a file of another kind.
     """
     if os.path.isfile(path):
         return [_of_known_kind(Path(path), options)]
     if os.path.isdir(path):
-        return _known(_visible_below(Path(path)), options, path, "the folder has no data files")
+        folder = Path(path)
+        files = _known(data_below(folder), options, path, "the folder has no data files")
+        refuse_several_splits(folder, files, lambda pattern: _matching(pattern, options))
+        return files
     if glob.has_magic(path):
-        matches = (Path(match) for match in glob.iglob(path, recursive=True))
-        return _known(matches, options, path, "no data file matches the pattern")
+        return _matching(path, options)
     raise DataError("there is no such file", where=path, hint="check the source's path in the recipe")
 
 
@@ -69,10 +77,9 @@ def is_plain_text(file: Path) -> bool:
     return READERS[_kind(file)] is read_text
 
 
-def _visible_below(folder: Path) -> Iterator[Path]:
-    for file in folder.rglob("*"):
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            yield file
+def _matching(pattern: str, options: Options) -> list[Path]:
+    matches = without_bookkeeping(Path(match) for match in glob.iglob(pattern, recursive=True))
+    return _known(matches, options, pattern, "no data file matches the pattern")
 
 
 def _known(candidates: Iterable[Path], options: Options, path: str, error: str) -> list[Path]:
@@ -102,10 +109,10 @@ def _kinds(options: Options) -> list[str]:
 def _kind(file: Path) -> str:
     """The suffix that selects the reader, in lower case: `.csv` for `x.csv.gz`.
 
-    Parquet compresses its own columns: `x.parquet.gz` is no known kind, so its suffix here is `.gz`.
+    Parquet and Arrow compress their own columns: `x.parquet.gz` is no known kind, so its suffix here is `.gz`.
     """
     suffix = file.suffix.lower()
     if suffix not in COMPRESSIONS:
         return suffix
     inner = Path(file.stem).suffix.lower()
-    return suffix if inner == ".parquet" else inner
+    return suffix if inner in (".parquet", ".arrow") else inner

@@ -15,46 +15,37 @@ from finetune.errors import DataError
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
 
-ROWS_PER_BATCH = 256
-
 
 def read_parquet(path: Path, options: Options) -> Iterator[Row]:
     """The rows of a Parquet file, in order; one batch of them is decoded at a time.
 
     Raises:
-        DataError: The file is damaged, or a row group decompresses to too much.
+        DataError: The file is damaged, a row group decompresses to too much, or a column has no counterpart in JSON.
     """
     from pyarrow.parquet import ParquetFile
 
-    number = 0
+    from finetune.data.readers.arrow_values import ROWS_PER_BATCH, JsonRows, numbered_rows
+
     with open_bytes(path) as stream:
-        with _as_data_errors(path):
+        with damage_of(path, "Parquet"):
             file = ParquetFile(stream)
+            rows = JsonRows(file.schema_arrow, str(path))
         _check_sizes(path, file.metadata)
-        batches = file.iter_batches(ROWS_PER_BATCH)
-        # A loop over `next` instead of `for`: an error that the consumer raises at the `yield` must not be translated.
-        while True:
-            with _as_data_errors(path):
-                batch = next(batches, None)
-                rows = [] if batch is None else batch.to_pylist()
-            if batch is None:
-                return
-            for values in rows:
-                number += 1
-                yield Row(values, f"{path}:row {number}")
+        values = (row for batch in file.iter_batches(ROWS_PER_BATCH) for row in rows.of(batch))
+        yield from numbered_rows(values, lambda: damage_of(path, "Parquet"), f"{path}:row ")
 
 
 @contextmanager
-def _as_data_errors(path: Path) -> Iterator[None]:
+def damage_of(path: Path, kind: str) -> Iterator[None]:
     """Raise the many errors of Arrow about the content of a file as DataError."""
     from pyarrow import ArrowException
 
     try:
         yield
-    except (ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+    except (ArrowException, OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise DataError(
-            f"the Parquet file is damaged: {reason}", where=str(path), hint="download or write it again"
+            f"the {kind} file is damaged: {reason}", where=str(path), hint="download or write it again"
         ) from error
 
 

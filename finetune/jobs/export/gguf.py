@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -17,16 +18,21 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.lora import LowRankMethod
+from finetune.data.chat_template import ChatTemplate
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
-from finetune.jobs.export.merge import merge
+from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, engine_adds_bos, run_prompts
+from finetune.jobs.export.engines import LlamaCpp, Ollama, RunPrompt
+from finetune.jobs.export.merge import check_fits_quantized, merge
 from finetune.jobs.export.model_card import public_name, write_card
-from finetune.jobs.export.ollama import modelfile
+from finetune.jobs.export.ollama import OllamaTemplate, modelfile
 from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
+from finetune.models.writing.ends import ends_with
 from finetune.models.writing.gguf import GgufType, GgufTypeError, write_gguf, write_gguf_adapter
+from finetune.models.writing.gguf_vocabulary import DEFAULT, GgufVocabulary
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
@@ -34,11 +40,13 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import check_not_taken, write_json, written_aside
 
+logger = logging.getLogger(__name__)
+
 BOUNDS: dict[GgufType, float] = {"f16": 1e-2, "q8_0": 8e-2, "q4_1": 1e-2}
 """Largest difference of two logits, as a fraction of the largest logit, that rounding to a type explains. Of a QA-LoRA
 model in q4_1, only the minimums are rounded."""
 
-MODEL, ADAPTER = "model.gguf", "adapter.gguf"
+MODEL, ADAPTER, TEMPLATE = "model.gguf", "adapter.gguf", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class GgufResult:
         folder: Contains `model.gguf`, a Modelfile for Ollama and the verification report.
         type: Of the weight matrices.
         merge: The verification report of the merge.
+        engines: The tokens of prompts in llama.cpp and Ollama, compared with those of the training.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the file, read by transformers, against those of the merged model, both in float32.
     """
@@ -56,15 +65,16 @@ class GgufResult:
     folder: Path
     type: GgufType
     merge: dict[str, Any]
+    engines: list[PromptAgreement]
     bound: float
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        uses_chat_template = self.merge["uses_chat_template"]
-        facts = {"format": "gguf", "type": self.type, "uses_chat_template": uses_chat_template, "bound": self.bound}
-        return {**facts, **numbers, "merge": self.merge}
+        of_run = {key: self.merge[key] for key in ("uses_chat_template", "answer_ends", "today", "held_out")}
+        facts = {"format": "gguf", "type": self.type, **of_run, "bound": self.bound}
+        return {**facts, **numbers, "engines": as_json(self.engines), "merge": self.merge}
 
 
 def export_gguf(
@@ -90,33 +100,75 @@ def export_gguf(
     """
     target = (output or run.exported).absolute()
     check_not_taken(target, overwrite, is_folder=True)
+    trained = FineTunedRun.open(run, on_event)
+    if kind == "q4_1":
+        check_fits_quantized(trained.context.method, f"--dtype {kind}", "choose f16 or q8_0")
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
-        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event)
+        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event, engines=False)
         on_event(Phase(f"writing {MODEL} in {kind}"))
-        trained = FineTunedRun.open(run, on_event)
-        context = trained.context
-        source = ModelFolder(part, context.folder.name)
-        plain = Quantizers(NoQuantization())
-        streamed = StreamedModel(source, context.section, plain, torch.device("cpu"), dequantized=False)
+        streamed = _streamed(trained, part)
+        prompts = run_prompts(trained, on_event)
         with _naming_options(kind):
-            write_gguf(streamed, context.tokenizer, kind, folder / MODEL, run.path.name)
+            vocabulary = _vocabulary(trained, prompts, streamed.model.config.vocab_size)
+            write_gguf(streamed, vocabulary, kind, folder / MODEL, run.path.name)
         on_event(Phase("comparing the file's and the merged model's logits"))
         rows = verification_rows(trained, on_event).rows
-        found = agreement(
-            written_logits(trained, part, rows), logits_of(_read_back(folder, streamed.model.config), rows)
-        )
-        result = GgufResult(target, kind, merged.to_json(), BOUNDS[kind], found)
+        reread = _read_back(folder, streamed.model.config)
+        found = agreement(written_logits(trained, part, rows), logits_of(reread, rows))
+        engines = _write_modelfile(trained, vocabulary, prompts, part, folder)
+        result = GgufResult(target, kind, merged.to_json(), engines, BOUNDS[kind], found)
         check_agreement(result, kind, hint="choose --dtype f16")
         shutil.rmtree(part)
-        (folder / "Modelfile").write_text(modelfile(context.tokenizer, MODEL), encoding="utf-8")
         write_json(folder / "export.json", result.to_json())
         name = run.path.name
         use = [f"llama-server -m ./{name}/{MODEL}", f"ollama create {name} -f ./{name}/Modelfile"]
         what = f"{result.merge['base']['name']}, fine-tuned and written for llama.cpp, in {kind}."
         write_card(trained, folder, what, use, result.to_json(), relation="quantized")
     return result
+
+
+def _streamed(trained: FineTunedRun, merged: Path) -> StreamedModel:
+    """The merged model, a layer at a time."""
+    source = ModelFolder(merged, trained.context.folder.name)
+    plain = Quantizers(NoQuantization())
+    return StreamedModel(source, trained.context.section, plain, torch.device("cpu"), dequantized=False)
+
+
+def _vocabulary(trained: FineTunedRun, prompts: Sequence[RunPrompt], size: int) -> GgufVocabulary:
+    """The vocabulary of the run's tokenizer, with flags that let llama.cpp ask as the run was trained."""
+    adds_bos = engine_adds_bos(trained, prompts)
+    vocabulary = GgufVocabulary.of(trained.context.tokenizer, size, trained.record.answer_ends, adds_bos)
+    if trained.record.uses_chat_template and DEFAULT not in vocabulary.templates:
+        logger.warning(
+            "the file has the chat templates %s, and none called %s: llama.cpp renders every prompt with tool_use, and "
+            "Ollama has no template",
+            ", ".join(vocabulary.templates),
+            DEFAULT,
+        )
+    return vocabulary
+
+
+def _write_modelfile(
+    trained: FineTunedRun, vocabulary: GgufVocabulary, prompts: Sequence[RunPrompt], merged: Path, folder: Path
+) -> list[PromptAgreement]:
+    """Write the Modelfile; returns the tokens of prompts in the engines of the folder, compared with the training.
+
+    Raises:
+        RefusedError: The file has another vocabulary than the run.
+    """
+    tokenizer, record = trained.context.tokenizer, trained.record
+    begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.adds_bos else ""
+    template = OllamaTemplate.of(ChatTemplate(tokenizer), record.uses_chat_template, begin)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = [*own, *ends_with(merged, record.answer_ends)] if record.answer_ends else own
+    stops = tokenizer.convert_ids_to_tokens([end for end in dict.fromkeys(ends) if end < len(vocabulary.tokens)])
+    (folder / "Modelfile").write_text(modelfile(MODEL, template, stops), encoding="utf-8")
+    llama_cpp = LlamaCpp(folder / MODEL, vocabulary)
+    has_template = template.text is not None
+    engines = [llama_cpp, *([Ollama(template.turns, llama_cpp)] if has_template else [])]
+    return compare(engines, prompts, tokenizer)
 
 
 def export_gguf_adapter(
@@ -151,8 +203,27 @@ def export_gguf_adapter(
     with recording_errors(run), written_aside(target) as folder, _naming_options():
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
         what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.context.section)}."
-        write_card(trained, folder, what, [f"llama-server -m base.gguf --lora {ADAPTER}"], relation="adapter")
+        command = f"llama-server -m base.gguf --lora {ADAPTER}{_overrides(trained, folder)}"
+        write_card(trained, folder, what, [command], relation="adapter")
     return target
+
+
+def _overrides(trained: FineTunedRun, folder: Path) -> str:
+    """Options of llama-server for what the run has instead of its base: a chat template, which is written, and an end.
+
+    The file of the adapter has weights only: tokenizer, flags and ends are those of the base's file.
+    """
+    recipe, record, tokenizer = trained.context.recipe, trained.record, trained.context.tokenizer
+    options = [
+        f"--override-kv tokenizer.ggml.eot_token_id=int:{end}"
+        for end in record.answer_ends
+        if end != tokenizer.eos_token_id
+    ][:1]
+    template = ChatTemplate(tokenizer).sources.get(DEFAULT)
+    if template and record.uses_chat_template and (recipe.model.chat_template or recipe.data.template_arguments):
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+        options.append(f"--jinja --chat-template-file {TEMPLATE}")
+    return "".join(f" {option}" for option in options)
 
 
 @contextmanager

@@ -13,8 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.adapters import peft_bridge
+from finetune.adapters.base import AdapterMethod
 from finetune.data.encode import Example
+from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.verification import (
     BOUNDS,
@@ -25,8 +28,10 @@ from finetune.jobs.export.verification import (
     written_logits,
 )
 from finetune.jobs.load.trained_run import FineTunedRun
+from finetune.jobs.load.training_record import facts_for_prompts
 from finetune.models.fingerprint import fingerprint
 from finetune.models.loading.dtype import DTYPES
+from finetune.models.writing.ends import write_ends
 from finetune.models.writing.rewrite import write_merged, write_merged_quantized
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
@@ -42,26 +47,33 @@ class MergeResult:
         folder: A model folder: one that plain transformers loads, or of quantized weights.
         dtype: Of its weights, or QUANTIZED.
         uses_chat_template: Whether the run was trained through the chat template.
+        answer_ends: Ids of the tokens that end trained answers.
+        today: The date that the chat template wrote in training; None where it writes none.
         base: Name, commit and fingerprint of the base.
         adapter: Method and fingerprint of the adapter.
         held_out: Whether the compared rows are validation rows.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the merged model, read back from disk, against those of base and adapter, both in float32.
+        engines: The tokens of prompts in vLLM, compared with those of the training.
     """
 
     folder: Path
     dtype: str
     uses_chat_template: bool
+    answer_ends: list[int]
+    today: str | None
     base: dict[str, Any]
     adapter: dict[str, Any]
     held_out: bool
     bound: float
     agreement: Agreement
+    engines: list[PromptAgreement]
 
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `merge.json`."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "agreement")}
-        return {**facts, **asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
+        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "agreement", "engines")}
+        numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
+        return {**facts, **numbers, "engines": as_json(self.engines)}
 
 
 def merge(
@@ -70,6 +82,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     on_event: EventHandler = ignore,
+    engines: bool = True,
 ) -> MergeResult:
     """Merge the run's adapter into its base, and write the model.
 
@@ -83,6 +96,7 @@ def merge(
             into quantized weights without loss, and else float32.
         overwrite: Replace an existing folder.
         on_event: Receives an event at every phase.
+        engines: Whether engines that read the folder are compared with the training.
 
     Raises:
         UnsupportedError: The method cannot be merged, or not into quantized weights, or the base has none.
@@ -95,6 +109,8 @@ def merge(
     context = trained.context
     context.method.check_merge()
     dtype = dtype or (QUANTIZED if context.method.fits_quantized else "float32")
+    if dtype == QUANTIZED:
+        check_fits_quantized(context.method, "--dtype", "choose float32, bfloat16 or float16")
     verification = verification_rows(trained, on_event)
     reference = _trained_logits(trained, verification.rows, on_event)
     # Written aside: the folder gets its final name only if the model has passed the verification.
@@ -104,12 +120,13 @@ def merge(
         result = MergeResult(
             folder=target,
             dtype=dtype,
-            uses_chat_template=trained.record.uses_chat_template,
+            **facts_for_prompts(trained.record),
             base={**trained.record.base.model_dump(), "name": public_name(context.section)},
             adapter={"method": context.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
             held_out=verification.held_out,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, written_logits(trained, folder, verification.rows)),
+            engines=compare_vllm(trained, folder, on_event) if engines and dtype != QUANTIZED else [],
         )
         check_agreement(result, dtype)
         write_json(folder / "merge.json", result.to_json())
@@ -117,6 +134,25 @@ def merge(
         what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
         write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
     return result
+
+
+def check_fits_quantized(method: AdapterMethod, where: str, hint: str) -> None:
+    """Check before weights are loaded that a method merges into quantized weights.
+
+    Args:
+        method: The run's method.
+        where: The command's option.
+        hint: Values of it that fit every method.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    if not method.fits_quantized:
+        raise UnsupportedError(
+            f"an update of {method.section.method} cannot be merged into quantized weights without rounding",
+            where=where,
+            hint=f"{hint}; adapter.method: qa_lora merges into quantized weights",
+        )
 
 
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:
@@ -145,3 +181,4 @@ def _write(trained: FineTunedRun, folder: Path, dtype: str, on_event: EventHandl
             context.method.mergeable(base.model, trained.weights)
         write_merged(base, peft_bridge.merge_layer, DTYPES[dtype], folder)
     context.tokenizer.save_pretrained(folder)
+    write_ends(folder, trained.record.answer_ends, folder)

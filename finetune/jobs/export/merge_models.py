@@ -14,11 +14,13 @@ import torch
 from finetune.adapters import peft_bridge
 from finetune.errors import RefusedError
 from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare_vllm
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.model_card import CARD
 from finetune.jobs.export.verification import verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.dtype import DTYPES
+from finetune.models.writing.ends import write_ends
 from finetune.models.writing.rewrite import write_merged
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
@@ -34,23 +36,31 @@ class ModelMergeResult:
         folder: A model folder that plain transformers loads.
         dtype: Of its weights.
         uses_chat_template: Whether every run was trained through the chat template.
+        answer_ends: Ids of the tokens that end trained answers of any run.
         combination: The rule and the weights of the runs.
         agreements: By the name of a run: combined logits against the logits of the run, on rows of the run.
+        engines: By the name of a run: tokens of its prompts in vLLM, compared with those of its training.
     """
 
     folder: Path
     dtype: str
     uses_chat_template: bool
+    answer_ends: list[int]
     combination: WeightMerge
     agreements: dict[str, Agreement]
+    engines: dict[str, list[PromptAgreement]]
 
     def to_json(self) -> dict[str, Any]:
         """The content of `merge.json`."""
         return {
             "dtype": self.dtype,
             "uses_chat_template": self.uses_chat_template,
+            "answer_ends": self.answer_ends,
             "combination": asdict(self.combination),
-            "runs": {name: asdict(found) for name, found in self.agreements.items()},
+            "runs": {
+                name: {**asdict(found), "engines": as_json(self.engines[name])}
+                for name, found in self.agreements.items()
+            },
         }
 
 
@@ -85,29 +95,31 @@ def combine(
     with written_aside(target) as folder:
         parts = [folder / f"part-{index}" for index in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
-            merge(run, part, "float32", on_event=on_event)
+            merge(run, part, "float32", on_event=on_event, engines=False)
         # The base goes through the same writer as the merged runs, so that names and dtypes are the same.
         start = folder / "base"
         start.mkdir()
         write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
         on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         merge_weights(start, parts, combination, DTYPES[dtype], folder)
-        for file in parts[0].iterdir():
-            if file.suffix != ".safetensors" and file.name not in ("merge.json", CARD, "model.safetensors.index.json"):
-                shutil.copyfile(file, folder / file.name)
+        not_copied = shutil.ignore_patterns("*.safetensors", "merge.json", CARD, "model.safetensors.index.json")
+        shutil.copytree(parts[0], folder, ignore=not_copied, dirs_exist_ok=True)
         # Copied from the float32 part: transformers would load the weights in that dtype.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {**config, "dtype": dtype})
+        answer_ends = list(dict.fromkeys(end for trained in opened for end in trained.record.answer_ends))
+        write_ends(folder, answer_ends, folder)
         on_event(Phase("comparing the combined model with each run"))
-        agreements = {}
+        agreements, engines = {}, {}
         for trained, part in zip(opened, parts, strict=True):
             examples = verification_rows(trained, on_event).rows
             own, combined = (written_logits(trained, each, examples) for each in (part, folder))
             agreements[trained.run.path.name] = agreement(own, combined)
+            engines[trained.run.path.name] = compare_vllm(trained, folder, on_event)
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
         uses_chat_template = all(trained.record.uses_chat_template for trained in opened)
-        result = ModelMergeResult(target, dtype, uses_chat_template, combination, agreements)
+        result = ModelMergeResult(target, dtype, uses_chat_template, answer_ends, combination, agreements, engines)
         write_json(folder / "merge.json", result.to_json())
     return result
 

@@ -157,8 +157,8 @@ def _shown(number: float | None) -> str:
 
 
 def _verification(verification: Mapping[str, Any]) -> str:
-    rows = "validation rows" if verification.get("held_out", True) else "training rows"
-    return (
+    rows = "validation rows" if verification["held_out"] else "training rows"
+    logits = (
         f"Logits compared with those of the trained model, in float32, at {verification['positions']} positions of "
         f"{verification['rows']} {rows}:\n\n"
         "| | |\n|---|---|\n"
@@ -167,3 +167,9 @@ def _verification(verification: Mapping[str, Any]) -> str:
         f"| largest logit difference | {verification['largest_difference']:.2e}, "
         f"{verification['relative_difference']:.2e} of the largest logit (bound {verification['bound']:.0e}) |"
     )
+    prompts = [
+        f"{engine['engine']}: {engine['prompts'] - engine['differing']} of {engine['prompts']} prompts have the tokens "
+        f"of the training (by {engine['by']})."
+        for engine in verification["engines"]
+    ]
+    return "\n\n".join([logits, *prompts])

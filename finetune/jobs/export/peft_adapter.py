@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from finetune.jobs.export.engine_prompts import compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import FineTunedRun
+from finetune.models.writing.ends import write_ends
 from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
@@ -17,6 +19,9 @@ def export_adapter(
     run: RunDirectory, output: Path | None = None, overwrite: bool = False, on_event: EventHandler = ignore
 ) -> Path:
     """Write the adapter with its tokenizer, and a card with the command that serves it; returns the folder.
+
+    The folder has generation settings, those of the base with the ends of the training, which vLLM reads if it is told
+    to.
 
     Raises:
         UnsupportedError: vLLM would reject it, or compute something else than was trained.
@@ -31,7 +36,13 @@ def export_adapter(
     with written_aside(target) as folder:
         own = ("ft_adapter.safetensors", TRAINED_RECORD)  # files of ft, which no engine reads
         shutil.copytree(trained.weights, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
-        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name}"
+        ends = trained.record.answer_ends
+        write_ends(trained.context.folder.path, ends, folder)
+        compare_vllm(trained, folder, on_event)
+        serve = (
+            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=./{name} "
+            f"--tokenizer ./{name}" + (f" --generation-config ./{name}" if ends else "")
+        )
         kind = trained.context.recipe.quantization.kind
         stored = "" if kind == "none" else f", which was quantized to {kind} in training"
         write_card(trained, folder, f"A LoRA adapter for {base}{stored}.", [serve], relation="adapter")

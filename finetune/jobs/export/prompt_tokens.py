@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetune.adapters.base import PromptTokens
 from finetune.data.encode import Example
+from finetune.data.text_tokens import Affixes
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, run_prompts
+from finetune.jobs.export.engines import RunPrompt, Vllm
 from finetune.jobs.export.verification import BOUNDS, check_agreement, verification_rows
 from finetune.jobs.load.trained_run import FineTunedRun
+from finetune.jobs.load.training_record import facts_for_prompts
 from finetune.models.linear_layers import dequantize_model, rounds_activations
 from finetune.models.loading.dtype import DTYPES
+from finetune.models.writing.ends import write_ends
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
@@ -34,28 +39,29 @@ class ExportResult:
         dtype: Of its weights.
         prompt: The beginning of every input, as a text that is tokenized without adding special tokens.
         uses_chat_template: Whether the run was trained through the chat template, which then begins with the prompt.
+        answer_ends: Ids of the tokens that end trained answers.
+        today: The date that the chat template wrote in training; None where it writes none.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the model, read back from disk, after the new tokens, against those of the base with its
             soft prompt; both in float32 and over the tokens of the base's tokenizer.
+        engines: The tokens of prompts in vLLM, compared with those of the training after the new tokens.
     """
 
     folder: Path
     dtype: str
     prompt: str
     uses_chat_template: bool
+    answer_ends: list[int]
+    today: str | None
     bound: float
     agreement: Agreement
+    engines: list[PromptAgreement]
 
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `export.json`."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "agreement", "engines")}
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        return {
-            "dtype": self.dtype,
-            "prompt": self.prompt,
-            "uses_chat_template": self.uses_chat_template,
-            "bound": self.bound,
-            **numbers,
-        }
+        return {**facts, **numbers, "engines": as_json(self.engines)}
 
 
 def export(
@@ -85,6 +91,7 @@ def export(
     trained.context.method.check_prompt_export()
     known = len(trained.context.tokenizer)
     examples = verification_rows(trained, on_event).rows
+    prompts = run_prompts(trained, on_event)  # before the tokenizer gets the new tokens
     on_event(Phase("computing the trained model's logits"))
     # Only the tokens of the base: the exported vocabulary has the prompt's tokens after them.
     reference = [logits_KV[:, :known] for logits_KV in _trained_logits(trained, examples, on_event)]
@@ -107,9 +114,10 @@ def export(
             prompt=exported_prompt.text
             if trained.record.uses_chat_template
             else exported_prompt.text + _begin_of_text(trained.context.tokenizer),
-            uses_chat_template=trained.record.uses_chat_template,
+            **facts_for_prompts(trained.record),
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
+            engines=_compare_engines(trained, folder, exported_prompt, prompts),
         )
         check_agreement(result, dtype)
         write_json(folder / "export.json", result.to_json())
@@ -124,10 +132,20 @@ def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event
     return logits_of(trained.attach(base, on_event), examples)
 
 
+def _compare_engines(
+    trained: FineTunedRun, folder: Path, added: PromptTokens, prompts: Sequence[RunPrompt]
+) -> list[PromptAgreement]:
+    """Prompts in vLLM, whose chat template inserts the new tokens; plain text has to be sent with them."""
+    if not trained.record.uses_chat_template:
+        return []
+    tokenizer = trained.context.tokenizer
+    expected = [replace(each, text=added.text + each.text, ids=[*added.ids, *each.ids]) for each in prompts]
+    return compare([Vllm(folder, tokenizer)], expected, tokenizer)
+
+
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that this tokenizer puts before every text, if any: in training the prompt precedes it."""
-    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return str(tokenizer.bos_token) if begins else ""
+    return str(tokenizer.decode(list(Affixes.of(tokenizer).before)))
 
 
 def _least_likely_token(logits: Sequence[Tensor]) -> int:
@@ -149,4 +167,5 @@ def _write_prompt_tokens(
     model.config.dtype = dtype
     model.save_pretrained(folder)
     context.tokenizer.save_pretrained(folder)
+    write_ends(folder, trained.record.answer_ends, folder)
     return exported_prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 COMPUTING = (finetune.adapters, finetune.evaluation, finetune.models, finetune.quantizers, finetune.train)
 """Packages of ours whose code changes predictions: part of the key of the prediction cache."""
 
-SETTINGS = ("config.json", "generation_config.json", "tokenizer.json")
+SETTINGS = ("config.json", "generation_config.json")
 """Files of a model beside its weights that change predictions."""
 
 
@@ -283,7 +284,7 @@ def _engine(
         tokenizer=setup.tokenizer,
         uses_chat_template=finetuned.uses_chat_template,
         load=load,
-        generator=generator or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding),
+        generator=generator or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding, finetuned.answer_ends),
         cache=PredictionCache(_identity(finetuned, on_event)),
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,
@@ -301,6 +302,8 @@ def _identity(finetuned: FineTunedModel, on_event: EventHandler) -> dict[str, An
     return {
         "base": fingerprint(folder),
         "settings": {name: file_digest(folder / name) for name in SETTINGS if (folder / name).is_file()},
+        "tokenizer": hashlib.sha256(setup.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "answer_ends": finetuned.answer_ends,
         "quantization": [section.model_dump(mode="json") for section in (quantizers.section, *quantizers.modules)],
         "trained": _identity_of_trained(finetuned.trained) if finetuned.trained else None,
         "types": [str(setup.weight_dtype), str(setup.compute_dtype)],

@@ -119,6 +119,7 @@ def answer(
             sampling,
             batch_size=batch_size,
             padding=setup.padding,
+            answer_ends=base.finetuned[questions[group[0]].to].answer_ends,
             report_rows=lambda rows, before=done: on_event(
                 Progress("answering", before + rows, len(questions), "prompts")
             ),  # type: ignore[misc]
@@ -216,11 +217,13 @@ def _document(finetuned: FineTunedModel, question: Question) -> Document:
 
 def _groups(base: SharedBase, questions: Sequence[Question]) -> list[list[int]]:
     """The indices of the questions by model, those for the base without an adapter first."""
-    # All prompts of embeddings are one group (-1): a batch may mix them, because they differ in input embeddings only.
-    groups: dict[tuple[bool, int], list[int]] = {}
+    # Prompts of embeddings with the same ends are one group (-1): a batch may mix them, because they differ in input
+    # embeddings only.
+    groups: dict[tuple[bool, int, tuple[int, ...]], list[int]] = {}
     for index, question in enumerate(questions):
         finetuned = base.finetuned[question.to]
-        key = (finetuned.trained is not None, -1 if finetuned.has_embedded_prompt else question.to)
+        to = -1 if finetuned.has_embedded_prompt else question.to
+        key = (finetuned.trained is not None, to, finetuned.answer_ends)
         groups.setdefault(key, []).append(index)
     return [groups[key] for key in sorted(groups)]
 

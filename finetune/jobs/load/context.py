@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +27,18 @@ from finetune.jobs.load.device import make_accelerator
 from finetune.jobs.load.model_check import check_start
 from finetune.models.kernels.packing_check import causal_table, supports_prefix_sharing
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
-from finetune.models.loading.load import load_model, load_sharded_model, load_tokenizer, padding_id
+from finetune.models.loading.load import (
+    NOTHING_KEPT,
+    KeptTokenizer,
+    load_model,
+    load_sharded_model,
+    load_tokenizer,
+    padding_id,
+)
 from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.quantized_checkpoint import stored_quantization
+from finetune.models.loading.template_settings import writes_date
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import AdapterSection
@@ -49,7 +60,7 @@ class ModelSetup:
         section: The recipe's section `model`.
         accelerator: Processes and device.
         folder: The model's files.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, or the one that a run keeps.
         quantizers: Quantizer of each linear layer.
         weight_dtype: Dtype of weights that are not quantized.
         compute_dtype: Dtype of the forward pass.
@@ -72,6 +83,8 @@ class ModelSetup:
         precision: Precision = "auto",
         trains_base: bool = False,
         weights: bool = True,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        kept: KeptTokenizer = NOTHING_KEPT,
     ) -> ModelSetup:
         """Find a model; download or convert it first if necessary.
 
@@ -82,6 +95,8 @@ class ModelSetup:
             precision: As in `training.precision`.
             trains_base: Whether the model's own weights are trainable.
             weights: Whether its weights are needed, or only its config and tokenizer.
+            arguments: As in `data.template_arguments`.
+            kept: Tokenizer and date that a run keeps.
 
         Raises:
             ModelError: The model or its tokenizer cannot be used.
@@ -96,7 +111,7 @@ class ModelSetup:
             section=section,
             accelerator=accelerator,
             folder=folder,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=load_tokenizer(folder, section.chat_template, arguments, kept),
             quantizers=quantizers or Quantizers(NoQuantization()),
             weight_dtype=weight_dtype(section.dtype, computes_in, trains_base),
             compute_dtype=computes_in,
@@ -106,6 +121,11 @@ class ModelSetup:
     def padding(self) -> int:
         """The id of the padding token."""
         return padding_id(self.tokenizer)
+
+    @property
+    def kept_date(self) -> date | None:
+        """The date that the chat template writes; None where it writes none."""
+        return self.tokenizer.today if writes_date(self.tokenizer) else None
 
     @property
     def positions(self) -> int | None:
@@ -169,7 +189,9 @@ class TrainingContext(ModelSetup):
     _datasets: list[Datasets] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, recipe: Recipe, on_event: EventHandler, weights: bool = True) -> TrainingContext:
+    def of(
+        cls, recipe: Recipe, on_event: EventHandler, weights: bool = True, kept: KeptTokenizer = NOTHING_KEPT
+    ) -> TrainingContext:
         """Find the model and build the method.
 
         Reads no rows and loads no weights: see `read_data` and `load_base`.
@@ -178,6 +200,7 @@ class TrainingContext(ModelSetup):
             recipe: A valid recipe.
             on_event: Receives a `Phase` before each slow part.
             weights: Whether the base's weights are needed.
+            kept: Tokenizer and date that the run keeps; nothing for a new run.
 
         Raises:
             ModelError: The base model or its tokenizer cannot be used.
@@ -185,7 +208,16 @@ class TrainingContext(ModelSetup):
         """
         quantizers = Quantizers(recipe.quantization, recipe.modules)
         trains_base = recipe.adapter.trains_base
-        setup = ModelSetup.find(recipe.model, on_event, quantizers, recipe.training.precision, trains_base, weights)
+        setup = ModelSetup.find(
+            recipe.model,
+            on_event,
+            quantizers,
+            recipe.training.precision,
+            trains_base,
+            weights,
+            recipe.data.template_arguments,
+            kept,
+        )
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
     def check_start(self, starts_here: bool = True) -> None:
@@ -298,7 +330,7 @@ def batch_plan_of(
         padding: Any token id.
 
     Raises:
-        UnsupportedError: The recipe joins rows to sequences that are longer than the model's attention supports.
+        UnsupportedError: The recipe flattens rows to sequences that are longer than the model's attention supports.
     """
     may_join = not adapter.prompt_tokens  # a soft prompt must stand before each row
     if may_join and training.batching != "padded":
@@ -310,10 +342,10 @@ def batch_plan_of(
 
 
 def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths: npt.NDArray[np.int64]) -> bool:
-    """Whether the model's attention supports the longest sequence of joined rows.
+    """Whether the model's attention supports the longest sequence of flattened rows.
 
     Raises:
-        UnsupportedError: It does not, and the recipe asks for joined rows.
+        UnsupportedError: It does not, and the recipe asks for flattened rows.
     """
     count, longest = training.micro_batch_size, training.pack_length or max_length
     tokens = count * longest if training.batching == "packed" else int(np.sort(lengths)[-count:].sum())
@@ -322,7 +354,7 @@ def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths:
     table = causal_table(meta_model(read_config(folder), Model(name=folder.name), torch.float32))
     if table is None or tokens <= table:
         return True
-    what = f"the attention of this model masks {table} positions, and joined rows have up to {tokens} tokens"
+    what = f"the attention of this model masks {table} positions, and flattened rows have up to {tokens} tokens"
     if training.batching != "auto":
         hint = "set it to padded, or lower training.micro_batch_size"
         raise UnsupportedError(what, where="training.batching", hint=hint)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
@@ -26,12 +26,16 @@ from finetune.jobs.load.training_record import (
     QuantizedRecord,
     TrainingRecord,
     check_same_quantized_weights,
+    kept_with_checkpoint,
     recorded_chat_template,
+    recorded_date,
+    recorded_ends,
     refuse_other_base,
 )
 from finetune.models.fingerprint import fingerprint
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
 from finetune.models.loading.dtype import autocast
+from finetune.models.loading.load import KeptTokenizer
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
 from finetune.recipe.sections.model import Model
@@ -40,6 +44,7 @@ from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
+from finetune.storage.files import read_json
 from finetune.train.checkpoint import TRAINED
 
 logger = logging.getLogger(__name__)
@@ -76,12 +81,14 @@ class FineTunedModel:
         setup: Its base.
         trained: Its adapter; None for the base alone.
         uses_chat_template: Whether prompts are rendered by the chat template, as the training rows were.
+        answer_ends: Ids that end an answer, beside those of tokenizer and model: the ends of the training.
     """
 
     label: str
     setup: ModelSetup
     trained: LoadedAdapter | None
     uses_chat_template: bool
+    answer_ends: tuple[int, ...] = ()
 
     @classmethod
     def find(cls, named: ModelRef, on_event: EventHandler) -> FineTunedModel:
@@ -90,20 +97,21 @@ class FineTunedModel:
         Raises:
             FinetuneError: It cannot be opened, or its base has changed.
         """
-        match named.kind:
-            case Kind.RUN:
-                return _of_run(named, on_event)
-            case Kind.CHECKPOINT:
-                return _of_checkpoint(named, on_event)
-            case Kind.WEIGHTS:
-                return _from_weights(named, on_event)
-            case Kind.MODEL:
-                return _of_model(named, on_event)
+        find = {
+            Kind.RUN: _of_run,
+            Kind.CHECKPOINT: _of_checkpoint,
+            Kind.WEIGHTS: _from_weights,
+            Kind.MODEL: _of_model,
+        }
+        found = find[named.kind](named, on_event)
+        if (today := found.setup.kept_date) not in (None, date.today()):
+            logger.info("the chat template writes a date: %s, that of the training", today)
+        return found
 
     @property
     def untuned(self) -> FineTunedModel:
         """The base alone."""
-        return FineTunedModel("base", self.setup, None, self.uses_chat_template)
+        return FineTunedModel("base", self.setup, None, self.uses_chat_template, self.answer_ends)
 
     @property
     def prompt_tokens(self) -> int:
@@ -126,10 +134,11 @@ def _from_weights(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     record = TrainingRecord.read(named.path)
     if record.adapter.trains_base:  # the folder holds a full model
         section = record.model.model_copy(update={"name": str(named.path), "revision": None})
-        setup = ModelSetup.find(section, on_event, precision=record.precision, trains_base=True)
-        return FineTunedModel(named.label, setup, None, record.uses_chat_template)
+        kept = record.kept(named.path)
+        setup = ModelSetup.find(section, on_event, precision=record.precision, trains_base=True, kept=kept)
+        return FineTunedModel(named.label, setup, None, record.uses_chat_template, tuple(record.answer_ends))
     quantizers = Quantizers(record.quantization, record.modules)
-    setup = ModelSetup.find(record.model, on_event, quantizers, record.precision)
+    setup = ModelSetup.find(record.model, on_event, quantizers, record.precision, kept=record.kept(named.path))
     method = build(record.adapter, record.modules, setup.tokenizer)
     record.refuse_others(named.path, setup.folder, method)
     return _with_record(named.label, setup, method, record, named.path)
@@ -142,14 +151,14 @@ def _with_record(
         return method.load(base, weights)
 
     trained = LoadedAdapter(method, record.quantized_base, attach_to, record.adapter.prompt_tokens, weights)
-    return FineTunedModel(label, setup, trained, record.uses_chat_template)
+    return FineTunedModel(label, setup, trained, record.uses_chat_template, tuple(record.answer_ends))
 
 
 def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     checkpoint = read_checkpoint(named.path)
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
-    context = TrainingContext.of(recipe, on_event)
+    context = TrainingContext.of(recipe, on_event, kept=kept_with_checkpoint(checkpoint))
     refuse_other_base(facts["base"], context.folder)
 
     def attach_to(base: PreTrainedModel) -> nn.Module:
@@ -163,25 +172,22 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
 
     codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
     trained = LoadedAdapter(context.method, codes, attach_to, recipe.adapter.prompt_tokens, named.path)
-    return FineTunedModel(named.label, context, trained, recorded_chat_template(facts))
+    return FineTunedModel(named.label, context, trained, recorded_chat_template(facts), recorded_ends(facts))
 
 
 def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
-    setup = ModelSetup.find(section, on_event)
-    recorded = _from_verification_report(named.path)
-    uses_template = bool(setup.tokenizer.chat_template) if recorded is None else recorded
-    return FineTunedModel(named.label, setup, None, uses_template)
+    report = _verification_report(named.path)
+    setup = ModelSetup.find(section, on_event, kept=KeptTokenizer(today=recorded_date(report)))
+    recorded = recorded_chat_template(report)
+    uses_template = recorded if isinstance(recorded, bool) else bool(setup.tokenizer.chat_template)
+    return FineTunedModel(named.label, setup, None, uses_template, recorded_ends(report))
 
 
-def _from_verification_report(folder: Path) -> bool | None:
-    """Whether a merged or exported model uses the chat template; None for a model without a verification report."""
-    for name in VERIFICATION_REPORTS:
-        with suppress(OSError, ValueError):
-            verification = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(verification, dict) and isinstance(recorded := recorded_chat_template(verification), bool):
-                return recorded
-    return None
+def _verification_report(folder: Path) -> dict[str, Any]:
+    """The report of a merged or exported model; empty for any other model."""
+    reports = (read_json(folder / name) for name in VERIFICATION_REPORTS)
+    return next((report for report in reports if isinstance(recorded_chat_template(report), bool)), {})
 
 
 class SharedBase:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import Problem, RecipeError
-from finetune.models.layer_names import nearest_ending
-from finetune.models.linear_layers import linear_layers
+from finetune.models.layer_names import nearest_part, shown
+from finetune.models.linear_layers import linear_layers, shape_of
 from finetune.models.loading.expected_model import expected_model
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder
@@ -49,6 +50,8 @@ def check_start(
     _refuse([*_rule_violations(model, quantizers), *method.violations(model)])
     if (note := method.note(model)) is not None:
         logger.info("adapter.target_modules: %s", note)
+    if (note := _unquantized_note(model, quantizers)) is not None:
+        logger.info("quantization: %s", note)
 
 
 def check_start_at_hand(recipe: Recipe, folder: Path, starts_here: bool = True) -> None:
@@ -89,7 +92,7 @@ def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator
     for index, rule in enumerate(quantizers.modules):
         key, matching = f"modules.{index}.match", [name for name in layers if rule.matches(name)]
         if not matching:
-            yield Violation(key, f"no linear layer matches {rule.match!r}", nearest_ending(rule.match, layers, "*.{}"))
+            yield Violation(key, f"no linear layer matches {rule.match!r}", nearest_part(rule.match, layers))
             continue
         quantizes = rule.quantization is not None and rule.quantization.quantizes
         if quantizes and not any(is_quantized(layers[name]) for name in matching):
@@ -99,3 +102,15 @@ def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator
         if not sets_something(quantizers.modules, rule, layers):
             what = f"earlier rules set the same for every layer that {rule.match!r} matches"
             yield Violation(key, what, "put it before them, or leave it out")
+
+
+def _unquantized_note(model: PreTrainedModel, quantizers: Quantizers) -> str | None:
+    """The linear layers that the recipe quantizes and that stay as they are, in words; None if there are none."""
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in linear_layers(model).items() if layer is not head}
+    left = [name for name, layer in layers.items() if quantizers(name) is not None and not is_quantized(layer)]
+    if not left:
+        return None
+    sizes = {name: prod(shape_of(layer)) for name, layer in layers.items()}
+    share = sum(sizes[name] for name in left) / sum(sizes.values())
+    return f"not quantized: {shown(left)} ({len(left)} layers, {share:.1%} of their weights)"

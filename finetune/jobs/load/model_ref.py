@@ -13,6 +13,7 @@ from pathlib import Path
 from finetune.errors import UsageError
 from finetune.run.checkpoints import MANIFEST, Checkpoints
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
+from finetune.storage.home import expand_home
 
 
 class Kind(Enum):
@@ -55,7 +56,7 @@ def resolve_model_refs(names: Sequence[str]) -> list[ModelRef]:
 
 
 def _resolved(name: str) -> ModelRef:
-    path = Path(name).expanduser().absolute()
+    path = Path(expand_home(name)).absolute()
     label = path.name
     if (path / MANIFEST).is_file():
         return ModelRef(Kind.CHECKPOINT, name, path, f"{path.parent.parent.name}/{label}")

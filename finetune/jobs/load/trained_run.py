@@ -54,8 +54,8 @@ class FineTunedRun:
                 where=str(run.path),
                 hint="resume it: ft train --resume RUN",
             )
-        context = TrainingContext.of(recipe, on_event)
         record = TrainingRecord.read(weights)
+        context = TrainingContext.of(recipe, on_event, kept=record.kept(weights))
         record.refuse_others(weights, context.folder, context.method)
         return cls(run, context, weights, record)
 

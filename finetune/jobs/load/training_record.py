@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.errors import RefusedError, UsageError
 from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.loading.load import KeptTokenizer
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.model import Model
@@ -21,7 +23,8 @@ from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.quantization import Quantization
 from finetune.recipe.sections.section import Section
 from finetune.recipe.sections.training import Precision
-from finetune.run.directory import TRAINED_RECORD
+from finetune.run.checkpoints import Checkpoint
+from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.storage.files import write_json
 
 
@@ -53,6 +56,8 @@ class TrainingRecord(Section):
         base: The base.
         quantized_base: The quantized base; None if no layer was quantized.
         uses_chat_template: Whether rows were rendered by the chat template; prompts then are too.
+        today: The date that the chat template wrote; None where it writes none.
+        answer_ends: Ids of the tokens that end trained answers, most frequent first.
     """
 
     format: Literal[1] = 1
@@ -67,15 +72,24 @@ class TrainingRecord(Section):
     base: BaseRecord
     quantized_base: QuantizedRecord | None
     uses_chat_template: bool = Field(validation_alias=AliasChoices("uses_chat_template", "in_conversation"))
+    today: date | None = None
+    answer_ends: list[int] = Field([])
 
     @classmethod
-    def of(cls, context: TrainingContext, quantized_base: str | None, uses_chat_template: bool) -> TrainingRecord:
+    def of(
+        cls,
+        context: TrainingContext,
+        quantized_base: str | None,
+        uses_chat_template: bool,
+        answer_ends: Sequence[int] = (),
+    ) -> TrainingRecord:
         """The record of a run of this process.
 
         Args:
             context: Of the run.
             quantized_base: Fingerprint of the quantized base; None if no layer was quantized.
             uses_chat_template: Whether rows were rendered by the chat template.
+            answer_ends: Ids of the tokens that end trained answers.
         """
         recipe = context.recipe
         return cls(
@@ -88,6 +102,8 @@ class TrainingRecord(Section):
             base=base_record(context),
             quantized_base=as_record(context, quantized_base),
             uses_chat_template=uses_chat_template,
+            today=context.kept_date,
+            answer_ends=list(answer_ends),
         )
 
     def write(self, folder: Path) -> None:
@@ -115,6 +131,10 @@ class TrainingRecord(Section):
             raise RefusedError(
                 f"{TRAINED_RECORD} is damaged or not of this version", where=str(file), hint="train the run again"
             ) from error
+
+    def kept(self, weights: Path) -> KeptTokenizer:
+        """The tokenizer in the folder of the weights, and the date of the training."""
+        return KeptTokenizer.of(weights, self.today)
 
     def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod) -> None:
         """Check that the base's files and the method's weight format are those of the training.
@@ -196,3 +216,29 @@ def recorded_chat_template(record: Mapping[str, Any]) -> Any:
     Version 0.1 wrote the key as `in_conversation`.
     """
     return record.get("uses_chat_template", record.get("in_conversation"))
+
+
+def facts_for_prompts(record: TrainingRecord) -> dict[str, Any]:
+    """The facts of a record, as JSON, with which a model written from a run is asked as the run was trained."""
+    return record.model_dump(mode="json", include={"uses_chat_template", "answer_ends", "today"})
+
+
+def recorded_date(record: Mapping[str, Any]) -> date | None:
+    """The date that the chat template wrote in training, by a JSON record; None if it wrote none."""
+    try:
+        return date.fromisoformat(record.get("today") or "")
+    except (TypeError, ValueError):
+        return None
+
+
+def recorded_ends(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids of the tokens that end trained answers, by a JSON record; none for runs that recorded none."""
+    ends = record.get("answer_ends")
+    return tuple(end for end in ends if isinstance(end, int)) if isinstance(ends, list) else ()
+
+
+def kept_with_checkpoint(checkpoint: Checkpoint) -> KeptTokenizer:
+    """The tokenizer of the run that a checkpoint lies in, and the date of the checkpoint."""
+    run = RunDirectory(checkpoint.path.parent.parent)
+    today = recorded_date(checkpoint.facts)
+    return KeptTokenizer.of(run.tokenizer, today) if run.marker.is_file() else KeptTokenizer(today=today)

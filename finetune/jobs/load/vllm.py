@@ -48,5 +48,6 @@ def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generat
         setup.positions,
         adapter,
         rank,
+        finetuned.answer_ends,
         on_event,
     )

@@ -14,6 +14,7 @@ from finetune.data.batch_plan import BatchPlan
 from finetune.data.collate import Batch, BatchOrder
 from finetune.data.dataset import Datasets, TokenizedDataset
 from finetune.jobs.load.context import TrainingContext, batch_plan_of
+from finetune.jobs.load.template_report import template_line
 from finetune.jobs.plan.targets import CpuTarget, GpuTarget, MappedFiles, Target
 from finetune.models.loading.dtype import weight_dtype
 from finetune.models.loading.meta_model import read_config
@@ -48,6 +49,7 @@ class Workload:
 
     Attributes:
         rows: Training rows.
+        units: The same, or packs with `training.batching: packed`.
         tokens: Tokens of one epoch, without padding.
         steps_per_epoch: Optimizer steps of one epoch.
         steps: Optimizer steps of the run.
@@ -58,6 +60,7 @@ class Workload:
     """
 
     rows: int
+    units: int
     tokens: int
     steps_per_epoch: float
     steps: int
@@ -86,6 +89,7 @@ class Plan:
         workload: Rows, tokens and steps.
         seconds: Time of training; None if the device's speed is unknown or was not measured.
         is_measured: Whether the speed was measured here; otherwise it is the GPU's stated speed.
+        template: The recipe's settings for the chat template; None where the base's is used as it is.
     """
 
     device: str
@@ -102,6 +106,7 @@ class Plan:
     workload: Workload
     seconds: float | None
     is_measured: bool
+    template: str | None = None
 
     @property
     def peak(self) -> int:
@@ -314,6 +319,7 @@ class MemoryPlanner:
             workload=workload,
             seconds=seconds,
             is_measured=target.is_measured,
+            template=template_line(context.recipe),
         )
 
 
@@ -381,6 +387,7 @@ def _largest(
     shared = 1 - sampled_computed / sampled if sampled else 0.0
     workload = Workload(
         rows=len(lengths),
+        units=order.units,
         tokens=int(lengths.sum()),
         steps_per_epoch=batch_plan.units / order.units_per_step,
         steps=order.total_steps,

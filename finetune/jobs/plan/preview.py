@@ -10,13 +10,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.batch_plan import BatchPlan, Unit
+from finetune.data.collate import BatchOrder
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
 from finetune.data.report import data_report
 from finetune.jobs.load.context import batch_plan_of
+from finetune.jobs.load.template_report import report_template, template_line
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules.steps import warn_about_steps
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.train.loop import batch_order
 
@@ -84,11 +87,13 @@ class Preview:
         rows: Some of the training rows, in the order of training.
         first_step: Micro-batches of the first step in one process.
         data_report: As in a run's `data_report.json`.
+        template: The recipe's settings for the chat template; None where the base's is used as it is.
     """
 
     rows: list[PreviewRow]
     first_step: list[MicroBatch]
     data_report: dict[str, Any]
+    template: str | None = None
 
     @property
     def fill(self) -> float:
@@ -107,16 +112,17 @@ class Preview:
 
 
 def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Preview:
-    """Read and encode a recipe's rows as training does, and return the first `rows` of them.
+    """Read and encode a recipe's rows as training does, and return the first `rows` of them, each once.
 
     Raises:
         FinetuneError: A mistake that would stop the training too.
     """
     folder = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, recipe.model.chat_template, recipe.data.template_arguments)
     on_event(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)
     train = data.train
+    report_template(folder, tokenizer, train.answer_ends)
     batch_plan = batch_plan_of(
         recipe.training,
         recipe.data.max_length,
@@ -127,15 +133,29 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
         padding_id(tokenizer),
     )
     order = batch_order(batch_plan.units, recipe.training)
-    in_order = (
-        row for step in range(order.total_steps) for unit in order.step_units(step) for row in batch_plan.rows_of(unit)
-    )
+    warn_about_steps(recipe, order.total_steps, order.units)
     first_step = [[train[row] for row in batch_plan.rows_of(unit)] for unit in order.step_units(0)]
     return Preview(
-        rows=[PreviewRow(train.place(row), list(_stretches(train[row], tokenizer))) for row in islice(in_order, rows)],
+        rows=[
+            PreviewRow(train.place(row), list(_stretches(train[row], tokenizer)))
+            for row in islice(_trained_rows(batch_plan, order), rows)
+        ],
         first_step=[_micro_batch(batch_plan, group) for group in batch_plan.groups(first_step)],
         data_report=data_report(data, batch_plan),
+        template=template_line(recipe),
     )
+
+
+def _trained_rows(batch_plan: BatchPlan, order: BatchOrder) -> Iterator[int]:
+    """The indices of the rows that the run trains, in the order of training, each once: later epochs repeat them."""
+    seen: set[int] = set()
+    for step in range(order.total_steps):
+        for unit in order.step_units(step):
+            new = [row for row in batch_plan.rows_of(unit) if row not in seen]
+            seen.update(new)
+            yield from new
+        if order.epoch(step + 1) >= 1:
+            return
 
 
 def _micro_batch(batch_plan: BatchPlan, group: list[Unit]) -> MicroBatch:

@@ -33,6 +33,7 @@ class Evaluator:
         self._context, self._state, self._settings = prepared.context, prepared.state, settings
         self._batch_plan, self._total_steps = prepared.batch_plan, prepared.order.total_steps
         self._on_event, self._record = on_event, record
+        self._answer_ends = prepared.facts["answer_ends"]
         self._examples = prepared.rows.validation[: settings.max_rows]
         self._is_main = prepared.is_main
         # With a sharded base every rank generates, because each pass all-gathers the weights.
@@ -88,6 +89,7 @@ class Evaluator:
                     Sampling(max_new_tokens=self._settings.max_new_tokens),
                     batch_size=self._settings.batch_size,
                     padding=self._context.padding,
+                    answer_ends=self._answer_ends,
                 )
         except (MemoryError, RuntimeError) as error:
             if (shortage := as_out_of_memory(error)) is None or self._context.shards_base:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from finetune.data.documents import Conversation
 from finetune.data.report import data_report
 from finetune.errors import RecipeError, UnsupportedError, UsageError
 from finetune.jobs.load.context import TrainingContext, batch_plan_of
+from finetune.jobs.load.template_report import report_template
 from finetune.jobs.load.training_record import TrainingRecord
 from finetune.jobs.plan.estimate import estimated_peak
-from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, check_same_on_all_ranks
+from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, broadcast_from_main, check_same_on_all_ranks
 from finetune.jobs.train.resume import check_same_quantized_weights, refuse_other_inputs
 from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fsdp import sharded_trainable_params, trains_through_blocks
@@ -30,7 +32,9 @@ from finetune.models.kernels.compiled import compile_blocks
 from finetune.models.kernels.fused import fuse
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
 from finetune.models.loading.dtype import autocast
+from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules.steps import warn_about_steps
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import DataRead, Event, EventHandler, Phase
@@ -84,6 +88,7 @@ class PreparedRun:
         interruption: Interruption,
         checkpoint: Checkpoint | None = None,
         is_extended: bool = False,
+        kept: KeptTokenizer = NOTHING_KEPT,
     ) -> PreparedRun:
         """Read the rows, load the base, attach the method and restore the checkpoint.
 
@@ -93,13 +98,14 @@ class PreparedRun:
             interruption: Polled after each phase.
             checkpoint: The one to resume from.
             is_extended: Whether the recipe makes the run longer than it was in the checkpoint.
+            kept: Tokenizer and date that the run keeps.
 
         Raises:
             FinetuneError: An error that the user can fix.
             StopRequested: The run was asked to stop.
         """
         on_event = _stopping(on_event, interruption)
-        context = TrainingContext.of(recipe, on_event)
+        context = TrainingContext.of(recipe, on_event, kept=_same_date(kept))
         _check_start(context, is_resumed=checkpoint is not None)
         rows = context.read_data(on_event)
         plan = batch_plan_of(
@@ -112,14 +118,16 @@ class PreparedRun:
             context.padding,
         )
         order = batch_order(plan.units, recipe.training)
+        warn_about_steps(recipe, order.total_steps, order.units)
         _refuse_idle_processes(context, order)
         facts = _facts(context, rows, order)
         # In two stages: the fingerprint of quantized weights exists only after the base is loaded.
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
-            refuse_other_inputs(checkpoint, facts, is_extended)
+            refuse_other_inputs(checkpoint, facts, is_extended, recipe)
         read = DataRead(data_report(rows, plan))
         on_event(read)
+        report_template(context.folder, context.tokenizer, facts["answer_ends"])
         # Before the base is loaded: the memory that the process has at this moment counts as its libraries.
         planned_memory = estimated_peak(context, rows, order.total_steps)
         preparation = _Preparation(context, plan, order, on_event)
@@ -178,7 +186,17 @@ def _facts(context: TrainingContext, rows: Datasets, order: BatchOrder) -> dict[
         "total_steps": order.total_steps,
         "processes": context.accelerator.num_processes,
         "device": context.accelerator.device.type,
+        "today": context.kept_date and context.kept_date.isoformat(),
+        "answer_ends": list(rows.train.answer_ends),
     }
+
+
+def _same_date(kept: KeptTokenizer) -> KeptTokenizer:
+    """The same with the date of the main rank, where the run has none yet: midnight may pass between two ranks."""
+    own = kept.today or date.today()
+    agreed = broadcast_from_main({"today": own.isoformat()})
+    assert agreed is not None, "the main rank always sends it"
+    return replace(kept, today=date.fromisoformat(agreed["today"]))
 
 
 class _Preparation:
@@ -303,4 +321,10 @@ def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
     record = TrainingRecord.read(folder)
     record.refuse_others(folder, context.folder, context.method)
     record.refuse_other_quantization(context, model)
+    template = folder / "chat_template.jinja"
+    if template.is_file() and template.read_text(encoding="utf-8") != context.tokenizer.chat_template:
+        logger.warning(
+            "%s was trained with another chat template; this run uses that of model.name or model.chat_template",
+            earlier,
+        )
     context.method.load_initial_adapter(model, folder)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import RefusedError, UsageError
+from finetune.jobs.load.training_record import TrainingRecord
 from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.comparison import Difference, differences
@@ -52,7 +53,8 @@ def reproduce(
     if not first.is_finished:
         raise UsageError("the run is not finished", where=str(first.path), hint=first.resume_command)
     recipe = load_recipe(first.recipe).recipe
-    train(recipe, again, on_event, interruption)
+    weights = first.trained(recipe.adapter.trains_base)
+    train(recipe, again, on_event, interruption, TrainingRecord.read(weights).kept(weights))
     found = differences(first, again)
     changed = [difference for difference in found if difference.part == "data" or difference.key == "base fingerprint"]
     if changed:
@@ -61,7 +63,7 @@ def reproduce(
             where=str(again.path),
             hint="restore the data and base of the first run",
         )
-    weights = [run.trained(recipe.adapter.trains_base) for run in (first, again)]
-    names = sorted(file.name for file in weights[0].glob("*.safetensors"))
-    same = all(file_digest(weights[0] / name) == file_digest(weights[1] / name) for name in names)
+    repeated = again.trained(recipe.adapter.trains_base)
+    names = sorted(file.name for file in weights.glob("*.safetensors"))
+    same = all(file_digest(weights / name) == file_digest(repeated / name) for name in names)
     return Reproduction(again.path, same, names, found)

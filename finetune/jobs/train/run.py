@@ -9,13 +9,14 @@ from dataclasses import asdict
 from finetune.data.dataset import Datasets
 from finetune.errors import as_out_of_memory
 from finetune.jobs.load.context import TrainingContext
-from finetune.jobs.load.training_record import base_record
+from finetune.jobs.load.training_record import base_record, kept_with_checkpoint
 from finetune.jobs.train.dry_run import dry_run, is_worth_it
 from finetune.jobs.train.oom import oom_error_with_hints
 from finetune.jobs.train.prepare import PreparedRun
 from finetune.jobs.train.resume import extends, permitted_changes
 from finetune.jobs.train.training_loop import TrainingLoop
 from finetune.models.linear_layers import count_parameters
+from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.report.run_page import recording_errors
@@ -32,13 +33,17 @@ from finetune.run.events import (
 from finetune.run.provenance import provenance
 from finetune.run.signals import Interruption, StopRequested
 from finetune.run.trackers.process import refuse_missing_packages, tracked
-from finetune.storage.files import write_json, write_text
+from finetune.storage.files import write_json, write_text, written_aside
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, run: RunDirectory, on_event: EventHandler = ignore, interruption: Interruption | None = None
+    recipe: Recipe,
+    run: RunDirectory,
+    on_event: EventHandler = ignore,
+    interruption: Interruption | None = None,
+    kept: KeptTokenizer = NOTHING_KEPT,
 ) -> TrainingFinished:
     """Train what the recipe describes and leave the result in the run directory.
 
@@ -49,6 +54,7 @@ def train(
         run: A directory made for this run; removed again if a new run fails before its first step.
         on_event: Called with every phase, step and validation.
         interruption: Asks to save and stop; polled between steps and phases.
+        kept: Tokenizer and date of an earlier run, which this one repeats; nothing for any other new run.
 
     Raises:
         FinetuneError: An error that the user can fix.
@@ -58,7 +64,8 @@ def train(
         # All of this lies within the attempt: a refusal removes a directory that was made for this run.
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
-        prepared = PreparedRun.of(recipe, on_event, interruption, checkpoint, is_extended)
+        kept = kept_with_checkpoint(checkpoint) if checkpoint else kept
+        prepared = PreparedRun.of(recipe, on_event, interruption, checkpoint, is_extended, kept)
         on_event = _start(run, prepared, checkpoint, on_event, stack)
         loop = TrainingLoop.of(run, attempt, prepared, on_event)
         try:
@@ -91,6 +98,9 @@ def _start(
     if prepared.is_main:
         recipe = prepared.context.recipe
         run.begin(dump_recipe(recipe), checkpoint.facts["metrics_bytes"] if checkpoint else 0)
+        if checkpoint is None:
+            with written_aside(run.tokenizer) as folder:
+                prepared.context.tokenizer.save_pretrained(folder)
         on_event = stack.enter_context(tracked(recipe, run, on_event))
         _record_inputs(run, prepared.context, prepared.rows, prepared.read, started)
     on_event(started)
@@ -122,7 +132,7 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
         logger.info("no checkpoint was saved: the run starts again from the beginning")
     else:
         attempt.steps = attempt.checkpoint = checkpoint.step
-    return checkpoint, extends(found)
+    return checkpoint, extends(found, recipe)
 
 
 def _record_inputs(
@@ -132,6 +142,7 @@ def _record_inputs(
     recipe = context.recipe
     facts = {
         "base": base_record(context).model_dump(),
+        **({"template_date": str(context.kept_date)} if context.kept_date else {}),
         "device": str(context.accelerator.device),
         "processes": context.accelerator.num_processes,
         "started": {name: value for name, value in asdict(started).items() if name != "run_directory"},

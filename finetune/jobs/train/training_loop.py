@@ -13,6 +13,7 @@ from finetune.jobs.train.evaluator import Evaluator
 from finetune.jobs.train.lora_rank_log import LoraRankLogger
 from finetune.jobs.train.metrics_log import MetricsLogger
 from finetune.jobs.train.prepare import PreparedRun
+from finetune.models.writing.ends import write_ends
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import EventHandler, Phase, StepMetrics, TrainingFinished, ValidationResult
 from finetune.run.history import History
@@ -168,4 +169,7 @@ def _write_trained(prepared: PreparedRun, folder: Path) -> None:
     with written_aside(folder) as aside:
         context.method.save(prepared.state.bare_model, aside)
         context.tokenizer.save_pretrained(aside)
-        TrainingRecord.of(context, facts["quantized_base"], facts["uses_chat_template"]).write(aside)
+        record = TrainingRecord.of(context, facts["quantized_base"], facts["uses_chat_template"], facts["answer_ends"])
+        record.write(aside)
+        if context.recipe.adapter.trains_base:
+            write_ends(aside, record.answer_ends, aside)

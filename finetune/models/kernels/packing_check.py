@@ -67,7 +67,7 @@ def takes_packed_attention(config: PretrainedConfig) -> bool:
 def causal_table(model: nn.Module) -> int | None:
     """Side of the square tables of booleans from which attention cuts its causal mask (GPT-Neo); None without any.
 
-    No sequence may be longer, joined rows with restarting positions included.
+    No sequence may be longer, flattened rows with restarting positions included.
     """
     sides = {
         buffer.shape[-1]

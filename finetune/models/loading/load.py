@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -13,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune.errors import ModelError, UnsupportedError
+from finetune.errors import FinetuneError, ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import shard_model
 from finetune.models.kernels.float32_compute import compute_in_float32
 from finetune.models.linear_layers import linear_layers, list_of_blocks
@@ -25,6 +32,7 @@ from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
 from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
 from finetune.models.loading.quantized_checkpoint import check_same_quantization, stored_quantization
+from finetune.models.loading.template_settings import set_template
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.model import Model
@@ -32,22 +40,58 @@ from finetune.recipe.sections.model import Model
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class KeptTokenizer:
+    """Tokenizer and date that a run keeps, from its start on.
+
+    Attributes:
+        folder: Its copy of tokenizer and chat template, which has the settings of the recipe; None where it has none.
+        today: The date that its chat template writes; None for the current one.
+    """
+
+    folder: Path | None = None
+    today: date | None = None
+
+    @classmethod
+    def of(cls, folder: Path, today: date | None) -> KeptTokenizer:
+        """The tokenizer of a folder, if it holds one."""
+        return cls(folder if (folder / "tokenizer_config.json").is_file() else None, today)
+
+
+NOTHING_KEPT = KeptTokenizer()
+"""Of a new run, which takes the base's tokenizer and the current date."""
+
+
+def load_tokenizer(
+    folder: ModelFolder,
+    chat_template: str | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    kept: KeptTokenizer = NOTHING_KEPT,
+) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, checked against the model's vocabulary.
+
+    Its attribute `today` is the date that its chat template writes.
+
+    Args:
+        folder: The model's files.
+        chat_template: `model.chat_template`.
+        arguments: `data.template_arguments`.
+        kept: The tokenizer that a run keeps, which is loaded instead of the model's. If the model's is another one by
+            now, there is a warning.
 
     Raises:
         ModelError: It cannot be read, has no character offsets, has more tokens than the model has embeddings, or its
-            chat template does not terminate.
+            chat template cannot be used or does not terminate.
+        RefusedError: The tokenizer that the run keeps is damaged.
+        UsageError: The chat template does not read one of the arguments.
     """
-    where = str(folder.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises `Exception` itself for a broken tokenizer.json
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {first_line(error)}",
-            where=where,
-            hint="the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
+    if kept.folder is None:
+        tokenizer = _read_tokenizer(folder.path)
+        set_template(tokenizer, chat_template, arguments)
+    else:
+        tokenizer = _read_kept(kept.folder)
+        _warn_of_changes(tokenizer, folder, chat_template, arguments)
+    where = str(kept.folder or folder.path)
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer has no character offsets, from which loss masks are computed",
@@ -63,7 +107,75 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
         )
     check_template_terminates(tokenizer, where)
     tokenizer.padding_side = "right"
+    tokenizer.today = kept.today or date.today()
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises `Exception` itself for a broken tokenizer.json
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {first_line(error)}",
+            where=str(folder),
+            hint="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+
+
+def _read_kept(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return _read_tokenizer(folder)
+    except ModelError as error:
+        raise RefusedError(
+            f"the tokenizer that the run keeps is damaged: {error.what}",
+            where=str(folder),
+            hint="restore a good copy, or train the run again",
+        ) from error
+
+
+def _warn_of_changes(
+    kept: PreTrainedTokenizerBase, folder: ModelFolder, chat_template: str | None, arguments: Mapping[str, Any]
+) -> None:
+    """Warn where the base's tokenizer, or a template that the recipe names, is no longer the one that a run keeps."""
+    try:
+        now = _read_tokenizer(folder.path)
+        set_template(now, chat_template, arguments)
+    except FinetuneError:  # it has no usable one any more, and needs none
+        return
+    changed = []
+    if now.chat_template != kept.chat_template:
+        changed.append(f"model.chat_template ({chat_template})" if chat_template else "the base's chat template")
+    if _tokens_of(now) != _tokens_of(kept):
+        changed.append("the base's tokenizer")
+    if changed:
+        verbs = ("has", "is") if len(changed) == 1 else ("have", "are")
+        logger.warning("%s %s changed since the run was trained; the run's own %s used", " and ".join(changed), *verbs)
+
+
+def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, str]]:
+    """Everything that decides how a text is split into tokens."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
+
+
+def generation_settings(folder: Path) -> GenerationConfig:
+    """Generation settings as transformers reads them: from their own file, or else from the model's config.
+
+    Raises:
+        ModelError: They cannot be read.
+    """
+    with errors_as_model_error(str(folder)):
+        if (folder / GENERATION_CONFIG).is_file():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return GenerationConfig.from_model_config(config)
+
+
+def named_ends(settings: GenerationConfig) -> list[int]:
+    """The ids that generation settings name as ends."""
+    named = settings.eos_token_id
+    return [] if named is None else list(named) if isinstance(named, list | tuple) else [named]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -35,8 +35,17 @@ UNWANTED_FILES = ["*/*", "consolidated*"]
 
 GENERATION_CONFIG = "generation_config.json"
 
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-"""Keys of config.json for the context length, by architecture: most; GPT-2; MPT and DBRX; Bloom and ChatGLM; GPT."""
+POSITION_KEYS = (
+    "max_position_embeddings",  # most architectures
+    "n_positions",  # GPT, GPT-2, GPT-J, GPTBigCode, CodeGen, CTRL
+    "max_seq_len",  # MPT, DBRX
+    "seq_length",  # Bloom, ChatGLM
+    "model_max_length",  # Kimi Linear, Bailing
+    "max_sequence_length",  # converted checkpoints of the first Llama
+    "context_length",  # RWKV
+    "n_ctx",  # GPT, beside n_positions
+)
+"""Keys of config.json for the context length."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Shape legend: O out_features, I in_features, G groups of an output's inputs, R r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import UnsupportedError
 from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.writing.gguf_vocabulary import GgufVocabulary
 from finetune.quantizers.affine import GGUF_Q4_1_GROUP, AffineQuantizer
 from finetune.quantizers.bits import unpack_bits
 from finetune.quantizers.layer import QuantizedLinear
@@ -32,14 +31,6 @@ FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
 }
-QWEN2_PRETOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRETOKENIZERS = {
-    QWEN2_PRETOKENIZER: "qwen2",
-    QWEN2_PRETOKENIZER.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe",
-}
-"""llama.cpp's names of pre-tokenizers, by the pattern that they split a text with."""
 
 
 class GgufTypeError(UnsupportedError):
@@ -128,21 +119,19 @@ class GgufNameMap:
         writer.add_vocab_size(config.vocab_size)
 
 
-def write_gguf(
-    streamed: StreamedModel, tokenizer: PreTrainedTokenizerBase, kind: GgufType, file: Path, name: str
-) -> None:
-    """Write a model without an adapter, one tensor at a time, with its tokenizer and chat template.
+def write_gguf(streamed: StreamedModel, vocabulary: GgufVocabulary, kind: GgufType, file: Path, name: str) -> None:
+    """Write a model without an adapter, one tensor at a time, with its tokenizer and chat templates.
 
     Args:
         streamed: The model. For q4_1 it must be quantized: codes and scales are written unchanged, minimums are rounded
             to float16, and unquantized layers are written in float16.
-        tokenizer: Its tokenizer.
+        vocabulary: Its tokenizer, with a token for each row of the embeddings.
         kind: Type of the weight matrices; vectors are float32.
         file: Where to write.
         name: The model's name in the file.
 
     Raises:
-        UnsupportedError: The architecture or tokenizer is not supported.
+        UnsupportedError: The architecture is not supported.
         GgufTypeError: The layers are not quantized in the format of Q4_1.
     """
     name_map = GgufNameMap(streamed.model.config)
@@ -152,7 +141,7 @@ def write_gguf(
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         name_map.describe(writer)
-        _add_tokenizer(writer, tokenizer, name_map.config.vocab_size)
+        vocabulary.write(writer)
         blocks: dict[str, Callable[[], npt.NDArray[Any]]] = {}
         for tensor_name, tensor in streamed.tensors().items():
             layer, _, own_name = tensor_name.rpartition(".")
@@ -261,59 +250,6 @@ def _q4_1(streamed: StreamedModel, layer: str, rows: Tensor | None) -> npt.NDArr
     ordered = blocks_OGB if rows is None else blocks_OGB[rows]
     array: npt.NDArray[np.uint8] = ordered.flatten(1).contiguous().numpy()
     return array
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Write tokens, merges, special tokens and the chat template.
-
-    Raises:
-        UnsupportedError: It is no byte-level BPE, or has a pre-tokenizer without a name in llama.cpp.
-    """
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    pretokenizer = _pretokenizer(core)
-    # The embeddings may have more rows than the tokenizer has tokens; each row needs an entry.
-    tokens = [f"[PAD{index}]" for index in range(vocabulary)]
-    kinds = [gguf.TokenType.UNUSED] * vocabulary
-    for token, index in tokenizer.get_vocab().items():
-        tokens[index], kinds[index] = token, gguf.TokenType.NORMAL
-    for added in core["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        kinds[added["id"]] = kind
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pretokenizer)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges or [f"{tokens[0]} {tokens[0]}"])  # llama.cpp needs one; this one never applies
-    for add, index in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if index is not None:
-            add(index)
-    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    writer.add_add_bos_token(bool(adds_bos))
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _pretokenizer(core: Mapping[str, Any]) -> str:
-    """llama.cpp's name of a tokenizer's pre-tokenizer, which splits a text into words."""
-    splitter = core["pre_tokenizer"] or {}
-    parts = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
-    kinds = [part.get("type") for part in parts]
-    if core["model"]["type"] == "BPE" and not core["model"].get("byte_fallback") and kinds[-1:] == ["ByteLevel"]:
-        if kinds == ["ByteLevel"] and parts[0]["use_regex"]:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and (name := PRETOKENIZERS.get(parts[0]["pattern"].get("Regex"))):
-            return name
-    raise UnsupportedError(
-        "the tokenizer is none of the byte-level kinds that can be written as GGUF here",
-        hint="convert the folder that ft merge writes with llama.cpp's own script",
-    )
 
 
 @contextmanager

@@ -19,6 +19,9 @@ FORMATS = {
 }
 """Prompt strategies with the same columns as a format here; a dot or a colon precedes the template."""
 
+TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "mistral_v2v3": "mistral"}
+"""Names of templates that render turns as a family here."""
+
 CHAT_ROLES = {"role": ("from", "role"), "content": ("value", "content")}
 WANDB = "wandb reads WANDB_PROJECT, WANDB_ENTITY and its own settings; ft names the run"
 
@@ -86,10 +89,10 @@ def _turns(entry: Mapping[str, Any]) -> dict[str, Any]:
         **values.mapping(entry.get("message_property_mappings") or {}),
     }
     role, content = names["role"] or "role", names["content"] or "content"
-    columns = values.only(entry, {"field_tools": "tools"})
+    columns = values.only(entry, {"field_tools": "tools", "field_system": "system_column"})
     if (role, content) == ("role", "content"):
         return {"format": "chat", **values.only(entry, {"field_messages": "messages"}), **columns}
-    columns |= values.only(entry, {"field_messages": "conversations", "field_system": "system"})
+    columns |= values.only(entry, {"field_messages": "conversations"})
     return {"format": "sharegpt", "role_key": role, "content_key": content, **columns}
 
 
@@ -140,6 +143,15 @@ def _each_epoch(context: Context, value: Any) -> Settings:
     if value == 0:
         return {}
     raise NotCarried("a number of steps: evaluation.every_steps, training.checkpoint_every_steps")
+
+
+def _template(context: Context, value: Any) -> Settings:
+    if value in ("tokenizer_default", "jinja"):  # the second names chat_template_jinja
+        return {}
+    fallback = str(value).removeprefix("tokenizer_default_fallback_")
+    if fallback != value and fallback in TEMPLATES:
+        raise NotCarried(f"for a base without a template write model.chat_template: {TEMPLATES[fallback]}")
+    return values.template_of(TEMPLATES)(context, value)  # type: ignore[no-any-return]
 
 
 def _plugins(context: Context, value: Any) -> Settings:
@@ -214,8 +226,9 @@ RULES: Mapping[str, Rule] = {
     "sample_packing_eff_est": Without("ft packs by best fit"),
     "pad_to_sequence_len": Without("rows are not padded to the maximum length", unless=(False,)),
     "train_on_inputs": Switch(on={"data.train_on": "all"}),
-    "chat_template": Without(values.NO_TEMPLATE, unless=("tokenizer_default",)),
-    "chat_template_jinja": Without(values.NO_TEMPLATE),
+    "chat_template": _template,
+    "chat_template_jinja": values.template_file,
+    "chat_template_kwargs": To("data.template_arguments"),
     "default_system_message": Without("write system in the source, where its format has one"),
     "eot_tokens": Without("the end-of-turn token of the template is a target token"),
     "special_tokens": Without("ft keeps the tokenizer's; adapter.trainable_tokens trains single tokens", unless=({},)),
@@ -227,7 +240,8 @@ RULES: Mapping[str, Rule] = {
     "optimizer": To("optimizer.name"),
     "lr_scheduler": To("optimizer.schedule"),
     "cosine_min_lr_ratio": Without("schedules end at 0"),
-    "flash_attention": Switch(on={"model.attention": "flash_attention_2"}),
+    # The fastest kernel that is installed: flash attention on a GPU, and none of its packages is needed.
+    "flash_attention": Switch(on={"model.attention": "auto"}),
     "sdp_attention": Switch(on={"model.attention": "sdpa"}),
     "eager_attention": Switch(on={"model.attention": "eager"}),
     "flex_attention": Without("write model.attention: sdpa", unless=(False,)),

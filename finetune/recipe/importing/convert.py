@@ -14,6 +14,7 @@ from finetune.recipe.load import recipe_of
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import recipe_shape
+from finetune.recipe.sections.model import TEMPLATE_FAMILIES
 from finetune.recipe.yaml.document import Document, decode, read_yaml
 from finetune.recipe.yaml.writer import commented
 
@@ -164,6 +165,9 @@ def _sections(context: Context, folder: Path) -> dict[str, Any]:
         elif whole_section is not None:
             sections[section] = whole_section
     sections["model"]["name"] = model_from(folder, str(sections["model"]["name"]))
+    template = sections["model"].get("chat_template")
+    if template is not None and template not in TEMPLATE_FAMILIES:
+        sections["model"]["chat_template"] = reached_from(folder, template)
     for split in ("train", "validation"):
         if split in sections["data"]:
             sections["data"][split] = [_near(source, folder) for source in sections["data"][split]]

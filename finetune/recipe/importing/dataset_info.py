@@ -19,7 +19,7 @@ ALPACA_COLUMNS = {
     "system": "system_column",
     "history": "history",
 }
-SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "tools": "tools"}
+SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system_column", "tools": "tools"}
 SHAREGPT_TAGS = {"role_tag": "role_key", "content_tag": "content_key"}
 SHAREGPT_ROLES = {
     "user_tag": "user_roles",

@@ -8,6 +8,7 @@ from typing import Any
 from finetune.recipe.importing import transformers_arguments, values
 from finetune.recipe.importing.dataset_info import REGISTER, registered
 from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
+from finetune.recipe.sections.model import TEMPLATE_FAMILIES
 
 STAGES = {"rm": "a reward model", "ppo": "rewards", "dpo": "preferences", "kto": "preferences"}
 METHODS = {"lora": "lora", "full": "full", "freeze": "full", "oft": "oft"}
@@ -129,8 +130,8 @@ RULES: Mapping[str, Rule] = {
     "eval_dataset": _data_sets("validation"),
     "dataset_dir": values.read_elsewhere,
     "max_samples": values.read_elsewhere,
-    "template": Without(values.NO_TEMPLATE),
-    "enable_thinking": Without(values.NO_TEMPLATE),
+    "template": values.template_of({name: name for name in TEMPLATE_FAMILIES}),
+    "enable_thinking": lambda context, value: {"data.template_arguments": {"enable_thinking": value}},
     "cutoff_len": To("data.max_length"),
     "train_on_prompt": Switch(on={"data.train_on": "all"}),
     "mask_history": Switch(on={"data.train_on": "last_turn"}),

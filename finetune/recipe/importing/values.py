@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.importing.translation import Context, NotCarried, Settings
+from finetune.recipe.sections.model import TEMPLATE_FAMILIES, TEMPLATE_SUFFIXES
 
-_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
-NO_TEMPLATE = "ft renders chats with the tokenizer's template; for another, change tokenizer_config.json"
+NO_TEMPLATE = (
+    "ft renders chats with the base's own template; for another write model.chat_template: a template file, or one of "
+    + ", ".join(TEMPLATE_FAMILIES)
+)
 ALWAYS = "ft always does so"
 DISTRIBUTED = "write distributed: {processes: N}, one per device, and strategy: fsdp there to shard weights"
 NO_CODE = "ft never runs code of a model repository"
@@ -26,6 +30,28 @@ LOADING = "ft tokenizes on all cores into a cache (data.workers)"
 def is_local(path: str) -> bool:
     """Whether the name of a data set or model is a path."""
     return path.startswith((".", "/", "~")) or bool(_FILE.search(path)) or os.path.exists(path)
+
+
+def template_of(families: Mapping[str, str]) -> Any:
+    """The rule for the name of a template, by the tool's names of those that are the same as a family here."""
+
+    def rule(context: Context, value: Any) -> Settings:
+        del context
+        if not isinstance(value, str) or value not in families:
+            raise NotCarried(NO_TEMPLATE)
+        return {"model.chat_template": families[value]}
+
+    return rule
+
+
+def template_file(context: Context, value: Any) -> Settings:
+    """The rule for the path of a template, where a tool also takes its text or a model."""
+    del context
+    if "{" in str(value):
+        raise NotCarried("write the template into a file, and its path into model.chat_template")
+    if not str(value).endswith(TEMPLATE_SUFFIXES):
+        raise NotCarried("write the path of its chat_template.jinja into model.chat_template")
+    return {"model.chat_template": str(value)}
 
 
 def place(name: str, subset: Any = None, split: Any = None, revision: Any = None, files: Any = None) -> dict[str, Any]:

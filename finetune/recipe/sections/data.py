@@ -64,8 +64,8 @@ class SourceSection(Section):
     path: Annotated[FilePath | None, OnResume.MAY_CHANGE] = Field(
         None,
         description=(
-            "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv or .parquet files; "
-            "all but the last may be compressed: .gz, .bz2, .xz, .zst."
+            "A file, a pattern such as `data/*.jsonl`, or a folder of .jsonl, .json, .csv, .tsv, .parquet or .arrow "
+            "files; all but the last two may be compressed: .gz, .bz2, .xz, .zst."
         ),
     )
     hub: Annotated[Hub | None, OnResume.MAY_CHANGE] = Field(
@@ -157,8 +157,8 @@ class ShareGptSource(ConversationSource):
     @classmethod
     def _system_was_a_column(cls, values: Any) -> Any:
         """Read `system`, the name of `system_column` in earlier versions."""
-        if not isinstance(values, dict) or "system" not in values or "system_column" in values:
-            return values
+        if not isinstance(values, dict) or not isinstance(values.get("system"), str) or "system_column" in values:
+            return values  # pydantic reports what is wrong
         return {"system_column" if key == "system" else key: value for key, value in values.items()}
 
 

@@ -120,7 +120,7 @@ class TaskList(Section):
 
 
 class TaskFile(Section):
-    """A file of tasks: a recipe with nothing but `evaluation.tasks`."""
+    """The tasks of a file, where a recipe has them."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     evaluation: TaskList

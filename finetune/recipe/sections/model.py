@@ -12,6 +12,12 @@ from finetune.recipe.sections.section import OnResume, Section, absolute_to
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+TEMPLATE_FAMILIES = ("chatml", "llama3", "gemma", "mistral", "vicuna", "alpaca")
+"""Chat templates that come with ft: `finetune/models/chat_templates/<family>.jinja`."""
+
+
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
 
 class Model(Section):
     """The base model; a fingerprint detects changed weights."""
@@ -26,6 +32,14 @@ class Model(Section):
     )
     revision: Annotated[str | None, OnResume.MAY_CHANGE] = Field(
         None, description="Branch, tag or commit of a hub model. Pin a commit to make a run repeatable."
+    )
+    chat_template: str | None = Field(
+        None,
+        description=(
+            "Chat template in place of the base's: a Jinja file, or a family of models "
+            f"({', '.join(TEMPLATE_FAMILIES)}) whose control tokens the tokenizer knows. It is saved with adapter, "
+            "merged model and exports."
+        ),
     )
     dtype: Dtype = Field(
         "auto",
@@ -56,7 +70,25 @@ class Model(Section):
         is_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or os.path.isdir(path)
         return path if is_local else name
 
+    @field_validator("chat_template")
+    @classmethod
+    def _make_file_absolute(cls, template: str | None, info: ValidationInfo) -> str | None:
+        """Make the path of a template file absolute; names of families stay."""
+        if template is None or template in TEMPLATE_FAMILIES or not info.context:
+            return template
+        path = absolute_to(template, info.context["folder"])
+        if not _is_path(template) and not os.path.isfile(path):
+            raise ValueError(
+                f"expected a template file or a family of models ({', '.join(TEMPLATE_FAMILIES)}), found {template!r}"
+            )
+        return path
+
     @property
     def is_hub_id(self) -> bool:
         """Whether `name` is looked up on the hub."""
         return not (self.name.startswith(("package://", "/")) or Path(self.name).is_absolute())
+
+
+def _is_path(template: str) -> bool:
+    """Whether a value of `chat_template` is written as a path."""
+    return os.sep in template or template.startswith(("~", ".")) or template.endswith(TEMPLATE_SUFFIXES)

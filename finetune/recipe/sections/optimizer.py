@@ -35,6 +35,10 @@ class OptimizerSection(Section):
     )
     warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; replaces warmup_ratio.")
 
+    def warmup(self, total_steps: int) -> int:
+        """Number of warm-up steps as the recipe sets it, which may be more than the run has."""
+        return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_ratio * total_steps)
+
 
 class AdamW(OptimizerSection):
     """AdamW (Loshchilov and Hutter 2019) with moments in 32 or 8 bits, optionally in paged memory."""

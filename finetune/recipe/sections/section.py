@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, model_validator
 
+from finetune.storage.home import expand_home
+
 
 class OnResume(Enum):
     """Whether the value of a key may change when a run is resumed."""
@@ -48,8 +50,12 @@ def _is_number(annotation: Any) -> bool:
 
 
 def absolute_to(path: str, folder: Path) -> str:
-    """The absolute form of `path`: `~` is the home folder, a relative path starts at `folder`."""
-    return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+    """The absolute form of `path`: `~` is the home folder, a relative path starts at `folder`.
+
+    Raises:
+        EnvironmentFault: The path begins with `~`, and the user has no home.
+    """
+    return os.path.normpath(os.path.join(folder, expand_home(path)))
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:

@@ -98,6 +98,17 @@ class SourceMap:
         for place, (key_origin, value_origin) in moved.items():
             self._keys[place], self._values[place] = key_origin, value_origin
 
+    def nest(self, path: KeyPath) -> None:
+        """Put all data below `path`, a path of keys; its new sections have the origin of the whole."""
+        whole: KeyPath = ()
+        for origins in (self._keys, self._values):
+            moved = {(*path, *place): origin for place, origin in origins.items()}
+            around = {path[:depth]: origins[whole] for depth in range(len(path))}
+            origins.clear()
+            origins.update({**around, **moved})
+        for key in reversed(path):
+            self.data = {key: self.data}
+
     def remove(self, path: KeyPath) -> None:
         """Remove a key of a mapping, if it is written, and its origins."""
         self.value(path[:-1]).pop(path[-1], None)

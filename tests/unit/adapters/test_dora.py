@@ -174,3 +174,31 @@ def test_tied_head_computes_the_formula_as_stock_peft_does(targets: list[str], d
         for found in (model, stock):
             assert (found(input_ids=ids).logits - expected).norm() <= 1e-5 * expected.norm()
         assert (base(input_ids=ids).logits - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_row_of_zeros_trains_from_zero():
+    """Such as that of a padding token in a head that is tied to the embeddings; its magnitude and its norm are 0."""
+    torch.manual_seed(0)
+    model = tiny_llama().requires_grad_(False)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[3] = 0
+    attached = LoraMethod(Lora(method="lora", r=4, dora=True, target_modules=["gate_proj"])).attach(model, 1)
+    layer = low_rank_layers(attached)["model.layers.0.mlp.gate_proj"]
+    x, optimizer = torch.randn(TOKENS, INPUTS), torch.optim.SGD(trainable(layer).values(), lr=1e-2)
+    wanted = torch.randn(TOKENS, OUTPUTS)
+    torch.testing.assert_close(layer(x), layer.get_base_layer()(x))
+    losses = []
+    for _ in range(40):
+        loss = (layer(x) - wanted)[:, 3].square().mean()
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in trainable(layer).values())
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(layer(x).double(), reference(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_control_quotient_of_zeros_is_not_a_number():
+    row = torch.zeros(8)
+    assert (row.norm() / row.norm()).isnan()

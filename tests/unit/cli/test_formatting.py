@@ -152,6 +152,11 @@ def test_result_without_validation_has_one_line():
     assert len(result_lines(replace(FINISHED, validation_loss_before=None, validation_loss=None))) == 1
 
 
+def test_run_of_one_step_has_one_step():
+    assert "per epoch, 1 step\n" in str(event_line(replace(STARTED, total_steps=1)))
+    assert result_lines(replace(FINISHED, steps=1))[0].startswith("trained 1 step in")
+
+
 def test_ranks_are_a_table_unless_it_is_too_wide():
     assert rank_lines(None, Path("runs/a")) == []
     few = {f"layers.{block}.{kind}_proj": 3 for block in range(2) for kind in "qkv"}
@@ -176,6 +181,25 @@ def test_data_table_fits_80_characters_and_names_every_source_and_the_total():
     assert lines[1].split()[-2:] == ["duplicates", "validation"]
     assert lines[2].startswith("train: ")
     assert lines[2].endswith("/a.jsonl (chat)")
-    assert lines[6] == "train: all"
-    assert lines[7].split() == ["10000", "50", "9950", "945k", "35", "%", "95", "109", "2048", "123", "7"]
+    assert lines[4] == "  dropped: 40 too long, 10 without target tokens"
+    assert lines[8] == "train: all"
+    assert lines[9].split() == ["10000", "50", "9950", "945k", "35", "%", "95", "109", "2048", "123", "7"]
     assert lines[-1] == "12 packs of 1024 tokens, 98.7 % filled"
+
+
+def test_data_table_lists_dropped_rows_by_reason_within_80_characters():
+    reasons = {
+        "rejected by the chat template": 12,
+        "empty answer": 3,
+        "omitted by the chat template": 4,
+        "malformed": 1,
+    }
+    facts = {**numbers(too_long=0, bad=reasons, source="rows.jsonl", format="chat")}
+    del facts["untrainable"]
+    report = {"train": {**facts, "sources": [facts]}, "validation": {**facts, "sources": []}}
+    lines = data_table(report)
+    assert lines[3].split()[:3] == ["10000", "20", "9950"]
+    listed = " ".join(line.strip() for line in lines[4:])
+    assert listed == "dropped: " + ", ".join(f"{rows} {reason}" for reason, rows in reasons.items())
+    assert max(map(len, lines)) <= 80
+    assert data_table({**report, "train": {"sources": [{**facts, "bad": {}}]}})[4:] == []

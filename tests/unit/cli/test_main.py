@@ -25,6 +25,7 @@ EXIT_CODES = {
     "ModelError": 2,
     "UnsupportedError": 2,
     "DataError": 3,
+    "BadRow": 3,
     "OutOfMemoryError": 4,
     "DivergedError": 5,
     "CheckFailedError": 5,
@@ -67,7 +68,8 @@ def test_error_classes_have_the_documented_exit_codes():
 
 @pytest.mark.parametrize("kind", [kind for kind in our_errors() if kind is not RecipeError])
 def test_error_is_a_message_with_location_hint_and_exit_code(kind: type[FinetuneError]):
-    result = command_that_raises(kind("it broke", where="rows.jsonl:3", hint="fix it"))
+    further = {"reason": "malformed"} if kind is errors.BadRow else {}
+    result = command_that_raises(kind("it broke", where="rows.jsonl:3", hint="fix it", **further))
     assert result.exit_code == kind.exit_code
     title = "stopped" if kind in (errors.Stopped, errors.Interrupted) else "error"
     assert result.stderr == f"{title}: rows.jsonl:3: it broke\n  -> fix it\n"

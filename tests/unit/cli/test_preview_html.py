@@ -9,6 +9,7 @@ from cli.views.preview_html import preview_page
 from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch
 
 HOSTILE = "<script>alert('x')</script>"
+NOTED = {"train": {"sources": [{"notes": {f"column {HOSTILE} is not read": {"count": 9, "where": "rows.jsonl:1"}}}]}}
 
 
 @pytest.fixture
@@ -21,13 +22,17 @@ def page(monkeypatch: pytest.MonkeyPatch) -> str:
         Stretch("<|end|>", 1, trained=True, special=True),
     ]
     return preview_page(
-        Preview([PreviewRow(f"{HOSTILE}.jsonl:4", stretches)], [MicroBatch([25, 5], computed=40, shared=0)], {})
+        Preview([PreviewRow(f"{HOSTILE}.jsonl:4", stretches)], [MicroBatch([25, 5], computed=40, shared=0)], NOTED)
     )
 
 
 def test_page_escapes_names_rows_and_the_data_table(page: str):
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") == 3
+    assert page.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") == 4
+
+
+def test_page_has_notes_with_count_and_first_place(page: str):
+    assert "is not read: 9 (first: rows.jsonl:1)" in page
 
 
 def test_page_has_no_external_resources(page: str):

@@ -76,6 +76,17 @@ def test_rejection_quotes_template_and_hint_fits_cause(source: str, said: str, h
     assert ("roles" in str(caught.value.hint)) == ("roles" in hint)
 
 
+def test_rejected_tool_message_names_role_that_template_lacks():
+    messages = [*MESSAGES, Message("tool", "2")]
+    source = "{{ raise_exception('Conversation roles must alternate') }}"
+    with pytest.raises(BadRow) as caught:
+        ChatTemplate(byte_tokenizer(SPECIAL, source)).render(messages, "row")
+    assert "no role tool" in str(caught.value.hint)
+    with pytest.raises(BadRow) as caught:
+        ChatTemplate(byte_tokenizer(SPECIAL, source + "{{ 'tool' }}")).render(messages, "row")
+    assert "order of roles" in str(caught.value.hint)
+
+
 def test_tokenizer_without_template_names_key_that_sets_one():
     tokenizer = byte_tokenizer(SPECIAL, "x")
     tokenizer.chat_template = None

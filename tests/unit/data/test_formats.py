@@ -50,11 +50,6 @@ def test_chat_keeps_messages():
     assert document({"messages": [turn(*each) for each in turns]}, format="chat") == expected
 
 
-def test_chat_ignores_unknown_keys():
-    row = {"id": 3, "messages": [{**turn("user", "Hi"), "name": "Ann"}]}
-    assert document(row, format="chat") == Conversation((Message("user", "Hi"),))
-
-
 @pytest.mark.parametrize(
     ("row", "source", "expected"),
     [
@@ -162,7 +157,11 @@ def test_tool_call_arguments_become_data(arguments: Any):
         "tools": '[{"name": "add"}]',
     }
     assert document(row, format="chat") == Conversation(
-        (Message("user", "1+1"), Message("assistant", "", (CALL,)), Message("tool", "2", tool_call_id="x")),
+        (
+            Message("user", "1+1"),
+            Message("assistant", "", (CALL,)),
+            Message("tool", "2", tool_call_id="x", extra={"name": "add"}),
+        ),
         ({"type": "function", "function": {"name": "add"}},),
     )
 
@@ -249,7 +248,7 @@ def test_sharegpt_roles_are_mapped_to_template_roles():
             Message("system", "S"),
             Message("user", "1+1"),
             Message("assistant", "", (CALL,)),
-            Message("tool", "2"),
+            Message("tool", "2", extra={"name": "add"}),
             Message("assistant", "Two"),
         )
     )
@@ -410,8 +409,9 @@ def test_instruction_row_system_message_overrides_section():
 
 @pytest.mark.parametrize("cell", ['[{"role": "user", "content": "\\ud800"}]', "[" * 100_000, "[NaN]", "[{}"])
 def test_turns_in_json_text_are_parsed_strictly(cell: str):
-    assert "must be a list of messages, found text" in error_of({"messages": cell}, format="chat").what
-    assert "match no format" in error_of({"messages": cell}, format="auto").what
+    assert "found text" in error_of({"messages": cell}, format="chat").what
+    what = error_of({"messages": cell}, format="auto").what
+    assert "match no format" in what or "must be JSON" in what
 
 
 def test_auto_ambiguous_or_unknown_columns_raise():

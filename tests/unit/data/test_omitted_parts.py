@@ -103,6 +103,14 @@ def test_template_that_depends_on_words_falls_back_to_search_in_order():
     encoder_of(shouts).examples(ROW, "row")
 
 
+@pytest.mark.parametrize("shown", ["{{ m.content | indent(4) }}", "{{ m.content | replace('\n', '\n// ') }}"])
+def test_lines_that_template_indents_are_shown_and_cut_ones_are_not(shown: str):
+    row = Conversation((Message("system", "Be brief.\nBe kind."), Message("user", "Hi"), Message("assistant", "Hello")))
+    encoder_of(FULL.replace("{{ m.content }}", shown)).examples(row, "row")
+    refusal(FULL.replace("{{ m.content }}", "{{ m.content | replace('brief', '') }}"), row)
+    refusal(FULL.replace("{{ m.content }}", "{{ m.content.split('\n')[0] }}"), row)
+
+
 def test_key_that_template_does_not_show_is_noted_with_count():
     encoder = encoder_of(FULL.replace("{% if m.name %} ({{ m.name }}){% endif %}", ""))
     for number in range(2):
@@ -110,6 +118,35 @@ def test_key_that_template_does_not_show_is_noted_with_count():
     ((text, note),) = encoder.report.notes.items()
     assert "'name'" in text
     assert (note.count, note.where) == (2, "f.jsonl:0")
+
+
+def test_call_whose_id_holds_its_name_is_shown_by_its_id():
+    call = {"id": "functions.add:0", "function": {"name": "add", "arguments": {"a": 1}}}
+    row = Conversation((Message("user", "add"), Message("assistant", "", (call,))))
+    by_id = FULL.replace("{{ c.function.name }}", "{{ c.id }}")
+    encoder_of(by_id).examples(row, "row")
+    other = replace(row, messages=(row.messages[0], Message("assistant", "", ({**call, "id": "x1"},))))
+    assert "call of turn 1" in refusal(by_id, other).what
+
+
+def test_stripped_white_space_of_answers_is_noted():
+    row = Conversation((Message("user", " Hi "), Message("assistant", "  def f():\n")))
+    plain, trims = encoder_of(FULL), encoder_of(FULL.replace("{{ m.content }}", "{{ m.content | trim }}"))
+    for encoder in (plain, trims):
+        encoder.examples(row, "row")
+    assert not plain.report.notes
+    assert any("white space" in text for text in trims.report.notes)
+
+
+def test_variables_and_keys_that_template_does_not_mention_are_noted():
+    messages = (Message("user", "Hi", extra={"score": 3}), Message("assistant", "Hello"))
+    row = Conversation(messages, template_arguments={"enable_thinking": False})
+    encoder = encoder_of(FULL)
+    encoder.examples(row, "row")
+    assert [name in text for name, text in zip(("enable_thinking", "score"), encoder.report.notes, strict=True)]
+    reads = encoder_of("{{ enable_thinking }}{% if messages[0].score %}{% endif %}" + FULL)
+    reads.examples(row, "row")
+    assert not reads.report.notes
 
 
 def test_private_use_characters_in_row_are_kept():

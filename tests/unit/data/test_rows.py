@@ -19,8 +19,9 @@ from finetune.errors import DataError
         (True, "a boolean (true)"),
         (["x"], 'a list (["x"])'),
         ({"b": "x"}, 'an object ({"b": "x"})'),
-        (datetime.date(2026, 1, 2), 'a date ("2026-01-02")'),
-        (b"x" * 999, "a bytes (\"b'xxx"),
+        (datetime.date(2026, 1, 2), 'a value without a JSON type ("2026-01-02")'),
+        ({"b": b"x"}, 'an object ({"b": "binary data (1 bytes)"})'),
+        (b"x" * 999, "binary data (999 bytes)"),
     ],
 )
 def test_row_text_of_other_type_raises_with_value_and_place(value: object, found: str):

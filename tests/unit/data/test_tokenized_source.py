@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -79,6 +80,34 @@ def test_tokenization_on_two_processes_equals_one(tmp_path: Path, monkeypatch: p
     parallel, made = tokenized(file, workers=2)
     assert made
     assert columns(parallel) == expected
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    "error",
+    [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EROFS, errno.ENOENT, errno.EACCES)]
+    + [NotImplementedError("this platform has no semaphores")],
+    ids=str,
+)
+@pytest.mark.parametrize("place", ["_multiprocessing.SemLock", "multiprocessing.forkserver.connect_to_new_process"])
+def test_tokenization_where_processes_cannot_start_equals_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, place: str
+):
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    file = chats(tmp_path, count=21)
+    alone, _ = tokenized(file, workers=1)
+    expected = columns(alone)
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(place, fail)
+    with caplog.at_level("INFO", logger="finetune"):
+        found, made = tokenized(file, workers=2)
+    assert made
+    assert columns(found) == expected
+    assert caplog.text.count("/dev/shm") == 1
+    assert "data.workers" in caplog.text
+    assert (getattr(error, "strerror", None) or str(error)) in caplog.text
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from finetune.evaluation import generation
-from finetune.evaluation.generation import Sampling, generate
+from finetune.evaluation.generation import Sampling, before_end, end_tokens, generate
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
 TEXT = "Grüße aus 東京 🗼, it's 5 o'clock .\n\n  - indented\n"
 
 
-def streamed(ids: list[int]) -> list[str]:
+def streamed(ids: list[int], ends: Sequence[int] = (257,)) -> list[str]:
     """The streamed pieces of an answer of these tokens, which transformers passes one by one."""
     pieces: list[str] = []
-    stream = generation._Stream(tiny_tokenizer(), pieces.append)
+    stream = generation._Stream(tiny_tokenizer(), ends, pieces.append)
     stream.put(torch.tensor([[256, 5, 6]]))
     for token in ids:
         stream.put(torch.tensor([token]))
@@ -49,3 +51,58 @@ def test_streaming_does_not_change_the_answer(temperature: float):
     assert generate(model, tiny_tokenizer(), [[256, 80, 81]], **call, on_text=pieces.append) == silent
     assert "".join(pieces) == silent[0]
     assert len(pieces) > 1
+
+
+def greedy(prompts: list[list[int]], **options: Any) -> list[str]:
+    return generate(wild_llama(), tiny_tokenizer(), prompts, Sampling(12), batch_size=4, padding=257, **options)
+
+
+def wild_llama() -> Any:
+    """A model with different tokens in its answers."""
+    return tiny_llama(tie_word_embeddings=False, initializer_range=0.3)
+
+
+def written(prompt: list[int]) -> list[int]:
+    """The tokens of a greedy answer."""
+    answer = wild_llama().generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    return answer[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+PROMPTS = [[256, 80, 81], [256, 70], [256, 75, 90, 91, 92]]
+
+
+def test_answer_ends_before_the_end_of_the_training_even_if_it_is_an_ordinary_token():
+    """The end and what follows it are no part of the answer, alone and in a batch with longer ones."""
+    tokens = [written(prompt) for prompt in PROMPTS]
+    end = next(token for token in tokens[0][2:] if token not in tokens[0][:2])
+    assert tiny_tokenizer().decode([end], skip_special_tokens=True)
+    expected = [tiny_tokenizer().decode(before_end(ids, [end, 257]), skip_special_tokens=True) for ids in tokens]
+    assert greedy(PROMPTS, answer_ends=[end]) == expected
+    assert greedy(PROMPTS) != expected
+
+
+def test_streamed_answer_with_another_end_is_the_returned_one():
+    end = written(PROMPTS[0])[3]
+    pieces: list[str] = []
+    (answer,) = greedy(PROMPTS[:1], answer_ends=[end], on_text=pieces.append)
+    assert "".join(pieces) == answer
+    assert answer != greedy(PROMPTS[:1])[0]
+
+
+def test_streamed_pieces_stop_before_the_end():
+    ids = tiny_tokenizer()("abc", add_special_tokens=False)["input_ids"]
+    assert streamed(ids, ends=[ids[1]]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("named", "trained", "expected"),
+    [(None, [], [257]), (5, [], [5, 257]), ([5, 257], [9], [5, 9, 257]), (257, [257], [257])],
+)
+def test_end_tokens_are_those_of_tokenizer_settings_and_training(named: Any, trained: list[int], expected: list[int]):
+    assert end_tokens(GenerationConfig(eos_token_id=named), tiny_tokenizer(), trained) == expected
+
+
+def test_before_end_is_all_of_an_answer_that_does_not_end():
+    assert before_end([1, 2, 3], [4]) == [1, 2, 3]
+    assert before_end([1, 2, 3, 2], [2, 3]) == [1]
+    assert before_end([2], [2]) == []

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+from finetune.data.encode import Example
+from finetune.data.text_tokens import prompt_ids
 from finetune.errors import RecipeError
-from finetune.evaluation.tasks import Generate
+from finetune.evaluation.tasks import Choose, Generate
 from finetune.recipe.load import load_tasks
-from finetune.recipe.sections.evaluation import GenerateTask
+from finetune.recipe.sections.evaluation import ChooseTask, GenerateTask
 from finetune.run.events import ignore
 from tests.fixtures.templates import family_tokenizer
+from tests.fixtures.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize("reference", ["Ann", "<think>\nShe sings.\n</think>\n\nAnn"])
@@ -39,6 +44,44 @@ def test_reasoning_is_not_part_of_the_scored_answer(answer: str, is_right: bool,
     (record,) = task.measure(engine, None, ignore).records
     assert record["answer"] == answer
     assert record["scores"] == {"exact_match": float(is_right)}
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose post-processor begins and ends every text."""
+    tokenizer = tiny_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|begin|>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A <|end|>", special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), ending_tokenizer()], ids=["plain", "ending"])
+@pytest.mark.parametrize("space", ["", " ", "\n"])
+def test_choices_of_plain_text_are_measured_behind_the_prompt_as_trained(
+    space: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    """The measured tokens are the choice with the row's space before it; the prompt holds no end of text."""
+    row = {"prompt": "snow is", "completion": f"{space}white"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    seen: list[Example] = []
+
+    def likelihoods(examples: list[Example], on_progress: Any) -> list[SimpleNamespace]:
+        seen.extend(examples)
+        return [SimpleNamespace(log_prob=-float(index)) for index in range(len(examples))]
+
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, label="fake", likelihoods=likelihoods)
+    section = {"name": "pick", "kind": "choose", "choices": ["white", "black"]}
+    source = {"path": str(tmp_path / "rows.jsonl"), "format": "completion"}
+    task = Choose(TypeAdapter(ChooseTask).validate_python({**section, "data": source}))
+    (record,) = task.measure(engine, None, ignore).records
+    assert record["scores"] == {"accuracy": 1, "accuracy_norm": 1}
+    for example, choice in zip(seen, ["white", "black"], strict=True):
+        trained = [index for index, is_target in enumerate(example.is_target) if is_target]
+        assert tokenizer.decode([example.ids[index] for index in trained]) == space + choice
+        prompt = example.ids[: trained[0]]
+        assert prompt == prompt_ids(tokenizer, "snow is")
+        assert tokenizer.eos_token_id not in example.ids
 
 
 @pytest.mark.parametrize("name", ["validation", "held_out"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cli.main import app
-from finetune.jobs.plan.preview import preview
+from cli.views.preview import show_preview
+from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch, preview
 from tests.fixtures.recipes import as_recipe, write_recipe
 
 
@@ -25,6 +29,35 @@ def test_preview_marks_answers_as_targets_and_has_all_text_of_a_row(tiny_recipe:
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         assert "".join(s.text for s in row.stretches if s.trained) == "".join(f"{answer}<|end|>" for answer in answers)
         assert all(message["content"] in "".join(s.text for s in row.stretches) for message in messages)
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize(
+    ("counts", "change", "shown"),
+    [
+        ([1], "training.epochs=5", 1),
+        ([3], "training.epochs=40", 3),
+        ([2, 3], "training.max_steps=50", 5),
+        ([5, 1, 2], "training.epochs=1.0", 8),
+        ([8], "training.epochs=0.5", 4),
+    ],
+)
+def test_preview_of_more_rows_than_there_are_shows_each_trained_row_once(
+    counts: list[int], change: str, shown: int, batching: str, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    rows = Path(tiny_recipe["data"]["train"][0]["path"]).read_text().splitlines()
+    sources = []
+    for number, count in enumerate(counts):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows[:count]))  # the same text in each of the files
+        sources.append({"path": str(tmp_path / f"{number}.jsonl"), "format": "chat"})
+    tiny_recipe["data"] |= {"train": sources, "validation_fraction": 0}
+    del tiny_recipe["training"]["max_steps"]
+    recipe = as_recipe(tiny_recipe, tmp_path, [change, f"training.batching={batching}"])
+    places = [row.where for row in preview(recipe, rows=20).rows]
+    assert len(places) == len(set(places))
+    if batching == "padded":  # a fraction of the packs has another number of rows
+        assert len(places) == shown
+    assert len(preview(recipe, rows=2).rows) == min(2, len(places))
 
 
 def test_preview_separates_special_tokens(tiny_recipe: dict[str, Any], tmp_path: Path):
@@ -59,6 +92,41 @@ def test_preview_command_shows_rows_bars_and_counts(tiny_recipe: dict[str, Any],
     assert "validation: " in result.stdout
     as_json = CliRunner().invoke(app, ["preview", str(recipe), "--json"]).stdout.splitlines()[-1]
     assert json.loads(as_json)["ledger"]["train"]["used"] == 24
+
+
+ROW = [
+    Stretch("<|user|>", 1, trained=False, special=True),
+    Stretch("Make a table: [[1, 2], [3]], of all that the warehouse returned in two weeks.\n", 30, False, False),
+    Stretch("[[0]]\nend", 3, trained=True, special=False),
+    Stretch("<|end|>", 1, trained=True, special=True),
+    Stretch("\n", 1, trained=False, special=False),
+    Stretch("yes", 1, trained=True, special=False),
+]  # fmt: skip
+
+
+def shown_text(monkeypatch: pytest.MonkeyPatch, **console: Any) -> str:
+    """The output of `show_preview` for a row on a console, in colour or not."""
+    file = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **options: Console(file=file, **{**options, **console}))
+    monkeypatch.setattr("cli.formatting.data_table", lambda report: [])
+    show_preview(Preview([PreviewRow("rows.jsonl:7", ROW)], [MicroBatch([37], computed=37, shared=0)], {}))
+    return file.getvalue()
+
+
+def test_preview_in_a_pipe_marks_target_tokens_and_keeps_lines_of_the_row(monkeypatch: pytest.MonkeyPatch):
+    text = shown_text(monkeypatch, force_terminal=False)
+    row = "<|user|>" + ROW[1].text.replace("\n", "↵\n") + "⟦[[0]]↵\nend<|end|>⟧↵\n⟦yes⟧\n"
+    assert text.startswith(f"rows.jsonl:7  37 tokens, 5 target tokens\n{row}")
+    assert "⟦ ⟧: target tokens; ↵: end of line\n" in text
+    assert "green" not in text
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_preview_on_a_terminal_marks_target_tokens_only_without_colour(no_color: bool, monkeypatch: pytest.MonkeyPatch):
+    text = shown_text(monkeypatch, force_terminal=True, no_color=no_color, color_system="standard", width=200)
+    assert ("⟦" in text) == no_color
+    assert ("green: target tokens" in text) == (not no_color)
+    assert ("\x1b[32m[[0]]" in text) == (not no_color)
 
 
 def test_preview_page_is_replaced_only_with_overwrite(tiny_recipe: dict[str, Any], tmp_path: Path):

@@ -27,7 +27,8 @@ def test_explain_covers_every_key_within_the_terminal_width(key: str):
     (explanation,) = explain_key(key)
     assert explanation.key == key
     assert all(meaning.what and meaning.values for meaning in explanation.meanings)
-    lines = explanation_lines(explanation, {"a value": ["recipe.yaml"] * 9}, 80)
+    assert all(len(meaning.kinds) == len(set(meaning.kinds)) for meaning in explanation.meanings)
+    lines = explanation_lines([key], explanation, {"a value": ["recipe.yaml"] * 9}, 80)
     assert max(map(len, lines)) <= 80
 
 
@@ -76,6 +77,50 @@ def test_explained_section_lists_kinds_or_keys():
     assert "qa_lora" in adapter.choices
     assert not adapter.keys
     assert training.keys["seed"].endswith("Default: 42.")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "kind"),
+    [
+        ("completion", "data.train.completion", "data.train.format"),
+        ("text", "data.validation.text", "evaluation.tasks.data.format"),
+        ("tools", "data.train.tools", None),
+        ("generate", None, "evaluation.tasks.kind"),
+    ],
+)
+def test_explain_name_of_key_and_kind_explains_each_once(name: str, key: str | None, kind: str | None):
+    found = [(each.key, each.word) for each in explain_key(name)]
+    assert len(set(found)) == len(found)
+    assert ((key, None) in found) == any(word is None for _, word in found) == (key is not None)
+    assert ((kind, name) in found) == any(word is not None for _, word in found) == (kind is not None)
+
+
+def lines_of(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(app, ["explain", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()
+
+
+def test_explain_key_of_several_sections_prints_the_documentation_once(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("data: {train: [{path: x, tools: f}], validation: [{path: y, tools: f}]}")
+    (tmp_path / "b.yaml").write_text("data: {validation: [{path: z, tools: g}]}")
+    lines = lines_of("tools", "--recipes", str(tmp_path))
+    assert lines[:3] == ["data.train.tools", "data.validation.tools", "evaluation.tasks.data.tools"]
+    assert [line.split(maxsplit=2)[2] for line in lines if "only with" in line] == ["format: chat, sharegpt"]
+    assert [line.split(maxsplit=2)[2] for line in lines if "in recipes" in line] == ["f: a.yaml; g: b.yaml"]
+    objects = [json.loads(line) for line in lines_of("tools", "--recipes", str(tmp_path), "--json")]
+    assert [(each["key"], each["recipes"]) for each in objects][:2] == [
+        ("data.train.tools", {"f": ["a.yaml"]}),
+        ("data.validation.tools", {"f": ["a.yaml"], "g": ["b.yaml"]}),
+    ]
+
+
+def test_explain_keys_of_one_name_with_other_meanings_stay_separate():
+    lines = lines_of("chat_template")
+    starts = [index for index, line in enumerate(lines) if not line.startswith(" ")]
+    assert lines[starts[-1]] == "evaluation.tasks.chat_template"
+    only_with = [line.split(maxsplit=2)[2] for line in lines if line.strip().startswith("only with")]
+    assert only_with == ["format: completion", "kind: lm_eval"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -105,8 +106,21 @@ def test_run_page_contains_values_of_files(tmp_path: Path):
         "Step 3:",
         "4 in total at first",
         "…/wörds.jsonl",
+        "wörds not read: 8 (first: …/wörds.jsonl:2)",
     ):
         assert found in text, found
+
+
+def test_run_page_counts_dropped_rows_by_reason_of_this_version_and_earlier_ones(tmp_path: Path):
+    table = page_of(written_run(tmp_path / "run", "wörds"))
+    rows = dict(re.findall(r'<tr><th scope="row">dropped: ([^<]*)</th>(.*?)</tr>', table))
+    counts = {reason: re.findall(r"<td>([^<]*)</td>", cells) for reason, cells in rows.items()}
+    assert counts == {
+        "too long": ["1", "1"],
+        "wörds": ["6", "0"],
+        "malformed": ["5", "0"],
+        "without target tokens": ["0", "2"],
+    }
 
 
 def test_run_page_limits_answers_and_names_file_of_the_rest(tmp_path: Path):

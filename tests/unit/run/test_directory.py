@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from finetune.errors import (
 )
 from finetune.run.directory import INTERRUPTED, RunDirectory
 from finetune.run.events import StepMetrics, ValidationResult
+from finetune.run.lock import exclusive_lock
 from finetune.run.signals import StopRequested
 
 
@@ -166,6 +168,44 @@ def test_attempt_ended_by_bug_keeps_directory(tmp_path: Path):
     with pytest.raises(ZeroDivisionError):
         end_of(run, 0, ZeroDivisionError())
     assert run.marker.is_file()
+
+
+def test_bug_before_the_first_step_does_not_block_the_next_try(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        end_of(run, 0, ZeroDivisionError())
+    run.log.write_text("old")
+    assert names_in(RunDirectory.create(run.path).path) == ["run.json"]
+
+
+@pytest.mark.parametrize("what", ["steps", "checkpoint", "metrics", "success", "locked"])
+def test_failed_run_with_results_still_blocks_its_name(tmp_path: Path, what: str):
+    run = RunDirectory.create(tmp_path / "run")
+    if what == "success":
+        end_of(run, 0, None)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            end_of(run, 3 if what == "steps" else 0, ZeroDivisionError())
+    if what == "checkpoint":
+        (run.checkpoints / "step-00000002").mkdir(parents=True)
+    if what == "metrics":
+        (run.path / "metrics.attempt-1.jsonl").write_text(json.dumps({"event": "step", "step": 1}) + "\n")
+    with exclusive_lock(run.lock) if what == "locked" else nullcontext(), pytest.raises(RefusedError):
+        RunDirectory.create(run.path)
+    assert run.outcome.is_file()
+
+
+@pytest.mark.parametrize("error", [ImportError("libc"), KeyboardInterrupt(), RuntimeError("no home")])
+def test_failure_before_the_attempt_removes_a_new_run_only(tmp_path: Path, error: BaseException):
+    run = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(type(error)), run.removed_unless_attempted():
+        raise error
+    assert names_in(tmp_path) == []
+    old = RunDirectory.create(tmp_path / "old")
+    old.recipe.write_text("model: {}")
+    with pytest.raises(type(error)), old.removed_unless_attempted():
+        raise error
+    assert names_in(tmp_path) == ["old"]
 
 
 def test_metrics_with_infinite_numbers_are_valid_json(tmp_path: Path):

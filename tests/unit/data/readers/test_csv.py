@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import random
 from pathlib import Path
 
@@ -132,3 +133,51 @@ def test_csv_written_by_standard_library_reads_back(tmp_path: Path):
                 [columns, *cells]
             )
         assert [list(values.values()) for values in values_of(file)] == cells
+
+
+@pytest.mark.parametrize("name", ["", '""', " ", "Unnamed: 0", "Unnamed: 0.1", '"Unnamed: 0.1.1"'])
+@pytest.mark.parametrize(
+    "numbers",
+    [["0", "1", "2"], ["1", "2", "3"], ['"1"', '"2"', '"3"'], ["17", "3", "940"]],
+    ids=["pandas", "R", "quoted", "after a selection"],
+)
+def test_csv_index_column_is_not_read_and_noted(
+    tmp_path: Path, name: str, numbers: list[str], caplog: pytest.LogCaptureFixture
+):
+    rows = "".join(f"{number},x,y{index}\n" for index, number in enumerate(numbers))
+    file = write(tmp_path, "rows.csv", f"{name},a,b\n{rows}")
+    with caplog.at_level(logging.INFO):
+        assert values_of(file) == [{"a": "x", "b": f"y{index}"} for index in range(len(numbers))]
+    assert str(file) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "what"),
+    [
+        (",a\nx,1\n", "2", "'x'"),
+        (",a\n0,1\n1,2\nx,3\n", "4", "'x'"),
+        (",a\n0,1\n,2\n", "3", "''"),
+        (",a\n-1,1\n", "2", "'-1'"),
+        (",a\n0.5,1\n", "2", "'0.5'"),
+        (",,a\n0,0,1\n", "1", "column 2"),
+        ("Unnamed: 0,a\n0,1\nx,2\n", "3", "'x'"),
+    ],
+)
+def test_csv_nameless_column_without_numbers_raises_with_fix(tmp_path: Path, content: str, place: str, what: str):
+    error = error_of(write(tmp_path, "rows.csv", content))
+    assert error.where == f"{tmp_path / 'rows.csv'}:{place}"
+    assert what in error.what
+    assert "index=False" in str(error.hint)
+
+
+@pytest.mark.parametrize("name", ["index", "id", "0", "Unnamed: 1", "unnamed", "Unnamed: 0"])
+def test_csv_first_column_with_a_name_is_read(tmp_path: Path, name: str):
+    cell = "x" if name == "Unnamed: 0" else "0"
+    assert values_of(write(tmp_path, "rows.csv", f"{name},a\n{cell},1\n")) == [{name: cell, "a": "1"}]
+
+
+@pytest.mark.parametrize("cell", ['"[""a"", ""b""]"', '"{""k"": 1}"', "['a' 'b']", "[1 2 3]", "[", "{}", "null"])
+def test_csv_cell_that_looks_like_json_stays_text(tmp_path: Path, cell: str):
+    (row,) = rows_of(write(tmp_path, "rows.csv", f"a\n{cell}\n"))
+    assert row.text("a") == cell.strip('"').replace('""', '"')
+    assert row.typing == "none"

@@ -27,7 +27,16 @@ def names_in(folder: Path, path: Path, options: Options = COLUMNS) -> list[str]:
 def folder(tmp_path: Path) -> Path:
     for name in ("b.jsonl", "a/z.csv", "a/y.JSON", "c.parquet", "d.tsv.gz", "a/e.txt", "README.md"):
         write(tmp_path, name, LINE)
-    for name in ("script.py", "model.bin", ".hidden.jsonl", ".git/x.jsonl", "e.parquet.gz", "noise.gz", "bare"):
+    for name in (
+        "script.py",
+        "model.bin",
+        ".hidden.jsonl",
+        ".git/x.jsonl",
+        "e.parquet.gz",
+        "e.arrow.zst",
+        "noise.gz",
+        "bare",
+    ):
         write(tmp_path, name, LINE)
     (tmp_path / "folder.jsonl").mkdir()
     return tmp_path
@@ -38,7 +47,9 @@ def test_data_files_of_folder_are_known_kinds_sorted(folder: Path):
 
 
 def test_data_files_include_plain_text_only_for_text_sources(folder: Path):
-    assert {"README.md", "a/e.txt"} <= set(names_in(folder, folder, PLAIN))
+    assert "a/e.txt" in names_in(folder, folder, PLAIN)
+    assert "a/e.txt" not in names_in(folder, folder)
+    assert names_in(folder, folder / "*.md", PLAIN) == ["README.md"]
     error = error_of(folder / "README.md", COLUMNS)
     assert "needs a source of format text" in str(error.hint)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from finetune.data.readers.csv import read_csv
 from finetune.data.readers.files import READERS, read_files
@@ -32,11 +32,15 @@ GOOD = {
 
 
 def good(kind: str) -> bytes:
-    if kind != ".parquet":
+    if kind in GOOD:
         return GOOD[kind]
     sink = pa.BufferOutputStream()
-    rows = [{"text": f"row {index}", "list": [{"a": index}]} for index in range(50)]
-    parquet.write_table(pa.Table.from_pylist(rows), sink)
+    table = pa.Table.from_pylist([{"text": f"row {index}", "list": [{"a": index}]} for index in range(50)])
+    if kind == ".parquet":
+        parquet.write_table(table, sink)
+    else:
+        with ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
     return bytes(sink.getvalue())
 
 

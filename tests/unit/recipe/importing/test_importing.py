@@ -58,7 +58,7 @@ def test_axolotl_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("axolotl", tmp_path)
     expected = {
-        "model.name": "example-org/base-8b", "model.attention": "flash_attention_2",
+        "model.name": "example-org/base-8b", "model.attention": "auto",
         "quantization.kind": "nf4", "quantization.double_quant": True,
         "adapter.method": "lora", "adapter.r": 24, "adapter.alpha": 48, "adapter.dropout": 0.05,
         "adapter.target_modules": "all-linear", "adapter.modules_to_save": ["embed_tokens"],
@@ -77,7 +77,7 @@ def test_axolotl_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pyt
     }  # fmt: skip
     assert {key: value(recipe, key) for key in expected} == expected
     assert [each.key for each in made.left] == [
-        "model_type", "chat_template", "datasets.0.roles_to_train", "datasets.2.type", "pad_to_sequence_len",
+        "model_type", "datasets.0.roles_to_train", "datasets.2.type", "pad_to_sequence_len",
         "saves_per_epoch", "logging_steps", "wandb_entity", "special_tokens", "loss_spike_guard",
     ]  # fmt: skip
     assert made.left[-1].reason == "ft has no such key"
@@ -95,6 +95,14 @@ def test_axolotl_column_names_are_carried_over(tmp_path: Path):
         "format": "instruction", "instruction": "ask", "input": "about", "output": "say", "system_column": "rules",
     }  # fmt: skip
     assert [each.key for each in made.left] == ["datasets.0.type.format"]
+
+
+@pytest.mark.parametrize("names", [{}, {"message_field_role": "who", "message_field_content": "what"}])
+def test_axolotl_system_column_of_turns_is_carried_over(names: dict[str, str], tmp_path: Path):
+    rows = {"path": "rows.jsonl", "type": "chat_template", "field_system": "rules", **names}
+    made, recipe = translated("axolotl", {**LEAST["axolotl"], "datasets": [rows]}, tmp_path)
+    assert recipe.data.train[0].system_column == "rules"  # type: ignore[union-attr]
+    assert not made.left
 
 
 def test_llamafactory_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +137,7 @@ def test_llamafactory_registry_resolves_data_set_names(tmp_path: Path, monkeypat
             "hf_hub_url": "org/turns",
             "subset": "en",
             "formatting": "sharegpt",
-            "columns": {"messages": "dialogue"},
+            "columns": {"messages": "dialogue", "system": "rules"},
             "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "guest", "assistant_tag": "house"},
         },
         "ranked": {"file_name": "ranked.json", "ranking": True},
@@ -145,6 +153,7 @@ def test_llamafactory_registry_resolves_data_set_names(tmp_path: Path, monkeypat
     assert turns == {
         "hub": {"name": "org/turns", "subset": "en"}, "format": "sharegpt", "conversations": "dialogue",
         "role_key": "who", "content_key": "what", "user_roles": ["guest"], "assistant_roles": ["house"],
+        "system_column": "rules",
     }  # fmt: skip
     assert [each.key for each in made.left] == ["dataset_info.json: mine.folder"]
     made, _ = translated("llamafactory", {**LEAST["llamafactory"], "dataset": "ranked"}, tmp_path)
@@ -359,4 +368,59 @@ def test_import_command_writes_recipe_lists_left_keys_and_never_overwrites(tmp_p
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 6
     events = CliRunner().invoke(app, [*arguments, "--overwrite", "--json"]).stdout.splitlines()
-    assert [json.loads(line)["event"] for line in events] == ["imported", *["not_carried"] * 10]
+    assert [json.loads(line)["event"] for line in events] == ["imported", *["not_carried"] * 9]
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "expected"),
+    [
+        ("llamafactory", {"template": "llama3"}, {"chat_template": "llama3"}),
+        ("llamafactory", {"template": "vicuna"}, {"chat_template": "vicuna"}),
+        ("axolotl", {"chat_template": "mistral_v2v3"}, {"chat_template": "mistral"}),
+        ("axolotl", {"chat_template": "tokenizer_default"}, {}),
+        ("axolotl", {"chat_template": "jinja", "chat_template_jinja": "chat.jinja"}, {"chat_template": "chat.jinja"}),
+        ("trl", {"chat_template_path": "templates/chat.jinja"}, {"chat_template": "templates/chat.jinja"}),
+    ],
+)
+def test_import_of_template_sets_chat_template(
+    tool: str, keys: dict[str, Any], expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    made, recipe = translated(tool, {**LEAST[tool], **keys}, tmp_path)
+    found = recipe.model.chat_template
+    assert found == (absolute(expected["chat_template"], tmp_path) if expected else None)
+    assert not [each for each in made.left if "template" in each.key]
+
+
+def absolute(template: str, folder: Path) -> str:
+    return str(folder / template) if template.endswith(".jinja") else template
+
+
+@pytest.mark.parametrize(
+    ("tool", "key", "value", "reason"),
+    [
+        ("llamafactory", "template", "qwen3", "model.chat_template"),
+        ("axolotl", "chat_template", "phi_4", "model.chat_template"),
+        ("axolotl", "chat_template", "tokenizer_default_fallback_chatml", "model.chat_template: chatml"),
+        ("axolotl", "chat_template_jinja", "{% for m in messages %}{% endfor %}", "into a file"),
+        ("trl", "chat_template_path", "org/base", "chat_template.jinja"),
+        ("torchtune", "tokenizer", {"prompt_template": "torchtune.data.ChatMLTemplate"}, "model.chat_template"),
+    ],
+)
+def test_import_of_other_template_names_key_of_recipe(tool: str, key: str, value: Any, reason: str, tmp_path: Path):
+    made, recipe = translated(tool, {**LEAST[tool], key: value}, tmp_path)
+    assert recipe.model.chat_template is None
+    (left,) = (each for each in made.left if each.key.startswith(key))
+    assert reason in left.reason
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_import_of_enable_thinking_sets_template_argument(thinks: bool, tmp_path: Path):
+    _, recipe = translated("llamafactory", {**LEAST["llamafactory"], "enable_thinking": thinks}, tmp_path)
+    assert recipe.data.template_arguments == {"enable_thinking": thinks}
+
+
+def test_import_of_chat_template_kwargs_sets_template_arguments(tmp_path: Path):
+    given = {"enable_thinking": False, "style": {"tone": 'so "so"'}}
+    _, recipe = translated("axolotl", {**LEAST["axolotl"], "chat_template_kwargs": given}, tmp_path)
+    assert recipe.data.template_arguments == given

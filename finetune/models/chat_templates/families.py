@@ -1,0 +1,56 @@
+"""The families of `model.chat_template`, and which of them a tokenizer has the control tokens for.
+
+The files hold no beginning of text: where the tokenizer begins texts with that token, the template does too, so that
+a conversation begins as the texts of the pre-training did.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune.errors import ModelError
+from finetune.recipe.sections.model import TEMPLATE_FAMILIES
+
+CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+}
+"""The tokens of each family that must be in the vocabulary. The other families mark turns by words, and end answers
+with the tokenizer's end token."""
+
+
+def families_for(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The families whose tokens the tokenizer has."""
+    return [family for family in TEMPLATE_FAMILIES if not _missing(family, tokenizer)]
+
+
+def family_template(family: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of a family, with the beginning of text where this tokenizer has one.
+
+    Raises:
+        ModelError: Control tokens of the family are no tokens of the tokenizer.
+    """
+    if missing := _missing(family, tokenizer):
+        fitting = families_for(tokenizer)
+        raise ModelError(
+            f"the tokenizer has no {' and no '.join(missing)}, which the templates of {family} write",
+            where=f"model.chat_template: {family}",
+            hint=(f"families for this tokenizer: {', '.join(fitting)}; or " if fitting else "")
+            + "name a template file",
+        )
+    source = files(__package__).joinpath(f"{family}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    return "{{- bos_token }}\n" + source if _begins_texts(tokenizer) else source
+
+
+def _missing(family: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if family not in CONTROL_TOKENS:
+        return [] if tokenizer.eos_token else ["end token"]
+    return [token for token in CONTROL_TOKENS[family] if tokenizer.tokenize(token) != [token]]
+
+
+def _begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
