@@ -91,6 +91,21 @@ def test_growth_of_magnitude_reaches_the_output_in_bfloat16(base: str, gradients
     assert (outputs[1] - expected[1]).norm() <= tolerance * expected[1].norm()
 
 
+@pytest.mark.gpu
+def test_growth_of_magnitude_reaches_the_output_on_a_gpu(cuda: torch.device):
+    layer = layer_over("plain").train().to(cuda)
+    x = torch.randn(TOKENS, INPUTS, device=cuda)
+    outputs, expected = [], []
+    for factor in (1.0, 1.001):
+        with torch.no_grad():
+            layer.lora_magnitude_vector["default"].weight.mul_(factor)
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs.append(layer(x).detach().double())
+        expected.append(reference(layer, x).detach())
+    change, right = outputs[1] - outputs[0], expected[1] - expected[0]
+    assert float((change * right).sum() / (right * right).sum()) == pytest.approx(1, abs=0.05)
+
+
 def test_control_a_product_in_bfloat16_loses_the_growth():
     x, weight = torch.randn(TOKENS, INPUTS).bfloat16(), torch.randn(OUTPUTS, INPUTS).bfloat16()
     product = x @ weight.T
