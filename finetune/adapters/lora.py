@@ -25,6 +25,7 @@ from finetune.adapters.name_checks import (
     saved_module_violations,
     target_violations,
     token_violations,
+    twice_trained_violations,
 )
 from finetune.adapters.targets import adaptation_note, find_targets
 from finetune.models.linear_layers import LINEAR_KINDS, LINEAR_TYPES, LayerKind, linear_layers
@@ -69,6 +70,7 @@ class LowRankMethod(AdapterMethod):
                 model, section.trainable_tokens, self.tokenizer, "adapter.trainable_tokens", named
             )
         yield from rule_violations(self.modules, model, named)
+        yield from twice_trained_violations(model, section.target_modules, section.modules_to_save, self.kinds)
         if named and not self._adapted(named):
             what = "no layer is left to adapt: modules skips them, or modules_to_save trains them in full"
             yield Violation("adapter.target_modules", what, "name other layers")

@@ -78,6 +78,17 @@ def saved_module_violations(
             yield Violation(where, *fault)
 
 
+def twice_trained_violations(
+    model: PreTrainedModel, targets: str | Sequence[str], saved: Sequence[str], kinds: Collection[LayerKind]
+) -> Iterator[Violation]:
+    """Entries of `target_modules` whose layers all train in full."""
+    for index, target in enumerate(() if targets == ALL_LINEAR else targets):
+        named = find_targets(model, [target], kinds).adapted
+        if named and all(any(is_within(name, entry) for entry in saved) for name in named):
+            what = f"{next(iter(named))} trains in full, by adapter.modules_to_save"
+            yield Violation(f"adapter.target_modules.{index}", what, "leave it out here or there")
+
+
 def is_within(name: str, entry: str) -> bool:
     """Whether a layer is in a module with this name ending, or is one."""
     parts = name.split(".")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -41,6 +42,12 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The layers with a low-rank update, by their names in the base."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+def adapted_embeddings(model: nn.Module) -> list[str]:
+    """Names of the embeddings with a low-rank update, which is PEFT's own."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, LoraEmbedding)]
+    return [name.removeprefix(PREFIX) for name in names]
 
 
 def as_targets(targets: str | Sequence[str]) -> str | list[str]:

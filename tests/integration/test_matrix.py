@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finetune.adapters import peft_bridge
+from finetune.adapters.targets import Targets
+from finetune.errors import RefusedError
 from tests.fixtures.matrix import (
     Combination,
     changed_weights,
@@ -63,3 +67,29 @@ def test_combination_trains_and_merges_or_is_refused(combination: Combination, m
 @pytest.mark.parametrize("combination", [each for each in ALL if not each.is_fast], ids=lambda each: each.id)
 def test_further_combination_trains_and_merges_or_is_refused(combination: Combination, models: Path, tmp_path: Path):
     check(combination, models, tmp_path)
+
+
+def test_control_layer_that_is_not_adapted_is_found(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Merge and adapter agree with each other then, and only the comparison with the recipe's names shows it."""
+    found = peft_bridge.find_targets
+
+    def without_keys(*arguments: Any) -> Targets:
+        adapted, excluded = found(*arguments)
+        keys = {name: "a control" for name in adapted if name.endswith("k_proj")}
+        return Targets({name: layer for name, layer in adapted.items() if name not in keys}, {**excluded, **keys})
+
+    monkeypatch.setattr(peft_bridge, "find_targets", without_keys)
+    (lora,) = [each for each in ALL if each.id == "llama-tied-lora on layers-none"]
+    with pytest.raises(AssertionError, match="k_proj"):
+        check(lora, models, tmp_path)
+
+
+def test_control_merge_that_loses_an_update_is_found(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (head,) = [each for each in ALL if each.id == "gpt2-tied-lora on head-none"]
+
+    def unmerged(layer: Any) -> Any:
+        return layer.get_base_layer()
+
+    monkeypatch.setattr(peft_bridge, "merge_layer", unmerged)
+    with pytest.raises(RefusedError):
+        check(head, models, tmp_path)

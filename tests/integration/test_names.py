@@ -138,8 +138,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "all targets train in full": (
         "llama",
-        {"adapter": {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}},
-        "adapter.target_modules",
+        {"adapter": {**LORA, "target_modules": ["down_proj", "q_proj"], "modules_to_save": ["self_attn"]}},
+        "adapter.target_modules.1",
         "modules_to_save",
     ),
     "all targets are skipped": (
