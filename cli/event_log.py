@@ -109,10 +109,16 @@ class _LogFile(logging.FileHandler):
     """The log file of a run. A full disk is reported once and does not stop the run."""
 
     def __init__(self, path: Path, display: ProgressDisplay) -> None:
-        super().__init__(path, encoding="utf-8")
+        super().__init__(path, mode="a", encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.display = display
         self.is_full = False
+
+    def _open(self) -> io.TextIOWrapper:
+        """Open the file; called by `logging.FileHandler`, which would follow a symbolic link."""
+        from finetune.storage.opening import open_to_write
+
+        return io.TextIOWrapper(open_to_write(Path(self.baseFilename), "ab"), encoding="utf-8")
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Report the first record that cannot be written; called by `logging` inside its except block."""

@@ -62,6 +62,7 @@ def _run_of_recipe(
     """The run of a recipe, created if it does not exist; no recipe if the run is finished."""
     from finetune.run.directory import RunDirectory
     from finetune.run.distributed import launch_folder, publish_run_dir, published_run_dir
+    from finetune.storage.files import write_text
 
     launch = launch_folder()
     published = published_run_dir(launch) if launch else None
@@ -75,7 +76,7 @@ def _run_of_recipe(
         recipe = _unless_finished(run, loaded.recipe)
     else:
         run, recipe = RunDirectory.create(path, overwrite), loaded.recipe
-        run.recipe_as_written.write_text(loaded.text, encoding="utf-8")
+        write_text(run.recipe_as_written, loaded.text)
     if launch is not None:
         publish_run_dir(launch, run.path)
     return run, recipe

@@ -46,11 +46,6 @@ def preview(
 
 
 def _write(file: Path, page: str) -> None:
-    from finetune.errors import EnvironmentFault
+    from finetune.storage.files import write_text
 
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFault(
-            f"the page cannot be written: {error.strerror}", where=str(file), hint="choose another file for --html"
-        ) from error
+    write_text(file, page)

@@ -20,10 +20,10 @@ def watch(
     from finetune.run.directory import RunDirectory
     from finetune.run.index import summarize
     from finetune.run.watch import watched
-    from finetune.storage.files import read_json
+    from finetune.storage.files import json_object
 
     directory = RunDirectory.open(run)
     with progress_display(quiet=False, as_json=as_json) as display:
         for event in watched(directory):
             display.event(event)
-    show_watched(summarize(directory), read_json(directory.outcome), run, as_json)
+    show_watched(summarize(directory), json_object(directory.outcome), run, as_json)

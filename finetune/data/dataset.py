@@ -20,7 +20,7 @@ from finetune.data.encoding_report import EncodingReport
 from finetune.data.mixing import rows_by_weight, sampled
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
-from finetune.data.tokenized_source import TokenizedSource, rows_at
+from finetune.data.tokenized_source import TokenizedSource
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
@@ -144,7 +144,7 @@ class TokenizedDataset(Sequence[Example]):
             # The store has the format that was detected when the source was tokenized: `format: auto` would detect
             # it on the first row that it is given here, which need not be the first one of the file.
             to_document = build(source.store.section).document
-            for row in rows_at(source.section, rows):
+            for row in source.rows_at(rows):
                 yield LocatedDocument(to_document(row), row.where)
 
     def _file_rows(self) -> IntArray:

@@ -10,7 +10,6 @@ is found again by any run, and never when one of these changed. No function is h
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +26,7 @@ from finetune.data.encode import Example
 from finetune.data.encoding_report import EncodingReport, Note
 from finetune.recipe.sections.data import Source, SourceSection
 from finetune.storage.files import write_json
+from finetune.storage.opening import check_regular, open_to_write, read_json
 
 COLUMNS: dict[str, npt.DTypeLike] = {
     "tokens": np.uint32,  # token id << 1 | is_target: one array for ids and mask, so that ids are below 2^31
@@ -124,7 +124,7 @@ class TokenStoreWriter:
         self.counts = RowCounts()
         self.section: SourceSection | None = None
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (*COLUMNS, PLACES)}
+        self._files: dict[str, BinaryIO] = {name: open_to_write(folder / name) for name in (*COLUMNS, PLACES)}
         self._tokens = 0
         self._place_bytes = 0
         self._too_long: list[str] = []
@@ -187,7 +187,7 @@ class TokenStore(Sequence[Example]):
     """
 
     def __init__(self, folder: Path) -> None:
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        metadata = read_json(folder / METADATA)
         section = metadata["section"]
         self.section: SourceSection | None = section and TypeAdapter(Source).validate_python(section)
         self.counts = RowCounts.from_json(metadata["counts"])
@@ -239,6 +239,7 @@ def _column(folder: Path, name: str) -> npt.NDArray[Any]:
 
 
 def _mapped(file: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    check_regular(file)
     if not file.stat().st_size:  # mmap refuses empty files
         return np.empty(0, dtype)
     return np.memmap(file, dtype, mode="r")

@@ -29,6 +29,7 @@ from finetune.recipe.sections.data import Data, Hub, SourceSection
 from finetune.run.events import EventHandler, Progress
 from finetune.run.provenance import file_record
 from finetune.storage.cache import cached, sources_digest
+from finetune.storage.opening import HashedFile
 
 SHAPING_OPTIONS = ("max_length", "overlength", "train_on", "split_turns", "control_tokens")
 """Keys of the section `data` on which the tokens and target masks of a row depend."""
@@ -44,12 +45,14 @@ class TokenizedSource:
         section: Section of the source.
         seed: Seed of its samples.
         content: Identity of the data: name, size and sha256 of each file, or name and commit on the hub.
+        files: The files with their hashes; none for a data set of the hub.
         store: The tokenized rows.
     """
 
     section: SourceSection
     seed: int
     content: list[dict[str, Any]]
+    files: list[HashedFile]
     store: TokenStore
 
     @classmethod
@@ -59,10 +62,11 @@ class TokenizedSource:
         """Tokenize a source, or open its entry in the cache.
 
         Raises:
-            DataError: A file or row cannot be used.
+            DataError: A file or row cannot be used, or a file changed while it was read.
             EnvironmentFault: The cache cannot be written.
         """
-        content = [_hub_record(source.hub)] if source.hub else [file_record(file) for file in files_of(source)]
+        files = [] if source.hub else [_hashed(file) for file in files_of(source)]
+        content = [_hub_record(source.hub)] if source.hub else list(map(file_record, files))
 
         def make(folder: Path) -> None:
             phase = f"tokenizing {source.place}"
@@ -71,9 +75,28 @@ class TokenizedSource:
                 tokenize(
                     rows, source, section, tokenizer, writer, lambda done: on_event(Progress(phase, done, total=None))
                 )
+            # The entry's key is the hash of the files. Rows of any other content must not be found under it.
+            for file in files:
+                if not file.is_unchanged:
+                    raise _changed(file)
 
         key = _key(source, section, tokenizer, seed, content)
-        return cls(source, seed, content, TokenStore(cached("tokens", key, make)))
+        return cls(source, seed, content, files, TokenStore(cached("tokens", key, make)))
+
+    def rows_at(self, indices: Iterable[int]) -> Iterator[Row]:
+        """The rows at ascending indices, read again from the files that were tokenized.
+
+        Raises:
+            DataError: A file has changed since.
+        """
+        self._refuse_changed_files()
+        yield from rows_at(self.section, indices)
+        self._refuse_changed_files()
+
+    def _refuse_changed_files(self) -> None:
+        for file in self.files:
+            if not file.has_same_state:
+                raise _changed(file)
 
 
 def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
@@ -110,6 +133,23 @@ def rows_at(source: SourceSection, indices: Iterable[int]) -> Iterator[Row]:
     rows = enumerate(read_rows(source))
     for wanted in indices:
         yield next(row for index, row in rows if index == wanted)
+
+
+def _hashed(path: Path) -> HashedFile:
+    try:
+        return HashedFile.read(path)
+    except OSError as error:
+        raise DataError(
+            f"the file cannot be read: {error.strerror}", where=str(path), hint="check the source's path in the recipe"
+        ) from error
+
+
+def _changed(file: HashedFile) -> DataError:
+    return DataError(
+        "the file changed while it was read",
+        where=str(file.path),
+        hint="run the command again once the program that writes the file is done",
+    )
 
 
 def _key(

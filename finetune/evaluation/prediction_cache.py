@@ -13,6 +13,7 @@ from typing import Any
 from finetune.errors import EnvironmentFault
 from finetune.storage.cache import cached
 from finetune.storage.files import disk_faults
+from finetune.storage.opening import open_to_read, open_to_write, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class PredictionCache:
         self._results.update(results)  # in memory in any case: the current evaluation needs them
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in results.items())
         try:
-            with disk_faults(self._file), self._file.open("a+b") as file:
+            with disk_faults(self._file), open_to_write(self._file, "a+b") as file:
                 # `a+`: appends are at the end even if another process has written since the file was opened.
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if file.tell():  # a process that died has perhaps left half a line: end it
@@ -61,9 +62,11 @@ def digest(facts: Any) -> str:
 def _read(file: Path) -> dict[str, Any]:
     found = {}
     if file.is_file():
-        for line in file.read_bytes().splitlines():
+        with open_to_read(file) as stream:
+            lines = stream.read().splitlines()
+        for line in lines:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 found[entry["key"]] = entry["result"]
             except (ValueError, KeyError, TypeError):  # a process died while it wrote
                 continue

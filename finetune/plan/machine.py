@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
 from finetune.malloc import trim_heap
 from finetune.plan.gpu_specs import GpuSpec, spec_of_device
+from finetune.storage.opening import open_text
 
 WORKSPACE_IN_16_BITS = 165_000_000
 """Bytes of oneDNN's cache of compiled 16-bit matmuls and of its other buffers; measured. See `bound_kernel_caches`."""
@@ -40,7 +42,7 @@ def rss_bytes() -> int:
     """
     trim_heap()  # returns memory that was freed after the conversion of a model or the tokenization of rows
     try:
-        with open("/proc/self/statm", encoding="ascii") as numbers:
+        with open_text(Path("/proc/self/statm")) as numbers:
             return int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0

@@ -22,6 +22,7 @@ from finetune.recipe.schema import Shape, recipe_shape
 from finetune.recipe.sections.section import Section
 from finetune.recipe.yaml.document import decode, read_yaml
 from finetune.recipe.yaml.writer import flow
+from finetune.storage.opening import read_bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def values_in(explanation: Explanation, folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.yaml")):
         try:
-            data = read_yaml(decode(file.read_bytes(), str(file)), str(file)).data
+            data = read_yaml(decode(read_bytes(file), str(file)), str(file)).data
         except (RecipeError, OSError):
             continue
         for value in dict.fromkeys(map(_in_yaml, _written_at(explanation.key.split("."), data))):

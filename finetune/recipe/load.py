@@ -29,8 +29,12 @@ from finetune.recipe.task_file import nest_tasks
 from finetune.recipe.yaml.document import MAX_BYTES, KeyPath, decode, position_at, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 from finetune.recipe.yaml.writer import block
+from finetune.storage.opening import open_to_read
 
 logger = logging.getLogger(__name__)
+
+PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Paths of `<(command)` and of standard input. They come from a command line only; all other pipes are refused."""
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
 """Name of the recipe that a run or a checkpoint records."""
@@ -163,7 +167,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_to_read(path, is_pipe_allowed=str(path).startswith(PIPES)) as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         what, hint = "there is no such file", _recipes_like(path)

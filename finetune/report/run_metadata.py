@@ -17,7 +17,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.evaluation_results import read_results
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of
-from finetune.storage.files import read_json
+from finetune.storage.files import json_object
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RunMetadata:
             RecipeError: Its resolved recipe is missing, damaged or of another version.
         """
         written = {
-            folder.name: read_json(folder / name)
+            folder.name: json_object(folder / name)
             for folder, name in ((run.merged, "merge.json"), (run.exported, "export.json"))
         }
         return cls(
@@ -66,9 +66,9 @@ class RunMetadata:
             state=state_of(run),
             recipe=load_recipe(run.recipe).recipe,
             history=History.of(run),
-            provenance=read_json(run.provenance),
-            data_report=read_json(run.data_report),
-            outcome=read_json(run.outcome),
+            provenance=json_object(run.provenance),
+            data_report=json_object(run.data_report),
+            outcome=json_object(run.outcome),
             evaluation=read_results(run),
             answers=list(records(run.evaluation / "generations.jsonl")),
             verifications={folder: found for folder, found in written.items() if "kl_divergence" in found},

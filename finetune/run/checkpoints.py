@@ -21,6 +21,7 @@ from typing import Any
 from finetune.errors import RefusedError
 from finetune.run.provenance import file_digest
 from finetune.storage.files import disk_faults, open_to_readers, sync
+from finetune.storage.opening import parse_json, read_bytes, write_new
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Checkpoints:
                 open_to_readers(aside)
                 files = {file.name: _hashed(file) for file in sorted(aside.iterdir())}
                 manifest = {"format": FORMAT, "commit": number, "step": step, "files": files, "facts": facts}
-                (aside / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
+                write_new(aside / MANIFEST, json.dumps(sealed(manifest), indent=2) + "\n")
                 sync(aside / MANIFEST)
                 sync(aside)
                 # The commit: a crash before this line leaves a hidden folder, one after it a complete checkpoint.
@@ -267,8 +268,7 @@ def _manifest(folder: Path) -> Checkpoint:
     if folder.is_symlink() or file.is_symlink() or not file.is_file():
         raise _DamagedError(f"{MANIFEST} is missing")
     try:
-        with file.open("rb") as stream:
-            written = json.loads(stream.read(LARGEST_MANIFEST))
+        written = parse_json(read_bytes(file, LARGEST_MANIFEST))
     except (OSError, ValueError) as error:
         raise _DamagedError(f"{MANIFEST} cannot be read: {error}") from error
     match written:

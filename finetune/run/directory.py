@@ -29,7 +29,8 @@ from finetune.run.events import Recorded
 from finetune.run.lock import exclusive_lock, is_locked
 from finetune.run.provenance import now
 from finetune.run.signals import StopRequested
-from finetune.storage.files import UNFINISHED, disk_faults, read_json, write_json, write_text
+from finetune.storage.files import UNFINISHED, disk_faults, json_object, write_json, write_text
+from finetune.storage.opening import open_to_read, open_to_write, write_new
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,8 @@ class RunDirectory:
             run._refuse_if_used()
             path.mkdir(parents=True, exist_ok=True)
             # Exclusive creation decides between two processes that both found the path free.
-            with run.marker.open("x", encoding="utf-8") as file:
-                file.write(json.dumps({"format": FORMAT, "created": now()}) + "\n")
+            with open_to_write(run.marker, "xb") as file:
+                file.write(json.dumps({"format": FORMAT, "created": now()}).encode() + b"\n")
         except FileExistsError as error:
             raise RefusedError(
                 "another process has just taken the run directory", where=str(path), hint="choose another --run-dir"
@@ -162,7 +163,7 @@ class RunDirectory:
     @property
     def is_finished(self) -> bool:
         """Whether the run completed all its steps."""
-        return read_json(self.outcome).get("code") == 0
+        return json_object(self.outcome).get("code") == 0
 
     @property
     def is_locked(self) -> bool:
@@ -172,12 +173,12 @@ class RunDirectory:
     @property
     def _failed_before_first_step(self) -> bool:
         """Whether an attempt has ended with an error, and nothing was ever trained."""
-        outcome = read_json(self.outcome)
+        outcome = json_object(self.outcome)
         if not outcome.get("code") or outcome.get("step") or outcome.get("checkpoint") is not None:
             return False
         if Checkpoints(self.checkpoints).any_committed:
             return False
-        return not any(b'"event": "step"' in file.read_bytes() for file in self.path.glob("metrics*.jsonl"))
+        return not any(map(_has_steps, self.path.glob("metrics*.jsonl")))
 
     @contextmanager
     def removed_unless_attempted(self) -> Iterator[None]:
@@ -231,14 +232,14 @@ class RunDirectory:
             EnvironmentFault: The disk is full.
         """
         self._write_metrics()
-        with disk_faults(self.metrics), self.metrics.open("ab") as file:
+        with disk_faults(self.metrics), open_to_write(self.metrics, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
     def _write_metrics(self) -> None:
         """Write all pending lines, or none."""
         lines = "".join(self._unwritten).encode()
-        with disk_faults(self.metrics), self.metrics.open("ab", buffering=0) as file:
+        with disk_faults(self.metrics), open_to_write(self.metrics, "ab", buffering=0) as file:
             end = file.tell()
             if file.write(lines) < len(lines):  # unbuffered: a full disk takes a part, and half a line is not JSON
                 file.truncate(end)
@@ -252,9 +253,9 @@ class RunDirectory:
             logger.warning("%s: %d bytes are lost; training continues without them", self.metrics, size_bytes - found)
         if found <= size_bytes:
             return
-        with self.metrics.open("r+b") as file:
+        with open_to_write(self.metrics, "r+b") as file:
             file.seek(size_bytes)
-            self._set_aside(self.metrics).write_bytes(file.read())
+            write_new(self._set_aside(self.metrics), file.read())
             file.truncate(size_bytes)
 
     def _set_aside(self, file: Path) -> Path:
@@ -272,10 +273,11 @@ class RunDirectory:
         refused leaves `exit.json` unchanged. A process that is not the run's writer neither locks nor records.
 
         Raises:
-            RefusedError: Another process trains the run.
+            RefusedError: Another process trains the run, or a file or folder of the run is a symbolic link.
             Stopped: A signal ended the run after a checkpoint, from which it can resume.
             Interrupted: A signal ended the run before its first checkpoint.
         """
+        self._refuse_links()
         with exclusive_lock(self.lock) if self.is_writer else nullcontext():
             attempt = Attempt()
             is_new = not self.recipe.is_file()  # `begin` writes it
@@ -316,8 +318,8 @@ class RunDirectory:
         """
         if not self.outcome.is_file():
             return
-        known = json.loads(self.outcome.read_text(encoding="utf-8"))
-        if known["code"] == ProcessLost.exit_code:  # any other code is a root cause itself
+        known = json_object(self.outcome)
+        if known.get("code") == ProcessLost.exit_code:  # any other code is a root cause itself
             with suppress(EnvironmentFault):
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})
 
@@ -357,6 +359,16 @@ class RunDirectory:
                 raise
             logger.warning("%s %s", self.outcome.name, fault.what)
 
+    def _refuse_links(self) -> None:
+        """Refuse a run directory from which training would write to other folders of the user."""
+        for entry in sorted(self.path.iterdir()):
+            if entry.is_symlink():
+                raise RefusedError(
+                    "the run directory contains a symbolic link, and training would write to what it points to",
+                    where=str(entry),
+                    hint="copy the run with cp -rL, which replaces links by files, and resume the copy",
+                )
+
     def _refuse_if_used(self) -> None:
         if self.path.is_symlink():
             raise RefusedError(
@@ -371,3 +383,8 @@ class RunDirectory:
                 where=str(self.path),
                 hint="choose another --run-dir" + (", or replace it with --overwrite" if is_run else ""),
             )
+
+
+def _has_steps(metrics: Path) -> bool:
+    with open_to_read(metrics) as lines:
+        return any(b'"event": "step"' in line for line in lines)

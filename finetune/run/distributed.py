@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.errors import FinetuneError, Interrupted, ProcessFailed, ProcessLost, Stopped
+from finetune.storage.opening import read_json, read_text, write_new
 
 LAUNCHER = "FT_LAUNCHER"
 """Environment variable: process id of the `ft train` that launched this rank."""
@@ -109,14 +110,14 @@ def launch_folder() -> Path | None:
 def published_run_dir(launch: Path) -> Path | None:
     """The run directory that the main process of a launch has published; None before that."""
     try:
-        return Path((launch / "run").read_text(encoding="utf-8"))
+        return Path(read_text(launch / "run"))
     except OSError:
         return None
 
 
 def publish_run_dir(launch: Path, directory: Path) -> None:
     """Publish the run directory to the launcher, and to restarts within the same launch, which resume there."""
-    (launch / "run").write_text(str(directory), encoding="utf-8")
+    write_new(launch / "run", str(directory))
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class RankExit:
     def read(cls, file: Path) -> RankExit | None:
         """The record that `write` wrote; None if there is none, or a broken one."""
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8"))["ending"])
+            return cls(**read_json(file)["ending"])
         except (OSError, ValueError, KeyError, TypeError):  # the rank was killed before or during the write
             return None
 
@@ -178,7 +179,7 @@ class RankExit:
         """Write the error file if a launcher asks for one; torchrun shows `message` and `timestamp`."""
         if file := os.environ.get(ERROR_FILE):
             record = {"message": self.traceback or self.what, "timestamp": int(self.timestamp), "ending": asdict(self)}
-            Path(file).write_text(json.dumps(record), encoding="utf-8")
+            write_new(Path(file), json.dumps(record))
 
     def error(self) -> FinetuneError:
         """The error that the launcher raises for this rank."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from finetune.recipe.sections.evaluation import RENAMED_TASK, VALIDATION, current_task_name
 from finetune.run.directory import RunDirectory
-from finetune.storage.files import read_json
+from finetune.storage.files import json_object
 
 
 def read_results(run: RunDirectory) -> dict[str, Any]:
     """The results, with today's task names; empty where the run was not evaluated."""
-    results = read_json(run.evaluation / "results.json")
+    results = json_object(run.evaluation / "results.json")
     if "tasks" not in results:
         return results
     tasks = dict(results["tasks"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -22,6 +21,7 @@ from finetune.run.events import (
     TrainingWarning,
     ValidationResult,
 )
+from finetune.storage.opening import open_text, parse_json
 
 
 @dataclass
@@ -75,7 +75,7 @@ class History:
 def records(file: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a JSONL file; none if the file is missing."""
     if file.is_file():
-        with file.open(encoding="utf-8", errors="replace") as stream:
+        with open_text(file, errors="replace") as stream:
             yield from parsed(stream)
 
 
@@ -83,8 +83,8 @@ def parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The JSON objects of lines; incomplete lines of a killed process are skipped."""
     for line in lines:
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             continue
         if isinstance(value, dict):
             yield value

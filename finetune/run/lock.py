@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from finetune.errors import RefusedError
 from finetune.run.provenance import now
 from finetune.storage.files import disk_faults
+from finetune.storage.opening import open_to_read, open_to_write, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def is_locked(file: Path) -> bool:
     """Whether a process holds the lock; False on a file system without locks, where nothing can be known."""
     if not file.is_file():
         return False
-    with file.open("r", encoding="utf-8") as stream:
+    with open_to_read(file) as stream:
         try:
             # Shared: two readers that check at the same moment must not take each other for the trainer.
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -53,7 +54,7 @@ def exclusive_lock(file: Path) -> Iterator[None]:
     """
     # Python opens files with O_CLOEXEC, so a program started from here does not inherit the lock.
     with disk_faults(file):
-        stream = file.open("a+", encoding="utf-8")
+        stream = open_to_write(file, "a+b")
     with stream:
         try:
             _acquire(stream)
@@ -72,7 +73,7 @@ def exclusive_lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _acquire(stream: TextIO) -> None:
+def _acquire(stream: BinaryIO) -> None:
     """Take the lock, or raise BlockingIOError.
 
     `is_locked` holds the lock for a moment, and must not stop a training process: hence several attempts.
@@ -87,7 +88,7 @@ def _acquire(stream: TextIO) -> None:
 
 def _held_by_another(file: Path) -> RefusedError:
     try:
-        holder = json.loads(file.read_text(encoding="utf-8"))
+        holder = read_json(file)
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # the holder has not written yet, or something else wrote there
         who = "another process"

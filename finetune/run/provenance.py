@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import __version__
+from finetune.storage.opening import HashedFile
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "pydantic")
 
@@ -36,15 +37,14 @@ def provenance(recipe_text: str, data: Iterable[dict[str, Any]], facts: dict[str
     }
 
 
-def file_record(file: Path) -> dict[str, Any]:
+def file_record(file: HashedFile) -> dict[str, Any]:
     """Name, size in bytes and sha256 of a data file."""
-    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+    return {"file": file.path.name, "bytes": file.state.bytes, "sha256": file.sha256}
 
 
 def file_digest(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return HashedFile.read(path).sha256
 
 
 def now() -> str:

@@ -15,6 +15,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.history import History, records
 from finetune.run.index import State, state_of
 from finetune.storage.files import disk_faults
+from finetune.storage.opening import open_to_write
 
 Values = Mapping[str, Any]
 """A value for each swept key."""
@@ -88,8 +89,8 @@ class SweepDirectory:
         return Trial(number, values, run.path, state_of(run), result[1] if result else None, failure)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        with disk_faults(self.record), self.record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with disk_faults(self.record), open_to_write(self.record, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, TrainingStarted
 from finetune.run.history import events, parsed
-from finetune.storage.files import read_json
+from finetune.storage.files import json_object
+from finetune.storage.opening import open_to_read
 
 POLL_SECONDS = 1.0
 """Seconds between two reads of the files."""
@@ -42,7 +43,7 @@ def watched(run: RunDirectory, sleep: Callable[[float], None] = time.sleep) -> I
 def _start(run: RunDirectory) -> TrainingStarted | None:
     """The `started` event of a run; None before training starts, or if another version of ft wrote it."""
     try:
-        return TrainingStarted(run_directory=str(run.path), **read_json(run.provenance)["started"])
+        return TrainingStarted(run_directory=str(run.path), **json_object(run.provenance)["started"])
     except (KeyError, TypeError):
         return None
 
@@ -50,7 +51,7 @@ def _start(run: RunDirectory) -> TrainingStarted | None:
 def _lines_from(run: RunDirectory, position: int) -> tuple[list[str], int]:
     """Complete lines after a byte offset, and the offset after them; from offset 0 if the file was truncated."""
     try:
-        with run.metrics.open("rb") as file:
+        with open_to_read(run.metrics) as file:
             if file.seek(0, 2) < position:
                 position = 0  # a resume cut the file back to its checkpoint
             file.seek(position)

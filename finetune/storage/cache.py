@@ -14,6 +14,7 @@ from types import ModuleType
 from finetune.errors import EnvironmentFault
 from finetune.storage.files import disk_faults, written_aside
 from finetune.storage.home import expand_home
+from finetune.storage.opening import open_to_write, read_bytes
 
 KEPT_DAYS = 30
 """Days without use after which an entry is removed."""
@@ -57,7 +58,7 @@ def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     hint = f"check free space and permissions, or {SET_CACHE}"
     with disk_faults(lock, hint):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.open("w")
+        held = open_to_write(lock)
     with held:
         fcntl.flock(held, fcntl.LOCK_EX)
         try:
@@ -78,7 +79,7 @@ def sources_digest(*packages: ModuleType) -> str:
     for package in packages:
         for folder in package.__path__:
             for file in sorted(Path(folder).rglob("*.py")):
-                digest.update(file.read_bytes())
+                digest.update(read_bytes(file))
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.errors import EnvironmentFault, RefusedError
+from finetune.storage.opening import read_json, write_new
 
 CHECK_DISK = "check free space and permissions"
 
@@ -22,10 +23,10 @@ UNFINISHED = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 """Names of temporary files and folders of `written_aside` and `write_text`."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -41,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with disk_faults(path):
-            aside.write_text(text, encoding="utf-8")
+            write_new(aside, text)
             sync(aside)
             aside.replace(path)
     finally:

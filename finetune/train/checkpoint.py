@@ -19,6 +19,7 @@ from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
 from finetune.models.fsdp import all_gathered, local_shard, read_like
 from finetune.models.safetensors_io import Planned, file_writer, tensors_in
+from finetune.storage.opening import read_json, write_new
 from finetune.train.state import TrainState
 
 TRAINED = "trained.safetensors"
@@ -62,7 +63,7 @@ def write_state(state: TrainState, folder: Path | None) -> None:
                     writer.put(name, tensor)
     counters = {name: getattr(state, name) for name in COUNTERS}
     written = {"counters": counters, "scaler": state.scaler.state_dict(), "optimizer": entries}
-    (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_new(folder / STATE, json.dumps(written, indent=2) + "\n")
 
 
 def read_state(state: TrainState, folder: Path) -> None:
@@ -74,7 +75,7 @@ def read_state(state: TrainState, folder: Path) -> None:
     for name in (TRAINED, OPTIMIZER, STATE):
         if not (folder / name).is_file():
             raise _lacking(name, folder)
-    written = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    written = read_json(folder / STATE)
     for part in ("counters", "scaler", "optimizer"):
         if part not in written:
             raise _lacking(part, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from finetune.errors import DataError
+from finetune.storage.opening import open_to_read
 
 LONGEST_LINE_BYTES = 16 << 20
 HIGHEST_RATIO = 200
@@ -85,7 +86,7 @@ def open_bytes(path: Path) -> BinaryIO:
         DataError: The file cannot be opened. Reading raises it if the file is damaged or exceeds the limit.
     """
     try:
-        stream = path.open("rb")
+        stream = open_to_read(path)
     except OSError as error:
         raise DataError(
             f"the file cannot be read: {error.strerror}", where=str(path), hint="check the source's path in the recipe"

@@ -19,7 +19,7 @@ from finetune.recipe.sections.model import Model
 from finetune.report.run_page import answered_by
 from finetune.run.evaluation_results import read_results
 from finetune.run.history import History
-from finetune.storage.files import read_json
+from finetune.storage.files import json_object
 
 CARD = "README.md"
 SECTIONS = ("quantization", "adapter", "optimizer", "training")
@@ -62,7 +62,7 @@ def write_card(
         "## Data",
         _data(trained),
         "## Training",
-        f"By ft {read_json(trained.run.provenance).get('ft', '')}, with\n\n```yaml\n{_recipe(trained)}```",
+        f"By ft {json_object(trained.run.provenance).get('ft', '')}, with\n\n```yaml\n{_recipe(trained)}```",
         "## Metrics",
         _metrics(trained),
     ]
@@ -97,7 +97,7 @@ def licence_of(folder: ModelFolder, section: Model) -> str | None:
 
 
 def _data(trained: FineTunedRun) -> str:
-    report = read_json(trained.run.data_report)
+    report = json_object(trained.run.data_report)
     lines = []
     for split, title in (("train", "Training"), ("validation", "Validation")):
         counted = report.get(split) or {}
@@ -105,7 +105,7 @@ def _data(trained: FineTunedRun) -> str:
             lines.append(f"{title}: {counted['used']} rows.")
     files = {
         f"`{each['file']}` (sha256 `{each['sha256'][:16]}`)"
-        for each in read_json(trained.run.provenance).get("data", [])
+        for each in json_object(trained.run.provenance).get("data", [])
         if "file" in each and "sha256" in each
     }
     return "\n".join([*lines, *sorted(files)]) or "Not recorded."

@@ -43,6 +43,7 @@ from finetune.run.events import EventHandler, ignore
 from finetune.run.provenance import file_digest
 from finetune.storage.cache import sources_digest
 from finetune.storage.files import write_json, written_aside
+from finetune.storage.opening import open_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -372,8 +373,9 @@ def _write(
     """Write `results.json`, and the answer to each row into `generations.jsonl`."""
     with written_aside(folder) as aside:  # old results stay until the new ones are complete
         write_json(aside / "results.json", result.to_json())
-        with (aside / "generations.jsonl").open("w", encoding="utf-8") as file:
+        with open_to_write(aside / "generations.jsonl") as file:
             for task, mine, other in zip_longest(tasks, ours, theirs or ()):
                 for record, reference in zip_longest(mine.records, other.records if other else ()):
                     against = {"against": {key: reference[key] for key in ("answer", "scores")}} if reference else {}
-                    file.write(json.dumps({"task": task.name, **record, **against}, ensure_ascii=False) + "\n")
+                    line = json.dumps({"task": task.name, **record, **against}, ensure_ascii=False)
+                    file.write(line.encode() + b"\n")

@@ -44,7 +44,7 @@ from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
-from finetune.storage.files import read_json
+from finetune.storage.files import json_object
 from finetune.train.checkpoint import TRAINED
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
 
 def _verification_report(folder: Path) -> dict[str, Any]:
     """The report of a merged or exported model; empty for any other model."""
-    reports = (read_json(folder / name) for name in VERIFICATION_REPORTS)
+    reports = (json_object(folder / name) for name in VERIFICATION_REPORTS)
     return next((report for report in reports if isinstance(recorded_chat_template(report), bool)), {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -26,6 +25,7 @@ from finetune.recipe.sections.training import Precision
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.storage.files import write_json
+from finetune.storage.opening import read_json
 
 
 class BaseRecord(Section):
@@ -126,7 +126,7 @@ class TrainingRecord(Section):
                 hint="resume it: ft train --resume RUN",
             )
         try:
-            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+            return cls.model_validate(read_json(file))
         except (ValueError, ValidationError) as error:
             raise RefusedError(
                 f"{TRAINED_RECORD} is damaged or not of this version", where=str(file), hint="train the run again"

@@ -13,6 +13,7 @@ from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe, recipe_
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import LowRank
 from finetune.recipe.yaml.edit import edited
+from finetune.storage.opening import write_new
 
 SMALLEST_RANK = 4
 
@@ -148,7 +149,7 @@ def write(fitted: Fitted, loaded: LoadedRecipe, file: Path) -> None:
     Raises:
         RecipeError: It cannot be read back.
     """
-    file.write_text(fitted.text(loaded), encoding="utf-8")
+    write_new(file, fitted.text(loaded))
     written = load_recipe(file).recipe
     if written.model_copy(update={"run": fitted.recipe.run}) != fitted.recipe:  # the name may follow the file's
-        file.write_text(dump_recipe(fitted.recipe), encoding="utf-8")
+        write_new(file, dump_recipe(fitted.recipe))

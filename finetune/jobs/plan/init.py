@@ -33,6 +33,7 @@ from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.section import absolute_to
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_file
+from finetune.storage.opening import write_new
 
 FEW_TEXTS = 20
 """Texts of fewer files are split into paragraphs, so that some of them can be validation rows."""
@@ -141,7 +142,7 @@ def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with one step of rows that all have `data.max_length` tokens."""
     rows = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
     file = folder / "rows.jsonl"
-    file.write_text(f"{json.dumps({'input_ids': [0] * recipe.data.max_length})}\n" * rows, encoding="utf-8")
+    write_new(file, f"{json.dumps({'input_ids': [0] * recipe.data.max_length})}\n" * rows)
     source = TokenizedSource(format="tokenized", path=str(file))
     validation = [source] if recipe.data.validation_fraction else []
     data = {"train": [source], "validation": validation, "validation_fraction": 0.0}

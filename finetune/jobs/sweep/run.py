@@ -88,7 +88,7 @@ class Sweep:
         if RunDirectory(trial.path).marker.is_file():
             return RunDirectory.open(trial.path)
         run = RunDirectory.create(trial.path)
-        run.recipe_as_written.write_text(self._loaded.text, encoding="utf-8")
+        write_text(run.recipe_as_written, self._loaded.text)
         return run
 
     def train(

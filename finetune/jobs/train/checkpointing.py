@@ -13,6 +13,7 @@ from finetune.recipe.sections.training import Training
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import CheckpointSaved, EventHandler
+from finetune.storage.opening import read_bytes, write_new
 from finetune.train.checkpoint import write_state
 from finetune.train.state import TrainState
 
@@ -103,7 +104,7 @@ class CheckpointManager:
 
         def write(folder: Path) -> None:
             write_state(state, folder)
-            (folder / self._run.recipe.name).write_bytes(self._run.recipe.read_bytes())
+            write_new(folder / self._run.recipe.name, read_bytes(self._run.recipe))
 
         facts = {**self._facts, "metrics_bytes": self._run.sync_metrics()}
         committed = self._checkpoints.commit(state.step, facts, write)

@@ -39,6 +39,7 @@ from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import DataRead, Event, EventHandler, Phase
 from finetune.run.signals import Interruption
+from finetune.storage.opening import read_text
 from finetune.train.checkpoint import read_state
 from finetune.train.grad_sync import wrap_for_ddp
 from finetune.train.loop import batch_order
@@ -322,7 +323,7 @@ def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
     record.refuse_others(folder, context.folder, context.method)
     record.refuse_other_quantization(context, model)
     template = folder / "chat_template.jinja"
-    if template.is_file() and template.read_text(encoding="utf-8") != context.tokenizer.chat_template:
+    if template.is_file() and read_text(template) != context.tokenizer.chat_template:
         logger.warning(
             "%s was trained with another chat template; this run uses that of model.name or model.chat_template",
             earlier,

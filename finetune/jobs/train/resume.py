@@ -17,7 +17,7 @@ from finetune.recipe.sections.section import OnResume
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.provenance import file_digest
-from finetune.storage.files import read_json
+from finetune.storage.files import json_object
 from finetune.train.schedules import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def warn_of_finished_run(run: RunDirectory, recipe: Recipe, found: Sequence[Chan
 
 def _changed_files(run: RunDirectory, recipe: Recipe) -> list[str]:
     """The data files that differ from those that the run was trained on, by content; names may differ."""
-    records = [record for record in read_json(run.provenance).get("data", []) if "sha256" in record]
+    records = [record for record in json_object(run.provenance).get("data", []) if "sha256" in record]
     if not records:
         return []
     known = {(record["bytes"], record["sha256"]) for record in records}

@@ -19,6 +19,7 @@ from contextlib import suppress
 from datetime import date, datetime
 from datetime import time as clock
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from finetune.errors import ModelError
+from finetune.storage.opening import open_to_read
 
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 SECONDS = 10
@@ -159,7 +161,7 @@ def _time_is_up(number: int, frame: FrameType | None) -> None:
 def _within(soft: int, hard: int) -> tuple[int, int]:
     """Soft and hard RLIMIT_DATA that allow `BYTES` beyond the current use, unless the limits are lower already."""
     try:
-        with open("/proc/self/statm", "rb") as file:
+        with open_to_read(Path("/proc/self/statm")) as file:
             used = int(file.read().split()[5]) * resource.getpagesize()  # data and stack, as RLIMIT_DATA counts
     except OSError:  # no /proc: only the time is limited
         return soft, hard

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.errors import ModelError, UsageError
 from finetune.models.chat_templates.families import families_for, family_template
 from finetune.recipe.sections.model import TEMPLATE_FAMILIES
+from finetune.storage.opening import read_text
 
 LARGEST_TEMPLATE = 1 << 20
 """Bytes of a template file; real ones have a few thousand."""
@@ -71,7 +72,7 @@ def read_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str
     if path.stat().st_size > LARGEST_TEMPLATE:
         raise ModelError(f"a chat template has at most {LARGEST_TEMPLATE} bytes", where=where, hint="name a Jinja file")
     try:
-        source = path.read_text(encoding="utf-8")
+        source = read_text(path)
         _environment().parse(source)
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"the file cannot be read: {error}", where=where, hint="write it as UTF-8") from error

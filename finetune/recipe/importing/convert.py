@@ -17,6 +17,7 @@ from finetune.recipe.schema import recipe_shape
 from finetune.recipe.sections.model import TEMPLATE_FAMILIES
 from finetune.recipe.yaml.document import Document, decode, read_yaml
 from finetune.recipe.yaml.writer import commented
+from finetune.storage.opening import read_bytes
 
 TOOLS: Mapping[str, Tool] = {
     "axolotl": axolotl.TOOL,
@@ -103,7 +104,7 @@ def imported(tool_name: str, file: Path, output: Path) -> Imported:
 
 def _read(file: Path) -> Document:
     try:
-        document = read_yaml(decode(file.read_bytes(), str(file)), str(file))
+        document = read_yaml(decode(read_bytes(file), str(file)), str(file))
     except OSError as error:
         raise UsageError(f"the file cannot be read: {error.strerror}", where=str(file), hint="check its path") from None
     if not isinstance(document.data, Mapping):

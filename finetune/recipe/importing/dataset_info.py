@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.recipe.importing import values
 from finetune.recipe.importing.translation import Context, NotCarried
+from finetune.storage.opening import read_json
 
 REGISTER = "dataset_info.json"
 
@@ -57,10 +57,10 @@ def registered(context: Context, name: str, folder: str, is_text: bool) -> dict[
 
 def _register(file: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise NotCarried(f"{file} cannot be read: {error}") from error
     return found if isinstance(found, Mapping) else {}
 

@@ -27,6 +27,7 @@ from finetune.recipe.secrets import redacted
 from finetune.recipe.sections.tracking import TrackerSection
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, EventHandler, Phase, StepMetrics, ValidationResult
+from finetune.storage.opening import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def _finish(processes: Sequence[TrackerProcess], seconds: float) -> None:
 
 def _setup(tracker: TrackerSection, recipe: Recipe, run: RunDirectory) -> TrackerSetup:
     # The marker holds the time of creation: a run that replaces another at the same path gets another id.
-    made = run.marker.read_bytes() if run.marker.is_file() else b""
+    made = read_bytes(run.marker) if run.marker.is_file() else b""
     return TrackerSetup(
         section=tracker.model_dump(mode="json"),
         folder=str(run.trackers / tracker.name),

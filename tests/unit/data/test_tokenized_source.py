@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data import tokenize as tokenize_module
+from finetune.data import tokenized_source
 from finetune.data.bad_rows import MALFORMED
 from finetune.data.dataset import read_data
 from finetune.data.encode import Encoder
@@ -244,3 +245,58 @@ def test_warnings_are_logged_on_cache_miss_and_hit(tmp_path: Path, caplog: pytes
         rows = read_data(section, tokenizer, seed=1)
     assert caplog.text.count("without a control token") == 1
     assert rows.train.sources[0].store.format == "chat"
+
+
+def written_again(file: Path) -> None:
+    file.write_text(file.read_text().replace("a", "e"))
+
+
+def written_and_restored(file: Path) -> None:
+    before = file.read_bytes()
+    written_again(file)
+    file.write_bytes(before)
+
+
+def grown(file: Path) -> None:
+    with file.open("a") as rows:
+        rows.write(json.dumps(chat_rows(1)[0]) + "\n")
+
+
+def replaced(file: Path) -> None:
+    aside = file.with_suffix(".new")
+    aside.write_text(file.read_text().replace("a", "e"))
+    aside.replace(file)
+
+
+@pytest.mark.parametrize("change", [written_again, written_and_restored, grown, replaced, Path.unlink])
+def test_file_that_changes_while_it_is_tokenized_is_refused_and_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]
+):
+    file = chats(tmp_path)
+    content, read_rows = file.read_bytes(), tokenized_source.read_rows
+
+    def changing(section: Any) -> Any:
+        for number, row in enumerate(read_rows(section)):
+            if number == 3:
+                change(file)
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenized_source, "read_rows", changing)
+        with pytest.raises(DataError, match="changed while it was read") as refusal:
+            tokenized(file)
+    assert refusal.value.where == str(file)
+    file.write_bytes(content)
+    store, made = tokenized(file)
+    assert made
+    assert [store.place(number) for number in range(len(store))] == [f"{file}:{line}" for line in range(1, 7)]
+
+
+def test_rows_of_a_file_that_changed_since_are_refused(tmp_path: Path):
+    file = chats(tmp_path)
+    section = Data.model_validate({"train": [{"path": str(file), "format": "chat"}]})
+    data = read_data(section, TOKENIZER, seed=1)
+    assert len(list(data.train.documents())) == 6
+    grown(file)
+    with pytest.raises(DataError, match="changed while it was read"):
+        next(data.train.documents())

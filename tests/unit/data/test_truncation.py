@@ -31,7 +31,7 @@ def encoded(*documents: Document, **settings: object) -> TokenizedDataset:
     with TemporaryDirectory() as folder:
         with TokenStoreWriter(Path(folder)) as writer:
             writer.add(truncation.encoded())
-        split = TokenizedDataset.whole([TokenizedSource(section.train[0], 0, [], TokenStore(Path(folder)))])
+        split = TokenizedDataset.whole([TokenizedSource(section.train[0], 0, [], [], TokenStore(Path(folder)))])
     check_dropped_rows(split, section)
     return split
 
