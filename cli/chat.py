@@ -68,7 +68,7 @@ def _answer_turn(talk: Chat, text: str) -> None:
     """
     interruption = Interruption()
     try:
-        with interruption.listening(exit_immediately), streamed_answer() as show_piece:
+        with interruption.listening(exit_immediately), interruption.deferred(), streamed_answer() as show_piece:
 
             def show_or_stop(piece: str) -> None:
                 show_piece(piece)

@@ -92,9 +92,9 @@ def evaluate(
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
     """Replace only results of an earlier call: writing removes everything else in the folder."""
-    from finetune.storage.files import check_not_taken
+    from finetune.storage.files import check_output
 
-    check_not_taken(output, overwrite, is_folder=True)
+    check_output(output, overwrite, is_folder=True)
     if output.exists() and not (output / "results.json").is_file():
         raise RefusedError(
             "the folder contains no results of ft eval", where=str(output), hint="choose another --output"

@@ -55,9 +55,9 @@ def generate(
     if bool(prompts) == bool(file):
         raise UsageError("expected either --prompt or --file", hint='add --prompt "...", or --file prompts.jsonl')
     if output:
-        from finetune.storage.files import check_not_taken
+        from finetune.storage.files import check_output
 
-        check_not_taken(output, overwrite)
+        check_output(output, overwrite)
     from finetune.jobs.load.model_ref import resolve_model_refs
 
     found = resolve_model_refs(names)

@@ -20,9 +20,9 @@ def import_recipe(
 ) -> None:
     """Translate another tool's configuration. Lists every key that was not carried over."""
     from finetune.recipe.importing.convert import imported
-    from finetune.storage.files import check_not_taken, write_file
+    from finetune.storage.files import check_output, write_file
 
-    check_not_taken(output, overwrite, "RECIPE")
+    check_output(output, overwrite, "RECIPE")
     made = imported(tool, file, output)
     write_file(output, made.text)
     show_import(made, output, as_json)

@@ -61,9 +61,9 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Inspect the data and write a starter recipe for it. Missing options are asked for on a terminal."""
-    from finetune.storage.files import check_not_taken
+    from finetune.storage.files import check_output
 
-    check_not_taken(output, overwrite, "RECIPE")
+    check_output(output, overwrite, "RECIPE")
     gpu = _gpu(memory or HERE)  # fail before the first question
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
     with event_handler(quiet, as_json) as on_event:

@@ -11,8 +11,17 @@ import typer
 from typer.core import TyperGroup
 
 from finetune import __version__
-from finetune.errors import FinetuneError, Interrupted, ProcessLost, Stopped, as_lost_process, as_out_of_memory
+from finetune.errors import (
+    FinetuneError,
+    Interrupted,
+    ProcessLost,
+    Stopped,
+    as_disk_fault,
+    as_lost_process,
+    as_out_of_memory,
+)
 from finetune.run import distributed
+from finetune.run.signals import ended_by_signals, interrupted_exit_code
 
 from .chat import chat
 from .diff import diff
@@ -46,18 +55,18 @@ class Commands(TyperGroup):
         """Run a command and turn its errors into exit codes."""
         use_json(False)  # a second call in this process must not keep the --json of the first
         try:
-            with _showing_warnings():
+            with ended_by_signals(), _showing_warnings():
                 return super().invoke(ctx)
         except FinetuneError as error:
             raise typer.Exit(_show_and_exit_code(error)) from None
         except KeyboardInterrupt as interrupt:
             if not distributed.has_launcher():
-                show_note("interrupted")
-            raise typer.Exit(_recorded_exit_code(interrupt, Interrupted.exit_code)) from None
+                show_note(" ".join(["interrupted", *map(str, interrupt.args)]))
+            raise typer.Exit(_recorded_exit_code(interrupt, interrupted_exit_code(interrupt))) from None
         except typer.Exit:
             raise
         except Exception as error:
-            known = as_out_of_memory(error) or as_lost_process(error)
+            known = as_out_of_memory(error) or as_lost_process(error) or as_disk_fault(error)
             if known is not None:
                 raise typer.Exit(_show_and_exit_code(known)) from None
             if not distributed.has_launcher():

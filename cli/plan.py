@@ -75,6 +75,6 @@ def _check_options(gpu: str | None, fit: str | None, output: Path | None, overwr
             "--output needs --fit: without it the recipe is unchanged", hint="add --fit 24GB, or omit --output"
         )
     if output:
-        from finetune.storage.files import check_not_taken
+        from finetune.storage.files import check_output
 
-        check_not_taken(output, overwrite)
+        check_output(output, overwrite)

@@ -24,10 +24,10 @@ def preview(
 ) -> None:
     """Show rows as the model sees them, target tokens in colour. And how they are batched. Loads no weights."""
     from finetune.recipe.load import load_recipe
-    from finetune.storage.files import check_not_taken
+    from finetune.storage.files import check_output
 
     if html:
-        check_not_taken(html, overwrite, "--html")
+        check_output(html, overwrite, "--html")
     loaded = load_recipe(recipe, overrides or ())
     with event_handler(quiet=False, as_json=as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.plan.preview import preview as preview_job

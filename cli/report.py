@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Write the page of a run, or a comparison of several. Curves, data, samples, verifications, provenance."""
     from finetune.run.directory import RunDirectory
-    from finetune.storage.files import check_not_taken, write_text
+    from finetune.storage.files import check_output, write_text
 
     directories = [RunDirectory.open(run) for run in runs]
     if output is None and len(runs) > 1:
@@ -34,7 +34,7 @@ def report(
             "a comparison of several runs needs an output file", where="--output", hint="add --output comparison.html"
         )
     if output:
-        check_not_taken(output, overwrite)
+        check_output(output, overwrite)
     from finetune.report.run_metadata import RunMetadata
 
     facts = [RunMetadata.of(run) for run in directories]

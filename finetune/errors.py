@@ -5,6 +5,7 @@ Any other exception is a bug in ft: it keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,6 +167,30 @@ class EnvironmentFault(FinetuneError):
     """A fault of the machine: disk, permissions, network, a missing device."""
 
     exit_code = 7
+
+
+_DISK_FAULTS = frozenset(
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+        *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO),
+    )
+)
+
+
+def as_disk_fault(error: BaseException) -> EnvironmentFault | None:
+    """Convert an error of the operating system on a file that no caller has converted; None for other errors.
+
+    A missing file is a bug: whoever opens a file of the user checks that it is there.
+    """
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno not in _DISK_FAULTS:
+        return None
+    return EnvironmentFault(
+        f"cannot be read or written: {error.strerror}",
+        where=str(error.filename),
+        hint="check permissions and free space",
+    )
 
 
 class ProcessLost(EnvironmentFault):

@@ -20,6 +20,7 @@ from finetune.errors import (
     RefusedError,
     Stopped,
     UsageError,
+    as_disk_fault,
     as_lost_process,
     as_out_of_memory,
 )
@@ -28,7 +29,7 @@ from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
 from finetune.run.lock import exclusive_lock, is_locked
 from finetune.run.provenance import now
-from finetune.run.signals import StopRequested
+from finetune.run.signals import StopRequested, interrupted_exit_code
 from finetune.storage.files import UNFINISHED, disk_faults, json_object, write_json, write_text
 from finetune.storage.opening import open_to_read, open_to_write, write_new
 
@@ -39,9 +40,6 @@ FORMAT = 1
 
 TRAINED_RECORD = "ft_adapter.json"
 """File beside trained weights: method, recipe and fingerprint of the base that they belong to."""
-
-INTERRUPTED = 130
-"""Exit code of a run that Ctrl-C ended."""
 
 
 @dataclass
@@ -289,11 +287,11 @@ class RunDirectory:
                 if is_new or not isinstance(error, RefusedError):
                     self._end(attempt, error.exit_code, error.what, is_new)
                 raise
-            except KeyboardInterrupt:
-                self._end(attempt, INTERRUPTED, "interrupted", is_new)
+            except KeyboardInterrupt as interrupt:
+                self._end(attempt, interrupted_exit_code(interrupt), "interrupted", is_new)
                 raise
             except Exception as error:
-                known = as_out_of_memory(error) or as_lost_process(error)
+                known = as_out_of_memory(error) or as_lost_process(error) or as_disk_fault(error)
                 if known is None:  # a bug: keep the directory, its log may explain it
                     self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
                     raise

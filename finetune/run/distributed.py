@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.errors import FinetuneError, Interrupted, ProcessFailed, ProcessLost, Stopped
+from finetune.run.signals import interrupted_exit_code
 from finetune.storage.opening import read_json, read_text, write_new
 
 LAUNCHER = "FT_LAUNCHER"
@@ -151,7 +152,7 @@ class RankExit:
         """The record of an error that leaves the command."""
         rank, now = Rank.here().number, time.time()
         if isinstance(error, KeyboardInterrupt):
-            return cls(rank, Interrupted.exit_code, "interrupted", is_stop=True, timestamp=now)
+            return cls(rank, interrupted_exit_code(error), "interrupted", is_stop=True, timestamp=now)
         if not isinstance(error, FinetuneError):
             text = "".join(traceback.format_exception(error))
             return cls(rank, 1, f"{type(error).__name__}: {error}", traceback=text, timestamp=now)

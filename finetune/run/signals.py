@@ -1,4 +1,4 @@
-"""Signal handling: a handler sets a flag, and the training loop stops at its next safe point."""
+"""Signal handling: a signal ends a command as Ctrl-C does, with its clean-up; the training loop stops after a step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,47 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals by which users and schedulers end a run, or announce the end of its time limit."""
 
 
-class StopRequested(Exception):
-    """A signal requested that the run stops; not an error of the run."""
+class StopRequested(KeyboardInterrupt):
+    """A signal requested that the command ends; not an error of it.
+
+    Like Ctrl-C it is no Exception, which libraries catch.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"by {signal.Signals(number).name}")
         self.number = number
 
 
+def interrupted_exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Exit code of a command that a signal ended: 128 + the signal's number, as shells do."""
+    return 128 + (interrupt.number if isinstance(interrupt, StopRequested) else signal.SIGINT)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise StopRequested for the signals that would end the process without clean-up, SIGTERM and SIGHUP.
+
+    A signal that is ignored, as SIGHUP is under `nohup`, stays ignored. Call this from the main thread.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not end the clean-up
+        raise StopRequested(number)
+
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class Interruption:
-    """Flag of a requested stop.
+    """A requested stop: an exception in the main thread, or a flag where a block defers it to its safe points.
 
     Attributes:
         number: The first signal received, or None.
@@ -30,6 +61,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._is_deferred = False
 
     @property
     def is_asked(self) -> bool:
@@ -41,13 +73,24 @@ class Interruption:
         if self.number is not None:
             raise StopRequested(self.number)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block a signal only sets the flag, which the block polls."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
     def stop(self) -> None:
         """Raise StopRequested because some rank received a signal; SIGTERM is assumed if it was not this one."""
         raise StopRequested(self.number or signal.SIGTERM)
 
     @contextmanager
     def listening(self, leave: Callable[[], None]) -> Iterator[None]:
-        """Handle signals during the block; call this from the main thread.
+        """Handle signals during the block: the first one raises StopRequested, unless `deferred`.
+
+        Call this from the main thread.
 
         Args:
             leave: Called from a watcher thread on the second SIGINT. Python runs its own handlers only between
@@ -69,8 +112,11 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.number is None:
-            self.number = number
+        if self.number is not None:
+            return
+        self.number = number
+        if not self._is_deferred:
+            raise StopRequested(number)
 
 
 def _leave_on_second_interrupt(reading: int, leave: Callable[[], None]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from finetune.errors import EnvironmentFault, RefusedError
 from finetune.storage.opening import read_json, write_new
 
 CHECK_DISK = "check free space and permissions"
+PROBE_BYTES = 1 << 16
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 UNFINISHED = re.compile(r"\..+(-[0-9a-f]{8}(-old)?|\.\d+)")
 """Names of temporary files and folders of `written_aside` and `write_text`."""
@@ -46,7 +50,8 @@ def write_text(path: Path, text: str) -> None:
             sync(aside)
             aside.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even the removal of a missing file fails
+            aside.unlink(missing_ok=True)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -56,8 +61,8 @@ def write_file(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is_folder: bool = False) -> None:
-    """Refuse to replace a file or folder, unless the user asked for it.
+def check_output(path: Path, overwrite: bool, option: str = "--output", *, is_folder: bool = False) -> None:
+    """Check before any work that an output can be written, and that it replaces nothing that it must not replace.
 
     Args:
         path: Output of a command.
@@ -67,6 +72,7 @@ def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is
 
     Raises:
         RefusedError: The path is taken.
+        EnvironmentFault: The disk is full or read-only, or the folder cannot be written.
     """
     if path.exists() and path.is_dir() is not is_folder:
         kind = "folder" if path.is_dir() else "file"
@@ -76,13 +82,23 @@ def check_not_taken(path: Path, overwrite: bool, option: str = "--output", *, is
         raise RefusedError(
             f"the {kind} exists already", where=str(path), hint=f"choose another {option}, or add --overwrite"
         )
+    _check_writable(path, f"{CHECK_DISK}, or choose another {option}")
+
+
+def _check_writable(path: Path, hint: str) -> None:
+    """Write a small file into the folder of an output, or into the nearest one above it that exists."""
+    folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+    with disk_faults(path, hint), tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(PROBE_BYTES))
+        probe.flush()
 
 
 @contextmanager
 def written_aside(target: Path, hint: str = CHECK_DISK) -> Iterator[Path]:
     """A temporary folder that is renamed to `target` if the block succeeds, and removed if it raises.
 
-    Folder and files get the permissions of the umask, whatever permissions a library chose.
+    What a killed process has left for the same target is removed first. Folder and files get the permissions of the
+    umask, whatever permissions a library chose.
 
     Args:
         target: The folder; an existing one is replaced.
@@ -94,12 +110,61 @@ def written_aside(target: Path, hint: str = CHECK_DISK) -> Iterator[Path]:
     aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         with disk_faults(target, hint):
-            aside.mkdir(parents=True)
-            yield aside
-            open_to_readers(aside)
-            _put_in_place(aside, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(target)
+            with _created_and_locked(aside):
+                yield aside
+                open_to_readers(aside)
+                _put_in_place(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _created_and_locked(folder: Path) -> Iterator[None]:
+    """Create a folder and hold a lock on it, which the operating system releases when the process ends, even killed."""
+    descriptor = None
+    while descriptor is None:
+        folder.mkdir(exist_ok=True)
+        descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; None if another process has removed it meanwhile, which took it for an abandoned one."""
+    descriptor = None
+    with suppress(FileNotFoundError):
+        descriptor = os.open(folder, _FOLDER)
+        with suppress(OSError):  # a network file system without locks: then nobody removes the folder either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    if descriptor is not None:
+        os.close(descriptor)
+    return None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the temporary folders of `target` that no process holds any more."""
+    name = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{8}}(-old)?")
+    for folder in sorted(target.parent.iterdir()):
+        if not name.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        descriptor = os.open(folder, _FOLDER)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its writer holds it, or a network file system has no locks
+            continue
+        else:
+            if folder.name.endswith("-old") and not target.exists():
+                folder.rename(target)  # the process was killed between the two renames of `_put_in_place`
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_not_taken, write_json, written_aside
+from finetune.storage.files import check_output, write_json, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def export_gguf(
             model. Nothing is written then.
     """
     target = (output or run.exported).absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     if kind == "q4_1":
         check_fits_quantized(trained.context.method, f"--dtype {kind}", "choose f16 or q8_0")
@@ -182,7 +182,7 @@ def export_gguf_adapter(
         RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     method, section = trained.context.method, trained.context.recipe.adapter
     further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]

@@ -36,7 +36,7 @@ from finetune.models.writing.rewrite import write_merged, write_merged_quantized
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_not_taken, write_json, written_aside
+from finetune.storage.files import check_output, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def merge(
             the trained one. Nothing is written then.
     """
     target = (output or run.merged).absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     context = trained.context
     context.method.check_merge()

@@ -25,7 +25,7 @@ from finetune.models.writing.rewrite import write_merged
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_not_taken, write_json, written_aside
+from finetune.storage.files import check_output, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def combine(
         RefusedError: The runs have different bases, a merge does not agree with its run, or the folder exists.
     """
     target = output.absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     opened = [FineTunedRun.open(run, on_event) for run in runs]
     _refuse_other_bases(opened)
     with written_aside(target) as folder:

@@ -12,7 +12,7 @@ from finetune.models.writing.ends import write_ends
 from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
-from finetune.storage.files import check_not_taken, written_aside
+from finetune.storage.files import check_output, written_aside
 
 
 def export_adapter(
@@ -28,7 +28,7 @@ def export_adapter(
         RefusedError: The base is not that of the training, or the folder exists.
     """
     target = (output or run.exported).absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     rank = vllm_lora_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
     base = public_name(trained.context.section)

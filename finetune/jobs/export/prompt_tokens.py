@@ -27,7 +27,7 @@ from finetune.models.writing.ends import write_ends
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_not_taken, write_json, written_aside
+from finetune.storage.files import check_output, write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def export(
             the trained one. Nothing is written then.
     """
     target = (output or run.exported).absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     trained.context.method.check_prompt_export()
     known = len(trained.context.tokenizer)

@@ -27,7 +27,7 @@ from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_not_taken, write_json, written_aside
+from finetune.storage.files import check_output, write_json, written_aside
 
 RECORD = "quantize.json"
 
@@ -104,7 +104,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
         UnsupportedError: The kind has no format on disk, or does not support the model.
     """
     target = output.absolute()
-    check_not_taken(target, overwrite, is_folder=True)
+    check_output(target, overwrite, is_folder=True)
     context = TrainingContext.of(recipe, on_event)
     check_storable(context.quantizers.in_use)
     if stored_quantization(context.folder):

@@ -146,7 +146,7 @@ def launch_ranks(
         environment = {LAUNCHER: str(os.getpid()), LAUNCH: folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         os.environ |= environment
         try:
-            with interruption.listening(leave_all):
+            with interruption.listening(leave_all), interruption.deferred():
                 launch.watch(interruption)
         finally:
             for name in environment:

@@ -37,7 +37,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.steps import warn_about_steps
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
-from finetune.run.events import DataRead, Event, EventHandler, Phase
+from finetune.run.events import DataRead, EventHandler, Phase
 from finetune.run.signals import Interruption
 from finetune.storage.opening import read_text
 from finetune.train.checkpoint import read_state
@@ -96,16 +96,14 @@ class PreparedRun:
         Args:
             recipe: A valid recipe.
             on_event: Called with every phase.
-            interruption: Polled after each phase.
+            interruption: Polled by the training loop.
             checkpoint: The one to resume from.
             is_extended: Whether the recipe makes the run longer than it was in the checkpoint.
             kept: Tokenizer and date that the run keeps.
 
         Raises:
             FinetuneError: An error that the user can fix.
-            StopRequested: The run was asked to stop.
         """
-        on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event, kept=_same_date(kept))
         _check_start(context, is_resumed=checkpoint is not None)
         rows = context.read_data(on_event)
@@ -144,16 +142,6 @@ class PreparedRun:
     def is_main(self) -> bool:
         """Whether this process is the main one of the run, which writes its files."""
         return bool(self.context.accelerator.is_main_process)
-
-
-def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandler:
-    """A handler that also polls the interruption, so that a run can stop between two phases."""
-
-    def report_or_stop(event: Event) -> None:
-        on_event(event)
-        interruption.poll()
-
-    return report_or_stop
 
 
 def _check_start(context: TrainingContext, is_resumed: bool) -> None:

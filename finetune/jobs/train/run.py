@@ -53,19 +53,21 @@ def train(
         recipe: A valid recipe.
         run: A directory made for this run; removed again if a new run fails before its first step.
         on_event: Called with every phase, step and validation.
-        interruption: Asks to save and stop; polled between steps and phases.
+        interruption: Asks to save and stop; polled between steps.
         kept: Tokenizer and date of an earlier run, which this one repeats; nothing for any other new run.
 
     Raises:
         FinetuneError: An error that the user can fix.
     """
     interruption = interruption or Interruption()
-    with recording_errors(run), run.attempt() as attempt, ExitStack() as stack:
+    # Signals are deferred from the first file of the run to its exit.json: hence a stack outside of the attempt.
+    with ExitStack() as whole_run, recording_errors(run), run.attempt() as attempt, ExitStack() as stack:
         # All of this lies within the attempt: a refusal removes a directory that was made for this run.
         refuse_missing_packages(recipe.trackers)
         checkpoint, is_extended = _find_start(run, recipe, attempt)
         kept = kept_with_checkpoint(checkpoint) if checkpoint else kept
         prepared = PreparedRun.of(recipe, on_event, interruption, checkpoint, is_extended, kept)
+        whole_run.enter_context(interruption.deferred())
         on_event = _start(run, prepared, checkpoint, on_event, stack)
         loop = TrainingLoop.of(run, attempt, prepared, on_event)
         try:

@@ -20,7 +20,7 @@ from finetune.errors import (
     Stopped,
     UsageError,
 )
-from finetune.run.directory import INTERRUPTED, RunDirectory
+from finetune.run.directory import RunDirectory
 from finetune.run.events import StepMetrics, ValidationResult
 from finetune.run.lock import exclusive_lock
 from finetune.run.signals import StopRequested
@@ -145,7 +145,7 @@ def test_attempt_failing_before_first_step_removes_run(tmp_path: Path, error: Ba
     ("error", "code", "message"),
     [
         (DivergedError("the loss is not finite", where="step 8"), 5, "the loss is not finite"),
-        (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (None, 0, "done"),
     ],
 )

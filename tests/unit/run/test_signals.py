@@ -1,4 +1,4 @@
-"""Signals set a flag; only a second Ctrl-C acts by itself."""
+"""A signal raises at once, or sets a flag where it is deferred; a second Ctrl-C ends the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.signals import SIGNALS, Interruption, StopRequested
+from finetune.run.signals import (
+    SIGNALS,
+    Interruption,
+    StopRequested,
+    ended_by_signals,
+    interrupted_exit_code,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,10 +26,23 @@ def never() -> None:
     raise AssertionError("no second SIGINT was sent")
 
 
+def signal_own_process(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(5)  # not reached
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_sets_flag_until_poll(number: int):
+def test_signal_raises_at_once_unless_deferred(number: int):
     interruption = Interruption()
-    with interruption.listening(never):
+    with interruption.listening(never), pytest.raises(StopRequested) as caught:
+        signal_own_process(number)
+    assert caught.value.number == interruption.number == number
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_deferred_signal_sets_flag_until_poll(number: int):
+    interruption = Interruption()
+    with interruption.listening(never), interruption.deferred():
         interruption.poll()
         os.kill(os.getpid(), number)
         assert interruption.is_asked
@@ -34,7 +53,7 @@ def test_signal_sets_flag_until_poll(number: int):
 
 def test_first_signal_is_recorded():
     interruption = Interruption()
-    with interruption.listening(never):
+    with interruption.listening(never), interruption.deferred():
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
     assert interruption.number == signal.SIGTERM
@@ -48,11 +67,43 @@ def test_listening_restores_handlers():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_ends_a_command_runs_its_clean_up_and_no_second_one_interrupts_that(number: int):
+    cleaned_up = []
+
+    def command() -> None:
+        try:
+            signal_own_process(number)
+        finally:
+            os.kill(os.getpid(), number)
+            cleaned_up.append(True)
+
+    with pytest.raises(StopRequested) as caught, ended_by_signals():
+        command()
+    assert cleaned_up
+    assert interrupted_exit_code(caught.value) == 128 + number
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_exit_code_of_an_interrupt_by_the_keyboard_is_130():
+    assert interrupted_exit_code(KeyboardInterrupt()) == 130
+
+
 BUSY = """
 import hashlib, os
 from finetune.run.signals import Interruption
 
-with Interruption().listening(lambda: os._exit(130)):
+interruption = Interruption()
+with interruption.listening(lambda: os._exit(130)), interruption.deferred():
     print("ready", flush=True)
     # Hours in C without the GIL, as in a kernel of PyTorch: Python's own handlers cannot run.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,3 +161,63 @@ def test_written_aside_gives_tensors_default_permissions(tmp_path: Path):
     modes = {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
     (tmp_path / "plain").touch()
     assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from finetune.storage.files import written_aside
+
+with written_aside(Path(sys.argv[1])) as aside:
+    (aside / "weights").write_bytes(bytes(1000))
+    print(aside.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A process that writes `target` until its standard input is closed, and the name of its temporary folder."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", WRITER, str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        yield process, process.stdout.readline().decode().strip()
+
+
+def test_folder_of_a_killed_writer_is_removed_by_the_next_one_and_that_of_a_living_one_stays(tmp_path: Path):
+    target = tmp_path / "merged"
+    with writing(target) as (killed, abandoned):
+        killed.kill()
+    with writing(target) as (living, held):
+        assert {path.name for path in tmp_path.iterdir()} == {held}  # the second writer has removed what was left
+        with written_aside(target) as aside:
+            (aside / "weights").write_bytes(b"ours")
+        assert {path.name for path in tmp_path.iterdir()} == {held, "merged"}
+        living.stdin.close()
+        assert living.wait(60) == 0
+    assert abandoned != held
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert (target / "weights").read_bytes() == bytes(1000)
+
+
+def test_folder_that_a_killed_process_had_renamed_is_restored_if_nothing_replaced_it(tmp_path: Path):
+    retired = tmp_path / ".merged-0123abcd-old"
+    retired.mkdir()
+    (retired / "weights").write_bytes(b"the only copy")
+    with pytest.raises(ZeroDivisionError), written_aside(tmp_path / "merged"):
+        raise ZeroDivisionError
+    assert (tmp_path / "merged" / "weights").read_bytes() == b"the only copy"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_folders_of_other_targets_and_links_stay(tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in (".merged2-0123abcd", ".xmerged-0123abcd", ".merged-0123abc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".merged-0123abcd").symlink_to(elsewhere)
+    before = {path.name for path in tmp_path.iterdir()}
+    with written_aside(tmp_path / "merged"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == before | {"merged"}
+    assert elsewhere.is_dir()

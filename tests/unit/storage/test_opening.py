@@ -66,7 +66,7 @@ def test_writing_to_anything_but_a_plain_file_is_refused_and_changes_nothing(mod
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
     for path in (pipe, tmp_path, *(tmp_path / name for name in links)):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"symbolic link|regular|Is a directory|exists|No such device|No such file"):
             open_to_write(path, mode)
     assert precious.read_bytes() == b"precious"
     assert not (tmp_path / "absent").exists()
@@ -74,9 +74,8 @@ def test_writing_to_anything_but_a_plain_file_is_refused_and_changes_nothing(mod
 
 def test_symbolic_link_is_named_as_the_reason(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "absent")
-    with pytest.raises(OSError) as refusal:
+    with pytest.raises(OSError, match="it is a symbolic link"):
         open_to_write(tmp_path / "link", "ab")
-    assert refusal.value.strerror == "it is a symbolic link"
 
 
 def test_modes_of_writing_do_what_those_of_the_builtin_do(tmp_path: Path):
@@ -127,7 +126,7 @@ def test_file_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", "\udc80", b"\xff", "9" * 5000])
 def test_parse_json_of_anything_but_json_raises_value_error(text: str | bytes):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"nested|Expecting|decode|surrogates|digits|delimiter"):
         parse_json(text)
 
 
