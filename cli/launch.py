@@ -53,6 +53,7 @@ def _run_to_resume(path: Path, overrides: list[str] | None) -> tuple[RunDirector
     from finetune.run.directory import RunDirectory
 
     run = RunDirectory.open(path)
+    run.refuse_links()  # before the log is opened
     return run, _unless_finished(run, recipe_to_resume(path, overrides))
 
 

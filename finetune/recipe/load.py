@@ -161,8 +161,19 @@ def load_tasks(path: Path) -> list[TaskSection]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; loading it gives an equal recipe."""
-    return block(recipe.model_dump(mode="json"))
+    """The recipe as YAML with every default written out; loading it gives an equal recipe.
+
+    Raises:
+        RecipeError: A value cannot be written so that it is read back as it is.
+    """
+    data = recipe.model_dump(mode="json")
+    text = block(data)
+    found = read_yaml(text, RESOLVED_RECIPE).data
+    for key, value in data.items():
+        if found[key] != value:
+            what = "the section has a text that YAML does not read back as it is written"
+            raise RecipeError([Problem(RESOLVED_RECIPE, key, what, "remove unusual characters from its texts")])
+    return text
 
 
 def _read(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from finetune.errors import Problem, RecipeError
 from finetune.recipe.renamed_keys import Renaming, rename_keys
 from finetune.recipe.schema import shape_at
-from finetune.recipe.yaml.document import KeyPath, dotted, read_yaml
+from finetune.recipe.yaml.document import MAX_DEPTH, KeyPath, dotted, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 
 _INDEX = re.compile("[0-9]{1,5}")
@@ -61,6 +61,8 @@ def apply_overrides(sources: SourceMap, arguments: Sequence[str]) -> Renaming:
 def _check_form(key: str, equals: str) -> None:
     if not equals:
         raise _OverrideError("expected key=value", "for instance: --set optimizer.learning_rate=1e-4")
+    if key.count(".") >= MAX_DEPTH:
+        raise _OverrideError(f"the key has more than {MAX_DEPTH} parts", "ft explain lists the keys of a section")
     if not all(key.split(".")):
         raise _OverrideError("expected a dotted key before the `=`", "for instance: adapter.r=8")
 

@@ -275,7 +275,7 @@ class RunDirectory:
             Stopped: A signal ended the run after a checkpoint, from which it can resume.
             Interrupted: A signal ended the run before its first checkpoint.
         """
-        self._refuse_links()
+        self.refuse_links()
         with exclusive_lock(self.lock) if self.is_writer else nullcontext():
             attempt = Attempt()
             is_new = not self.recipe.is_file()  # `begin` writes it
@@ -357,8 +357,12 @@ class RunDirectory:
                 raise
             logger.warning("%s %s", self.outcome.name, fault.what)
 
-    def _refuse_links(self) -> None:
-        """Refuse a run directory from which training would write to other folders of the user."""
+    def refuse_links(self) -> None:
+        """Refuse a run directory from which training would write to other folders of the user.
+
+        Raises:
+            RefusedError: A file or folder in it is a symbolic link.
+        """
         for entry in sorted(self.path.iterdir()):
             if entry.is_symlink():
                 raise RefusedError(

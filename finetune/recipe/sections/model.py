@@ -76,6 +76,8 @@ class Model(Section):
         """Make the path of a template file absolute; names of families stay."""
         if template is None or template in TEMPLATE_FAMILIES or not info.context:
             return template
+        if not template.strip():
+            raise ValueError("expected a template file or a family of models, found nothing")
         path = absolute_to(template, info.context["folder"])
         if not _is_path(template) and not os.path.isfile(path):
             raise ValueError(

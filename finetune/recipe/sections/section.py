@@ -59,6 +59,8 @@ def absolute_to(path: str, folder: Path) -> str:
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:
+    if not path.strip():  # as an unset variable of a shell gives; it would stand for the recipe's whole folder
+        raise ValueError("expected a path, found nothing")
     return absolute_to(path, info.context["folder"]) if info.context else path
 
 

@@ -19,8 +19,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, value: str) -> yaml.ScalarNode:
-        """Text, quoted if it would be read as another type or has several lines."""
-        style = None if is_plain_text(value) and "\n" not in value else '"'
+        """Text, in double quotes if it would be read as another type, or if a reader could fold a line break in it."""
+        # `splitlines` knows every character that YAML 1.1 or 1.2 counts as a line break, among them U+0085.
+        style = None if is_plain_text(value) and value.splitlines() == [value] else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -4,18 +4,25 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune.errors import Problem, RecipeError, UnsupportedError
+from finetune.recipe import load as load_module
 from finetune.recipe.load import dump_recipe, json_schema, load_recipe
+from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import Shape, every_key, shape_at
-from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
+from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted, read_yaml
+from finetune.recipe.yaml.writer import block
 
-from .conftest import Load, Problems
+from .conftest import GOOD, Load, Problems
 
 
 def test_loaded_recipe_has_text_path_and_overrides(good: str, load: Load, tmp_path: Path) -> None:
@@ -72,9 +79,73 @@ def test_unreadable_file_raises_recipe_error(tmp_path: Path) -> None:
         load_recipe(loop)
 
 
-def test_endless_file_is_refused() -> None:
-    with pytest.raises(RecipeError, match="larger than 1 MiB"):
+def test_endless_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="not a regular file"):
         load_recipe(Path("/dev/zero"))
+    sparse = tmp_path / "sparse.yaml"
+    sparse.touch()
+    os.truncate(sparse, 1 << 40)
+    with pytest.raises(RecipeError, match="larger than 1 MiB"):
+        load_recipe(sparse)
+
+
+def test_pipe_of_a_command_line_is_read_and_any_other_is_refused(good: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, good.encode())
+    os.close(writing)
+    try:
+        assert load_recipe(Path(f"/dev/fd/{reading}")).recipe.run.name == "tickets-qlora"
+    finally:
+        os.close(reading)
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(RecipeError, match="not a regular file"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+# --- round trip
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_resolved_recipe_is_read_back_with_every_text(text: str) -> None:
+    data = yaml.safe_load(GOOD)
+    data["data"]["train"][1]["system"] = data["data"]["train"][1]["output"] = text
+    data["data"]["template_arguments"] = {"words": text}
+    recipe = Recipe.model_validate(data)
+    assert Recipe.model_validate(read_yaml(dump_recipe(recipe), "recipe").data) == recipe
+
+
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\r", "\r\n", "\x0b", "\x1c", "\ufeff", "\u200b"])
+def test_resolved_recipe_keeps_line_separators_of_all_kinds(character: str) -> None:
+    data = yaml.safe_load(GOOD)
+    for text in (character, f"a{character}b", f"a {character} b{character}"):
+        data["data"]["train"][1]["system"] = text
+        recipe = Recipe.model_validate(data)
+        assert read_yaml(dump_recipe(recipe), "recipe").data["data"]["train"][1]["system"] == text
+
+
+def test_dump_recipe_refuses_what_it_cannot_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.model_validate(yaml.safe_load(GOOD))
+    monkeypatch.setattr(load_module, "block", lambda data: block({**data, "run": {"name": "another"}}))
+    with pytest.raises(RecipeError, match="does not read back") as refusal:
+        dump_recipe(recipe)
+    assert [problem.key for problem in refusal.value.problems] == ["run"]
+
+
+@pytest.mark.parametrize("path", ["", " ", "\t"])
+@pytest.mark.parametrize(
+    "key", ["data.train.0.path", "data.validation.0.path", "adapter.continue_from", "model.chat_template"]
+)
+def test_empty_path_is_refused(good: str, load: Load, key: str, path: str) -> None:
+    with pytest.raises(RecipeError, match="found nothing") as refusal:
+        load(good, f"{key}={json.dumps(path)}")
+    assert [problem.key for problem in refusal.value.problems] == [key]
+
+
+def test_override_deeper_than_any_recipe_is_refused_at_once(good: str, load: Load) -> None:
+    began = time.process_time()
+    with pytest.raises(RecipeError, match="more than 32 parts"):
+        load(good, f"adapter.{'x.' * 5000}r=1")
+    assert time.process_time() - began < 2
 
 
 # --- problems
