@@ -131,7 +131,7 @@ def write_new(path: Path, content: str | bytes) -> None:
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes whenever a file is written, replaced, or given another time of change.
+    """Facts of a file that differ after it is written, replaced, or given another time of change.
 
     The time of the last change of the inode (`ctime`) cannot be set by programs, unlike that of the content (`mtime`).
     """

@@ -82,3 +82,40 @@ def test_merge_of_runs_over_different_bases_is_refused(tiny_recipe: dict[str, An
     with pytest.raises(RefusedError, match="another base"):
         combine([plain, quantized], WeightMerge("linear", (1.0, 1.0)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_weight_of_a_single_run_scales_its_update(tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = run_of({**tiny_recipe, "quantization": {"kind": "none"}}, tmp_path, "run")
+    call = ["merge", str(run.path), "--weights", "0.5", "--output", str(tmp_path / "half")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    base, whole, half = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (tiny_recipe["model"]["name"], merge(run).folder, tmp_path / "half")
+    )
+    changed = [name for name in base if not torch.equal(base[name], whole[name])]
+    assert changed
+    for name in base:
+        torch.testing.assert_close(half[name], base[name] + 0.5 * (whole[name] - base[name]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (["--density", "0.1"], "--density"),
+        (["--rank", "4"], "--rank"),
+        (["--seed", "0"], "--seed"),
+        (["--combine", "ties", "--rank", "4"], "--rank"),
+        (["--combine", "ties", "--seed", "1"], "--seed"),
+        (["--combine", "svd", "--density", "0.5"], "--density"),
+        (["--combine", "dare", "--rank", "16"], "--rank"),
+        (["--combine", "ties", "--weights", "2"], "--weights"),
+        (["--combine", "linear"], "--output"),
+        (["--weights", "2", "--output", "out", "--dtype", "quantized"], "--dtype"),
+    ],
+)
+def test_merge_option_that_nothing_would_read_is_exit_code_2(tmp_path: Path, options: list[str], where: str):
+    RunDirectory.create(tmp_path / "run")
+    result = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), *options])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: {where}: ")

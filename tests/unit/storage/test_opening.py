@@ -152,7 +152,7 @@ def appended(file: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [same_content, other_content_same_times, replaced, appended, Path.unlink])
-def test_hashed_file_that_changes_is_told_from_an_unchanged_one(change: Callable[[Path], object], tmp_path: Path):
+def test_hashed_file_that_changes_differs_from_an_unchanged_one(change: Callable[[Path], object], tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"some rows")
     os.utime(file, (0, 0))
