@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from finetune.errors import Interrupted
 
 from .event_log import event_handler
 from .options import AsJson, Overrides, Quiet, RecipePath
-from .output import exit_immediately, show_note, show_result
+from .output import exit_immediately, show_json, show_note, show_result
 
 
 def dry_run(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
@@ -26,7 +24,10 @@ def dry_run(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = Fals
                 dry_run_only(loaded.recipe, on_event, interruption)
         except StopRequested as request:
             raise Interrupted(f"{request}; nothing was written", number=request.number) from None
-    show_result(json.dumps({"event": "done"}) if as_json else f"next: ft train {recipe}")
+    if as_json:
+        show_json({"event": "done"})
+    else:
+        show_result(f"next: ft train {recipe}")
 
 
 def dry_run_alias(

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.formatting import visible
+
 if TYPE_CHECKING:
     from finetune.run.events import Event, EventHandler
 
@@ -58,7 +60,7 @@ def progress_display(quiet: bool, as_json: bool, is_main: bool = True) -> Iterat
     elif quiet:
         display = Silent(sys.stderr)
     elif sys.stderr.isatty():
-        from rich.console import Console
+        from .terminal import Console
 
         display = Live(Console(stderr=True))
     else:
@@ -119,6 +121,10 @@ class _LogFile(logging.FileHandler):
         from finetune.storage.opening import open_to_write
 
         return io.TextIOWrapper(open_to_write(Path(self.baseFilename), "ab"), encoding="utf-8")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record; people show the file on a terminal."""
+        return visible(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Report the first record that cannot be written; called by `logging` inside its except block."""

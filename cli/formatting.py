@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.formatting import count, duration, memory, size
+from finetune.formatting import count, duration, memory, size, visible
 from finetune.run.data_report import dropped_rows
 from finetune.run.events import (
     BestCheckpoint,
@@ -23,8 +23,6 @@ from finetune.run.events import (
     TrainingWarning,
     ValidationResult,
 )
-
-from .sanitize import sanitize
 
 ROWS_A_LINE = 256 * 400
 """Rows per line of a long read in a pipe or a log; a multiple of the 256 rows after which progress is emitted."""
@@ -110,8 +108,8 @@ def seconds_left(event: StepMetrics) -> float:
 
 
 def sample_lines(event: SampleGenerated) -> tuple[str, str]:
-    """A generated answer and its reference, without control characters."""
-    return f"sample after step {event.step}: {sanitize(event.answer)}", f"reference: {sanitize(event.reference)}"
+    """A generated answer and its reference."""
+    return f"sample after step {event.step}: {visible(event.answer)}", f"reference: {visible(event.reference)}"
 
 
 def _start_lines(event: TrainingStarted) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ from finetune.errors import UsageError
 
 from .event_log import event_handler
 from .options import HERE, AsJson, Overwrite, Quiet
-from .output import show_note, show_result
+from .output import show_json, show_note, show_result
 from .prompts import ask
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def init(
         fitted = write_recipe(seen, model, objective, gpu, output, on_event)
     if as_json:
         event = {"event": "recipe", "file": str(output), "aim": objective, "peak": fitted.after.peak}
-        show_result(json.dumps(event))
+        show_json(event)
     else:
         show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
 

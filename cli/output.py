@@ -6,13 +6,13 @@ contains one JSON object per line and nothing else.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from finetune.errors import FinetuneError, Interrupted, RecipeError, Stopped
+from finetune.formatting import json_line, visible
 
 _json_mode = False
 
@@ -29,13 +29,32 @@ def use_json(enabled: bool) -> bool:
 
 def show_result(text: str) -> None:
     """Print the result of a command on standard output."""
+    _print(visible(text))
+
+
+def show_json(value: Any) -> None:
+    """Print a value as one line of JSON on standard output."""
+    _print(json_line(value))
+
+
+def show_text(text: str) -> None:
+    """Print text of a model on standard output: as it is into a file or a pipe, visible on a terminal."""
+    _print(visible(text) if stdout_is_terminal() else text)
+
+
+def show_title(text: str) -> None:
+    """Print a title above text of a model."""
+    _print(styled(visible(text) if stdout_is_terminal() else text, "1", sys.stdout))
+
+
+def show_note(text: str, style: str | None = None) -> None:
+    """Print a remark on standard error, in an ANSI style where that is a terminal."""
+    sys.stderr.write(styled(visible(text), style) + "\n")
+
+
+def _print(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
     sys.stdout.flush()
-
-
-def show_note(text: str) -> None:
-    """Print a remark on standard error."""
-    sys.stderr.write(text + "\n")
 
 
 def show_error(error: FinetuneError) -> None:
@@ -43,10 +62,13 @@ def show_error(error: FinetuneError) -> None:
     is_stop = isinstance(error, Stopped | Interrupted)
     if _json_mode:
         event = "stopped" if is_stop else "error"
-        show_result(json.dumps({"event": event, "code": error.exit_code, **_error_fields(error)}))
+        show_json({"event": event, "code": error.exit_code, **_error_fields(error)})
     title = styled("stopped", "1;33") if is_stop else styled("error", "1;31")
     for line in error.lines():
-        show_note(styled(line, "33") if line.startswith("  ->") else f"{title}: {line}")
+        if line.startswith("  ->"):
+            show_note(line, "33")
+        else:
+            sys.stderr.write(f"{title}: {visible(line)}\n")
 
 
 def _error_fields(error: FinetuneError) -> dict[str, Any]:
@@ -68,9 +90,9 @@ def stdout_is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def styled(text: str, code: str, stream: TextIO | None = None) -> str:
+def styled(text: str, code: str | None, stream: TextIO | None = None) -> str:
     """ANSI colours if the stream (standard error by default) is a terminal and NO_COLOR is not set."""
-    plain = not (stream or sys.stderr).isatty() or "NO_COLOR" in os.environ
+    plain = code is None or not (stream or sys.stderr).isatty() or "NO_COLOR" in os.environ
     return text if plain else f"\033[{code}m{text}\033[0m"
 
 

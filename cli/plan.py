@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from finetune.errors import UsageError
 
 from .event_log import event_handler
 from .options import HERE, AsJson, Overrides, Overwrite, RecipePath
-from .output import show_result
+from .output import show_json
 from .views.plan import show_changes, show_plan
 
 
@@ -60,7 +59,7 @@ def plan(
     changes = fitted.changes if fitted else None
     if as_json:
         facts = {**planned.to_json(), "changes": changes, "recipe": str(output) if output else None}
-        show_result(json.dumps({"event": "plan", **facts}))
+        show_json({"event": "plan", **facts})
         return
     show_plan(planned)
     if changes is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from .event_log import event_handler
 from .options import AsJson, Overrides, Overwrite, RecipePath
-from .output import show_result
+from .output import show_json, show_result
 from .views.preview import show_preview
 
 
@@ -38,7 +37,7 @@ def preview(
 
         _write(html, preview_page(shown))
     if as_json:
-        show_result(json.dumps({"event": "preview", **shown.to_json()}, ensure_ascii=False))
+        show_json({"event": "preview", **shown.to_json()})
     elif html:
         show_result(f"page: {html}")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from rich.progress import Progress as LiveProgress
 from rich.table import Column
 from rich.text import Text
 
-from finetune.formatting import duration
+from finetune.formatting import duration, json_line, visible
 from finetune.run.events import (
     BestCheckpoint,
     DataRead,
@@ -61,7 +60,7 @@ class Silent(ProgressDisplay):
 
     def note(self, text: str) -> None:
         """Write a line."""
-        self.stream.write(text + "\n")
+        self.stream.write(visible(text) + "\n")
 
 
 class Lines(Silent):
@@ -74,7 +73,7 @@ class Lines(Silent):
         if isinstance(event, StepMetrics) and not self._is_shown(event):
             return
         if (text := event_line(event)) is not None:
-            self.stream.write(text + "\n")
+            self.stream.write(visible(text) + "\n")
             self.stream.flush()
 
     def _is_shown(self, event: StepMetrics) -> bool:
@@ -91,7 +90,7 @@ class JsonLines(Silent):
 
     def event(self, event: Event) -> None:
         """Write the event with all its fields."""
-        self.output.write(json.dumps(event.to_json()) + "\n")
+        self.output.write(json_line(event.to_json()) + "\n")
         self.output.flush()
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .output import show_note, show_result, stdout_is_terminal, styled
-from .sanitize import sanitize
+from finetune.formatting import visible
+
+from .output import show_json, show_note, show_result, show_text, show_title, stdout_is_terminal
 
 
 def stdin_is_terminal() -> bool:
@@ -61,7 +61,7 @@ def streamed_answer() -> Iterator[Callable[[str], None]]:
     """Print an answer while the model generates it: yields a function for each piece, and ends the line."""
 
     def write(piece: str) -> None:
-        sys.stdout.write(_sanitized_for_terminal(piece))
+        sys.stdout.write(_for_terminal(piece))
         sys.stdout.flush()
 
     try:
@@ -74,35 +74,30 @@ def show_answers(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print generated answers. A single answer stands alone; several have their prompt and adapter above them."""
     if as_json:
         for row in rows:
-            show_result(json.dumps(row, ensure_ascii=False))
+            show_json(row)
         return
     if len(rows) == 1:
-        show_result(_sanitized_for_terminal(rows[0]["generated"]))
+        show_text(rows[0]["generated"])
         return
     has_prompts, has_names = (len({row[key] for row in rows}) > 1 for key in ("prompt", "adapter"))
-    blocks = []
     for index, row in enumerate(rows):
-        lines = []
+        if index:
+            show_text("")
         if has_prompts and (index == 0 or rows[index - 1]["prompt"] != row["prompt"]):
-            lines.append(_title(f"> {row['prompt']}"))
+            show_title(f"> {row['prompt']}")
         if has_names:
-            lines.append(_title(f"{row['adapter']}:"))
-        blocks.append("\n".join([*lines, _sanitized_for_terminal(row["generated"])]))
-    show_result("\n\n".join(blocks))
+            show_title(f"{row['adapter']}:")
+        show_text(row["generated"])
 
 
 def show_answers_file(file: Path, answers: int, as_json: bool) -> None:
     """Print the file that the answers were written to."""
     if as_json:
-        show_result(json.dumps({"event": "generated", "file": str(file), "answers": answers}))
+        show_json({"event": "generated", "file": str(file), "answers": answers})
         return
     show_result(f"{answers} answer{'s' if answers != 1 else ''}: {file}")
 
 
-def _title(text: str) -> str:
-    return styled(_sanitized_for_terminal(text), "1", sys.stdout)
-
-
-def _sanitized_for_terminal(text: str) -> str:
-    """Text without control characters on a terminal; a pipe gets it unchanged."""
-    return sanitize(text) if stdout_is_terminal() else text
+def _for_terminal(text: str) -> str:
+    """Text of a model: as it is into a file or a pipe, visible on a terminal."""
+    return visible(text) if stdout_is_terminal() else text

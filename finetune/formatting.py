@@ -1,6 +1,38 @@
-"""Human-readable counts, sizes and durations, the same in terminals, HTML reports and logs."""
+"""Human-readable texts, counts, sizes and durations, the same in terminals, HTML reports and logs."""
 
 from __future__ import annotations
+
+import html
+import json
+import re
+
+# C0 without tab and line feed, DEL and C1: they control a terminal. Marks, embeddings, overrides and isolates of
+# direction: they show text in another order than it has. Line and paragraph separators. Surrogates are no characters.
+_HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def visible(text: str) -> str:
+    r"""Text of others, to be shown: control, bidirectional and line-separator characters as escapes such as `\x1b`."""
+    return _HIDDEN.sub(lambda found: _escape(found.group()), text)
+
+
+def json_line(value: object) -> str:
+    """A value as JSON on one line, with the characters that `visible` escapes as escapes of JSON."""
+    return _HIDDEN.sub(lambda found: f"\\u{ord(found.group()):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def in_html(text: str) -> str:
+    """Text of others in HTML: `visible`, with HTML's own characters escaped."""
+    return html.escape(visible(text))
+
+
+def in_markdown(text: str) -> str:
+    """Text of others on one line of Markdown: `visible`, with the characters escaped that have a meaning there."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~$&-])", r"\\\1", visible(" ".join(text.split())))
+
+
+def _escape(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
 
 
 def count(number: float) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..output import show_result
+from ..output import show_json, show_result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,11 +19,11 @@ def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
     """Print the scores of a model, compared with another where there is one, and the gates."""
     if as_json:
         folder = None if evaluated.folder is None else str(evaluated.folder)
-        show_result(json.dumps({"event": "evaluated", "folder": folder, **evaluated.to_json()}))
+        show_json({"event": "evaluated", "folder": folder, **evaluated.to_json()})
         return
-    from rich.console import Console
-
     from finetune.report.run_page import answered_by
+
+    from ..terminal import Console
 
     for task, scores in evaluated.scores.items():
         Console().print(_scores_table(task_title(task, scores), evaluated, scores))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..output import show_result
+from ..output import show_json, show_result
 
 
 def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print the folder of a merged model and its agreement with the trained one."""
     if as_json:
-        show_result(json.dumps({"event": "merged", "folder": str(folder), **verification}))
+        show_json({"event": "merged", "folder": str(folder), **verification})
         return
     lines = [f"merged model: {folder} ({verification['dtype']})", _agreement(verification), *_engines(verification)]
     show_result("\n".join(lines))
@@ -21,7 +20,7 @@ def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> Non
 def show_model_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print the folder of a model merged from several runs, and its agreement with each of them."""
     if as_json:
-        show_result(json.dumps({"event": "combined", "folder": str(folder), **verification}))
+        show_json({"event": "combined", "folder": str(folder), **verification})
         return
     lines = [f"combined model: {folder} ({verification['dtype']})"]
     for name, found in verification["runs"].items():
@@ -44,7 +43,7 @@ def show_export(
     """Print the folder of an exported model, its agreement with the trained one, and where its usage is described."""
     if as_json:
         pushed = {} if repository is None else {"repository": repository, "address": address}
-        show_result(json.dumps({"event": "exported", "folder": str(folder), **(verification or {}), **pushed}))
+        show_json({"event": "exported", "folder": str(folder), **(verification or {}), **pushed})
         return
     lines = [f"exported {format}: {folder}" + (f" ({_type_of(verification)})" if verification else "")]
     if verification:
@@ -90,10 +89,11 @@ def _engines(verification: dict[str, Any]) -> list[str]:
 def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print the folder of a quantized model, its size and its errors."""
     if as_json:
-        show_result(json.dumps({"event": "quantized", "folder": str(folder), **record}))
+        show_json({"event": "quantized", "folder": str(folder), **record})
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from ..terminal import Console
 
     table = Table(title=f"{record['layer_count']} layers in {record['kind']}", title_justify="left")
     table.add_column("")

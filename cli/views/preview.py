@@ -18,10 +18,10 @@ MARKS = ("⟦", "⟧")
 
 def show_preview(preview: Preview) -> None:
     """Print rows token by token: target tokens green or in marks, special tokens reversed, line ends visible."""
-    from rich.console import Console
     from rich.text import Text
 
     from ..formatting import data_table
+    from ..terminal import Console
 
     console = Console(highlight=False)
     is_plain = not console.is_terminal or console.no_color

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
 from typing import TYPE_CHECKING
 
+from finetune.formatting import in_html
 from finetune.report.page import document
 from finetune.run.data_report import notes_of
 
@@ -39,15 +39,15 @@ def preview_page(preview: Preview) -> str:
             '<p><span class="trained">target tokens</span>, other tokens, '
             '<span class="special">special token</span>, '
             "↵ end of line</p>",
-            *([f"<p>template: {escape(preview.template)}</p>"] if preview.template else []),
+            *([f"<p>template: {in_html(preview.template)}</p>"] if preview.template else []),
             "<h2>Rows</h2>",
             *map(_row, preview.rows),
             f"<h2>{first_step_line(preview).capitalize()}</h2>",
             '<p class="dim">One bar per forward pass, one segment per row; padding is hatched.</p>',
             *(_bar(batch, longest) for batch in preview.first_step),
             "<h2>Data report</h2>",
-            f"<pre>{escape(table)}</pre>",
-            *(f"<p>{escape(note)}</p>" for note in notes_of(preview.data_report)),
+            f"<pre>{in_html(table)}</pre>",
+            *(f"<p>{in_html(note)}</p>" for note in notes_of(preview.data_report)),
         ],
     )
 
@@ -56,12 +56,12 @@ def _row(row: PreviewRow) -> str:
     targets = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
     text = "".join(map(_stretch, row.stretches))
     counts = f"<small>{row.tokens} tokens, {targets} target tokens</small>"
-    return f'<h3>{escape(row.where)} {counts}</h3>\n<pre class="row">{text}</pre>'
+    return f'<h3>{in_html(row.where)} {counts}</h3>\n<pre class="row">{text}</pre>'
 
 
 def _stretch(stretch: Stretch) -> str:
     kinds = [name for name in ("trained", "special") if getattr(stretch, name)]
-    shown = escape(stretch.text if stretch.special else stretch.text.replace("\n", "↵\n"))
+    shown = in_html(stretch.text if stretch.special else stretch.text.replace("\n", "↵\n"))
     return f'<span class="{" ".join(kinds)}">{shown}</span>' if kinds else shown
 
 

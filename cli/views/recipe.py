@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..output import show_result
+from ..output import show_json, show_result
 
 if TYPE_CHECKING:
     from finetune.recipe.explain import Explanation, Meaning
@@ -25,7 +24,7 @@ def show_methods(choices: list[Choice], as_json: bool) -> None:
     """Print the adapters and quantizations of recipes, a few lines each."""
     if as_json:
         for choice in choices:
-            show_result(json.dumps(asdict(choice)))
+            show_json(asdict(choice))
         return
     width = shutil.get_terminal_size().columns
     show_result("\n".join(line for choice in choices for line in choice_lines(choice, width)))
@@ -34,7 +33,7 @@ def show_methods(choices: list[Choice], as_json: bool) -> None:
 def show_sections(sections: dict[str, str], as_json: bool) -> None:
     """Print the sections of a recipe and their purpose."""
     if as_json:
-        show_result(json.dumps(sections, ensure_ascii=False))
+        show_json(sections)
         return
     width = shutil.get_terminal_size().columns
     show_result("\n".join(["sections of a recipe; for more: ft explain SECTION", *definition_list(sections, width)]))
@@ -44,7 +43,7 @@ def show_explanations(explained: Sequence[tuple[Explanation, Values]], as_json: 
     """Print the documentation of keys, each with the values that recipes set; as text, the same documentation once."""
     if as_json:
         for explanation, values in explained:
-            show_result(json.dumps({**asdict(explanation), "recipes": values}, ensure_ascii=False))
+            show_json({**asdict(explanation), "recipes": values})
         return
     width = shutil.get_terminal_size().columns
     show_result("\n".join(line for group in same_documentation(explained) for line in explanation_lines(*group, width)))
@@ -53,9 +52,9 @@ def show_explanations(explained: Sequence[tuple[Explanation, Values]], as_json: 
 def show_import(made: Imported, file: Path, as_json: bool) -> None:
     """Print the file of a translated recipe, and the keys that were not carried over."""
     if as_json:
-        show_result(json.dumps({"event": "imported", "file": str(file), "carried": made.carried}))
+        show_json({"event": "imported", "file": str(file), "carried": made.carried})
         for each in made.left:
-            show_result(json.dumps({"event": "not_carried", **asdict(each)}, ensure_ascii=False))
+            show_json({"event": "not_carried", **asdict(each)})
         return
     show_result("\n".join(import_lines(made, file, shutil.get_terminal_size().columns)))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.formatting import size
 
-from ..output import short_path, show_result
+from ..output import short_path, show_json, show_result
 from .training import state_label
 
 if TYPE_CHECKING:
@@ -22,13 +21,14 @@ def show_runs(summaries: list[RunSummary], folder: Path, as_json: bool) -> None:
     """Print one line per run."""
     if as_json:
         for summary in summaries:
-            show_result(json.dumps({**asdict(summary), "path": str(summary.path)}))
+            show_json({**asdict(summary), "path": str(summary.path)})
         return
     if not summaries:
         show_result(f"no runs in {folder}")
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from ..terminal import Console
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("run", "state", "step", "loss", "validation", "size"):
@@ -54,13 +54,14 @@ def show_differences(found: list[Difference], as_json: bool) -> None:
     """Print the differences between two runs, part by part."""
     if as_json:
         for each in found:
-            show_result(json.dumps(asdict(each)))
+            show_json(asdict(each))
         return
     if not found:
         show_result("no difference")
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from ..terminal import Console
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("part", "key", "first", "second"):
@@ -73,7 +74,7 @@ def show_differences(found: list[Difference], as_json: bool) -> None:
 def show_reproduction(result: Reproduction, as_json: bool) -> None:
     """Print whether two runs have identical weights, and their other differences."""
     if as_json:
-        show_result(json.dumps({"event": "reproduced", **asdict(result), "run_directory": str(result.run_directory)}))
+        show_json({"event": "reproduced", **asdict(result), "run_directory": str(result.run_directory)})
         return
     verdict = "bitwise identical" if result.is_identical else "different"
     show_result(f"{', '.join(result.files)}: {verdict} ({result.run_directory})")
@@ -83,4 +84,7 @@ def show_reproduction(result: Reproduction, as_json: bool) -> None:
 
 def show_page(file: Path, as_json: bool) -> None:
     """Print the path of a written page."""
-    show_result(json.dumps({"event": "page", "file": str(file)}) if as_json else f"page: {short_path(file)}")
+    if as_json:
+        show_json({"event": "page", "file": str(file)})
+    else:
+        show_result(f"page: {short_path(file)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from finetune.errors import CheckFailedError
 from finetune.formatting import value as value_text
 
-from ..output import short_path, show_note, show_result, styled
+from ..output import short_path, show_json, show_note, show_result
 
 if TYPE_CHECKING:
     from finetune.run.sweep_trials import SweepDirectory, Trial
@@ -19,15 +18,13 @@ if TYPE_CHECKING:
 def show_trial(trial: Trial, total: int, as_json: bool) -> None:
     """Print the number and values of the next trial."""
     if as_json:
-        show_result(
-            json.dumps({"event": "trial", "trial": trial.number, "values": trial.values, "run": str(trial.path)})
-        )
+        show_json({"event": "trial", "trial": trial.number, "values": trial.values, "run": str(trial.path)})
         return
     from finetune.run.sweep_trials import short_names
 
     names = short_names(list(trial.values))
     values = "  ".join(f"{names[key]} {value_text(value)}" for key, value in trial.values.items())
-    show_note(styled(f"trial {trial.number} of {total}: {values}", "1"))
+    show_note(f"trial {trial.number} of {total}: {values}", "1")
 
 
 def show_sweep(directory: SweepDirectory, recipe: Path, as_json: bool) -> None:
@@ -42,10 +39,11 @@ def show_sweep(directory: SweepDirectory, recipe: Path, as_json: bool) -> None:
     best = best_of(trials)
     if as_json:
         for trial in trials:
-            show_result(json.dumps({"event": "trial_done", **asdict(trial), "path": str(trial.path)}))
+            show_json({"event": "trial_done", **asdict(trial), "path": str(trial.path)})
     else:
-        from rich.console import Console
         from rich.table import Table
+
+        from ..terminal import Console
 
         head, rows = trial_table(trials)
         table = Table(box=None, padding=(0, 2, 0, 0))

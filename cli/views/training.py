@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.formatting import count, duration, memory
 
-from ..output import show_result
+from ..output import show_json, show_result
 
 if TYPE_CHECKING:
     from finetune.jobs.smoke_test import Smoke
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
     """Print the results of a training and the usual next commands."""
     if as_json:
-        show_result(json.dumps(finished.to_json()))
+        show_json(finished.to_json())
         return
     trained = Path(finished.trained).name
     commands = [f"ft {command} {run}" for command in ("eval", finished.standalone_by) if command]
@@ -36,7 +35,7 @@ def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
 def show_finished_already(run: Path, length: str, as_json: bool) -> None:
     """Print that a run is finished and how to train it longer; `length` is the key of its length."""
     if as_json:
-        show_result(json.dumps({"event": "nothing_left", "run_directory": str(run.absolute())}))
+        show_json({"event": "nothing_left", "run_directory": str(run.absolute())})
         return
     show_result(f"nothing to do: {run} is finished\nto train longer: ft train --resume {run} --set {length}=...")
 
@@ -44,7 +43,7 @@ def show_finished_already(run: Path, length: str, as_json: bool) -> None:
 def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_json: bool) -> None:
     """Print the final state of a watched run, and how to resume it if it can be resumed."""
     if as_json:
-        show_result(json.dumps({"event": "watched", "state": summary.state, "step": summary.step, "exit": outcome}))
+        show_json({"event": "watched", "state": summary.state, "step": summary.step, "exit": outcome})
         return
     why = f": {outcome['message']}" if summary.state not in ("finished", "training") and "message" in outcome else ""
     lines = [f"{state_label(summary.state)} after step {summary.step}{why}"]
@@ -64,7 +63,7 @@ def state_label(state: str) -> str:
 def show_smoke_test(passed: Smoke, recipe: Path, as_json: bool) -> None:
     """Print the checks that a smoke test passed."""
     if as_json:
-        show_result(json.dumps({"event": "smoke", **passed.to_json()}))
+        show_json({"event": "smoke", **passed.to_json()})
         return
     done = [f"{passed.steps} steps"]
     if passed.answered:

@@ -10,8 +10,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import accumulate, pairwise
+
+from finetune.formatting import in_html
 
 BOX = 1000
 MOST_POINTS = 400
@@ -99,16 +100,16 @@ def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS)
     x_axis = _Scale.over([x for s in drawn for x, _ in s.points], along)
     y_axis = _Scale.over([y for s in drawn for _, y in s.points], axis)
     named = [s for s in drawn if not s.faint]
-    legend = "".join(f'<span class="key c{s.color}">{escape(s.name)}</span>' for s in named) if len(named) > 1 else ""
+    legend = "".join(f'<span class="key c{s.color}">{in_html(s.name)}</span>' for s in named) if len(named) > 1 else ""
     scale = "<small>logarithmic</small>" if y_axis.logarithmic else ""
     parts = [
         *(
             f'<line class="grid" x2="100%" y1="{100 - at:.2f}%" y2="{100 - at:.2f}%"/>'
-            f'<text x="0" dx="-6" y="{100 - at:.2f}%" dy=".32em" text-anchor="end">{escape(axis.words(tick))}</text>'
+            f'<text x="0" dx="-6" y="{100 - at:.2f}%" dy=".32em" text-anchor="end">{in_html(axis.words(tick))}</text>'
             for tick, at in y_axis.ticks()
         ),
         *(
-            f'<text x="{at:.2f}%" y="100%" dy="1.35em" text-anchor="middle">{escape(along.words(tick))}</text>'
+            f'<text x="{at:.2f}%" y="100%" dy="1.35em" text-anchor="middle">{in_html(along.words(tick))}</text>'
             for tick, at in x_axis.ticks()
         ),
         f'<svg class="lines" viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none">',
@@ -119,8 +120,8 @@ def chart(title: str, series: Sequence[Series], axis: Axis, along: Axis = STEPS)
     ]
     last = ", ".join(f"{s.name} {axis.words(s.points[-1][1])}" for s in named)
     return (
-        f'<figure class="chart"><figcaption>{escape(title)} {scale}{legend}</figcaption>\n'
-        f'<div class="plot"><svg role="img" aria-label="{escape(f"{title} by {along.name}; last: {last}")}">\n'
+        f'<figure class="chart"><figcaption>{in_html(title)} {scale}{legend}</figcaption>\n'
+        f'<div class="plot"><svg role="img" aria-label="{in_html(f"{title} by {along.name}; last: {last}")}">\n'
         + "\n".join(parts)
         + "\n</svg></div></figure>"
     )
@@ -215,7 +216,7 @@ def _readings(series: Sequence[Series], x_axis: _Scale, words: Callable[[float],
             for s in series
             if (y := _value_at(s, x, stride)) is not None
         ]
-        text = escape(f"{along.name} {along.words(x)}: {', '.join(values)}")
+        text = in_html(f"{along.name} {along.words(x)}: {', '.join(values)}")
         strips.append(
             f'<g class="at"><rect x="{edges[index]:.2f}%" width="{edges[index + 1] - edges[index]:.2f}%" '
             f'height="100%"/><line x1="{at:.2f}%" x2="{at:.2f}%" y2="100%"/>'

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
-from finetune.formatting import count, duration, memory
+from finetune.formatting import count, duration, in_html, memory
 from finetune.report import training_curves
 from finetune.report.page import document, section, table
 from finetune.report.run_metadata import RunMetadata
@@ -28,7 +27,7 @@ def comparison_page(runs: Sequence[RunMetadata], differences: Sequence[Sequence[
         " and ".join(names),
         training_curves.STYLE + RUN_STYLE,
         [
-            f"<header><h1>{escape(' and '.join(names))}</h1><p>{len(runs)} training runs side by side</p></header>",
+            f"<header><h1>{in_html(' and '.join(names))}</h1><p>{len(runs)} training runs side by side</p></header>",
             section("Results", _results(runs)),
             section("Training curves", training_curves.compared([(run.name, run.history) for run in runs])),
             section("Answers", _answers(runs)),
@@ -105,6 +104,6 @@ def _answers(runs: Sequence[RunMetadata]) -> str:
 
 def _differences(first: str, other: str, found: Sequence[Difference]) -> str:
     rows = [[f"{each.part}: {each.key}", each.first, each.second] for each in found if each.part != "results"]
-    title = f"<h3>{escape(first)} and {escape(other)}</h3>"
+    title = f"<h3>{in_html(first)} and {in_html(other)}</h3>"
     nothing = "<p>Recipe, data and versions are the same.</p>"
     return title + (table(["", first, other], rows, numbers=False) or nothing)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from itertools import pairwise
 
+from finetune.formatting import in_html
 from finetune.run.events import RanksChosen
 from finetune.run.lora_ranks import Grid
 
@@ -43,7 +43,7 @@ def picture(history: Sequence[RanksChosen], total_steps: int) -> str:
     for index, kind in enumerate(grid.kinds):
         line, column = divmod(index, PANELS_A_LINE)
         x, y = LEFT + column * (PANEL_WIDTH + GAP_X), TOP + line * (panel_height + GAP_Y)
-        body.append(f'<text x="{x}" y="{y - 5}" class="title">{escape(kind)}</text>')
+        body.append(f'<text x="{x}" y="{y - 5}" class="title">{in_html(kind)}</text>')
         for row, block in enumerate(grid.blocks):
             name = grid.names.get((block, kind))
             body += _row(name, history, total_steps, highest, x, y + row * ROW_HEIGHT) if name else ()
@@ -67,7 +67,7 @@ def _row(name: str, history: Sequence[RanksChosen], total_steps: int, highest: i
         if not changes or rank != changes[-1][1]:
             changes.append((event.step, rank))
     sequence = " → ".join(str(rank) for _, rank in changes)
-    drawn = [f"<g><title>{escape(name)}: {sequence}</title>"]
+    drawn = [f"<g><title>{in_html(name)}: {sequence}</title>"]
     for (step, rank), (until, _) in pairwise([*changes, (total_steps, 0)]):
         left, right = (PANEL_WIDTH * at / total_steps for at in (step, until))
         drawn.append(

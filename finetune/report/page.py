@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+
+from finetune.formatting import in_html
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1f23; --back: #fff; --dim: #59636e; --line: #d0d7de; --soft: #f6f8fa;
@@ -47,7 +48,7 @@ def document(title: str, style: str, body: Iterable[str]) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             # A second line of defence behind escaping: the browser refuses scripts and requests.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>",
+            f"<title>{in_html(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>",
             *body,
             "</body>\n</html>\n",
         ]
@@ -57,7 +58,7 @@ def document(title: str, style: str, body: Iterable[str]) -> str:
 def section(title: str, *body: str) -> str:
     """A heading with content; "" without content."""
     content = "\n".join(filter(None, body))
-    return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content else ""
+    return f"<section><h2>{in_html(title)}</h2>\n{content}</section>" if content else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
@@ -70,9 +71,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
     """
     if not rows:
         return ""
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    titles = "".join(f'<th scope="col">{in_html(title)}</th>' for title in head)
     lines = [
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        f'<tr><th scope="row">{in_html(name)}</th>{"".join(f"<td>{in_html(cell)}</td>" for cell in cells)}</tr>'
         for name, *cells in rows
     ]
     kind = ' class="numbers"' if numbers else ""
@@ -83,4 +84,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
 def collapsible(summary: str, content: str, printed: bool = False) -> str:
     """A collapsed section; with `printed` it is expanded in print."""
     kind = ' class="printed"' if printed else ""
-    return f"<details{kind}><summary>{escape(summary)}</summary>\n{content}</details>"
+    return f"<details{kind}><summary>{in_html(summary)}</summary>\n{content}</details>"

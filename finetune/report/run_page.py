@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from html import escape
 from typing import Any
 
 from finetune.errors import EnvironmentFault, RecipeError
-from finetune.formatting import count, duration, memory
+from finetune.formatting import count, duration, in_html, memory
 from finetune.report import lora_ranks, training_curves
 from finetune.report.page import collapsible, document, section, table
 from finetune.report.run_metadata import RunMetadata, public
@@ -95,7 +94,7 @@ def run_page(run: RunMetadata) -> str:
             section("LoRA ranks", _ranks(run)),
             section("Merge and export verification", *map(_verification, run.verifications.items())),
             section("Provenance", _provenance(run), _recipe(run)),
-            f"<footer>Written by ft {escape(str(run.provenance.get('ft', '')))}.</footer>",
+            f"<footer>Written by ft {in_html(str(run.provenance.get('ft', '')))}.</footer>",
         ],
     )
 
@@ -104,10 +103,10 @@ def _head(run: RunMetadata) -> str:
     kind = {"finished": " finished", "failed": " failed"}.get(run.state, "")
     ended = str(run.outcome.get("ended", "")).replace("T", " ").replace("+00:00", " UTC")
     message = str(run.outcome.get("message", ""))
-    why = f" · {escape(message)}" if run.state != "finished" and message else ""
+    why = f" · {in_html(message)}" if run.state != "finished" and message else ""
     return (
-        f'<header><h1>{escape(run.name)}</h1><p><span class="state{kind}">{run.state}</span> {escape(ended)}{why}'
-        f"</p><p>{escape(run.base)} · {escape(run.method)}</p></header>"
+        f'<header><h1>{in_html(run.name)}</h1><p><span class="state{kind}">{run.state}</span> {in_html(ended)}{why}'
+        f"</p><p>{in_html(run.base)} · {in_html(run.method)}</p></header>"
     )
 
 
@@ -135,7 +134,7 @@ def _tiles(run: RunMetadata) -> str:
         trainable, total = started["trainable_parameters"], started["total_parameters"]
         tiles.append(("trainable parameters", count(trainable), f"{100 * trainable / total:.2f} % of {count(total)}"))
     cells = [
-        f"<div><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>"
+        f"<div><span>{in_html(title)}</span><b>{in_html(value)}</b><span>{in_html(note)}</span></div>"
         for title, value, note in tiles
     ]
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -162,7 +161,7 @@ def _notes(run: RunMetadata) -> str:
         for best in run.history.best
     ]
     odd = [
-        f'<p class="warning"><b>Step {each.step}: {escape(each.what)}.</b> Hint: {escape(each.hint)}.</p>'
+        f'<p class="warning"><b>Step {each.step}: {in_html(each.what)}.</b> Hint: {in_html(each.hint)}.</p>'
         for each in run.history.warnings
     ]
     return "".join([*kept, *odd])
@@ -173,7 +172,7 @@ def _evaluation(results: Mapping[str, Any]) -> str:
     against = results.get("against")
     tables = [_task(name, scores, against) for name, scores in results.get("tasks", {}).items()]
     if note := answered_by(results):
-        tables.append(f'<p class="dim">{escape(note)}</p>')
+        tables.append(f'<p class="dim">{in_html(note)}</p>')
     return "".join(tables)
 
 
@@ -200,7 +199,7 @@ def _task(name: str, scores: Mapping[str, Any], against: str | None) -> str:
     counts = sorted({found["rows"] for found in scores.values() if found.get("rows")})
     caption = f"{name}: {' to '.join(map(str, counts))} rows" if counts else name
     columns = ["", against, "this run", "difference"] if against else ["", "this run", "95 % interval"]
-    return f'<p class="dim">{escape(caption)}</p>' + table(columns, rows)
+    return f'<p class="dim">{in_html(caption)}</p>' + table(columns, rows)
 
 
 def score(unit: str | None, value: float | None, sign: str = "") -> str:
@@ -234,11 +233,11 @@ def answer_card(prompt: str, answers: Sequence[tuple[str, str, bool]]) -> str:
     """A prompt and the answers to it: source, text, and whether the text equals a reference."""
     shown_prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"…{prompt[-LONGEST_PROMPT:]}"
     cells = [
-        f"<div{' class=right' if is_right else ''}><b>{escape(source)}{' ✓' if is_right else ''}</b>"
-        f"{escape(text if len(text) <= LONGEST_ANSWER else f'{text[:LONGEST_ANSWER]}…')}</div>"
+        f"<div{' class=right' if is_right else ''}><b>{in_html(source)}{' ✓' if is_right else ''}</b>"
+        f"{in_html(text if len(text) <= LONGEST_ANSWER else f'{text[:LONGEST_ANSWER]}…')}</div>"
         for source, text, is_right in answers
     ]
-    question = f'<pre class="row">{escape(shown_prompt)}</pre>'
+    question = f'<pre class="row">{in_html(shown_prompt)}</pre>'
     return f'<div class="question">{question}<div class="answers">{"".join(cells)}</div></div>'
 
 
@@ -291,7 +290,7 @@ def _data_report(report: Mapping[str, Any]) -> str:
         if packing
         else ""
     )
-    return table(head, kept) + packs + "".join(f"<p>{escape(note)}</p>" for note in notes_of(report, public))
+    return table(head, kept) + packs + "".join(f"<p>{in_html(note)}</p>" for note in notes_of(report, public))
 
 
 def _cell(value: Any) -> str:
@@ -331,7 +330,7 @@ def _verification(found: tuple[str, Mapping[str, Any]]) -> str:
         if isinstance(verification.get(part), Mapping) and "fingerprint" in verification[part]
     ]
     kind = verification.get("dtype") or verification.get("type") or verification.get("format", "")
-    return f"<h3>{escape(folder)}/ <small>{escape(str(kind))}</small></h3>" + table(["", ""], rows, numbers=False)
+    return f"<h3>{in_html(folder)}/ <small>{in_html(str(kind))}</small></h3>" + table(["", ""], rows, numbers=False)
 
 
 def _provenance(run: RunMetadata) -> str:
@@ -357,4 +356,4 @@ def _provenance(run: RunMetadata) -> str:
 
 
 def _recipe(run: RunMetadata) -> str:
-    return collapsible("Recipe, without default values", f"<pre>{escape(run.recipe_text())}</pre>", printed=True)
+    return collapsible("Recipe, without default values", f"<pre>{in_html(run.recipe_text())}</pre>", printed=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from itertools import accumulate
 
+from finetune.formatting import in_html
 from finetune.formatting import value as as_text
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.sweep import Choice, LogUniform, Swept
@@ -37,7 +37,7 @@ def sweep_page(directory: SweepDirectory, recipe: Recipe) -> str:
         f"{name}: sweep",
         training_curves.STYLE + STYLE,
         [
-            f"<header><h1>{escape(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a training run; "
+            f"<header><h1>{in_html(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a training run; "
             f"sampler {recipe.sweep.sampler}, seed {recipe.sweep.seed}</p></header>",
             _best(trials),
             section("Validation loss by value", _effects(recipe.sweep.keys, done)),
@@ -51,7 +51,7 @@ def _best(trials: Sequence[Trial]) -> str:
     best = best_of(trials)
     if best is None:
         return ""
-    values = ", ".join(f"{escape(key)} = {escape(as_text(value))}" for key, value in best.values.items())
+    values = ", ".join(f"{in_html(key)} = {in_html(as_text(value))}" for key, value in best.values.items())
     return (
         f'<p class="result">Best: trial <b>{best.number}</b>, validation loss <b>{best.loss:.4f}</b>, '
         f"with {values}.</p>"

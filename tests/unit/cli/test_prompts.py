@@ -21,14 +21,14 @@ def row(adapter: str, prompt: str, generated: str) -> dict[str, Any]:
     return {"prompt": prompt, "adapter": adapter, "generated": generated}
 
 
-def test_answers_on_a_terminal_lose_control_characters(
+def test_answers_on_a_terminal_show_control_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     be_terminal(monkeypatch)
     with streamed_answer() as show_piece:
         show_piece(HOSTILE)
     show_answers([row("mine", "Hi", HOSTILE)], as_json=False)
-    expected = "a[31mred[2Jb1A\tc\n👩‍🚀\n"
+    expected = "a\\x1b[31mred\\x1b[2J\\x0db\\x9b1A\\x07\tc\n👩‍🚀\n"
     assert capsys.readouterr().out == expected + expected
 
 
