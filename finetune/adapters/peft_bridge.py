@@ -172,7 +172,7 @@ def stock_rank(folder: Path) -> int:
     Raises:
         ModelError: There is no adapter.
     """
-    return min(len(tensor) for name, tensor in _read(folder / STOCK_WEIGHTS).items() if "lora_A" in name)
+    return min(len(tensor) for name, tensor in read_trained(folder / STOCK_WEIGHTS).items() if "lora_A" in name)
 
 
 def load(model: PreTrainedModel, config: PeftConfig, folder: Path, kinds: Collection[LayerKind] = ()) -> PeftModel:
@@ -222,7 +222,7 @@ def merge_layer(layer: nn.Module) -> nn.Module:
 
 def _load(model: PreTrainedModel, config: PeftConfig, file: Path, kinds: Collection[LayerKind]) -> PeftModel:
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
-    _fit_to_tensors(config, model, _read(file), kinds)
+    _fit_to_tensors(config, model, read_trained(file), kinds)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
     for module in wrapped.modules():
@@ -296,7 +296,7 @@ def _native(folder: Path) -> Path:
 
 
 def _copy_tensors(wrapped: PeftModel, file: Path) -> None:
-    tensors = _read(file)
+    tensors = read_trained(file)
     strangers = sorted(tensors.keys() ^ _tensors(wrapped).keys())
     if strangers:
         raise RefusedError(
@@ -329,7 +329,7 @@ def load_prompt(folder: Path, shape: tuple[int, int]) -> Tensor:
         RefusedError: It does not match this recipe and base.
     """
     file = folder / STOCK_WEIGHTS
-    tensors = _read(file)
+    tensors = read_trained(file)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != {PROMPT: shape}:
         raise RefusedError(
@@ -356,15 +356,31 @@ def store_as_base(model: nn.Module) -> None:
             module.modules_to_save.to(next(module.original_module.parameters()).dtype)
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_trained(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of trained weights, which training never saves with NaN or infinite values.
+
+    Raises:
+        ModelError: There is no such file.
+        RefusedError: It is damaged, or a tensor is not floating-point or not finite.
+    """
     if not file.is_file():
         raise ModelError(f"no {file.name}", where=str(file.parent), hint="the run has not finished: train it")
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except SafetensorError as error:
-        raise RefusedError(
-            f"the file is damaged: {error}", where=str(file), hint="train the run again, or restore a good copy"
-        ) from error
+        raise _damaged(file, f"the file is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise _damaged(
+                file, f"{name} has type {str(tensor.dtype).removeprefix('torch.')}, not a floating-point one"
+            )
+        if not tensor.isfinite().all():
+            raise _damaged(file, f"{name} has values that are NaN or infinite")
+    return tensors
+
+
+def _damaged(file: Path, what: str) -> RefusedError:
+    return RefusedError(what, where=str(file), hint="train the run again, or restore a good copy")
 
 
 def _bitsandbytes_kinds(model: nn.Module) -> tuple[bool, bool]:

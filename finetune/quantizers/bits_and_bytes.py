@@ -62,8 +62,30 @@ class CudaFourBitQuantizer(Quantizer):
         return plain
 
 
+class Linear8bitLt(bnb.nn.Linear8bitLt):  # the name by which PEFT's dispatch finds the layer
+    """bitsandbytes' layer, with one computation on the CPU: inputs times dequantized weights.
+
+    Otherwise a module in training mode computes that, and one in evaluation mode the mixed product of LLM.int8(), whose
+    outlier columns are those of all rows of a batch: evaluation would measure another model than training trains, and
+    the loss of a row would depend on its neighbours.
+    """
+
+    training: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, shape (..., out_features)."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        was_training = self.training
+        self.training = True  # bitsandbytes chooses the computation by this flag
+        try:
+            return super().forward(x)
+        finally:
+            self.training = was_training
+
+
 class EightBitQuantizer(Quantizer):
-    """LLM.int8(): int8 codes with a scale per output row; inputs are quantized per token as well.
+    """LLM.int8(): int8 codes with a scale per output row; on a GPU inputs are quantized per token as well.
 
     Source: Dettmers et al., arXiv 2208.07339, sections 2 and 3.
     """
@@ -73,7 +95,7 @@ class EightBitQuantizer(Quantizer):
 
     def empty_layer(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
         """A `Linear8bitLt` that keeps its weight in int8."""
-        return bnb.nn.Linear8bitLt(
+        return Linear8bitLt(
             in_features, out_features, bias, has_fp16_weights=False, threshold=self.section.outlier_threshold
         )
 

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -166,7 +165,7 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
         context.seed()
         model: nn.Module = context.method.attach(base, facts["total_steps"])
         context.method.initialize(model, context.folder.weight)
-        context.method.restore(model, load_file(named.path / TRAINED))
+        context.method.restore(model, peft_bridge.read_trained(named.path / TRAINED))
         peft_bridge.store_as_base(model)
         return model.requires_grad_(False)
 

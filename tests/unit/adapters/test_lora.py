@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,17 +138,6 @@ def test_load_refuses_adapter_of_other_depth(tiny_model: Path, tmp_path: Path, l
         lora().load(base(tmp_path / "other"), tmp_path)
 
 
-def test_merge_refuses_adapter_with_nan(tiny_model: Path, tmp_path: Path):
-    model = base(tiny_model)
-    lora().save(trained(lora().attach(model, 1)), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, file)
-    with pytest.raises(RefusedError, match="cannot be merged"):
-        merged(lora(), base(tiny_model), tmp_path)
-
-
 def test_unknown_target_modules_error_lists_layers(tiny_model: Path):
     model = base(tiny_model)
     with pytest.raises(UnsupportedError) as caught:
@@ -160,6 +151,29 @@ def test_target_modules_limit_adapted_layers(tiny_model: Path):
     names = [name for name, p in attached.named_parameters() if p.requires_grad]
     assert all(".q_proj." in name or ".v_proj." in name for name in names)
     assert len(names) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda tensor: tensor.index_fill(0, torch.tensor([0]), math.nan), "NaN or infinite"),
+        (lambda tensor: tensor.index_fill(1, torch.tensor([1]), -math.inf), "NaN or infinite"),
+        (lambda tensor: tensor.to(torch.int32), "type int32"),
+        (lambda tensor: tensor.to(torch.bool), "type bool"),
+    ],
+)
+def test_load_refuses_tensors_that_are_not_finite_or_not_floating_point(
+    tiny_model: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], what: str
+):
+    lora().save(lora().attach(base(tiny_model), 1), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file)
+    with pytest.raises(RefusedError, match=what) as refusal:
+        lora().load(base(tiny_model), tmp_path)
+    assert refusal.value.where == str(file)
+    assert name in refusal.value.what
 
 
 def test_load_refuses_damaged_file(tiny_model: Path, tmp_path: Path):
