@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from finetune.errors import (
     EnvironmentFault,
@@ -27,7 +28,7 @@ from finetune.errors import (
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
-from finetune.run.lock import exclusive_lock, is_locked
+from finetune.run.lock import is_locked, locked
 from finetune.run.provenance import now
 from finetune.run.signals import StopRequested, interrupted_exit_code
 from finetune.storage.files import UNFINISHED, disk_faults, json_object, write_json, write_text
@@ -86,6 +87,7 @@ class RunDirectory:
         self.evaluation = path / "eval"
         self.trackers = path / "trackers"
         self._unwritten: list[str] = []
+        self._held: BinaryIO | None = None  # the lock of a new run, until its attempt ends
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> RunDirectory:
@@ -104,24 +106,27 @@ class RunDirectory:
         try:
             is_replaceable = run.marker.is_file() and not path.is_symlink()
             if is_replaceable and (overwrite or run._failed_before_first_step):
-                with exclusive_lock(run.lock):
+                with locked(run.lock):
                     shutil.rmtree(path)
             run._refuse_if_used()
             path.mkdir(parents=True, exist_ok=True)
-            # Exclusive creation decides between two processes that both found the path free.
+            # The lock decides between two processes that both found the path free, and keeps out one with `overwrite`.
+            run._held = locked(run.lock)
             with open_to_write(run.marker, "xb") as file:
                 file.write(json.dumps({"format": FORMAT, "created": now()}).encode() + b"\n")
         except FileExistsError as error:
             raise RefusedError(
                 "another process has just taken the run directory", where=str(path), hint="choose another --run-dir"
             ) from error
-        except OSError as error:
+        except (OSError, EnvironmentFault) as error:
             with suppress(OSError):  # a marker without a run would block the name
                 run.marker.unlink(missing_ok=True)
                 if not was_there:
+                    run.lock.unlink(missing_ok=True)
                     path.rmdir()
+            reason = error.strerror if isinstance(error, OSError) else error.what
             raise EnvironmentFault(
-                f"the run directory cannot be written: {error.strerror}",
+                f"the run directory cannot be written: {reason}",
                 where=str(path),
                 hint="choose another with --run-dir or run.directory",
             ) from error
@@ -184,7 +189,7 @@ class RunDirectory:
         try:
             yield
         except BaseException:
-            has_begun = self.recipe.is_file() or self.outcome.is_file() or self.is_locked
+            has_begun = self.recipe.is_file() or self.outcome.is_file() or (self._held is None and self.is_locked)
             if self.is_writer and not has_begun:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -276,7 +281,7 @@ class RunDirectory:
             Interrupted: A signal ended the run before its first checkpoint.
         """
         self.refuse_links()
-        with exclusive_lock(self.lock) if self.is_writer else nullcontext():
+        with self._locked() if self.is_writer else nullcontext():
             attempt = Attempt()
             is_new = not self.recipe.is_file()  # `begin` writes it
             try:
@@ -298,6 +303,13 @@ class RunDirectory:
                 self._end(attempt, known.exit_code, known.what, is_new)
                 raise known from error
             self._write_outcome(attempt, 0, "done")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock, which a new run holds since its creation."""
+        held, self._held = self._held or locked(self.lock), None
+        with held:
+            yield
 
     def _stop(self, attempt: Attempt, request: StopRequested, is_new: bool) -> Stopped | Interrupted:
         """Record that a signal ended the run; returns the error to raise."""
@@ -378,7 +390,7 @@ class RunDirectory:
             )
         if not self.path.exists():
             return
-        if not self.path.is_dir() or any(self.path.iterdir()):
+        if not self.path.is_dir() or any(entry != self.lock for entry in self.path.iterdir()):
             is_run = self.marker.is_file()
             raise RefusedError(
                 "a run is there already" if is_run else "the run directory is not empty and is not a run",

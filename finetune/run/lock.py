@@ -8,8 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,9 +38,8 @@ def is_locked(file: Path) -> bool:
     return False
 
 
-@contextmanager
-def exclusive_lock(file: Path) -> Iterator[None]:
-    """Hold the lock of a run for the block; the operating system releases it when the process ends, even by SIGKILL.
+def locked(file: Path) -> BinaryIO:
+    """Take the lock of a run, which lasts until the returned file is closed or the process ends, even by SIGKILL.
 
     The file holds process id, host and time of the holder, for the message to others. Its content decides nothing.
 
@@ -54,36 +52,51 @@ def exclusive_lock(file: Path) -> Iterator[None]:
     """
     # Python opens files with O_CLOEXEC, so a program started from here does not inherit the lock.
     with disk_faults(file):
-        stream = open_to_write(file, "a+b")
-    with stream:
         try:
-            _acquire(stream)
-        except BlockingIOError:
-            raise _held_by_another(file) from None
-        except OSError as error:  # a network file system without locks
-            logger.warning("%s cannot be locked (%s): let only one process train it", file.parent, error.strerror)
+            stream = open_to_write(file, "a+b")
+        except FileNotFoundError:
+            raise _removed(file) from None
+    try:
+        _acquire(stream)
         # Between our open and our lock another --overwrite may have removed the directory: then we hold a lock on a
         # file that nobody sees, and the next process would lock a new one. The inodes differ in that case.
         if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
-            raise RefusedError("the run has just been removed", where=str(file.parent), hint="train it again")
+            raise _removed(file)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
         with suppress(OSError):  # on a full disk others are kept out without learning by whom
             stream.truncate(0)
             os.write(stream.fileno(), json.dumps(holder).encode() + b"\n")
-        yield
+    except BlockingIOError:
+        stream.close()
+        raise _held_by_another(file) from None
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _removed(file: Path) -> RefusedError:
+    return RefusedError("another process has just removed the run", where=str(file.parent), hint="train it again")
 
 
 def _acquire(stream: BinaryIO) -> None:
-    """Take the lock, or raise BlockingIOError.
+    """Take the lock, or raise BlockingIOError. On a network file system without locks, only warn.
 
     `is_locked` holds the lock for a moment, and must not stop a training process: hence several attempts.
     """
-    for _ in range(ATTEMPTS):
-        with suppress(BlockingIOError):
+    for attempt in range(ATTEMPTS + 1):
+        try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+        except OSError as error:
+            folder = os.path.dirname(stream.name)
+            logger.warning("%s cannot be locked (%s): let only one process train it", folder, error.strerror)
             return
-        time.sleep(SECONDS_BETWEEN_ATTEMPTS)
-    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            return
 
 
 def _held_by_another(file: Path) -> RefusedError:

@@ -21,7 +21,7 @@ from finetune.jobs.train.run import train
 from finetune.run.checkpoints import sealed
 from finetune.run.directory import RunDirectory
 from finetune.run.events import CheckpointSaved, Event, Phase, RunResumed, StepMetrics
-from finetune.run.lock import exclusive_lock
+from finetune.run.lock import locked
 from finetune.run.signals import Interruption
 from tests.fixtures.recipes import as_recipe, write_recipe
 from tests.fixtures.tiny import write_tiny_model
@@ -538,7 +538,7 @@ def test_resume_auto_starts_resumes_and_ends(
 
 def test_run_in_training_is_refused_with_its_process(tiny_recipe: dict[str, Any], tmp_path: Path):
     run = stopped_run(tiny_recipe, tmp_path)
-    with exclusive_lock(run.lock):
+    with locked(run.lock):
         result = ft("--resume", run.path)
     assert result.exit_code == 6
     assert f"process {os.getpid()} on" in result.stderr

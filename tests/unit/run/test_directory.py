@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from finetune.errors import (
 )
 from finetune.run.directory import RunDirectory
 from finetune.run.events import StepMetrics, ValidationResult
-from finetune.run.lock import exclusive_lock
+from finetune.run.lock import locked
 from finetune.run.signals import StopRequested
 
 
@@ -51,8 +55,11 @@ def test_create_refuses_existing_run_without_overwrite(tmp_path: Path):
         RunDirectory.create(run.path)
     assert "--overwrite" in str(caught.value.hint)
     assert run.log.read_text() == "old"
-    RunDirectory.create(run.path, overwrite=True)
-    assert names_in(run.path) == ["run.json"]
+    with pytest.raises(RefusedError, match="being trained"):
+        RunDirectory.create(run.path, overwrite=True)  # its creator is about to train it
+    del run
+    new = RunDirectory.create(tmp_path / "run", overwrite=True)
+    assert names_in(new.path) == ["lock", "run.json"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -175,7 +182,7 @@ def test_bug_before_the_first_step_does_not_block_the_next_try(tmp_path: Path):
     with pytest.raises(ZeroDivisionError):
         end_of(run, 0, ZeroDivisionError())
     run.log.write_text("old")
-    assert names_in(RunDirectory.create(run.path).path) == ["run.json"]
+    assert names_in(RunDirectory.create(run.path).path) == ["lock", "run.json"]
 
 
 @pytest.mark.parametrize("what", ["steps", "checkpoint", "metrics", "success", "locked"])
@@ -190,7 +197,7 @@ def test_failed_run_with_results_still_blocks_its_name(tmp_path: Path, what: str
         (run.checkpoints / "step-00000002").mkdir(parents=True)
     if what == "metrics":
         (run.path / "metrics.attempt-1.jsonl").write_text(json.dumps({"event": "step", "step": 1}) + "\n")
-    with exclusive_lock(run.lock) if what == "locked" else nullcontext(), pytest.raises(RefusedError):
+    with locked(run.lock) if what == "locked" else nullcontext(), pytest.raises(RefusedError):
         RunDirectory.create(run.path)
     assert run.outcome.is_file()
 
@@ -330,3 +337,52 @@ def test_begin_removes_temporary_files_and_keeps_other_hidden_files(tmp_path: Pa
     (run.path / ".nfs00000001").touch()
     run.begin("seed: 1", 0)
     assert [name for name in names_in(run.path) if name.startswith(".")] == [".gitignore", ".nfs00000001"]
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from finetune.errors import FinetuneError
+from finetune.run.directory import RunDirectory
+
+sys.stdin.read(1)  # all begin at the same moment
+try:
+    run = RunDirectory.create(Path(sys.argv[1]), overwrite=sys.argv[2] == "overwrite")
+    with run.attempt():
+        run.begin("recipe", 0)
+        (run.path / sys.argv[3]).touch()
+        sys.stdout.write("claimed\\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+except FinetuneError as error:
+    sys.exit(error.exit_code)
+"""
+
+
+def test_of_processes_that_claim_one_directory_one_trains_and_all_others_are_refused(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    for number in range(3):
+        target = tmp_path / f"run-{number}"
+        commands = [
+            [sys.executable, "-c", CLAIM, str(target), "overwrite" if index % 2 else "new", f"file-{index}"]
+            for index in range(4)
+        ]
+        processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            for command in commands
+        ]
+        for process in processes:
+            process.stdin.write(b"x")
+            process.stdin.flush()
+        refused = []
+        for _ in range(3):  # the one that claims the directory waits for the end of its input
+            while not (ended := [each for each in processes if each.poll() is not None and each not in refused]):
+                time.sleep(0.01)
+            refused.append(ended[0])
+        (winner,) = (each for each in processes if each not in refused)
+        index = processes.index(winner)
+        assert [each.returncode for each in refused] == [RefusedError.exit_code] * 3
+        winner.stdin.close()
+        assert winner.wait(60) == 0
+        assert (target / f"file-{index}").is_file()
+        assert not any((target / f"file-{other}").exists() for other in range(4) if other != index)

@@ -47,8 +47,7 @@ def test_lock_refuses_overwrite_of_run_in_training(tmp_path: Path):
 
 
 def test_lock_waits_for_reader_that_only_checks(tmp_path: Path):
-    run = RunDirectory.create(tmp_path / "run")
-    run.lock.touch()
+    run = started_run(tmp_path / "run")
     with run.lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         Timer(0.02, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
