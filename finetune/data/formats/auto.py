@@ -136,6 +136,34 @@ def detect(row: Row) -> SourceSection:
     return found[0]
 
 
+def fitting_section(row: Row, section: SourceSection) -> str | None:
+    """The section of another format that reads a row, in the notation of recipes.
+
+    Args:
+        row: A row that the section's format does not read.
+        section: The section of its source.
+
+    Returns:
+        None where no format is found, or the row has the columns of the section and holds no conversation.
+    """
+    try:
+        found = detect(row)
+        build(found).document(row)
+    except DataError:
+        return None
+    is_conversation = isinstance(found, ChatSource | ShareGptSource)
+    columns = {getattr(section, key) for key in section.column_keys()}
+    if type(found) is AutoSource or not (is_conversation or columns.isdisjoint(row.values)):
+        return None
+    return in_recipe(found)
+
+
+def in_recipe(section: SourceSection) -> str:
+    """A section in the notation of recipes, without defaults."""
+    keys = {"format": section.model_dump()["format"], **section.model_dump(exclude_defaults=True)}
+    return f"{{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}"
+
+
 def _candidates(row: Row) -> list[SourceSection]:
     """Every format that the columns match by its own column names, or else by other common names."""
     return list(_by_own_names(row)) or list(_by_other_names(row))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.data.documents import Conversation, Document, Message, PlainText
+from finetune.data.documents import SYSTEM_ROLES, Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.readers.files import read_files
@@ -138,7 +138,7 @@ def _opened(prompt: str, system: str | None) -> Conversation:
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:
     """The conversation with a system message, unless it has its own."""
-    if system is None or conversation.messages[0].role == "system":
+    if system is None or conversation.messages[0].is_system:
         return conversation
     return replace(conversation, messages=(Message("system", system), *conversation.messages))
 
@@ -155,7 +155,7 @@ def _conversation(row: Row, system: str | None) -> Conversation:
         return _opened(row.text(column), system)
     conversation = ChatFormat(ChatSource(format="chat")).document(row)
     messages = conversation.messages[:-1] if conversation.messages[-1].role == "assistant" else conversation.messages
-    if not messages or messages[-1].role in ("system", "assistant"):
+    if not messages or messages[-1].role in (*SYSTEM_ROLES, "assistant"):
         raise DataError("the conversation has no question", where=row.where, hint="end it with a user's message")
     return _with_system(replace(conversation, messages=messages), system)
 
