@@ -193,6 +193,8 @@ class Encoder:
             ids += ending
             is_target += [True] * len(ending)
         is_target[-1:] = [True]
+        if is_target[0]:
+            self.report.note("texts begin without a beginning of text: their first token is no target", where)
         self._count_end(ids[-1])
         return Example(ids, is_target)
 

@@ -197,6 +197,7 @@ def test_rows_of_a_file_are_answered_by_the_named_run_in_order(runs: Path, tmp_p
     result = ft(*call)
     assert result.exit_code == 0
     assert result.stdout == f"7 answers: {output}\n"
+    assert f"left out of the prompt: 1 row (first: {file}:2)" in result.stderr
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [(row["id"], row["adapter"]) for row in found] == [
         (1, "long"), (2, "short"), (3, "low-rank"), (4, "short"), (5, "short"), (5, "long"), (5, "low-rank"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from finetune.data.documents import Conversation, Message, PlainText
-from finetune.data.encode import Encoder, Example
+from finetune.data.encode import Encoder, Example, TrainOn
 from finetune.errors import DataError, ModelError
 from tests.fixtures.tiny import tiny_tokenizer
 
@@ -171,3 +172,20 @@ def test_developer_message_stays_where_template_knows_the_role():
     (example,) = encoder.examples(conversation(("developer", "Be brief."), ("user", "a"), ("assistant", "b")), "row")
     assert "<|turn|>developer\n" in tokenizer.decode(example.ids)
     assert not encoder.report.notes
+
+
+@pytest.mark.parametrize(
+    ("begins", "train_on", "prompt", "count"),
+    [(False, "assistant", "", 1), (True, "assistant", "", 0), (False, "assistant", "a", 0), (False, "all", "a", 1)],
+)
+def test_text_without_beginning_of_text_counts_its_first_token(
+    begins: bool, train_on: TrainOn, prompt: str, count: int
+):
+    tokenizer = tiny_tokenizer()
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+        )
+    encoder = Encoder(tokenizer, train_on)
+    encoder.examples(PlainText(prompt, "bc"), "row")
+    assert sum("first token is no target" in text for text in encoder.report.notes) == count
