@@ -17,7 +17,7 @@ def dry_run(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = Fals
     from finetune.run.signals import Interruption, StopRequested
 
     loaded = load_recipe(recipe, overrides or ())
-    with event_handler(quiet, as_json) as on_event:
+    with event_handler(quiet, as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.train.dry_run import dry_run_only
 
         interruption = Interruption()

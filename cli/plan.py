@@ -42,7 +42,7 @@ def plan(
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with event_handler(quiet=False, as_json=as_json) as on_event:
+    with event_handler(quiet=False, as_json=as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.plan.estimate import MemoryPlanner
         from finetune.jobs.plan.fit_to_memory import fit as fit_job
         from finetune.jobs.plan.fit_to_memory import write

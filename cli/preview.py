@@ -29,7 +29,7 @@ def preview(
     if html:
         check_not_taken(html, overwrite, "--html")
     loaded = load_recipe(recipe, overrides or ())
-    with event_handler(quiet=False, as_json=as_json) as on_event:
+    with event_handler(quiet=False, as_json=as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.plan.preview import preview as preview_job
 
         shown = preview_job(loaded.recipe, rows, on_event)

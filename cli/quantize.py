@@ -24,7 +24,7 @@ def quantize(
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    with event_handler(quiet, as_json) as on_event:
+    with event_handler(quiet, as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.export.quantize import quantize as quantize_job
 
         quantized = quantize_job(loaded.recipe, output, overwrite, on_event)

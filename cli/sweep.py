@@ -39,6 +39,7 @@ def sweep(
         while (trial := trials.next_trial()) is not None:
             show_trial(trial, trials.section.trials, as_json)
             run = trials.run_of(trial)
-            with event_handler(quiet, as_json, log=run.log, brief=trial.number > 1) as on_event:
+            log = event_handler(quiet, as_json, log=run.log, brief=trial.number > 1)
+            with log as on_event, loaded.locating_errors():
                 trials.train(trial, run, on_event, interruption)
     show_sweep(trials.directory, recipe, as_json)

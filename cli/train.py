@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -97,9 +98,11 @@ def train(
             length = length_key(load_recipe(run.recipe).recipe)
             show_finished_already(run.path, length, as_json)
         return
+    locating = loaded.locating_errors() if loaded else nullcontext()
     with (
         run.removed_unless_attempted(),
         event_handler(quiet, as_json, log=run.log, is_main=rank.is_main) as on_event,
+        locating,
     ):
         from finetune.jobs.train.run import train as train_job
         from finetune.run.signals import Interruption
@@ -120,7 +123,7 @@ def _smoke_test(
 
     loaded = load_recipe(recipe, overrides or ())
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it is imported, below
-    with event_handler(quiet, as_json) as on_event:
+    with event_handler(quiet, as_json) as on_event, loaded.locating_errors():
         from finetune.jobs.smoke_test import smoke as smoke_job
 
         passed = smoke_job(loaded.recipe, on_event)

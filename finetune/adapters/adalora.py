@@ -136,7 +136,7 @@ class AdaLoraMethod(LowRankMethod):
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load the plain LoRA that `save` wrote, ready to merge into W."""
         config = self._one_rank(linear_layers(model), peft_bridge.stock_rank(folder))
-        return peft_bridge.load_stock(model, config, folder)
+        return peft_bridge.load_stock(model, config, folder, self.kinds)
 
     def _one_rank(self, layers: Iterable[str], rank: int) -> LoraConfig:
         """The PEFT configuration of a plain LoRA with this rank and scale 1 in every layer."""

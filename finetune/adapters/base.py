@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import RefusedError, UnsupportedError
+from finetune.recipe.rules.violation import Violation
 from finetune.recipe.sections.modules import ModuleRule
 
 
@@ -55,6 +56,18 @@ class AdapterMethod(ABC):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.section, self.modules, self.tokenizer = section, modules, tokenizer
+
+    def violations(self, model: PreTrainedModel) -> Iterable[Violation]:
+        """What the recipe's section asks of a base that this base does not have, such as layers of a name.
+
+        Args:
+            model: The base as it will be loaded, with quantized layers; on the meta device.
+        """
+        return ()
+
+    def note(self, model: PreTrainedModel) -> str | None:
+        """What a user should know of how the section applies to this base, in words; None if there is nothing."""
+        return None
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import all_gathered, sharded_base
+from finetune.models.layer_names import nearest_part
 from finetune.models.writing.rewrite import saved_tensors, write_from_shards
+from finetune.recipe.rules.violation import Violation
 
 WEIGHTS = "model.safetensors"
 
@@ -24,21 +26,26 @@ class FullMethod(AdapterMethod):
 
     weight_format = "W x"
 
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Patterns that match no weight."""
+        names = [name for name, _ in model.named_parameters()]
+        for key, patterns in (("train", self.section.train), ("freeze", self.section.freeze)):
+            for index, pattern in enumerate(patterns):
+                if not _matching(names, [pattern]):
+                    what, hint = _unmatched(model, pattern, names)
+                    yield Violation(f"adapter.{key}.{index}", what, hint)
+        if not _matching(names, self.section.train) - _matching(names, self.section.freeze):
+            yield Violation("adapter.freeze", "no trainable weight remains", "freeze less, or train more")
+
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Unfreeze the weights that the recipe selects.
 
         Raises:
             UnsupportedError: A selected weight is quantized and so has no gradient, or a pattern matches no weight.
         """
+        for violation in self.violations(model):
+            raise UnsupportedError(violation.what, where=violation.key, hint=violation.hint)
         names = [name for name, _ in model.named_parameters()]
-        for key, patterns in (("train", self.section.train), ("freeze", self.section.freeze)):
-            for pattern in patterns:
-                if not _matching(names, [pattern]):
-                    raise UnsupportedError(
-                        f"no weight of the model matches {pattern!r}",
-                        where=f"adapter.{key}",
-                        hint=f"names look like {names[-1]}; * stands for any part",
-                    )
         picked = _matching(names, self.section.train) - _matching(names, self.section.freeze)
         for name, parameter in model.named_parameters():
             if name in picked and not parameter.is_floating_point():
@@ -48,10 +55,6 @@ class FullMethod(AdapterMethod):
                     hint="name the unquantized model, or train an adapter: {method: lora}",
                 )
             parameter.requires_grad_(name in picked)
-        if not picked:
-            raise UnsupportedError(
-                "no trainable weight remains", where="adapter.freeze", hint="freeze less, or train more"
-            )
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -103,6 +106,15 @@ class FullMethod(AdapterMethod):
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load the trained weights; there is nothing to merge."""
         return self.load(model, folder)
+
+
+def _unmatched(model: PreTrainedModel, pattern: str, names: Sequence[str]) -> tuple[str, str]:
+    """The problem with a pattern that matches no weight, and the fix."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if second := sorted(_matching(weights, [pattern])):  # `named_parameters` has tied weights under their first name
+        first = next(name for name in names if weights[name] is weights[second[0]])
+        return f"{second[0]} is tied to {first}, and they train as one", f"name {first}"
+    return f"no weight of the model matches {pattern!r}", nearest_part(pattern, names)
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:

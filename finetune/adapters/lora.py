@@ -7,7 +7,7 @@ stabilisation the update is scaled by alpha / sqrt(r): Kalajdzievski 2023, arXiv
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -18,7 +18,19 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.initialization import orthonormal, principal
 from finetune.adapters.low_rank import DifferenceLinear, IecLinear, LowRankLinear
-from finetune.models.linear_layers import LINEAR_TYPES, linear_layers
+from finetune.adapters.name_checks import (
+    is_within,
+    rank_violations,
+    rule_violations,
+    saved_module_violations,
+    target_violations,
+    token_violations,
+    twice_trained_violations,
+)
+from finetune.adapters.targets import adaptation_note, find_targets
+from finetune.models.linear_layers import LINEAR_KINDS, LINEAR_TYPES, LayerKind, linear_layers
+from finetune.quantizers.base import is_quantized
+from finetune.recipe.rules.violation import Violation
 from finetune.recipe.sections.adapter import Lora, LowRank
 from finetune.recipe.sections.modules import setting_for
 
@@ -42,9 +54,44 @@ class LowRankMethod(AdapterMethod):
     def layer(self) -> type[LowRankLinear]:
         """The class of adapted layers."""
 
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        """Kinds of layers that it adapts; PEFT's embedding layers know no other update than plain LoRA and DoRA."""
+        return LINEAR_KINDS | {"embedding"} if self.layer is LowRankLinear else LINEAR_KINDS
+
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Names, tokens, ranks and rules of the section that fit no part of the base."""
+        section = self.section
+        yield from target_violations(model, section.target_modules, self.kinds)
+        named = find_targets(model, section.target_modules, self.kinds).adapted
+        yield from saved_module_violations(model, section.modules_to_save, named)
+        if self.tokenizer is not None:
+            yield from token_violations(
+                model, section.trainable_tokens, self.tokenizer, "adapter.trainable_tokens", named
+            )
+        yield from rule_violations(self.modules, model, named)
+        yield from twice_trained_violations(model, section.target_modules, section.modules_to_save, self.kinds)
+        if named and not self._adapted(named):
+            what = "no layer is left to adapt: modules skips them, or modules_to_save trains them in full"
+            yield Violation("adapter.target_modules", what, "name other layers")
+
+    def _adapted(self, named: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Those of the named layers that no rule skips and that `modules_to_save` does not train in full."""
+        saved = self.section.modules_to_save
+        rules = {name: setting_for(self.modules, name, "adapter") for name in named}
+        return {
+            name: layer
+            for name, layer in named.items()
+            if not (rules[name] and rules[name].skip) and not any(is_within(name, entry) for entry in saved)
+        }
+
+    def note(self, model: PreTrainedModel) -> str | None:
+        """The layers that are left out, and those that are tied."""
+        return adaptation_note(model, self.section.target_modules, self.kinds)
+
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Add an update of rank r to each target layer."""
-        return peft_bridge.attach(model, self._config(linear_layers(model)), self.section.target_modules)
+        return peft_bridge.attach(model, self._config(linear_layers(model)), self.kinds)
 
     def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
         """Start from a saved adapter with the same tensors."""
@@ -59,7 +106,7 @@ class LowRankMethod(AdapterMethod):
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load a saved adapter onto a base."""
-        return peft_bridge.load(model, self._config(linear_layers(model)), folder)
+        return peft_bridge.load(model, self._config(linear_layers(model)), folder, self.kinds)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """Drop the adapter."""
@@ -67,7 +114,7 @@ class LowRankMethod(AdapterMethod):
 
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load the stock form; its merge W + (alpha / r) B A is exact up to rounding to W's dtype."""
-        return peft_bridge.load_stock(model, self._stock_config(linear_layers(model)), folder)
+        return peft_bridge.load_stock(model, self._stock_config(linear_layers(model)), folder, self.kinds)
 
     def _config(self, layers: Iterable[str]) -> LoraConfig:
         """The PEFT configuration of the native layers, for training and for loading by ft."""
@@ -113,7 +160,6 @@ class LowRankMethod(AdapterMethod):
             exclude_modules=skipped or None,
             modules_to_save=list(section.modules_to_save) or None,
             trainable_token_indices=self._trained_tokens() or None,
-            ensure_weight_tying=True,
         )
 
     def _trained_tokens(self) -> list[int]:
@@ -159,11 +205,31 @@ class LoraMethod(LowRankMethod):
                         layer.start_from(adapter, principal(weight_OI / scaling, r))
                     case "olora":
                         layer.start_from(adapter, orthonormal(weight_OI, r))
-                    case "loftq":  # B A approximates the quantization error W - Q(W)
+                    # B A approximates the quantization error W - Q(W). Of an unquantized layer, such as the head,
+                    # that is zero, and factors that both are zero have no gradient: it starts as in plain LoRA.
+                    case "loftq" if is_quantized(layer.get_base_layer()):
                         # The file is read onto the CPU; the base may be on a GPU.
                         stored = original(name).to(weight_OI)
                         error_OI = (stored.T if layer.is_stored_transposed else stored) - weight_OI
                         layer.start_from(adapter, principal(error_OI / scaling, r))
+
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Also ranks that the initialization cannot have."""
+        yield from super().violations(model)
+        if self.section.initialization != "zero":
+            named = find_targets(model, self.section.target_modules, LINEAR_KINDS).adapted
+            layers = self._adapted(named)
+            ranks = {name: self._rank_of(name) for name in layers}
+            yield from rank_violations(ranks, layers, self.section.initialization)
+
+    def _rank_of(self, layer: str) -> tuple[int, str]:
+        """The rank of a layer, and the key that sets it."""
+        for index, rule in enumerate(self.modules):
+            if rule.adapter is not None and rule.matches(layer):
+                return (
+                    (rule.adapter.r, f"modules.{index}.adapter.r") if rule.adapter.r else (self.section.r, "adapter.r")
+                )
+        return self.section.r, "adapter.r"
 
     def lr_multiplier(self, parameter: str) -> float:
         """LoRA+: B learns faster than A. Source: Hayou et al. 2024, arXiv 2402.12354, section 5."""

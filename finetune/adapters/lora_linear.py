@@ -60,8 +60,9 @@ def lora_linear(x: Tensor, z: Tensor | None, term: LoraTerm, growth_O: Tensor | 
     Returns:
         Output, (..., O).
     """
-    product: Tensor = _LoraLinear.apply(x, z, *term, growth_O)
-    return product
+    product_TO: Tensor = _LoraLinear.apply(x, z, *term, growth_O)
+    # A view made inside of the function could not be changed in place, as some models and the loss do.
+    return product_TO.view(*x.shape[:-1], -1)
 
 
 def lora_linear_reference(x: Tensor, z: Tensor | None, term: LoraTerm) -> Tensor:
@@ -117,8 +118,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(z_TJ, inner_TR, a, scaled_b, plain_TO, growth_O)
         ctx.base, ctx.scale, ctx.factor_type = base, scale, a_RJ.dtype
         ctx.x, ctx.z = (x.shape, x.dtype), None if z is None else (z.shape, z.dtype)
-        # A view would forbid its caller to change it in place, as the loss does with the logits of a head.
-        return product_TO if x.ndim == 2 else product_TO.view(*x.shape[:-1], -1)
+        return product_TO
 
     @staticmethod
     @once_differentiable

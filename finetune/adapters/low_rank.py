@@ -22,6 +22,9 @@ from finetune.errors import UnsupportedError
 from finetune.models.fsdp import is_sharded_tensor, unsharded_weights
 from finetune.quantizers.base import Capabilities, is_quantized
 
+SMALLEST_SQUARE = 1e-30
+"""Lower bound of a squared row norm in DoRA."""
+
 
 class Factors(NamedTuple):
     """The two factors of an update; the update of the weight is scale times `b_OR @ a_RI`."""
@@ -257,8 +260,9 @@ class LowRankLinear(lora.Linear):
         with torch.autocast(a_RI.device.type, enabled=False):
             crossed_OR = (weight_OI @ a_RI.T.to(weight_OI.dtype)).float()
             changed_OR = b_OR * (2 * scale * crossed_OR + scale**2 * b_OR @ (a_RI @ a_RI.T))
-        # Rounding can make the sum of a row near zero slightly negative.
-        return (self.base_row_norms[adapter] + changed_OR.sum(1)).clamp(min=0).sqrt()
+        # Rounding can make the sum of a row near zero slightly negative. A row of zeros, such as that of a padding
+        # token in a head that is tied to the embeddings, has no direction: its ratio m / |row| is 1 until it has one.
+        return (self.base_row_norms[adapter] + changed_OR.sum(1)).clamp(min=SMALLEST_SQUARE).sqrt()
 
     def _group_sums(self, x: Tensor) -> Tensor:
         # Sums, as in algorithm 1 of QA-LoRA. The authors' code averages: the same up to a factor K in A.
@@ -290,6 +294,12 @@ class DifferenceLinear(LowRankLinear):
     subtracts_start = True
 
 
+def has_groups(layer: nn.Module) -> bool:
+    """Whether a layer is quantized in groups of inputs with float minimums, to which a constant can be added."""
+    stored = layer.quantizer.capabilities if is_quantized(layer) else Capabilities()
+    return stored.float_zero_points and stored.group_size is not None
+
+
 def _computes_in(x: Tensor) -> torch.dtype:
     """The dtype of a linear layer's matmul: autocast's, or that of its input."""
     device = x.device.type
@@ -297,11 +307,11 @@ def _computes_in(x: Tensor) -> torch.dtype:
 
 
 def _group_size(base_layer: nn.Module, name: str) -> int:
-    """Inputs of a quantization group of the base (K), if its minimums are floats to which a constant can be added."""
+    """Inputs of a quantization group of the base (K), see `has_groups`."""
     while isinstance(base_layer, BaseTunerLayer):  # PEFT nests adapters of experts
         base_layer = base_layer.base_layer
     stored = base_layer.quantizer.capabilities if is_quantized(base_layer) else Capabilities()
-    if not stored.float_zero_points or stored.group_size is None:
+    if not has_groups(base_layer) or stored.group_size is None:
         raise UnsupportedError(
             f"QA-LoRA needs groups with float minimums, which the layer {name} does not have",
             where="adapter.method",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,15 +18,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.low_rank import LowRankLinear
+from finetune.adapters.targets import Targets, find_targets
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import unsharded_non_block
-from finetune.models.linear_layers import linear_layers
+from finetune.models.layer_names import endings, ends_with
+from finetune.models.linear_layers import LayerKind, linear_layers, modules_with_weight
 from finetune.models.safetensors_io import unaliased
 
 ADAPTER_NAME = "default"
-
-NO_LAYER_FOUND = ("Target modules", "No layers types compatible")
-"""Texts in PEFT's errors if no layer has the name of a target."""
 
 PREFIX = "base_model.model."
 """PEFT's prefix of layer names in a wrapped model."""
@@ -43,30 +44,43 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
 
 
+def adapted_embeddings(model: nn.Module) -> list[str]:
+    """Names of the embeddings with a low-rank update, which is PEFT's own."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, LoraEmbedding)]
+    return [name.removeprefix(PREFIX) for name in names]
+
+
 def as_targets(targets: str | Sequence[str]) -> str | list[str]:
     """Target modules for PEFT, as a copy: PEFT modifies lists."""
     return targets if isinstance(targets, str) else list(targets)
 
 
-def attach(model: PreTrainedModel, config: PeftConfig, targets: str | list[str]) -> PeftModel:
+def attach(model: PreTrainedModel, config: PeftConfig, kinds: Collection[LayerKind] = ()) -> PeftModel:
     """Wrap the target layers of `model`; the adapter's weights are trainable and float32, all others frozen.
+
+    Args:
+        model: The base.
+        config: PEFT's configuration, with names as the recipe has them; completed here.
+        kinds: Kinds of layers that the method adapts; others of these names are left out.
 
     Raises:
         UnsupportedError: No layer of the model has such a name.
     """
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
-    try:
-        with unsharded_non_block(model):  # `modules_to_save` are copied, which needs full tensors
-            wrapped = get_peft_model(model, config)
-    except ValueError as error:
-        if not any(words in str(error) for words in NO_LAYER_FOUND):
-            raise
-        endings = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
-        raise UnsupportedError(
-            f"no layer of the model matches {targets}",
-            where="adapter.target_modules",
-            hint=f"its linear layers end in: {', '.join(endings)}",
-        ) from error
+    if targets := getattr(config, "target_modules", None):
+        found = find_targets(model, targets, kinds)
+        if not found.adapted:
+            raise UnsupportedError(
+                f"no layer of the model matches {targets}",
+                where="adapter.target_modules",
+                hint=f"its linear layers end in: {', '.join(endings(linear_layers(model)))}",
+            )
+        _leave_out(config, found)
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = _named_modules(model, config.modules_to_save, ends_with)
+        _tie_saved(config, model)
+    with unsharded_non_block(model):  # `modules_to_save` are copied, which needs full tensors
+        wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():  # of `modules_to_save`: in 16 bits small updates would round to nothing
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -108,6 +122,9 @@ def save(model: PeftModel, folder: Path) -> None:
 
     Embeddings are never saved, because the vocabulary is never resized; PEFT would query the hub to find that out.
     """
+    config = model.peft_config[ADAPTER_NAME]
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = _saved_modules(config)
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT writes a model card template with empty fields
 
@@ -133,11 +150,20 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a_RI, b_OR
     trains = model.peft_config[ADAPTER_NAME]
     config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
+    config.modules_to_save, config.ensure_weight_tying = _saved_modules(trains), trains.ensure_weight_tying
     config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
     # safetensors refuses tensors that share memory, such as tied weights.
     save_file(unaliased(tensors), folder / STOCK_WEIGHTS, metadata={"format": "pt"})
     save_file(unaliased(_tensors(model)), folder / NATIVE_WEIGHTS)
+
+
+def _saved_modules(config: PeftConfig) -> list[str] | None:
+    """`modules_to_save` with the tied ones, which PEFT has removed; stock PEFT then ties them as well."""
+    return (
+        list(dict.fromkeys([*(config.modules_to_save or ()), *sorted(getattr(config, "modules_to_tie", None) or ())]))
+        or None
+    )
 
 
 def stock_rank(folder: Path) -> int:
@@ -149,7 +175,7 @@ def stock_rank(folder: Path) -> int:
     return min(len(tensor) for name, tensor in _read(folder / STOCK_WEIGHTS).items() if "lora_A" in name)
 
 
-def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
+def load(model: PreTrainedModel, config: PeftConfig, folder: Path, kinds: Collection[LayerKind] = ()) -> PeftModel:
     """Attach an adapter from disk, frozen; its tensors must match the model one for one.
 
     Only tensors are read from the folder; the configuration comes from the recipe.
@@ -158,17 +184,19 @@ def load(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
         ModelError: There is no adapter.
         RefusedError: Its tensors do not match this base and recipe.
     """
-    return _load(model, config, _native(folder))
+    return _load(model, config, _native(folder), kinds)
 
 
-def load_stock(model: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
+def load_stock(
+    model: PreTrainedModel, config: PeftConfig, folder: Path, kinds: Collection[LayerKind] = ()
+) -> PeftModel:
     """Attach an adapter in stock form, whose layers `merge_layer` can merge.
 
     Raises:
         ModelError: There is no adapter.
         RefusedError: Its tensors do not match this base and recipe.
     """
-    return _load(model, config, folder / STOCK_WEIGHTS)
+    return _load(model, config, folder / STOCK_WEIGHTS, kinds)
 
 
 def merge_layer(layer: nn.Module) -> nn.Module:
@@ -192,8 +220,9 @@ def merge_layer(layer: nn.Module) -> nn.Module:
         ) from error
 
 
-def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
+def _load(model: PreTrainedModel, config: PeftConfig, file: Path, kinds: Collection[LayerKind]) -> PeftModel:
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
+    _fit_to_tensors(config, model, _read(file), kinds)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
     for module in wrapped.modules():
@@ -206,6 +235,58 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path) -> PeftModel:
         layer.base_row_norms.clear()
     wrapped.requires_grad_(False)
     return wrapped
+
+
+def _leave_out(config: PeftConfig, found: Targets) -> None:
+    """Adapt only the layers that the method can adapt."""
+    if not found.excluded:
+        return
+    if hasattr(config, "exclude_modules"):
+        config.exclude_modules = [*(config.exclude_modules or ()), *found.excluded]
+    else:
+        config.target_modules = list(found.adapted)
+
+
+def _fit_to_tensors(
+    config: PeftConfig, model: PreTrainedModel, tensors: Mapping[str, Tensor], kinds: Collection[LayerKind]
+) -> None:
+    """Complete a configuration as it was when saved tensors were trained: an earlier version chose other layers."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    saved = {name for name in modules if any(tensor.startswith(f"{PREFIX}{name}.") for tensor in tensors)}
+    if targets := getattr(config, "target_modules", None):
+        found = find_targets(model, targets, kinds)
+        _leave_out(config, Targets(found.adapted, {n: why for n, why in found.excluded.items() if n not in saved}))
+    if getattr(config, "modules_to_save", None):
+        # PEFT's own match, which an earlier version used, is an ending anywhere in a name.
+        matching = _named_modules(model, config.modules_to_save, str.endswith)
+        config.modules_to_save = [name for name in matching if name in saved]
+        _tie_saved(config, model, saved)
+
+
+def _named_modules(model: nn.Module, entries: Iterable[str], matches: Callable[[str, str], bool]) -> list[str]:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return [name for name in names if any(matches(name, entry) for entry in entries)]
+
+
+def _tie_saved(config: PeftConfig, model: PreTrainedModel, trained: Collection[str] | None = None) -> None:
+    """Have PEFT train one copy of tied embeddings and output head, if the recipe names one of them.
+
+    PEFT ties no head with a bias, and only modules of certain names; elsewhere the named one trains, and a merge unties
+    it from the other. It does not tie layers with updates here: it would tie their factors in float32 only.
+
+    Args:
+        config: With full names in `modules_to_save`; changed in place.
+        model: The base.
+        trained: Names of the modules that have trained, if they have.
+    """
+    tied = modules_with_weight(model, model.get_input_embeddings().weight)
+    if trained is None:
+        known = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in tied)
+        has_bias = any(getattr(model.get_submodule(name), "bias", None) is not None for name in tied)
+        trained = tied if known and not has_bias else ()
+    config.ensure_weight_tying = len({*tied} & {*trained}) > 1 and bool({*tied} & {*config.modules_to_save})
+    if config.ensure_weight_tying:
+        config.modules_to_save = list(dict.fromkeys([*config.modules_to_save, *tied]))
 
 
 def _native(folder: Path) -> Path:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, TrainableTokensConfig, VeraConfig
-from peft.tuners.oft.layer import OFTLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
+from finetune.adapters.name_checks import target_violations, token_violations
+from finetune.adapters.targets import adaptation_note, find_targets
 from finetune.errors import UnsupportedError
+from finetune.models.linear_layers import LINEAR_KINDS, LayerKind, shape_of
+from finetune.recipe.rules.violation import Violation
 
 
 class PeftMethod(AdapterMethod):
     """Base of these methods; subclasses supply the configuration."""
 
+    kinds: ClassVar[frozenset[LayerKind]] = LINEAR_KINDS
+    """Kinds of layers that PEFT implements the method for."""
+
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Names of no layer that the method adapts."""
+        yield from target_violations(model, self.section.target_modules, self.kinds)
+
+    def note(self, model: PreTrainedModel) -> str | None:
+        """The layers that are left out, and those that are tied."""
+        return adaptation_note(model, self.section.target_modules, self.kinds)
+
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the target layers."""
-        return peft_bridge.attach(model, self.config(), self.section.target_modules)
+        return peft_bridge.attach(model, self.config(), self.kinds)
 
     def load_initial_adapter(self, model: nn.Module, folder: Path) -> None:
         """Start from a saved adapter with the same tensors."""
@@ -33,7 +48,7 @@ class PeftMethod(AdapterMethod):
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load a saved adapter onto a base."""
-        return peft_bridge.load(model, self.config(), folder)
+        return peft_bridge.load(model, self.config(), folder, self.kinds)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """Drop the adapter."""
@@ -41,7 +56,7 @@ class PeftMethod(AdapterMethod):
 
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load the adapter to be merged into the weights, which is exact up to rounding to their dtype."""
-        return peft_bridge.load_stock(model, self.config(), folder)
+        return peft_bridge.load_stock(model, self.config(), folder, self.kinds)
 
     @abstractmethod
     def config(self) -> PeftConfig:
@@ -97,6 +112,7 @@ class LoHaMethod(PeftMethod):
     """
 
     weight_format = "(W + (alpha / r) (B1 A1) * (B2 A2)) x"
+    kinds = frozenset[LayerKind]({"linear"})
 
     def config(self) -> LoHaConfig:
         """LoHa on the recipe's layers."""
@@ -111,6 +127,7 @@ class LoKrMethod(PeftMethod):
     """
 
     weight_format = "(W + (alpha / r) C kron (B A)) x"
+    kinds = frozenset[LayerKind]({"linear"})
 
     def config(self) -> LoKrConfig:
         """LoKr on the recipe's layers."""
@@ -125,6 +142,13 @@ class OftMethod(PeftMethod):
     """
 
     weight_format = "W R x, R orthogonal in blocks"
+    kinds = frozenset[LayerKind]({"linear"})
+
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Also layers whose inputs are not whole blocks: PEFT would reduce their block size."""
+        yield from super().violations(model)
+        if (violation := self._partial_block(model)) is not None:
+            yield violation
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the target layers.
@@ -132,16 +156,20 @@ class OftMethod(PeftMethod):
         Raises:
             UnsupportedError: The block size does not divide the input width of some layer.
         """
-        wrapped = super().attach(model, total_steps)
-        # PEFT would reduce the block size of such a layer, with only a warning.
-        for name, layer in wrapped.named_modules():
-            if isinstance(layer, OFTLayer) and layer.in_features % self.section.block_size:
-                raise UnsupportedError(
-                    f"{name.removeprefix(peft_bridge.PREFIX)} has {layer.in_features} inputs, not a multiple of it",
-                    where="adapter.block_size",
-                    hint="choose a block size that divides every layer's inputs, such as 32",
-                )
-        return wrapped
+        if (violation := self._partial_block(model)) is not None:
+            raise UnsupportedError(violation.what, where=violation.key, hint=violation.hint)
+        return super().attach(model, total_steps)
+
+    def _partial_block(self, model: PreTrainedModel) -> Violation | None:
+        """A violation for the first layer with a partial block of inputs."""
+        size = self.section.block_size
+        for name, layer in find_targets(model, self.section.target_modules, self.kinds).adapted.items():
+            _, in_features = shape_of(layer)
+            if in_features % size:
+                what = f"{name} has {in_features} inputs, not a multiple of {size}"
+                hint = "choose a size that divides every layer's inputs, such as 32"
+                return Violation("adapter.block_size", what, hint)
+        return None
 
     def config(self) -> OFTConfig:
         """OFT on the recipe's layers; the number of blocks (PEFT's `r`) follows from the block size."""
@@ -160,9 +188,18 @@ class TrainableTokensMethod(PeftMethod):
 
     weight_format = "embeddings of the named tokens replaced"
 
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Texts that are not a token."""
+        if self.tokenizer is not None:
+            yield from token_violations(model, self.section.tokens, self.tokenizer, "adapter.tokens")
+
+    def note(self, model: PreTrainedModel) -> str | None:
+        """None: no layers are chosen by name."""
+        return None
+
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Wrap the embeddings, and the output head if it is tied to them."""
-        return peft_bridge.attach(model, self.config(), "the embeddings")
+        return peft_bridge.attach(model, self.config())
 
     def config(self) -> TrainableTokensConfig:
         """PEFT finds the embeddings itself."""

@@ -9,12 +9,18 @@ and divides when it merges: the same up to the scale of A.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from finetune.adapters.lora import LowRankMethod
-from finetune.adapters.low_rank import GroupedIecLinear, GroupedLinear, LowRankLinear
+from finetune.adapters.low_rank import GroupedIecLinear, GroupedLinear, LowRankLinear, has_groups
+from finetune.adapters.targets import find_targets
+from finetune.models.linear_layers import linear_layers
 from finetune.quantizers.base import Quantized
+from finetune.recipe.rules.violation import Violation
 from finetune.recipe.sections.adapter import QaLora
 
 
@@ -31,6 +37,25 @@ class QaLoraMethod(LowRankMethod):
     def layer(self) -> type[LowRankLinear]:
         """The class of adapted layers."""
         return GroupedIecLinear if self.section.iec else GroupedLinear
+
+    def violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Also layers without groups of inputs: a problem of the quantization, unless it makes groups elsewhere."""
+        yield from super().violations(model)
+        some_have = any(has_groups(layer) for layer in linear_layers(model).values())
+        targets, key = self.section.target_modules, "adapter.target_modules"
+        entries = [(targets, key)] if isinstance(targets, str) else [([n], f"{key}.{i}") for i, n in enumerate(targets)]
+        for entry, own_key in entries:
+            named = self._adapted(find_targets(model, entry, self.kinds).adapted)
+            lacking = next((name for name, layer in named.items() if not has_groups(layer)), None)
+            what = f"qa_lora merges into the float minimums of groups of inputs, which {lacking} does not have"
+            if lacking is not None and not some_have:
+                hint = "set it to affine, hqq or optq, or name a model that is quantized so"
+                yield Violation("quantization.kind", what, hint)
+                return
+            if lacking is not None:
+                yield Violation(
+                    own_key, f"{what}: it is not quantized so", "leave it out, or set adapter.method to lora"
+                )
 
     @torch.no_grad()
     def merge_quantized(self, layer: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 
 from finetune.errors import UnsupportedError
 from finetune.models.fsdp import unshard_non_block
+from finetune.models.kernels.float32_compute import computes_in
 
 
 class FixedPrompt(nn.Module):
@@ -296,8 +297,8 @@ class PrefixedModel(SoftPromptModel):
         layers, heads, width = self.shape
         device = prefix_PW.device.type
         # Attention concatenates cached and new keys, so the prefix needs the dtype in which the model computes.
-        computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.base.dtype
-        prefix_LPHD = prefix_PW.to(computes_in).view(-1, 2 * layers, heads, width).transpose(0, 1)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else computes_in(self.base)
+        prefix_LPHD = prefix_PW.to(dtype).view(-1, 2 * layers, heads, width).transpose(0, 1)
         keys_and_values = prefix_LPHD.transpose(1, 2)[:, None].expand(-1, rows, -1, -1, -1)
         # The configuration tells the cache which layers have a sliding window.
         return DynamicCache(

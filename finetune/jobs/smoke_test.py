@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from finetune.data.sources import read_rows
 from finetune.errors import UnsupportedError
@@ -18,8 +20,10 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.infer.evaluate import evaluate
+from finetune.jobs.load.model_check import check_start_at_hand
 from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
+from finetune.models.layer_names import ends_with
 from finetune.models.linear_layers import linear_layers
 from finetune.models.loading.meta_model import meta_model, read_config, with_blocks
 from finetune.models.loading.model_files import ModelFolder, find_model
@@ -27,7 +31,7 @@ from finetune.models.loading.tiny_model import BLOCKS, write_truncated_model
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import AdaLora
 from finetune.recipe.sections.data import SourceSection
-from finetune.recipe.sections.modules import ModuleRule
+from finetune.recipe.sections.modules import ModuleRule, sets_something
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
 
@@ -108,11 +112,12 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
         on_event: Receives a phase for each slow step.
     """
     original = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
+    check_start_at_hand(recipe, original.path, starts_here=False)
     on_event(Phase(f"making a random model of {BLOCKS} blocks"))
     write_truncated_model(original, folder / "model", recipe.training.seed)
     model: dict[str, Any] = {"name": str(folder / "model"), "revision": None}
     training: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "checkpoint_every_steps": None}
-    adapter: dict[str, Any] = {}
+    adapter: dict[str, Any] = _names(recipe, original)
     if recipe.model.attention == "flash_attention_2":  # a CPU lacks it
         model["attention"] = "auto"
     if recipe.model.dtype == "float16":
@@ -120,7 +125,7 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
     if recipe.training.precision == "float16":
         training["precision"] = "float32"
     if isinstance(recipe.adapter, AdaLora):  # its phases may be longer than the smoke test
-        adapter = {"initial_steps": 0, "final_steps": 1, "allocate_every": 1}
+        adapter |= {"initial_steps": 0, "final_steps": 1, "allocate_every": 1}
     if getattr(recipe.adapter, "continue_from", None) is not None:  # an adapter for the shapes of the real base
         adapter["continue_from"] = None
     changes: dict[str, dict[str, Any]] = {
@@ -157,8 +162,44 @@ def _rules(recipe: Recipe, folder: ModelFolder) -> list[ModuleRule]:
 
     A rule that matches no layer of the full model stays: it is an error of the recipe that the test must find.
     """
+    few, full = (linear_layers(model) for model in _few_and_full(recipe, folder))
+    rules = recipe.modules
+    return [rule for rule in rules if sets_something(rules, rule, few) or not sets_something(rules, rule, full)]
+
+
+def _names(recipe: Recipe, folder: ModelFolder) -> dict[str, list[str]]:
+    """The adapter's lists of names that name removed blocks: endings of their layers and all weights instead."""
+    few, full = _few_and_full(recipe, folder)
+    modules = _Names(set(dict(few.named_modules())), set(dict(full.named_modules())), ends_with)
+    weights = _Names(set(dict(few.named_parameters())), set(dict(full.named_parameters())), fnmatchcase)
+    changes = {}
+    for key in ("target_modules", "feedforward_modules", "modules_to_save", "train", "freeze"):
+        names = weights if key in ("train", "freeze") else modules
+        entries = getattr(recipe.adapter, key, None)
+        if not isinstance(entries, list) or not any(map(names.is_removed, entries)):
+            continue
+        instead = {"train": "*", "freeze": None}
+        kept = [instead.get(key, each.rpartition(".")[2]) if names.is_removed(each) else each for each in entries]
+        changes[key] = [each for each in dict.fromkeys(kept) if each is not None]
+    return changes
+
+
+class _Names(NamedTuple):
+    """Names in the truncated and in the full model, and how an entry of a recipe matches one."""
+
+    few: set[str]
+    full: set[str]
+    matches: Callable[[str, str], bool]
+
+    def is_removed(self, entry: str) -> bool:
+        """Whether an entry matches names of removed blocks only."""
+        return any(self.matches(name, entry) for name in self.full - self.few) and not any(
+            self.matches(name, entry) for name in self.few
+        )
+
+
+def _few_and_full(recipe: Recipe, folder: ModelFolder) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The truncated and the full model without weights."""
     config = read_config(folder)
-    few, all_layers = (
-        linear_layers(meta_model(each, recipe.model, torch.float32)) for each in (with_blocks(config, BLOCKS), config)
-    )
-    return [rule for rule in recipe.modules if any(map(rule.matches, few)) or not any(map(rule.matches, all_layers))]
+    few, full = (meta_model(each, recipe.model, torch.float32) for each in (with_blocks(config, BLOCKS), config))
+    return few, full

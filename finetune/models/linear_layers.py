@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,9 +18,41 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 """Types of layers with a weight matrix; quantized layers are subclasses."""
 
 
+LayerKind = Literal["linear", "conv1d", "embedding"]
+"""Kinds of layers that adapter methods distinguish: y = W x + b, the same with W stored transposed, and a lookup."""
+
+LINEAR_KINDS: frozenset[LayerKind] = frozenset({"linear", "conv1d"})
+"""Kinds of layers that compute W x + b."""
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers of a model without adapter, by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_TYPES)}
+    """All layers of a model without adapter that compute W x + b, by name."""
+    return {name: layer for name, layer in model.named_modules() if kind_of(layer) in LINEAR_KINDS}
+
+
+def kind_of(layer: Any) -> LayerKind | None:
+    """The kind of a layer; None for every other module, such as a router that is a linear layer and chooses experts."""
+    if isinstance(layer, LINEAR_TYPES):
+        is_transposed = isinstance(layer, Conv1D) or getattr(layer, "stored_transposed", False)
+        is_plain = type(layer) in LINEAR_TYPES or is_quantized(layer) or _maps_vectors(layer)
+        return ("conv1d" if is_transposed else "linear") if is_plain else None
+    # A scaled embedding (Gemma) has its factor as `embed_scale`; other subclasses look up other rows.
+    is_lookup = type(layer) is nn.Embedding or (isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale"))
+    return "embedding" if is_lookup else None
+
+
+def _maps_vectors(layer: nn.Linear) -> bool:
+    """Whether a layer of a subclass maps a vector of `in_features` to one of `out_features`, on the meta device."""
+    empty = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in layer.state_dict(keep_vars=True).items()
+    }
+    vector = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device="meta")
+    try:
+        mapped = functional_call(layer, empty, (vector,))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return isinstance(mapped, torch.Tensor) and mapped.shape == (1, layer.out_features)
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
@@ -42,6 +75,12 @@ def _outermost_list(model: nn.Module, name: str) -> str | None:
     parts = name.split(".")
     above = (".".join(parts[:depth]) for depth in range(1, len(parts)))
     return next((each for each in above if isinstance(model.get_submodule(each), nn.ModuleList)), None)
+
+
+def modules_with_weight(model: nn.Module, weight: nn.Parameter) -> list[str]:
+    """Names of the modules that have this parameter: several if it is tied."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name.rpartition(".")[0] for name, parameter in named if parameter is weight]
 
 
 class ParameterCount(NamedTuple):

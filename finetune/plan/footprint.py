@@ -20,6 +20,7 @@ from finetune.adapters.base import AdapterMethod, trainable
 from finetune.data.collate import Batch
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
+from finetune.models.kernels.float32_compute import compute_in_float32
 from finetune.models.kernels.fused import fuse, kernels_on
 from finetune.models.kernels.logit_transform import LogitTransform
 from finetune.models.kernels.packing_check import takes_packed_attention
@@ -253,6 +254,8 @@ def _attached(inputs: EstimateInputs, config: Any) -> tuple[nn.Module, FakeTenso
     model, fakes = meta_model(config, inputs.model, inputs.weight_dtype), FakeTensors()
     dequantizes_in = inputs.compute_dtype if inputs.on_gpu else None
     quantize_shapes(model, inputs.choose, inputs.quantizes_head, inputs.compute_dtype, dequantizes_in)
+    if inputs.compute_dtype is torch.float32 is not inputs.weight_dtype:
+        compute_in_float32(model)
     fakes.to_placeholders(model, vectors_too=False)
     base = _base(model)
 

@@ -100,6 +100,8 @@ class InformationCalibratedQuantizer(CodebookQuantizer):
         median_B1 = ordered_BK[:, (self.block_size - 1) // 2].unsqueeze(1)
         width_B1 = self.search_width * _absmax(blocks_BK, median_B1.squeeze(1)).unsqueeze(1) / WIDEST_QUANTILE
         steps_S = torch.linspace(-1, 1, 2 * self.candidates + 1, device=blocks_BK.device)
+        # Rounding leaves 1e-8 there, and the edge of two codes beside the median instead of on it.
+        steps_S[self.candidates] = 0
         tried_BS = functional.pad(median_B1 + width_B1 * steps_S, (1, 0))  # a shift of 0 comes first, and wins ties
         absmax_BS = torch.maximum(ordered_BK[:, -1:] - tried_BS, tried_BS - ordered_BK[:, :1])
         edges_BSC = self._edges(absmax_BS, tried_BS)

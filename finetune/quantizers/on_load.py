@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from finetune.errors import ModelError, UnsupportedError
 from finetune.malloc import HeapTrimmer
 from finetune.quantizers.base import Quantizer, is_quantized
+from finetune.quantizers.direct_weights import stays_unquantized
 from finetune.quantizers.layer import PackedQuantizer
 from finetune.recipe.sections.quantization import StoredQuantization
 from finetune.resolve import build
@@ -89,13 +91,18 @@ def as_stored(config: dict[str, Any]) -> StoredQuantization:
 
 @register_quantizer(METHOD)
 class OnLoadQuantizer(HfQuantizer):
-    """The hooks: replace the linear layers on the meta device, and quantize each weight when it has been read."""
+    """The hooks: replace the linear layers on the meta device, and quantize each weight when it has been read.
+
+    Attributes:
+        non_finite: Names of weights with NaN or infinite values, which their codes no longer show.
+    """
 
     is_trainable = True
 
     def __init__(self, quantization_config: OnLoadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.freed = HeapTrimmer()
+        self.non_finite: list[str] = []
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor is the weight of a replaced layer."""
@@ -137,7 +144,7 @@ class OnLoadQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that converts a checkpoint's tensor to the layer's tensors."""
-        return QuantizeOp(self.freed)
+        return QuantizeOp(self.freed, self.non_finite)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` may write the model: only with a config for stored weights."""
@@ -147,8 +154,8 @@ class OnLoadQuantizer(HfQuantizer):
 class QuantizeOp(ConversionOps):
     """One weight of the checkpoint -> the tensors of its quantized layer."""
 
-    def __init__(self, freed: HeapTrimmer) -> None:
-        self.freed = freed
+    def __init__(self, freed: HeapTrimmer, non_finite: list[str]) -> None:
+        self.freed, self.non_finite = freed, non_finite
 
     def convert(
         self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **kwargs: Any
@@ -160,6 +167,10 @@ class QuantizeOp(ConversionOps):
             weight = value.pop() if isinstance(value, list) else value
             layer, _ = get_module_from_name(model, full_name)
             prefix = full_name.rpartition(".")[0]
+            if not all(map(isfinite, weight.aminmax())):
+                # transformers reports an error of this function as one of the file's format: the loader raises it.
+                self.non_finite.append(full_name)
+                weight = torch.zeros_like(weight)
             weight_OI = weight.T if layer.stored_transposed else weight
             for name, tensor in layer.quantizer.quantize(layer, weight_OI).items():
                 tensors[f"{prefix}.{name}"] = tensor
@@ -174,7 +185,7 @@ def quantizable_layers(model: PreTrainedModel, with_head: bool = False) -> dict[
     return {
         name: layer
         for name, layer in model.named_modules()
-        if type(layer) in (nn.Linear, Conv1D) and not _is_kept(name, kept)
+        if type(layer) in (nn.Linear, Conv1D) and not _is_kept(name, kept) and not stays_unquantized(model, name)
     }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from finetune.errors import Problem, RecipeError
+from finetune.errors import FinetuneError, Problem, RecipeError
 from finetune.recipe import secrets
 from finetune.recipe.error_messages import explain
 from finetune.recipe.overrides import apply_overrides
@@ -22,9 +23,10 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.renamed_keys import rename_keys, rename_tasks
 from finetune.recipe.rules import RULES, Violation, broken_tasks
 from finetune.recipe.schema import json_schema as json_schema  # exported here beside load and dump
+from finetune.recipe.schema import shape_at
 from finetune.recipe.sections.evaluation import TaskFile, TaskSection
 from finetune.recipe.task_file import nest_tasks
-from finetune.recipe.yaml.document import MAX_BYTES, decode, position_at, read_yaml
+from finetune.recipe.yaml.document import MAX_BYTES, KeyPath, decode, position_at, read_yaml
 from finetune.recipe.yaml.origins import Origin, Placed, SourceMap
 from finetune.recipe.yaml.writer import block
 
@@ -43,12 +45,51 @@ class LoadedRecipe:
         text: The file as written.
         path: The file.
         overrides: The `--set` arguments.
+        sources: The origins of its parts.
     """
 
     recipe: Recipe
     text: str
     path: Path
     overrides: tuple[str, ...] = ()
+    sources: SourceMap | None = field(default=None, repr=False, compare=False)
+
+    def refuse(self, violations: Sequence[Violation]) -> None:
+        """Refuse a recipe with violations that its own rules do not find.
+
+        Raises:
+            RecipeError: There are any.
+        """
+        if violations and self.sources is not None:
+            _refuse(_placed(violation, self.sources) for violation in violations)
+
+    @contextmanager
+    def locating_errors(self) -> Iterator[None]:
+        """A context in which errors about a key of the recipe get its file and line as their place.
+
+        Raises:
+            FinetuneError: As raised in the block.
+        """
+        try:
+            yield
+        except RecipeError as error:
+            raise RecipeError([self._located(problem) for problem in error.problems]) from error
+        except FinetuneError as error:
+            if error.where is not None and self._origin(error.where) is not None:
+                error.where = f"{self._origin(error.where)}: {error.where}"
+            raise
+
+    def _located(self, problem: Problem) -> Problem:
+        """A problem whose place is a key, with the place of the key instead."""
+        origin = self._origin(problem.key) if problem.where == problem.key else None
+        return problem if origin is None else replace(problem, where=origin)
+
+    def _origin(self, key: str) -> str | None:
+        """The place of a key in words, or of the key of the section around it; None if the schema has no such key."""
+        path = _path_of(key)
+        if self.sources is None or shape_at(path, self.recipe.model_dump(mode="json")) is None:
+            return None
+        return self.sources.value_origin(path).text
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -88,7 +129,7 @@ def recipe_of(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRec
     problems += _broken_rules(recipe, sources)
     if problems:
         _refuse(problems)
-    return LoadedRecipe(_named(recipe, path), text, path, tuple(overrides))
+    return LoadedRecipe(_named(recipe, path), text, path, tuple(overrides), sources)
 
 
 def load_tasks(path: Path) -> list[TaskSection]:
@@ -174,9 +215,13 @@ def _broken_rules(recipe: Recipe, sources: SourceMap) -> list[Placed]:
 
 
 def _placed(violation: Violation, sources: SourceMap) -> Placed:
-    path = tuple(int(segment) if segment.isdigit() else segment for segment in violation.key.split("."))
-    origin = sources.value_origin(path)
+    origin = sources.value_origin(_path_of(violation.key))
     return origin, Problem(origin.text, violation.key, violation.what, violation.hint)
+
+
+def _path_of(key: str) -> KeyPath:
+    """A dotted key as a path."""
+    return tuple(int(segment) if segment.isdigit() else segment for segment in key.split("."))
 
 
 def _refuse(placed: Iterable[Placed]) -> NoReturn:

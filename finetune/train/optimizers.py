@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from finetune.recipe.sections.optimizer import Adafactor, AdamW, Lion, OptimizerSection, Sgd
 from finetune.resolve import resolve
+from finetune.train.adafactor import Adafactor as FactoredOptimizer
+from finetune.train.rounding import round_stochastically
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +22,23 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimizer(
-    section: OptimizerSection, model: nn.Module, lr_multiplier: Callable[[str], float] = lambda name: 1.0
+    section: OptimizerSection,
+    model: nn.Module,
+    lr_multiplier: Callable[[str], float] = lambda name: 1.0,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters of `model`; see `parameter_groups`."""
+    """The recipe's optimizer over the trainable parameters of `model`; see `parameter_groups`.
+
+    Args:
+        section: The recipe's section.
+        model: Its trainable parameters are updated.
+        lr_multiplier: As in `parameter_groups`.
+        seed: Of stochastic rounding.
+    """
     optimizer: torch.optim.Optimizer = resolve(type(section).implementation)(
         section, parameter_groups(model, section.weight_decay, lr_multiplier)
     )
-    return optimizer
+    return round_stochastically(optimizer, seed) if section.rounding == "stochastic" else optimizer
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr_multiplier: Callable[[str], float]) -> Groups:
@@ -96,16 +108,18 @@ def state_bytes(section: OptimizerSection, parameters: Iterable[Tensor]) -> int:
 
 def _state_bytes(section: OptimizerSection, parameter: Tensor) -> int:
     numbers = parameter.numel()
+    # Moments have the dtype of the weights, which for stochastic rounding are float32 in a step.
+    moment = 4 * numbers if section.rounding == "stochastic" else parameter.nbytes
     match section:
         case Sgd():
-            return parameter.nbytes if section.momentum else 0
+            return moment if section.momentum else 0
         case Adafactor() if parameter.ndim >= 2:
             # Factored second moments: a vector of row sums and one of column sums instead of a matrix.
             return 4 * (numbers // parameter.shape[-1] + numbers // parameter.shape[-2])
         case Adafactor():
             return 4 * numbers
         case AdamW(name="adamw"):
-            return 2 * parameter.nbytes
+            return 2 * moment
         case AdamW(name="paged_adamw_32bit"):
             return 8 * numbers
     moments = 1 if isinstance(section, Lion) else 2
@@ -114,11 +128,40 @@ def _state_bytes(section: OptimizerSection, parameter: Tensor) -> int:
     return moments * (numbers + 4 * ceil(numbers / BLOCK) if is_quantized else 4 * numbers)
 
 
+class DecoupledSgd(torch.optim.SGD):
+    """SGD whose weight decay is decoupled: it shrinks weights by lr x decay and is no part of the momentum.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 1 (SGDW). As in AdamW the rate is that of the step.
+
+    Args:
+        groups: Parameter groups with their `weight_decay`.
+        settings: As for `torch.optim.SGD`.
+    """
+
+    def __init__(self, groups: Groups, **settings: Any) -> None:
+        # Under another name: SGD adds its own `weight_decay` to the gradient.
+        super().__init__(
+            [{**group, "weight_decay": 0.0, "decoupled_decay": group["weight_decay"]} for group in groups], **settings
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update; the decay comes first."""
+        for group in self.param_groups:
+            if decay := group["decoupled_decay"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(1 - group["lr"] * decay)
+        return super().step(closure)
+
+
 def sgd(section: Sgd, groups: Groups) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum."""
-    return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
+    """Stochastic gradient descent with momentum and decoupled weight decay."""
+    return DecoupledSgd(groups, lr=section.learning_rate, momentum=section.momentum)
 
 
 def adafactor(section: Adafactor, groups: Groups) -> torch.optim.Optimizer:
-    """Adafactor with an explicit learning rate. Source: Shazeer and Stern, arXiv 1804.04235."""
-    return torch.optim.Adafactor(groups, lr=section.learning_rate, beta2_decay=section.beta2_decay)
+    """Adafactor, by default with the learning rate of the recipe as it is."""
+    return FactoredOptimizer(
+        groups, lr=section.learning_rate, beta2_decay=section.beta2_decay, relative_steps=section.relative_steps
+    )

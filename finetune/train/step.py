@@ -70,6 +70,7 @@ def train_step(
     _refuse_non_finite(state, mean_loss, norm, learning_rate)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_multiplier", 1.0)
+        group["steps"] = state.step
     state.scaler.step(state.optimizer)  # skips the update if float16 gradients overflowed
     state.scaler.update()
     state.step += 1

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.encode import Encoder
-from finetune.errors import DivergedError, RefusedError, UnsupportedError, UsageError
+from finetune.errors import DivergedError, RecipeError, RefusedError, UsageError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.plan.preview import preview
@@ -260,10 +260,10 @@ def test_adapter_with_another_weight_format_or_version_is_refused(
 
 def test_module_rule_without_a_matching_layer_is_refused_before_training(tiny_recipe: dict[str, Any], tmp_path: Path):
     rules = [{"match": "*.queries", "adapter": {"skip": True}}]
-    with pytest.raises(UnsupportedError, match=r"modules\.0\.match"):
+    with pytest.raises(RecipeError, match=r"modules\.0\.match"):
         run_of({**tiny_recipe, "modules": rules}, tmp_path)
     rules = [{"match": "*lm_head", "quantization": {"kind": "hqq"}}]  # the head stays as it is
-    with pytest.raises(UnsupportedError, match="that can be quantized"):
+    with pytest.raises(RecipeError, match="can be quantized"):
         run_of({**tiny_recipe, "modules": rules}, tmp_path / "head")
 
 

@@ -204,6 +204,26 @@ def test_run_checkpoint_adapter_and_merge_have_equal_scores(runs: Path, tasks: P
         assert found.folder is None  # without --output nothing is written
 
 
+def test_both_sides_of_a_comparison_compute_in_one_type(
+    runs: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The run computes in float32, as its recipe says; a folder by itself in bfloat16 where the machine has it."""
+    merged = merge(RunDirectory(runs / "low-rank"), tmp_path / "merged").folder
+    monkeypatch.setattr(dtype, "_has_bfloat16", lambda device: True)
+    alone = values(evaluated(merged, tasks=(str(tasks),)), "nats")["loss"]
+    found = evaluated(runs / "low-rank", merged, tasks=(str(tasks),))
+    assert found.compute_dtype == "float32"
+    loss = found.scores["nats"]["loss"]
+    assert loss.theirs
+    assert loss.theirs.value == pytest.approx(loss.ours.value, rel=1e-6)
+    assert abs(alone - loss.ours.value) > 1e-5  # the control
+    assert any("computes in float32 here" in message and "bfloat16" in message for message in caplog.messages)
+    turned = evaluated(merged, runs / "low-rank", tasks=(str(tasks),))
+    assert turned.compute_dtype == "bfloat16"
+    assert turned.scores["nats"]["loss"].ours.value == pytest.approx(alone, rel=1e-6)
+    assert turned.scores["nats"]["loss"].theirs.value == pytest.approx(alone, abs=2e-2)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(("run", "shares"), [("low-rank", True), ("prompt", False)])
 def test_choices_with_and_without_prefix_sharing_are_equal(
     runs: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, shares: bool

@@ -25,7 +25,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ValidationResult
-from tests.fixtures.tiny import tiny_tokenizer
+from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import ARCHITECTURES, run_of, write_model
 
 FOUR_BITS = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora", "r": 4}}
@@ -114,6 +114,27 @@ def test_gguf_adapter_of_dora_is_refused(tiny_recipe: dict[str, Any], tmp_path: 
     run = run_of({**tiny_recipe, "adapter": {"method": "lora", "dora": True}}, tmp_path)
     with pytest.raises(UnsupportedError, match="low-rank updates"):
         export_gguf_adapter(run)
+
+
+@pytest.mark.parametrize(("is_tied", "target"), [(True, "lm_head"), (True, "embed_tokens"), (False, "embed_tokens")])
+def test_gguf_adapter_of_embeddings_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path, is_tied: bool, target: str):
+    """llama.cpp would ignore one, and finds no tensor for a head that is tied."""
+    write_tiny_model(tmp_path / "base", tie_word_embeddings=is_tied)
+    sections = {
+        "model": {"name": str(tmp_path / "base")},
+        "adapter": {"method": "lora", "target_modules": ["q_proj", target]},
+    }
+    run = run_of({**tiny_recipe, **sections}, tmp_path)
+    with pytest.raises(UnsupportedError, match=target) as caught:
+        export_gguf_adapter(run)
+    assert caught.value.where == "adapter.target_modules"
+
+
+def test_gguf_adapter_contains_an_untied_head(tiny_recipe: dict[str, Any], tmp_path: Path):
+    write_tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    sections = {"model": {"name": str(tmp_path / "base")}, "adapter": {"method": "lora", "target_modules": ["lm_head"]}}
+    read = gguf.GGUFReader(export_gguf_adapter(run_of({**tiny_recipe, **sections}, tmp_path)) / "adapter.gguf")
+    assert sorted(tensor.name for tensor in read.tensors) == ["output.weight.lora_a", "output.weight.lora_b"]
 
 
 def test_exported_adapter_loads_in_peft_and_names_its_command(tiny_recipe: dict[str, Any], tmp_path: Path):

@@ -28,6 +28,7 @@ from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import OllamaTemplate, modelfile
 from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
+from finetune.models.linear_layers import modules_with_weight
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.writing.ends import ends_with
@@ -194,7 +195,16 @@ def export_gguf_adapter(
         )
     on_event(Phase(f"writing {ADAPTER}"))
     streamed = trained.stream_base(on_event, dequantized=False)
-    layers = peft_bridge.low_rank_layers(method.load(streamed.model, trained.weights))
+    tied = modules_with_weight(streamed.model, streamed.model.get_input_embeddings().weight)
+    loaded = method.load(streamed.model, trained.weights)
+    layers = peft_bridge.low_rank_layers(loaded)
+    embeddings = [*peft_bridge.adapted_embeddings(loaded), *(name for name in tied[1:] if name in layers)]
+    if embeddings:  # llama.cpp looks up the ones, and has no tensor of its own for a tied head
+        raise UnsupportedError(
+            f"a GGUF adapter changes linear layers of the base's file, and {embeddings[0]} is its embeddings",
+            where="adapter.target_modules",
+            hint="export the full model: --format gguf",
+        )
     factors = {}
     for name, layer in layers.items():
         a_RI, b_OR = layer.factors(peft_bridge.ADAPTER_NAME)

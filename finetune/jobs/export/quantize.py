@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from finetune.errors import ModelError
 from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
 from finetune.jobs.load.context import TrainingContext
+from finetune.jobs.load.model_check import check_rules_fit_model
 from finetune.jobs.load.training_record import base_record
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.load import load_model
@@ -112,6 +113,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
             where=str(context.folder.path),
             hint="name the unquantized model in model.name",
         )
+    check_rules_fit_model(context.section, context.folder, context.quantizers)
     dtype = file_dtype(context.folder.path)
     model = context.load_base(on_event, dtype)
     with written_aside(target) as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 import finetune.adapters
@@ -41,6 +43,8 @@ from finetune.run.events import EventHandler, ignore
 from finetune.run.provenance import file_digest
 from finetune.storage.cache import sources_digest
 from finetune.storage.files import write_json, written_aside
+
+logger = logging.getLogger(__name__)
 
 COMPUTING = (finetune.adapters, finetune.evaluation, finetune.models, finetune.quantizers, finetune.train)
 """Packages of ours whose code changes predictions: part of the key of the prediction cache."""
@@ -92,7 +96,7 @@ def evaluate(
         FinetuneError: A model cannot be opened.
     """
     finetuned = FineTunedModel.find(named, on_event)
-    other = _other(finetuned, against, on_event)
+    other = _in_one_type(finetuned, _other(finetuned, against, on_event))
     tasks = _tasks(named, finetuned, options.tasks, on_event)
     _refuse_idle_gates(options.gates, tasks)
     if other:
@@ -107,6 +111,7 @@ def evaluate(
         label=named.label,
         against=other.label if other else None,
         generation_backend=(generators[-1] or ModelGenerator).name,
+        compute_dtype=_name_of(finetuned.setup.compute_dtype),
         scores=_scores(tasks, ours, theirs),
     )
     result.gates.extend(_gate_results(options.gates, result))
@@ -130,6 +135,29 @@ def _other(
             hint="name the model to compare with: --against MODEL",
         )
     return finetuned.untuned if against else None
+
+
+def _in_one_type(finetuned: FineTunedModel, other: FineTunedModel | None) -> FineTunedModel | None:
+    """The model to compare with, computing in the type of the evaluated one: types differ by 1e-3 nats."""
+    if other is None:
+        return None
+    setup, theirs = finetuned.setup, other.setup
+    weights = setup.weight_dtype if theirs.section.dtype == "auto" else theirs.weight_dtype
+    if (theirs.compute_dtype, theirs.weight_dtype) == (setup.compute_dtype, weights):
+        return other
+    if theirs.compute_dtype is not setup.compute_dtype:
+        logger.warning(
+            "%s computes in %s here, as %s does; by itself it computes in %s",
+            other.label,
+            _name_of(setup.compute_dtype),
+            finetuned.label,
+            _name_of(theirs.compute_dtype),
+        )
+    return replace(other, setup=replace(theirs, compute_dtype=setup.compute_dtype, weight_dtype=weights))
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_event: EventHandler) -> list[Task]:

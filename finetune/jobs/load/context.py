@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -24,8 +24,8 @@ from finetune.data.encode import Encoder
 from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
-from finetune.models.kernels.packing_check import supports_prefix_sharing
-from finetune.models.linear_layers import linear_layers
+from finetune.jobs.load.model_check import check_start
+from finetune.models.kernels.packing_check import causal_table, supports_prefix_sharing
 from finetune.models.loading.dtype import compute_dtype, weight_dtype
 from finetune.models.loading.load import (
     NOTHING_KEPT,
@@ -35,16 +35,14 @@ from finetune.models.loading.load import (
     load_tokenizer,
     padding_id,
 )
-from finetune.models.loading.meta_model import read_config
+from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.loading.template_settings import writes_date
-from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import AdapterSection
 from finetune.recipe.sections.model import Model
-from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.recipe.sections.training import Precision, Training
 from finetune.resolve import build
@@ -108,7 +106,7 @@ class ModelSetup:
         accelerator = make_accelerator()
         with accelerator.main_process_first():  # one process downloads or converts, the others read the cache
             folder = find_model(section, _phases(on_event), weights)
-        computes_in = compute_dtype(precision, accelerator.device)
+        computes_in = compute_dtype(precision, accelerator.device, section.dtype)
         return ModelSetup(
             section=section,
             accelerator=accelerator,
@@ -157,7 +155,6 @@ class ModelSetup:
 
         Raises:
             OutOfMemoryError: The model does not fit.
-            UnsupportedError: A rule for single layers matches no layer.
         """
         folder = self.base_folder(on_event)
         kind = self.quantizers.section.kind
@@ -171,7 +168,6 @@ class ModelSetup:
                 compute_dtype=dtype or self.compute_dtype,
                 device=self.accelerator.device,
             )
-        _refuse_unused_rules(self.quantizers.modules, base)
         # Loading may hold two copies of a weight; a run reports the peak of its own steps.
         reset_peak_memory(self.accelerator.device)
         return base
@@ -224,6 +220,18 @@ class TrainingContext(ModelSetup):
         )
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
+    def check_start(self, starts_here: bool = True) -> None:
+        """Check that the recipe can start and that its names fit the model, without loading weights.
+
+        Args:
+            starts_here: Whether on this machine.
+
+        Raises:
+            RecipeError: They do not; the places of its problems are keys.
+            FinetuneError: The model or a layer of it is not supported.
+        """
+        check_start(self.recipe, self.folder, self.quantizers, self.method, starts_here)
+
     def read_data(self, on_event: EventHandler) -> Datasets:
         """The recipe's tokenized datasets; read once.
 
@@ -248,9 +256,19 @@ class TrainingContext(ModelSetup):
         return self.recipe.distributed.strategy == "fsdp" and self.accelerator.num_processes > 1
 
     def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Load the frozen model, or this process's shard of it, to the device; see `ModelSetup.load_base`."""
+        """Load the frozen model, or this process's shard of it, to the device; see `ModelSetup.load_base`.
+
+        Raises:
+            UnsupportedError: Shards of 16-bit weights are to compute in float32.
+        """
         if not self.shards_base:
             return super().load_base(on_event, dtype)
+        if self.compute_dtype is torch.float32 is not (dtype or self.weight_dtype):
+            raise UnsupportedError(
+                "16-bit weights that are sharded do not compute in float32",
+                where="model.dtype",
+                hint="set it to float32, training.precision to bfloat16, or distributed.strategy to ddp",
+            )
         folder = self.base_folder(on_event)
         on_event(Phase(f"loading shards of {self.section.name}"))
         with _loading(self.section.name):
@@ -261,7 +279,6 @@ class TrainingContext(ModelSetup):
                 weight_dtype=dtype or self.weight_dtype,
                 device=self.accelerator.device,
             )
-        _refuse_unused_rules(self.quantizers.modules, base)
         reset_peak_memory(self.accelerator.device)
         return base
 
@@ -311,12 +328,38 @@ def batch_plan_of(
         folder: The model's files.
         lengths: Tokens of each training row.
         padding: Any token id.
+
+    Raises:
+        UnsupportedError: The recipe flattens rows to sequences that are longer than the model's attention supports.
     """
     may_join = not adapter.prompt_tokens  # a soft prompt must stand before each row
+    if may_join and training.batching != "padded":
+        may_join = _may_join(training, max_length, folder, lengths)
     # Noise and dropout differ from row to row, so rows with the same first tokens have different activations.
     is_random = training.neftune_alpha or getattr(adapter, "dropout", 0)
     may_share = attention == "auto" and supports_prefix_sharing(read_config(folder)) and not is_random
     return BatchPlan.of(training, lengths, max_length, padding, may_join, may_share)
+
+
+def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths: npt.NDArray[np.int64]) -> bool:
+    """Whether the model's attention supports the longest sequence of flattened rows.
+
+    Raises:
+        UnsupportedError: It does not, and the recipe asks for flattened rows.
+    """
+    count, longest = training.micro_batch_size, training.pack_length or max_length
+    tokens = count * longest if training.batching == "packed" else int(np.sort(lengths)[-count:].sum())
+    if folder.positions is None or tokens <= folder.positions:
+        return True
+    table = causal_table(meta_model(read_config(folder), Model(name=folder.name), torch.float32))
+    if table is None or tokens <= table:
+        return True
+    what = f"the attention of this model masks {table} positions, and flattened rows have up to {tokens} tokens"
+    if training.batching != "auto":
+        hint = "set it to padded, or lower training.micro_batch_size"
+        raise UnsupportedError(what, where="training.batching", hint=hint)
+    logger.info("training.batching: auto is padded: %s", what)
+    return False
 
 
 @contextmanager
@@ -335,26 +378,6 @@ def _loading(name: str) -> Iterator[None]:
             f"out of memory while {name} loads",
             hint="free memory that other programs hold, set quantization.kind to nf4, or take a smaller model",
         ) from error
-
-
-def _refuse_unused_rules(rules: Sequence[ModuleRule], base: PreTrainedModel) -> None:
-    """Check that each rule for single layers matches a layer.
-
-    Raises:
-        UnsupportedError: A rule matches none.
-    """
-    layers = linear_layers(base)
-    for index, rule in enumerate(rules):
-        matching = [layer for name, layer in layers.items() if rule.matches(name)]
-        quantizes = rule.quantization is not None and rule.quantization.quantizes
-        if quantizes:
-            matching = [layer for layer in matching if is_quantized(layer)]
-        if not matching:
-            raise UnsupportedError(
-                f"no linear layer {'that can be quantized ' if quantizes else ''}matches {rule.match!r}",
-                where=f"modules.{index}.match",
-                hint=f"names look like {next(iter(layers))}; * stands for any part",
-            )
 
 
 def _phases(on_event: EventHandler) -> Callable[[str], None]:

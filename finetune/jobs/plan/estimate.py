@@ -174,6 +174,7 @@ class MemoryPlanner:
             FinetuneError: A mistake that would stop the training too.
         """
         context = TrainingContext.of(recipe, on_event, weights=False)
+        context.check_start(starts_here=gpu is None)
         return cls(context, context.read_data(on_event), gpu, on_event)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:

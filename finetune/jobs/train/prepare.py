@@ -19,7 +19,7 @@ from finetune.data.collate import BatchOrder
 from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
 from finetune.data.report import data_report
-from finetune.errors import UnsupportedError, UsageError
+from finetune.errors import RecipeError, UnsupportedError, UsageError
 from finetune.jobs.load.context import TrainingContext, batch_plan_of
 from finetune.jobs.load.template_report import report_template
 from finetune.jobs.load.training_record import TrainingRecord
@@ -106,6 +106,7 @@ class PreparedRun:
         """
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event, kept=_same_date(kept))
+        _check_start(context, is_resumed=checkpoint is not None)
         rows = context.read_data(on_event)
         plan = batch_plan_of(
             recipe.training,
@@ -152,6 +153,17 @@ def _stopping(on_event: EventHandler, interruption: Interruption) -> EventHandle
         interruption.poll()
 
     return report_or_stop
+
+
+def _check_start(context: TrainingContext, is_resumed: bool) -> None:
+    """Check the recipe's names against the model; in a run that has begun, an entry without effect is only told."""
+    try:
+        context.check_start()
+    except RecipeError as error:
+        if not is_resumed:
+            raise
+        for line in error.lines():
+            logger.warning("%s", line.strip())
 
 
 def _refuse_idle_processes(context: TrainingContext, order: BatchOrder) -> None:
@@ -222,7 +234,7 @@ class _Preparation:
             accelerator=context.accelerator,
             model=wrap_for_ddp(context.accelerator, model),
             method=context.method,
-            optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier),
+            optimizer=make_optimizer(recipe.optimizer, model, context.method.lr_multiplier, recipe.training.seed),
             compute_dtype=context.compute_dtype,
             interruption=interruption,
             noise=recipe.training.neftune_alpha,

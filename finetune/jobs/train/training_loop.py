@@ -21,6 +21,7 @@ from finetune.storage.files import written_aside
 from finetune.train.diagnostics import TrainingDiagnostics
 from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes
+from finetune.train.weight_changes import TITLE, WeightChanges
 
 
 @dataclass
@@ -37,6 +38,7 @@ class TrainingLoop:
         early_stopping: Compares validation losses.
         checkpoints: Commits checkpoints.
         lora_ranks: Records ranks that a method changes.
+        weight_changes: Counts the 16-bit weights that change; None where no warning can follow.
         validation: The last measurement of this attempt.
     """
 
@@ -49,6 +51,7 @@ class TrainingLoop:
     early_stopping: EarlyStopping
     checkpoints: CheckpointManager
     lora_ranks: LoraRankLogger
+    weight_changes: WeightChanges | None = None
     validation: ValidationResult | None = None
 
     @classmethod
@@ -70,6 +73,7 @@ class TrainingLoop:
                 run, attempt, recipe.training, prepared.facts, on_event, early_stopping.best_step
             ),
             lora_ranks=LoraRankLogger(state, record),
+            weight_changes=_weight_changes(prepared, history),
         )
 
     @property
@@ -138,6 +142,9 @@ class TrainingLoop:
         self.attempt.steps = metrics.step
         self.record(metrics)
         self.lora_ranks.follow()
+        rate = self.prepared.context.recipe.optimizer.learning_rate
+        if self.weight_changes and (warning := self.weight_changes.follow(metrics, rate)):
+            self.record(warning)
         # Before the validation: a run that dies there repeats it, and loses no step.
         if self._saves:
             self.checkpoints.save_if_due(self.prepared.state)
@@ -147,6 +154,13 @@ class TrainingLoop:
         self.validation = self.evaluator.measure_if_due()
         checkpoints = self.checkpoints if self._saves else None
         self.early_stopping.update(self.validation, self.prepared.state, checkpoints)
+
+
+def _weight_changes(prepared: PreparedRun, history: History) -> WeightChanges | None:
+    is_told = any(warning.what.startswith(TITLE) for warning in history.warnings)
+    if is_told or not prepared.is_main or prepared.context.recipe.optimizer.rounding == "stochastic":
+        return None
+    return WeightChanges(prepared.state.bare_model)
 
 
 def _write_trained(prepared: PreparedRun, folder: Path) -> None:

@@ -118,8 +118,11 @@ def _fuse_norm(norm: Any, kernels: _Kernels) -> bool:
         return False
     with torch.no_grad(), unsharded_weights(norm):
         on_cpu = copy(norm)  # shallow: parameters are replaced, not changed
-        on_cpu._parameters = {"weight": nn.Parameter(norm.weight.detach().cpu(), requires_grad=False)}
-        probe = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        random = torch.Generator().manual_seed(0)
+        # Other weights than ones, so that a norm that does not use its weight shows.
+        some = torch.rand(len(weight), generator=random).to(weight.dtype) + 0.5
+        on_cpu._parameters = {"weight": nn.Parameter(some, requires_grad=False)}
+        probe = torch.randn(3, len(weight), generator=random).to(weight.dtype)
         expected = type(norm).forward(on_cpu, probe)
         for offset in (None, 1.0):  # Gemma stores weight - 1
             if torch.equal(_normed(on_cpu, probe, epsilon=epsilon, offset=offset), expected):

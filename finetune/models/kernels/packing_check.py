@@ -64,6 +64,19 @@ def takes_packed_attention(config: PretrainedConfig) -> bool:
     return own == "sdpa" and not _drops(config, "att")
 
 
+def causal_table(model: nn.Module) -> int | None:
+    """Side of the square tables of booleans from which attention cuts its causal mask (GPT-Neo); None without any.
+
+    No sequence may be longer, flattened rows with restarting positions included.
+    """
+    sides = {
+        buffer.shape[-1]
+        for buffer in model.buffers()
+        if buffer.dtype is torch.bool and buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
+    }
+    return min(sides, default=None)
+
+
 def supports_prefix_sharing(config: PretrainedConfig) -> bool:
     """Whether prefix sharing will be possible, judged from a model's config alone."""
     return takes_packed_attention(config) and not _drops(config)

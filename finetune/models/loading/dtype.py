@@ -19,8 +19,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Dtypes by the names that recipes and commands use."""
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: Precision, device: torch.device, stored: Dtype = "auto") -> torch.dtype:
     """The compute dtype for `training.precision` on `device`.
+
+    Args:
+        precision: The recipe's key.
+        device: Where the model computes.
+        stored: The recipe's `model.dtype`: a CPU's operations do not take float16 and bfloat16 together.
 
     Raises:
         EnvironmentFault: float16 on a CPU, where kernels for it are missing or slow.
@@ -37,7 +42,8 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         )
     if precision != "auto":
         return DTYPES[precision]
-    chosen = torch.bfloat16 if _has_bfloat16(device) else _without_bfloat16(device)
+    is_mixed = stored == "float16" and device.type == "cpu"
+    chosen = torch.bfloat16 if _has_bfloat16(device) and not is_mixed else _without_bfloat16(device)
     logger.info("training.precision: auto is %s on this %s", str(chosen).removeprefix("torch."), device.type)
     return chosen
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.errors import ModelError
 from finetune.malloc import HeapTrimmer
 from finetune.models.linear_layers import shape_of
+from finetune.models.loading.finite import check_finite
 from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import stored_quantization
@@ -120,7 +121,8 @@ class StreamedModel:
                 if isinstance(packed, PackedQuantizer):
                     self.model.set_submodule(name, replacement(name, layers[name], packed, dtype))
         self._parts = self._to_placeholders(self._kept_in_float32(dtype))
-        self._originals = dict(self.model.named_modules())
+        # All names: layers of several blocks may share one activation module.
+        self._originals = dict(self.model.named_modules(remove_duplicate=False))
 
     def _packed_names(self) -> list[str]:
         """Names of the packed tensors of quantized layers, if the files hold these."""
@@ -200,7 +202,11 @@ class StreamedModel:
         return torch.full((), value, dtype=like.dtype, device=self.device).expand(like.shape)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the model as it is stored, before any quantization; floating-point ones in float32."""
+        """A tensor of the model as it is stored, before any quantization; floating-point ones in float32.
+
+        Raises:
+            ModelError: It is a weight with values that are not finite.
+        """
         source = self.sources[self.tied.get(name, name)]
         pieces = [self.files[file].read() for file in source.files]
         if source.converter is None:
@@ -211,6 +217,7 @@ class StreamedModel:
                 converter.add_tensor(source.first, file, pattern, piece)
             made = converter.convert(source.first, model=self.model, config=self.model.config)[name]
             tensor = made[0] if isinstance(made, list) else made
+        check_finite(name, tensor, self.folder.path)
         return self._in_float32(tensor) if tensor.is_floating_point() else tensor.to(self.device)
 
     def _in_float32(self, tensor: Tensor) -> Tensor:

@@ -22,9 +22,12 @@ from transformers import (
 
 from finetune.errors import FinetuneError, ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import shard_model
+from finetune.models.kernels.float32_compute import compute_in_float32
 from finetune.models.linear_layers import linear_layers, list_of_blocks
+from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.chat_template_guard import check_template_terminates
 from finetune.models.loading.dtype import file_dtype
+from finetune.models.loading.finite import check_finite_weights
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
 from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
@@ -199,12 +202,12 @@ def load_model(
         section: The recipe's section, for the attention kernel.
         quantizers: How each linear layer is stored.
         weight_dtype: Dtype of all other weights.
-        compute_dtype: Dtype of the quantized layers' matmuls.
+        compute_dtype: Dtype of the forward pass under autocast; float32 over 16-bit weights needs no autocast.
         device: The device of every weight.
 
     Raises:
-        ModelError: transformers does not know the architecture, or weights are missing, of another shape, or already
-            quantized in another way.
+        ModelError: transformers does not know the architecture, or weights are missing, of another shape, not finite,
+            or already quantized in another way.
         UnsupportedError: The quantizer does not support a layer of the model.
     """
     where = str(folder.path)
@@ -216,7 +219,7 @@ def load_model(
             config=read_config(folder),
             dtype=weight_dtype,
             device_map={"": device},
-            attn_implementation=None if section.attention == "auto" else section.attention,
+            attn_implementation=attention_argument(section),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -228,8 +231,11 @@ def load_model(
         raise ModelError(
             f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
         )
+    check_finite_weights(model, folder.path, getattr(getattr(model, "hf_quantizer", None), "non_finite", []))
     if options and device.type == "cpu" and file_dtype(folder.path) is weight_dtype:
         _copy_mapped_weights(model)
+    if compute_dtype is torch.float32 is not weight_dtype:
+        compute_in_float32(model)
     # Saved adapters name the base as the recipe does, not by a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False)

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.errors import ModelError
+from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.model import Model
 
@@ -78,7 +79,7 @@ def meta_model(config: Any, section: Model, dtype: torch.dtype) -> PreTrainedMod
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
-            attn_implementation=None if section.attention == "auto" else section.attention,
+            attn_implementation=attention_argument(section),
             trust_remote_code=False,
         )
     model.tie_weights()

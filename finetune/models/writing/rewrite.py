@@ -60,7 +60,9 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
                 for file, piece in streamed.stored_as(name, tensor).items():
                     writer.put(file, piece)
         for name in streamed.tensors():
-            if name not in streamed.tied:
+            if name in untied & writer.missing:  # its other half was changed alone: this one stays as it was
+                writer.put(name, streamed.weight(name))
+            elif name not in streamed.tied:
                 _write_unchanged(streamed, name, writer)
     config = streamed.model.config
     config.dtype = dtype

@@ -240,7 +240,8 @@ RULES: Mapping[str, Rule] = {
     "optimizer": To("optimizer.name"),
     "lr_scheduler": To("optimizer.schedule"),
     "cosine_min_lr_ratio": Without("schedules end at 0"),
-    "flash_attention": Switch(on={"model.attention": "flash_attention_2"}),
+    # The fastest kernel that is installed: flash attention on a GPU, and none of its packages is needed.
+    "flash_attention": Switch(on={"model.attention": "auto"}),
     "sdp_attention": Switch(on={"model.attention": "sdpa"}),
     "eager_attention": Switch(on={"model.attention": "eager"}),
     "flex_attention": Without("write model.attention: sdpa", unless=(False,)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.violation import Violation, quantizations
-from finetune.recipe.sections.adapter import AdaLora, LabelsStart, Lora, LowRank, PromptTuning, QaLora
+from finetune.recipe.sections.adapter import AdaLora, Ia3, LabelsStart, Lora, LowRank, PromptTuning, QaLora
 from finetune.recipe.sections.quantization import Groupwise, PluginQuantization
 
 
@@ -141,6 +141,21 @@ def module_rules_set_something(recipe: Recipe) -> Violation | None:
                 f"{key}.adapter",
                 "a skipped layer has neither r nor alpha" if sets_size else "the rule sets nothing",
                 "write either {skip: true} or r, alpha or both",
+            )
+    return None
+
+
+def feedforward_modules_are_targets(recipe: Recipe) -> Violation | None:
+    """IA3 scales the inputs or the outputs of layers that it adapts."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, Ia3):
+        return None
+    for index, name in enumerate(adapter.feedforward_modules):
+        if name not in adapter.target_modules:
+            return Violation(
+                f"adapter.feedforward_modules.{index}",
+                f"{name} is not among adapter.target_modules",
+                "add it there, or leave it out",
             )
     return None
 

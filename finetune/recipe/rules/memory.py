@@ -73,3 +73,22 @@ def float16_weights_cannot_train(recipe: Recipe) -> Violation | None:
             "set model.dtype to float32 and training.precision to float16 or bfloat16",
         )
     return None
+
+
+def stochastic_rounding_needs_bfloat16_weights(recipe: Recipe) -> Violation | None:
+    """Adapters and float32 weights are not rounded; the update of a shard would be rounded by its process alone."""
+    if recipe.optimizer.rounding != "stochastic":
+        return None
+    if not (recipe.adapter.trains_base and recipe.model.dtype == "bfloat16"):
+        return Violation(
+            "optimizer.rounding",
+            "the recipe trains float32 weights, which are not rounded",
+            "leave it out, or set adapter.method to full and model.dtype to bfloat16",
+        )
+    if recipe.distributed.strategy == "fsdp":
+        return Violation(
+            "optimizer.rounding",
+            "distributed.strategy: fsdp shards the weights, and shards are not rounded stochastically",
+            "leave it out, or set model.dtype to float32 or distributed.strategy to ddp",
+        )
+    return None

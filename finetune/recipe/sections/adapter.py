@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.recipe.sections.section import FilePath, OnResume, Section
 
@@ -37,8 +37,13 @@ class AdapterSection(Section):
         """Positions that the method adds in front of every row."""
         return 0
 
+    @property
+    def named_tokens(self) -> list[str]:
+        """Tokens of the vocabulary whose embeddings train."""
+        return []
 
-Targets = Literal["all-linear"] | list[str]
+
+Targets = Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
 TARGETS: Any = Field(
     "all-linear",
     description="Layers to adapt: `all-linear` (all but the output head), or a list of name endings.",
@@ -72,6 +77,11 @@ class LowRank(Continuable):
     trainable_tokens: list[str] = Field(
         [], description="Tokens whose embeddings train as well; each must be a single token of the vocabulary."
     )
+
+    @property
+    def named_tokens(self) -> list[str]:
+        """The trainable tokens."""
+        return self.trainable_tokens
 
 
 class FixedRank(LowRank):
@@ -312,8 +322,20 @@ class Ia3(Continuable):
         ["k_proj", "v_proj", "down_proj"], min_length=1, description="Layers with scales, by name endings."
     )
     feedforward_modules: list[str] = Field(
-        ["down_proj"], description="Those of them whose inputs are scaled instead of their outputs."
+        ["down_proj"],
+        description="Those of them whose inputs are scaled instead of their outputs; by default down_proj, if named.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_is_among_targets(cls, data: Any) -> Any:
+        """Leave the default out of `feedforward_modules` where `target_modules` does not name it."""
+        if not isinstance(data, dict) or "feedforward_modules" in data or "target_modules" not in data:
+            return data
+        named = data["target_modules"]
+        default = cls.model_fields["feedforward_modules"].get_default()
+        among = [name for name in default if isinstance(named, list) and name in named]
+        return {**data, "feedforward_modules": among}
 
 
 class FactoredUpdate(Continuable):
@@ -360,6 +382,11 @@ class TrainableTokens(Continuable):
     costs: ClassVar[str] = "width per token"
     method: Literal["trainable_tokens"]
     tokens: list[str] = Field(min_length=1, description="The tokens; each must be a single token of the vocabulary.")
+
+    @property
+    def named_tokens(self) -> list[str]:
+        """The tokens."""
+        return self.tokens
 
 
 class Full(AdapterSection):

@@ -44,8 +44,8 @@ class Model(Section):
     dtype: Dtype = Field(
         "auto",
         description=(
-            "Storage type of unquantized weights. `auto`: the compute type of "
-            "`training.precision` for a frozen base, float32 for full fine-tuning."
+            "Storage type of unquantized weights; `training.precision` is the type in which they compute. `auto`: that "
+            "type for a frozen base, float32 for full fine-tuning."
         ),
     )
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], OnResume.MAY_CHANGE] = Field(

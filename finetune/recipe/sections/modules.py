@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -43,3 +43,11 @@ def setting_for(rules: Sequence[ModuleRule], layer: str, setting: Literal["quant
     """The setting of the first rule that matches the layer's full name and has one; None without such a rule."""
     found = (getattr(rule, setting) for rule in rules if rule.matches(layer))
     return next((value for value in found if value is not None), None)
+
+
+def sets_something(rules: Sequence[ModuleRule], rule: ModuleRule, layers: Iterable[str]) -> bool:
+    """Whether a rule sets all that it has for some of the layers: earlier rules may set it for each of them."""
+    settings: tuple[Literal["quantization", "adapter"], ...] = ("quantization", "adapter")
+    own = [setting for setting in settings if getattr(rule, setting) is not None]
+    names = [name for name in layers if rule.matches(name)]
+    return all(any(setting_for(rules, name, each) is getattr(rule, each) for name in names) for each in own)

@@ -18,6 +18,15 @@ class OptimizerSection(Section):
     on_resume: ClassVar[OnResume] = OnResume.FROZEN
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices; vectors are not decayed.")
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description=(
+            "Rounding of updated bfloat16 weights (`adapter.method: full` with `model.dtype: bfloat16`). nearest drops "
+            "updates below 0.2 to 0.4 % of a weight. stochastic keeps them on average (Gupta et al. 2015, arXiv "
+            "1502.02551, section 3; Zamirai et al. 2020, arXiv 2010.06192), with moments in float32. Float32 weights "
+            "(`model.dtype: float32`) need neither, and two more bytes a weight."
+        ),
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Learning-rate schedule after warm-up; linear and cosine end at 0."
     )
@@ -51,7 +60,7 @@ class Lion(OptimizerSection):
 
 
 class Sgd(OptimizerSection):
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum; weight decay as in SGDW (Loshchilov and Hutter 2019)."""
 
     implementation: ClassVar[str] = "finetune.train.optimizers:sgd"
     name: Literal["sgd"]
@@ -59,11 +68,21 @@ class Sgd(OptimizerSection):
 
 
 class Adafactor(OptimizerSection):
-    """Adafactor (Shazeer and Stern 2018): second moments by row and column only."""
+    """Adafactor (Shazeer and Stern 2018): second moments by row and column only.
+
+    The learning rate is that of the recipe, without parameter scaling and relative steps (Lester et al. 2021).
+    """
 
     implementation: ClassVar[str] = "finetune.train.optimizers:adafactor"
     name: Literal["adafactor"]
     beta2_decay: float = Field(-0.8, lt=0, description="Exponent c of the second moment's decay rate, 1 - step^c.")
+    relative_steps: bool = Field(
+        False,
+        description=(
+            "Relative steps (section 8 of the paper): the learning rate, at most 1 / sqrt(step), is multiplied by each "
+            "parameter's root mean square, at least 0.001. LoRA's B starts at 0 and hardly moves with them."
+        ),
+    )
 
 
 Optimizer = Annotated[AdamW | Lion | Sgd | Adafactor, Field(discriminator="name")]

@@ -5,10 +5,16 @@ Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
 
 from __future__ import annotations
 
+from copy import deepcopy
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from finetune.adapters.base import trainable
 from finetune.adapters.lora import LoraMethod
@@ -85,6 +91,21 @@ def test_growth_of_magnitude_reaches_the_output_in_bfloat16(base: str, gradients
     assert (outputs[1] - expected[1]).norm() <= tolerance * expected[1].norm()
 
 
+@pytest.mark.gpu
+def test_growth_of_magnitude_reaches_the_output_on_a_gpu(cuda: torch.device):
+    layer = layer_over("plain").train().to(cuda)
+    x = torch.randn(TOKENS, INPUTS, device=cuda)
+    outputs, expected = [], []
+    for factor in (1.0, 1.001):
+        with torch.no_grad():
+            layer.lora_magnitude_vector["default"].weight.mul_(factor)
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs.append(layer(x).detach().double())
+        expected.append(reference(layer, x).detach())
+    change, right = outputs[1] - outputs[0], expected[1] - expected[0]
+    assert float((change * right).sum() / (right * right).sum()) == pytest.approx(1, abs=0.05)
+
+
 def test_control_a_product_in_bfloat16_loses_the_growth():
     x, weight = torch.randn(TOKENS, INPUTS).bfloat16(), torch.randn(OUTPUTS, INPUTS).bfloat16()
     product = x @ weight.T
@@ -132,3 +153,67 @@ def test_trained_magnitude_changes_the_loss_as_the_formula_says():
         changes.append(logits[1] - logits[0])
     exact, found = changes
     assert float((exact * found).sum() / (exact * exact).sum()) == pytest.approx(1, abs=0.05)
+
+
+def tied_gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, **off)).eval()
+
+
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "c_attn"], ["lm_head", "q_proj"]], ids=str)
+def test_tied_head_computes_the_formula_as_stock_peft_does(targets: list[str], dora: bool, tmp_path: Path):
+    """The head has its own update; the embeddings that it is tied to stay as they are. In float64."""
+    base = (tiny_llama() if "q_proj" in targets else tied_gpt2()).eval()
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    method = LoraMethod(Lora(method="lora", r=4, dora=dora, target_modules=targets))
+    model = method.attach(deepcopy(base), 1).eval()
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    method.save(model, tmp_path)
+    stock = PeftModel.from_pretrained(deepcopy(base), tmp_path).eval()
+    exact = deepcopy(base).double()
+    for name, layer in low_rank_layers(model).items():
+        module = exact.get_submodule(name)
+        a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        weight = (module.weight.T if isinstance(module, Conv1D) else module.weight) + layer.scaling["default"] * b @ a
+        if dora:
+            magnitude = layer.lora_magnitude_vector["default"].weight.double()
+            weight = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        module.weight = nn.Parameter((weight.T if isinstance(module, Conv1D) else weight).contiguous())
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = exact(input_ids=ids).logits
+        for found in (model, stock):
+            assert (found(input_ids=ids).logits - expected).norm() <= 1e-5 * expected.norm()
+        assert (base(input_ids=ids).logits - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_row_of_zeros_trains_from_zero():
+    """Such as that of a padding token in a head that is tied to the embeddings; its magnitude and its norm are 0."""
+    torch.manual_seed(0)
+    model = tiny_llama().requires_grad_(False)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[3] = 0
+    attached = LoraMethod(Lora(method="lora", r=4, dora=True, target_modules=["gate_proj"])).attach(model, 1)
+    layer = low_rank_layers(attached)["model.layers.0.mlp.gate_proj"]
+    x, optimizer = torch.randn(TOKENS, INPUTS), torch.optim.SGD(trainable(layer).values(), lr=1e-2)
+    wanted = torch.randn(TOKENS, OUTPUTS)
+    torch.testing.assert_close(layer(x), layer.get_base_layer()(x))
+    losses = []
+    for _ in range(40):
+        loss = (layer(x) - wanted)[:, 3].square().mean()
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in trainable(layer).values())
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(layer(x).double(), reference(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_control_quotient_of_zeros_is_not_a_number():
+    row = torch.zeros(8)
+    assert (row.norm() / row.norm()).isnan()

@@ -146,3 +146,18 @@ def test_is_fusable_is_false_for_trainable_or_hooked_base():
     hooked.register_forward_hook(lambda layer, inputs, output: output)
     assert not is_fusable(hooked)
     assert not is_fusable(nn.Bilinear(3, 3, 4).requires_grad_(False))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+def test_output_can_be_changed_in_place_with_the_same_gradients(shape: tuple[int, ...]):
+    """As the loss does with the logits of a head, and some models with embeddings that they project."""
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4).requires_grad_(False)
+    a, b = torch.randn(2, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    x = torch.randn(*shape, 6)
+    lora_linear(x, None, LoraTerm(base, a, b, 0.5)).mul_(3.0).square().sum().backward()
+    found = a.grad, b.grad
+    a.grad = b.grad = None
+    (3.0 * lora_linear_reference(x, None, LoraTerm(base, a, b, 0.5))).square().sum().backward()
+    for gradient, expected in zip(found, (a.grad, b.grad), strict=True):
+        torch.testing.assert_close(gradient, expected)

@@ -198,6 +198,7 @@ def test_loftq_of_a_base_on_another_device_reads_original_weights_from_the_cpu(m
         return Factors(error_OI.new_empty(r, error_OI.shape[1]), error_OI.new_empty(error_OI.shape[0], r))
 
     monkeypatch.setattr("finetune.adapters.lora.principal", no_decomposition)
+    monkeypatch.setattr("finetune.adapters.lora.is_quantized", lambda layer: True)
     chosen = method("loftq")
     model = chosen.attach(tiny_llama(), 1)
     layers = low_rank_layers(model)
@@ -207,3 +208,16 @@ def test_loftq_of_a_base_on_another_device_reads_original_weights_from_the_cpu(m
         chosen.initialize(model, originals.__getitem__)
     assert len(errors) == len(layers)
     assert {(error.device.type, error.dtype) for error in errors} == {("meta", torch.float32)}
+
+
+def test_loftq_layer_that_is_not_quantized_starts_as_plain_lora(tiny_model: Path):
+    """Its quantization error is zero, and two factors of zero would never get a gradient."""
+    chosen = LoraMethod(Lora(method="lora", r=4, initialization="loftq", target_modules=["q_proj", "lm_head"]))
+    base = load(tiny_model, PACKED["nf4"])
+    model = chosen.attach(base, 1)
+    chosen.initialize(model, ModelFolder(tiny_model, str(tiny_model)).weight)
+    layers = low_rank_layers(model)
+    head, quantized = layers["lm_head"], layers["model.layers.0.self_attn.q_proj"]
+    assert not head.lora_B["default"].weight.any()
+    assert head.lora_A["default"].weight.std() > 0.01
+    assert quantized.lora_B["default"].weight.any()

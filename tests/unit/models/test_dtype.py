@@ -92,3 +92,10 @@ def test_auto_dtype_is_compute_dtype_if_frozen_and_float32_if_trainable(compute:
 def test_explicit_weight_dtype_is_used(trains_base: bool):
     assert weight_dtype("bfloat16", torch.float32, trains_base) is torch.bfloat16
     assert weight_dtype("float32", torch.bfloat16, trains_base) is torch.float32
+
+
+def test_auto_precision_over_float16_weights_is_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    a_cpu_with(monkeypatch, "avx512_bf16")
+    assert compute_dtype("auto", CPU, "float16") is torch.float32
+    assert compute_dtype("auto", CPU, "float32") is torch.bfloat16
+    assert compute_dtype("auto", CPU, "bfloat16") is torch.bfloat16

@@ -140,3 +140,24 @@ def test_fuse_keeps_modules_with_another_formula(monkeypatch: pytest.MonkeyPatch
     assert not is_fused(layer.input_layernorm)
     assert not is_fused(layer.mlp)
     assert is_fused(layer.post_attention_layernorm)
+
+
+class WeightlessNorm(nn.Module):
+    """As Falcon Mamba's norms of the time step: its weight of ones has another size and is not used."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(size), persistent=False)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def test_norm_that_does_not_use_its_weight_is_not_fused():
+    model = model_of("llama")
+    model.model.norm = WeightlessNorm(7)
+    fuse(model)
+    assert not is_fused(model.model.norm)
+    assert is_fused(model.model.layers[0].input_layernorm)
+    assert model.model.norm(torch.randn(3, 5)).shape == (3, 5)

@@ -12,6 +12,7 @@ from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
 from finetune.models.kernels.packing_check import (
+    causal_table,
     check_no_cross_contamination,
     cross_contamination,
     prefix_sharing_blocker,
@@ -155,3 +156,13 @@ def test_cross_contaminating_model_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert cross_contamination(model) > 1e-3
     with pytest.raises(UnsupportedError, match="see each other"):
         check_no_cross_contamination(model)
+
+
+def test_causal_table_is_the_side_of_square_boolean_buffers():
+    model = nn.Module()
+    assert causal_table(model) is None
+    model.register_buffer("bias", torch.tril(torch.ones(48, 48, dtype=torch.bool))[None, None])
+    model.register_buffer("frequencies", torch.ones(32, 32))
+    model.register_buffer("mask", torch.ones(16, 24, dtype=torch.bool))
+    assert causal_table(model) == 48
+    assert causal_table(tiny_llama()) is None

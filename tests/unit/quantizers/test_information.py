@@ -50,6 +50,29 @@ def test_icq_exact_shift_has_at_least_the_entropy_of_the_median():
     assert (quantizer.entropy(BLOCKS, found) >= quantizer.entropy(BLOCKS, median) - 1e-6).all()
 
 
+@pytest.mark.parametrize("candidates", [7, 10, 13, 26, 100])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_icq_of_every_block_has_at_least_the_entropy_at_its_median(bits: int, candidates: int):
+    """Codes by the nearest value, entropies by counting, both in float64; the control is a step of `linspace`."""
+    torch.manual_seed(1)
+    blocks = 0.02 * torch.randn(1000, 64)
+    median = blocks.sort(dim=1).values[:, 31]
+
+    def counted(shift: torch.Tensor) -> torch.Tensor:
+        moved = (blocks - shift.unsqueeze(1)).double()
+        scaled = moved / moved.abs().amax(1, keepdim=True)
+        values = torch.tensor(NORMAL_FLOAT[bits], dtype=torch.float64)
+        # Half-way between two values the lower one is taken.
+        codes = (scaled.unsqueeze(2) > (values[1:] + values[:-1]) / 2).sum(2)
+        return entropies(codes, bits)
+
+    found = quantizer_of(bits=bits, candidates=candidates, double_quant=False)._best_shifts(blocks)
+    assert (counted(found) >= counted(median) - 1e-9).all()
+    if bits == 2:
+        below = median * (1 - 1e-6)
+        assert (counted(below) < counted(median) - 1e-9).any()
+
+
 def test_icq_fast_search_matches_reference():
     quantizer = quantizer_of(candidates=10, double_quant=False)
     blocks = BLOCKS[:: len(BLOCKS) // 50].contiguous()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import RecipeError
+from finetune.errors import Problem, RecipeError, UnsupportedError
 from finetune.recipe.load import dump_recipe, json_schema, load_recipe
 from finetune.recipe.schema import Shape, every_key, shape_at
 from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted
@@ -321,6 +321,8 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = ["quantization={kind: plugin, name: other}"]
     if "hub" in path:
         before = [f"{dotted(path[:3])}={{format: chat, hub: {{name: org/name}}}}"]
+    if value == "stochastic":
+        before = ["adapter={method: full}", "quantization={kind: none}", "model.dtype=bfloat16", *before]
     if value == "loftq":
         before = ["quantization={kind: affine}", *before]
     if path[1:] == ("train", 0, "weight"):
@@ -336,6 +338,8 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = [f"adapter={{method: prompt_tuning, start: {begun}}}}}"]
     if value == "trainable_tokens" or "trainable_tokens" in "".join(before):
         before = ["adapter={method: trainable_tokens, tokens: [a]}"]
+    if path[-1] == "feedforward_modules":  # they are among the targets
+        before = ["quantization={kind: none}", "adapter={method: ia3, target_modules: [other]}"]
     if path[0] == "sweep":  # a key has all that its kind of draw needs
         kind = before[0].partition("draw: ")[2].rstrip("}") if before else "uniform"
         drawn = {"choice": "choices: [1]", "integer": "low: 1, high: 16"}.get(kind, "low: 0.01, high: 16")
@@ -475,3 +479,50 @@ def test_load_recipe_imports_no_heavy_library(good: str, tmp_path: Path) -> None
     modules = set(done.stdout.split())
     assert "yaml" in modules
     assert not modules & {"torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy"}
+
+
+LOCATED = """\
+model: {name: org/name}
+adapter:
+  method: lora
+  target_modules:
+    - q_proj
+    - k_proj
+modules:
+  - {match: '*.q_proj', adapter: {r: 2}}
+data: {train: [{path: rows.jsonl, format: chat}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("adapter.target_modules.1", ":6:7"),
+        ("adapter.target_modules", ":5:5"),
+        ("modules.0.match", ":8:13"),
+        ("adapter.r", ":2:1"),  # not written: its section
+        ("training.batching", ":1:1"),  # its section is not written either
+    ],
+)
+def test_error_about_a_key_gets_its_place(load: Load, key: str, place: str):
+    loaded = load(LOCATED)
+    with pytest.raises(RecipeError) as several, loaded.locating_errors():
+        raise RecipeError([Problem(key, key, "wrong", "right")])
+    assert several.value.problems[0].where == f"{loaded.path}{place}"
+    with pytest.raises(UnsupportedError) as one, loaded.locating_errors():
+        raise UnsupportedError("wrong", where=key)
+    assert one.value.where == f"{loaded.path}{place}: {key}"
+
+
+@pytest.mark.parametrize("where", [None, "rows.jsonl:3", "model.name (llama)", "adapter.nothing", "--dtype", ""])
+def test_error_about_something_else_keeps_its_place(load: Load, where: str | None):
+    with pytest.raises(UnsupportedError) as caught, load(LOCATED).locating_errors():
+        raise UnsupportedError("wrong", where=where)
+    assert caught.value.where == where
+
+
+def test_located_problem_is_not_located_again(load: Load):
+    problem = Problem("other.yaml:1:1", "adapter.r", "wrong")
+    with pytest.raises(RecipeError) as caught, load(LOCATED).locating_errors():
+        raise RecipeError([problem])
+    assert caught.value.problems == (problem,)

@@ -55,10 +55,18 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("adapter={method: prompt_tuning, tokens: 1, start: {kind: labels, labels: [good, bad]}}",),
         "adapter.tokens",
     ),
+    "feedforward_modules_are_targets": (
+        (
+            "adapter={method: ia3, target_modules: [k_proj], feedforward_modules: [k_proj, down_proj]}",
+            "quantization={kind: none}",
+        ),
+        "adapter.feedforward_modules.1",
+    ),
     "float16_weights_cannot_train": (
         ("adapter={method: full}", "quantization={kind: none}", "model.dtype=float16"),
         "model.dtype",
     ),
+    "stochastic_rounding_needs_bfloat16_weights": (("optimizer.rounding=stochastic",), "optimizer.rounding"),
     "revision_needs_hub_model": (("model={name: ./base, revision: main}",), "model.revision"),
     "validation_has_one_source": (("data.validation_fraction=0.1",), "data.validation_fraction"),
     "evaluation_needs_validation_rows": (("data.validation=[]",), "evaluation.every_steps"),
@@ -139,7 +147,17 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "labels_fit_into_prompt": (
         "adapter={method: prompt_tuning, tokens: 2, start: {kind: labels, labels: [good, bad]}}",
     ),
+    "feedforward_modules_are_targets": (
+        "adapter={method: ia3, target_modules: [k_proj, down_proj], feedforward_modules: [down_proj]}",
+        "quantization={kind: none}",
+    ),
     "float16_weights_cannot_train": ("model.dtype=float16",),
+    "stochastic_rounding_needs_bfloat16_weights": (
+        "optimizer.rounding=stochastic",
+        "model.dtype=bfloat16",
+        "adapter={method: full}",
+        "quantization={kind: none}",
+    ),
     "revision_needs_hub_model": ("model.revision=main",),
     "validation_has_one_source": ("data.validation=[]", "data.validation_fraction=0.1"),
     "evaluation_needs_validation_rows": ("data.validation=[]", "evaluation.every_steps=null"),

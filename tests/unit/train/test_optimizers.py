@@ -99,3 +99,125 @@ def test_parameter_groups_follow_lr_multiplier():
     model = nn.Linear(4, 4)
     groups = parameter_groups(model, 0.0, lambda name: 16.0 if name == "weight" else 1.0)
     assert {group["lr_multiplier"]: len(group["params"]) for group in groups} == {16.0: 1, 1.0: 1}
+
+
+# --- Adafactor, against algorithm 4 of arXiv 1804.04235 written out in float64
+
+
+def adafactor_reference(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float, relative: bool) -> torch.Tensor:
+    x = weight.double().clone()
+    row = column = full = torch.zeros((), dtype=torch.float64)
+    for t, gradient in enumerate(gradients, 1):
+        beta, g = 1 - t**-0.8, gradient.double()
+        square = g**2 + 1e-30
+        if x.ndim >= 2:
+            row = beta * row + (1 - beta) * square.sum(1)
+            column = beta * column + (1 - beta) * square.sum(0)
+            second = torch.outer(row, column) / row.sum()
+        else:
+            full = beta * full + (1 - beta) * square
+            second = full
+        update = g / second.sqrt()
+        update = update / max(1, (update**2).mean().sqrt() / 1.0)
+        alpha = min(lr, t**-0.5) * max(1e-3, (x**2).mean().sqrt()) if relative else lr
+        x = x - alpha * update
+    return x
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("shape", [(12, 7), (9,)], ids=["matrix", "vector"])
+@pytest.mark.parametrize("start", [0.0, 1.0], ids=["zeros", "values"])
+def test_adafactor_matches_the_paper(shape: tuple[int, ...], start: float, relative: bool):
+    torch.manual_seed(0)
+    parameter = nn.Parameter(start * torch.randn(shape))
+    weight, gradients = parameter.detach().clone(), [torch.randn(shape) * 10.0**place for place in range(-3, 2)]
+    section = TypeAdapter(Optimizer).validate_python(
+        {"name": "adafactor", "learning_rate": 3e-3, "relative_steps": relative}
+    )
+    module = nn.Module()
+    module.weight = parameter
+    optimizer = make_optimizer(section, module)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = adafactor_reference(weight, gradients, 3e-3, relative)
+    assert torch.allclose(parameter.detach().double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_adafactor_with_relative_steps_matches_pytorch():
+    """PyTorch's class has relative steps alone."""
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.randn(12, 7, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    section = TypeAdapter(Optimizer).validate_python(
+        {"name": "adafactor", "learning_rate": 0.7, "relative_steps": True}
+    )
+    module = nn.Module()
+    module.weight = ours
+    optimizers = [make_optimizer(section, module), torch.optim.Adafactor([theirs], lr=0.7)]
+    for _ in range(4):
+        gradient = torch.randn(12, 7)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert {key: value.shape for key, value in optimizers[0].state[ours].items()} == {
+        key: value.shape for key, value in optimizers[1].state[theirs].items()
+    }
+
+
+def test_adafactor_moves_a_weight_of_zeros_by_the_learning_rate():
+    """LoRA's B; the control is PyTorch's class, which moves it by a thousandth."""
+    moved = []
+    for make in (
+        lambda parameter: make_optimizer(
+            TypeAdapter(Optimizer).validate_python({"name": "adafactor", "learning_rate": 2e-4}), parameter
+        ),
+        lambda parameter: torch.optim.Adafactor(parameter.parameters(), lr=2e-4),
+    ):
+        module = nn.Module()
+        module.b = nn.Parameter(torch.zeros(20, 4))
+        optimizer = make(module)
+        module.b.grad = torch.ones(20, 4)
+        optimizer.step()
+        moved.append(float(module.b.abs().max()))
+    assert moved == pytest.approx([2e-4, 2e-7], rel=1e-3)
+
+
+# --- weight decay
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rate", [1e-2, 1e-3])
+def test_weight_decay_is_decoupled(name: str, rate: float):
+    """Loshchilov and Hutter: with decay, w becomes w (1 - rate decay) and the update is that without decay."""
+    settings = {"learning_rate": rate, "relative_steps": False} if name == "adafactor" else {"learning_rate": rate}
+    ends = []
+    for decay in (0.0, 0.5):
+        model, inputs, _ = problem()
+        start = model.weight.detach().clone()
+        section = TypeAdapter(Optimizer).validate_python({"name": name, "weight_decay": decay, **settings})
+        optimizer = make_optimizer(section, model)
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        ends.append(model.weight.detach())
+    assert torch.allclose(ends[1] - ends[0], -rate * 0.5 * start, atol=2e-7)
+
+
+def test_sgd_matches_sgdw_over_several_steps():
+    """Algorithm 1 of arXiv 1711.05101 in float64; the control is PyTorch's coupled decay."""
+    torch.manual_seed(0)
+    weight, gradients = torch.randn(6, 5), torch.randn(5, 6, 5)
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.clone())
+    coupled = nn.Parameter(weight.clone())
+    section = TypeAdapter(Optimizer).validate_python({"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.2})
+    optimizers = [make_optimizer(section, module), torch.optim.SGD([coupled], 0.1, momentum=0.9, weight_decay=0.2)]
+    x, momentum = weight.double(), torch.zeros(6, 5, dtype=torch.float64)
+    for gradient in gradients:
+        momentum = 0.9 * momentum + gradient.double()
+        x = x - 0.1 * momentum - 0.1 * 0.2 * x
+        for parameter, optimizer in zip((module.weight, coupled), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(module.weight.detach().double(), x, atol=1e-6)
+    assert not torch.allclose(coupled.detach().double(), x, atol=1e-3)

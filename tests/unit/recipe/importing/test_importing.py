@@ -58,7 +58,7 @@ def test_axolotl_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     made, recipe = fixture("axolotl", tmp_path)
     expected = {
-        "model.name": "example-org/base-8b", "model.attention": "flash_attention_2",
+        "model.name": "example-org/base-8b", "model.attention": "auto",
         "quantization.kind": "nf4", "quantization.double_quant": True,
         "adapter.method": "lora", "adapter.r": 24, "adapter.alpha": 48, "adapter.dropout": 0.05,
         "adapter.target_modules": "all-linear", "adapter.modules_to_save": ["embed_tokens"],
