@@ -206,8 +206,7 @@ class Encoder:
             return [self._all_but_excluded(conversation, text, where)]
         turns = _target_turns(conversation, self.train_on)
         self._refuse_empty(conversation, turns, where)
-        if any(is_thought_alone(conversation.messages[turn]) for turn in turns):
-            self.report.note("answers are a thought without a text after it", where)
+        self._note_thoughts([conversation.messages[turn] for turn in turns], where)
         self._note_stripped(conversation, turns, text, where)
         omitted = self._omitted(conversation, text, where)
         thoughts = self._refuse_omitted(conversation, omitted, turns, where)
@@ -376,9 +375,23 @@ class Encoder:
                     + ', or exclude it from the targets: {"train": false}',
                 )
 
+    def _note_thoughts(self, answers: Sequence[Message], where: str) -> None:
+        """Note thoughts that nothing follows, and those in tags where the template has another form for thoughts."""
+        if any(map(is_thought_alone, answers)):
+            self.report.note("answers are a thought without a text after it", where)
+        found = (pair for pair in self.template.foreign_tags if any(pair[1] in answer.content for answer in answers))
+        if (foreign := next(found, None)) is not None:
+            self.report.note(
+                f"answers have a thought in {foreign[0]}, which the chat template renders as words: its thoughts come "
+                "from the key reasoning_content",
+                where,
+            )
+
     def _omitted(self, conversation: Conversation, text: str, where: str) -> list[Part]:
         count = len(conversation.messages)
-        return omitted_parts(conversation, text, lambda marked: self._render(marked, count, where))
+        return omitted_parts(
+            conversation, text, lambda marked: self._render(marked, count, where), self.template.switches
+        )
 
     def _refuse_omitted(
         self, conversation: Conversation, omitted: Sequence[Part], targets: Sequence[int], where: str

@@ -124,3 +124,27 @@ def test_answer_of_a_thought_alone_is_counted(opening: str, closing: str, form: 
 @pytest.mark.parametrize(("content", "calls", "is_alone"), [("", (), True), ("b", (), False), ("", (CALL,), False)])
 def test_reasoning_alone_is_a_thought_alone(content: str, calls: tuple[ToolObject, ...], is_alone: bool):
     assert is_thought_alone(Message("assistant", content, calls, reasoning="a")) == is_alone
+
+
+CHANNELS = (
+    "{% for m in messages %}<|turn|>{{ m.role }}\n{% if m.role == 'assistant' and 'thinking' in m %}"
+    "<|channel|>analysis<|message|>{{ m.thinking }}<|end|>\n<|turn|>assistant\n{% endif %}"
+    "<|channel|>final<|message|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "is_counted"),
+    [
+        (CHANNELS, "<think>a</think>b", True),
+        (CHANNELS, "[THINK]a[/THINK]b", True),
+        (CHANNELS, "b", False),
+        (template(), "<think>a</think>b", False),
+        (template(cuts=True) + "{% if messages[0].reasoning_content %}{% endif %}", "<think>a</think>b", False),
+    ],
+)
+def test_thought_in_tags_is_counted_where_template_reads_thoughts_from_a_key(text: str, content: str, is_counted: bool):
+    encoder = Encoder(byte_tokenizer(SPECIAL, text), "assistant")
+    encoder.examples(row(content), "row")
+    assert any("reasoning_content" in note for note in encoder.report.notes) == is_counted
