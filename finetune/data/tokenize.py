@@ -20,11 +20,11 @@ from finetune.data.bad_rows import bad_rows_error
 from finetune.data.documents import Format
 from finetune.data.encode import Encoder
 from finetune.data.encoding_report import EncodingReport
-from finetune.data.formats.auto import fitting_section
+from finetune.data.formats.auto import with_fitting_format
 from finetune.data.rows import Row
 from finetune.data.token_store import EncodedRows, TokenStoreWriter
 from finetune.data.truncation import Truncation
-from finetune.errors import BadRow, DataError, EnvironmentFault
+from finetune.errors import DataError, EnvironmentFault
 from finetune.recipe.sections.data import AutoSource, Data, SourceSection
 from finetune.resolve import build
 
@@ -90,15 +90,6 @@ class TokenizationSpec:
             return truncation.encoded()
 
         return encode
-
-
-def with_fitting_format(error: DataError, row: Row, source: SourceSection) -> DataError:
-    """The error about a row that a format does not read, with the section of one that does in its hint."""
-    if isinstance(error, BadRow) or isinstance(source, AutoSource):
-        return error
-    if (section := fitting_section(row, source)) is None:
-        return error
-    return DataError(error.what, where=error.where, hint=f"set {section} for the source")
 
 
 def tokenize(

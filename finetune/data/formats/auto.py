@@ -136,7 +136,16 @@ def detect(row: Row) -> SourceSection:
     return found[0]
 
 
-def fitting_section(row: Row, section: SourceSection) -> str | None:
+def with_fitting_format(error: DataError, row: Row, source: SourceSection) -> DataError:
+    """The error about a row that a format does not read, with the section of one that does in its hint."""
+    if isinstance(error, BadRow) or isinstance(source, AutoSource):
+        return error
+    if (section := _fitting_section(row, source)) is None:
+        return error
+    return DataError(error.what, where=error.where, hint=f"set {section} for the source")
+
+
+def _fitting_section(row: Row, section: SourceSection) -> str | None:
     """The section of another format that reads a row, in the notation of recipes.
 
     Args:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from finetune.data.formats.auto import with_fitting_format
 from finetune.data.rows import Row
-from finetune.data.tokenize import with_fitting_format
 from finetune.errors import DataError
 from finetune.recipe.sections.data import Source
 from finetune.resolve import build
