@@ -76,9 +76,9 @@ def event_line(event: Event) -> str | None:
             early = ", and training stopped early" if event.stopped_early else ""
             return f"best checkpoint: step {event.best_step} with the lowest validation loss {event.loss:.4f}{early}"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
-            return f"{event.doing}: {done} {event.unit} so far"
+            return f"{event.doing}: {counted(done, event.unit.removesuffix('s'))} so far"
         case Progress(done=done, total=total) if done == total:
-            return f"{event.doing}: {total} {event.unit}"
+            return f"{event.doing}: {counted(done, event.unit.removesuffix('s'))}"
     return None
 
 
