@@ -252,11 +252,17 @@ def _turns(row: Row, column: str) -> Iterator[SourceSection]:
         yield ShareGptSource(format="sharegpt", conversations=column)
 
 
+def conversation_section(row: Row) -> SourceSection | None:
+    """The section of the row's conversation, whose last turn may be a question; None where it has none."""
+    found = (section for column in (*CONVERSATION_COLUMNS, "prompt") for section in _turns(row, column))
+    return next(found, None)
+
+
 def _of_chosen(row: Row) -> str:
     """The recipe section that trains on the chosen answer of a preference row."""
-    before = [section for column in (*CONVERSATION_COLUMNS, "prompt") for section in _turns(row, column)]
+    before = conversation_section(row)
     if before:
-        keys = before[0].model_copy(update={"answer": "chosen"}).model_dump(exclude_defaults=True)
+        keys = before.model_copy(update={"answer": "chosen"}).model_dump(exclude_defaults=True)
     elif conversation := list(_turns(row, "chosen")):
         keys = conversation[0].model_dump(exclude_defaults=True)
     elif prompt := next((column for column in PROMPT_COLUMNS if column in row.values), None):

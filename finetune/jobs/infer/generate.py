@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune.data.documents import SYSTEM_ROLES, Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder
-from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.auto import conversation_section
 from finetune.data.readers.files import read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row, excerpt
@@ -21,6 +21,7 @@ from finetune.evaluation.generation import OnText, Sampling, generate
 from finetune.formatting import counted
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.recipe.sections.data import ChatSource
+from finetune.resolve import build
 from finetune.run.events import EventHandler, Progress, ignore
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def questions_of(prompt: str, system: str | None, finetuned: Sequence[FineTunedM
 def questions_in(file: Path, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
     """The questions of a file, in its order: each row for the model in its column `adapter`, or else for all models.
 
-    A row has a column `prompt`, `text`, or `messages` as for training; an answer in the last message is left out, with
+    A row has a column `prompt`, `text`, or turns as for training; an answer in the last message is left out, with
     a warning.
 
     Raises:
@@ -159,7 +160,8 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 def _conversation(row: Row) -> Conversation:
     """The turns of a row, an answer at their end included."""
-    if "messages" not in row.values:
+    section = conversation_section(row)
+    if section is None and "messages" not in row.values:
         column = next((name for name in ("prompt", "text") if name in row.values), None)
         if column is None:
             raise DataError(
@@ -168,7 +170,9 @@ def _conversation(row: Row) -> Conversation:
                 hint="a row has a column prompt, text or messages",
             )
         return _opened(row.text(column), None)
-    return ChatFormat(ChatSource(format="chat")).document(row)
+    document = build(section or ChatSource(format="chat")).document(row)
+    assert isinstance(document, Conversation), "the section is of conversations"
+    return document
 
 
 def _without_answer(conversation: Conversation, where: str) -> Conversation:
