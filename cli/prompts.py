@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.formatting import visible
+from finetune.formatting import counted, visible
 
 from .output import show_json, show_note, show_result, show_text, show_title, stdout_is_terminal
 
@@ -95,7 +95,7 @@ def show_answers_file(file: Path, answers: int, as_json: bool) -> None:
     if as_json:
         show_json({"event": "generated", "file": str(file), "answers": answers})
         return
-    show_result(f"{answers} answer{'s' if answers != 1 else ''}: {file}")
+    show_result(f"{counted(answers, 'answer')}: {file}")
 
 
 def _for_terminal(text: str) -> str:

@@ -57,7 +57,7 @@ def locked(file: Path) -> BinaryIO:
         except FileNotFoundError:
             raise _removed(file) from None
     try:
-        _acquire(stream)
+        _acquire(stream, file)
         # Between our open and our lock another --overwrite may have removed the directory: then we hold a lock on a
         # file that nobody sees, and the next process would lock a new one. The inodes differ in that case.
         if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
@@ -79,7 +79,7 @@ def _removed(file: Path) -> RefusedError:
     return RefusedError("another process has just removed the run", where=str(file.parent), hint="train it again")
 
 
-def _acquire(stream: BinaryIO) -> None:
+def _acquire(stream: BinaryIO, file: Path) -> None:
     """Take the lock, or raise BlockingIOError. On a network file system without locks, only warn.
 
     `is_locked` holds the lock for a moment, and must not stop a training process: hence several attempts.
@@ -92,8 +92,7 @@ def _acquire(stream: BinaryIO) -> None:
                 raise
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         except OSError as error:
-            folder = os.path.dirname(stream.name)
-            logger.warning("%s cannot be locked (%s): let only one process train it", folder, error.strerror)
+            logger.warning("%s cannot be locked (%s): let only one process train it", file.parent, error.strerror)
             return
         else:
             return

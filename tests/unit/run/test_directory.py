@@ -359,7 +359,7 @@ except FinetuneError as error:
 """
 
 
-def test_of_processes_that_claim_one_directory_one_trains_and_all_others_are_refused(tmp_path: Path):
+def test_processes_that_claim_one_directory_are_all_refused_but_one(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     for number in range(3):
         target = tmp_path / f"run-{number}"

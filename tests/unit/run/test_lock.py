@@ -96,7 +96,7 @@ def test_lock_of_removed_directory_is_refused(tmp_path: Path, monkeypatch: pytes
     run = started_run(tmp_path / "run")
     lock = module.fcntl.flock
     monkeypatch.setattr(module.fcntl, "flock", lambda *arguments: (shutil.rmtree(run.path), lock(*arguments)))
-    with pytest.raises(RefusedError, match="just been removed"):
+    with pytest.raises(RefusedError, match="just removed"):
         train(run, 1)
 
 
