@@ -27,8 +27,9 @@ def in_html(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Text of others on one line of Markdown: `visible`, with the characters escaped that have a meaning there."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~$&-])", r"\\\1", visible(" ".join(text.split())))
+    """Text of others on one line of Markdown: `visible`, with the characters escaped that make markup."""
+    # An underscore within a word is none in CommonMark: names such as my_run stay readable.
+    return re.sub(r"[\\`*\[\]<>#|~$&]|(?<![^\W_])_|_(?![^\W_])|^[-+]", r"\\\g<0>", visible(" ".join(text.split())))
 
 
 def _escape(character: str) -> str:

@@ -19,12 +19,15 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from finetune.errors import RefusedError, UnsupportedError
+from finetune.formatting import in_markdown
 from finetune.jobs.export import gguf as export_module
 from finetune.jobs.export.gguf import export_gguf, export_gguf_adapter
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
+from finetune.jobs.train.run import train
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ValidationResult
+from tests.fixtures.recipes import as_recipe
 from tests.fixtures.tiny import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import ARCHITECTURES, run_of, write_model
 
@@ -193,6 +196,19 @@ def test_model_card_has_facts_of_the_run_and_no_path(tiny_recipe: dict[str, Any]
     for path in (str(tmp_path), str(tiny_model.parent)):
         assert path not in card
         assert path not in (run.merged / "merge.json").read_text()
+
+
+def test_model_card_shows_names_of_others_as_text(tiny_recipe: dict[str, Any], tmp_path: Path):
+    name = "# run\n<img src=x onerror=y> [a](javascript:b)\u202e ```"
+    run = RunDirectory.create(tmp_path / name)
+    train(as_recipe(tiny_recipe, tmp_path), run)
+    merge(run)
+    card = (run.merged / "README.md").read_text()
+    assert f"# {in_markdown(name)}\n" in card
+    assert "\u202e" not in card
+    before, commands, after = card.split("\n````\n")  # longer than the fence in the name
+    assert "```" in commands
+    assert not any("<img" in text.replace("\\<img", "") for text in (before, after))
 
 
 def test_model_card_has_the_licence_of_the_base(tiny_recipe: dict[str, Any], tmp_path: Path):

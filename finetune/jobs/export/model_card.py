@@ -5,6 +5,7 @@ The card may be published, so it contains no path of this machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import gguf
 import yaml
 
+from finetune.formatting import in_markdown, visible
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
@@ -53,22 +55,29 @@ def write_card(
     base, commit = public_name(section), trained.record.base.commit
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
-        f"# {trained.run.path.name}",
-        what,
-        "```\n" + "\n".join(use) + "\n```",
+        f"# {in_markdown(trained.run.path.name)}",
+        in_markdown(what),
+        _fenced("\n".join(use)),
         "## Base",
-        f"{base}{f' at commit {commit}' if commit else ''}, fingerprint `{trained.record.base.fingerprint}`.\n"
-        + (f"Its licence: {licence}." if licence else "Its files do not name a licence."),
+        in_markdown(f"{base}{f' at commit {commit}' if commit else ''}, fingerprint {trained.record.base.fingerprint}.")
+        + ("\n" + in_markdown(f"Its licence: {licence}.") if licence else "\nIts files do not name a licence."),
         "## Data",
         _data(trained),
         "## Training",
-        f"By ft {json_object(trained.run.provenance).get('ft', '')}, with\n\n```yaml\n{_recipe(trained)}```",
+        f"By ft {in_markdown(str(json_object(trained.run.provenance).get('ft', '')))}, with",
+        _fenced(_recipe(trained), "yaml"),
         "## Metrics",
         _metrics(trained),
     ]
     if verification is not None:
         parts += ["## Verification", _verification(verification)]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A code block, whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{visible(text).rstrip()}\n{fence}"
 
 
 def section_method(trained: FineTunedRun) -> str:
@@ -104,7 +113,7 @@ def _data(trained: FineTunedRun) -> str:
         if counted.get("used"):
             lines.append(f"{title}: {counted['used']} rows.")
     files = {
-        f"`{each['file']}` (sha256 `{each['sha256'][:16]}`)"
+        in_markdown(f"{each['file']} (sha256 {each['sha256'][:16]})")
         for each in json_object(trained.run.provenance).get("data", [])
         if "file" in each and "sha256" in each
     }
@@ -150,13 +159,13 @@ def _evaluated(results: Mapping[str, Any]) -> list[str]:
     if not results.get("tasks"):
         return []
     against = results["against"]
-    other = f" {against} |" if against else ""
+    other = f" {in_markdown(str(against))} |" if against else ""
     lines = ["", f"| |{other} this model | 95 % interval |", "|---|---|---|" + ("---|" if against else "")]
     for task, scores in results["tasks"].items():
         for metric, score in scores.items():
             cells = [_shown(score.get("against", {}).get("value"))] if against else []
             cells += [_shown(score["value"]), f"{_shown(score['low'])} to {_shown(score['high'])}"]
-            lines.append(f"| {task}: {metric} | {' | '.join(cells)} |")
+            lines.append(f"| {in_markdown(f'{task}: {metric}')} | {' | '.join(cells)} |")
     if note := answered_by(results):
         lines += ["", note]
     return lines

@@ -65,7 +65,22 @@ def test_texts_in_html_and_markdown_have_no_markup(text: str):
     assert is_safe(marked)
     assert "\n" not in marked
     assert re.sub(r"\\(.)", r"\1", marked) == visible(" ".join(text.split()))
-    assert not set("<>`*_[]()#|!") & set(re.sub(r"\\.", "", marked))  # each stands behind a backslash of its own
+    assert not set("<>`*[]#|~$&") & set(re.sub(r"\\.", "", marked))  # each stands behind a backslash of its own
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("my_run-2", "my_run-2"),
+        ("_x_ __y__", r"\_x\_ \_\_y\_\_"),
+        ("- item\n# title", r"\- item \# title"),
+        ("[a](javascript:x)", r"\[a\](javascript:x)"),
+        ("![x](y) <img src=x onerror=y>", r"!\[x\](y) \<img src=x onerror=y\>"),
+        ("a\u202eb\x1b[2J", r"a\\u202eb\\x1b\[2J"),
+    ],
+)
+def test_in_markdown_escapes_markup_and_keeps_names(text: str, marked: str):
+    assert in_markdown(text) == marked
 
 
 def test_results_notes_and_errors_are_visible(capsys: pytest.CaptureFixture[str]):
