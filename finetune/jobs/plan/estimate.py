@@ -405,7 +405,7 @@ def _computed(lengths: npt.NDArray[np.int64], is_flattened: bool) -> int:
 
 
 def _validation(rows: TokenizedDataset, evaluation: Evaluation, batch_plan: BatchPlan) -> Batch | None:
-    """The largest batch of validation rows, which are sorted by length before they are batched, each group by itself."""
+    """The largest batch of validation rows, which are sorted by length and batched group by group."""
     examples = rows[: evaluation.max_rows]
     if not len(examples):
         return None
