@@ -313,8 +313,8 @@ def check_positions(rows: Datasets, limit: PositionLimit, prompt_tokens: int) ->
     """
     limit = limit.after(prompt_tokens)
     count = max(limit.count or 0, 0)
-    hint = f"set data.max_length to {count} or less and data.overlength to what happens to longer rows"
-    hint += ", or lower adapter.tokens" * bool(prompt_tokens)
+    hint = f"set data.max_length to {count} or less" + ", or lower adapter.tokens" * bool(prompt_tokens)
+    hint += "; data.overlength defines what happens to longer rows"
     for kind, split in (("training", rows.train), ("validation", rows.validation)):
         limit.check_rows(split.lengths.tolist(), split.place, f"{kind} rows", hint)
 

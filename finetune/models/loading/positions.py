@@ -22,6 +22,7 @@ POSITION_KEYS = (
     "max_position_embeddings",  # most architectures
     "n_positions",  # GPT, GPT-2, GPT-J, GPTBigCode, CodeGen, CTRL
     "max_seq_len",  # MPT, DBRX
+    "seq_length",  # BLOOM
     "model_max_length",  # Kimi Linear, Bailing
     "max_sequence_length",  # converted checkpoints of the first Llama
     "context_length",  # RWKV
@@ -36,9 +37,9 @@ class PositionLimit:
     """Tokens of the longest row that a model is made for.
 
     Attributes:
-        count: Their number; None without a limit (ALiBi, state-space models) and where the configuration has none.
+        count: Their number; None where the configuration has none (state-space models).
         is_table: Whether longer rows fail, because positions are the rows of a table. Others are computed for any
-            length (rotation): longer rows run, at positions without training.
+            length (rotation, ALiBi): longer rows run, at positions without training.
         rotation: Set where the rotation depends on the longest row of a pass.
         prompt: Positions of a soft prompt, which are not part of the number.
     """
@@ -149,8 +150,6 @@ def position_limit(folder: ModelFolder) -> PositionLimit:
 
 def _rotated(text: Any, count: int | None) -> PositionLimit:
     rotation = LengthRotation.of(text)
-    if getattr(text, "alibi", False):  # Falcon
-        return PositionLimit(None)
     factors = [
         each["factor"]
         for each in (text.rope_parameters, *text.rope_parameters.values())

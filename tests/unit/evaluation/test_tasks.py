@@ -74,7 +74,7 @@ def test_choices_of_plain_text_are_measured_behind_the_prompt_as_trained(
         seen.extend(examples)
         return [SimpleNamespace(log_prob=-float(index)) for index in range(len(examples))]
 
-    engine: Any = SimpleNamespace(tokenizer=tokenizer, label="fake", likelihoods=likelihoods)
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, limit=PositionLimit(None), label="fake", likelihoods=likelihoods)
     section = {"name": "pick", "kind": "choose", "choices": ["white", "black"]}
     source = {"path": str(tmp_path / "rows.jsonl"), "format": "completion"}
     task = Choose(TypeAdapter(ChooseTask).validate_python({**section, "data": source}))

@@ -77,6 +77,8 @@ COMPUTED: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**BLOCKS, max_position_embeddings=COUNT),
     "gpt_neox": lambda: GPTNeoXConfig(**BLOCKS, max_position_embeddings=COUNT),
     "falcon": lambda: FalconConfig(**WIDE, max_position_embeddings=COUNT, alibi=False),
+    "falcon with alibi": lambda: FalconConfig(**WIDE, max_position_embeddings=COUNT, alibi=True),
+    "bloom": lambda: BloomConfig(**T, hidden_size=64, n_layer=2, n_head=4, seq_length=COUNT),
     "xglm": lambda: XGLMConfig(
         **{**T, "pad_token_id": 1},
         d_model=64,
@@ -97,8 +99,7 @@ COMPUTED: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 UNLIMITED: dict[str, Callable[[], PreTrainedConfig]] = {
-    "bloom": lambda: BloomConfig(**T, hidden_size=64, n_layer=2, n_head=4, seq_length=COUNT),
-    "falcon with alibi": lambda: FalconConfig(**WIDE, alibi=True),
+    "bloom": lambda: BloomConfig(**T, hidden_size=64, n_layer=2, n_head=4),
     "mamba": lambda: MambaConfig(**T, hidden_size=64, num_hidden_layers=2, state_size=8),
 }
 
@@ -136,7 +137,7 @@ def test_row_beyond_computed_positions_runs(family: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", UNLIMITED)
-def test_models_without_positions_have_no_limit(family: str, tmp_path: Path):
+def test_models_without_a_stated_length_have_no_limit(family: str, tmp_path: Path):
     config = UNLIMITED[family]()
     assert limit_of(config, tmp_path) == PositionLimit(None)
     assert runs(config, 4 * COUNT)
