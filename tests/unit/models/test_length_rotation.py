@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
+from finetune.adapters.soft_prompt_model import (
+    EmbeddedPromptModel,
+    FixedPrompt,
+    KeyShape,
+    PrefixedModel,
+    SoftPromptModel,
+)
 from finetune.data.batch_plan import BatchPlan, one_group
 from finetune.data.collate import padded
 from finetune.data.encode import Example
@@ -267,3 +274,95 @@ def test_legacy_names_of_a_rotation_are_read():
     """`type` and `rope_scaling` are the names of earlier versions of transformers."""
     config = LlamaConfig(max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 2.0})
     assert LengthRotation.of(config) == LengthRotation(64, each_length=True)
+
+
+PLACES = 5
+SOFT_LENGTHS = (10, 27, 28, 29, 12, 40)  # 27 and the prompt of 5 are 32
+
+
+def soft_rows() -> list[Example]:
+    return [Example(rows()[8].ids[:length], [False] * 4 + [True] * (length - 4)) for length in SOFT_LENGTHS]
+
+
+def soft_prompt(width: int) -> torch.Tensor:
+    return torch.randn(PLACES, width, generator=torch.Generator().manual_seed(1)) * 0.3
+
+
+def validated_behind(model: SoftPromptModel, batch_size: int) -> float:
+    measured = compute_validation_loss(
+        model,
+        soft_rows(),
+        accelerator=Accelerator(),
+        compute_dtype=torch.float32,
+        batch_size=batch_size,
+        make_batch=partial(padded, padding=0),
+    )
+    return measured.loss * measured.tokens
+
+
+@torch.no_grad()
+def stock_loss_behind(folder: Path, row: Example, kind: str, prompt: torch.Tensor) -> float:
+    model, ids = stock_model(folder), torch.tensor([row.ids])
+    labels = torch.tensor(
+        [[token if is_target else -100 for token, is_target in zip(row.ids, row.is_target, strict=True)]]
+    )
+    if kind == "prompt":
+        embeddings = torch.cat([prompt[None], model.get_input_embeddings()(ids)], dim=1)
+        labels = torch.cat([torch.full((1, PLACES), -100), labels], dim=1)
+        return float(model(inputs_embeds=embeddings, labels=labels).loss) * row.targets
+    cache = DynamicCache(config=model.config)
+    for layer, (key, value) in enumerate(prompt.view(PLACES, 2, 2, 2, 16).permute(1, 2, 3, 0, 4)):
+        cache.update(key[None], value[None], layer)
+    positions = torch.arange(PLACES, PLACES + len(row.ids))[None]
+    return float(model(input_ids=ids, past_key_values=cache, position_ids=positions, labels=labels).loss) * row.targets
+
+
+def with_prompt(model: PreTrainedModel, kind: str, prompt: torch.Tensor) -> SoftPromptModel:
+    if kind == "prompt":
+        return EmbeddedPromptModel(model, FixedPrompt(prompt))
+    return PrefixedModel(model, FixedPrompt(prompt), KeyShape.of(model))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
+def test_rows_behind_a_soft_prompt_are_computed_as_alone(name: str, kind: str, folders: Callable[[str], Path]):
+    """The prompt is part of the length that decides."""
+    folder = folders(name)
+    prompt = soft_prompt(64 if kind == "prompt" else 2 * 2 * 2 * 16)
+    expected = sum(stock_loss_behind(folder, row, kind, prompt) for row in soft_rows())
+    model = with_prompt(load(folder), kind, prompt)
+    assert validated_behind(model, 8) == pytest.approx(expected, rel=1e-5)
+    assert validated_behind(model, 1) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("prompt", [20]), ("prefix", [20]), ("prefix", [40])])
+def test_answer_whose_soft_prompt_would_be_dropped_is_refused(
+    kind: str, lengths: list[int], folders: Callable[[str], Path]
+):
+    """Phi-3 drops its cache where a row passes the original length, and computes it anew without the prompt."""
+    prompt = soft_prompt(64 if kind == "prompt" else 2 * 2 * 2 * 16)
+    model = with_prompt(load(folders("phi3-longrope")), kind, prompt)
+    prompts = [rows()[3].ids[:length] for length in lengths]
+    with pytest.raises(UnsupportedError, match="drops its cache"):
+        generate(model, tiny_tokenizer(), prompts, Sampling(max_new_tokens=16), batch_size=4, padding=257)
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
+def test_answers_behind_a_soft_prompt_are_those_of_prompts_alone(name: str, folders: Callable[[str], Path]):
+    folder, tokenizer, prompt = folders(name), tiny_tokenizer(), soft_prompt(64)
+    # With the prompt of 5 and 16 new tokens: within 32, and beyond from the start.
+    prompts = [rows()[3].ids[:length] for length in (8, 11, 28, 40)]
+    expected = []
+    for ids in prompts:
+        model = stock_model(folder)
+        embeddings = torch.cat([prompt[None], model.get_input_embeddings()(torch.tensor([ids]))], dim=1)
+        written = model.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=257,
+        )
+        expected.append(tokenizer.decode(written[0], skip_special_tokens=True))
+    model = with_prompt(load(folder), "prompt", prompt)
+    assert generate(model, tokenizer, prompts, Sampling(16), batch_size=4, padding=257) == expected
