@@ -25,7 +25,6 @@ from finetune.jobs.export import model_card
 from finetune.jobs.export.merge import merge
 from finetune.jobs.infer import evaluate as job
 from finetune.jobs.infer.evaluate import EvaluationOptions, evaluate
-from finetune.jobs.load import context
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import resolve_model_refs
@@ -262,7 +261,7 @@ def test_validation_prompts_without_room_for_an_answer_are_cut_with_a_warning(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(ModelSetup, "positions", PositionLimit(36, is_table=True))
-    monkeypatch.setattr(context, "check_positions", lambda *arguments: None)  # the training rows are longer
+    monkeypatch.setattr(PositionLimit, "check_rows", lambda *arguments: None)  # the rows themselves are longer
     evaluated(runs / "low-rank", output=tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(RunDirectory(runs / "low-rank").trained(False))

@@ -237,14 +237,23 @@ class TrainingContext(ModelSetup):
         """The recipe's tokenized datasets; read once.
 
         Raises:
-            DataError: A file or row cannot be used, or a row is longer than the model's table of positions.
+            DataError: A file or row cannot be used.
         """
         if not self._datasets:
             on_event(Phase("reading the data"))
             rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, on_event)
-            check_positions(rows, self.positions, self.recipe.adapter.prompt_tokens)
             self._datasets.append(rows)
         return self._datasets[0]
+
+    def read_checked_data(self, on_event: EventHandler) -> Datasets:
+        """The same, with its lengths compared with the model's positions; see `check_positions`.
+
+        Raises:
+            DataError: As `read_data`, or a row is longer than the model's table of positions.
+        """
+        rows = self.read_data(on_event)
+        check_positions(rows, self.positions, self.recipe.adapter.prompt_tokens)
+        return rows
 
     @property
     def encoder(self) -> Encoder:

@@ -175,7 +175,7 @@ class MemoryPlanner:
         """
         context = TrainingContext.of(recipe, on_event, weights=False)
         context.check_start(starts_here=gpu is None)
-        return cls(context, context.read_data(on_event), gpu, on_event)
+        return cls(context, context.read_checked_data(on_event), gpu, on_event)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
         """Memory and time of a recipe's run.

@@ -112,7 +112,7 @@ class PreparedRun:
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event, kept=_same_date(kept))
         _check_start(context, is_resumed=checkpoint is not None)
-        rows = context.read_data(on_event)
+        rows = context.read_checked_data(on_event)
         plan = batch_plan_of(
             recipe.training,
             recipe.data.max_length,
@@ -268,11 +268,11 @@ class _Preparation:
         lengths = context.read_data(self._on_event).train.lengths.tolist()
         if rotation is None or not any(map(plan.group_of, lengths)):
             return
-        alike = "the same length" if rotation.each_length else "others of them"
         logger.info(
-            "training.batching: rows of more than %d tokens are in micro-batches with %s only, because the model's "
-            "rotation depends on the longest row of a pass",
-            *(rotation.original - prompt, alike),
+            "training.batching: rows of more than %d tokens are in passes with %s only, because the model's rotation "
+            "depends on the longest row of a pass",
+            rotation.original - prompt,
+            "rows of their own length" if rotation.each_length else "each other",
         )
         self._on_event(Phase("checking rows beyond the original length"))
         with autocast(context.accelerator.device, context.compute_dtype):
