@@ -117,6 +117,19 @@ def test_row_that_fills_a_table_trains_validates_and_is_continued(table: Path, t
     assert "room for 8 more" in over.output
 
 
+@pytest.mark.parametrize(("prompt", "room"), [(40, 8), (46, 2)])
+@pytest.mark.parametrize("table", ["gpt2"], indirect=True)
+def test_sampled_answers_stay_within_a_table(table: Path, prompt: int, room: int, tmp_path: Path):
+    file = recipe(tmp_path, table, [40, 20], adapter={"target_modules": ["c_attn"]})
+    row = {"prompt": "x" * prompt, "completion": "y" * (47 - prompt)}
+    (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
+    held = f"data.validation=[{{path: {tmp_path}/held.jsonl, format: completion}}]"
+    settings = ["evaluation.sample_rows=1", "evaluation.max_new_tokens=30", held]
+    result = ft("train", file, *[part for setting in settings for part in ("--set", setting)])
+    assert result.exit_code == 0, result.output
+    assert f"answers to validation prompts have at most {room} tokens" in " ".join(result.output.split())
+
+
 def test_rows_beyond_a_rotation_train_and_are_evaluated_with_a_counted_warning(tmp_path: Path):
     """One rule for the commands: what was trained is evaluated and continued too."""
     write_tiny_model(tmp_path / "model", max_position_embeddings=32)
