@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from finetune.data.bad_rows import EMPTY
 from finetune.data.dataset import LocatedDocument, TokenizedDataset
 from finetune.data.documents import Conversation, PlainText
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
+from finetune.data.formats.auto import with_fitting_format
 from finetune.data.tokenized_source import numbered_rows
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.evaluation.engine import Engine, OnProgress
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
@@ -136,11 +138,16 @@ class _OnRows(Task, Generic[R]):
         source = self.section.data
         to_document = build(source).document
         for _, row in islice(numbered_rows(source, SEED), limit):
-            yield LocatedDocument(to_document(row), row.where)
+            try:
+                yield LocatedDocument(to_document(row), row.where)
+            except DataError as error:
+                raise with_fitting_format(error, row, source) from error
 
     def _none_found(self) -> DataError:
         return DataError(
-            f"the task {self.name} has no rows to measure", where=self.section.data.place, hint="check the file"
+            f"the task {self.name} has no rows to measure",
+            where=self.section.data.place,
+            hint="write rows with an answer: a last message of the assistant, an output or a completion",
         )
 
 
@@ -153,7 +160,8 @@ class Generate(_OnRows[GenerateTask]):
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
-        prompts = list(_prompt_rows(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
+        documents = map(_with_reference, self._documents(limit))
+        prompts = list(_prompt_rows(documents, Encoder(engine.tokenizer, "last_turn")))
         if not prompts:
             raise self._none_found()
         return _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
@@ -305,6 +313,20 @@ def _prompt(encoder: Encoder, each: _WithChoices) -> Prompt:
     prompt = encoder.prompt(each.document, each.where)
     assert prompt is not None, "it has an answer"
     return prompt
+
+
+def _with_reference(each: LocatedDocument) -> LocatedDocument:
+    """The row, whose reference answer is not empty.
+
+    Raises:
+        BadRow: It is empty, so that no answer compares with it.
+    """
+    document = each.document
+    if isinstance(document, Conversation) and document.answers and not document.references:
+        answer = document.messages[document.answers[-1]]
+        if not (answer.content.strip() or answer.tool_calls):
+            raise BadRow("the reference answer is empty", reason=EMPTY, where=each.where, hint="give it a text")
+    return each
 
 
 def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_PromptRow]:
