@@ -186,6 +186,8 @@ class Choose(_OnRows[ChooseTask]):
             for each, choices in questions
             for choice in choices
         ]
+        places = [each.where for each, choices in questions for _ in choices]
+        _check_rows([len(example.ids) for example in examples], places, engine)
         found = iter(engine.likelihoods(examples, self._on_progress(engine, "choices", on_event)))
         rows, scores, records = [], [], []
         for each, choices in questions:
@@ -334,9 +336,19 @@ def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iter
             yield _PromptRow(each.where, prompt)
 
 
+def _check_rows(lengths: Sequence[int], places: Sequence[str], engine: Engine) -> None:
+    """Compare rows with the positions of the model.
+
+    Raises:
+        DataError: A row is longer than the model's table of positions.
+    """
+    engine.limit.check_rows(lengths, places.__getitem__, f"rows of {engine.label}", "shorten or drop longer rows")
+
+
 def _losses(
     rows: Sequence[str], examples: Sequence[Example], engine: Engine, on_progress: OnProgress
 ) -> tuple[Column, ...]:
+    _check_rows([len(example.ids) for example in examples], rows, engine)
     found = engine.likelihoods(examples, on_progress)
     counts = [(-each.log_prob, each.tokens) for each in found]
     return tuple(Column.of(metric, rows, counts) for metric in (LOSS, PERPLEXITY))
@@ -345,8 +357,8 @@ def _losses(
 def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on_progress: OnProgress) -> Measurement:
     if not prompts:
         return Measurement((), (), {})
-    for each in prompts:
-        _refuse_lack_of_room(each, section, engine)
+    lengths = [len(each.prompt.ids) for each in prompts]
+    engine.limit.check_room(lengths, lambda row: prompts[row].row, section.max_new_tokens, "max_new_tokens")
     sampling = Sampling(section.max_new_tokens)
     answers = engine.answers([each.prompt.ids for each in prompts], sampling, on_progress)
     columns = tuple(
@@ -375,17 +387,6 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
 
 
 def _room(section: Answers, engine: Engine) -> int | None:
-    """The most tokens of a prompt that leave room for the longest answer; None if the context length is unknown."""
-    return None if engine.positions is None else engine.positions - section.max_new_tokens
-
-
-def _refuse_lack_of_room(prompt_row: _PromptRow, section: Answers, engine: Engine) -> None:
-    most = _room(section, engine)
-    if most is not None and len(prompt_row.prompt.ids) > most:
-        room = most + section.max_new_tokens - len(prompt_row.prompt.ids)
-        raise DataError(
-            f"after its {len(prompt_row.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
-            f"{engine.positions} positions of {engine.label}, not for {section.max_new_tokens}",
-            where=prompt_row.row,
-            hint=f"set max_new_tokens to {room} or less" if room > 0 else "drop the row",
-        )
+    """The most tokens of a prompt that leave room for the longest answer; None where positions are computed."""
+    limit = engine.limit
+    return limit.count - section.max_new_tokens if limit.is_table and limit.count is not None else None

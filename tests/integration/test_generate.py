@@ -19,10 +19,12 @@ from finetune.errors import FinetuneError, RefusedError, UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
 from finetune.jobs.infer.generate import questions_in
+from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import Kind, resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
+from finetune.models.loading.positions import PositionLimit
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase
 from tests.fixtures.generate_helpers import answers, tuned
@@ -255,8 +257,9 @@ def test_lines_of_a_text_file_are_prompts(runs: Path, tmp_path: Path):
     ],
 )
 def test_row_without_a_valid_prompt_is_an_error_with_its_line(
-    runs: Path, tmp_path: Path, row: dict[str, Any], what: str
+    runs: Path, tmp_path: Path, row: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps(row) + "\n", encoding="utf-8")
     result = ft("generate", runs / "short", runs / "long", "--file", file, "-q")

@@ -20,6 +20,7 @@ from finetune.errors import DataError
 from finetune.evaluation.generation import OnText, Sampling, generate
 from finetune.formatting import counted
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
+from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.sections.data import ChatSource
 from finetune.resolve import build
 from finetune.run.events import EventHandler, Progress, ignore
@@ -121,10 +122,14 @@ def answer(
         DataError: The template rejects a conversation, or a question leaves no room for an answer.
     """
     encoders = [Encoder(finetuned.setup.tokenizer, "assistant") for finetuned in base.finetuned]
-    ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask, sampling.max_new_tokens) for ask in questions]
+    ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask) for ask in questions]
+    limit = base.finetuned[0].setup.positions
+    _check_room(base, questions, ids, limit, sampling.max_new_tokens)
     answers = [""] * len(questions)
     done = 0
-    for group in _groups(base, questions):  # one group at a time: the base holds one adapter at a time
+    for group in _groups(
+        base, questions, may_mix=limit.rotation is None
+    ):  # one group at a time: the base holds one adapter at a time
         model, options_of = _model_of(base, [questions[index].to for index in group])
         setup = base.finetuned[questions[group[0]].to].setup
         written = generate(
@@ -195,27 +200,36 @@ def _asked(row: Row, labels: Sequence[str]) -> Sequence[int]:
     return [labels.index(wanted)]
 
 
-def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question, longest: int) -> list[int]:
+def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question) -> list[int]:
     """The token ids of the prompt.
 
     Raises:
-        DataError: The template rejects the conversation, or there is no room for the longest answer.
+        DataError: The template rejects the conversation.
     """
     if not all(_is_unicode(message.content) for message in question.conversation.messages):
         raise DataError("the text has half of a surrogate pair in it", where=question.where, hint="write it as UTF-8")
     prompt = encoder.prompt(_document(finetuned, question), question.where)
     if prompt is None:
         raise DataError("the prompt is empty", where=question.where, hint="write the beginning of a text")
-    positions = finetuned.setup.positions
-    room = positions - len(prompt.ids) - finetuned.prompt_tokens if positions else longest
-    if room < longest:
-        raise DataError(
-            f"after its {len(prompt.ids)} tokens there is room for {max(room, 0)} more in the {positions} positions "
-            f"of the model, not for {longest}",
-            where=question.where,
-            hint=f"set --max-new-tokens to {room} or less" if room > 0 else "shorten the prompt",
-        )
     return prompt.ids
+
+
+def _check_room(
+    base: SharedBase, questions: Sequence[Question], ids: Sequence[Sequence[int]], limit: PositionLimit, longest: int
+) -> None:
+    """Compare prompts and their longest answers with the positions of the model.
+
+    Raises:
+        DataError: There is no room for an answer.
+    """
+    for number, finetuned in enumerate(base.finetuned):
+        own = [index for index, question in enumerate(questions) if question.to == number]
+        limit.after(finetuned.prompt_tokens).check_room(
+            [len(ids[index]) for index in own],
+            lambda row, own=own: questions[own[row]].where,  # type: ignore[misc]
+            longest,
+            "--max-new-tokens",
+        )
 
 
 def _is_unicode(text: str) -> bool:
@@ -237,14 +251,20 @@ def _document(finetuned: FineTunedModel, question: Question) -> Document:
     return PlainText(messages[0].content, "")
 
 
-def _groups(base: SharedBase, questions: Sequence[Question]) -> list[list[int]]:
-    """The indices of the questions by model, those for the base without an adapter first."""
+def _groups(base: SharedBase, questions: Sequence[Question], may_mix: bool) -> list[list[int]]:
+    """The indices of the questions by model, those for the base without an adapter first.
+
+    Args:
+        base: The models.
+        questions: The questions.
+        may_mix: Whether prompts of several lengths may be in one batch.
+    """
     # Prompts of embeddings with the same ends are one group (-1): a batch may mix them, because they differ in input
     # embeddings only.
     groups: dict[tuple[bool, int, tuple[int, ...]], list[int]] = {}
     for index, question in enumerate(questions):
         finetuned = base.finetuned[question.to]
-        to = -1 if finetuned.has_embedded_prompt else question.to
+        to = -1 if finetuned.has_embedded_prompt and may_mix else question.to
         key = (finetuned.trained is not None, to, finetuned.answer_ends)
         groups.setdefault(key, []).append(index)
     return [groups[key] for key in sorted(groups)]

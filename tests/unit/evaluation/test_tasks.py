@@ -17,6 +17,7 @@ from finetune.data.encode import Example
 from finetune.data.text_tokens import prompt_ids
 from finetune.errors import BadRow, DataError, RecipeError
 from finetune.evaluation.tasks import Choose, Generate
+from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import ChooseTask, GenerateTask
 from finetune.run.events import ignore
@@ -39,7 +40,10 @@ def test_reasoning_is_not_part_of_the_scored_answer(answer: str, is_right: bool,
     (tmp_path / "rows.jsonl").write_text("".join(map(json.dumps, rows)))
     section = {"name": "who", "kind": "generate", "data": {"path": str(tmp_path / "rows.jsonl"), "format": "chat"}}
     engine: Any = SimpleNamespace(
-        tokenizer=family_tokenizer("qwen3"), positions=None, label="fake", answers=lambda *arguments: [answer]
+        tokenizer=family_tokenizer("qwen3"),
+        limit=PositionLimit(None),
+        label="fake",
+        answers=lambda *arguments: [answer],
     )
     task = Generate(TypeAdapter(GenerateTask).validate_python(section | {"metrics": ["exact_match"]}))
     (record,) = task.measure(engine, None, ignore).records
@@ -71,7 +75,7 @@ def test_choices_of_plain_text_are_measured_behind_the_prompt_as_trained(
         seen.extend(examples)
         return [SimpleNamespace(log_prob=-float(index)) for index in range(len(examples))]
 
-    engine: Any = SimpleNamespace(tokenizer=tokenizer, label="fake", likelihoods=likelihoods)
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, limit=PositionLimit(None), label="fake", likelihoods=likelihoods)
     section = {"name": "pick", "kind": "choose", "choices": ["white", "black"]}
     source = {"path": str(tmp_path / "rows.jsonl"), "format": "completion"}
     task = Choose(TypeAdapter(ChooseTask).validate_python({**section, "data": source}))
