@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.terminal import Console
 from cli.views.preview import show_preview
 from finetune.jobs.plan.preview import MicroBatch, Preview, PreviewRow, Stretch, preview
 from tests.fixtures.recipes import as_recipe, write_recipe
@@ -107,7 +107,7 @@ ROW = [
 def shown_text(monkeypatch: pytest.MonkeyPatch, **console: Any) -> str:
     """The output of `show_preview` for a row on a console, in colour or not."""
     file = io.StringIO()
-    monkeypatch.setattr("rich.console.Console", lambda **options: Console(file=file, **{**options, **console}))
+    monkeypatch.setattr("cli.terminal.Console", lambda **options: Console(file=file, **{**options, **console}))
     monkeypatch.setattr("cli.formatting.data_table", lambda report: [])
     show_preview(Preview([PreviewRow("rows.jsonl:7", ROW)], [MicroBatch([37], computed=37, shared=0)], {}))
     return file.getvalue()
