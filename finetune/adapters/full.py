@@ -15,10 +15,10 @@ from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import all_gathered, sharded_base
 from finetune.models.layer_names import nearest_part
+from finetune.models.safetensors_io import SINGLE
+from finetune.models.weight_files import weight_files
 from finetune.models.writing.rewrite import saved_tensors, write_from_shards
 from finetune.recipe.rules.violation import Violation
-
-WEIGHTS = "model.safetensors"
 
 
 class FullMethod(AdapterMethod):
@@ -60,7 +60,7 @@ class FullMethod(AdapterMethod):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the full model; tied weights once."""
         if sharded_base(model) is None:
-            model.save_pretrained(folder, max_shard_size="1TB")  # one file, as `load` reads
+            model.save_pretrained(folder, max_shard_size="1TB")
         else:
             write_from_shards(model, folder)
 
@@ -76,20 +76,28 @@ class FullMethod(AdapterMethod):
             ModelError: There are no trained weights.
             RefusedError: They do not fit this model.
         """
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise ModelError(f"no {WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
+        files = weight_files(folder)
+        if files.start is None:
+            raise ModelError(f"no {SINGLE}", where=str(folder), hint="the run has not finished: train it")
+        missing = [self._load_file(model, file) for file in files.files]
+        if set.intersection(*missing):
+            raise _not_fitting(files.start)
+        return model.requires_grad_(False)
+
+    def _load_file(self, model: PreTrainedModel, file: Path) -> set[str]:
+        """Load the tensors of one file; returns names of the model's tensors that it lacks.
+
+        The file may have further tensors: those of the base that its class does not build.
+        """
         try:
-            load_model(model, file)
-        except SafetensorError as error:
+            missing, _ = load_model(model, file, strict=False)
+        except (SafetensorError, FileNotFoundError) as error:
             raise RefusedError(
                 f"the file is damaged: {error}", where=str(file), hint="train the run again, or restore a good copy"
             ) from error
         except RuntimeError as error:
-            raise RefusedError(
-                "the trained weights do not fit this model", where=str(file), hint="use the model of the recipe"
-            ) from error
-        return model.requires_grad_(False)
+            raise _not_fitting(file) from error
+        return set(missing)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """Refuse: the trained weights have replaced the base's.
@@ -106,6 +114,12 @@ class FullMethod(AdapterMethod):
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load the trained weights; there is nothing to merge."""
         return self.load(model, folder)
+
+
+def _not_fitting(file: Path) -> RefusedError:
+    return RefusedError(
+        "the trained weights do not fit this model", where=str(file), hint="use the model of the recipe"
+    )
 
 
 def _unmatched(model: PreTrainedModel, pattern: str, names: Sequence[str]) -> tuple[str, str]:

@@ -74,7 +74,7 @@ class GgufResult:
         """The verification report: the content of `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
         of_run = {key: self.merge[key] for key in ("uses_chat_template", "answer_ends", "today", "held_out")}
-        facts = {"format": "gguf", "type": self.type, **of_run, "bound": self.bound}
+        facts = {"format": "gguf", "type": self.type, **of_run, "unbuilt": self.merge["unbuilt"], "bound": self.bound}
         return {**facts, **numbers, "engines": as_json(self.engines), "merge": self.merge}
 
 
@@ -107,7 +107,7 @@ def export_gguf(
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
-        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event, engines=False)
+        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event, is_final=False)
         on_event(Phase(f"writing {MODEL} in {kind}"))
         streamed = _streamed(trained, part)
         prompts = run_prompts(trained, on_event)

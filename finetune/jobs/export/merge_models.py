@@ -22,6 +22,7 @@ from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.writing.ends import write_ends
 from finetune.models.writing.rewrite import write_merged
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
@@ -40,6 +41,7 @@ class ModelMergeResult:
         combination: The rule and the weights of the runs.
         agreements: By the name of a run: combined logits against the logits of the run, on rows of the run.
         engines: By the name of a run: tokens of its prompts in vLLM, compared with those of its training.
+        unbuilt: Tensors of the base that its class does not build.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class ModelMergeResult:
     combination: WeightMerge
     agreements: dict[str, Agreement]
     engines: dict[str, list[PromptAgreement]]
+    unbuilt: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """The content of `merge.json`."""
@@ -57,6 +60,7 @@ class ModelMergeResult:
             "uses_chat_template": self.uses_chat_template,
             "answer_ends": self.answer_ends,
             "combination": asdict(self.combination),
+            "unbuilt": self.unbuilt,
             "runs": {
                 name: {**asdict(found), "engines": as_json(self.engines[name])}
                 for name, found in self.agreements.items()
@@ -95,13 +99,15 @@ def combine(
     with written_aside(target) as folder:
         parts = [folder / f"part-{index}" for index in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
-            merge(run, part, "float32", on_event=on_event, engines=False)
+            merge(run, part, "float32", on_event=on_event, is_final=False)
         # The base goes through the same writer as the merged runs, so that names and dtypes are the same.
         start = folder / "base"
         start.mkdir()
         write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
         on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
-        merge_weights(start, parts, combination, DTYPES[dtype], folder)
+        unbuilt = UnbuiltTensors.of(opened[0].context.folder, opened[0].context.section)
+        merge_weights(start, parts, combination, DTYPES[dtype], folder, unbuilt.tensors)
+        unbuilt.check_carried(folder)
         not_copied = shutil.ignore_patterns("*.safetensors", "merge.json", CARD, "model.safetensors.index.json")
         shutil.copytree(parts[0], folder, ignore=not_copied, dirs_exist_ok=True)
         # Copied from the float32 part: transformers would load the weights in that dtype.
@@ -119,7 +125,16 @@ def combine(
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
         uses_chat_template = all(trained.record.uses_chat_template for trained in opened)
-        result = ModelMergeResult(target, dtype, uses_chat_template, answer_ends, combination, agreements, engines)
+        result = ModelMergeResult(
+            target,
+            dtype,
+            uses_chat_template,
+            answer_ends,
+            combination,
+            agreements,
+            engines,
+            unbuilt.report(carried=True),
+        )
         write_json(folder / "merge.json", result.to_json())
     return result
 

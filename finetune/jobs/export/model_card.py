@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import yaml
 
+from finetune import formatting
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
@@ -172,4 +173,5 @@ def _verification(verification: Mapping[str, Any]) -> str:
         f"of the training (by {engine['by']})."
         for engine in verification["engines"]
     ]
-    return "\n\n".join([logits, *prompts])
+    unbuilt = [f"{formatting.unbuilt(verification['unbuilt'], quote='`')}."] if verification["unbuilt"] else []
+    return "\n\n".join([logits, *prompts, *unbuilt])

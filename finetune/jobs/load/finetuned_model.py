@@ -19,6 +19,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, PromptChoiceModel
 from finetune.errors import RefusedError, UnsupportedError
+from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.trained_run import FineTunedRun
@@ -30,7 +31,6 @@ from finetune.jobs.load.training_record import (
     recorded_chat_template,
     recorded_date,
     recorded_ends,
-    refuse_other_base,
 )
 from finetune.models.fingerprint import fingerprint
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
@@ -159,7 +159,7 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
     context = TrainingContext.of(recipe, on_event, kept=kept_with_checkpoint(checkpoint))
-    refuse_other_base(facts["base"], context.folder)
+    BaseRecord.from_facts(context.folder, facts).refuse_other(context.folder)
 
     def attach_to(base: PreTrainedModel) -> nn.Module:
         # As in training: PEFT draws the same values that PiSSA/OLoRA's difference was taken from.

@@ -13,8 +13,9 @@ from torch import nn
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import RefusedError, UsageError
+from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
-from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.fingerprint import fingerprint_quantized
 from finetune.models.loading.load import KeptTokenizer
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.adapter import Adapter
@@ -26,14 +27,6 @@ from finetune.recipe.sections.training import Precision
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.storage.files import write_json
-
-
-class BaseRecord(Section):
-    """A base model: its name in the recipe, its commit on the hub, and the fingerprint of its files."""
-
-    name: str
-    commit: str | None
-    fingerprint: str
 
 
 class QuantizedRecord(Section):
@@ -79,6 +72,7 @@ class TrainingRecord(Section):
     def of(
         cls,
         context: TrainingContext,
+        base: BaseRecord,
         quantized_base: str | None,
         uses_chat_template: bool,
         answer_ends: Sequence[int] = (),
@@ -87,6 +81,7 @@ class TrainingRecord(Section):
 
         Args:
             context: Of the run.
+            base: The base as it was loaded; its files may have changed since.
             quantized_base: Fingerprint of the quantized base; None if no layer was quantized.
             uses_chat_template: Whether rows were rendered by the chat template.
             answer_ends: Ids of the tokens that end trained answers.
@@ -99,7 +94,7 @@ class TrainingRecord(Section):
             modules=recipe.modules,
             model=recipe.model,
             precision=recipe.training.precision,
-            base=base_record(context),
+            base=base,
             quantized_base=as_record(context, quantized_base),
             uses_chat_template=uses_chat_template,
             today=context.kept_date,
@@ -147,7 +142,7 @@ class TrainingRecord(Section):
         Raises:
             RefusedError: One of them differs.
         """
-        refuse_other_base(self.base.fingerprint, base)
+        self.base.refuse_other(base)
         if self.weight_format != method.weight_format:
             raise RefusedError(
                 f"the weights have format {self.weight_format}, this version reads {method.weight_format}",
@@ -158,28 +153,6 @@ class TrainingRecord(Section):
     def refuse_other_quantization(self, setup: ModelSetup, base: nn.Module) -> None:
         """See `check_same_quantized_weights`."""
         check_same_quantized_weights(self.quantized_base, setup, base)
-
-
-def base_record(context: TrainingContext) -> BaseRecord:
-    """The record of a recipe's base."""
-    folder = context.folder
-    return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
-
-
-def refuse_other_base(known: str, base: ModelFolder) -> None:
-    """Check that the base's files have the fingerprint of the training.
-
-    Raises:
-        RefusedError: They have another fingerprint.
-    """
-    found = fingerprint(base.path)
-    if found != known:
-        raise RefusedError(
-            f"the base's weights are not those that the run was trained on "
-            f"(fingerprint {found[:12]}, trained on {known[:12]})",
-            where=str(base.path),
-            hint="restore the base that the run was trained on, or train again on this one",
-        )
 
 
 def check_same_quantized_weights(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:

@@ -30,7 +30,8 @@ from finetune.models.loading.finite import check_finite
 from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.models.safetensors_io import anonymous_mmap, stored_tensors
+from finetune.models.safetensors_io import anonymous_mmap
+from finetune.models.weight_files import stored_tensors
 from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer, QuantizedLinear

@@ -6,9 +6,10 @@ Tensors keep the names and layouts that they have in the base's files: every rea
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from finetune.models.fsdp import all_gathered
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import GENERATION_CONFIG
 from finetune.models.loading.quantized_checkpoint import config_of
-from finetune.models.safetensors_io import SAFETENSORS_DTYPES, Planned, TensorWriter, tensor_writer
+from finetune.models.safetensors_io import SAFETENSORS_DTYPES, Planned, StoredTensor, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import QuantizedLinear
 
@@ -27,7 +28,13 @@ MergeLayer = Callable[[nn.Module], nn.Module]
 """Maps an adapted layer to the merged layer, whose tensors have the names and shapes of the base's layer."""
 
 
-def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.dtype, folder: Path) -> None:
+def write_merged(
+    streamed: StreamedModel,
+    merge_layer: MergeLayer,
+    dtype: torch.dtype,
+    folder: Path,
+    further: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> None:
     """Write a merged model in a form that plain transformers loads.
 
     Args:
@@ -35,12 +42,13 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
         merge_layer: Merges the adapter into one of them.
         dtype: Dtype of every floating-point weight.
         folder: Where to write.
+        further: Tensors that are copied as they are: those of the base that its class does not build.
     """
     changed = {name for place in streamed.replaced() for name in streamed.tensors(place)}
     merged = _MergedWeights(streamed, merge_layer)
     # An adapter on one of two tied weights (embeddings and head) unties them: then both are written.
     untied = merged.untied(changed)
-    planned = {}
+    planned: dict[str, Planned] = {}
     for name, tensor in streamed.tensors().items():
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         if name in untied:
@@ -51,7 +59,7 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
             is_unchanged = streamed.sources[name].converter is None
             shapes = {file: tuple(tensor.shape) if is_unchanged else streamed.files[file].shape for file in files}
             planned |= {file: Planned(kind, shape) for file, shape in shapes.items()}
-    with tensor_writer(folder, planned) as writer:
+    with tensor_writer(folder, {**further, **planned}) as writer:
         # Merged layers first: `_write_unchanged` then writes what is still missing, from the base's files.
         for name, tensor in merged.tensors():
             if name in untied:
@@ -73,13 +81,19 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
     _write_settings(streamed, folder)
 
 
-def write_merged_quantized(streamed: StreamedModel, merge_layer: MergeLayer, folder: Path) -> None:
+def write_merged_quantized(
+    streamed: StreamedModel,
+    merge_layer: MergeLayer,
+    folder: Path,
+    further: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> None:
     """Write a merged model with unchanged codes, as `load_model` loads it; other weights in the dtypes of their files.
 
     Args:
         streamed: The base, quantized, with an adapter around some quantized layers and no other.
         merge_layer: Merges the adapter into the minimums of one of them (QA-LoRA).
         folder: Where to write.
+        further: As for `write_merged`.
     """
     changed = streamed.replaced()
     quantizers: dict[str, Quantizer] = {}
@@ -94,7 +108,7 @@ def write_merged_quantized(streamed: StreamedModel, merge_layer: MergeLayer, fol
         elif name not in streamed.tied:
             stored = streamed.files[streamed.sources[name].files[0]]
             planned[name] = Planned(SAFETENSORS_DTYPES[stored.dtype], tuple(tensor.shape))
-    with tensor_writer(folder, planned) as writer:
+    with tensor_writer(folder, {**further, **planned}) as writer:
         for name, tensor in _MergedWeights(streamed, merge_layer).tensors():
             writer.put(name, tensor)
         for layer in sorted({name.rpartition(".")[0] for name in writer.missing}):
