@@ -28,8 +28,8 @@ from finetune.jobs.export.verification import (
     written_logits,
 )
 from finetune.jobs.load.trained_run import FineTunedRun
-from finetune.jobs.load.training_record import facts_for_prompts
-from finetune.models.fingerprint import fingerprint
+from finetune.jobs.load.training_record import facts_for_prompts, trained_files
+from finetune.models.fingerprint import fingerprint_files
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.safetensors_io import StoredTensor
 from finetune.models.writing.ends import write_ends
@@ -130,7 +130,10 @@ def merge(
             dtype=dtype,
             **facts_for_prompts(trained.record),
             base={**trained.record.base.summary, "name": public_name(context.section)},
-            adapter={"method": context.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
+            adapter={
+                "method": context.recipe.adapter.method,
+                "fingerprint": fingerprint_files(trained_files(trained.weights)),
+            },
             held_out=verification.held_out,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, written_logits(trained, folder, verification.rows)),

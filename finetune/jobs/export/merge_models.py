@@ -112,7 +112,7 @@ def combine(
         shutil.copytree(parts[0], folder, ignore=not_copied, dirs_exist_ok=True)
         # Copied from the float32 part: transformers would load the weights in that dtype.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_json(folder / "config.json", {**config, "dtype": dtype})
+        write_json(folder / "config.json", _in_dtype(config, dtype))
         answer_ends = list(dict.fromkeys(end for trained in opened for end in trained.record.answer_ends))
         write_ends(folder, answer_ends, folder)
         on_event(Phase("comparing the combined model with each run"))
@@ -137,6 +137,14 @@ def combine(
         )
         write_json(folder / "merge.json", result.to_json())
     return result
+
+
+def _in_dtype(config: Any, dtype: str) -> Any:
+    """A config whose model, and each part of it, loads in a dtype."""
+    if not isinstance(config, dict):
+        return config
+    changed = {key: _in_dtype(value, dtype) for key, value in config.items()}
+    return {**changed, "dtype": dtype} if "dtype" in config else changed
 
 
 def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:

@@ -32,8 +32,9 @@ from finetune.jobs.infer.evaluate_results import EvaluationResult, GateResult, S
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.finetuned_model import FineTunedModel, LoadedAdapter, SharedBase
 from finetune.jobs.load.model_ref import Kind, ModelRef
+from finetune.jobs.load.training_record import trained_files
 from finetune.jobs.load.vllm import vllm_generator
-from finetune.models.fingerprint import fingerprint
+from finetune.models.fingerprint import fingerprint, fingerprint_files
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import VALIDATION, Evaluation, HarnessTask, TaskSection, current_task_name
 from finetune.report.run_page import recording_errors
@@ -316,7 +317,7 @@ def _identity(finetuned: FineTunedModel, on_event: EventHandler) -> dict[str, An
 
 def _identity_of_trained(trained: LoadedAdapter) -> list[Any]:
     try:
-        return [fingerprint(trained.weights), trained.method.section.model_dump(mode="json")]
+        return [fingerprint_files(trained_files(trained.weights)), trained.method.section.model_dump(mode="json")]
     except ValueError as error:
         raise RefusedError(
             f"a file of the trained weights is damaged: {error}",

@@ -133,7 +133,7 @@ class BaseRecord(Section):
 
 
 def _differing_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """What became of files whose tensors are not those of a record; nothing without a record of files."""
+    """The changes of files since a record; none without a record of files."""
     if not before:
         return
     shared = sorted(before.keys() & now.keys())

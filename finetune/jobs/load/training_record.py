@@ -12,12 +12,14 @@ from pydantic import AliasChoices, Field, ValidationError
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
+from finetune.adapters.peft_bridge import NATIVE_WEIGHTS, STOCK_WEIGHTS
 from finetune.errors import RefusedError, UsageError
 from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.models.fingerprint import fingerprint_quantized
 from finetune.models.loading.load import KeptTokenizer
 from finetune.models.loading.model_files import ModelFolder
+from finetune.models.weight_files import weight_files
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.modules import ModuleRule
@@ -27,6 +29,7 @@ from finetune.recipe.sections.training import Precision
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.storage.files import write_json
+from finetune.train.checkpoint import OPTIMIZER, TRAINED
 
 
 class QuantizedRecord(Section):
@@ -174,6 +177,14 @@ def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | 
         where=str(setup.folder.path),
         hint="use the versions of ft and of the libraries that provenance.json names, or train again",
     )
+
+
+def trained_files(weights: Path) -> list[Path]:
+    """The files with tensors in a folder of trained weights: of a full model, of an adapter, or of a checkpoint."""
+    if (weights / "config.json").is_file():
+        return list(weight_files(weights).files)
+    names = (STOCK_WEIGHTS, NATIVE_WEIGHTS, TRAINED, OPTIMIZER)
+    return [weights / name for name in names if (weights / name).is_file()]
 
 
 def as_record(setup: ModelSetup, fingerprint: str | None) -> QuantizedRecord | None:

@@ -6,6 +6,7 @@ import logging
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune import formatting
 from finetune.errors import FinetuneError
@@ -19,6 +20,7 @@ from finetune.jobs.train.lora_rank_log import LoraRankLogger
 from finetune.jobs.train.metrics_log import MetricsLogger
 from finetune.jobs.train.prepare import PreparedRun
 from finetune.models.writing.ends import write_ends
+from finetune.models.writing.rewrite import PREPROCESSORS, copy_settings, whole_config
 from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import EventHandler, Phase, StepMetrics, TrainingFinished, ValidationResult
@@ -179,7 +181,7 @@ def _write_trained(prepared: PreparedRun, folder: Path) -> None:
         context.tokenizer.save_pretrained(aside)
         base = BaseRecord.from_facts(context.folder, facts)
         if context.recipe.adapter.trains_base:
-            _carry_over(context, base, aside)
+            _carry_over(context, base, prepared.state.bare_model, aside)
         record = TrainingRecord.of(
             context, base, facts["quantized_base"], facts["uses_chat_template"], facts["answer_ends"]
         )
@@ -188,7 +190,7 @@ def _write_trained(prepared: PreparedRun, folder: Path) -> None:
             write_ends(aside, record.answer_ends, aside)
 
 
-def _carry_over(context: TrainingContext, base: BaseRecord, folder: Path) -> None:
+def _carry_over(context: TrainingContext, base: BaseRecord, model: Any, folder: Path) -> None:
     """Add the tensors of the base that its class does not build to a trained model, unless the base has changed."""
     try:
         base.refuse_other(context.folder)
@@ -198,5 +200,9 @@ def _carry_over(context: TrainingContext, base: BaseRecord, folder: Path) -> Non
     except (FinetuneError, FileNotFoundError, EOFError) as error:  # the trained weights are worth more
         logger.warning("tensors of the base that its class does not build are not carried over: %s", error)
         return
+    if (config := whole_config(model.config, context.folder)) is not model.config:
+        config.dtype = model.dtype
+        config.save_pretrained(folder)
+        copy_settings(context.folder, PREPROCESSORS, folder)
     if report := unbuilt.report(carried=True):
         logger.warning("%s", formatting.unbuilt(report))

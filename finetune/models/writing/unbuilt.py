@@ -106,7 +106,7 @@ class UnbuiltTensors:
 def _groups(names: Iterable[str], built: Iterable[str]) -> list[str]:
     """Patterns for names: their shortest beginnings that no built tensor shares, with block numbers as `*`."""
     taken = {part for name in built for part in _beginnings(name)}
-    groups = {}
+    groups: dict[str, None] = {}
     for name in names:
         first = next((part for part in _beginnings(name) if part not in taken), name)
         *outer, last = first.split(".")
