@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_model
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,10 +14,15 @@ from finetune.adapters.base import AdapterMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import all_gathered, sharded_base
 from finetune.models.layer_names import nearest_part
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.model_files import ModelFolder
 from finetune.models.safetensors_io import SINGLE
 from finetune.models.weight_files import weight_files
 from finetune.models.writing.rewrite import saved_tensors, write_from_shards
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.rules.violation import Violation
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import NoQuantization
 
 
 class FullMethod(AdapterMethod):
@@ -74,30 +78,34 @@ class FullMethod(AdapterMethod):
 
         Raises:
             ModelError: There are no trained weights.
-            RefusedError: They do not fit this model.
+            RefusedError: They are damaged, or do not fit this model.
         """
-        files = weight_files(folder)
-        if files.start is None:
+        if weight_files(folder).start is None:
             raise ModelError(f"no {SINGLE}", where=str(folder), hint="the run has not finished: train it")
-        missing = [self._load_file(model, file) for file in files.files]
-        if set.intersection(*missing):
-            raise _not_fitting(files.start)
-        return model.requires_grad_(False)
-
-    def _load_file(self, model: PreTrainedModel, file: Path) -> set[str]:
-        """Load the tensors of one file; returns names of the model's tensors that it lacks.
-
-        The file may have further tensors: those of the base that its class does not build.
-        """
         try:
-            missing, _ = load_model(model, file, strict=False)
-        except (SafetensorError, FileNotFoundError) as error:
+            trained = StreamedModel(
+                ModelFolder(folder, str(folder)),
+                Model(name=str(folder)),
+                Quantizers(NoQuantization()),
+                torch.device("cpu"),
+                dequantized=False,
+            )
+        except ModelError as error:
             raise RefusedError(
-                f"the file is damaged: {error}", where=str(file), hint="train the run again, or restore a good copy"
+                f"the trained weights cannot be read: {error.what}",
+                where=error.where or str(folder),
+                hint="train the run again, or restore a good copy",
             ) from error
-        except RuntimeError as error:
-            raise _not_fitting(file) from error
-        return set(missing)
+        shapes = {name: tensor.shape for name, tensor in trained.tensors().items()}
+        wanted = saved_tensors(model)
+        if any(shapes.get(name) != tensor.shape for name, tensor in wanted.items()):
+            raise RefusedError(
+                "the trained weights do not fit this model", where=str(folder), hint="use the model of the recipe"
+            )
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                tensor.copy_(trained.tensor(name))
+        return model.requires_grad_(False)
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """Refuse: the trained weights have replaced the base's.
@@ -114,12 +122,6 @@ class FullMethod(AdapterMethod):
     def mergeable(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         """Load the trained weights; there is nothing to merge."""
         return self.load(model, folder)
-
-
-def _not_fitting(file: Path) -> RefusedError:
-    return RefusedError(
-        "the trained weights do not fit this model", where=str(file), hint="use the model of the recipe"
-    )
 
 
 def _unmatched(model: PreTrainedModel, pattern: str, names: Sequence[str]) -> tuple[str, str]:
