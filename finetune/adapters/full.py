@@ -97,13 +97,12 @@ class FullMethod(AdapterMethod):
                 hint="train the run again, or restore a good copy",
             ) from error
         shapes = {name: tensor.shape for name, tensor in trained.tensors().items()}
-        wanted = saved_tensors(model)
-        if any(shapes.get(name) != tensor.shape for name, tensor in wanted.items()):
+        if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
             raise RefusedError(
                 "the trained weights do not fit this model", where=str(folder), hint="use the model of the recipe"
             )
         with torch.no_grad():
-            for name, tensor in wanted.items():
+            for name, tensor in saved_tensors(model).items():
                 tensor.copy_(trained.tensor(name))
         return model.requires_grad_(False)
 
