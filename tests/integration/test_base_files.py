@@ -477,3 +477,5 @@ def test_vision_language_checkpoint_is_merged_whole(tiny_recipe: dict[str, Any],
             assert not any(report.values())
             assert (folder / "preprocessor_config.json").read_text() == '{"size": 7}'
         assert len(answers(run.path, prompts=["Say 3"], tokens=2)) == 1
+    adapter = export_adapter(RunDirectory.open(tmp_path / "lora"))
+    assert "Qwen3_5ForConditionalGeneration" in (adapter / "README.md").read_text()
