@@ -83,28 +83,31 @@ class FullMethod(AdapterMethod):
         if weight_files(folder).start is None:
             raise ModelError(f"no {SINGLE}", where=str(folder), hint="the run has not finished: train it")
         try:
-            trained = StreamedModel(
-                ModelFolder(folder, str(folder)),
-                Model(name=str(folder)),
-                Quantizers(NoQuantization()),
-                torch.device("cpu"),
-                dequantized=False,
-            )
+            self._copy(model, folder)
         except ModelError as error:
             raise RefusedError(
                 f"the trained weights cannot be read: {error.what}",
                 where=error.where or str(folder),
                 hint="train the run again, or restore a good copy",
             ) from error
+        return model.requires_grad_(False)
+
+    @torch.no_grad()
+    def _copy(self, model: PreTrainedModel, folder: Path) -> None:
+        trained = StreamedModel(
+            ModelFolder(folder, str(folder)),
+            Model(name=str(folder)),
+            Quantizers(NoQuantization()),
+            torch.device("cpu"),
+            dequantized=False,
+        )
         shapes = {name: tensor.shape for name, tensor in trained.tensors().items()}
         if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
             raise RefusedError(
                 "the trained weights do not fit this model", where=str(folder), hint="use the model of the recipe"
             )
-        with torch.no_grad():
-            for name, tensor in saved_tensors(model).items():
-                tensor.copy_(trained.tensor(name))
-        return model.requires_grad_(False)
+        for name, tensor in saved_tensors(model).items():
+            tensor.copy_(trained.tensor(name))
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """Refuse: the trained weights have replaced the base's.

@@ -143,9 +143,18 @@ def _named_by_config(folder: Path) -> str | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    name = read_object(file).get(CONFIG_KEY)
+    config = read_object(file)
+    name = config.get(CONFIG_KEY)
     if name is None:
         return None
+    if isinstance(
+        config.get("text_config"), dict
+    ):  # transformers drops the key where it builds the language model only
+        raise ModelError(
+            f"{CONFIG_KEY} does not apply to the language model of a checkpoint with several parts",
+            where=str(file),
+            hint=f"name the file {SINGLE}, or the index {INDEX}, and remove the key",
+        )
     if isinstance(name, str) and name.endswith(INDEX_SUFFIX) and _is_plain(name) and (folder / name).is_file():
         return name
     _check_name(name, f"{file}, {CONFIG_KEY}")

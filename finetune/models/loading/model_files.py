@@ -134,7 +134,7 @@ def _check_weights(folder: Path) -> None:
     files = weight_files(folder)
     files.tensors()
     if note := stray_note(files):
-        logger.warning("%s", note)
+        logger.info("%s", note)
 
 
 def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> ModelFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -123,6 +124,7 @@ def test_find_model_names_files_that_are_no_part_of_the_model(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     folder = copy_of(tiny_model, tmp_path, without="nothing")
+    caplog.set_level(logging.INFO)
     find(str(folder))
     assert caplog.records == []
     shutil.copyfile(folder / "model.safetensors", folder / "model_old.safetensors")

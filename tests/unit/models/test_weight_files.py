@@ -191,6 +191,14 @@ def test_key_of_config_that_names_no_file_of_the_folder_is_refused(tiny_model: P
         weight_files(folder)
 
 
+def test_key_of_config_is_refused_where_transformers_drops_it(tmp_path: Path):
+    """transformers builds the language model from its own section, which lacks the key."""
+    folder = write_model(tmp_path, {"a": torch.ones(1)})
+    (folder / "config.json").write_text(json.dumps({CONFIG_KEY: "model.safetensors", "text_config": {}}))
+    with pytest.raises(ModelError, match="does not apply"):
+        weight_files(folder)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "3", '{"weight_map": {}}', '{"metadata": {}}', '{"metadata": {}, "weight_map": []}', "[" * 10**5],
