@@ -182,6 +182,12 @@ def test_run_of_an_earlier_version_whose_record_counts_strays_is_read(
     merged = logits(AutoModelForCausalLM.from_pretrained(merge(run).folder))
     assert (merged - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert "model-00009-of-00009.safetensors" in caplog.text
+    recipe = run.recipe.read_text()
+    run.recipe.write_text(recipe.replace("strategy: ddp", "strategy: fsdp"))  # such a run was trained over the strays
+    with pytest.raises(RefusedError):
+        merge(run, overwrite=True)
+    run.recipe.write_text(recipe)
+    assert merge(run, overwrite=True)
     (base / "model-00009-of-00009.safetensors").unlink()  # it is no longer known what the record counted
     with pytest.raises(RefusedError):
         merge(run, overwrite=True)

@@ -89,15 +89,19 @@ class BaseRecord(Section):
         """Name, commit and fingerprint, for reports."""
         return self.model_dump(include={"name", "commit", "fingerprint"})
 
-    def refuse_other(self, base: ModelFolder) -> None:
+    def refuse_other(self, base: ModelFolder, was_sharded: bool = False) -> None:
         """Check that a base has the weights and the config of the record.
+
+        Args:
+            base: The base.
+            was_sharded: Whether the run could shard its base (FSDP): versions up to 0.1 then trained over stray files.
 
         Raises:
             RefusedError: It has others.
         """
         files = weight_files(base.path)
         found = ModelFingerprint.of(files.tensors())
-        if found.digest != self.fingerprint and not self._counted_strays(files):
+        if found.digest != self.fingerprint and (was_sharded or not self._counted_strays(files)):
             differing = ", ".join(_differing_files(self.files, found.files))
             raise RefusedError(
                 "the base's weights are not those that the run was trained on"

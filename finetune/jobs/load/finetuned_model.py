@@ -159,7 +159,8 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
     context = TrainingContext.of(recipe, on_event, kept=kept_with_checkpoint(checkpoint))
-    BaseRecord.from_facts(context.folder, facts).refuse_other(context.folder)
+    record = BaseRecord.from_facts(context.folder, facts)
+    record.refuse_other(context.folder, recipe.distributed.strategy == "fsdp")
 
     def attach_to(base: PreTrainedModel) -> nn.Module:
         # As in training: PEFT draws the same values that PiSSA/OLoRA's difference was taken from.

@@ -134,18 +134,19 @@ class TrainingRecord(Section):
         """The tokenizer in the folder of the weights, and the date of the training."""
         return KeptTokenizer.of(weights, self.today)
 
-    def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod) -> None:
+    def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod, was_sharded: bool = False) -> None:
         """Check that the base's files and the method's weight format are those of the training.
 
         Args:
             weights: The record's folder.
             base: The base to attach the weights to.
             method: The method to load them with.
+            was_sharded: See `BaseRecord.refuse_other`.
 
         Raises:
             RefusedError: One of them differs.
         """
-        self.base.refuse_other(base)
+        self.base.refuse_other(base, was_sharded)
         if self.weight_format != method.weight_format:
             raise RefusedError(
                 f"the weights have format {self.weight_format}, this version reads {method.weight_format}",

@@ -125,7 +125,8 @@ class PreparedRun:
         # In two stages: the fingerprint of quantized weights exists only after the base is loaded.
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
-            BaseRecord.from_facts(context.folder, checkpoint.facts).refuse_other(context.folder)
+            record = BaseRecord.from_facts(context.folder, checkpoint.facts)
+            record.refuse_other(context.folder, recipe.distributed.strategy == "fsdp")
             refuse_other_inputs(checkpoint, facts, is_extended, recipe)
         read = DataRead(data_report(rows, plan))
         on_event(read)
