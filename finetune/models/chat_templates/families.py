@@ -39,7 +39,7 @@ def family_template(family: str, tokenizer: PreTrainedTokenizerBase) -> str:
             f"the tokenizer has no {' and no '.join(missing)}, which the templates of {family} write",
             where=f"model.chat_template: {family}",
             hint=(f"families for this tokenizer: {', '.join(fitting)}; or " if fitting else "")
-            + "name a template file",
+            + "name a template file; model.new_tokens adds such tokens",
         )
     source = files(__package__).joinpath(f"{family}.jinja").read_text(encoding="utf-8").rstrip("\n")
     return "{{- bos_token }}\n" + source if _begins_texts(tokenizer) else source

@@ -19,6 +19,20 @@ TEMPLATE_FAMILIES = ("chatml", "llama3", "gemma", "mistral", "vicuna", "alpaca")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
+class NewToken(Section):
+    """A token that the tokenizer gets, unless it has one with this text."""
+
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    token: str = Field(min_length=1, description="Its text, matched exactly wherever it occurs.")
+    special: bool = Field(
+        False,
+        description=(
+            "Whether it is a control token, as of a chat template: most engines leave these out of the text of an "
+            "answer."
+        ),
+    )
+
+
 class Model(Section):
     """The base model; a fingerprint detects changed weights."""
 
@@ -39,6 +53,16 @@ class Model(Section):
             "Chat template in place of the base's: a Jinja file, or a family of models "
             f"({', '.join(TEMPLATE_FAMILIES)}) whose control tokens the tokenizer knows. It is saved with adapter, "
             "merged model and exports."
+        ),
+    )
+    new_tokens: list[Annotated[str, Field(min_length=1)] | NewToken] | None = Field(
+        None,
+        description=(
+            "Tokens to add: texts, or mappings such as `{token: <tool>, special: true}`. Their rows of the embeddings "
+            "and of an untied output head start at the mean of the others (Hewitt 2021, Initializing New Word "
+            "Embeddings for Pretrained Language Models) and train with lora, adalora, trainable_tokens or full. Rows "
+            "without a token are used first; others are appended. A token that the tokenizer has keeps its row, which "
+            "trains too. `[]`: rows for the tokens that the tokenizer has and the model has not."
         ),
     )
     dtype: Dtype = Field(
@@ -82,6 +106,18 @@ class Model(Section):
                 f"expected a template file or a family of models ({', '.join(TEMPLATE_FAMILIES)}), found {template!r}"
             )
         return path
+
+    @property
+    def added_tokens(self) -> list[NewToken] | None:
+        """`new_tokens` with all its defaults."""
+        if self.new_tokens is None:
+            return None
+        return [NewToken(token=each) if isinstance(each, str) else each for each in self.new_tokens]
+
+    @property
+    def new_texts(self) -> list[str]:
+        """The texts of `new_tokens`."""
+        return [each.token for each in self.added_tokens or ()]
 
     @property
     def is_hub_id(self) -> bool:
