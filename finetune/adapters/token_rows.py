@@ -1,6 +1,6 @@
-"""Rows of single tokens that train: in the embeddings and, where they are not tied to it, in the output head.
+"""Trainable rows of single tokens: in the embeddings and, where they are not tied to it, in the output head.
 
-Shape legend: N trained tokens, E width of the hidden states, V vocabulary, `...` any leading dimensions.
+Shape legend: N tokens with a trainable row, E width of the hidden states, V vocabulary, `...` any leading dimensions.
 """
 
 from __future__ import annotations

@@ -165,8 +165,8 @@ class AnswerDecoder:
     def span(self, ids: Sequence[int]) -> str:
         """The text of tokens of an answer, without ends, padding and beginnings of text."""
         tokenizer = self.tokenizer
-        left_out = {*self.ends, tokenizer.pad_token_id, tokenizer.bos_token_id}
-        kept = [token for token in ids if token not in left_out]
+        dropped = {*self.ends, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        kept = [token for token in ids if token not in dropped]
         text: str = tokenizer.decode(kept, skip_special_tokens=not self.keeps_control_tokens)
         return text
 

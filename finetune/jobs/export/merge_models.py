@@ -144,7 +144,7 @@ def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:
                 where=str(other.run.path),
                 hint="combine runs over one base",
             )
-        if other.record.model.added_tokens != first.record.model.added_tokens:
+        if other.record.model.new_tokens != first.record.model.new_tokens:
             raise RefusedError(
                 f"{other.run.path.name} has other new tokens than {first.run.path.name}",
                 where=str(other.run.path),

@@ -108,7 +108,7 @@ class ModelSetup:
         with accelerator.main_process_first():  # one process downloads or converts, the others read the cache
             folder = find_model(section, _phases(on_event), weights)
         computes_in = compute_dtype(precision, accelerator.device, section.dtype)
-        tokenizer = load_tokenizer(folder, section.chat_template, arguments, kept, section.added_tokens)
+        tokenizer = load_tokenizer(folder, section.chat_template, arguments, kept, section.new_tokens)
         return ModelSetup(
             section=section,
             accelerator=accelerator,

@@ -66,7 +66,7 @@ def check_start_at_hand(recipe: Recipe, folder: Path, starts_here: bool = True) 
     Raises:
         FinetuneError: As `check_start`.
     """
-    files, new_tokens = ModelFolder(folder, recipe.model.name), recipe.model.added_tokens
+    files, new_tokens = ModelFolder(folder, recipe.model.name), recipe.model.new_tokens
     needs_tokenizer = bool(recipe.adapter.named_tokens) or new_tokens is not None
     tokenizer = None
     if needs_tokenizer and (folder / "tokenizer.json").is_file():

@@ -120,7 +120,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
     """
     folder = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
     template, arguments = recipe.model.chat_template, recipe.data.template_arguments
-    tokenizer = load_tokenizer(folder, template, arguments, new_tokens=recipe.model.added_tokens)
+    tokenizer = load_tokenizer(folder, template, arguments, new_tokens=recipe.model.new_tokens)
     keep_as_tokens(tokenizer, recipe.named_tokens)
     on_event(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, ValidationInfo, field_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from finetune.recipe.sections.section import OnResume, Section, absolute_to
 
@@ -33,6 +35,20 @@ class NewToken(Section):
     )
 
 
+class _OrText:
+    """Marks a list's items that a recipe may also write as the text of the token."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(core)]}
+
+
+def _from_text(written: Any) -> Any:
+    """The mapping of a token that is written as its text."""
+    if written == "":
+        raise ValueError("expected text that is not empty")
+    return {"token": written} if isinstance(written, str) else written
+
+
 class Model(Section):
     """The base model; a fingerprint detects changed weights."""
 
@@ -55,7 +71,7 @@ class Model(Section):
             "merged model and exports."
         ),
     )
-    new_tokens: list[Annotated[str, Field(min_length=1)] | NewToken] | None = Field(
+    new_tokens: list[Annotated[NewToken, BeforeValidator(_from_text), _OrText()]] | None = Field(
         None,
         description=(
             "Tokens to add: texts, or mappings such as `{token: <tool>, special: true}`. Their rows of the embeddings "
@@ -108,16 +124,9 @@ class Model(Section):
         return path
 
     @property
-    def added_tokens(self) -> list[NewToken] | None:
-        """`new_tokens` with all its defaults."""
-        if self.new_tokens is None:
-            return None
-        return [NewToken(token=each) if isinstance(each, str) else each for each in self.new_tokens]
-
-    @property
     def new_texts(self) -> list[str]:
         """The texts of `new_tokens`."""
-        return [each.token for each in self.added_tokens or ()]
+        return [each.token for each in self.new_tokens or ()]
 
     @property
     def is_hub_id(self) -> bool:
