@@ -86,6 +86,8 @@ class ControlTokens:
 def _words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Tokens that the recipe names and that no chat template or text begins or ends with."""
     named: frozenset[str] = getattr(tokenizer, "named_tokens", frozenset())
+    if not named:
+        return named
     own = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
     template = str(tokenizer.chat_template)
     return frozenset(token for token in named if token not in own and token not in template)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune.data.encode import Example
 from finetune.data.text_tokens import prompt_ids
 from finetune.errors import RecipeError
+from finetune.evaluation.generation import AnswerDecoder
 from finetune.evaluation.tasks import Choose, Generate
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import ChooseTask, GenerateTask
@@ -38,7 +39,11 @@ def test_reasoning_is_not_part_of_the_scored_answer(answer: str, is_right: bool,
     (tmp_path / "rows.jsonl").write_text("".join(map(json.dumps, rows)))
     section = {"name": "who", "kind": "generate", "data": {"path": str(tmp_path / "rows.jsonl"), "format": "chat"}}
     engine: Any = SimpleNamespace(
-        tokenizer=family_tokenizer("qwen3"), positions=None, label="fake", answers=lambda *arguments: [answer]
+        tokenizer=family_tokenizer("qwen3"),
+        decoder=AnswerDecoder(family_tokenizer("qwen3"), []),
+        positions=None,
+        label="fake",
+        answers=lambda *arguments: [answer],
     )
     task = Generate(TypeAdapter(GenerateTask).validate_python(section | {"metrics": ["exact_match"]}))
     (record,) = task.measure(engine, None, ignore).records
