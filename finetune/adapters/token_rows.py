@@ -66,10 +66,11 @@ def has_quantized_head(model: PreTrainedModel) -> bool:
 
 
 def use_head_rows(model: nn.Module) -> None:
-    """Let the trained rows of output heads compute as `HeadRows`."""
+    """Let the trained rows of output heads compute as `HeadRows`, but for tied ones, which PEFT computes right."""
     for module in model.modules():
-        if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, nn.Linear):
-            module.__class__ = HeadRows
+        is_head = isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, nn.Linear)
+        if is_head and (module.tied_adapter is None or module.base_layer.bias is not None):
+            module.__class__ = HeadRows  # type: ignore[assignment]
 
 
 def merged_ids(ids: Sequence[int], new: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ import gguf
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -411,3 +411,24 @@ def test_answers_of_a_fully_trained_run_are_right_with_their_tokens(
     assert answers(run.path, prompts=["Mark 6"]) == ["<tool>2</tool>"]
     assert answers(run.trained(True), prompts=["Mark 6"]) == ["<tool>2</tool>"]
     assert answers(merge(run, engines=False).folder, prompts=["Mark 6"]) == ["<tool>2</tool>"]
+
+
+@pytest.mark.parametrize(
+    "adapter", [LORA | {"trainable_tokens": ["a", "e"]}, {"method": "trainable_tokens", "tokens": ["a"]}]
+)
+def test_adapter_of_an_earlier_version_without_rows_of_the_head_is_read(
+    sections: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]
+):
+    folder = write_base(tmp_path / "base", "untied")
+    run, _ = trained({**with_model(sections, folder, None), "adapter": adapter}, tmp_path)
+    file = run.trained(False) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if not ("trainable" in name and "lm_head" in name)}
+    assert len(kept) == len(tensors) - 1
+    save_file(kept, file)
+    merged = loaded(merge(run, engines=False).folder)
+    before = loaded(folder)
+    assert torch.equal(merged.get_output_embeddings().weight, before.get_output_embeddings().weight)
+    assert not torch.equal(merged.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    (answer,) = answers(run.path, prompts=["Mark 1"], tokens=2)
+    assert isinstance(answer, str)
