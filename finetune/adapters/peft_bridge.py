@@ -273,8 +273,10 @@ def _fit_to_tensors(
     if targets := getattr(config, "target_modules", None):
         found = find_targets(model, targets, kinds)
         _leave_out(config, Targets(found.adapted, {n: why for n, why in found.excluded.items() if n not in saved}))
-    # Earlier versions trained the rows of the embeddings alone.
-    _place_token_rows(config, [name for name in token_modules(model) if name in saved])
+    # Earlier versions trained the rows of the embeddings alone; a head with an update has no rows of its own.
+    rows = [tensor for tensor in tensors if "trainable_tokens" in tensor]
+    owners = token_modules(model)
+    _place_token_rows(config, [name for name in owners if any(row.startswith(f"{PREFIX}{name}.") for row in rows)])
     if getattr(config, "modules_to_save", None):
         # PEFT's own match, which an earlier version used, is an ending anywhere in a name.
         matching = _named_modules(model, config.modules_to_save, str.endswith)

@@ -228,8 +228,10 @@ def new_tokens(special: str | None) -> Any:
 
 def _texts(value: Any) -> list[str]:
     """The items of a list, which may be written as text with commas."""
-    items = value.split(",") if isinstance(value, str) else value or []
-    return [str(item).strip() for item in items]
+    items = value.split(",") if isinstance(value, str) else listed(value) if value else []
+    if not all(isinstance(item, str) and item.strip() for item in items):
+        raise NotCarried("expected a list of tokens")
+    return [item.strip() for item in items]
 
 
 def read_elsewhere(context: Context, value: Any) -> Settings:
