@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.formatting import count, duration, memory, size
+from finetune.formatting import count, counted, duration, memory, size
 from finetune.run.data_report import dropped_rows
 from finetune.run.events import (
     BestCheckpoint,
@@ -67,7 +67,7 @@ def event_line(event: Event) -> str | None:
             return f"step {event.step}/{event.total_steps}  {step_figures(event)}  {step_pace(event)}"
         case ValidationResult():
             measured = f"validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
-            return f"{measured} (step {event.step}, {event.rows} rows)"
+            return f"{measured} (step {event.step}, {counted(event.rows, 'row')})"
         case SampleGenerated():
             return "\n".join(sample_lines(event))
         case TrainingWarning():
@@ -76,9 +76,9 @@ def event_line(event: Event) -> str | None:
             early = ", and training stopped early" if event.stopped_early else ""
             return f"best checkpoint: step {event.best_step} with the lowest validation loss {event.loss:.4f}{early}"
         case Progress(done=done, total=None) if done % ROWS_A_LINE == 0:
-            return f"{event.doing}: {done} {event.unit} so far"
+            return f"{event.doing}: {counted(done, event.unit.removesuffix('s'))} so far"
         case Progress(done=done, total=total) if done == total:
-            return f"{event.doing}: {total} {event.unit}"
+            return f"{event.doing}: {counted(done, event.unit.removesuffix('s'))}"
     return None
 
 
@@ -116,15 +116,16 @@ def sample_lines(event: SampleGenerated) -> tuple[str, str]:
 
 def _start_lines(event: TrainingStarted) -> str:
     percent = 100 * event.trainable_parameters / event.total_parameters
-    validation = f", {event.validation_rows} validation rows" if event.validation_rows else ""
+    validation = f", {counted(event.validation_rows, 'validation row')}" if event.validation_rows else ""
     stored = f" in {event.quantization}" if event.quantization != "none" else ""
+    rows = counted(event.train_rows, "training row")
     planned = f", estimated peak memory {memory(event.planned_memory_bytes)}" if event.planned_memory_bytes else ""
     return (
         f"{event.model}{stored}, {event.method}: {count(event.trainable_parameters)} of "
         f"{count(event.total_parameters)} parameters are trainable ({percent:.2f} %), computing in "
         f"{event.compute_dtype}\n"
-        f"{event.train_rows} training rows{validation}, {count(event.target_tokens)} target tokens per epoch, "
-        f"{event.total_steps} step{'s' * (event.total_steps != 1)}{planned}\n"
+        f"{rows}{validation}, {count(event.target_tokens)} target tokens per epoch, "
+        f"{counted(event.total_steps, 'step')}{planned}\n"
         f"run directory: {event.run_directory}"
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.errors import UsageError
+from finetune.formatting import counted
 
 from .event_log import event_handler
 from .options import HERE, AsJson, Overwrite, Quiet
@@ -72,7 +73,7 @@ def init(
 
         seen = inspect_dataset(data, format, dict(map(_column, column or [])))
     if not quiet:
-        show_note(f"{seen.rows} rows{'' if seen.is_whole else ' or more'} of format {seen.format}")
+        show_note(f"{counted(seen.rows, 'row')}{'' if seen.is_whole else ' or more'} of format {seen.format}")
     objective = objective or _asked("--objective", f"Objective: {', '.join(OBJECTIVES)}", likely_objective(seen))
     model = model or _asked("--model", "Base model (hub id, folder, or .gguf file)")
     if memory is None:

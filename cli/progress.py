@@ -14,7 +14,7 @@ from rich.progress import Progress as LiveProgress
 from rich.table import Column
 from rich.text import Text
 
-from finetune.formatting import duration
+from finetune.formatting import counted, duration
 from finetune.run.events import (
     BestCheckpoint,
     DataRead,
@@ -162,7 +162,7 @@ class Live(ProgressDisplay):
     def _time_left(self, event: Progress) -> str:
         """Remaining time at the pace since the first event of this task; the count if the total is unknown."""
         if event.total is None:
-            return f"{event.done} {event.unit}"
+            return counted(event.done, event.unit.removesuffix("s"))
         if event.doing != self.description:
             # Work that an earlier call had done already (cached answers) must not count as progress of this one.
             self.first_seen = (time.monotonic(), event.done)

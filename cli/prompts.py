@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.formatting import counted
+
 from .output import show_note, show_result, stdout_is_terminal, styled
 from .sanitize import sanitize
 
@@ -96,7 +98,7 @@ def show_answers_file(file: Path, answers: int, as_json: bool) -> None:
     if as_json:
         show_result(json.dumps({"event": "generated", "file": str(file), "answers": answers}))
         return
-    show_result(f"{answers} answer{'s' if answers != 1 else ''}: {file}")
+    show_result(f"{counted(answers, 'answer')}: {file}")
 
 
 def _title(text: str) -> str:

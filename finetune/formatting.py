@@ -11,6 +11,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def memory(size_bytes: float) -> str:
     """Bytes of memory in GB of 10^9 bytes."""
     return f"{size_bytes / 1e9:.1f} GB"

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from finetune.formatting import counted
+
 from ..output import show_result
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Sco
 def task_title(task: str, scores: Mapping[str, Score]) -> str:
     """`validation: 48 rows`; a range where the metrics of a task have different numbers of rows."""
     counts = sorted({score.rows for score in scores.values() if score.rows is not None})
-    return f"{task}: {' to '.join(map(str, counts))} rows" if counts else task
+    *smaller, largest = counts or [0]
+    return f"{task}: {''.join(f'{each} to ' for each in smaller)}{counted(largest, 'row')}" if counts else task
 
 
 def score_text(form: MetricUnit, value: float) -> str:

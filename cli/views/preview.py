@@ -6,6 +6,8 @@ from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from finetune.formatting import counted
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -27,7 +29,10 @@ def show_preview(preview: Preview) -> None:
     is_plain = not console.is_terminal or console.no_color
     for row in preview.rows:
         targets = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
-        console.print(Text(f"{row.where}  {row.tokens} tokens, {targets} target tokens", style="bold"), soft_wrap=True)
+        console.print(
+            Text(f"{row.where}  {counted(row.tokens, 'token')}, {counted(targets, 'target token')}", style="bold"),
+            soft_wrap=True,
+        )
         # In a file or a pipe the only line ends are those of the row.
         console.print(_row(row, is_plain), "", sep="\n", soft_wrap=not console.is_terminal)
     console.print(Text(_legend(is_plain), style="dim"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
+from finetune.formatting import counted
 from finetune.report.page import document
 from finetune.run.data_report import notes_of
 
@@ -55,7 +56,7 @@ def preview_page(preview: Preview) -> str:
 def _row(row: PreviewRow) -> str:
     targets = sum(stretch.tokens for stretch in row.stretches if stretch.trained)
     text = "".join(map(_stretch, row.stretches))
-    counts = f"<small>{row.tokens} tokens, {targets} target tokens</small>"
+    counts = f"<small>{counted(row.tokens, 'token')}, {counted(targets, 'target token')}</small>"
     return f'<h3>{escape(row.where)} {counts}</h3>\n<pre class="row">{text}</pre>'
 
 

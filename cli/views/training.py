@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.formatting import count, duration, memory
+from finetune.formatting import count, counted, duration, memory
 
 from ..output import show_result
 
@@ -66,9 +66,9 @@ def show_smoke_test(passed: Smoke, recipe: Path, as_json: bool) -> None:
     if as_json:
         show_result(json.dumps({"event": "smoke", **passed.to_json()}))
         return
-    done = [f"{passed.steps} steps"]
+    done = [counted(passed.steps, "step")]
     if passed.answered:
-        done.append(f"{passed.answered} rows answered")
+        done.append(f"{counted(passed.answered, 'row')} answered")
     if passed.written:
         done.append(f"{passed.written}: logits within {passed.difference:.1e}")
     if passed.adapter:
@@ -79,7 +79,7 @@ def show_smoke_test(passed: Smoke, recipe: Path, as_json: bool) -> None:
 def result_lines(event: TrainingFinished) -> list[str]:
     """Steps, speed, memory and losses of a finished run."""
     lines = [
-        f"trained {event.steps} step{'s' * (event.steps != 1)} in {duration(event.seconds)}, "
+        f"trained {counted(event.steps, 'step')} in {duration(event.seconds)}, "
         f"{count(event.tokens)} tokens ({event.tokens / event.seconds:.0f} tok/s), "
         f"peak memory {memory(event.peak_memory_bytes)}"
     ]

@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from finetune.errors import UnsupportedError
 from finetune.models.fsdp import unshard_non_block
 from finetune.models.kernels.float32_compute import computes_in
+from finetune.models.kernels.length_rotation import length_rotation
 
 
 class FixedPrompt(nn.Module):
@@ -83,6 +84,12 @@ class SoftPromptModel(nn.Module, ABC):
         return head
 
     @property
+    @torch.no_grad()
+    def prompt_tokens(self) -> int:
+        """P."""
+        return len(self.prompt())
+
+    @property
     def config(self) -> PreTrainedConfig:
         """The base's configuration."""
         return self.base.config
@@ -144,6 +151,7 @@ class EmbeddedPromptModel(SoftPromptModel):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """See the base class."""
+        _refuse_other_rotation(self, input_ids, options, keeps_prompt=True)
         return _generated(self.base, input_ids, self._rows(input_ids, attention_mask), **options)
 
     def _rows(self, ids_BT: Tensor, mask_BT: Tensor) -> _Rows:
@@ -240,6 +248,7 @@ class PrefixedModel(SoftPromptModel):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """See the base class. Rows of different lengths are separate batches where the model counts their padding."""
+        _refuse_other_rotation(self, input_ids, options, keeps_prompt=False)
         begins_B = _first_column(attention_mask).squeeze(1)
         lengths = begins_B.unique().tolist()
         tokens = input_ids.shape[1] + options.get("max_new_tokens", input_ids.shape[1])
@@ -394,6 +403,34 @@ def _generated(base: PreTrainedModel, ids_BT: Tensor, rows: _Rows, **options: An
     # With `inputs_embeds` the ids serve only for penalties and stopping.
     written = base.generate(input_ids=rows.ids, inputs_embeds=rows.embeddings, attention_mask=rows.mask, **options)
     return torch.cat([ids_BT, written[:, rows.ids.shape[1] :]], dim=1)
+
+
+def _refuse_other_rotation(model: SoftPromptModel, ids_BT: Tensor, options: dict[str, Any], keeps_prompt: bool) -> None:
+    """Refuse rows for which transformers would compute the tokens behind a soft prompt anew, without the prompt.
+
+    Phi-3 and its relatives drop the cache when a row passes the original length of LongRoPE.
+
+    Args:
+        model: The model with its prompt.
+        ids_BT: The rows.
+        options: Of `generate`.
+        keeps_prompt: Whether rows that are longer from the start keep the prompt, because it is not in the cache.
+
+    Raises:
+        UnsupportedError: A row may pass the original length.
+    """
+    rotation = length_rotation(model)
+    if rotation is None or not hasattr(model.config, "original_max_position_embeddings"):
+        return
+    group = rotation.generation_group(ids_BT.shape[1], options.get("max_new_tokens", 1))
+    if group > 0 or (group < 0 and not keeps_prompt):
+        room = max(0, rotation.original - rotation.prompt)
+        raise UnsupportedError(
+            f"a row with its answer is longer than the {room} tokens after which this model drops its cache, and the "
+            f"soft prompt with it",
+            where=model.config.model_type,
+            hint="shorten the prompt, or generate fewer tokens",
+        )
 
 
 def _first_column(mask_BT: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.errors import DataError
+from finetune.formatting import counted
 
 # Reasons, in messages (`3 rows ...`) and in the data report.
 REJECTED = "rejected by the chat template"
@@ -13,8 +14,8 @@ OMITTED = "partly omitted by the chat template"
 WITHOUT_TARGETS = "without target tokens"
 EMPTY = "with an empty answer"
 CONTROL = "with control tokens"
-BEGINS_WITH_ANSWER = "that begin with an answer"
-MALFORMED = "of another form than their format"
+BEGINS_WITH_ANSWER = "with an answer that no message asks for"
+MALFORMED = "of another form than the format"
 
 SHOWN_PLACES = 5
 """Number of places of dropped rows that are kept for messages."""
@@ -57,7 +58,10 @@ def bad_rows_error(counts: Mapping[str, int], bad: Mapping[str, BadRows], may_dr
     """
     first = bad[next(iter(counts))]
     file = first.places[0].rpartition(":")[0]
-    alike = [f"{count} rows {reason} ({listed(bad[reason].places, count, file)})" for reason, count in counts.items()]
+    alike = [
+        f"{counted(count, 'row')} {reason} ({listed(bad[reason].places, count, file)})"
+        for reason, count in counts.items()
+    ]
     what = "; ".join([first.what, *alike]) if sum(counts.values()) > 1 else first.what
     hint = first.hint or "correct the row"
     return DataError(what, where=first.places[0], hint=f"{hint}; or set data.on_bad_row to drop" if may_drop else hint)

@@ -18,6 +18,7 @@ from finetune.data.thoughts import THOUGHT_TAGS, Tags
 from finetune.errors import BadRow, ModelError
 from finetune.models.chat_templates.families import families_for
 from finetune.models.loading.chat_template_guard import TemplateLimit, render
+from finetune.models.loading.template_settings import parsed_template
 
 _ROLES = re.compile(r"\brole|alternat|must start with|first message|last message", re.IGNORECASE)
 """Words in a template's own error that is about the order of roles."""
@@ -129,6 +130,18 @@ class ChatTemplate:
         source = "\n".join(self.sources.values())
         return tuple(pair for pair in THOUGHT_TAGS if pair[0] in source or pair[1] in source)
 
+    @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """Words that the template tests for and removes from a message, such as `/no_think`, which are settings."""
+        found = {word for source in self.sources.values() for word in _switches_in(source)}
+        return tuple(sorted(found, key=len, reverse=True))  # a longer one may contain a shorter one
+
+    @cached_property
+    def foreign_tags(self) -> tuple[Tags, ...]:
+        """The pairs of tags that are no thoughts to a template that reads thoughts from a key, such as gpt-oss's."""
+        reads_key = self.mentions("thinking") or self.mentions("reasoning_content")
+        return tuple(pair for pair in THOUGHT_TAGS if pair not in self.thought_tags) if reads_key else ()
+
     def _require(self, has_tools: bool, where: str) -> None:
         if not self.sources:
             raise ModelError(
@@ -150,11 +163,31 @@ class ChatTemplate:
 def _names_in(source: str) -> set[str]:
     """Names of variables, attributes and keys in a template, and all its strings, which may be keys as well."""
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        tree = parsed_template(source)
     except jinja2.TemplateError:  # of another extension, or broken: rendering tells
         return set(re.findall(r"\w+", source))
     names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
     return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+
+def _switches_in(source: str) -> set[str]:
+    """Texts with `text in message` and `message.replace(text, "")` in a template."""
+    try:
+        tree = parsed_template(source)
+    except jinja2.TemplateError:
+        return set()
+    calls: list[nodes.Call | nodes.Filter] = [*tree.find_all(nodes.Call), *tree.find_all(nodes.Filter)]
+    arguments = [node.args for node in calls if _name_of(node) == "replace" and len(node.args) == 2]
+    removed = [old for old, new in arguments if new == nodes.Const("")]
+    tested = [node.expr for node in tree.find_all(nodes.Compare) if node.ops[0].op == "in"]
+    return {node.value for node in removed if isinstance(node, nodes.Const) and node in tested and node.value}
+
+
+def _name_of(node: nodes.Call | nodes.Filter) -> str | None:
+    """The name of a method that is called, or of a filter."""
+    if isinstance(node, nodes.Filter):
+        return node.name
+    return node.node.attr if isinstance(node.node, nodes.Getattr) else None
 
 
 def _rejection(error: Exception, messages: Sequence[Message], takes_tools: bool, where: str) -> BadRow:

@@ -22,6 +22,7 @@ from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
 from finetune.data.tokenized_source import TokenizedSource, rows_at
 from finetune.errors import DataError
+from finetune.formatting import counted
 from finetune.recipe.sections.data import Data, SourceSection
 from finetune.resolve import build
 from finetune.run.events import EventHandler, ignore
@@ -257,20 +258,26 @@ def check_dropped_rows(split: TokenizedDataset, section: Data) -> None:
     too_long = [place for source in split.sources for place in source.store.too_long]
     if counts.too_long == rows > 0:
         raise DataError(
-            f"all {rows} rows are longer than data.max_length: {section.max_length}",
+            f"all rows ({rows}) are longer than data.max_length: {section.max_length}",
             where=too_long[0],
             hint="raise data.max_length",
         )
     if counts.dropped > section.max_dropped * rows:
-        causes = [f"{count} {reason} ({listed(bad[reason].places, count)})" for reason, count in counts.bad.items()]
+        causes = [
+            f"{counted(count, 'row')} {reason} ({listed(bad[reason].places, count)})"
+            for reason, count in counts.bad.items()
+        ]
         if counts.too_long:
-            longer = f"{counts.too_long} longer than {section.max_length} tokens"
+            longer = f"{counted(counts.too_long, 'row')} longer than {section.max_length} tokens"
             causes.insert(0, f"{longer} ({listed(too_long, counts.too_long)})")
         raise DataError(
-            f"{counts.dropped} of {rows} rows would be dropped, more than data.max_dropped: "
+            f"{counts.dropped} of {counted(rows, 'row')} would be dropped, more than data.max_dropped: "
             f"{100 * section.max_dropped:g} %: {'; '.join(causes)}",
             where=(too_long or bad[next(iter(counts.bad))].places)[0],
-            hint="raise data.max_length, correct the rows, or raise data.max_dropped",
+            hint=", ".join(
+                [*["raise data.max_length"] * bool(counts.too_long), *["correct the rows"] * bool(counts.bad)]
+            )
+            + ", or raise data.max_dropped",
         )
     _log(split, section)
 
@@ -279,21 +286,26 @@ def _log(split: TokenizedDataset, section: Data) -> None:
     counts, report = split.counts, split.report
     rows = counts.read + counts.added
     if counts.too_long:
-        logger.warning("dropped %d of %d rows longer than %d tokens", counts.too_long, rows, section.max_length)
+        logger.warning(
+            "dropped %d of %s longer than %d tokens", counts.too_long, counted(rows, "row"), section.max_length
+        )
     for reason, rows_of_reason in split.bad.items():
         places = listed(rows_of_reason.places, counts.bad[reason])
-        logger.warning("dropped %d of %d rows, those %s: %s", counts.bad[reason], rows, reason, places)
+        logger.warning("dropped %d of %s, %s: %s", counts.bad[reason], counted(rows, "row"), reason, places)
     if counts.truncated or counts.cut_target_tokens:
         logger.warning(
-            "cut %d of %d rows to %d tokens; %d target tokens were cut",
+            "cut %d of %s to %d tokens%s",
             counts.truncated,
-            rows,
+            counted(rows, "row"),
             section.max_length,
-            counts.cut_target_tokens,
+            f", removing {counted(counts.cut_target_tokens, 'target token')}" if counts.cut_target_tokens else "",
         )
     if counts.added:
-        logger.info("%d rows were split into %d", counts.read, rows)
+        logger.info("split %s into %d", counted(counts.read, "row"), rows)
     for text, note in report.notes.items():
-        logger.warning("%s: %d (first: %s)", text, note.count, note.where)
+        logger.warning("%s: %s (first: %s)", text, counted(note.count, "row"), note.where)
     if report.unended:
-        logger.warning("%d answers end without a control token: the model does not learn to end them", report.unended)
+        logger.warning(
+            "%s without a control token at the end: the model does not learn to end answers",
+            counted(report.unended, "answer"),
+        )

@@ -11,7 +11,10 @@ from typing import Any, Generic, Literal, TypeVar
 from finetune.data.rows import Row
 from finetune.recipe.sections.data import SourceSection
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of a system message: `developer` is OpenAI's later name, which few chat templates know."""
 
 ToolObject = Mapping[str, Any]
 """A tool's definition or a call of it: an object in OpenAI's form."""
@@ -39,6 +42,11 @@ class Message:
     reasoning: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_system(self) -> bool:
+        """Whether this is a system message, under one of its names."""
+        return self.role in SYSTEM_ROLES
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -58,9 +66,20 @@ class Conversation:
     choices: tuple[str, ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def answers(self) -> list[int]:
+        """The assistant's turns. A greeting before the first user message is none: no message asks for it."""
+        begin = next((turn for turn, message in enumerate(self.messages) if message.role == "user"), -1)
+        return [turn for turn, message in enumerate(self.messages) if message.role == "assistant" and turn > begin]
+
+    @property
+    def has_greeting(self) -> bool:
+        """Whether the assistant writes before the first user message."""
+        return sum(message.role == "assistant" for message in self.messages) > len(self.answers)
+
     def split_turns(self) -> list[Conversation]:
         """One conversation for each trainable answer, which is its last turn and the only one with targets."""
-        turns = [turn for turn, message in enumerate(self.messages) if message.role == "assistant" and message.train]
+        turns = [turn for turn in self.answers if self.messages[turn].train]
         return [self.through(turn) for turn in turns] or [self]
 
     def through(self, turn: int) -> Conversation:

@@ -27,7 +27,7 @@ from finetune.data.encoding_report import EncodingReport
 from finetune.data.omitted_parts import Part, omitted_parts
 from finetune.data.rows import excerpt
 from finetune.data.text_tokens import Affixes, Spans, inner_spans
-from finetune.data.thoughts import is_closed, written_out
+from finetune.data.thoughts import is_closed, is_thought_alone, written_out
 from finetune.errors import BadRow
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
@@ -122,7 +122,7 @@ class Encoder:
         if isinstance(document, PlainText):
             examples = [self._plain(document, where)]
         else:
-            examples = self._conversation(self._as_words(document, where), where)
+            examples = self._conversation(self._as_rendered(document, where), where)
         for example in examples:
             self._begin_once(example.ids, where)
         return examples
@@ -136,7 +136,7 @@ class Encoder:
         has_bos = int(example.ids[0] == self.tokenizer.bos_token_id)
         if not isinstance(document, Conversation):
             return has_bos
-        document = self._as_words(document, where)
+        document = self._as_rendered(document, where)
         turns = [turn for turn, message in enumerate(document.messages) if message.role == "user"]
         if not turns:
             return has_bos
@@ -157,11 +157,11 @@ class Encoder:
             return self._plain_prompt(document)
         if isinstance(document, Tokens):
             return self._tokens_prompt(document, where)
-        turns = _assistant_turns(document)
+        turns = document.answers
         if not turns or not turns[-1]:
             return None
         last = turns[-1]
-        asked = self._as_words(document, where)
+        asked = self._as_rendered(document, where)
         ids = self._control.spans(self._render(asked, last, where, generation_prompt=True)).ids
         self._begin_once(ids, where)
         references = document.references or (document.messages[last].content,)
@@ -203,6 +203,8 @@ class Encoder:
             ids += ending
             is_target += [True] * len(ending)
         is_target[-1:] = [True]
+        if is_target[0]:
+            self.report.note("texts begin without a beginning of text: their first token is no target", where)
         self._count_end(ids[-1])
         return Example(ids, is_target)
 
@@ -214,6 +216,7 @@ class Encoder:
             return [self._all_but_excluded(conversation, text, where)]
         turns = _target_turns(conversation, self.train_on)
         self._refuse_empty(conversation, turns, where)
+        self._note_thoughts([conversation.messages[turn] for turn in turns], where)
         self._note_stripped(conversation, turns, text, where)
         omitted = self._omitted(conversation, text, where)
         thoughts = self._refuse_omitted(conversation, omitted, turns, where)
@@ -351,7 +354,8 @@ class Encoder:
                 "the first message has the role assistant",
                 reason=BEGINS_WITH_ANSWER,
                 where=where,
-                hint="begin with a user message, or exclude it from the targets: {train: false}",
+                hint="write a message of the user before it, set data.train_on to last_turn or all, or exclude it from "
+                'the targets: {"train": false}',
             )
         return self._render(conversation, turn, where, generation_prompt=True)
 
@@ -371,16 +375,33 @@ class Encoder:
         for turn in turns:
             message = conversation.messages[turn]
             if not (message.content.strip() or message.tool_calls or message.reasoning.strip()):
+                is_refusal = bool(message.extra.get("refusal"))
                 raise BadRow(
-                    f"the answer of turn {turn} is empty",
+                    f"the answer of turn {turn} is empty"
+                    + (", beside a text in its key 'refusal'" if is_refusal else ""),
                     reason=EMPTY,
                     where=where,
-                    hint="give it a text, or exclude it from the targets: {train: false}",
+                    hint=("write the refusal as its content" if is_refusal else "give it a text")
+                    + ', or exclude it from the targets: {"train": false}',
                 )
+
+    def _note_thoughts(self, answers: Sequence[Message], where: str) -> None:
+        """Note thoughts that nothing follows, and those in tags where the template has another form for thoughts."""
+        if any(map(is_thought_alone, answers)):
+            self.report.note("answers are a thought without a text after it", where)
+        found = (pair for pair in self.template.foreign_tags if any(pair[1] in answer.content for answer in answers))
+        if (foreign := next(found, None)) is not None:
+            self.report.note(
+                f"answers have a thought in {foreign[0]}, which the chat template renders as words: its thoughts come "
+                "from the key reasoning_content",
+                where,
+            )
 
     def _omitted(self, conversation: Conversation, text: str, where: str) -> list[Part]:
         count = len(conversation.messages)
-        return omitted_parts(conversation, text, lambda marked: self._render(marked, count, where))
+        return omitted_parts(
+            conversation, text, lambda marked: self._render(marked, count, where), self.template.switches
+        )
 
     def _refuse_omitted(
         self, conversation: Conversation, omitted: Sequence[Part], targets: Sequence[int], where: str
@@ -426,6 +447,19 @@ class Encoder:
         if not (part.key == "name" and message.role == "tool" and part.text in called):
             key = f"the chat template does not show the key {part.key!r} of messages"
             self.report.note(key, where)
+
+    def _as_rendered(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation as the chat template gets it, with roles that it knows and without control tokens."""
+        return self._as_words(self._with_known_roles(conversation, where), where)
+
+    def _with_known_roles(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation with the role `system` in place of `developer`, unless the template knows that role."""
+        roles = {message.role for message in conversation.messages}
+        if "developer" not in roles or self.template.mentions("developer"):
+            return conversation
+        self.report.note("messages of the role developer are rendered as system messages", where)
+        messages = [replace(each, role="system") if each.is_system else each for each in conversation.messages]
+        return replace(conversation, messages=tuple(messages))
 
     def _as_words(self, conversation: Conversation, where: str) -> Conversation:
         """The conversation with a break in each control token that its words contain, so that it stays text."""
@@ -491,12 +525,8 @@ def _inside(tokens: Spans, answers: Sequence[_Answer]) -> np.ndarray:
     return inside
 
 
-def _assistant_turns(conversation: Conversation) -> list[int]:
-    return [turn for turn, message in enumerate(conversation.messages) if message.role == "assistant"]
-
-
 def _target_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
-    turns = _assistant_turns(conversation)
+    turns = conversation.answers
     if train_on == "last_turn":
         turns = turns[-1:]
     if train_on == "completion":

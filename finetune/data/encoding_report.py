@@ -36,6 +36,7 @@ class EncodingReport:
     notes: dict[str, Note] = field(default_factory=dict)
     ends: Counter[int] = field(default_factory=Counter)
     unended: int = 0
+    _last: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __add__(self, later: EncodingReport) -> EncodingReport:
         """What was found in the documents of both; this one's come first."""
@@ -45,6 +46,12 @@ class EncodingReport:
         return EncodingReport(notes, self.ends + later.ends, self.unended + later.unended)
 
     def note(self, text: str, where: str) -> None:
-        """Count a row under a text, such as `prompts end inside a token`; its number follows the text."""
+        """Count a row under a text, such as `prompts end inside a token`; its number follows the text.
+
+        A row counts once, however many of its answers the text is about.
+        """
+        if self._last.get(text) == where:
+            return
+        self._last[text] = where
         note = Note(1, where)
         self.notes[text] = self.notes[text] + note if text in self.notes else note

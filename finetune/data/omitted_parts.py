@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -64,15 +64,18 @@ class Part:
         return all(word in words for word in _WORD.findall(self.text)) and bool(_WORD.search(self.text))
 
 
-def omitted_parts(conversation: Conversation, text: str, render: Callable[[Conversation], str]) -> list[Part]:
+def omitted_parts(
+    conversation: Conversation, text: str, render: Callable[[Conversation], str], switches: Sequence[str] = ()
+) -> list[Part]:
     """The parts of a conversation that are not in its rendered text.
 
     Args:
         conversation: A conversation.
         text: Its rendering.
         render: Renders a conversation; may raise any exception.
+        switches: Words in messages that are settings of the template, and no part of the text.
     """
-    marks = _Marks()
+    marks = _Marks(switches)
     marked = marks.conversation(conversation)
     if any(mark in text for mark in (BEGIN, SEPARATOR, END)):
         return list(_not_in_order(marks.parts, text))
@@ -117,6 +120,7 @@ def _not_in_order(parts: list[Part], text: str) -> Iterator[Part]:
 class _Marks:
     """Puts marks around the parts of a conversation, and numbers them in the order of the text."""
 
+    switches: Sequence[str] = ()
     parts: list[Part] = field(default_factory=list)
     numbers: set[int] = field(default_factory=set)
 
@@ -183,9 +187,12 @@ class _Marks:
 
     def _stretch(self, stretch: str, turn: int, kind: Kind, key: str) -> str:
         inner = stretch.strip()
-        if not inner:
+        content = inner
+        for switch in self.switches:
+            content = content.replace(switch, "")
+        if not content.strip():
             return stretch
         before = stretch[: len(stretch) - len(stretch.lstrip())]
         after = stretch[len(before) + len(inner) :]
-        self.parts.append(Part(turn, kind, inner, key))
+        self.parts.append(Part(turn, kind, content.strip(), key))
         return f"{before}{BEGIN}{len(self.parts) - 1}{SEPARATOR}{inner}{END}{after}"

@@ -47,7 +47,13 @@ class Packs:
         return self.tokens / (len(self) * self.capacity)
 
 
-def packed(lengths: npt.NDArray[np.int64], capacity: int, seed: int, window: int = WINDOW) -> Packs:
+def packed(
+    lengths: npt.NDArray[np.int64],
+    capacity: int,
+    seed: int,
+    window: int = WINDOW,
+    groups: npt.NDArray[np.int64] | None = None,
+) -> Packs:
     """Pack rows of the given lengths by best fit: in random order, a window at a time.
 
     Args:
@@ -55,6 +61,7 @@ def packed(lengths: npt.NDArray[np.int64], capacity: int, seed: int, window: int
         capacity: Maximum number of tokens of a pack.
         seed: Seed of the random order.
         window: Number of rows that are packed at a time.
+        groups: A number for each row, shape (rows,), int64; packs have rows of one number. None for no bounds.
 
     Raises:
         ValueError: A row is longer than a pack.
@@ -62,13 +69,20 @@ def packed(lengths: npt.NDArray[np.int64], capacity: int, seed: int, window: int
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"a row of {lengths.max()} tokens does not fit into a pack of {capacity}")
     order = np.random.default_rng(seed).permutation(len(lengths))
+    groups = np.zeros_like(lengths) if groups is None else groups
     packs = [
-        [order[first + index] for index in pack]
+        [rows[index] for index in pack]
         for first in range(0, len(order), window)
-        for pack in best_fit(lengths[order[first : first + window]].tolist(), capacity)
+        for rows in _by_group(order[first : first + window], groups)
+        for pack in best_fit(lengths[rows].tolist(), capacity)
     ]
     rows = np.array([row for pack in packs for row in pack], np.int64)
     return Packs(rows, np.cumsum([len(pack) for pack in packs], dtype=np.int64), capacity, int(lengths.sum()))
+
+
+def _by_group(rows: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Row indices, those of each group in their order."""
+    return [rows[groups[rows] == group] for group in np.unique(groups[rows])]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -72,6 +72,17 @@ def is_closed(prompt: str) -> bool:
     return prompt.rstrip().endswith(tuple(closing for _, closing in THOUGHT_TAGS))
 
 
+def is_thought_alone(message: Message) -> bool:
+    """Whether an answer has a thought, closed or not, and no text or call after it."""
+    content = message.content.strip()
+    if message.tool_calls or not content:
+        return not message.tool_calls and bool(message.reasoning.strip())
+    closed = next((pair for pair in THOUGHT_TAGS if pair[1] in content), None)
+    if closed is not None:
+        return content.endswith(closed[1])
+    return content.startswith(tuple(opening for opening, _ in THOUGHT_TAGS))
+
+
 def _thought_of(message: Message, tags: Tags) -> str:
     """The thought of an answer, from its key or from its content, without tags."""
     if message.reasoning:

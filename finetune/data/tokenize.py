@@ -20,6 +20,7 @@ from finetune.data.bad_rows import bad_rows_error
 from finetune.data.documents import Format
 from finetune.data.encode import Encoder
 from finetune.data.encoding_report import EncodingReport
+from finetune.data.formats.auto import with_fitting_format
 from finetune.data.rows import Row
 from finetune.data.token_store import EncodedRows, TokenStoreWriter
 from finetune.data.truncation import Truncation
@@ -81,7 +82,7 @@ class TokenizationSpec:
                 try:
                     document = row_format.document(row)
                 except DataError as error:
-                    truncation.add_bad(error, row.where)
+                    truncation.add_bad(with_fitting_format(error, row, self.source), row.where)
                     continue
                 for column in sorted(row_format.unread_columns(row)):
                     encoder.report.note(f"column {column!r} is not read", row.where)

@@ -25,6 +25,7 @@ from finetune.data.sources import files_of, read_rows
 from finetune.data.token_store import TokenStore, TokenStoreWriter
 from finetune.data.tokenize import NumberedRow, tokenize
 from finetune.errors import DataError
+from finetune.formatting import counted
 from finetune.recipe.sections.data import Data, Hub, SourceSection
 from finetune.run.events import EventHandler, Progress
 from finetune.run.provenance import file_record
@@ -99,7 +100,7 @@ def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
         yield from zip(sample, rows_at(source, sample), strict=True)
     if count < source.rows:
         raise DataError(
-            f"the source has {count} rows, fewer than rows: {source.rows}",
+            f"the source has {counted(count, 'row')}, fewer than rows: {source.rows}",
             where=source.place,
             hint="lower it, or remove it to take every row",
         )

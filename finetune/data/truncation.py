@@ -71,6 +71,8 @@ class Truncation:
                 self._truncated += self._section.overlength != "split" and example is not full
 
     def _encoded(self, document: Document, where: str) -> list[tuple[Document, Example]]:
+        if isinstance(document, Conversation) and document.has_greeting and self._section.train_on == "assistant":
+            self._encoder.report.note("a greeting before the first user message is context and no target", where)
         splits = self._section.split_turns and isinstance(document, Conversation)
         parts = document.split_turns() if splits and isinstance(document, Conversation) else [document]
         return [(part, example) for part in parts for example in self._encoder.examples(part, where)]
@@ -127,18 +129,23 @@ class Truncation:
             shortened = cut_prompt(example, longest, self._encoder.protected_prefix(document, example, where))
             if shortened is not None:
                 return [shortened]
-        raise self._too_long_error(example, where)
+        raise self._too_long_error(example, document, where)
 
-    def _too_long_error(self, example: Example, where: str) -> DataError:
+    def _too_long_error(self, example: Example, document: Document, where: str) -> DataError:
         reasons = {
             "truncate_prompt": ", and the tokens from the first target on leave no room for a prompt",
             "split": ", and a row with a prompt cannot be split: its later parts would have no prompt",
         }
+        has_answers = isinstance(document, Conversation) and len(document.answers) > 1 and not self._section.split_turns
+        per_answer = (
+            "set data.split_turns to true or data.train_on to last_turn, so that one answer has a long prompt; or "
+        )
         return DataError(
             f"the row has {len(example.ids)} tokens, more than data.max_length: {self._section.max_length}"
             + reasons.get(self._section.overlength, ""),
             where=where,
-            hint="raise data.max_length, shorten the row, or set data.overlength to drop",
+            hint=(per_answer if has_answers and self._section.overlength == "truncate_prompt" else "")
+            + "raise data.max_length, shorten the row, or set data.overlength to drop",
         )
 
 

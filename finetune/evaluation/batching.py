@@ -21,6 +21,7 @@ def in_batches(
     work: Callable[[list[int]], T],
     *,
     shared: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
     may_halve: bool = True,
 ) -> Iterator[tuple[list[int], T]]:
     """Process rows in batches of similar length, the longest first, so that a shortage of memory shows at once.
@@ -37,6 +38,8 @@ def in_batches(
         work: Processes the rows of these indices.
         shared: Tokens of each row that are in the cache if the previous row is in the same batch; None where
             rows are padded to the longest of their batch.
+        groups: A number for each row, by which rows follow each other in the order of batches; a batch has rows of one
+            number. None for no bounds.
         may_halve: False where all processes must run the same passes; a shortage of memory is an error then.
 
     Yields:
@@ -47,12 +50,14 @@ def in_batches(
     """
     # Shared rows keep their order: a prefix is shared with the row before.
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row]) if shared is None else list(range(len(lengths)))
+    ends = _ends_of_groups([groups[row] if groups else 0 for row in order])
     done, most_tokens = 0, batch_size * max(lengths, default=0)
     while done < len(order):
+        end = ends[done]
         if shared is None:
-            count, tokens = _padded(lengths[order[done]], most_tokens, min(batch_size, len(order) - done))
+            count, tokens = _padded(lengths[order[done]], most_tokens, min(batch_size, end - done))
         else:
-            count, tokens = _flattened(lengths, shared, done, most_tokens)
+            count, tokens = _flattened(lengths[:end], shared, done, most_tokens)
         rows = order[done : done + count]
         try:
             result = work(rows)
@@ -74,6 +79,14 @@ def in_batches(
         # Outside of the handler: in it, the traceback still references the tensors of the batch.
         torch.cuda.empty_cache()
         logger.warning("out of memory while evaluating: batches have at most %d tokens from here on", most_tokens)
+
+
+def _ends_of_groups(numbers: Sequence[int]) -> list[int]:
+    """For each index the end of the equal numbers from there on."""
+    ends = [len(numbers)] * len(numbers)
+    for index in range(len(numbers) - 2, -1, -1):
+        ends[index] = ends[index + 1] if numbers[index] == numbers[index + 1] else index + 1
+    return ends
 
 
 def _padded(longest: int, most_tokens: int, most_rows: int) -> tuple[int, int]:

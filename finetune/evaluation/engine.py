@@ -18,6 +18,7 @@ from finetune.data.encode import Example
 from finetune.evaluation.generation import AnswerDecoder, Sampling, generate
 from finetune.evaluation.likelihood import Likelihood, likelihoods
 from finetune.evaluation.prediction_cache import PredictionCache, digest
+from finetune.models.loading.positions import PositionLimit
 
 OnProgress = Callable[[int, int], None]
 """Receives the number of rows that are done, and of all rows."""
@@ -104,7 +105,7 @@ class Engine:
         batch_size: Most rows of one forward pass; fewer where memory is short.
         padding: Any token id.
         may_share: Whether the loaded model can compute the shared prefix of rows once.
-        positions: Its context length in tokens; None if unknown.
+        limit: Its positions.
     """
 
     label: str
@@ -118,7 +119,7 @@ class Engine:
     batch_size: int
     padding: int
     may_share: Callable[[], bool]
-    positions: int | None
+    limit: PositionLimit
 
     def likelihoods(self, examples: Sequence[Example], on_progress: OnProgress) -> list[Likelihood]:
         """The likelihood of each example's target tokens, in the order of the examples.

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from finetune.data.encode import Reference
 from finetune.evaluation.batching import in_batches
 from finetune.models.fsdp import sharded_base
+from finetune.models.kernels.length_rotation import length_rotation
 from finetune.models.loading.load import named_ends
 
 OnText = Callable[[str], None]
@@ -116,7 +117,9 @@ def generate(
     try:
         # Every process of a sharded model takes part in each all-gather: none may split its batches by itself.
         may_halve = sharded_base(model) is None
-        for chosen, written in in_batches([len(prompt) for prompt in prompts], batch_size, work, may_halve=may_halve):
+        lengths = [len(prompt) for prompt in prompts]
+        groups = _groups(model, lengths, sampling.max_new_tokens)
+        for chosen, written in in_batches(lengths, batch_size, work, groups=groups, may_halve=may_halve):
             for index, text in written.items():
                 answers[index] = text
             done += len(chosen)
@@ -125,6 +128,12 @@ def generate(
     finally:
         model.train(was_training)
     return answers
+
+
+def _groups(model: nn.Module, lengths: Sequence[int], new_tokens: int) -> list[int] | None:
+    """The group of each prompt, where the model's rotation depends on the longest row of a batch."""
+    rotation = length_rotation(model)
+    return None if rotation is None else [rotation.generation_group(length, new_tokens) for length in lengths]
 
 
 def end_tokens(

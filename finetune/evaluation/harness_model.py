@@ -43,7 +43,7 @@ class InMemory(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.engine = engine
         self.tokenizer = engine.tokenizer
-        self.max_length = engine.positions or MAX_POSITIONS
+        self.max_length = engine.limit.count or MAX_POSITIONS
         self._on_progress = on_progress
 
     @property

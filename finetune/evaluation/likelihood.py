@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from finetune.data.collate import Batch, flattened, padded, shared_prefix_length
 from finetune.data.encode import Example
 from finetune.evaluation.batching import in_batches
+from finetune.models.kernels.length_rotation import length_rotation
 from finetune.models.loading.dtype import autocast
 from finetune.train.loss import visit_log_probs
 
@@ -63,7 +64,9 @@ def likelihoods(
     Raises:
         OutOfMemoryError: A row by itself does not fit.
     """
-    groups = shared_last_token_groups(examples)
+    rotation = length_rotation(model)
+    group_of = (lambda tokens: 0) if rotation is None else rotation.group
+    groups = sorted(shared_last_token_groups(examples), key=lambda group: group_of(len(examples[group[0]].ids)))
     firsts = [examples[group[0]] for group in groups]
     lengths = [len(first.ids) for first in firsts]
     # Neighbours in sorted order share the longest prefixes; the first row shares with none.
@@ -77,7 +80,8 @@ def likelihoods(
     was_training = model.training
     model.eval()
     try:
-        for _, found in in_batches(lengths, batch_size, work, shared=shared if shares else None):
+        kinds = [group_of(length) for length in lengths]
+        for _, found in in_batches(lengths, batch_size, work, shared=shared if shares else None, groups=kinds):
             on_batch(found)
     finally:
         model.train(was_training)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from finetune.data.encode import Example
 from finetune.errors import OutOfMemoryError
 from finetune.evaluation.batching import in_batches
 from finetune.models.fsdp import sharded_base
+from finetune.models.kernels.length_rotation import length_rotation
 from finetune.models.loading.dtype import autocast
 from finetune.train.loss import summed_cross_entropy
 
@@ -73,13 +75,10 @@ def compute_validation_loss(
     device = accelerator.device
     was_training = model.training
     model.eval()
-    # Rows are dealt out by length, so that all processes have about the same work.
-    by_length = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
-    own = [examples[row] for row in by_length[accelerator.process_index :: accelerator.num_processes]]
     is_sharded = sharded_base(model) is not None
-    if is_sharded and len(own) * accelerator.num_processes < len(examples):
-        # Without target tokens: it takes part in the collectives, and adds nothing to loss and count.
-        own.append(Example(examples[0].ids[:2], [False] * len(examples[0].ids[:2])))
+    rotation = length_rotation(model)
+    group_of = (lambda tokens: 0) if rotation is None else rotation.group
+    own = _own_rows(examples, group_of, accelerator, is_sharded)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = done = 0
 
@@ -91,7 +90,11 @@ def compute_validation_loss(
     # Suppressed here: a process that raised alone would leave the others waiting in `reduce`. All raise below.
     with suppress(OutOfMemoryError):
         for rows, (batch_loss, targets) in in_batches(
-            [len(row.ids) for row in own], batch_size, work, may_halve=not is_sharded
+            [len(row.ids) for row in own],
+            batch_size,
+            work,
+            groups=[group_of(len(row.ids)) for row in own],
+            may_halve=not is_sharded,
         ):
             loss_sum += batch_loss
             tokens += targets
@@ -108,3 +111,23 @@ def compute_validation_loss(
             hint="validate on shorter rows, or lower data.max_length",
         )
     return ValidationLoss(loss=total / count, rows=len(examples), tokens=int(count))
+
+
+def _own_rows(
+    examples: Sequence[Example], group_of: Callable[[int], int], accelerator: Accelerator, is_sharded: bool
+) -> list[Example]:
+    """The rows of this process. Those of a sharded model have the same number of each group, so of passes too."""
+    # Rows are dealt out by length, so that all processes have about the same work.
+    by_length = sorted(examples, key=lambda example: -len(example.ids))
+    if not is_sharded:
+        return by_length[accelerator.process_index :: accelerator.num_processes]
+    own: list[Example] = []
+    for group, rows in groupby(by_length, key=lambda example: group_of(len(example.ids))):
+        of_group = list(rows)
+        dealt = of_group[accelerator.process_index :: accelerator.num_processes]
+        if len(dealt) * accelerator.num_processes < len(of_group):
+            # Without target tokens: it takes part in the collectives, and adds nothing to loss and count.
+            ids = of_group[-1].ids if group else of_group[-1].ids[:2]
+            dealt.append(Example(ids, [False] * len(ids)))
+        own += dealt
+    return own

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from finetune.data.bad_rows import EMPTY
 from finetune.data.dataset import LocatedDocument, TokenizedDataset
 from finetune.data.documents import Conversation, PlainText
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
+from finetune.data.formats.auto import with_fitting_format
 from finetune.data.tokenized_source import numbered_rows
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.evaluation.engine import Engine, OnProgress
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
@@ -136,11 +138,16 @@ class _OnRows(Task, Generic[R]):
         source = self.section.data
         to_document = build(source).document
         for _, row in islice(numbered_rows(source, SEED), limit):
-            yield LocatedDocument(to_document(row), row.where)
+            try:
+                yield LocatedDocument(to_document(row), row.where)
+            except DataError as error:
+                raise with_fitting_format(error, row, source) from error
 
     def _none_found(self) -> DataError:
         return DataError(
-            f"the task {self.name} has no rows to measure", where=self.section.data.place, hint="check the file"
+            f"the task {self.name} has no rows to measure",
+            where=self.section.data.place,
+            hint="write rows with an answer: a last message of the assistant, an output or a completion",
         )
 
 
@@ -153,7 +160,8 @@ class Generate(_OnRows[GenerateTask]):
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
-        prompts = list(_prompt_rows(self._documents(limit), Encoder(engine.tokenizer, "last_turn")))
+        documents = map(_with_reference, self._documents(limit))
+        prompts = list(_prompt_rows(documents, Encoder(engine.tokenizer, "last_turn")))
         if not prompts:
             raise self._none_found()
         return _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
@@ -178,6 +186,8 @@ class Choose(_OnRows[ChooseTask]):
             for each, choices in questions
             for choice in choices
         ]
+        places = [each.where for each, choices in questions for _ in choices]
+        _check_rows([len(example.ids) for example in examples], places, engine)
         found = iter(engine.likelihoods(examples, self._on_progress(engine, "choices", on_event)))
         rows, scores, records = [], [], []
         for each, choices in questions:
@@ -305,6 +315,20 @@ def _prompt(encoder: Encoder, each: _WithChoices) -> Prompt:
     return prompt
 
 
+def _with_reference(each: LocatedDocument) -> LocatedDocument:
+    """The row, whose reference answer is not empty.
+
+    Raises:
+        BadRow: It is empty, so that no answer compares with it.
+    """
+    document = each.document
+    if isinstance(document, Conversation) and document.answers and not document.references:
+        answer = document.messages[document.answers[-1]]
+        if not (answer.content.strip() or answer.tool_calls):
+            raise BadRow("the reference answer is empty", reason=EMPTY, where=each.where, hint="give it a text")
+    return each
+
+
 def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_PromptRow]:
     """The prompts of the rows that have one."""
     for each in documents:
@@ -312,9 +336,19 @@ def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iter
             yield _PromptRow(each.where, prompt)
 
 
+def _check_rows(lengths: Sequence[int], places: Sequence[str], engine: Engine) -> None:
+    """Compare rows with the positions of the model.
+
+    Raises:
+        DataError: A row is longer than the model's table of positions.
+    """
+    engine.limit.check_rows(lengths, places.__getitem__, f"rows of {engine.label}", "shorten or drop longer rows")
+
+
 def _losses(
     rows: Sequence[str], examples: Sequence[Example], engine: Engine, on_progress: OnProgress
 ) -> tuple[Column, ...]:
+    _check_rows([len(example.ids) for example in examples], rows, engine)
     found = engine.likelihoods(examples, on_progress)
     counts = [(-each.log_prob, each.tokens) for each in found]
     return tuple(Column.of(metric, rows, counts) for metric in (LOSS, PERPLEXITY))
@@ -323,8 +357,8 @@ def _losses(
 def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on_progress: OnProgress) -> Measurement:
     if not prompts:
         return Measurement((), (), {})
-    for each in prompts:
-        _refuse_lack_of_room(each, section, engine)
+    lengths = [len(each.prompt.ids) for each in prompts]
+    engine.limit.check_room(lengths, lambda row: prompts[row].row, section.max_new_tokens, "max_new_tokens")
     sampling = Sampling(section.max_new_tokens)
     answers = engine.answers([each.prompt.ids for each in prompts], sampling, on_progress)
     references = [[engine.decoder.reference(one) for one in each.prompt.references] for each in prompts]
@@ -354,17 +388,6 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
 
 
 def _room(section: Answers, engine: Engine) -> int | None:
-    """The most tokens of a prompt that leave room for the longest answer; None if the context length is unknown."""
-    return None if engine.positions is None else engine.positions - section.max_new_tokens
-
-
-def _refuse_lack_of_room(prompt_row: _PromptRow, section: Answers, engine: Engine) -> None:
-    most = _room(section, engine)
-    if most is not None and len(prompt_row.prompt.ids) > most:
-        room = most + section.max_new_tokens - len(prompt_row.prompt.ids)
-        raise DataError(
-            f"after its {len(prompt_row.prompt.ids)} tokens there is room for {max(room, 0)} more in the "
-            f"{engine.positions} positions of {engine.label}, not for {section.max_new_tokens}",
-            where=prompt_row.row,
-            hint=f"set max_new_tokens to {room} or less" if room > 0 else "drop the row",
-        )
+    """The most tokens of a prompt that leave room for the longest answer; None where positions are computed."""
+    limit = engine.limit
+    return limit.count - section.max_new_tokens if limit.is_table and limit.count is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -87,6 +87,7 @@ def _unknown_key_hint(path: KeyPath, section: Shape, sources: SourceMap) -> str:
         translated_key(key)
         or _other_kind_hint(path, section, sources)
         or _elsewhere_hint(key)
+        or _below_hint(key, valid)
         or (f"did you mean `{near}`?" if (near := nearest(key, valid)) else f"valid keys: {', '.join(valid)}")
     )
 
@@ -108,6 +109,12 @@ def _elsewhere_hint(key: str) -> str | None:
     """For a key of another section, that section; None if more than two sections have the key."""
     matches = [f"`{dotted(path)}`" for path in every_key() if path[-1] == key]
     return f"it belongs to {' or '.join(matches)}" if 1 <= len(matches) <= 2 else None
+
+
+def _below_hint(key: str, valid: Mapping[str, Shape]) -> str | None:
+    """For a key of a section in the section where it stands, that section."""
+    inner = next((name for name, shape in valid.items() if shape.is_mapping and key in shape.fields()), None)
+    return f"it belongs below {inner}: {inner}: {{{key}: ...}}" if inner else None
 
 
 def _missing(path: KeyPath, sources: SourceMap) -> Placed:

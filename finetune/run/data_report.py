@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from finetune.formatting import counted
+
 
 def bad_row_counts(report: Mapping[str, Any]) -> dict[str, int]:
     """The rows of a data report that could not be used, by reason.
@@ -33,4 +35,8 @@ def notes_of(report: Mapping[str, Any], shown: Callable[[str], str] = str) -> li
     """
     sources = [source for split in ("train", "validation") for source in report.get(split, {}).get("sources", [])]
     notes = [(text, note) for source in sources for text, note in source.get("notes", {}).items()]
-    return list(dict.fromkeys(f"{text}: {note['count']} (first: {shown(note['where'])})" for text, note in notes))
+    return list(
+        dict.fromkeys(
+            f"{text}: {counted(note['count'], 'row')} (first: {shown(note['where'])})" for text, note in notes
+        )
+    )

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.data.collate import IGNORED, Batch
+from finetune.models.kernels.length_rotation import length_rotation
 from finetune.models.kernels.logit_transform import (
     RELATIVE_TOLERANCE,
     LogitTransform,
@@ -121,6 +122,7 @@ def visit_log_probs(model: nn.Module, batch: Batch, visit: Visit) -> None:
     """Pass the log-probabilities of the vocabulary at each target token to a callback, a chunk of positions at a time.
 
     Tokens that predict nothing are not computed: the last column of padded rows, the last token of packed examples.
+    Where the rotation depends on the length of a row they are, because they are part of it.
 
     Args:
         model: A causal language model.
@@ -130,7 +132,7 @@ def visit_log_probs(model: nn.Module, batch: Batch, visit: Visit) -> None:
     """
     bare, transform = _bare(model), _transform_of(model, batch)
     labels_BK, keep_K = _target_positions(batch)
-    shortened, keep_K = _without_last_tokens(batch, keep_K)
+    shortened, keep_K = _without_last_tokens(batch, keep_K) if length_rotation(model) is None else (batch, keep_K)
 
     def show(hidden_NE: Tensor, labels_N: Tensor, logits: Callable[[Tensor], Tensor], at_once: int) -> None:
         for part_NE, label_N in zip(hidden_NE.split(at_once), labels_N.split(at_once), strict=True):

@@ -64,7 +64,7 @@ def main() -> None:
             batch_size=arguments.batch_size,
             padding=setup.padding,
             may_share=partial(base.supports_prefix_sharing, 0),
-            positions=setup.positions,
+            limit=setup.positions,
         )
         answers(engine, model, arguments)
         if find_spec("lm_eval"):

@@ -71,9 +71,10 @@ LINES: dict[str, tuple[str, Any, str]] = {
     "content a number": ("chat", chat({**USER, "content": 1}), "messages[0].content must be text, found a number (1)"),
     "content null": (
         "chat",
-        chat(USER, {**ASSISTANT, "content": None}),
-        "messages[1].content must be text, found null",
+        chat({**USER, "content": None}, ASSISTANT),
+        "messages[0].content must be text, found null",
     ),
+    "answer null": ("chat", chat(USER, {**ASSISTANT, "content": None}), "the answer of turn 1 is empty"),
     "content a boolean": ("chat", chat({**USER, "content": True}), "found a boolean (true)"),
     "content an object": ("chat", chat({**USER, "content": {"a": "x" * 500}}), "messages[0].content must be text"),
     "train as text": ("chat", chat(USER, {**ASSISTANT, "train": "yes"}), "messages[1].train must be true or false"),

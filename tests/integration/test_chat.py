@@ -23,7 +23,9 @@ from finetune.errors import DataError
 from finetune.evaluation.generation import Sampling
 from finetune.jobs.infer.chat import Chat
 from finetune.jobs.infer.generate import Question, answer
+from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.model_ref import resolve_model_refs
+from finetune.models.loading.positions import PositionLimit
 from finetune.run.events import ignore
 from tests.fixtures.tiny import write_tiny_model
 
@@ -87,7 +89,8 @@ def test_interrupted_answer_is_kept_as_streamed(chat: Chat):
     assert reply(chat, "Again") == alone(chat, ("user", "Hi"), ("assistant", streamed), ("user", "Again"))
 
 
-def test_turn_without_an_answer_is_dropped(chat: Chat):
+def test_turn_without_an_answer_is_dropped(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
     with pytest.raises(DataError, match="room for"):
         reply(chat, "x" * 600)
     assert chat.turns == []
@@ -115,7 +118,8 @@ def test_exit_command_ends_chat_and_help_lists_commands(model: Path):
     assert "/system TEXT" in result.stderr
 
 
-def test_error_in_a_turn_does_not_end_the_chat(chat: Chat, model: Path):
+def test_error_in_a_turn_does_not_end_the_chat(chat: Chat, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
     result = in_pipe(model, "x" * 600 + "\nHi\n")
     assert result.exit_code == 0
     assert "shorten the prompt" in result.stderr

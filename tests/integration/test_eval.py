@@ -30,6 +30,7 @@ from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
+from finetune.models.loading.positions import PositionLimit
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Progress
 from tests.fixtures.eval_helpers import evaluated, values
@@ -259,7 +260,8 @@ def test_soft_prompts_are_evaluated(runs: Path, tasks: Path):
 def test_validation_prompts_without_room_for_an_answer_are_cut_with_a_warning(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(ModelSetup, "positions", 36)
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(36, is_table=True))
+    monkeypatch.setattr(PositionLimit, "check_rows", lambda *arguments: None)  # the rows themselves are longer
     evaluated(runs / "low-rank", output=tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(RunDirectory(runs / "low-rank").trained(False))
@@ -403,12 +405,25 @@ def test_eval_of_impossible_requests_is_an_error(runs: Path, base: Path, tasks: 
         ({"instruction": "Add", "output": "4"}, {"kind": "choose", "choices": ["5"]}, "is none of the choices"),
         ({"text": "once"}, {"kind": "generate"}, "has no rows to measure"),
         ({"instruction": "x" * 400, "output": "4"}, {"kind": "generate", "max_new_tokens": 400}, "there is room for"),
+        ({"prompt": "x" * 600, "completion": "4"}, {"kind": "loss"}, "more than the 512 positions"),
+        ({"text": "x" * 600}, {"kind": "loss"}, "more than the 512 positions"),
+        (
+            {"prompt": "x" * 600, "completion": "4"},
+            {"kind": "choose", "choices": ["4", "5"]},
+            "more than the 512 positions",
+        ),
         (None, {"kind": "loss"}, "no rows"),
     ],
 )
 def test_row_that_does_not_fit_its_task_is_an_error(
-    base: Path, tmp_path: Path, row: dict[str, Any] | None, task: dict[str, Any], what: str
+    base: Path,
+    tmp_path: Path,
+    row: dict[str, Any] | None,
+    task: dict[str, Any],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" if row else "")
     section = {"name": "mine", "data": {"path": "rows.jsonl"}, **task}
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"evaluation": {"tasks": [section]}}))

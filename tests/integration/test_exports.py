@@ -25,7 +25,7 @@ from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ValidationResult
-from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
+from tests.fixtures.tiny import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import ARCHITECTURES, run_of, write_model
 
 FOUR_BITS = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora", "r": 4}}
@@ -170,7 +170,9 @@ def test_adapter_that_vllm_cannot_serve_is_refused_with_a_hint(
 
 
 def test_model_card_has_facts_of_the_run_and_no_path(tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path):
-    run = run_of(tiny_recipe, tmp_path)
+    template = tmp_path / "own.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    run = run_of({**tiny_recipe, "model": {**tiny_recipe["model"], "chat_template": str(template)}}, tmp_path)
     result = merge(run)
     card = (run.merged / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
@@ -184,6 +186,7 @@ def test_model_card_has_facts_of_the_run_and_no_path(tiny_recipe: dict[str, Any]
         f"{validation[0]:.4f} before training, {validation[-1]:.4f} after step 3",
         f"{result.agreement.kl_divergence:.2e}",
         "learning_rate: 0.01",
+        "chat_template: own.jinja",
         "do not name a licence",
     ):
         assert fact in card

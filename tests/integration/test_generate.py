@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,17 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from finetune.data.documents import Message
 from finetune.errors import FinetuneError, RefusedError, UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
+from finetune.jobs.infer.generate import questions_in
+from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import SharedBase
 from finetune.jobs.load.model_ref import Kind, resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
+from finetune.models.loading.positions import PositionLimit
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Phase
 from tests.fixtures.generate_helpers import answers, tuned
@@ -197,6 +202,7 @@ def test_rows_of_a_file_are_answered_by_the_named_run_in_order(runs: Path, tmp_p
     result = ft(*call)
     assert result.exit_code == 0
     assert result.stdout == f"7 answers: {output}\n"
+    assert f"left out of the prompt: 1 row (first: {file}:2)" in result.stderr
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [(row["id"], row["adapter"]) for row in found] == [
         (1, "long"), (2, "short"), (3, "low-rank"), (4, "short"), (5, "short"), (5, "long"), (5, "low-rank"),
@@ -208,6 +214,24 @@ def test_rows_of_a_file_are_answered_by_the_named_run_in_order(runs: Path, tmp_p
     assert found[1]["messages"] == rows[1]["messages"]
     assert ft(*call).exit_code == RefusedError.exit_code
     assert ft(*call, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Say 1"}]},
+        {"prompt": [{"role": "user", "content": "Say 1"}]},
+        {"messages": [{"from": "human", "value": "Say 1"}]},
+        {"conversations": [{"from": "human", "value": "Say 1"}, {"from": "gpt", "value": "1"}]},
+    ],
+    ids=str,
+)
+def test_turns_of_a_row_are_asked_in_any_format(row: dict[str, Any], tmp_path: Path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    model: Any = SimpleNamespace(label="run")
+    (found,) = questions_in(file, None, [model])
+    assert found.question.conversation.messages == (Message("user", "Say 1"),)
 
 
 def test_lines_of_a_text_file_are_prompts(runs: Path, tmp_path: Path):
@@ -233,8 +257,9 @@ def test_lines_of_a_text_file_are_prompts(runs: Path, tmp_path: Path):
     ],
 )
 def test_row_without_a_valid_prompt_is_an_error_with_its_line(
-    runs: Path, tmp_path: Path, row: dict[str, Any], what: str
+    runs: Path, tmp_path: Path, row: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps(row) + "\n", encoding="utf-8")
     result = ft("generate", runs / "short", runs / "long", "--file", file, "-q")

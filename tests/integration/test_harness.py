@@ -23,6 +23,7 @@ from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
 from finetune.models.loading import dtype
+from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.sections.evaluation import HarnessTask
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
@@ -116,7 +117,7 @@ def engine_of(name: Path, batch_size: int = 4) -> Engine:
         batch_size=batch_size,
         padding=tuned.setup.padding,
         may_share=partial(shared.supports_prefix_sharing, 0),
-        positions=512,
+        limit=PositionLimit(512),
     )
 
 

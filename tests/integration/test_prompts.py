@@ -15,7 +15,9 @@ from finetune.errors import DataError, RefusedError, UnsupportedError
 from finetune.jobs.export import prompt_tokens as export_module
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.prompt_tokens import export
+from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.train.run import train
+from finetune.models.loading.positions import PositionLimit
 from finetune.run.directory import RunDirectory
 from tests.fixtures.generate_helpers import answers
 from tests.fixtures.recipes import as_recipe
@@ -81,10 +83,13 @@ def test_export_of_other_methods_is_refused(tiny_recipe: dict[str, Any], tmp_pat
         export(prefix)
 
 
-def test_prompt_longer_than_the_context_is_an_error(tiny_recipe: dict[str, Any], tmp_path: Path):
+def test_prompt_longer_than_the_context_is_an_error(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     longest = max(len(line) for line in Path(tiny_recipe["data"]["train"][0]["path"]).read_text().splitlines())
     assert longest < 500  # rows without the prompt fit into the 512 positions
-    with pytest.raises(DataError, match="512 positions"):
+    monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
+    with pytest.raises(DataError, match="12 positions after the 500 of its soft prompt"):
         run_of(tiny_recipe, tmp_path, method="prompt_tuning", tokens=500)
 
 

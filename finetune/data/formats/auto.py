@@ -136,6 +136,43 @@ def detect(row: Row) -> SourceSection:
     return found[0]
 
 
+def with_fitting_format(error: DataError, row: Row, source: SourceSection) -> DataError:
+    """The error about a row that a format does not read, with the section of one that does in its hint."""
+    if isinstance(error, BadRow) or isinstance(source, AutoSource):
+        return error
+    if (section := _fitting_section(row, source)) is None:
+        return error
+    return DataError(error.what, where=error.where, hint=f"set {section} for the source")
+
+
+def _fitting_section(row: Row, section: SourceSection) -> str | None:
+    """The section of another format that reads a row, in the notation of recipes.
+
+    Args:
+        row: A row that the section's format does not read.
+        section: The section of its source.
+
+    Returns:
+        None where no format is found, or the row has the columns of the section and holds no conversation.
+    """
+    try:
+        found = detect(row)
+        build(found).document(row)
+    except DataError:
+        return None
+    is_conversation = isinstance(found, ChatSource | ShareGptSource)
+    columns = {getattr(section, key) for key in section.column_keys()}
+    if type(found) is AutoSource or not (is_conversation or columns.isdisjoint(row.values)):
+        return None
+    return in_recipe(found)
+
+
+def in_recipe(section: SourceSection) -> str:
+    """A section in the notation of recipes, without defaults."""
+    keys = {"format": section.model_dump()["format"], **section.model_dump(exclude_defaults=True)}
+    return f"{{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}"
+
+
 def _candidates(row: Row) -> list[SourceSection]:
     """Every format that the columns match by its own column names, or else by other common names."""
     return list(_by_own_names(row)) or list(_by_other_names(row))
@@ -215,11 +252,17 @@ def _turns(row: Row, column: str) -> Iterator[SourceSection]:
         yield ShareGptSource(format="sharegpt", conversations=column)
 
 
+def conversation_section(row: Row) -> SourceSection | None:
+    """The section of the row's conversation, whose last turn may be a question; None where it has none."""
+    found = (section for column in (*CONVERSATION_COLUMNS, "prompt") for section in _turns(row, column))
+    return next(found, None)
+
+
 def _of_chosen(row: Row) -> str:
     """The recipe section that trains on the chosen answer of a preference row."""
-    before = [section for column in (*CONVERSATION_COLUMNS, "prompt") for section in _turns(row, column)]
+    before = conversation_section(row)
     if before:
-        keys = before[0].model_copy(update={"answer": "chosen"}).model_dump(exclude_defaults=True)
+        keys = before.model_copy(update={"answer": "chosen"}).model_dump(exclude_defaults=True)
     elif conversation := list(_turns(row, "chosen")):
         keys = conversation[0].model_dump(exclude_defaults=True)
     elif prompt := next((column for column in PROMPT_COLUMNS if column in row.values), None):

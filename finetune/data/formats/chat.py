@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -13,9 +14,12 @@ from finetune.data.json_text import parsed_if_json, structured
 from finetune.data.rows import Row, describe, excerpt
 from finetune.data.tools import FUNCTIONS, functions_of, tools_of, with_explicit_nulls, with_tool_names
 from finetune.errors import DataError
-from finetune.recipe.sections.data import ChatSource
+from finetune.recipe.sections.data import ChatSource, ShareGptSource
 
 ROLES = get_args(Role)
+ROLE_KEYS = ("user_roles", "assistant_roles", "system_roles", "tool_roles")
+"""Keys of a ShareGPT source with the names of roles."""
+
 EARLIER_ROLES = {"function": "tool"}
 """OpenAI's earlier names of roles."""
 
@@ -27,30 +31,52 @@ class TurnsFormat(ConversationFormat[C]):
         """See the base class."""
         return super().read_columns(row) | ({FUNCTIONS} if functions_of(row) else set())
 
-    def of_turns(
-        self,
-        row: Row,
-        turns: Sequence[Message],
-        answer: str | None,
-        tools: str,
-        to_message: Callable[[Any, str, str], Message],
-    ) -> Conversation:
-        """The conversation of a row.
+    def of_turns(self, row: Row, values: Sequence[Any], column: str, answer: str | None, tools: str) -> Conversation:
+        """The conversation of a row. A system message whose text is null is left out, as a null column is.
 
         Args:
             row: The row.
-            turns: Its turns.
+            values: Its turns.
+            column: Column with the turns.
             answer: Column with its answer, if that is separate.
             tools: Column with its tools.
-            to_message: Converts a value, its key and the place of the row to a message.
 
         Raises:
             DataError: A column holds something else, or there is no answer.
         """
-        messages = turns if answer is None else with_answer(turns, row, answer, to_message)
+        turns = [self.message(value, f"{column}[{i}]", row.where) for i, value in enumerate(values)]
+        messages = [
+            message
+            for message, value in zip(turns, values, strict=True)
+            if not message.is_system or value.get(self.keys.content) is not None
+        ]
+        if answer is not None:
+            messages = with_answer(messages, row, answer, self.message)
+        if not messages:
+            raise DataError(
+                f"column {column!r} has no message with a text", where=row.where, hint="write a message of the user"
+            )
         definitions = tools_of(row, tools)
         messages = with_explicit_nulls(with_tool_names(messages), definitions)
         return self.conversation(row, messages, tools=definitions)
+
+    @property
+    @abstractmethod
+    def keys(self) -> TurnKeys:
+        """Names of the keys of a turn."""
+
+    @abstractmethod
+    def message(self, value: Any, key: str, where: str) -> Message:
+        """The message of a turn.
+
+        Args:
+            value: The turn.
+            key: Its place in the row, for messages.
+            where: Place of the row.
+
+        Raises:
+            DataError: The turn has another form.
+        """
 
 
 class ChatFormat(TurnsFormat[ChatSource]):
@@ -60,8 +86,40 @@ class ChatFormat(TurnsFormat[ChatSource]):
         """The messages of the row."""
         section = self.section
         values = messages_in(row, section.messages, "{format: chat, messages: <column>}")
-        messages = [_message(value, f"{section.messages}[{i}]", row.where) for i, value in enumerate(values)]
-        return self.of_turns(row, messages, section.answer, section.tools, _message)
+        return self.of_turns(row, values, section.messages, section.answer, section.tools)
+
+    @property
+    def keys(self) -> TurnKeys:
+        """OpenAI's."""
+        return TurnKeys()
+
+    def message(self, value: Any, key: str, where: str) -> Message:
+        """See the base class."""
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{key} must be an object with role and content, found {describe(value)}",
+                where=where,
+                hint='write {"role": "user", "content": "..."}',
+            )
+        role = value.get("role")
+        role = EARLIER_ROLES.get(role, role) if isinstance(role, str) else role
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(
+                f"{key}.role must be one of {', '.join(ROLES)}, found {describe(role)}",
+                where=where,
+                hint=f"rename the role, or let the format map it: {self._mapped(role)}",
+            )
+        return read_message(value, role, self.keys, key, where)
+
+    def _mapped(self, role: object) -> str:
+        """The section of a source that maps a role, for a hint."""
+        keys = f"format: sharegpt, conversations: {self.section.messages}, role_key: role, content_key: content"
+        lists = {key: ShareGptSource.model_fields[key].default for key in ROLE_KEYS}
+        if any(role in names for names in lists.values()):
+            return f"{{{keys}}}"
+        own = next((key for key, names in lists.items() if str(role).lower() in names), None)
+        shown = {"user_roles": "...", "assistant_roles": "..."} | ({own: excerpt(str(role))} if own else {})
+        return f"{{{keys}, {', '.join(f'{key}: [{names}]' for key, names in shown.items())}}}"
 
 
 def messages_in(row: Row, column: str, section: str) -> list[Any]:
@@ -112,22 +170,3 @@ def with_answer(
     else:
         answer = [Message("assistant", row.text(column))]
     return [*(replace(message, train=False) for message in messages), *answer]
-
-
-def _message(value: Any, key: str, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{key} must be an object with role and content, found {describe(value)}",
-            where=where,
-            hint='write {"role": "user", "content": "..."}',
-        )
-    role = value.get("role")
-    role = EARLIER_ROLES.get(role, role) if isinstance(role, str) else role
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(
-            f"{key}.role must be one of {', '.join(ROLES)}, found {describe(role)}",
-            where=where,
-            hint="rename the role, or let the format map it: {format: sharegpt, role_key: role, content_key: content, "
-            "user_roles: [...]}",
-        )
-    return read_message(value, role, TurnKeys(), key, where)

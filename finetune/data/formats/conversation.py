@@ -13,7 +13,7 @@ from finetune.data.json_text import parsed
 from finetune.data.readers.json_cursor import json_value
 from finetune.data.rows import Row, describe, excerpt
 from finetune.errors import BadRow, DataError
-from finetune.recipe.sections.data import SYSTEM_COLUMNS, ConversationSource, not_an_argument
+from finetune.recipe.sections.data import SYSTEM_COLUMNS, ConversationSource, not_arguments
 
 ARGUMENTS, DOCUMENTS = "chat_template_kwargs", "documents"
 """Columns with variables of the chat template, named as in `apply_chat_template`."""
@@ -65,7 +65,7 @@ class ConversationFormat(Format[C]):
         texts = {column: row.optional_text(column) for column in self._system_columns()}
         own = {place: text for place, text in texts.items() if text.strip()}
         first, *rest = messages
-        if first.role == "system":
+        if first.is_system:
             own |= {"its first message": first.content} if first.content.strip() else {}
         if len(set(own.values())) > 1:
             raise DataError(
@@ -73,11 +73,11 @@ class ConversationFormat(Format[C]):
                 where=row.where,
                 hint="leave one of them out, or name the column to use: system_column in the source's section",
             )
-        if first.role == "system" and (first.content.strip() or not own):
+        if first.is_system and (first.content.strip() or not own):
             return [first, *rest]
         text: str | None = next(iter(own.values()), default)
         system = [Message("system", text)] if text else []
-        return [*system, *(rest if first.role == "system" else messages)]
+        return [*system, *(rest if first.is_system else messages)]
 
     def _system_columns(self) -> tuple[str, ...]:
         column = self.section.system_column
@@ -114,11 +114,11 @@ def template_arguments(row: Row) -> dict[str, Any]:
             where=row.where,
             hint='write the variables of the chat template, such as {"enable_thinking": false}',
         )
-    if (name := not_an_argument(arguments)) is not None:
+    if names := not_arguments(arguments):
         raise DataError(
-            f"column {ARGUMENTS!r}: {excerpt(name)!r} cannot be a variable of the chat template",
+            f"column {ARGUMENTS!r}: {excerpt(', '.join(map(repr, names)))} cannot be a variable of the chat template",
             where=row.where,
-            hint="remove it",
+            hint="remove it: the row's messages and tools have columns of their own",
         )
     documents = _documents(row)
     return arguments if documents is None else {**arguments, DOCUMENTS: documents}

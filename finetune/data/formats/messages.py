@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.documents import Message, ToolObject
+from finetune.data.documents import SYSTEM_ROLES, Message, ToolObject
 from finetune.data.rows import describe
 from finetune.data.tools import tool_calls_of
 from finetune.errors import DataError
@@ -19,6 +19,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 CALL_KEYS = ("tool_calls", "function_call")
 """Keys with calls, OpenAI's and its earlier one, which has a single call."""
+
+MAY_BE_NULL = (*SYSTEM_ROLES, "assistant")
+"""Roles whose text may be null: there is no system message, or no answer beside calls and thoughts."""
 
 _INTERPRETED = frozenset({"role", "content", "tool_call_id", *TRAIN_KEYS, *CALL_KEYS})
 
@@ -54,7 +57,7 @@ def read_message(
     reasoning = turn[thought] if thought else ""
     return Message(
         role,
-        "" if content_is_call else _content(turn, names.content, key, where, may_be_null=bool(calls or reasoning)),
+        "" if content_is_call else _content(turn, names.content, role, key, where),
         calls,
         turn.get("tool_call_id"),
         is_trained(turn, key, where),
@@ -100,10 +103,16 @@ def _calls(turn: Mapping[str, Any], names: Sequence[str], key: str, where: str) 
     return found[0] if found else ()
 
 
-def _content(turn: Mapping[str, Any], content_key: str, key: str, where: str, may_be_null: bool) -> str:
+def _content(turn: Mapping[str, Any], content_key: str, role: str, key: str, where: str) -> str:
     content = turn.get(content_key)
-    if content is None and may_be_null:
+    if content is None and role in MAY_BE_NULL:
         return ""
+    if role == "tool" and not _is_text(content):
+        raise DataError(
+            f"{key}.{content_key}, the result of a tool, must be text, found {describe(content)}",
+            where=where,
+            hint="write the result with json.dumps" if content is not None else "write the result, or an empty text",
+        )
     if isinstance(content, list):
         return "".join(_text(part, f"{key}.{content_key}[{i}]", where) for i, part in enumerate(content))
     if not isinstance(content, str):
@@ -113,6 +122,14 @@ def _content(turn: Mapping[str, Any], content_key: str, key: str, where: str, ma
             hint="write a text, or an empty one where the message has no words",
         )
     return content
+
+
+def _is_text(content: Any) -> bool:
+    """Whether this is a text, or a list of parts of a content."""
+    parts = content if isinstance(content, list) else []
+    return isinstance(content, str) or (
+        bool(parts) and all(isinstance(part, dict) and "type" in part for part in parts)
+    )
 
 
 def _text(part: Any, key: str, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.data.documents import Conversation, Message
-from finetune.data.formats.chat import TurnsFormat, messages_in
+from finetune.data.formats.chat import ROLE_KEYS, TurnsFormat, messages_in
 from finetune.data.formats.messages import TurnKeys, read_message
 from finetune.data.rows import Row, describe, excerpt
 from finetune.errors import DataError
@@ -32,23 +32,28 @@ class ShareGptFormat(TurnsFormat[ShareGptSource]):
         """The turns of the row, with the role names of chat templates."""
         section = self.section
         turns = messages_in(row, section.conversations, "{format: sharegpt, conversations: <column>}")
-        messages = [self._message(turn, f"{section.conversations}[{i}]", row.where) for i, turn in enumerate(turns)]
-        return self.of_turns(row, messages, section.answer, section.tools, self._message)
+        return self.of_turns(row, turns, section.conversations, section.answer, section.tools)
 
-    def _message(self, turn: Any, key: str, where: str) -> Message:
-        role_key, content_key = self.section.role_key, self.section.content_key
-        if not isinstance(turn, dict):
+    @property
+    def keys(self) -> TurnKeys:
+        """Those that the section names."""
+        return TurnKeys(self.section.role_key, self.section.content_key)
+
+    def message(self, value: Any, key: str, where: str) -> Message:
+        """See the base class."""
+        role_key, content_key = self.keys.role, self.keys.content
+        if not isinstance(value, dict):
             raise DataError(
-                f"{key} must be an object with {role_key} and {content_key}, found {describe(turn)}",
+                f"{key} must be an object with {role_key} and {content_key}, found {describe(value)}",
                 where=where,
                 hint="correct the turn, or set role_key and content_key in the source's section of the recipe",
             )
-        name = turn.get(role_key)
+        name = value.get(role_key)
         if not isinstance(name, str) or name not in self._roles:
             raise DataError(
                 f"{key}.{role_key} must be one of {excerpt(', '.join(self._roles))}, found {describe(name)}",
                 where=where,
-                hint="correct the turn, or add the role in the source's section of the recipe",
+                hint=f"correct the turn, or name the role in the source's section: {', '.join(ROLE_KEYS)}",
             )
         is_call = name in self.section.call_roles
-        return read_message(turn, self._roles[name], TurnKeys(role_key, content_key), key, where, is_call)
+        return read_message(value, self._roles[name], self.keys, key, where, is_call)

@@ -13,6 +13,7 @@ from pathlib import Path
 from finetune.data.readers.content import whole_text
 from finetune.data.rows import excerpt
 from finetune.errors import DataError
+from finetune.formatting import counted
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def refuse_several_splits(folder: Path, files: Sequence[Path], matching: Callabl
 
 
 def _counted(files: Sequence[Path]) -> str:
-    return f"{len(files)} file{'s' if len(files) > 1 else ''}"
+    return counted(len(files), "file")
 
 
 def _split_of(file: Path, folder: Path) -> str:

@@ -20,6 +20,7 @@ from finetune.data.documents import Conversation, Document, Message, PlainText
 from finetune.data.rows import excerpt
 from finetune.data.text_tokens import Affixes
 from finetune.errors import DataError, ModelError, RefusedError
+from finetune.formatting import counted
 from finetune.jobs.export.engines import Engine, RunPrompt, Vllm
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.run.events import EventHandler
@@ -206,7 +207,7 @@ def _difference(prompt: RunPrompt, ids: Sequence[int], tokenizer: PreTrainedToke
 
 def _described(agreement: PromptAgreement, hint: str) -> str:
     assert agreement.first is not None
-    count = f"{agreement.differing} of {agreement.prompts} prompts"
+    count = f"{agreement.differing} of {counted(agreement.prompts, 'prompt')}"
     what = f"{agreement.engine} makes other tokens of {count} than the training: {_place(agreement.first)}"
     return f"{what}; {hint}" if hint else what
 

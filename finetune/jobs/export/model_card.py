@@ -113,12 +113,22 @@ def _data(trained: FineTunedRun) -> str:
 
 def _recipe(trained: FineTunedRun) -> str:
     recipe = trained.context.recipe
-    shown = {}
+    template = recipe.model.chat_template
+    shown: dict[str, Any] = {"model": {"chat_template": template}} if template else {}
     for name in SECTIONS:
         section = getattr(recipe, name).model_dump(mode="json", exclude_defaults=True)
-        section.pop("continue_from", None)  # a path
-        shown[name] = section
-    return str(yaml.safe_dump(shown, sort_keys=False))
+        section.pop("continue_from", None)  # a run of this machine
+        shown |= {name: section} if section else {}
+    return str(yaml.safe_dump(_without_folders(shown), sort_keys=False))
+
+
+def _without_folders(value: Any) -> Any:
+    """A value of a recipe with the name of a file or folder in place of its path."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _metrics(trained: FineTunedRun) -> str:

@@ -114,6 +114,8 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
             hint="name the unquantized model in model.name",
         )
     check_rules_fit_model(context.section, context.folder, context.quantizers)
+    if context.quantizers.calibrated:
+        context.read_checked_data(on_event)
     dtype = file_dtype(context.folder.path)
     model = context.load_base(on_event, dtype)
     with written_aside(target) as folder:

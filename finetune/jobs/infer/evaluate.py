@@ -277,6 +277,7 @@ def _engine(
     setup = finetuned.setup
     section = setup.recipe.evaluation if isinstance(setup, TrainingContext) else Evaluation()
     batch_size = options.batch_size or section.batch_size
+    limit = setup.positions.after(finetuned.prompt_tokens)
 
     ends = end_tokens(generation_settings(setup.folder.path), setup.tokenizer, finetuned.answer_ends)
 
@@ -295,7 +296,7 @@ def _engine(
         batch_size=batch_size,
         padding=setup.padding,
         may_share=lambda: base().supports_prefix_sharing(number),
-        positions=setup.positions and setup.positions - finetuned.prompt_tokens,
+        limit=replace(limit, is_table=True) if generator else limit,  # vLLM reserves memory for no longer rows
     )
 
 

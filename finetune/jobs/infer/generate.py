@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,17 +10,22 @@ from typing import Any
 
 from torch import nn
 
-from finetune.data.documents import Conversation, Document, Message, PlainText
+from finetune.data.documents import SYSTEM_ROLES, Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder
-from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.auto import conversation_section
 from finetune.data.readers.files import read_files
 from finetune.data.readers.options import Options
 from finetune.data.rows import Row, excerpt
 from finetune.errors import DataError
 from finetune.evaluation.generation import OnText, Sampling, generate
+from finetune.formatting import counted
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
+from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.sections.data import ChatSource
+from finetune.resolve import build
 from finetune.run.events import EventHandler, Progress, ignore
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 """Column of a file of prompts: the label of the run that answers the row."""
@@ -64,19 +70,29 @@ def questions_of(prompt: str, system: str | None, finetuned: Sequence[FineTunedM
 def questions_in(file: Path, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
     """The questions of a file, in its order: each row for the model in its column `adapter`, or else for all models.
 
-    A row has a column `prompt`, `text`, or `messages` as for training; an answer in the last message is dropped.
+    A row has a column `prompt`, `text`, or turns as for training; an answer in the last message is left out, with
+    a warning.
 
     Raises:
         DataError: A row has no question, or names an unknown model.
     """
-    rows = read_files(str(file), Options(split="line"))
-    found = [
-        FileQuestion(row, Question(_conversation(row, system), index, row.where))
-        for row in rows
-        for index in _asked(row, [each.label for each in finetuned])
-    ]
+    labels = [each.label for each in finetuned]
+    found, answered = list[FileQuestion](), list[str]()
+    for row in read_files(str(file), Options(split="line")):
+        conversation = _conversation(row)
+        last = conversation.messages[-1]
+        if last.role == "assistant" and (last.content.strip() or last.tool_calls):
+            answered.append(row.where)
+        asked = _with_system(_without_answer(conversation, row.where), system)
+        found += [FileQuestion(row, Question(asked, index, row.where)) for index in _asked(row, labels)]
     if not found:
         raise DataError("the file has no rows", where=str(file), hint='write rows such as {"prompt": "Hello"}')
+    if answered:
+        logger.warning(
+            "conversations end with an answer, which is left out of the prompt: %s (first: %s)",
+            counted(len(answered), "row"),
+            answered[0],
+        )
     return found
 
 
@@ -106,10 +122,14 @@ def answer(
         DataError: The template rejects a conversation, or a question leaves no room for an answer.
     """
     encoders = [Encoder(finetuned.setup.tokenizer, "assistant") for finetuned in base.finetuned]
-    ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask, sampling.max_new_tokens) for ask in questions]
+    ids = [_encoded(base.finetuned[ask.to], encoders[ask.to], ask) for ask in questions]
+    limit = base.finetuned[0].setup.positions
+    _check_room(base, questions, ids, limit, sampling.max_new_tokens)
     answers = [""] * len(questions)
     done = 0
-    for group in _groups(base, questions):  # one group at a time: the base holds one adapter at a time
+    for group in _groups(
+        base, questions, may_mix=limit.rotation is None
+    ):  # one group at a time: the base holds one adapter at a time
         model, options_of = _model_of(base, [questions[index].to for index in group])
         setup = base.finetuned[questions[group[0]].to].setup
         written = generate(
@@ -138,13 +158,15 @@ def _opened(prompt: str, system: str | None) -> Conversation:
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:
     """The conversation with a system message, unless it has its own."""
-    if system is None or conversation.messages[0].role == "system":
+    if system is None or conversation.messages[0].is_system:
         return conversation
     return replace(conversation, messages=(Message("system", system), *conversation.messages))
 
 
-def _conversation(row: Row, system: str | None) -> Conversation:
-    if "messages" not in row.values:
+def _conversation(row: Row) -> Conversation:
+    """The turns of a row, an answer at their end included."""
+    section = conversation_section(row)
+    if section is None and "messages" not in row.values:
         column = next((name for name in ("prompt", "text") if name in row.values), None)
         if column is None:
             raise DataError(
@@ -152,12 +174,17 @@ def _conversation(row: Row, system: str | None) -> Conversation:
                 where=row.where,
                 hint="a row has a column prompt, text or messages",
             )
-        return _opened(row.text(column), system)
-    conversation = ChatFormat(ChatSource(format="chat")).document(row)
+        return _opened(row.text(column), None)
+    document = build(section or ChatSource(format="chat")).document(row)
+    assert isinstance(document, Conversation), "the section is of conversations"
+    return document
+
+
+def _without_answer(conversation: Conversation, where: str) -> Conversation:
     messages = conversation.messages[:-1] if conversation.messages[-1].role == "assistant" else conversation.messages
-    if not messages or messages[-1].role in ("system", "assistant"):
-        raise DataError("the conversation has no question", where=row.where, hint="end it with a user's message")
-    return _with_system(replace(conversation, messages=messages), system)
+    if not messages or messages[-1].role in (*SYSTEM_ROLES, "assistant"):
+        raise DataError("the conversation has no question", where=where, hint="end it with a user's message")
+    return replace(conversation, messages=messages)
 
 
 def _asked(row: Row, labels: Sequence[str]) -> Sequence[int]:
@@ -173,27 +200,36 @@ def _asked(row: Row, labels: Sequence[str]) -> Sequence[int]:
     return [labels.index(wanted)]
 
 
-def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question, longest: int) -> list[int]:
+def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question) -> list[int]:
     """The token ids of the prompt.
 
     Raises:
-        DataError: The template rejects the conversation, or there is no room for the longest answer.
+        DataError: The template rejects the conversation.
     """
     if not all(_is_unicode(message.content) for message in question.conversation.messages):
         raise DataError("the text has half of a surrogate pair in it", where=question.where, hint="write it as UTF-8")
     prompt = encoder.prompt(_document(finetuned, question), question.where)
     if prompt is None:
         raise DataError("the prompt is empty", where=question.where, hint="write the beginning of a text")
-    positions = finetuned.setup.positions
-    room = positions - len(prompt.ids) - finetuned.prompt_tokens if positions else longest
-    if room < longest:
-        raise DataError(
-            f"after its {len(prompt.ids)} tokens there is room for {max(room, 0)} more in the {positions} positions "
-            f"of the model, not for {longest}",
-            where=question.where,
-            hint=f"set --max-new-tokens to {room} or less" if room > 0 else "shorten the prompt",
-        )
     return prompt.ids
+
+
+def _check_room(
+    base: SharedBase, questions: Sequence[Question], ids: Sequence[Sequence[int]], limit: PositionLimit, longest: int
+) -> None:
+    """Compare prompts and their longest answers with the positions of the model.
+
+    Raises:
+        DataError: There is no room for an answer.
+    """
+    for number, finetuned in enumerate(base.finetuned):
+        own = [index for index, question in enumerate(questions) if question.to == number]
+        limit.after(finetuned.prompt_tokens).check_room(
+            [len(ids[index]) for index in own],
+            lambda row, own=own: questions[own[row]].where,  # type: ignore[misc]
+            longest,
+            "--max-new-tokens",
+        )
 
 
 def _is_unicode(text: str) -> bool:
@@ -215,14 +251,20 @@ def _document(finetuned: FineTunedModel, question: Question) -> Document:
     return PlainText(messages[0].content, "")
 
 
-def _groups(base: SharedBase, questions: Sequence[Question]) -> list[list[int]]:
-    """The indices of the questions by model, those for the base without an adapter first."""
+def _groups(base: SharedBase, questions: Sequence[Question], may_mix: bool) -> list[list[int]]:
+    """The indices of the questions by model, those for the base without an adapter first.
+
+    Args:
+        base: The models.
+        questions: The questions.
+        may_mix: Whether prompts of several lengths may be in one batch.
+    """
     # Prompts of embeddings with the same ends are one group (-1): a batch may mix them, because they differ in input
     # embeddings only.
     groups: dict[tuple[bool, int, tuple[int, ...]], list[int]] = {}
     for index, question in enumerate(questions):
         finetuned = base.finetuned[question.to]
-        to = -1 if finetuned.has_embedded_prompt else question.to
+        to = -1 if finetuned.has_embedded_prompt and may_mix else question.to
         key = (finetuned.trained is not None, to, finetuned.answer_ends)
         groups.setdefault(key, []).append(index)
     return [groups[key] for key in sorted(groups)]

@@ -18,10 +18,10 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.base import AdapterMethod
-from finetune.data.batch_plan import BatchPlan
+from finetune.data.batch_plan import BatchPlan, one_group
 from finetune.data.dataset import Datasets, read_data
 from finetune.data.encode import Encoder
-from finetune.errors import DataError, OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
+from finetune.errors import OutOfMemoryError, UnsupportedError, UsageError, as_out_of_memory
 from finetune.jobs.load.calibration_cache import calibrated_base
 from finetune.jobs.load.device import make_accelerator
 from finetune.jobs.load.model_check import check_start
@@ -38,6 +38,7 @@ from finetune.models.loading.load import (
 from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.models.loading.new_tokens import keep_as_tokens
+from finetune.models.loading.positions import PositionLimit, position_limit
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.loading.template_settings import writes_date
 from finetune.quantizers.choice import Quantizers
@@ -130,9 +131,9 @@ class ModelSetup:
         return self.tokenizer.today if writes_date(self.tokenizer) else None
 
     @property
-    def positions(self) -> int | None:
-        """Tokens that the model can read and write in one row; None where its config does not say."""
-        return self.folder.positions
+    def positions(self) -> PositionLimit:
+        """The positions of the model; its meta model is constructed where its config does not tell."""
+        return position_limit(self.folder)
 
     def base_folder(self, on_event: EventHandler) -> ModelFolder:
         """The folder that the model is loaded from.
@@ -239,14 +240,23 @@ class TrainingContext(ModelSetup):
         """The recipe's tokenized datasets; read once.
 
         Raises:
-            DataError: A file or row cannot be used, or a row and the soft prompt before it exceed the context length.
+            DataError: A file or row cannot be used.
         """
         if not self._datasets:
             on_event(Phase("reading the data"))
             rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, on_event)
-            self._refuse_exceeded_context(max(split.lengths.max(initial=0) for split in (rows.train, rows.validation)))
             self._datasets.append(rows)
         return self._datasets[0]
+
+    def read_checked_data(self, on_event: EventHandler) -> Datasets:
+        """The same, with its lengths compared with the model's positions; see `check_positions`.
+
+        Raises:
+            DataError: As `read_data`, or a row is longer than the model's table of positions.
+        """
+        rows = self.read_data(on_event)
+        check_positions(rows, self.positions, self.recipe.adapter.prompt_tokens)
+        return rows
 
     @property
     def encoder(self) -> Encoder:
@@ -301,15 +311,24 @@ class TrainingContext(ModelSetup):
         seed = self.recipe.training.seed
         return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, on_event)
 
-    def _refuse_exceeded_context(self, longest: int) -> None:
-        positions, prompt = self.positions, self.recipe.adapter.prompt_tokens
-        if prompt and positions and longest + prompt > positions:
-            raise DataError(
-                f"the longest row has {longest} tokens and the soft prompt before it {prompt}, "
-                f"more together than the {positions} positions of the model",
-                where="data.max_length",
-                hint=f"set data.max_length to {positions - prompt} or less, or lower adapter.tokens",
-            )
+
+def check_positions(rows: Datasets, limit: PositionLimit, prompt_tokens: int) -> None:
+    """Compare the lengths of rows with the positions of their model; warns where longer rows can be computed.
+
+    Args:
+        rows: Training and validation rows.
+        limit: The model's positions.
+        prompt_tokens: Soft prompt tokens before each row.
+
+    Raises:
+        DataError: A row is longer than the model's table of positions.
+    """
+    limit = limit.after(prompt_tokens)
+    count = max(limit.count or 0, 0)
+    hint = f"set data.max_length to {count} or less" + ", or lower adapter.tokens" * bool(prompt_tokens)
+    hint += "; data.overlength defines what happens to longer rows"
+    for kind, split in (("training", rows.train), ("validation", rows.validation)):
+        limit.check_rows(split.lengths.tolist(), split.place, f"{kind} rows", hint)
 
 
 def batch_plan_of(
@@ -335,16 +354,20 @@ def batch_plan_of(
     Raises:
         UnsupportedError: The recipe flattens rows to sequences that are longer than the model's attention supports.
     """
+    limit = position_limit(folder).after(adapter.prompt_tokens)
     may_join = not adapter.prompt_tokens  # a soft prompt must stand before each row
     if may_join and training.batching != "padded":
-        may_join = _may_join(training, max_length, folder, lengths)
+        may_join = _may_join(training, max_length, folder, limit, lengths)
     # Noise and dropout differ from row to row, so rows with the same first tokens have different activations.
     is_random = training.neftune_alpha or getattr(adapter, "dropout", 0)
     may_share = attention == "auto" and supports_prefix_sharing(read_config(folder)) and not is_random
-    return BatchPlan.of(training, lengths, max_length, padding, may_join, may_share)
+    group_of = one_group if limit.rotation is None else limit.rotation.group
+    return BatchPlan.of(training, lengths, max_length, padding, may_join, may_share, group_of)
 
 
-def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths: npt.NDArray[np.int64]) -> bool:
+def _may_join(
+    training: Training, max_length: int, folder: ModelFolder, limit: PositionLimit, lengths: npt.NDArray[np.int64]
+) -> bool:
     """Whether the model's attention supports the longest sequence of flattened rows.
 
     Raises:
@@ -352,7 +375,7 @@ def _may_join(training: Training, max_length: int, folder: ModelFolder, lengths:
     """
     count, longest = training.micro_batch_size, training.pack_length or max_length
     tokens = count * longest if training.batching == "packed" else int(np.sort(lengths)[-count:].sum())
-    if folder.positions is None or tokens <= folder.positions:
+    if not limit.exceeded_by(tokens):
         return True
     table = causal_table(meta_model(read_config(folder), Model(name=folder.name), torch.float32))
     if table is None or tokens <= table:

@@ -51,7 +51,7 @@ def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generat
         setup.tokenizer,
         setup.compute_dtype,
         setup.accelerator.device.type,
-        setup.positions,
+        setup.positions.count,
         adapter,
         rank,
         finetuned.answer_ends,

@@ -175,7 +175,7 @@ class MemoryPlanner:
         """
         context = TrainingContext.of(recipe, on_event, weights=False)
         context.check_start(starts_here=gpu is None)
-        return cls(context, context.read_data(on_event), gpu, on_event)
+        return cls(context, context.read_checked_data(on_event), gpu, on_event)
 
     def plan(self, recipe: Recipe, measures_time: bool = True) -> Plan:
         """Memory and time of a recipe's run.
@@ -374,7 +374,7 @@ def _largest(
     computed = target_tokens = sampled = sampled_computed = 0
     for step in range(order.total_steps):
         units = [batch_plan.rows_of(unit) for unit in order.step_units(step)]
-        for group in batch_plan.group_indices([int(lengths[unit].sum()) for unit in units], processes):
+        for group in batch_plan.group_indices([lengths[unit].tolist() for unit in units], processes):
             chosen = [row for place in group for row in units[place]]
             tokens = _computed(lengths[chosen] + prompt, batch_plan.restarts_positions)
             computed, target_tokens = computed + tokens, target_tokens + int(targets[chosen].sum())
@@ -405,9 +405,14 @@ def _computed(lengths: npt.NDArray[np.int64], is_flattened: bool) -> int:
 
 
 def _validation(rows: TokenizedDataset, evaluation: Evaluation, batch_plan: BatchPlan) -> Batch | None:
-    """The largest batch of validation rows, which are sorted by length before they are batched."""
+    """The largest batch of validation rows, which are sorted by length and batched group by group."""
     examples = rows[: evaluation.max_rows]
     if not len(examples):
         return None
-    longest = np.argsort(examples.lengths, kind="stable")[-evaluation.batch_size :]
-    return batch_plan.batch([examples[int(row)] for row in longest])
+    together: dict[int, list[int]] = {}
+    for row in np.argsort(examples.lengths, kind="stable").tolist():
+        together.setdefault(batch_plan.group_of(int(examples.lengths[row])), []).append(row)
+    batches = [
+        batch_plan.batch([examples[row] for row in rows[-evaluation.batch_size :]]) for rows in together.values()
+    ]
+    return max(batches, key=lambda batch: batch.ids_BT.numel())

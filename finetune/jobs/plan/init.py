@@ -22,6 +22,7 @@ from finetune.jobs.plan.fit_to_memory import Fitted, fit
 from finetune.jobs.plan.starter_recipe import OBJECTIVES, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import find_model
+from finetune.models.loading.positions import position_limit
 from finetune.plan.gpu_specs import GpuSpec
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
@@ -176,7 +177,7 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         model=model,
         objective=objective,
         longest_row=longest,
-        row_tokens=min(wanted, folder.positions or wanted),
+        row_tokens=min(wanted, position_limit(folder).count or wanted),
     )
 
 

@@ -14,11 +14,12 @@ from finetune.data.collate import BatchOrder
 from finetune.data.dataset import read_data
 from finetune.data.encode import Example
 from finetune.data.report import data_report
-from finetune.jobs.load.context import batch_plan_of
+from finetune.jobs.load.context import batch_plan_of, check_positions
 from finetune.jobs.load.template_report import report_template, template_line
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model
 from finetune.models.loading.new_tokens import keep_as_tokens
+from finetune.models.loading.positions import position_limit
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.steps import warn_about_steps
 from finetune.run.events import EventHandler, Phase, ignore
@@ -124,6 +125,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
     keep_as_tokens(tokenizer, recipe.named_tokens)
     on_event(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)
+    check_positions(data, position_limit(folder), recipe.adapter.prompt_tokens)
     train = data.train
     report_template(folder, tokenizer, train.answer_ends)
     batch_plan = batch_plan_of(

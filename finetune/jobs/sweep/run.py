@@ -19,6 +19,7 @@ from finetune.errors import (
     UnsupportedError,
     UsageError,
 )
+from finetune.formatting import counted
 from finetune.jobs.sweep.sampler import refuse_missing_package, suggest
 from finetune.jobs.train.run import train
 from finetune.recipe.diff import changes
@@ -79,7 +80,9 @@ class Sweep:
             return None
         values = suggest(self._loaded.recipe, self.section, trials)
         if values is None:
-            logger.warning("every combination of values was tried; the sweep ends after %d trials", len(trials))
+            logger.warning(
+                "every combination of values was tried; the sweep ends after %s", counted(len(trials), "trial")
+            )
             return None
         return self.directory.begin(values)
 

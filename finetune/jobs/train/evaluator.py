@@ -7,7 +7,7 @@ from itertools import islice
 
 from finetune.data.dataset import TokenizedDataset
 from finetune.data.encode import Prompt
-from finetune.errors import OutOfMemoryError, as_out_of_memory
+from finetune.errors import OutOfMemoryError, UnsupportedError, as_out_of_memory
 from finetune.evaluation.generation import AnswerDecoder, Sampling, end_tokens, generate
 from finetune.evaluation.loss import compute_validation_loss
 from finetune.jobs.train.prepare import PreparedRun
@@ -39,6 +39,7 @@ class Evaluator:
         # With a sharded base every rank generates, because each pass all-gathers the weights.
         generates = self._is_main or self._context.shards_base
         self._prompts = self._first_prompts(prepared.rows.validation) if generates else []
+        self._new_tokens = self._room_for_answers()
 
     def measure_if_due(self) -> ValidationResult | None:
         """Measure and record the validation loss, then generate answers.
@@ -77,7 +78,7 @@ class Evaluator:
 
     def _generate(self) -> None:
         """Generate answers to the first validation prompts by greedy decoding."""
-        if not self._prompts:
+        if not self._prompts or self._new_tokens < 1:
             return
         self._on_event(Phase("answering validation rows"))
         try:
@@ -86,11 +87,14 @@ class Evaluator:
                     self._state.bare_model,
                     self._context.tokenizer,
                     [prompt.ids for prompt in self._prompts],
-                    Sampling(max_new_tokens=self._settings.max_new_tokens),
+                    Sampling(max_new_tokens=self._new_tokens),
                     batch_size=self._settings.batch_size,
                     padding=self._context.padding,
                     answer_ends=self._answer_ends,
                 )
+        except UnsupportedError as error:
+            logger.warning("the answers of step %d are skipped: %s", self._state.step, error.what)
+            return
         except (MemoryError, RuntimeError) as error:
             if (shortage := as_out_of_memory(error)) is None or self._context.shards_base:
                 raise
@@ -106,6 +110,21 @@ class Evaluator:
     def _first_prompts(self, validation: TokenizedDataset) -> list[Prompt]:
         asked = (self._context.encoder.prompt(row.document, row.where) for row in validation.documents())
         return list(islice((prompt for prompt in asked if prompt is not None), self._settings.sample_rows))
+
+    def _room_for_answers(self) -> int:
+        """The tokens of the longest answer: as many as the recipe asks for, where a table of positions has them."""
+        wanted = self._settings.max_new_tokens
+        limit = self._context.positions.after(self._context.recipe.adapter.prompt_tokens)
+        longest = max((len(prompt.ids) for prompt in self._prompts), default=0)
+        if not self._prompts or not (limit.is_table and limit.exceeded_by(longest + wanted)):
+            return wanted
+        room = max(0, (limit.count or 0) - longest)
+        logger.warning(
+            "answers to validation prompts have at most %d tokens and not evaluation.max_new_tokens: %d, because the "
+            "longest prompt has %d of the model's %s positions",
+            *(room, wanted, longest, limit.count),
+        )
+        return room
 
     def _stop_if_alone(self, rows: int) -> None:
         """Poll the interruption between two batches; with several ranks none may leave alone."""

@@ -30,7 +30,12 @@ from finetune.models.fingerprint import fingerprint, fingerprint_quantized
 from finetune.models.fsdp import sharded_trainable_params, trains_through_blocks
 from finetune.models.kernels.compiled import compile_blocks
 from finetune.models.kernels.fused import fuse
-from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
+from finetune.models.kernels.length_rotation import length_rotation
+from finetune.models.kernels.packing_check import (
+    check_rotation_of_passes,
+    prefix_sharing_blocker,
+    use_packing_attention,
+)
 from finetune.models.loading.dtype import autocast
 from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.recipe import Recipe
@@ -107,7 +112,7 @@ class PreparedRun:
         on_event = _stopping(on_event, interruption)
         context = TrainingContext.of(recipe, on_event, kept=_same_date(kept))
         _check_start(context, is_resumed=checkpoint is not None)
-        rows = context.read_data(on_event)
+        rows = context.read_checked_data(on_event)
         plan = batch_plan_of(
             recipe.training,
             recipe.data.max_length,
@@ -222,7 +227,7 @@ class _Preparation:
             base,
             recipe.training.gradient_checkpointing,
             kernels=self._replace_kernels,
-            packing=self._check_packing,
+            packing=self._check_batching,
             attach=self._attach,
             offload=self._offloads(),
             log=lambda message: logger.info("training.gradient_checkpointing: %s", message),
@@ -242,6 +247,42 @@ class _Preparation:
 
     def _replace_kernels(self, base: PreTrainedModel) -> None:
         logger.info("model.kernels: %s", _KERNELS[self.context.recipe.model.kernels](base))
+
+    def _check_batching(self, base: PreTrainedModel) -> None:
+        """Check that each row is computed as it is alone.
+
+        Raises:
+            UnsupportedError: It is not.
+        """
+        self._check_packing(base)
+        self._check_rotation(base)
+
+    def _check_rotation(self, base: PreTrainedModel) -> None:
+        """Check rows on both sides of the original length, where the rotation depends on it and the run has such rows.
+
+        Raises:
+            UnsupportedError: A row's logits depend on the length of others.
+        """
+        context, plan = self.context, self.batch_plan
+        rotation, prompt = length_rotation(base), context.recipe.adapter.prompt_tokens
+        lengths = context.read_data(self._on_event).train.lengths.tolist()
+        if rotation is None or not any(map(plan.group_of, lengths)):
+            return
+        logger.info(
+            "training.batching: rows of more than %d tokens are in passes with %s only, because the model's rotation "
+            "depends on the longest row of a pass",
+            rotation.original - prompt,
+            "rows of their own length" if rotation.each_length else "each other",
+        )
+        self._on_event(Phase("checking rows beyond the original length"))
+        with autocast(context.accelerator.device, context.compute_dtype):
+            # The base has no soft prompt yet: its rows are longer by it.
+            check_rotation_of_passes(
+                base,
+                rotation,
+                lambda lengths: plan.passes([tokens - prompt for tokens in lengths]),
+                plan.restarts_positions,
+            )
 
     def _check_packing(self, base: PreTrainedModel) -> None:
         """Check that the base isolates packed examples, and whether it computes shared prefixes once.

@@ -1,11 +1,12 @@
 """The families of `model.chat_template`, and which of them a tokenizer has the control tokens for.
 
-The files hold no beginning of text: where the tokenizer begins texts with that token, the template does too, so that
-a conversation begins as the texts of the pre-training did.
+The files hold no beginning of text: where the tokenizer or the base's own template begins texts with that token, the
+template does too, so that a conversation begins as the texts of the earlier training did.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 
 from transformers import PreTrainedTokenizerBase
@@ -37,22 +38,26 @@ def family_template(family: str, tokenizer: PreTrainedTokenizerBase) -> str:
         fitting = families_for(tokenizer)
         added = ", ".join(f"{{token: '{token}', special: true}}" for token in missing)
         raise ModelError(
-            f"the tokenizer has no {' and no '.join(missing)}, which the templates of {family} write",
+            f"the tokenizer lacks {', '.join(missing)}, which the templates of {family} write",
             where=f"model.chat_template: {family}",
             hint=(f"families for this tokenizer: {', '.join(fitting)}; or " if fitting else "")
             + "name a template file"
             + (f", or add them: model.new_tokens: [{added}]" if family in CONTROL_TOKENS else ""),
         )
     source = files(__package__).joinpath(f"{family}.jinja").read_text(encoding="utf-8").rstrip("\n")
-    return "{{- bos_token }}\n" + source if _begins_texts(tokenizer) else source
+    return "{{- bos_token }}\n" + source if _begins_texts(family, tokenizer) else source
 
 
 def _missing(family: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if family not in CONTROL_TOKENS:
-        return [] if tokenizer.eos_token else ["end token"]
+        return [] if tokenizer.eos_token else ["an end token"]
     return [token for token in CONTROL_TOKENS[family] if tokenizer.tokenize(token) != [token]]
 
 
-def _begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+def _begins_texts(family: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer or the base's own template begins texts with a token that is no part of a turn."""
+    bos, template = tokenizer.bos_token_id, tokenizer.chat_template
+    if bos is None or tokenizer.bos_token in CONTROL_TOKENS.get(family, ()):
+        return False
+    sources = template.values() if isinstance(template, Mapping) else [template or ""]
+    return list(tokenizer("a")["input_ids"])[:1] == [bos] or any("bos_token" in source for source in sources)

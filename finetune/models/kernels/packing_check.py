@@ -6,18 +6,24 @@ Shape legend: B rows, T tokens of a row, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from finetune.errors import UnsupportedError
 from finetune.models.kernels import packed_attention
+from finetune.models.kernels.length_rotation import LengthRotation
 
 logger = logging.getLogger(__name__)
 
 PROBE_LENGTHS = (19, 7, 12)
 """Lengths of the probe's three examples; the middle one is changed."""
+
+LAST_TOKENS = 8
+"""Tokens of each row whose logits `check_rotation_of_passes` compares: positions far apart turn most."""
 
 TOLERANCE = 1e-5
 """Largest change of a neighbour's logits that a float32 kernel's order of summation explains, relative to the largest
@@ -178,9 +184,68 @@ def cross_contamination(model: PreTrainedModel) -> float:
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Random token ids of a packed row of three examples, and their positions; both of shape (T,)."""
+    return _random_ids(model, sum(PROBE_LENGTHS)), torch.cat([torch.arange(length) for length in PROBE_LENGTHS])
+
+
+def _random_ids(model: PreTrainedModel, tokens: int) -> Tensor:
+    """Random token ids, shape (T,), int64; the same in every call."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids_T = torch.randint(vocabulary, (sum(PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0))
-    return ids_T, torch.cat([torch.arange(length) for length in PROBE_LENGTHS])
+    return torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+
+
+def check_rotation_of_passes(
+    model: PreTrainedModel,
+    rotation: LengthRotation,
+    passes: Callable[[Sequence[int]], Sequence[Sequence[int]]],
+    is_flattened: bool,
+) -> None:
+    """Check that rows keep their logits where the rows of a step include one beyond the rotation's original length.
+
+    The rows are a long one between two short ones, each also computed alone. The passes run the longest row first, so
+    that a rotation that remembers it is found too.
+
+    Args:
+        model: A base model; with packing attention if rows are flattened.
+        rotation: Of the model.
+        passes: The batch plan: from the tokens of rows to the indices of the rows in each pass.
+        is_flattened: Whether the rows of a pass are flattened into one sequence, or padded.
+
+    Raises:
+        UnsupportedError: A row's logits depend on the rows beside it, or before it.
+    """
+    short = min(rotation.original, 48)
+    lengths = (short, rotation.original + 1, max(1, short // 2))
+    ids_T = _random_ids(model, sum(lengths))
+    rows = ids_T.split(lengths)
+    alone = {row: _last_logits(model, [rows[row]], is_flattened)[0] for row in (0, 2, 1)}
+    for chosen in sorted(passes(lengths), key=lambda chosen: -max(lengths[row] for row in chosen)):
+        together = _last_logits(model, [rows[row] for row in chosen], is_flattened)
+        for row, logits_KV in zip(chosen, together, strict=True):
+            difference = float((logits_KV - alone[row]).norm() / alone[row].norm())
+            if not difference <= AGREEMENT[packed_attention.compute_dtype(model.get_input_embeddings().weight)]:
+                raise UnsupportedError(
+                    f"a row of {lengths[row]} tokens has other logits beside one of {max(lengths)} than alone: they "
+                    f"differ by {difference:.1e} of their norm ({model.config.model_type})",
+                    where="training.batching",
+                    hint=f"set data.max_length to {rotation.original} or less",
+                )
+
+
+@torch.no_grad()
+def _last_logits(model: PreTrainedModel, rows: Sequence[Tensor], is_flattened: bool) -> list[Tensor]:
+    """The logits of the last tokens of each row in one pass, shape (K, V) each, float32, on the CPU."""
+    if is_flattened:
+        logits_TV = _logits(model, torch.cat(list(rows)), torch.cat([torch.arange(len(row)) for row in rows]))
+        return [of_row[-LAST_TOKENS:] for of_row in logits_TV.split([len(row) for row in rows])]
+    device = model.get_input_embeddings().weight.device
+    ids_BT = pad_sequence(list(rows), batch_first=True).to(device)
+    mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    was_training = model.training
+    model.eval()
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    model.train(was_training)
+    kept = [of_row[: len(row)][-LAST_TOKENS:] for of_row, row in zip(logits_BTV, rows, strict=True)]
+    return [logits_KV.float().cpu() for logits_KV in kept]
 
 
 @torch.no_grad()

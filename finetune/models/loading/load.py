@@ -23,6 +23,7 @@ from transformers import (
 from finetune.errors import FinetuneError, ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import shard_model
 from finetune.models.kernels.float32_compute import compute_in_float32
+from finetune.models.kernels.length_rotation import forget_earlier_lengths
 from finetune.models.layer_names import SHOWN
 from finetune.models.linear_layers import linear_layers, list_of_blocks
 from finetune.models.loading.attention import attention_argument
@@ -273,6 +274,7 @@ def load_model(
         _copy_mapped_weights(model)
     if compute_dtype is torch.float32 is not weight_dtype:
         compute_in_float32(model)
+    forget_earlier_lengths(model)
     # Saved adapters name the base as the recipe does, not by a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False)

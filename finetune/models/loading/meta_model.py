@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.errors import ModelError
+from finetune.models.kernels.length_rotation import forget_earlier_lengths
 from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.model import Model
@@ -86,4 +87,5 @@ def meta_model(config: Any, section: Model, dtype: torch.dtype) -> PreTrainedMod
             trust_remote_code=False,
         )
     model.tie_weights()
+    forget_earlier_lengths(model)
     return model.requires_grad_(False)

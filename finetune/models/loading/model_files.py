@@ -36,18 +36,6 @@ UNWANTED_FILES = ["*/*", "consolidated*"]
 
 GENERATION_CONFIG = "generation_config.json"
 
-POSITION_KEYS = (
-    "max_position_embeddings",  # most architectures
-    "n_positions",  # GPT, GPT-2, GPT-J, GPTBigCode, CodeGen, CTRL
-    "max_seq_len",  # MPT, DBRX
-    "seq_length",  # Bloom, ChatGLM
-    "model_max_length",  # Kimi Linear, Bailing
-    "max_sequence_length",  # converted checkpoints of the first Llama
-    "context_length",  # RWKV
-    "n_ctx",  # GPT, beside n_positions
-)
-"""Keys of config.json for the context length."""
-
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -102,20 +90,6 @@ class ModelFolder:
             where=str(self.path),
             hint="name the unquantized model, or choose another adapter.initialization",
         )
-
-    @property
-    def positions(self) -> int | None:
-        """The model's context length in tokens; None if config.json does not state one.
-
-        The language model's own section (`text_config`) comes first, where a multimodal model has one.
-        """
-        config = self.config()
-        text = config.get("text_config")
-        for section in (text, config) if isinstance(text, dict) else (config,):
-            for key in POSITION_KEYS:
-                if isinstance(value := section.get(key), int) and value > 0:
-                    return value
-        return None
 
 
 def find_model(section: Model, report_work: Callable[[str], None], weights: bool = True) -> ModelFolder:

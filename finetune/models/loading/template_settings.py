@@ -72,7 +72,7 @@ def read_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str
         raise ModelError(f"a chat template has at most {LARGEST_TEMPLATE} bytes", where=where, hint="name a Jinja file")
     try:
         source = path.read_text(encoding="utf-8")
-        _environment().parse(source)
+        parsed_template(source)
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"the file cannot be read: {error}", where=where, hint="write it as UTF-8") from error
     except jinja2.TemplateSyntaxError as error:
@@ -90,9 +90,18 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def variables_of(source: str) -> set[str]:
     """The variables that a template reads and the caller may set; for a broken template, all its words."""
     try:
-        return set(meta.find_undeclared_variables(_environment().parse(source))) - FUNCTIONS
+        return set(meta.find_undeclared_variables(parsed_template(source))) - FUNCTIONS
     except jinja2.TemplateError:
         return set(re.findall(r"[^\W\d]\w*", source))
+
+
+def parsed_template(source: str) -> nodes.Template:
+    """The syntax tree of a template, with the extensions of transformers; nothing is rendered.
+
+    Raises:
+        jinja2.TemplateError: The template is broken, or uses another extension.
+    """
+    return _environment().parse(source)
 
 
 def _sources(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.violation import Violation, first
 from finetune.recipe.sections.adapter import SoftPrompt
-from finetune.recipe.sections.data import SourceSection
+from finetune.recipe.sections.data import NOT_ARGUMENTS, SourceSection, not_arguments
 from finetune.recipe.sections.evaluation import RowsTask, TaskSection
 
 
@@ -53,6 +53,21 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
                 "the source has no weight, and another one has",
                 "give every source a weight, or none",
             )
+    return None
+
+
+def template_arguments_are_variables(recipe: Recipe) -> Violation | None:
+    """Names that a template cannot read, or whose values rendering sets itself."""
+    if names := not_arguments(recipe.data.template_arguments):
+        is_set = set(names) <= NOT_ARGUMENTS
+        return Violation(
+            "data.template_arguments",
+            f"{', '.join(map(repr, names))} cannot be {'a variable' if len(names) == 1 else 'variables'} of the chat "
+            "template",
+            "leave it out: its value follows from the rows and from what is rendered"
+            if is_set
+            else "a variable has letters, digits and underscores only, and no value that follows from the rows",
+        )
     return None
 
 

@@ -40,9 +40,9 @@ NOT_ARGUMENTS = frozenset((
 """Names that rendering uses itself, so that no variable of a chat template can have them."""
 
 
-def not_an_argument(names: Iterable[Any]) -> str | None:
-    """The first of these names that no variable of a chat template can have; None if there is none."""
-    return next((str(name) for name in names if not str(name).isidentifier() or name in NOT_ARGUMENTS), None)
+def not_arguments(names: Iterable[Any]) -> list[str]:
+    """Those of the names that no variable of a chat template can have."""
+    return [str(name) for name in names if not str(name).isidentifier() or name in NOT_ARGUMENTS]
 
 
 class Hub(Section):
@@ -350,13 +350,6 @@ class Data(Section):
     workers: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
         None, ge=1, description="Processes that tokenize rows; by default one per core."
     )
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _are_variables(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if (name := not_an_argument(arguments)) is not None:
-            raise ValueError(f"{name!r} cannot be a variable of the chat template")
-        return arguments
 
     @field_validator("train", "validation", mode="before")
     @classmethod

@@ -32,7 +32,7 @@ def test_page_escapes_names_rows_and_the_data_table(page: str):
 
 
 def test_page_has_notes_with_count_and_first_place(page: str):
-    assert "is not read: 9 (first: rows.jsonl:1)" in page
+    assert "is not read: 9 rows (first: rows.jsonl:1)" in page
 
 
 def test_page_has_no_external_resources(page: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -75,3 +77,20 @@ def test_unit_is_row_or_pack():
     packed = plan_of("packed", lengths)
     assert packed.units == 2
     assert sorted(row for unit in range(2) for row in packed.rows_of(unit)) == list(range(6))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batching", ["padded", "padding_free", "packed"])
+@pytest.mark.parametrize("group_of", [lambda n: int(n > 8), lambda n: 0 if n <= 8 else n], ids=["sides", "lengths"])
+def test_micro_batches_hold_rows_of_one_group(group_of: Callable[[int], int], batching: str, world_size: int):
+    lengths = [3, 12, 9, 8, 7, 9, 16, 2, 12, 5, 9]
+    training = Training(batching=batching, micro_batch_size=3, pack_length=32 if batching == "packed" else None)
+    plan = BatchPlan.of(training, np.array(lengths), max_length=16, padding=0, group_of=group_of)
+    units = units_of(plan, lengths)
+    groups = plan.groups(units, world_size)
+    assert sorted(len(e.ids) for group in groups for unit in group for e in unit) == sorted(lengths)
+    assert all(len({group_of(len(e.ids)) for unit in group for e in unit}) == 1 for group in groups)
+    assert all(len(group) <= 3 for group in groups)
+    passes = [len(plan.micro_batches(units, rank, world_size)) for rank in range(world_size)]
+    assert len(set(passes)) == 1, "every rank takes part in every collective"
+    assert all(len({group_of(lengths[row]) for row in chosen}) == 1 for chosen in plan.passes(lengths))

@@ -147,7 +147,7 @@ def test_control_tokens_policy_error_refuses_row():
 def test_control_tokens_in_text_are_counted_and_stay_control_tokens():
     tokenizer = tokenizer_of("byte_level")
     encoder = Encoder(tokenizer, "assistant")
-    (example,) = encoder.examples(PlainText("", "a<|turn|>b"), "row")
+    (example,) = encoder.examples(PlainText("a", "<|turn|>b"), "row")
     assert tokenizer.convert_tokens_to_ids("<|turn|>") in example.ids
     ((text, note),) = encoder.report.notes.items()
     assert "<|turn|>" in text

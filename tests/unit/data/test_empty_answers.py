@@ -8,10 +8,12 @@ import pytest
 from pydantic import TypeAdapter
 
 from finetune.data.bad_rows import EMPTY
+from finetune.data.encode import Encoder
 from finetune.data.rows import Row
 from finetune.errors import BadRow
 from finetune.recipe.sections.data import Source
 from finetune.resolve import build
+from tests.fixtures.tiny import tiny_tokenizer
 from tests.unit.data.test_formats import document, error_of, turn
 
 EMPTY_TEXTS = ["", " ", "\n\t \n", "\u00a0"]
@@ -87,3 +89,26 @@ def test_auto_empty_answer_is_bad_row_on_first_and_later_rows():
 def test_chat_empty_answer_is_left_to_the_encoder():
     """Whether an answer of a conversation is a target depends on `data.train_on`."""
     document({"messages": [turn("user", "a"), turn("assistant", "")]}, format="chat")
+
+
+@pytest.mark.parametrize("keys", [{"content": None}, {}, {"content": " "}])
+def test_null_answer_is_empty_answer(keys: dict[str, Any]):
+    row = document({"messages": [turn("user", "a"), {"role": "assistant", **keys}]}, format="chat")
+    with pytest.raises(BadRow) as caught:
+        Encoder(tiny_tokenizer(), "assistant").examples(row, "row")
+    assert caught.value.reason == EMPTY
+    assert "refusal" not in str(caught.value)
+
+
+def test_null_answer_beside_refusal_names_the_refusal():
+    refused = {"role": "assistant", "content": None, "refusal": "No."}
+    row = document({"messages": [turn("user", "a"), refused]}, format="chat")
+    with pytest.raises(BadRow) as caught:
+        Encoder(tiny_tokenizer(), "assistant").examples(row, "row")
+    assert (caught.value.reason, "'refusal'" in caught.value.what) == (EMPTY, True)
+
+
+def test_null_answer_without_targets_is_context():
+    turns = [turn("user", "a"), {**turn("assistant", None), "train": False}, turn("user", "b"), turn("assistant", "c")]
+    (example,) = Encoder(tiny_tokenizer(), "assistant").examples(document({"messages": turns}, format="chat"), "row")
+    assert example.targets == len("c") + 1

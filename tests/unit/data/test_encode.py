@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from finetune.data.documents import Conversation, Message, PlainText
-from finetune.data.encode import Encoder, Example
+from finetune.data.encode import Encoder, Example, TrainOn
 from finetune.errors import DataError, ModelError
 from tests.fixtures.tiny import tiny_tokenizer
 
@@ -116,3 +117,75 @@ def test_template_exception_raises_data_error():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
         Encoder(tokenizer, "assistant").examples(TWO_TURNS, "row")[0]
+
+
+GREETED = (("assistant", "Welcome"), ("user", "Hi"), ("assistant", "Hello"))
+
+
+@pytest.mark.parametrize("before", [(), (("system", "Be brief."),), (("system", "Be brief."), ("assistant", "One"))])
+def test_greeting_before_first_user_message_is_context(before: tuple[tuple[str, str], ...]):
+    row = conversation(*before, *GREETED)
+    (example,) = Encoder(TOKENIZER, "assistant").examples(row, "row")
+    assert target_text(example) == "Hello<|end|>"
+    assert "Welcome" in TOKENIZER.decode(example.ids)
+    (part,) = row.split_turns()
+    assert Encoder(TOKENIZER, "assistant").examples(part, "row") == [example]
+
+
+def test_greeting_is_target_of_train_on_all():
+    (example,) = Encoder(TOKENIZER, "all").examples(conversation(*GREETED), "row")
+    assert "Welcome" in target_text(example)
+
+
+def test_answer_to_system_message_alone_is_target():
+    row = conversation(("system", "Write a poem."), ("assistant", "Roses"))
+    (example,) = Encoder(TOKENIZER, "assistant").examples(row, "row")
+    assert target_text(example) == "Roses<|end|>"
+    assert Encoder(TOKENIZER, "assistant").prompt(row, "row") is not None
+
+
+@pytest.mark.parametrize("turns", [[("assistant", "a")], [("assistant", "a"), ("assistant", "b")]])
+def test_answers_that_no_message_asks_for_raise_with_keys_that_help(turns: list[tuple[str, str]]):
+    with pytest.raises(DataError) as caught:
+        Encoder(TOKENIZER, "assistant").examples(conversation(*turns), "row")
+    assert all(word in str(caught.value.hint) for word in ("data.train_on", "last_turn", "all", '"train": false'))
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_developer_message_is_rendered_as_system_message(place: int):
+    def at(role: str) -> Conversation:
+        turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you")]
+        return conversation(*turns[:place], (role, "Be brief."), *turns[place:])
+
+    encoder = Encoder(TOKENIZER, "assistant")
+    assert encoder.examples(at("developer"), "row") == encoder.examples(at("system"), "row")
+    assert encoder.prompt(at("developer"), "row") == encoder.prompt(at("system"), "row")
+    ((text, note),) = encoder.report.notes.items()
+    assert "developer" in text
+    assert (note.count, note.where) == (1, "row")
+
+
+def test_developer_message_stays_where_template_knows_the_role():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{% if messages[0].role == 'developer' %}{% endif %}"
+    encoder = Encoder(tokenizer, "assistant")
+    (example,) = encoder.examples(conversation(("developer", "Be brief."), ("user", "a"), ("assistant", "b")), "row")
+    assert "<|turn|>developer\n" in tokenizer.decode(example.ids)
+    assert not encoder.report.notes
+
+
+@pytest.mark.parametrize(
+    ("begins", "train_on", "prompt", "count"),
+    [(False, "assistant", "", 1), (True, "assistant", "", 0), (False, "assistant", "a", 0), (False, "all", "a", 1)],
+)
+def test_text_without_beginning_of_text_counts_its_first_token(
+    begins: bool, train_on: TrainOn, prompt: str, count: int
+):
+    tokenizer = tiny_tokenizer()
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+        )
+    encoder = Encoder(tokenizer, train_on)
+    encoder.examples(PlainText(prompt, "bc"), "row")
+    assert sum("first token is no target" in text for text in encoder.report.notes) == count

@@ -87,9 +87,9 @@ def test_formats_read_renamed_columns(row: dict[str, Any], source: dict[str, str
         (None, "must be a list of messages, found null"),
         (["Hi"], "messages[0] must be an object with role and content, found text"),
         ([turn("user", "Hi"), None], "messages[1] must be an object with role and content, found null"),
-        ([turn("human", "Hi")], "messages[0].role must be one of system, user, assistant, tool, found text"),
+        ([turn("human", "Hi")], "messages[0].role must be one of system, developer, user, assistant, tool, found text"),
         ([turn("User", "Hi")], "messages[0].role"),
-        ([{"content": "Hi"}], "messages[0].role must be one of system, user, assistant, tool, found null"),
+        ([{"content": "Hi"}], "messages[0].role must be one of system, developer, user, assistant, tool, found null"),
         ([{"role": ["user"], "content": "Hi"}], "messages[0].role must be one of"),
         ([{"role": "user"}], "messages[0].content must be text, found null"),
         ([turn("user", 3)], "messages[0].content must be text, found a number (3)"),
@@ -222,7 +222,7 @@ def test_answer_column_missing_raises(missing: Any):
 @pytest.mark.parametrize(
     ("message", "what"),
     [
-        (turn("assistant", None), "messages[0].content must be text"),
+        (turn("user", None), "messages[0].content must be text"),
         ({**turn("user", "a"), "tool_calls": [CALL]}, "messages[0] has role user and calls a tool"),
         ({**turn("assistant", ""), "tool_calls": "{"}, "messages[0].tool_calls must be JSON"),
         ({**turn("assistant", ""), "tool_calls": '{"name": "\\ud800"}'}, "half of an escaped character"),
@@ -484,3 +484,58 @@ def test_multiple_choice_bad_choices_raise(choices: Any):
 
 def test_qa_numeric_answer_hints_at_multiple_choice():
     assert "multiple_choice" in str(error_of({"question": "a", "answers": 1}, format="qa").hint)
+
+
+@pytest.mark.parametrize("keys", [{"content": None}, {}])
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_null_system_message_is_left_out(role: str, keys: dict[str, Any]):
+    turns = [{"role": role, **keys}, turn("user", "a"), turn("assistant", "b")]
+    assert document({"messages": turns}, format="chat") == document({"messages": turns[1:]}, format="chat")
+    with_column = {"messages": turns, "system": "Be brief."}
+    assert document(with_column, format="chat") == document({**with_column, "messages": turns[1:]}, format="chat")
+
+
+def test_null_system_turn_of_sharegpt_is_left_out():
+    turns = [{"from": "system", "value": None}, heard("human", "a"), heard("gpt", "b")]
+    assert document({"conversations": turns}, format="sharegpt") == document(
+        {"conversations": turns[1:]}, format="sharegpt"
+    )
+
+
+def test_empty_system_message_stays():
+    row = {"messages": [turn("system", ""), turn("user", "a")]}
+    assert document(row, format="chat") == Conversation((Message("system", ""), Message("user", "a")))
+
+
+def test_null_system_message_alone_is_no_conversation():
+    assert "no message with a text" in error_of({"messages": [turn("system", None)]}, format="chat").what
+
+
+@pytest.mark.parametrize(
+    ("found", "role", "keys"),
+    [
+        ("User", "user", {"assistant_roles": ["assistant"]}),
+        ("ASSISTANT", "assistant", {"user_roles": ["user"]}),
+        ("human", "user", {}),
+        ("model", "assistant", {}),
+        ("System", "system", {"user_roles": ["user"], "assistant_roles": ["assistant"]}),
+    ],
+)
+def test_unknown_role_hint_maps_it(found: str, role: str, keys: dict[str, Any]):
+    row = {"talk": [turn(found, "a")]}
+    hint = str(error_of(row, format="chat", messages="talk").hint)
+    told = yaml.safe_load(hint[hint.index("{") :])
+    assert ("..." in hint) == bool(keys)
+    assert document(row, **{**told, **keys}) == Conversation((Message(role, "a"),))
+
+
+@pytest.mark.parametrize("result", [{"t": 20}, 20, True, [1, "a"], [], [{"t": 1}]])
+def test_tool_result_that_is_no_text_hints_at_json(result: Any):
+    error = error_of({"messages": [turn("user", "a"), turn("tool", result)]}, format="chat")
+    assert "messages[1].content" in error.what
+    assert "json.dumps" in str(error.hint)
+
+
+def test_tool_result_of_text_parts_is_text():
+    parts = [{"type": "text", "text": "2"}, {"type": "text", "text": "0"}]
+    assert document({"messages": [turn("tool", parts)]}, format="chat") == Conversation((Message("tool", "20"),))

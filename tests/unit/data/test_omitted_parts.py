@@ -182,3 +182,48 @@ def test_families_show_contents_that_look_like_their_own_marks(family: str, cont
     assert family in SPECIAL
     row = Conversation((Message("user", content), Message("assistant", "Yes")))
     Encoder(family_tokenizer(family), "assistant").examples(row, "row")
+
+
+REMOVED = {
+    "method": "m.content.replace('{}', '')",
+    "filter": "m.content | replace('{}', '') | trim",
+}
+
+
+def switching(word: str, removal: str, is_tested: bool = True) -> str:
+    """A template that removes a word from system messages, and does something else where it is there."""
+    test = f"{{% if '{word}' in messages[0].content %}}no {{% endif %}}" if is_tested else ""
+    removed = REMOVED[removal].format(word)
+    return (
+        test
+        + "{% for m in messages %}<|turn|>{{ m.role }}\n{% if m.role == 'system' %}{{ "
+        + f"({removed}) or 'Be kind.'"
+        + " }}{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+
+
+def of_system(text: str) -> Conversation:
+    return Conversation((Message("system", text), Message("user", "a"), Message("assistant", "b")))
+
+
+@pytest.mark.parametrize("text", ["{}", " {} ", "Be brief. {}", "{} Be brief.", "Be{}brief.", "One{}two {}"])
+@pytest.mark.parametrize("removal", REMOVED)
+@pytest.mark.parametrize("word", ["/no_think", "/system_override", "[quiet]"])
+def test_switch_that_template_removes_is_no_omission(word: str, removal: str, text: str):
+    (example,) = encoder_of(switching(word, removal)).examples(of_system(text.format(word, word)), "row")
+    assert example.targets
+
+
+@pytest.mark.parametrize("removal", REMOVED)
+def test_word_that_template_removes_without_test_is_omitted(removal: str):
+    refusal(switching("/no_think", removal, is_tested=False), of_system("Be brief. /no_think"))
+
+
+@pytest.mark.parametrize("removal", REMOVED)
+def test_text_beside_a_switch_is_omitted_where_template_omits_it(removal: str):
+    template = switching("/no_think", removal).replace(
+        "{% if m.role == 'system' %}", "{% if m.role == 'system' and 0 %}"
+    )
+    template = template.replace("{{ m.content }}", "{{ m.content if m.role != 'system' else 'Be kind.' }}")
+    assert "'Be brief.'" in refusal(template, of_system("Be brief. /no_think")).what

@@ -24,6 +24,17 @@ def test_packs_hold_every_row_once_within_capacity(window: int):
     assert packs.fill == pytest.approx(lengths.sum() / (100 * len(packs)))
 
 
+@pytest.mark.parametrize("window", [16, 1000])
+def test_packs_hold_rows_of_one_group(window: int):
+    lengths = np.random.default_rng(5).integers(2, 101, 200)
+    groups = (lengths > 50).astype(np.int64)
+    packs = packed(lengths, capacity=300, seed=1, window=window, groups=groups)
+    assert sorted(row for pack in range(len(packs)) for row in packs[pack]) == list(range(200))
+    assert all(len(set(groups[packs[pack]])) == 1 for pack in range(len(packs)))
+    mixed = packed(lengths, capacity=300, seed=1, window=window)
+    assert any(len(set(groups[mixed[pack]])) == 2 for pack in range(len(mixed)))
+
+
 def test_best_fit_takes_fullest_group_with_room():
     groups = best_fit([60, 70, 30, 40], capacity=100)
     assert sorted(sorted(group) for group in groups) == [[0, 3], [1, 2]]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import BOOKKEEPING_COLUMNS, Conversation, Message, PlainText
 from finetune.data.rows import Row
-from finetune.recipe.sections.data import NOT_ARGUMENTS, Data, Source
+from finetune.recipe.sections.data import NOT_ARGUMENTS, Source
 from finetune.resolve import build
 from tests.unit.data.test_formats import document, error_of, heard, turn
 
@@ -165,14 +165,6 @@ def test_documents_that_are_no_list_are_unread(documents: Any):
 def test_arguments_of_rendering_are_no_variables():
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
     assert parameters - {"self", "kwargs", "documents"} <= NOT_ARGUMENTS
-
-
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "a-b", "", "x %}{% set y"])
-def test_recipe_refuses_template_argument_that_is_no_variable(name: str):
-    train = [{"path": "rows.jsonl"}]
-    assert Data.model_validate({"train": train, "template_arguments": {"enable_thinking": False}}).template_arguments
-    with pytest.raises(ValidationError, match="cannot be a variable"):
-        Data.model_validate({"train": train, "template_arguments": {name: 1}})
 
 
 @pytest.mark.parametrize("name", [*ROWS, "text", "tokenized"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data.documents import Conversation, Message
+from finetune.data.documents import Conversation, Message, ToolObject
 from finetune.data.encode import Encoder
-from finetune.data.thoughts import THOUGHT_TAGS
+from finetune.data.thoughts import THOUGHT_TAGS, is_thought_alone
 from finetune.errors import BadRow
 from tests.fixtures.tiny import SPECIAL, byte_tokenizer
 
@@ -44,6 +44,7 @@ def row(content: str, reasoning: str = "") -> Conversation:
     return Conversation((Message("user", "2+1?"), Message("assistant", content, reasoning=reasoning)))
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 ASKED = "<|turn|>user\n2+1?<|end|>\n<|turn|>assistant\n"
 THOUGHT = "<think>\nOne more.\n</think>\n\n3<|end|>"
 
@@ -105,3 +106,45 @@ def test_answer_with_another_beginning_than_prompt_raises():
     other = template().replace("<|turn|>assistant\n", "<|turn|>assistant: ")
     with pytest.raises(BadRow, match="another beginning"):
         trained(other, row("3"))
+
+
+@pytest.mark.parametrize(("opening", "closing"), THOUGHT_TAGS)
+@pytest.mark.parametrize(
+    ("form", "is_alone"), [("{o}a{c}", 1), ("{o}a{c}\n\n", 1), ("{o}a", 1), ("a{c}", 1), ("{o}a{c}b", 0), ("a", 0)]
+)
+def test_answer_of_a_thought_alone_is_counted(opening: str, closing: str, form: str, is_alone: int):
+    encoder = Encoder(byte_tokenizer(SPECIAL, template(opening=opening, closing=closing)), "assistant")
+    (example,) = encoder.examples(row(form.format(o=opening, c=closing)), "row")
+    assert example.targets
+    assert (
+        sum(note.count for text, note in encoder.report.notes.items() if "thought without a text" in text) == is_alone
+    )
+
+
+@pytest.mark.parametrize(("content", "calls", "is_alone"), [("", (), True), ("b", (), False), ("", (CALL,), False)])
+def test_reasoning_alone_is_a_thought_alone(content: str, calls: tuple[ToolObject, ...], is_alone: bool):
+    assert is_thought_alone(Message("assistant", content, calls, reasoning="a")) == is_alone
+
+
+CHANNELS = (
+    "{% for m in messages %}<|turn|>{{ m.role }}\n{% if m.role == 'assistant' and 'thinking' in m %}"
+    "<|channel|>analysis<|message|>{{ m.thinking }}<|end|>\n<|turn|>assistant\n{% endif %}"
+    "<|channel|>final<|message|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "is_counted"),
+    [
+        (CHANNELS, "<think>a</think>b", True),
+        (CHANNELS, "[THINK]a[/THINK]b", True),
+        (CHANNELS, "b", False),
+        (template(), "<think>a</think>b", False),
+        (template(cuts=True) + "{% if messages[0].reasoning_content %}{% endif %}", "<think>a</think>b", False),
+    ],
+)
+def test_thought_in_tags_is_counted_where_template_reads_thoughts_from_a_key(text: str, content: str, is_counted: bool):
+    encoder = Encoder(byte_tokenizer(SPECIAL, text), "assistant")
+    encoder.examples(row(content), "row")
+    assert any("reasoning_content" in note for note in encoder.report.notes) == is_counted

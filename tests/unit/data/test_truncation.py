@@ -65,7 +65,7 @@ def test_truncate_counts_cut_target_tokens(caplog: pytest.LogCaptureFixture):
         split = encoded(LONG_ANSWER, max_length=40, overlength="truncate")
     whole = encoded(LONG_ANSWER).counts.target_tokens
     assert split.counts.cut_target_tokens == whole - split.counts.target_tokens > 0
-    assert f"{split.counts.cut_target_tokens} target tokens were cut" in caplog.text
+    assert f"removing {split.counts.cut_target_tokens} target tokens" in caplog.text
 
 
 def test_truncate_removing_all_targets_counts_row_without_targets():
@@ -121,3 +121,52 @@ def test_truncate_prompt_keeps_system_message():
     assert target_text(cut) == target_text(whole)
     with pytest.raises(DataError, match="no room for a prompt"):
         encoded(talk, max_length=24, overlength="truncate_prompt")
+
+
+EXCHANGE = Conversation((Message("user", "a"), Message("assistant", "b")))
+TWO_ANSWERS = Conversation(tuple(Message(role, "x" * 20) for role in ("user", "assistant") * 2))
+
+
+def test_truncate_prompt_of_several_answers_names_keys_that_help():
+    with pytest.raises(DataError) as caught:
+        encoded(TWO_ANSWERS, max_length=60, overlength="truncate_prompt")
+    hint = str(caught.value.hint)
+    assert "data.split_turns" in hint
+    assert "last_turn" in hint
+    encoded(TWO_ANSWERS, max_length=60, overlength="truncate_prompt", split_turns=True)
+    encoded(TWO_ANSWERS, max_length=60, overlength="truncate_prompt", train_on="last_turn")
+
+
+@pytest.mark.parametrize("settings", [{"overlength": "error"}, {"overlength": "truncate_prompt", "split_turns": True}])
+def test_too_long_row_names_split_turns_only_where_it_helps(settings: dict[str, object]):
+    long = Conversation((*TWO_ANSWERS.messages[:3], Message("assistant", "y" * 60)))
+    with pytest.raises(DataError) as caught:
+        encoded(long, max_length=60, **settings)
+    assert "split_turns" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("split_turns", [False, True])
+def test_greetings_are_counted_once_a_row(split_turns: bool):
+    greeted = Conversation((Message("assistant", "Welcome"), *TWO_ANSWERS.messages))
+    report = encoded(greeted, TWO_ANSWERS, greeted, split_turns=split_turns).report
+    ((text, note),) = report.notes.items()
+    assert "greeting" in text
+    assert (note.count, note.where) == (2, "rows.jsonl:1")
+
+
+def test_max_dropped_error_names_max_length_only_where_rows_are_too_long():
+    empty, settings = Conversation((Message("user", "a"), Message("assistant", ""))), {"on_bad_row": "drop"}
+    with pytest.raises(DataError) as caught:
+        encoded(TALK, empty, max_dropped=0.1, **settings)
+    assert "max_length" not in str(caught.value.hint)
+    assert "1 row with an empty answer" in caught.value.what
+    with pytest.raises(DataError) as caught:
+        encoded(EXCHANGE, LONG_ANSWER, max_length=65, overlength="drop", max_dropped=0.1, **settings)
+    assert "raise data.max_length, or raise data.max_dropped" in str(caught.value.hint)
+
+
+def test_truncation_without_cut_targets_counts_no_targets(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        encoded(TALK, max_length=40, overlength="truncate_prompt")
+    assert "cut 1 of 1 row to 40 tokens" in caplog.text
+    assert "target" not in caplog.text

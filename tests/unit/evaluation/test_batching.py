@@ -37,6 +37,15 @@ def test_shortage_halves_tokens_and_short_rows_still_share_a_batch():
     assert batches == [[1], [3], [6, 7], [2, 0, 4, 5]]
 
 
+@pytest.mark.parametrize("shared", [None, [0] * 8])
+def test_batches_have_rows_of_one_group(shared: list[int] | None):
+    order = sorted(LENGTHS, reverse=True) if shared else LENGTHS
+    groups = [int(length > 8) for length in order]
+    found = [rows for rows, _ in in_batches(order, 8, lambda rows: None, shared=shared, groups=groups)]
+    assert sorted(row for rows in found for row in rows) == list(range(8))
+    assert [{groups[row] for row in rows} for rows in found] == [{1}, {0}]
+
+
 def test_row_that_does_not_fit_by_itself_is_an_error():
     with pytest.raises(OutOfMemoryError, match="a row of 50 tokens"):
         list(in_batches(LENGTHS, 8, working(49, [])))

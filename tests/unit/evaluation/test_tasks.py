@@ -12,11 +12,13 @@ from pydantic import TypeAdapter
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from finetune.data.bad_rows import EMPTY
 from finetune.data.encode import Example
 from finetune.data.text_tokens import prompt_ids
-from finetune.errors import RecipeError
+from finetune.errors import BadRow, DataError, RecipeError
 from finetune.evaluation.generation import AnswerDecoder
 from finetune.evaluation.tasks import Choose, Generate
+from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import ChooseTask, GenerateTask
 from finetune.run.events import ignore
@@ -41,7 +43,7 @@ def test_reasoning_is_not_part_of_the_scored_answer(answer: str, is_right: bool,
     engine: Any = SimpleNamespace(
         tokenizer=family_tokenizer("qwen3"),
         decoder=AnswerDecoder(family_tokenizer("qwen3"), []),
-        positions=None,
+        limit=PositionLimit(None),
         label="fake",
         answers=lambda *arguments: [answer],
     )
@@ -75,7 +77,7 @@ def test_choices_of_plain_text_are_measured_behind_the_prompt_as_trained(
         seen.extend(examples)
         return [SimpleNamespace(log_prob=-float(index)) for index in range(len(examples))]
 
-    engine: Any = SimpleNamespace(tokenizer=tokenizer, label="fake", likelihoods=likelihoods)
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, limit=PositionLimit(None), label="fake", likelihoods=likelihoods)
     section = {"name": "pick", "kind": "choose", "choices": ["white", "black"]}
     source = {"path": str(tmp_path / "rows.jsonl"), "format": "completion"}
     task = Choose(TypeAdapter(ChooseTask).validate_python({**section, "data": source}))
@@ -96,3 +98,35 @@ def test_task_with_a_name_of_the_validation_rows_is_refused(name: str, tmp_path:
     )
     with pytest.raises(RecipeError, match="validation rows"):
         load_tasks(tmp_path / "tasks.yaml")
+
+
+def rows_file(folder: Path, row: dict[str, Any]) -> str:
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("answer", [{"content": None}, {"content": " "}, {"content": "", "reasoning_content": "a"}])
+def test_empty_reference_answer_is_refused(answer: dict[str, Any], tmp_path: Path):
+    path = rows_file(tmp_path, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]})
+    section = {"name": "a", "kind": "generate", "data": {"path": path, "format": "chat"}}
+    engine: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), limit=PositionLimit(None), label="fake")
+    with pytest.raises(BadRow) as caught:
+        Generate(TypeAdapter(GenerateTask).validate_python(section)).measure(engine, None, ignore)
+    assert (caught.value.reason, caught.value.where) == (EMPTY, f"{path}:1")
+
+
+def test_task_row_of_another_format_hints_at_its_section(tmp_path: Path):
+    path = rows_file(tmp_path, {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    section = {"name": "a", "kind": "generate", "data": {"path": path, "format": "chat"}}
+    engine: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), positions=None, label="fake")
+    with pytest.raises(DataError) as caught:
+        Generate(TypeAdapter(GenerateTask).validate_python(section)).measure(engine, None, ignore)
+    assert "{format: sharegpt}" in str(caught.value.hint)
+
+
+def test_key_of_a_source_beside_data_belongs_below_it(tmp_path: Path):
+    (tmp_path / "tasks.yaml").write_text("[{name: a, kind: loss, path: rows.jsonl, data: {path: b.jsonl}}]")
+    with pytest.raises(RecipeError) as caught:
+        load_tasks(tmp_path / "tasks.yaml")
+    (problem,) = caught.value.problems
+    assert "data: {path: ...}" in str(problem.hint)

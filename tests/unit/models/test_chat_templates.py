@@ -155,3 +155,24 @@ def test_family_names_are_the_template_files():
     )
     assert set(CONTROL_TOKENS) < set(TEMPLATE_FAMILIES)
     assert families_for(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("family", TEMPLATE_FAMILIES)
+@pytest.mark.parametrize("several", [False, True])
+def test_family_template_begins_as_the_template_of_the_base_does(family: str, several: bool):
+    tokenizer = tokenizer_for(family)
+    base = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = {"default": base, "tool_use": "{{ 1 }}"} if several else base
+    tokenizer.chat_template = family_template(family, tokenizer)
+    assert tokenizer.apply_chat_template([vars(turn) for turn in TALK], tokenize=False) == "<s>" + RENDERED[family]
+
+
+def test_family_template_whose_turns_begin_with_bos_writes_it_once():
+    tokenizer = begins_texts(byte_tokenizer(["<|im_start|>", "<|im_end|>"], "{{ bos_token }}"))
+    tokenizer.chat_template = family_template("chatml", tokenizer)
+    assert tokenizer.apply_chat_template([vars(turn) for turn in TALK], tokenize=False) == RENDERED["chatml"]
+
+
+def test_family_without_several_control_tokens_lists_them():
+    with pytest.raises(ModelError, match=r"lacks <\|start_header_id\|>, <\|end_header_id\|>, <\|eot_id\|>"):
+        family_template("llama3", byte_tokenizer(["<s>", "</s>"], ""))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from transformers import CONFIG_MAPPING
 
 from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.models.loading.model_files import ModelFolder, find_model
@@ -250,52 +247,3 @@ def test_broken_config_is_a_model_error(tiny_model: Path, tmp_path: Path):
     (folder / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
         find(str(folder)).config()
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"max_position_embeddings": 512}, 512),
-        ({"n_positions": 1024}, 1024),
-        ({"max_seq_len": 2048}, 2048),
-        ({"seq_length": 4096}, 4096),
-        ({"n_ctx": 256}, 256),
-        ({"n_ctx": 1024, "n_positions": 64}, 64),
-        ({"max_sequence_length": 2048}, 2048),
-        ({"text_config": {"max_position_embeddings": 128}, "max_position_embeddings": 77}, 128),
-        ({"text_config": {}, "max_position_embeddings": 77}, 77),
-        ({"max_position_embeddings": None, "n_positions": 64}, 64),
-        ({"max_position_embeddings": -1}, None),
-        ({}, None),
-    ],
-    ids=str,
-)
-def test_positions_are_read_by_the_key_of_each_architecture(
-    config: dict[str, Any], expected: int | None, tmp_path: Path
-):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelFolder(tmp_path, "m").positions == expected
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama", "qwen3", "gpt_neo", "gpt_neox", "opt", "falcon", "gpt2", "gptj", "gpt_bigcode", "codegen", "ctrl",
-        "openai-gpt", "dbrx", "kimi_linear", "bailing_hybrid", "rwkv",
-    ],
-)  # fmt: skip
-def test_positions_of_a_saved_config_are_those_of_its_architecture(family: str, tmp_path: Path):
-    """Each architecture saves its context length under its own key; transformers has one name for all of them."""
-    config = CONFIG_MAPPING[family]()
-    assert config.max_position_embeddings != 320
-    config.max_position_embeddings = 320
-    config.save_pretrained(tmp_path)
-    assert ModelFolder(tmp_path, "m").positions == 320
-
-
-@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava"])
-def test_positions_of_a_vision_language_config_are_those_of_its_language_model(family: str, tmp_path: Path):
-    config = CONFIG_MAPPING[family]()
-    config.get_text_config().max_position_embeddings = 320
-    config.save_pretrained(tmp_path)
-    assert ModelFolder(tmp_path, "m").positions == 320

@@ -88,6 +88,7 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "evaluation.patience",
     ),
     "pack_length_needs_packing": (("training.pack_length=4096",), "training.pack_length"),
+    "template_arguments_are_variables": (("data.template_arguments={a-b: 1}",), "data.template_arguments"),
     "split_turns_excludes_train_on_all": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
     "sources_have_one_location": (("data.train.0.hub={name: org/name}",), "data.train.0"),
     "file_options_need_files": (
@@ -175,6 +176,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "early_stopping_needs_evaluations": ("evaluation.patience=2",),
     "early_stopping_needs_usable_steps": ("evaluation.patience=2",),
     "pack_length_needs_packing": ("training.pack_length=4096", "training.batching=packed"),
+    "template_arguments_are_variables": ("data.template_arguments={enable_thinking: false}",),
     "split_turns_excludes_train_on_all": ("data.split_turns=true", "data.train_on=completion"),
     "sources_have_one_location": ("data.train.0={format: chat, hub: {name: org/name}}",),
     "file_options_need_files": ("data.train.0={format: text, path: a.txt, split: line, delimiter: tab}",),
@@ -262,3 +264,9 @@ def test_module_rule_without_effect_is_refused(
 ) -> None:
     (problem,) = problems(good, *overrides)
     assert problem.key == key
+
+
+def test_all_template_arguments_that_are_no_variables_are_named(good: str, problems: Problems) -> None:
+    (problem,) = problems(good, "data.template_arguments={messages: [], a-b: 1, enable_thinking: true, tools: 2}")
+    assert all(repr(name) in problem.what for name in ("messages", "a-b", "tools"))
+    assert "enable_thinking" not in problem.what

@@ -106,7 +106,7 @@ def test_run_page_contains_values_of_files(tmp_path: Path):
         "Step 3:",
         "4 in total at first",
         "…/wörds.jsonl",
-        "wörds not read: 8 (first: …/wörds.jsonl:2)",
+        "wörds not read: 8 rows (first: …/wörds.jsonl:2)",
     ):
         assert found in text, found
 
