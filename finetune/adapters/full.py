@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
+from finetune.adapters.token_rows import token_modules
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import all_gathered, sharded_base
 from finetune.models.layer_names import nearest_part
@@ -40,6 +41,12 @@ class FullMethod(AdapterMethod):
                     yield Violation(f"adapter.{key}.{index}", what, hint)
         if not _matching(names, self.section.train) - _matching(names, self.section.freeze):
             yield Violation("adapter.freeze", "no trainable weight remains", "freeze less, or train more")
+        if self.new_ids:
+            picked = _matching(names, self.section.train) - _matching(names, self.section.freeze)
+            for owner in token_modules(model):
+                if f"{owner}.weight" not in picked:
+                    what = f"{owner} has the rows of model.new_tokens, and does not train"
+                    yield Violation("adapter.train", what, f"add {owner}.weight to train, or leave it out of freeze")
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Unfreeze the weights that the recipe selects.

@@ -179,6 +179,7 @@ GREEDY = {
     "repetition_penalty": 1.0,
     "logit_bias": None,
     "detokenize": False,
+    "skip_special_tokens": False,
     "output_kind": RequestOutputKind.FINAL_ONLY,
 }
 
@@ -193,6 +194,7 @@ GREEDY = {
         ({"repetition_penalty": 1.1}, Sampling(7), {"repetition_penalty": 1.1}),
         ({"suppress_tokens": [5, 6]}, Sampling(7), {"logit_bias": {5: -100.0, 6: -100.0}}),
         ({}, Sampling(7, stops=("\n", "?")), {"stop": ["\n", "?"], "detokenize": True}),
+        ({}, Sampling(7, keeps_control_tokens=False), {"skip_special_tokens": True}),
         (
             {},
             Sampling(7, 0.7, 0.9, seed=3),

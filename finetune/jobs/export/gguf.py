@@ -73,8 +73,9 @@ class GgufResult:
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        of_run = {key: self.merge[key] for key in ("uses_chat_template", "answer_ends", "today", "held_out")}
-        facts = {"format": "gguf", "type": self.type, **of_run, "unbuilt": self.merge["unbuilt"], "bound": self.bound}
+        copied = ("uses_chat_template", "answer_ends", "today", "named_tokens", "held_out", "unbuilt")
+        of_run = {key: self.merge[key] for key in copied}
+        facts = {"format": "gguf", "type": self.type, **of_run, "bound": self.bound}
         return {**facts, **numbers, "engines": as_json(self.engines), "merge": self.merge}
 
 
@@ -185,9 +186,13 @@ def export_gguf_adapter(
     check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     method, section = trained.context.method, trained.context.recipe.adapter
-    further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]
+    further = [
+        f"adapter.{key}" for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)
+    ]
+    if trained.context.recipe.model.new_tokens is not None:
+        further.append("model.new_tokens")
     if not isinstance(method, LowRankMethod) or further:
-        what = f"adapter.{further[0]}" if further else f"adapter.method: {section.method}"
+        what = further[0] if further else f"adapter.method: {section.method}"
         raise UnsupportedError(
             "a GGUF adapter can contain low-rank updates only",
             where=what,

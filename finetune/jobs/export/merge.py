@@ -51,6 +51,7 @@ class MergeResult:
         uses_chat_template: Whether the run was trained through the chat template.
         answer_ends: Ids of the tokens that end trained answers.
         today: The date that the chat template wrote in training; None where it writes none.
+        named_tokens: Tokens that were added or trained by name: words, also where they are control tokens.
         base: Name, commit and fingerprint of the base.
         adapter: Method and fingerprint of the adapter.
         held_out: Whether the compared rows are validation rows.
@@ -65,6 +66,7 @@ class MergeResult:
     uses_chat_template: bool
     answer_ends: list[int]
     today: str | None
+    named_tokens: list[str]
     base: dict[str, Any]
     adapter: dict[str, Any]
     held_out: bool

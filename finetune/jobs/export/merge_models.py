@@ -38,6 +38,7 @@ class ModelMergeResult:
         dtype: Of its weights.
         uses_chat_template: Whether every run was trained through the chat template.
         answer_ends: Ids of the tokens that end trained answers of any run.
+        named_tokens: Tokens that were added or trained by name in any run.
         combination: The rule and the weights of the runs.
         agreements: By the name of a run: combined logits against the logits of the run, on rows of the run.
         engines: By the name of a run: tokens of its prompts in vLLM, compared with those of its training.
@@ -48,6 +49,7 @@ class ModelMergeResult:
     dtype: str
     uses_chat_template: bool
     answer_ends: list[int]
+    named_tokens: list[str]
     combination: WeightMerge
     agreements: dict[str, Agreement]
     engines: dict[str, list[PromptAgreement]]
@@ -59,6 +61,7 @@ class ModelMergeResult:
             "dtype": self.dtype,
             "uses_chat_template": self.uses_chat_template,
             "answer_ends": self.answer_ends,
+            "named_tokens": self.named_tokens,
             "combination": asdict(self.combination),
             "unbuilt": self.unbuilt,
             "runs": {
@@ -125,11 +128,13 @@ def combine(
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
         uses_chat_template = all(trained.record.uses_chat_template for trained in opened)
+        named = list(dict.fromkeys(token for trained in opened for token in trained.record.named_tokens))
         result = ModelMergeResult(
             target,
             dtype,
             uses_chat_template,
             answer_ends,
+            named,
             combination,
             agreements,
             engines,
@@ -160,4 +165,10 @@ def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:
                 "quantization of it",
                 where=str(other.run.path),
                 hint="combine runs over one base",
+            )
+        if other.record.model.new_tokens != first.record.model.new_tokens:
+            raise RefusedError(
+                f"{other.run.path.name} has other new tokens than {first.run.path.name}",
+                where=str(other.run.path),
+                hint="combine runs with the same model.new_tokens",
             )

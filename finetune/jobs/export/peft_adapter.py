@@ -34,7 +34,8 @@ def export_adapter(
     target = (output or run.exported).absolute()
     check_not_taken(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
-    rank = vllm_lora_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
+    recipe = trained.context.recipe
+    rank = vllm_lora_rank(recipe.adapter, recipe.modules, recipe.model.new_tokens is not None)
     base = public_name(trained.context.section)
     name = run.path.name
     part = _part_of_checkpoint(trained)

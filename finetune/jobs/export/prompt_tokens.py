@@ -42,6 +42,7 @@ class ExportResult:
         uses_chat_template: Whether the run was trained through the chat template, which then begins with the prompt.
         answer_ends: Ids of the tokens that end trained answers.
         today: The date that the chat template wrote in training; None where it writes none.
+        named_tokens: Tokens that were added or trained by name: words, also where they are control tokens.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the model, read back from disk, after the new tokens, against those of the base with its
             soft prompt; both in float32 and over the tokens of the base's tokenizer.
@@ -55,6 +56,7 @@ class ExportResult:
     uses_chat_template: bool
     answer_ends: list[int]
     today: str | None
+    named_tokens: list[str]
     bound: float
     agreement: Agreement
     engines: list[PromptAgreement]

@@ -25,6 +25,7 @@ import finetune.train
 from finetune.errors import DataError, RefusedError, UsageError
 from finetune.evaluation.engine import Engine, Generator, ModelGenerator
 from finetune.evaluation.gates import Gate
+from finetune.evaluation.generation import AnswerDecoder, end_tokens
 from finetune.evaluation.measurement import Interval, Measurement, difference, interval
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.evaluation.tasks import Task, ValidationTask
@@ -35,6 +36,7 @@ from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.training_record import trained_files
 from finetune.jobs.load.vllm import vllm_generator
 from finetune.models.fingerprint import fingerprint, fingerprint_files
+from finetune.models.loading.load import generation_settings
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import VALIDATION, Evaluation, HarnessTask, TaskSection, current_task_name
 from finetune.report.run_page import recording_errors
@@ -278,6 +280,8 @@ def _engine(
     batch_size = options.batch_size or section.batch_size
     limit = setup.positions.after(finetuned.prompt_tokens)
 
+    ends = end_tokens(generation_settings(setup.folder.path), setup.tokenizer, finetuned.answer_ends)
+
     def load() -> nn.Module:
         return base().model(number)
 
@@ -287,6 +291,7 @@ def _engine(
         uses_chat_template=finetuned.uses_chat_template,
         load=load,
         generator=generator or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding, finetuned.answer_ends),
+        decoder=AnswerDecoder(setup.tokenizer, ends),
         cache=PredictionCache(_identity(finetuned, on_event)),
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,

@@ -104,6 +104,11 @@ class TrainingRecord(Section):
             answer_ends=list(answer_ends),
         )
 
+    @property
+    def named_tokens(self) -> list[str]:
+        """Tokens that were added or trained by name."""
+        return [*self.model.new_texts, *self.adapter.named_tokens]
+
     def write(self, folder: Path) -> None:
         """Write the record to the folder of the weights."""
         write_json(folder / TRAINED_RECORD, self.model_dump(mode="json", by_alias=True))
@@ -205,7 +210,8 @@ def recorded_chat_template(record: Mapping[str, Any]) -> Any:
 
 def facts_for_prompts(record: TrainingRecord) -> dict[str, Any]:
     """The facts of a record, as JSON, with which a model written from a run is asked as the run was trained."""
-    return record.model_dump(mode="json", include={"uses_chat_template", "answer_ends", "today"})
+    facts = record.model_dump(mode="json", include={"uses_chat_template", "answer_ends", "today"})
+    return {**facts, "named_tokens": record.named_tokens}
 
 
 def recorded_date(record: Mapping[str, Any]) -> date | None:
@@ -214,6 +220,12 @@ def recorded_date(record: Mapping[str, Any]) -> date | None:
         return date.fromisoformat(record.get("today") or "")
     except (TypeError, ValueError):
         return None
+
+
+def recorded_tokens(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tokens that were added or trained by name, by a JSON record; none for runs that recorded none."""
+    tokens = record.get("named_tokens")
+    return tuple(token for token in tokens if isinstance(token, str)) if isinstance(tokens, list) else ()
 
 
 def recorded_ends(record: Mapping[str, Any]) -> tuple[int, ...]:

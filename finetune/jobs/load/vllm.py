@@ -33,7 +33,7 @@ def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generat
         section = trained.method.section
         form = "config.json" if section.trains_base else "adapter_config.json"
         if not section.trains_base:
-            rank = vllm_lora_rank(section, setup.quantizers.modules)
+            rank = vllm_lora_rank(section, setup.quantizers.modules, setup.section.new_tokens is not None)
         if not (trained.weights / form).is_file():
             raise UnsupportedError(
                 "vLLM does not load checkpoints",
@@ -41,6 +41,12 @@ def vllm_generator(finetuned: FineTunedModel, on_event: EventHandler) -> Generat
                 hint="name the run when it has finished, or leave --engine out",
             )
         folder, adapter = (trained.weights, None) if section.trains_base else (folder, trained.weights)
+    elif setup.folder.new_rows is not None:
+        raise UnsupportedError(
+            "vLLM loads the base as it is, without rows for new tokens",
+            where=finetuned.label,
+            hint="leave --engine out",
+        )
     _refuse_strays(folder)
     from finetune.evaluation.vllm_generator import VllmGenerator
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.models.loading.gguf import converted
+from finetune.models.loading.new_tokens import NewRows
 from finetune.models.safetensors_io import SINGLE
 from finetune.models.weight_files import read_object, stored_tensors, stray_note, weight_files
 from finetune.recipe.sections.model import Model
@@ -44,11 +45,13 @@ class ModelFolder:
         path: The folder.
         name: The model's name as the recipe gives it.
         commit: For a hub model, the commit that was downloaded.
+        new_rows: Rows that the model gets when it is loaded, for tokens that a recipe adds; None for none.
     """
 
     path: Path
     name: str
     commit: str | None = None
+    new_rows: NewRows | None = None
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json.
@@ -57,6 +60,14 @@ class ModelFolder:
             ModelError: It is no JSON object.
         """
         return read_object(self.path / "config.json")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embeddings in the files; None if config.json does not state them."""
+        config = self.config()
+        text = config.get("text_config")
+        found = (section.get("vocab_size") for section in (text, config) if isinstance(section, dict))
+        return next((rows for rows in found if isinstance(rows, int)), None)
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a linear layer as it is stored, before any quantization.
