@@ -163,7 +163,7 @@ def test_merged_model_has_the_logits_of_stock_peft_over_the_resized_base(
 ):
     folder = write_base(tmp_path / "base", base)
     run, _ = trained({**with_model(sections, folder), "adapter": adapter}, tmp_path)
-    merged = loaded(merge(run, engines=False).folder)
+    merged = loaded(merge(run, is_final=False).folder)
     assert merged.config.vocab_size == len(merged.get_input_embeddings().weight) == max(BASES[base].vocab_size, 261)
     resized = loaded(folder)
     resized.resize_token_embeddings(merged.config.vocab_size, mean_resizing=False)
@@ -184,7 +184,7 @@ def test_auto_peft_model_loads_the_adapter_folder_with_its_rows(sections: dict[s
     folder = write_base(tmp_path / "base", "untied")
     run, _ = trained(with_model(sections, folder), tmp_path)
     stock = AutoPeftModelForCausalLM.from_pretrained(run.trained(False)).eval()
-    merged = loaded(merge(run, engines=False).folder)
+    merged = loaded(merge(run, is_final=False).folder)
     torch.testing.assert_close(log_probs(merged), log_probs(stock), rtol=0, atol=5e-6)
 
 
@@ -194,7 +194,7 @@ def test_rows_of_new_tokens_train_and_no_others(sections: dict[str, Any], tmp_pa
     folder = write_base(tmp_path / "base", base)
     adapter = LORA if method == "lora" else {"method": method}
     run, _ = trained({**with_model(sections, folder), "adapter": adapter}, tmp_path)
-    before, after = loaded(folder), loaded(merge(run, engines=False).folder)
+    before, after = loaded(folder), loaded(merge(run, is_final=False).folder)
     for old, new in list(zip(tensors_of(before), tensors_of(after), strict=True))[:2]:  # the bias does not train
         assert torch.equal(new[:259], old)
         moved = (new[259:] - old.double().mean(0).float()).abs().amax(1)
@@ -251,7 +251,7 @@ def test_run_with_new_tokens_resumes_exactly_and_merges(
         stopped_at(recipe, again, [], after_step(2))
     train(as_recipe(recipe, tmp_path), again)
     assert results(again, is_whole)["weights"] == results(run, is_whole)["weights"]
-    result = merge(run, engines=False)
+    result = merge(run, is_final=False)
     assert result.agreement.relative_difference <= result.bound
     torch.testing.assert_close(log_probs(loaded(result.folder)), log_probs(model_of(run)), rtol=0, atol=5e-6)
 
@@ -271,7 +271,7 @@ def test_merged_model_as_base_has_the_tokens_and_keeps_their_rows(
     sections: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run, _ = trained(with_model(sections, write_base(tmp_path / "base", "untied")), tmp_path)
-    merged = merge(run, engines=False).folder
+    merged = merge(run, is_final=False).folder
     with caplog.at_level("INFO"):
         context = TrainingContext.of(as_recipe(with_model(sections, merged, ["<tool>"]), tmp_path), ignore)
     assert "'<tool>'" in caplog.text
@@ -304,7 +304,7 @@ def test_tokenizer_with_more_tokens_than_rows_is_refused_by_key_or_gets_them(
     assert "<more 2>" in str(refusal.value.hint)
     for name, new in (("empty", []), ("named", ["<more 1>", "<tool>"])):
         run, _ = trained(with_model(sections, folder, new), tmp_path, name)
-        result = merge(run, engines=False)
+        result = merge(run, is_final=False)
         rows = 262 + len(new[1:])
         assert loaded(result.folder).config.vocab_size == rows
         tensors = load_file(run.trained(False) / "adapter_model.safetensors")
@@ -343,7 +343,7 @@ def test_rows_that_would_not_train_are_refused_by_key(sections: dict[str, Any], 
 def test_saved_head_of_a_tied_model_has_the_rows(sections: dict[str, Any], tmp_path: Path):
     adapter = {**LORA, "modules_to_save": ["lm_head"]}
     run, _ = trained({**with_model(sections, write_base(tmp_path / "base", "tied")), "adapter": adapter}, tmp_path)
-    assert loaded(merge(run, engines=False).folder).config.tie_word_embeddings
+    assert loaded(merge(run, is_final=False).folder).config.tie_word_embeddings
 
 
 def test_recipe_is_checked_with_the_rows_of_new_tokens(sections: dict[str, Any], tmp_path: Path):
@@ -380,7 +380,7 @@ def test_runs_with_the_same_new_tokens_combine_and_others_do_not(sections: dict[
     second, _ = trained({**with_model(sections, folder), "adapter": {**LORA, "r": 2}}, tmp_path, "second")
     third, _ = trained(with_model(sections, folder, ["<other>", "</tool>"]), tmp_path, "third")
     result = combine([first, second], WeightMerge("linear", (0.5, 0.5)), tmp_path / "both")
-    parts = [loaded(merge(each, engines=False).folder).get_output_embeddings().weight for each in (first, second)]
+    parts = [loaded(merge(each, is_final=False).folder).get_output_embeddings().weight for each in (first, second)]
     both = loaded(result.folder).get_output_embeddings().weight
     torch.testing.assert_close(both, (parts[0] + parts[1]) / 2, rtol=0, atol=1e-6)
     with pytest.raises(RefusedError, match="new tokens"):
@@ -410,7 +410,7 @@ def test_answers_of_a_fully_trained_run_are_right_with_their_tokens(
     assert values(evaluated(run))["exact_match"] == 1
     assert answers(run.path, prompts=["Mark 6"]) == ["<tool>2</tool>"]
     assert answers(run.trained(True), prompts=["Mark 6"]) == ["<tool>2</tool>"]
-    assert answers(merge(run, engines=False).folder, prompts=["Mark 6"]) == ["<tool>2</tool>"]
+    assert answers(merge(run, is_final=False).folder, prompts=["Mark 6"]) == ["<tool>2</tool>"]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_adapter_of_an_earlier_version_without_rows_of_the_head_is_read(
     kept = {name: tensor for name, tensor in tensors.items() if not ("trainable" in name and "lm_head" in name)}
     assert len(kept) == len(tensors) - 1
     save_file(kept, file)
-    merged = loaded(merge(run, engines=False).folder)
+    merged = loaded(merge(run, is_final=False).folder)
     before = loaded(folder)
     assert torch.equal(merged.get_output_embeddings().weight, before.get_output_embeddings().weight)
     assert not torch.equal(merged.get_input_embeddings().weight, before.get_input_embeddings().weight)
