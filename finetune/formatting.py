@@ -5,6 +5,11 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
+
+SHOWN_PATTERNS = 4
+"""Patterns of names in a sentence; reports have all of them."""
 
 # C0 without tab and line feed, DEL and C1: they control a terminal. Marks, embeddings, overrides and isolates of
 # direction: they show text in another order than it has. Line and paragraph separators. Surrogates are no characters.
@@ -69,3 +74,21 @@ def duration(seconds: float) -> str:
 def value(tried: object) -> str:
     """A value of a recipe; floats with four significant digits."""
     return f"{tried:.4g}" if isinstance(tried, float) else str(tried)
+
+
+def unbuilt(report: Mapping[str, Any], quote: str = "") -> str:
+    """A report on the tensors of a base that its class does not build, as a sentence.
+
+    Args:
+        report: Class, number of tensors, bytes, patterns of names, and whether they are carried over.
+        quote: Around each pattern.
+    """
+    patterns, number = report["names"], report["tensors"]
+    shown = ", ".join(f"{quote}{each.replace('`', '')}{quote}" for each in patterns[:SHOWN_PATTERNS])
+    if len(patterns) > SHOWN_PATTERNS:
+        shown += f" and {len(patterns) - SHOWN_PATTERNS} more"
+    done = "copied bit for bit, and not trained with the rest" if report["carried"] else "left out"
+    subject, verb = ("1 tensor", "is") if number == 1 else (f"{number} tensors", "are")
+    return (
+        f"{subject} of the base that {report['class']} does not build ({shown}; {size(report['bytes'])}) {verb} {done}"
+    )

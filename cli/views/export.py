@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune.formatting import unbuilt
+
 from ..output import show_json, show_result
 
 
@@ -14,6 +16,7 @@ def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> Non
         show_json({"event": "merged", "folder": str(folder), **verification})
         return
     lines = [f"merged model: {folder} ({verification['dtype']})", _agreement(verification), *_engines(verification)]
+    lines += _unbuilt(verification)
     show_result("\n".join(lines))
 
 
@@ -29,6 +32,7 @@ def show_model_merge(verification: dict[str, Any], folder: Path, as_json: bool) 
             f"{found['positions']} positions of its rows, KL divergence {found['kl_divergence']:.1e}"
         )
         lines += _engines(found)
+    lines += _unbuilt(verification)
     show_result("\n".join(lines))
 
 
@@ -47,7 +51,7 @@ def show_export(
         return
     lines = [f"exported {format}: {folder}" + (f" ({_type_of(verification)})" if verification else "")]
     if verification:
-        lines += [_agreement(verification), *_engines(verification)]
+        lines += [_agreement(verification), *_engines(verification), *_unbuilt(verification)]
     if format == "prompt" and verification:
         usage = (
             "the folder's chat template inserts them"
@@ -86,6 +90,11 @@ def _engines(verification: dict[str, Any]) -> list[str]:
     return [f"prompts with the tokens of the training: {', '.join(counts)}"] if counts else []
 
 
+def _unbuilt(report: dict[str, Any]) -> list[str]:
+    """One line about tensors of the base that its class does not build, if there are any."""
+    return [unbuilt(report["unbuilt"])] if report["unbuilt"] else []
+
+
 def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print the folder of a quantized model, its size and its errors."""
     if as_json:
@@ -111,4 +120,4 @@ def show_quantized(record: dict[str, Any], folder: Path, as_json: bool) -> None:
         if record[name] is not None:
             table.add_row(title, "", f"{100 * record[name]:.2f} %")
     Console().print(table)
-    show_result(f"quantized model: {folder}")
+    show_result("\n".join([f"quantized model: {folder}", *_unbuilt(record)]))

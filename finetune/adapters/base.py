@@ -57,6 +57,12 @@ class AdapterMethod(ABC):
     ) -> None:
         self.section, self.modules, self.tokenizer = section, modules, tokenizer
 
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that the recipe adds, whose rows train."""
+        rows = getattr(self.tokenizer, "new_rows", None)
+        return rows.trained if rows else ()
+
     def violations(self, model: PreTrainedModel) -> Iterable[Violation]:
         """What the recipe's section asks of a base that this base does not have, such as layers of a name.
 

@@ -6,19 +6,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_model
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
+from finetune.adapters.token_rows import token_modules
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import all_gathered, sharded_base
 from finetune.models.layer_names import nearest_part
+from finetune.models.loading.layerwise import StreamedModel
+from finetune.models.loading.model_files import ModelFolder
+from finetune.models.safetensors_io import SINGLE
+from finetune.models.weight_files import weight_files
 from finetune.models.writing.rewrite import saved_tensors, write_from_shards
+from finetune.quantizers.choice import Quantizers
 from finetune.recipe.rules.violation import Violation
-
-WEIGHTS = "model.safetensors"
+from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.quantization import NoQuantization
 
 
 class FullMethod(AdapterMethod):
@@ -36,6 +41,12 @@ class FullMethod(AdapterMethod):
                     yield Violation(f"adapter.{key}.{index}", what, hint)
         if not _matching(names, self.section.train) - _matching(names, self.section.freeze):
             yield Violation("adapter.freeze", "no trainable weight remains", "freeze less, or train more")
+        if self.new_ids:
+            picked = _matching(names, self.section.train) - _matching(names, self.section.freeze)
+            for owner in token_modules(model):
+                if f"{owner}.weight" not in picked:
+                    what = f"{owner} has the rows of model.new_tokens, and does not train"
+                    yield Violation("adapter.train", what, f"add {owner}.weight to train, or leave it out of freeze")
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Unfreeze the weights that the recipe selects.
@@ -60,7 +71,7 @@ class FullMethod(AdapterMethod):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the full model; tied weights once."""
         if sharded_base(model) is None:
-            model.save_pretrained(folder, max_shard_size="1TB")  # one file, as `load` reads
+            model.save_pretrained(folder, max_shard_size="1TB")
         else:
             write_from_shards(model, folder)
 
@@ -74,22 +85,36 @@ class FullMethod(AdapterMethod):
 
         Raises:
             ModelError: There are no trained weights.
-            RefusedError: They do not fit this model.
+            RefusedError: They are damaged, or do not fit this model.
         """
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise ModelError(f"no {WEIGHTS}", where=str(folder), hint="the run has not finished: train it")
+        if weight_files(folder).start is None:
+            raise ModelError(f"no {SINGLE}", where=str(folder), hint="the run has not finished: train it")
         try:
-            load_model(model, file)
-        except SafetensorError as error:
+            self._copy(model, folder)
+        except ModelError as error:
             raise RefusedError(
-                f"the file is damaged: {error}", where=str(file), hint="train the run again, or restore a good copy"
-            ) from error
-        except RuntimeError as error:
-            raise RefusedError(
-                "the trained weights do not fit this model", where=str(file), hint="use the model of the recipe"
+                f"the trained weights cannot be read: {error.what}",
+                where=error.where or str(folder),
+                hint="train the run again, or restore a good copy",
             ) from error
         return model.requires_grad_(False)
+
+    @torch.no_grad()
+    def _copy(self, model: PreTrainedModel, folder: Path) -> None:
+        trained = StreamedModel(
+            ModelFolder(folder, str(folder)),
+            Model(name=str(folder)),
+            Quantizers(NoQuantization()),
+            torch.device("cpu"),
+            dequantized=False,
+        )
+        shapes = {name: tensor.shape for name, tensor in trained.tensors().items()}
+        if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+            raise RefusedError(
+                "the trained weights do not fit this model", where=str(folder), hint="use the model of the recipe"
+            )
+        for name, tensor in saved_tensors(model).items():
+            tensor.copy_(trained.tensor(name))
 
     def detach(self, model: nn.Module) -> PreTrainedModel:
         """Refuse: the trained weights have replaced the base's.

@@ -20,6 +20,7 @@ from finetune.adapters.initialization import orthonormal, principal
 from finetune.adapters.low_rank import DifferenceLinear, IecLinear, LowRankLinear
 from finetune.adapters.name_checks import (
     is_within,
+    new_token_violations,
     rank_violations,
     rule_violations,
     saved_module_violations,
@@ -28,6 +29,7 @@ from finetune.adapters.name_checks import (
     twice_trained_violations,
 )
 from finetune.adapters.targets import adaptation_note, find_targets
+from finetune.adapters.token_rows import merged_ids
 from finetune.models.linear_layers import LINEAR_KINDS, LINEAR_TYPES, LayerKind, linear_layers
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.rules.violation import Violation
@@ -69,6 +71,8 @@ class LowRankMethod(AdapterMethod):
             yield from token_violations(
                 model, section.trainable_tokens, self.tokenizer, "adapter.trainable_tokens", named
             )
+        if self.new_ids:
+            yield from new_token_violations(model, named, section.modules_to_save)
         yield from rule_violations(self.modules, model, named)
         yield from twice_trained_violations(model, section.target_modules, section.modules_to_save, self.kinds)
         if named and not self._adapted(named):
@@ -163,7 +167,9 @@ class LowRankMethod(AdapterMethod):
         )
 
     def _trained_tokens(self) -> list[int]:
-        return peft_bridge.token_ids(self.section.trainable_tokens, self.tokenizer, "adapter.trainable_tokens")
+        named = peft_bridge.token_ids(self.section.trainable_tokens, self.tokenizer, "adapter.trainable_tokens")
+        # Modules that train in full have the rows of new tokens too.
+        return named if self.section.modules_to_save else merged_ids(named, self.new_ids)
 
 
 class LoraMethod(LowRankMethod):

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.targets import ALL_LINEAR, Targets, find_targets, objection
+from finetune.adapters.token_rows import has_quantized_head, token_modules
 from finetune.models.layer_names import ends_with, nearest_ending, shown
 from finetune.models.linear_layers import LayerKind, linear_layers, list_of_blocks, modules_with_weight, shape_of
+from finetune.models.loading.new_tokens import token_id
 from finetune.quantizers.base import is_quantized
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.rules.violation import Violation
@@ -149,17 +151,52 @@ def token_violations(
     if both and tokens:
         hint = f"leave {key} out, or {both[0]} out of adapter.target_modules"
         yield Violation(key, f"{both[0]} has these tokens' embeddings, and target_modules name it", hint)
+    if tokens and has_quantized_head(model):
+        what = "the output head is quantized, so that the model learns to read these tokens and not to write them"
+        yield Violation(key, what, "name a model with an unquantized head in model.name")
     seen: set[int] = set()
     for index, token in enumerate(tokens):
-        where, pieces = f"{key}.{index}", tokenizer(token, add_special_tokens=False)["input_ids"]
-        if len(pieces) != 1 or (pieces[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        where, own = f"{key}.{index}", token_id(tokenizer, token)
+        if own is None:
+            pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
             found = f"not one token but {len(pieces)}" if len(pieces) != 1 else "not in the vocabulary"
             yield Violation(where, f"{token!r} is {found}", _nearest_token(token, tokenizer))
-        elif pieces[0] >= rows:
-            yield Violation(where, f"{token!r} has no embedding: the model has {rows}", "leave it out")
-        elif pieces[0] in seen:
+        elif own >= rows:
+            what = f"{token!r} has no embedding: the model has {rows}"
+            yield Violation(where, what, "leave it out, or set model.new_tokens: [], which adds one")
+        elif own in seen:
             yield Violation(where, f"{token!r} is there twice", "leave one of them out")
-        seen |= set(pieces) if len(pieces) == 1 else set()
+        if own is not None:
+            seen.add(own)
+
+
+def new_token_violations(
+    model: PreTrainedModel, adapted: Collection[str] = (), saved: Sequence[str] = ()
+) -> Iterator[Violation]:
+    """Settings with which the rows of new tokens would not train, or in two ways.
+
+    Args:
+        model: The base.
+        adapted: Names of layers with an update.
+        saved: `modules_to_save`.
+    """
+    key, owners = "adapter.modules_to_save", token_modules(model)
+    tied = modules_with_weight(model, model.get_input_embeddings().weight)
+    if has_quantized_head(model):
+        what = "the output head is quantized, and quantized weights get no rows"
+        yield Violation("model.new_tokens", what, "name a model with an unquantized head in model.name")
+    for name in dict.fromkeys([*tied, *owners]):
+        if name in adapted:
+            hint = "leave it out of adapter.target_modules, or train it in full with adapter.modules_to_save"
+            yield Violation(
+                "model.new_tokens", f"{name} has the rows of these tokens, and target_modules name it", hint
+            )
+    names = [tied if name in tied else [name] for name in owners]
+    if saved and not all(any(is_within(name, entry) for name in group for entry in saved) for group in names):
+        hint = f"name {' and '.join(owners)} there, or leave it out: the rows of new tokens then train alone"
+        yield Violation(
+            key, "the rows of model.new_tokens train beside modules_to_save only where these have them", hint
+        )
 
 
 def _nearest_token(token: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -167,7 +204,8 @@ def _nearest_token(token: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if token != spaced and len(tokenizer(spaced, add_special_tokens=False)["input_ids"]) == 1:
         return f"did you mean {spaced!r}, with the space before it?"
     near = nearest(token, tokenizer.get_added_vocab())
-    return f"did you mean {near}?" if near else "name tokens of the vocabulary; many begin with a space"
+    hint = "name tokens of the vocabulary, many of which begin with a space; model.new_tokens adds others"
+    return f"did you mean {near}?" if near else hint
 
 
 def rank_violations(

@@ -6,7 +6,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -19,10 +27,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapters.low_rank import LowRankLinear
 from finetune.adapters.targets import Targets, find_targets
+from finetune.adapters.token_rows import token_modules, use_head_rows
 from finetune.errors import ModelError, RefusedError, UnsupportedError
 from finetune.models.fsdp import unsharded_non_block
 from finetune.models.layer_names import endings, ends_with
 from finetune.models.linear_layers import LayerKind, linear_layers, modules_with_weight
+from finetune.models.loading.new_tokens import token_id
 from finetune.models.safetensors_io import unaliased
 
 ADAPTER_NAME = "default"
@@ -67,6 +77,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, kinds: Collection[LayerKi
         UnsupportedError: No layer of the model has such a name.
     """
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = _bitsandbytes_kinds(model)
+    adapted: Collection[str] = ()
     if targets := getattr(config, "target_modules", None):
         found = find_targets(model, targets, kinds)
         if not found.adapted:
@@ -76,11 +87,14 @@ def attach(model: PreTrainedModel, config: PeftConfig, kinds: Collection[LayerKi
                 hint=f"its linear layers end in: {', '.join(endings(linear_layers(model)))}",
             )
         _leave_out(config, found)
+        adapted = found.adapted
+    _place_token_rows(config, token_modules(model, adapted))
     if getattr(config, "modules_to_save", None):
         config.modules_to_save = _named_modules(model, config.modules_to_save, ends_with)
         _tie_saved(config, model)
     with unsharded_non_block(model):  # `modules_to_save` are copied, which needs full tensors
         wrapped = get_peft_model(model, config)
+    use_head_rows(wrapped)
     for parameter in wrapped.parameters():  # of `modules_to_save`: in 16 bits small updates would round to nothing
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -96,14 +110,14 @@ def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, 
     ids = []
     for token in tokens:
         assert tokenizer is not None
-        pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
-        if len(pieces) != 1:
+        index = token_id(tokenizer, token)
+        if index is None:
             raise UnsupportedError(
-                f"{token!r} is not one token but {len(pieces)}",
+                f"{token!r} is not one token of the vocabulary",
                 where=key,
-                hint="name tokens of the vocabulary; many begin with a space",
+                hint="name tokens of the vocabulary, many of which begin with a space; model.new_tokens adds others",
             )
-        ids += pieces
+        ids.append(index)
     return ids
 
 
@@ -120,7 +134,8 @@ def load_initial_adapter(model: PeftModel, folder: Path) -> None:
 def save(model: PeftModel, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as stock PEFT reads them.
 
-    Embeddings are never saved, because the vocabulary is never resized; PEFT would query the hub to find that out.
+    Embeddings are never saved as a whole: the rows of new tokens train, and are saved by themselves. PEFT would query
+    the hub to find out whether the vocabulary has grown.
     """
     config = model.peft_config[ADAPTER_NAME]
     if hasattr(config, "modules_to_save"):
@@ -151,6 +166,7 @@ def save_as_lora(model: PeftModel, config: LoraConfig, folder: Path, rank: int |
     trains = model.peft_config[ADAPTER_NAME]
     config.target_modules, config.exclude_modules = trains.target_modules, trains.exclude_modules
     config.modules_to_save, config.ensure_weight_tying = _saved_modules(trains), trains.ensure_weight_tying
+    config.trainable_token_indices = trains.trainable_token_indices
     config.base_model_name_or_path, config.inference_mode = trains.base_model_name_or_path, True
     config.save_pretrained(folder)
     # safetensors refuses tensors that share memory, such as tied weights.
@@ -225,6 +241,7 @@ def _load(model: PreTrainedModel, config: PeftConfig, file: Path, kinds: Collect
     _fit_to_tensors(config, model, read_trained(file), kinds)
     config.inference_mode = True
     wrapped = get_peft_model(model, config)
+    use_head_rows(wrapped)
     for module in wrapped.modules():
         if isinstance(module, ModulesToSaveWrapper):  # a copy of a meta base has strides but no memory
             for parameter in module.modules_to_save.parameters():
@@ -256,11 +273,25 @@ def _fit_to_tensors(
     if targets := getattr(config, "target_modules", None):
         found = find_targets(model, targets, kinds)
         _leave_out(config, Targets(found.adapted, {n: why for n, why in found.excluded.items() if n not in saved}))
+    # Earlier versions trained the rows of the embeddings alone; a head with an update has no rows of its own.
+    rows = [tensor for tensor in tensors if "trainable_tokens" in tensor]
+    owners = token_modules(model)
+    _place_token_rows(config, [name for name in owners if any(row.startswith(f"{PREFIX}{name}.") for row in rows)])
     if getattr(config, "modules_to_save", None):
         # PEFT's own match, which an earlier version used, is an ending anywhere in a name.
         matching = _named_modules(model, config.modules_to_save, str.endswith)
         config.modules_to_save = [name for name in matching if name in saved]
         _tie_saved(config, model, saved)
+
+
+def _place_token_rows(config: PeftConfig, modules: Sequence[str]) -> None:
+    """Have PEFT train the rows of single tokens in these modules; by default it does in the embeddings alone."""
+    if len(modules) < 2:
+        return
+    if isinstance(config, TrainableTokensConfig):
+        config.target_modules = list(modules)
+    elif isinstance(ids := getattr(config, "trainable_token_indices", None), list):
+        config.trainable_token_indices = dict.fromkeys(modules, ids)
 
 
 def _named_modules(model: nn.Module, entries: Iterable[str], matches: Callable[[str, str], bool]) -> list[str]:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
-from finetune.adapters.name_checks import target_violations, token_violations
+from finetune.adapters.name_checks import new_token_violations, target_violations, token_violations
 from finetune.adapters.targets import adaptation_note, find_targets
+from finetune.adapters.token_rows import merged_ids
 from finetune.errors import UnsupportedError
 from finetune.models.linear_layers import LINEAR_KINDS, LayerKind, shape_of
 from finetune.recipe.rules.violation import Violation
@@ -184,7 +185,7 @@ class OftMethod(PeftMethod):
 
 
 class TrainableTokensMethod(PeftMethod):
-    """New embeddings for some tokens; only their rows are copied, not the whole embedding matrix."""
+    """New rows for some tokens, in the embeddings and an untied output head; only these rows are copied."""
 
     weight_format = "embeddings of the named tokens replaced"
 
@@ -192,16 +193,18 @@ class TrainableTokensMethod(PeftMethod):
         """Texts that are not a token."""
         if self.tokenizer is not None:
             yield from token_violations(model, self.section.tokens, self.tokenizer, "adapter.tokens")
+        if self.new_ids:
+            yield from new_token_violations(model)
 
     def note(self, model: PreTrainedModel) -> str | None:
         """None: no layers are chosen by name."""
         return None
 
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
-        """Wrap the embeddings, and the output head if it is tied to them."""
+        """Wrap the embeddings and the output head."""
         return peft_bridge.attach(model, self.config())
 
     def config(self) -> TrainableTokensConfig:
         """PEFT finds the embeddings itself."""
         ids = peft_bridge.token_ids(self.section.tokens, self.tokenizer, "adapter.tokens")
-        return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=ids)
+        return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=merged_ids(ids, self.new_ids))

@@ -1,4 +1,8 @@
-"""Control tokens that a user wrote, such as `<|im_end|>` in the words of a conversation, which stay text."""
+"""Control tokens that a user wrote, such as `<|im_end|>` in the words of a conversation, which stay text.
+
+A token that the recipe names (`model.new_tokens`, `adapter.trainable_tokens`) is a word, which trains as the token that
+it is, unless the chat template writes it.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,15 @@ class ControlTokens:
 
     Attributes:
         ids: Id of each control token.
+        words: Ids of the tokens that are words of rows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.ids = {str(token): number for number, token in added.items() if token.special}
+        words = _words(tokenizer)
+        self.ids = {str(token): number for number, token in added.items() if token.special and str(token) not in words}
+        self.words = frozenset(number for number, token in added.items() if str(token) in words)
         by_length = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
         self._broken = re.compile("|".join(re.escape(_broken(token)) for token in by_length) or "(?!)")
@@ -47,13 +54,16 @@ class ControlTokens:
         found = (self.first(text) for message in conversation.messages for text in _texts(message))
         return next((token for token in found if token), None)
 
+    def ids_of_words(self, text: str) -> list[int]:
+        """The tokens of words of a conversation: control tokens in them are the text that they are."""
+        return self.spans(self._with_break(text)).ids
+
     def broken(self, conversation: Conversation) -> Conversation:
         """The conversation with a break in each control token of its words."""
+        return replace(conversation, messages=tuple(_mapped(each, self._with_break) for each in conversation.messages))
 
-        def with_break(text: str) -> str:
-            return self._pattern.sub(lambda match: _broken(match.group()), text)
-
-        return replace(conversation, messages=tuple(_mapped(each, with_break) for each in conversation.messages))
+    def _with_break(self, text: str) -> str:
+        return self._pattern.sub(lambda match: _broken(match.group()), text)
 
     def spans(self, text: str) -> Spans:
         """The tokens of a text; control tokens with a break in them are tokenized as the text that they are."""
@@ -71,6 +81,16 @@ class ControlTokens:
         if begin == end:
             return Spans([], [], [])
         return (inner_spans if begin else spans)(self._tokenizer, text[begin:end]).shifted(begin)
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Tokens that the recipe names and that no chat template or text begins or ends with."""
+    named: frozenset[str] = getattr(tokenizer, "named_tokens", frozenset())
+    if not named:
+        return named
+    own = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    template = str(tokenizer.chat_template)
+    return frozenset(token for token in named if token not in own and token not in template)
 
 
 def _broken(token: str) -> str:

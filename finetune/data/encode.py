@@ -55,6 +55,10 @@ class Example:
         return sum(self.is_target[1:])
 
 
+Reference = str | list[int]
+"""A reference answer: its text, or its tokens where these are not all of plain text, to be decoded as an answer is."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The tokens up to an answer, and the reference answers.
@@ -65,7 +69,7 @@ class Prompt:
     """
 
     ids: list[int]
-    references: tuple[str, ...]
+    references: tuple[Reference, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Encoder:
         self._control = ControlTokens(tokenizer)
         self._ends = tuple(self._control.ids)
         self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._may_end = self._added - self._control.words
         self._header_ids: Callable[[str], list[int]] = lru_cache(maxsize=4096)(self._bare_ids)
 
     def examples(self, document: Document, where: str) -> list[Example]:
@@ -159,19 +164,24 @@ class Encoder:
         asked = self._as_rendered(document, where)
         ids = self._control.spans(self._render(asked, last, where, generation_prompt=True)).ids
         self._begin_once(ids, where)
-        return Prompt(ids, document.references or (document.messages[last].content,))
+        references = document.references or (document.messages[last].content,)
+        return Prompt(ids, tuple(self._reference(each, self._control.ids_of_words(each)) for each in references))
 
     def _plain_prompt(self, document: PlainText) -> Prompt | None:
         if not document.prompt:
             return None
-        return Prompt([*self._affixes.before, *self._bare_ids(document.prompt)], (document.completion,))
+        reference = self._reference(document.completion, inner_spans(self.tokenizer, document.completion).ids)
+        return Prompt([*self._affixes.before, *self._bare_ids(document.prompt)], (reference,))
+
+    def _reference(self, text: str, ids: list[int]) -> Reference:
+        return text if self._added.isdisjoint(ids) else ids
 
     def _tokens_prompt(self, document: Tokens, where: str) -> Prompt | None:
         if not any(document.is_target) or document.is_target[0]:
             return None
         begins = document.is_target.index(True)
         ids = self._known(document.ids, where)
-        return Prompt(ids[:begins], (self.tokenizer.decode(ids[begins:], skip_special_tokens=True),))
+        return Prompt(ids[:begins], (ids[begins:],))
 
     def _plain(self, document: PlainText, where: str) -> Example:
         if document.prompt and not document.completion.strip():
@@ -356,7 +366,7 @@ class Encoder:
 
     def _count_end(self, token: int) -> None:
         """Count the token that ends a trained answer."""
-        if token in self._added:
+        if token in self._may_end:
             self.report.ends[token] += 1
         else:
             self.report.unended += 1

@@ -168,6 +168,7 @@ def _key(
         "seed": seed if source.rows else None,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": tokenizer.special_tokens_map,
+        "named_tokens": sorted(getattr(tokenizer, "named_tokens", ())),
         "template": tokenizer.chat_template,
         "today": str(getattr(tokenizer, "today", None)) if ChatTemplate(tokenizer).mentions("strftime_now") else None,
         "packages": {name: version(name) for name in SHAPING_PACKAGES},

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encode import Example
-from finetune.evaluation.generation import Sampling, generate
+from finetune.evaluation.generation import AnswerDecoder, Sampling, generate
 from finetune.evaluation.likelihood import Likelihood, likelihoods
 from finetune.evaluation.prediction_cache import PredictionCache, digest
 from finetune.models.loading.positions import PositionLimit
@@ -24,7 +24,7 @@ OnProgress = Callable[[int, int], None]
 """Receives the number of rows that are done, and of all rows."""
 
 OnAnswers = Callable[[dict[int, str]], None]
-"""Receives finished answers without special tokens, by the indices of their prompts."""
+"""Receives finished answers by the indices of their prompts."""
 
 
 class Generator(ABC):
@@ -99,6 +99,7 @@ class Engine:
         uses_chat_template: Whether it was trained on conversations.
         load: Loads the model at the first call, and returns it; called only for predictions that are not cached.
         generator: Generates its answers.
+        decoder: Decodes references that are tokens as its answers are decoded.
         cache: Its earlier predictions.
         compute_dtype: Type of the forward pass.
         batch_size: Most rows of one forward pass; fewer where memory is short.
@@ -112,6 +113,7 @@ class Engine:
     uses_chat_template: bool
     load: Callable[[], nn.Module]
     generator: Generator
+    decoder: AnswerDecoder
     cache: PredictionCache
     compute_dtype: torch.dtype
     batch_size: int

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from finetune.data.encode import Reference
 from finetune.evaluation.batching import in_batches
 from finetune.models.fsdp import sharded_base
 from finetune.models.kernels.length_rotation import length_rotation
@@ -31,6 +32,8 @@ class Sampling:
             probabilities add up to this.
         seed: Of the sampling.
         stops: Stop strings. The first one that is generated ends the answer and is not part of it.
+        keeps_control_tokens: Whether control tokens in an answer are part of its text, but for ends, padding and a
+            beginning of text.
     """
 
     max_new_tokens: int
@@ -38,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stops: tuple[str, ...] = ()
+    keeps_control_tokens: bool = True
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def generate(
         on_batch: Receives the answers of a batch, by the indices of their prompts, when they are complete.
 
     Returns:
-        The answers in the order of the prompts, without special tokens.
+        The answers in the order of the prompts, as `AnswerDecoder` decodes them.
 
     Raises:
         OutOfMemoryError: A prompt by itself does not fit.
@@ -84,13 +88,14 @@ def generate(
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     device = next(model.parameters()).device
     ends = end_tokens(model.generation_config, tokenizer, answer_ends)
+    decoder = AnswerDecoder(tokenizer, ends, sampling.keeps_control_tokens)
 
     def work(chosen: list[int]) -> dict[int, str]:
         # Padding on the left: the last position of every row is the end of its prompt, where generation begins.
         longest = max(len(prompts[index]) for index in chosen)
         rows = [[padding] * (longest - len(prompts[i])) + list(prompts[i]) for i in chosen]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-        stops = {"stopping_criteria": [_Stop(tokenizer, sampling.stops)]} if sampling.stops else {}
+        stops = {"stopping_criteria": [_Stop(decoder, sampling.stops)]} if sampling.stops else {}
         written_BT = model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -98,13 +103,12 @@ def generate(
             do_sample=bool(sampling.temperature),
             pad_token_id=padding,
             eos_token_id=ends,
-            streamer=None if on_text is None else _Stream(tokenizer, ends, on_text),
+            streamer=None if on_text is None else _Stream(decoder, on_text),
             **sampled,
             **stops,
             **options_of(chosen),
         )[:, longest:]  # without the prompts
-        written = [before_end(ids, ends) for ids in written_BT.tolist()]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = map(decoder.text, written_BT.tolist())
         # The texts still have their stop strings, and padding after them.
         return {index: up_to(text, sampling.stops) for index, text in zip(chosen, texts, strict=True)}
 
@@ -145,6 +149,37 @@ def before_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     return list(ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))])
 
 
+@dataclass(frozen=True)
+class AnswerDecoder:
+    """From the tokens of an answer to its text; references that are tokens are decoded alike.
+
+    Attributes:
+        tokenizer: The model's.
+        ends: Ids that end an answer.
+        keeps_control_tokens: As in `Sampling`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: Sequence[int]
+    keeps_control_tokens: bool = True
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text before the first end, without padding and beginnings of text."""
+        return self.span(before_end(ids, self.ends))
+
+    def reference(self, reference: Reference) -> str:
+        """The text of a reference answer."""
+        return reference if isinstance(reference, str) else self.text(reference)
+
+    def span(self, ids: Sequence[int]) -> str:
+        """The text of tokens of an answer, without ends, padding and beginnings of text."""
+        tokenizer = self.tokenizer
+        dropped = {*self.ends, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        kept = [token for token in ids if token not in dropped]
+        text: str = tokenizer.decode(kept, skip_special_tokens=not self.keeps_control_tokens)
+        return text
+
+
 def up_to(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string."""
     return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))]
@@ -156,8 +191,8 @@ class _Stop(StoppingCriteria):
     The last tokens are decoded again at every step, because the tokens of a text depend on the text around it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, decoder: AnswerDecoder, stops: Sequence[str]) -> None:
+        self.decoder, self.stops = decoder, stops
         # In tokens: each one decodes to at least one byte, unless it is special. 4 more for a character that the
         # window cuts in half at its beginning.
         self.window = max(len(stop.encode()) for stop in stops) + 4
@@ -166,7 +201,7 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         """Whether each row has ended, shape (B,)."""
         self.written += 1  # never decode the prompt: a stop string in it does not count
-        tails = self.tokenizer.batch_decode(input_ids[:, -min(self.window, self.written) :], skip_special_tokens=True)
+        tails = map(self.decoder.span, input_ids[:, -min(self.window, self.written) :].tolist())
         return torch.tensor([any(stop in tail for stop in self.stops) for tail in tails], device=input_ids.device)
 
 
@@ -176,8 +211,8 @@ class _Stream(BaseStreamer):
     The full answer is decoded at every token, because the text of many tokens depends on the tokens before them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], on_text: OnText) -> None:
-        self.tokenizer, self.ends, self.on_text = tokenizer, ends, on_text
+    def __init__(self, decoder: AnswerDecoder, on_text: OnText) -> None:
+        self.decoder, self.on_text = decoder, on_text
         self.ids: list[int] | None = None
         self.sent = ""
 
@@ -196,7 +231,7 @@ class _Stream(BaseStreamer):
         self._send_up_to(self._text())
 
     def _text(self) -> str:
-        return self.tokenizer.decode(before_end(self.ids or [], self.ends), skip_special_tokens=True)
+        return self.decoder.text(self.ids or [])
 
     def _send_up_to(self, text: str) -> None:
         if piece := text[len(self.sent) :]:

@@ -161,4 +161,5 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
         temperature=float(kwargs["temperature"]),
         top_p=float(kwargs.get("top_p", 1.0)),
         stops=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+        keeps_control_tokens=False,  # as the harness decodes answers
     )

@@ -361,14 +361,15 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
     engine.limit.check_room(lengths, lambda row: prompts[row].row, section.max_new_tokens, "max_new_tokens")
     sampling = Sampling(section.max_new_tokens)
     answers = engine.answers([each.prompt.ids for each in prompts], sampling, on_progress)
+    references = [[engine.decoder.reference(one) for one in each.prompt.references] for each in prompts]
     columns = tuple(
         Column.of(
             metric,
             [each.row for each in prompts],
             [
                 # References of reasoning models contain their reasoning too.
-                metric.count(prediction(answer), [prediction(reference) for reference in each.prompt.references])
-                for each, answer in zip(prompts, answers, strict=True)
+                metric.count(prediction(answer), [prediction(reference) for reference in accepted])
+                for accepted, answer in zip(references, answers, strict=True)
             ],
         )
         for metric in answer_metrics(section)
@@ -377,11 +378,11 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
         {
             "row": each.row,
             "prompt": engine.tokenizer.decode(each.prompt.ids),
-            "references": list(each.prompt.references),
+            "references": accepted,
             "answer": answer,
             "scores": {column.metric.name: column.row_score(index) for column in columns},
         }
-        for index, (each, answer) in enumerate(zip(prompts, answers, strict=True))
+        for index, (each, accepted, answer) in enumerate(zip(prompts, references, answers, strict=True))
     )
     return Measurement(columns, records, {})
 

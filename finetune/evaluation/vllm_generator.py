@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.engine import Generator, OnAnswers
-from finetune.evaluation.generation import Sampling, before_end, end_tokens, up_to
+from finetune.evaluation.generation import AnswerDecoder, Sampling, end_tokens, up_to
 from finetune.models.loading.load import generation_settings
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.cache import cache_folder
@@ -161,14 +161,15 @@ class VllmGenerator(Generator):
             # vLLM has no `suppress_tokens`; -100 is the lowest bias that it accepts.
             logit_bias=dict.fromkeys(settings.suppress_tokens or (), -100.0) or None,
             detokenize=bool(sampling.stops),
+            skip_special_tokens=not sampling.keeps_control_tokens,  # of the text in which vLLM looks for stops
             output_kind=RequestOutputKind.FINAL_ONLY,
             **sampled,
         )
 
     def _text(self, ids: Sequence[int], sampling: Sampling) -> str:
         """The answer, decoded here: vLLM's own text ends at the stop string that is first in the list."""
-        text: str = self.tokenizer.decode(before_end(ids, self.ends), skip_special_tokens=True)
-        return up_to(text, sampling.stops)
+        decoder = AnswerDecoder(self.tokenizer, self.ends, sampling.keeps_control_tokens)
+        return up_to(decoder.text(ids), sampling.stops)
 
     def _loaded(self, length: int) -> Any:
         """The engine for rows of `length` tokens.

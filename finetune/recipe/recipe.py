@@ -41,3 +41,8 @@ class Recipe(Section):
     sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(
         None, description="Keys and values that `ft sweep` searches; null for no sweep."
     )
+
+    @property
+    def named_tokens(self) -> list[str]:
+        """Tokens that are added or that train by name."""
+        return [*self.model.new_texts, *self.adapter.named_tokens]

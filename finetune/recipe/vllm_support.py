@@ -15,12 +15,13 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 STANDALONE = {"merge": "merge it and serve the model: ft merge", "export": "write it into the model: ft export"}
 
 
-def vllm_lora_rank(adapter: AdapterSection, rules: Sequence[ModuleRule]) -> int:
+def vllm_lora_rank(adapter: AdapterSection, rules: Sequence[ModuleRule], adds_tokens: bool = False) -> int:
     """The smallest --max-lora-rank with which vLLM serves the adapter over a base that it loads.
 
     Args:
         adapter: The adapter.
         rules: Settings of single layers.
+        adds_tokens: Whether `model.new_tokens` adds rows to the base.
 
     Raises:
         UnsupportedError: vLLM refuses the adapter, or ignores a part of it.
@@ -35,6 +36,10 @@ def vllm_lora_rank(adapter: AdapterSection, rules: Sequence[ModuleRule]) -> int:
             "the adapter belongs to a base that only ft stores",
             where="adapter.method",
             hint="merge it into plain weights and serve those: ft merge --dtype bfloat16",
+        )
+    if adds_tokens:
+        raise UnsupportedError(
+            "vLLM loads the base as it is, without rows for new tokens", where="model.new_tokens", hint=hint
         )
     for key, what in (
         ("dora", "vLLM serves no DoRA"),
@@ -64,7 +69,7 @@ def describe_vllm_support(recipe: Recipe) -> str:
     if recipe.adapter.trains_base:
         return "vLLM serves the trained model as it is"
     try:
-        rank = vllm_lora_rank(recipe.adapter, recipe.modules)
+        rank = vllm_lora_rank(recipe.adapter, recipe.modules, recipe.model.new_tokens is not None)
     except UnsupportedError as refusal:
         return f"vLLM does not serve the adapter: {refusal.what} ({refusal.where}); {refusal.hint}"
     sections = [recipe.quantization, *(rule.quantization for rule in recipe.modules if rule.quantization)]

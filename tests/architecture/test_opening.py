@@ -19,7 +19,6 @@ ALLOWED = {
 METHODS = {"read_text", "write_text", "read_bytes", "write_bytes"}
 FUNCTIONS = {
     "os.open",
-    "os.fdopen",
     "io.open",
     "codecs.open",
     "json.load",

@@ -24,7 +24,7 @@ from finetune.data.encode import Encoder
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.sources import read_rows
 from finetune.evaluation.engine import Engine, ModelGenerator
-from finetune.evaluation.generation import Sampling, end_tokens
+from finetune.evaluation.generation import AnswerDecoder, Sampling, end_tokens
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.jobs.load.context import ModelSetup
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
@@ -58,6 +58,7 @@ def main() -> None:
             uses_chat_template=True,
             load=lambda: model,
             generator=ModelGenerator(lambda: model, setup.tokenizer, arguments.batch_size, setup.padding),
+            decoder=AnswerDecoder(setup.tokenizer, []),
             cache=PredictionCache({"benchmark": time.time()}),
             compute_dtype=torch.float32,
             batch_size=arguments.batch_size,

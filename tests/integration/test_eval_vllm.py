@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner, Result
 
@@ -19,8 +21,13 @@ from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.vllm_generator import VllmGenerator
 from finetune.jobs.export.merge import merge
+from finetune.jobs.load.finetuned_model import FineTunedModel
+from finetune.jobs.load.model_ref import resolve_model_refs
+from finetune.jobs.load.vllm import vllm_generator
+from finetune.run.events import ignore
 from tests.fixtures.eval_helpers import evaluated, values
 from tests.fixtures.fake_vllm import Calls, RequestOutputKind, fake_vllm
+from tests.fixtures.model_folders import INDEX, split, write_model
 from tests.fixtures.tiny import tiny_tokenizer, write_tiny_model
 from tests.integration.test_merging import run_of
 
@@ -172,6 +179,7 @@ GREEDY = {
     "repetition_penalty": 1.0,
     "logit_bias": None,
     "detokenize": False,
+    "skip_special_tokens": False,
     "output_kind": RequestOutputKind.FINAL_ONLY,
 }
 
@@ -186,6 +194,7 @@ GREEDY = {
         ({"repetition_penalty": 1.1}, Sampling(7), {"repetition_penalty": 1.1}),
         ({"suppress_tokens": [5, 6]}, Sampling(7), {"logit_bias": {5: -100.0, 6: -100.0}}),
         ({}, Sampling(7, stops=("\n", "?")), {"stop": ["\n", "?"], "detokenize": True}),
+        ({}, Sampling(7, keeps_control_tokens=False), {"skip_special_tokens": True}),
         (
             {},
             Sampling(7, 0.7, 0.9, seed=3),
@@ -311,3 +320,23 @@ def test_results_name_the_generation_backend(sections: dict[str, Any], tmp_path:
     result = ft("eval", run.path)
     assert "Answers were written" not in result.stdout
     assert values(evaluated(run))["exact_match"] is not None
+
+
+@pytest.mark.parametrize("start", ["model.safetensors", INDEX])
+def test_folder_of_which_vllm_would_read_more_is_refused(
+    tiny_model: Path, tmp_path: Path, fake_vllm: Calls, start: str
+):
+    """Without an index vLLM reads every safetensors file; with one it reads those of the index, as transformers."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    if start == INDEX:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        write_model(folder, *split(tensors, 2), metadata={"format": "pt"})
+    shutil.copyfile(tiny_model / "model.safetensors", folder / "model_old.safetensors")
+    (reference,) = resolve_model_refs([str(folder)])
+    found = FineTunedModel.find(reference, ignore)
+    if start == INDEX:
+        vllm_generator(found, ignore)
+        return
+    with pytest.raises(UnsupportedError, match=r"model_old\.safetensors"):
+        vllm_generator(found, ignore)

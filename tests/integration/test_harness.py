@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from finetune.errors import UnsupportedError, UsageError
 from finetune.evaluation.engine import Engine, ModelGenerator
+from finetune.evaluation.generation import AnswerDecoder
 from finetune.evaluation.measurement import Measurement
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
@@ -110,6 +111,7 @@ def engine_of(name: Path, batch_size: int = 4) -> Engine:
         uses_chat_template=tuned.uses_chat_template,
         load=lambda: shared.model(0),
         generator=ModelGenerator(lambda: shared.model(0), tuned.setup.tokenizer, batch_size, tuned.setup.padding),
+        decoder=AnswerDecoder(tuned.setup.tokenizer, []),
         cache=PredictionCache({"name": str(name), "batch": batch_size}),
         compute_dtype=torch.float32,
         batch_size=batch_size,

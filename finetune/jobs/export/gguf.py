@@ -40,6 +40,7 @@ from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.opening import write_new
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class GgufResult:
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `export.json`."""
         numbers = {**asdict(self.agreement), "relative_difference": self.agreement.relative_difference}
-        of_run = {key: self.merge[key] for key in ("uses_chat_template", "answer_ends", "today", "held_out")}
+        copied = ("uses_chat_template", "answer_ends", "today", "named_tokens", "held_out", "unbuilt")
+        of_run = {key: self.merge[key] for key in copied}
         facts = {"format": "gguf", "type": self.type, **of_run, "bound": self.bound}
         return {**facts, **numbers, "engines": as_json(self.engines), "merge": self.merge}
 
@@ -107,7 +109,7 @@ def export_gguf(
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
-        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event, engines=False)
+        merged = merge(run, part, QUANTIZED if kind == "q4_1" else "float32", on_event=on_event, is_final=False)
         on_event(Phase(f"writing {MODEL} in {kind}"))
         streamed = _streamed(trained, part)
         prompts = run_prompts(trained, on_event)
@@ -165,7 +167,7 @@ def _write_modelfile(
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ends = [*own, *ends_with(merged, record.answer_ends)] if record.answer_ends else own
     stops = tokenizer.convert_ids_to_tokens([end for end in dict.fromkeys(ends) if end < len(vocabulary.tokens)])
-    (folder / "Modelfile").write_text(modelfile(MODEL, template, stops), encoding="utf-8")
+    write_new(folder / "Modelfile", modelfile(MODEL, template, stops))
     llama_cpp = LlamaCpp(folder / MODEL, vocabulary)
     has_template = template.text is not None
     engines = [llama_cpp, *([Ollama(template.turns, llama_cpp)] if has_template else [])]
@@ -185,9 +187,13 @@ def export_gguf_adapter(
     check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
     method, section = trained.context.method, trained.context.recipe.adapter
-    further = [key for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)]
+    further = [
+        f"adapter.{key}" for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)
+    ]
+    if trained.context.recipe.model.new_tokens is not None:
+        further.append("model.new_tokens")
     if not isinstance(method, LowRankMethod) or further:
-        what = f"adapter.{further[0]}" if further else f"adapter.method: {section.method}"
+        what = further[0] if further else f"adapter.method: {section.method}"
         raise UnsupportedError(
             "a GGUF adapter can contain low-rank updates only",
             where=what,
@@ -231,7 +237,7 @@ def _overrides(trained: FineTunedRun, folder: Path) -> str:
     ][:1]
     template = ChatTemplate(tokenizer).sources.get(DEFAULT)
     if template and record.uses_chat_template and (recipe.model.chat_template or recipe.data.template_arguments):
-        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+        write_new(folder / TEMPLATE, template)
         options.append(f"--jinja --chat-template-file {TEMPLATE}")
     return "".join(f" {option}" for option in options)
 

@@ -5,7 +5,7 @@ Base, adapter and merged model are read and written a layer at a time: no full m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from finetune.jobs.export.verification import (
     written_logits,
 )
 from finetune.jobs.load.trained_run import FineTunedRun
-from finetune.jobs.load.training_record import facts_for_prompts
-from finetune.models.fingerprint import fingerprint
+from finetune.jobs.load.training_record import facts_for_prompts, trained_files
+from finetune.models.fingerprint import fingerprint_files
 from finetune.models.loading.dtype import DTYPES
+from finetune.models.safetensors_io import StoredTensor
 from finetune.models.writing.ends import write_ends
 from finetune.models.writing.rewrite import write_merged, write_merged_quantized
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
@@ -49,12 +51,14 @@ class MergeResult:
         uses_chat_template: Whether the run was trained through the chat template.
         answer_ends: Ids of the tokens that end trained answers.
         today: The date that the chat template wrote in training; None where it writes none.
+        named_tokens: Tokens that were added or trained by name: words, also where they are control tokens.
         base: Name, commit and fingerprint of the base.
         adapter: Method and fingerprint of the adapter.
         held_out: Whether the compared rows are validation rows.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the merged model, read back from disk, against those of base and adapter, both in float32.
         engines: The tokens of prompts in vLLM, compared with those of the training.
+        unbuilt: Tensors of the base that its class does not build.
     """
 
     folder: Path
@@ -62,12 +66,14 @@ class MergeResult:
     uses_chat_template: bool
     answer_ends: list[int]
     today: str | None
+    named_tokens: list[str]
     base: dict[str, Any]
     adapter: dict[str, Any]
     held_out: bool
     bound: float
     agreement: Agreement
     engines: list[PromptAgreement]
+    unbuilt: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `merge.json`."""
@@ -82,7 +88,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     on_event: EventHandler = ignore,
-    engines: bool = True,
+    is_final: bool = True,
 ) -> MergeResult:
     """Merge the run's adapter into its base, and write the model.
 
@@ -96,7 +102,8 @@ def merge(
             into quantized weights without loss, and else float32.
         overwrite: Replace an existing folder.
         on_event: Receives an event at every phase.
-        engines: Whether engines that read the folder are compared with the training.
+        is_final: Whether the folder is for use, and not a step to another output: engines that read it are compared
+            with the training, and it has the tensors of the base that its class does not build.
 
     Raises:
         UnsupportedError: The method cannot be merged, or not into quantized weights, or the base has none.
@@ -114,19 +121,26 @@ def merge(
     verification = verification_rows(trained, on_event)
     reference = _trained_logits(trained, verification.rows, on_event)
     # Written aside: the folder gets its final name only if the model has passed the verification.
+    unbuilt = UnbuiltTensors.of(context.folder, context.section)
     with recording_errors(run), written_aside(target) as folder:
-        _write(trained, folder, dtype, on_event)
+        _write(trained, folder, dtype, unbuilt.tensors if is_final else {}, on_event)
+        if is_final:
+            unbuilt.check_carried(folder)
         on_event(Phase("comparing merged and trained logits"))
         result = MergeResult(
             folder=target,
             dtype=dtype,
             **facts_for_prompts(trained.record),
-            base={**trained.record.base.model_dump(), "name": public_name(context.section)},
-            adapter={"method": context.recipe.adapter.method, "fingerprint": fingerprint(trained.weights)},
+            base={**trained.record.base.summary, "name": public_name(context.section)},
+            adapter={
+                "method": context.recipe.adapter.method,
+                "fingerprint": fingerprint_files(trained_files(trained.weights)),
+            },
             held_out=verification.held_out,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, written_logits(trained, folder, verification.rows)),
-            engines=compare_vllm(trained, folder, on_event) if engines and dtype != QUANTIZED else [],
+            engines=compare_vllm(trained, folder, on_event) if is_final and dtype != QUANTIZED else [],
+            unbuilt=unbuilt.report(carried=is_final),
         )
         check_agreement(result, dtype)
         write_json(folder / "merge.json", result.to_json())
@@ -167,18 +181,20 @@ def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event
     return streamed_logits(base, model, examples)
 
 
-def _write(trained: FineTunedRun, folder: Path, dtype: str, on_event: EventHandler) -> None:
+def _write(
+    trained: FineTunedRun, folder: Path, dtype: str, further: Mapping[str, StoredTensor], on_event: EventHandler
+) -> None:
     context = trained.context
     if dtype == QUANTIZED:
         base = trained.stream_base(on_event, dequantized=False)
         on_event(Phase("merging into the quantized weights"))
         context.method.load(base.model, trained.weights)
-        write_merged_quantized(base, context.method.merge_quantized, folder)
+        write_merged_quantized(base, context.method.merge_quantized, folder, further)
     else:
         base = trained.stream_base(on_event, dequantized=True)
         on_event(Phase(f"merging in {dtype}"))
         if not context.recipe.adapter.trains_base:
             context.method.mergeable(base.model, trained.weights)
-        write_merged(base, peft_bridge.merge_layer, DTYPES[dtype], folder)
+        write_merged(base, peft_bridge.merge_layer, DTYPES[dtype], folder, further)
     context.tokenizer.save_pretrained(folder)
     write_ends(folder, trained.record.answer_ends, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +21,12 @@ from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.writing.ends import write_ends
 from finetune.models.writing.rewrite import write_merged
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.opening import read_json
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,22 @@ class ModelMergeResult:
         dtype: Of its weights.
         uses_chat_template: Whether every run was trained through the chat template.
         answer_ends: Ids of the tokens that end trained answers of any run.
+        named_tokens: Tokens that were added or trained by name in any run.
         combination: The rule and the weights of the runs.
         agreements: By the name of a run: combined logits against the logits of the run, on rows of the run.
         engines: By the name of a run: tokens of its prompts in vLLM, compared with those of its training.
+        unbuilt: Tensors of the base that its class does not build.
     """
 
     folder: Path
     dtype: str
     uses_chat_template: bool
     answer_ends: list[int]
+    named_tokens: list[str]
     combination: WeightMerge
     agreements: dict[str, Agreement]
     engines: dict[str, list[PromptAgreement]]
+    unbuilt: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """The content of `merge.json`."""
@@ -56,7 +61,9 @@ class ModelMergeResult:
             "dtype": self.dtype,
             "uses_chat_template": self.uses_chat_template,
             "answer_ends": self.answer_ends,
+            "named_tokens": self.named_tokens,
             "combination": asdict(self.combination),
+            "unbuilt": self.unbuilt,
             "runs": {
                 name: {**asdict(found), "engines": as_json(self.engines[name])}
                 for name, found in self.agreements.items()
@@ -95,18 +102,20 @@ def combine(
     with written_aside(target) as folder:
         parts = [folder / f"part-{index}" for index in range(len(runs))]
         for run, part in zip(runs, parts, strict=True):
-            merge(run, part, "float32", on_event=on_event, engines=False)
+            merge(run, part, "float32", on_event=on_event, is_final=False)
         # The base goes through the same writer as the merged runs, so that names and dtypes are the same.
         start = folder / "base"
         start.mkdir()
         write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
         on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
-        merge_weights(start, parts, combination, DTYPES[dtype], folder)
+        unbuilt = UnbuiltTensors.of(opened[0].context.folder, opened[0].context.section)
+        merge_weights(start, parts, combination, DTYPES[dtype], folder, unbuilt.tensors)
+        unbuilt.check_carried(folder)
         not_copied = shutil.ignore_patterns("*.safetensors", "merge.json", CARD, "model.safetensors.index.json")
         shutil.copytree(parts[0], folder, ignore=not_copied, dirs_exist_ok=True)
         # Copied from the float32 part: transformers would load the weights in that dtype.
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_json(folder / "config.json", {**config, "dtype": dtype})
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", _in_dtype(config, dtype))
         answer_ends = list(dict.fromkeys(end for trained in opened for end in trained.record.answer_ends))
         write_ends(folder, answer_ends, folder)
         on_event(Phase("comparing the combined model with each run"))
@@ -119,9 +128,28 @@ def combine(
         for temporary in (*parts, start):
             shutil.rmtree(temporary)
         uses_chat_template = all(trained.record.uses_chat_template for trained in opened)
-        result = ModelMergeResult(target, dtype, uses_chat_template, answer_ends, combination, agreements, engines)
+        named = list(dict.fromkeys(token for trained in opened for token in trained.record.named_tokens))
+        result = ModelMergeResult(
+            target,
+            dtype,
+            uses_chat_template,
+            answer_ends,
+            named,
+            combination,
+            agreements,
+            engines,
+            unbuilt.report(carried=True),
+        )
         write_json(folder / "merge.json", result.to_json())
     return result
+
+
+def _in_dtype(config: Any, dtype: str) -> Any:
+    """A config whose model, and each part of it, loads in a dtype."""
+    if not isinstance(config, dict):
+        return config
+    changed = {key: _in_dtype(value, dtype) for key, value in config.items()}
+    return {**changed, "dtype": dtype} if "dtype" in config else changed
 
 
 def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:
@@ -137,4 +165,10 @@ def _refuse_other_bases(opened: Sequence[FineTunedRun]) -> None:
                 "quantization of it",
                 where=str(other.run.path),
                 hint="combine runs over one base",
+            )
+        if other.record.model.new_tokens != first.record.model.new_tokens:
+            raise RefusedError(
+                f"{other.run.path.name} has other new tokens than {first.run.path.name}",
+                where=str(other.run.path),
+                hint="combine runs with the same model.new_tokens",
             )

@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import yaml
 
+from finetune import formatting
 from finetune.formatting import in_markdown, visible
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
@@ -22,6 +23,7 @@ from finetune.report.run_page import answered_by
 from finetune.run.evaluation_results import read_results
 from finetune.run.history import History
 from finetune.storage.files import json_object
+from finetune.storage.opening import read_text, write_new
 
 CARD = "README.md"
 SECTIONS = ("quantization", "adapter", "optimizer", "training")
@@ -71,7 +73,7 @@ def write_card(
     ]
     if verification is not None:
         parts += ["## Verification", _verification(verification)]
-    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_new(folder / CARD, "\n\n".join(parts) + "\n")
 
 
 def _fenced(text: str, language: str = "") -> str:
@@ -94,7 +96,7 @@ def public_name(section: Model) -> str:
 def licence_of(folder: ModelFolder, section: Model) -> str | None:
     """The licence in a base's files: in the front matter of its card, or in the metadata of a .gguf file."""
     with suppress(OSError, ValueError, IndexError, yaml.YAMLError):
-        head = (folder.path / CARD).read_text(encoding="utf-8").split("---", 2)[1]
+        head = read_text(folder.path / CARD).split("---", 2)[1]
         found = yaml.safe_load(head)
         if isinstance(found, dict) and isinstance(found.get("license"), str):
             return str(found["license"])
@@ -191,4 +193,5 @@ def _verification(verification: Mapping[str, Any]) -> str:
         f"of the training (by {engine['by']})."
         for engine in verification["engines"]
     ]
-    return "\n\n".join([logits, *prompts])
+    unbuilt = [f"{formatting.unbuilt(verification['unbuilt'], quote='`')}."] if verification["unbuilt"] else []
+    return "\n\n".join([logits, *prompts, *unbuilt])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from finetune.jobs.export.engine_prompts import compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.writing.ends import write_ends
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
 from finetune.storage.files import check_output, written_aside
+
+logger = logging.getLogger(__name__)
 
 
 def export_adapter(
@@ -30,9 +34,13 @@ def export_adapter(
     target = (output or run.exported).absolute()
     check_output(target, overwrite, is_folder=True)
     trained = FineTunedRun.open(run, on_event)
-    rank = vllm_lora_rank(trained.context.recipe.adapter, trained.context.recipe.modules)
+    recipe = trained.context.recipe
+    rank = vllm_lora_rank(recipe.adapter, recipe.modules, recipe.model.new_tokens is not None)
     base = public_name(trained.context.section)
     name = run.path.name
+    part = _part_of_checkpoint(trained)
+    if part:
+        logger.warning("%s", part.strip())
     with written_aside(target) as folder:
         own = ("ft_adapter.safetensors", TRAINED_RECORD)  # files of ft, which no engine reads
         shutil.copytree(trained.weights, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*own))
@@ -45,5 +53,19 @@ def export_adapter(
         )
         kind = trained.context.recipe.quantization.kind
         stored = "" if kind == "none" else f", which was quantized to {kind} in training"
-        write_card(trained, folder, f"A LoRA adapter for {base}{stored}.", [serve], relation="adapter")
+        write_card(trained, folder, f"A LoRA adapter for {base}{stored}.{part}", [serve], relation="adapter")
     return target
+
+
+def _part_of_checkpoint(trained: FineTunedRun) -> str:
+    """A remark where the adapter's names are not those of the checkpoint's own class; else empty."""
+    folder = trained.context.folder
+    named = folder.config().get("architectures")
+    whole = named[0] if isinstance(named, list) and named else None
+    unbuilt = UnbuiltTensors.of(folder, trained.context.section)
+    if not unbuilt.tensors or whole in (None, unbuilt.model_class):
+        return ""
+    return (
+        f" The adapter fits {unbuilt.model_class}, a part of the checkpoint. Programs that build {whole} from the "
+        "checkpoint, such as vLLM, may not find its layers: they load the folder that ft merge writes."
+    )

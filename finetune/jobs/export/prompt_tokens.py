@@ -24,6 +24,7 @@ from finetune.jobs.load.training_record import facts_for_prompts
 from finetune.models.linear_layers import dequantize_model, rounds_activations
 from finetune.models.loading.dtype import DTYPES
 from finetune.models.writing.ends import write_ends
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
@@ -41,10 +42,12 @@ class ExportResult:
         uses_chat_template: Whether the run was trained through the chat template, which then begins with the prompt.
         answer_ends: Ids of the tokens that end trained answers.
         today: The date that the chat template wrote in training; None where it writes none.
+        named_tokens: Tokens that were added or trained by name: words, also where they are control tokens.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the model, read back from disk, after the new tokens, against those of the base with its
             soft prompt; both in float32 and over the tokens of the base's tokenizer.
         engines: The tokens of prompts in vLLM, compared with those of the training after the new tokens.
+        unbuilt: Tensors of the base that its class does not build.
     """
 
     folder: Path
@@ -53,9 +56,11 @@ class ExportResult:
     uses_chat_template: bool
     answer_ends: list[int]
     today: str | None
+    named_tokens: list[str]
     bound: float
     agreement: Agreement
     engines: list[PromptAgreement]
+    unbuilt: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """The verification report: the content of `export.json`."""
@@ -99,6 +104,9 @@ def export(
     with recording_errors(run), written_aside(target) as folder:
         on_event(Phase(f"writing the prompt as tokens in {dtype}"))
         exported_prompt = _write_prompt_tokens(trained, folder, DTYPES[dtype], _least_likely_token(reference), on_event)
+        unbuilt = UnbuiltTensors.of(trained.context.folder, trained.context.section)
+        unbuilt.append_to(folder)
+        unbuilt.check_carried(folder)
         gc.collect()
         on_event(Phase("comparing exported and trained logits"))
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -118,6 +126,7 @@ def export(
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
             engines=_compare_engines(trained, folder, exported_prompt, prompts),
+            unbuilt=unbuilt.report(carried=True),
         )
         check_agreement(result, dtype)
         write_json(folder / "export.json", result.to_json())

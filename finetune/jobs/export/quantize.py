@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,22 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.errors import ModelError
+from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.calibration_cache import RECORD as CALIBRATION
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.model_check import check_rules_fit_model
-from finetune.jobs.load.training_record import base_record
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.load import load_model
-from finetune.models.loading.quantized_checkpoint import (
-    check_storable,
-    save_quantized,
-    stored_quantization,
-)
+from finetune.models.loading.quantized_checkpoint import check_storable, save_quantized, stored_quantization
+from finetune.models.weight_files import weight_files
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import QuantizedLinear
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.opening import read_json
 
 RECORD = "quantize.json"
 
@@ -62,6 +60,7 @@ class QuantizedModel:
         dtype_before: Type of the weights in the base's files.
         bytes_before: Of the base's weight files.
         bytes_after: Of the written ones.
+        unbuilt: Tensors of the base that its class does not build.
     """
 
     folder: Path
@@ -70,6 +69,7 @@ class QuantizedModel:
     dtype_before: torch.dtype
     bytes_before: int
     bytes_after: int
+    unbuilt: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """Sums and means over layers, then every layer."""
@@ -82,6 +82,7 @@ class QuantizedModel:
             "bits_per_weight": bits,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "unbuilt": self.unbuilt,
             "weight_error": _mean([layer.weight_error for layer in layers]),
             "output_error": _mean([layer.output_error for layer in layers]),
             "nearest_output_error": _mean([layer.nearest_output_error for layer in layers]),
@@ -117,10 +118,13 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
     if context.quantizers.calibrated:
         context.read_checked_data(on_event)
     dtype = file_dtype(context.folder.path)
+    unbuilt = UnbuiltTensors.of(context.folder, context.section)
     model = context.load_base(on_event, dtype)
     with written_aside(target) as folder:
         on_event(Phase("writing"))
         save_quantized(model, folder)
+        unbuilt.append_to(folder)
+        unbuilt.check_carried(folder)
         context.tokenizer.save_pretrained(folder)
         on_event(Phase("measuring errors"))
         result = QuantizedModel(
@@ -130,9 +134,10 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
             dtype_before=dtype,
             bytes_before=_weight_bytes(context.folder.path),
             bytes_after=_weight_bytes(folder),
+            unbuilt=unbuilt.report(carried=True),
         )
         inputs = {
-            "base": base_record(context).model_dump(),
+            "base": BaseRecord.of(context.folder).summary,
             "quantization": recipe.quantization.model_dump(),
             "modules": [rule.model_dump() for rule in recipe.modules],
         }
@@ -154,7 +159,7 @@ def _measured(
         device=torch.device("cpu"),
     )
     record = context.base_folder(on_event).path / CALIBRATION
-    outputs = json.loads(record.read_text(encoding="utf-8"))["output_errors"] if record.is_file() else {}
+    outputs = read_json(record)["output_errors"] if record.is_file() else {}
     layers = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, QuantizedLinear):
@@ -175,7 +180,7 @@ def _measured(
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(folder).files)
 
 
 def _mean(numbers: list[float] | list[float | None]) -> float | None:

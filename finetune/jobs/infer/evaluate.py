@@ -25,6 +25,7 @@ import finetune.train
 from finetune.errors import DataError, RefusedError, UsageError
 from finetune.evaluation.engine import Engine, Generator, ModelGenerator
 from finetune.evaluation.gates import Gate
+from finetune.evaluation.generation import AnswerDecoder, end_tokens
 from finetune.evaluation.measurement import Interval, Measurement, difference, interval
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.evaluation.tasks import Task, ValidationTask
@@ -32,8 +33,10 @@ from finetune.jobs.infer.evaluate_results import EvaluationResult, GateResult, S
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.finetuned_model import FineTunedModel, LoadedAdapter, SharedBase
 from finetune.jobs.load.model_ref import Kind, ModelRef
+from finetune.jobs.load.training_record import trained_files
 from finetune.jobs.load.vllm import vllm_generator
-from finetune.models.fingerprint import fingerprint
+from finetune.models.fingerprint import fingerprint, fingerprint_files
+from finetune.models.loading.load import generation_settings
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import VALIDATION, Evaluation, HarnessTask, TaskSection, current_task_name
 from finetune.report.run_page import recording_errors
@@ -278,6 +281,8 @@ def _engine(
     batch_size = options.batch_size or section.batch_size
     limit = setup.positions.after(finetuned.prompt_tokens)
 
+    ends = end_tokens(generation_settings(setup.folder.path), setup.tokenizer, finetuned.answer_ends)
+
     def load() -> nn.Module:
         return base().model(number)
 
@@ -287,6 +292,7 @@ def _engine(
         uses_chat_template=finetuned.uses_chat_template,
         load=load,
         generator=generator or ModelGenerator(load, setup.tokenizer, batch_size, setup.padding, finetuned.answer_ends),
+        decoder=AnswerDecoder(setup.tokenizer, ends),
         cache=PredictionCache(_identity(finetuned, on_event)),
         compute_dtype=setup.compute_dtype,
         batch_size=batch_size,
@@ -318,7 +324,7 @@ def _identity(finetuned: FineTunedModel, on_event: EventHandler) -> dict[str, An
 
 def _identity_of_trained(trained: LoadedAdapter) -> list[Any]:
     try:
-        return [fingerprint(trained.weights), trained.method.section.model_dump(mode="json")]
+        return [fingerprint_files(trained_files(trained.weights)), trained.method.section.model_dump(mode="json")]
     except ValueError as error:
         raise RefusedError(
             f"a file of the trained weights is damaged: {error}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ def calibrated_base(
         outputs = {name: error._asdict() for name, error in errors.items()}
         write_json(folder / RECORD, {"rows": len(rows), "tokens": sum(map(len, rows)), "output_errors": outputs})
 
-    return replace(base, path=cached("quantized", _key(base, quantizers, rows), make))
+    return replace(base, path=cached("quantized", _key(base, quantizers, rows), make), new_rows=None)
 
 
 def _key(base: ModelFolder, quantizers: Quantizers, rows: list[list[int]]) -> str:
@@ -89,5 +89,6 @@ def _key(base: ModelFolder, quantizers: Quantizers, rows: list[list[int]]) -> st
         "modules": [rule.model_dump(include={"match", "quantization"}) for rule in quantizers.modules],
         "rows": rows,
         "algorithm": ALGORITHM,
+        **({} if base.new_rows is None else {"new_rows": asdict(base.new_rows)}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +37,7 @@ from finetune.models.loading.load import (
 )
 from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder, find_model
+from finetune.models.loading.new_tokens import keep_as_tokens
 from finetune.models.loading.positions import PositionLimit, position_limit
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.models.loading.template_settings import writes_date
@@ -108,11 +109,12 @@ class ModelSetup:
         with accelerator.main_process_first():  # one process downloads or converts, the others read the cache
             folder = find_model(section, _phases(on_event), weights)
         computes_in = compute_dtype(precision, accelerator.device, section.dtype)
+        tokenizer = load_tokenizer(folder, section.chat_template, arguments, kept, section.new_tokens)
         return ModelSetup(
             section=section,
             accelerator=accelerator,
-            folder=folder,
-            tokenizer=load_tokenizer(folder, section.chat_template, arguments, kept),
+            folder=replace(folder, new_rows=tokenizer.new_rows),
+            tokenizer=tokenizer,
             quantizers=quantizers or Quantizers(NoQuantization()),
             weight_dtype=weight_dtype(section.dtype, computes_in, trains_base),
             compute_dtype=computes_in,
@@ -219,6 +221,7 @@ class TrainingContext(ModelSetup):
             recipe.data.template_arguments,
             kept,
         )
+        keep_as_tokens(setup.tokenizer, recipe.named_tokens)
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))
 
     def check_start(self, starts_here: bool = True) -> None:

@@ -18,6 +18,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, PromptChoiceModel
 from finetune.errors import RefusedError, UnsupportedError
+from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.trained_run import FineTunedRun
@@ -29,12 +30,13 @@ from finetune.jobs.load.training_record import (
     recorded_chat_template,
     recorded_date,
     recorded_ends,
-    refuse_other_base,
+    recorded_tokens,
 )
 from finetune.models.fingerprint import fingerprint
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
 from finetune.models.loading.dtype import autocast
 from finetune.models.loading.load import KeptTokenizer
+from finetune.models.loading.new_tokens import keep_as_tokens
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
 from finetune.recipe.sections.model import Model
@@ -132,12 +134,14 @@ def _from_weights(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     """The model of a folder of weights, over the base that its record names."""
     record = TrainingRecord.read(named.path)
     if record.adapter.trains_base:  # the folder holds a full model
-        section = record.model.model_copy(update={"name": str(named.path), "revision": None})
+        section = record.model.model_copy(update={"name": str(named.path), "revision": None, "new_tokens": None})
         kept = record.kept(named.path)
         setup = ModelSetup.find(section, on_event, precision=record.precision, trains_base=True, kept=kept)
+        keep_as_tokens(setup.tokenizer, record.named_tokens)
         return FineTunedModel(named.label, setup, None, record.uses_chat_template, tuple(record.answer_ends))
     quantizers = Quantizers(record.quantization, record.modules)
     setup = ModelSetup.find(record.model, on_event, quantizers, record.precision, kept=record.kept(named.path))
+    keep_as_tokens(setup.tokenizer, record.named_tokens)
     method = build(record.adapter, record.modules, setup.tokenizer)
     record.refuse_others(named.path, setup.folder, method)
     return _with_record(named.label, setup, method, record, named.path)
@@ -158,7 +162,8 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
     context = TrainingContext.of(recipe, on_event, kept=kept_with_checkpoint(checkpoint))
-    refuse_other_base(facts["base"], context.folder)
+    record = BaseRecord.from_facts(context.folder, facts)
+    record.refuse_other(context.folder, recipe.distributed.strategy == "fsdp")
 
     def attach_to(base: PreTrainedModel) -> nn.Module:
         # As in training: PEFT draws the same values that PiSSA/OLoRA's difference was taken from.
@@ -178,6 +183,7 @@ def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
     report = _verification_report(named.path)
     setup = ModelSetup.find(section, on_event, kept=KeptTokenizer(today=recorded_date(report)))
+    keep_as_tokens(setup.tokenizer, recorded_tokens(report))
     recorded = recorded_chat_template(report)
     uses_template = recorded if isinstance(recorded, bool) else bool(setup.tokenizer.chat_template)
     return FineTunedModel(named.label, setup, None, uses_template, recorded_ends(report))
@@ -295,6 +301,7 @@ def _base_facts(finetuned: FineTunedModel) -> dict[str, str]:
         "type": str(setup.weight_dtype).removeprefix("torch."),
         "computing in": str(setup.compute_dtype).removeprefix("torch."),
         "attention": setup.section.attention,
+        "rows of new tokens": str(setup.folder.new_rows and setup.folder.new_rows.trained),
     }
     codes = finetuned.trained and finetuned.trained.codes
     return {**facts, "codes": codes.fingerprint[:12]} if codes else facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -65,9 +66,12 @@ def check_start_at_hand(recipe: Recipe, folder: Path, starts_here: bool = True) 
     Raises:
         FinetuneError: As `check_start`.
     """
-    files = ModelFolder(folder, recipe.model.name)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(files) if recipe.adapter.named_tokens and has_tokenizer else None
+    files, new_tokens = ModelFolder(folder, recipe.model.name), recipe.model.new_tokens
+    needs_tokenizer = bool(recipe.adapter.named_tokens) or new_tokens is not None
+    tokenizer = None
+    if needs_tokenizer and (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(files, new_tokens=new_tokens)
+        files = replace(files, new_rows=tokenizer.new_rows)
     method = build(recipe.adapter, recipe.modules, tokenizer)
     check_start(recipe, files, Quantizers(recipe.quantization, recipe.modules), method, starts_here)
 

@@ -56,7 +56,7 @@ class FineTunedRun:
             )
         record = TrainingRecord.read(weights)
         context = TrainingContext.of(recipe, on_event, kept=record.kept(weights))
-        record.refuse_others(weights, context.folder, context.method)
+        record.refuse_others(weights, context.folder, context.method, recipe.distributed.strategy == "fsdp")
         return cls(run, context, weights, record)
 
     def load_base(self, on_event: EventHandler, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -11,11 +11,14 @@ from pydantic import AliasChoices, Field, ValidationError
 from torch import nn
 
 from finetune.adapters.base import AdapterMethod
+from finetune.adapters.peft_bridge import NATIVE_WEIGHTS, STOCK_WEIGHTS
 from finetune.errors import RefusedError, UsageError
+from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
-from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.fingerprint import fingerprint_quantized
 from finetune.models.loading.load import KeptTokenizer
 from finetune.models.loading.model_files import ModelFolder
+from finetune.models.weight_files import weight_files
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.modules import ModuleRule
@@ -26,14 +29,7 @@ from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.storage.files import write_json
 from finetune.storage.opening import read_json
-
-
-class BaseRecord(Section):
-    """A base model: its name in the recipe, its commit on the hub, and the fingerprint of its files."""
-
-    name: str
-    commit: str | None
-    fingerprint: str
+from finetune.train.checkpoint import OPTIMIZER, TRAINED
 
 
 class QuantizedRecord(Section):
@@ -79,6 +75,7 @@ class TrainingRecord(Section):
     def of(
         cls,
         context: TrainingContext,
+        base: BaseRecord,
         quantized_base: str | None,
         uses_chat_template: bool,
         answer_ends: Sequence[int] = (),
@@ -87,6 +84,7 @@ class TrainingRecord(Section):
 
         Args:
             context: Of the run.
+            base: The base as it was loaded; its files may have changed since.
             quantized_base: Fingerprint of the quantized base; None if no layer was quantized.
             uses_chat_template: Whether rows were rendered by the chat template.
             answer_ends: Ids of the tokens that end trained answers.
@@ -99,12 +97,17 @@ class TrainingRecord(Section):
             modules=recipe.modules,
             model=recipe.model,
             precision=recipe.training.precision,
-            base=base_record(context),
+            base=base,
             quantized_base=as_record(context, quantized_base),
             uses_chat_template=uses_chat_template,
             today=context.kept_date,
             answer_ends=list(answer_ends),
         )
+
+    @property
+    def named_tokens(self) -> list[str]:
+        """Tokens that were added or trained by name."""
+        return [*self.model.new_texts, *self.adapter.named_tokens]
 
     def write(self, folder: Path) -> None:
         """Write the record to the folder of the weights."""
@@ -136,18 +139,19 @@ class TrainingRecord(Section):
         """The tokenizer in the folder of the weights, and the date of the training."""
         return KeptTokenizer.of(weights, self.today)
 
-    def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod) -> None:
+    def refuse_others(self, weights: Path, base: ModelFolder, method: AdapterMethod, was_sharded: bool = False) -> None:
         """Check that the base's files and the method's weight format are those of the training.
 
         Args:
             weights: The record's folder.
             base: The base to attach the weights to.
             method: The method to load them with.
+            was_sharded: See `BaseRecord.refuse_other`.
 
         Raises:
             RefusedError: One of them differs.
         """
-        refuse_other_base(self.base.fingerprint, base)
+        self.base.refuse_other(base, was_sharded)
         if self.weight_format != method.weight_format:
             raise RefusedError(
                 f"the weights have format {self.weight_format}, this version reads {method.weight_format}",
@@ -158,28 +162,6 @@ class TrainingRecord(Section):
     def refuse_other_quantization(self, setup: ModelSetup, base: nn.Module) -> None:
         """See `check_same_quantized_weights`."""
         check_same_quantized_weights(self.quantized_base, setup, base)
-
-
-def base_record(context: TrainingContext) -> BaseRecord:
-    """The record of a recipe's base."""
-    folder = context.folder
-    return BaseRecord(name=folder.name, commit=folder.commit, fingerprint=fingerprint(folder.path))
-
-
-def refuse_other_base(known: str, base: ModelFolder) -> None:
-    """Check that the base's files have the fingerprint of the training.
-
-    Raises:
-        RefusedError: They have another fingerprint.
-    """
-    found = fingerprint(base.path)
-    if found != known:
-        raise RefusedError(
-            f"the base's weights are not those that the run was trained on "
-            f"(fingerprint {found[:12]}, trained on {known[:12]})",
-            where=str(base.path),
-            hint="restore the base that the run was trained on, or train again on this one",
-        )
 
 
 def check_same_quantized_weights(known: QuantizedRecord | None, setup: ModelSetup, base: nn.Module) -> None:
@@ -203,6 +185,14 @@ def refuse_other_record(known: QuantizedRecord | None, found: QuantizedRecord | 
     )
 
 
+def trained_files(weights: Path) -> list[Path]:
+    """The files with tensors in a folder of trained weights: of a full model, of an adapter, or of a checkpoint."""
+    if (weights / "config.json").is_file():
+        return list(weight_files(weights).files)
+    names = (STOCK_WEIGHTS, NATIVE_WEIGHTS, TRAINED, OPTIMIZER)
+    return [weights / name for name in names if (weights / name).is_file()]
+
+
 def as_record(setup: ModelSetup, fingerprint: str | None) -> QuantizedRecord | None:
     """The record of a base with this fingerprint, quantized on the device of `setup`; None without a fingerprint."""
     if fingerprint is None:
@@ -220,7 +210,8 @@ def recorded_chat_template(record: Mapping[str, Any]) -> Any:
 
 def facts_for_prompts(record: TrainingRecord) -> dict[str, Any]:
     """The facts of a record, as JSON, with which a model written from a run is asked as the run was trained."""
-    return record.model_dump(mode="json", include={"uses_chat_template", "answer_ends", "today"})
+    facts = record.model_dump(mode="json", include={"uses_chat_template", "answer_ends", "today"})
+    return {**facts, "named_tokens": record.named_tokens}
 
 
 def recorded_date(record: Mapping[str, Any]) -> date | None:
@@ -229,6 +220,12 @@ def recorded_date(record: Mapping[str, Any]) -> date | None:
         return date.fromisoformat(record.get("today") or "")
     except (TypeError, ValueError):
         return None
+
+
+def recorded_tokens(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tokens that were added or trained by name, by a JSON record; none for runs that recorded none."""
+    tokens = record.get("named_tokens")
+    return tuple(token for token in tokens if isinstance(token, str)) if isinstance(tokens, list) else ()
 
 
 def recorded_ends(record: Mapping[str, Any]) -> tuple[int, ...]:

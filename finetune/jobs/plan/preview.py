@@ -18,6 +18,7 @@ from finetune.jobs.load.context import batch_plan_of, check_positions
 from finetune.jobs.load.template_report import report_template, template_line
 from finetune.models.loading.load import load_tokenizer, padding_id
 from finetune.models.loading.model_files import find_model
+from finetune.models.loading.new_tokens import keep_as_tokens
 from finetune.models.loading.positions import position_limit
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.steps import warn_about_steps
@@ -119,7 +120,9 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
         FinetuneError: A mistake that would stop the training too.
     """
     folder = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
-    tokenizer = load_tokenizer(folder, recipe.model.chat_template, recipe.data.template_arguments)
+    template, arguments = recipe.model.chat_template, recipe.data.template_arguments
+    tokenizer = load_tokenizer(folder, template, arguments, new_tokens=recipe.model.new_tokens)
+    keep_as_tokens(tokenizer, recipe.named_tokens)
     on_event(Phase("reading the data"))
     data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)
     check_positions(data, position_limit(folder), recipe.adapter.prompt_tokens)

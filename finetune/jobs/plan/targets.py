@@ -11,7 +11,7 @@ from finetune.jobs.load.context import TrainingContext
 from finetune.malloc import is_tcmalloc
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.models.safetensors_io import stored_tensors
+from finetune.models.weight_files import weight_files
 from finetune.plan.footprint import Base
 from finetune.plan.gpu_specs import GpuSpec
 from finetune.plan.machine import matmul_workspace_bytes, memory_bytes, rss_bytes
@@ -99,8 +99,8 @@ class CpuTarget:
             return MappedFiles(0, copied)
         if context.quantizers.quantize_nothing and in_file is dtype:
             return MappedFiles(0, 0)
-        stored = stored_tensors(context.folder.path).values()
-        return MappedFiles(sum(tensor.end - tensor.start for tensor in stored), 0)
+        stored = weight_files(context.folder.path).present_tensors().values()
+        return MappedFiles(sum(tensor.bytes for tensor in stored), 0)
 
     def flops_per_second(
         self, shapes: Counter[tuple[int, int]], tokens: int, dtype: torch.dtype, processes: int

@@ -8,7 +8,7 @@ from itertools import islice
 from finetune.data.dataset import TokenizedDataset
 from finetune.data.encode import Prompt
 from finetune.errors import OutOfMemoryError, UnsupportedError, as_out_of_memory
-from finetune.evaluation.generation import Sampling, generate
+from finetune.evaluation.generation import AnswerDecoder, Sampling, end_tokens, generate
 from finetune.evaluation.loss import compute_validation_loss
 from finetune.jobs.train.prepare import PreparedRun
 from finetune.recipe.sections.evaluation import Evaluation
@@ -100,11 +100,12 @@ class Evaluator:
                 raise
             logger.warning("the answers of step %d are skipped: %s", self._state.step, shortage.what)
             return
+        tokenizer = self._context.tokenizer
+        ends = end_tokens(self._state.bare_model.generation_config, tokenizer, self._answer_ends)
+        decoder = AnswerDecoder(tokenizer, ends)
         for prompt, answer in zip(self._prompts, answers, strict=True) if self._is_main else ():
-            text = self._context.tokenizer.decode(prompt.ids)
-            self._record(
-                SampleGenerated(step=self._state.step, prompt=text, answer=answer, reference=prompt.references[0])
-            )
+            text, reference = tokenizer.decode(prompt.ids), decoder.reference(prompt.references[0])
+            self._record(SampleGenerated(step=self._state.step, prompt=text, answer=answer, reference=reference))
 
     def _first_prompts(self, validation: TokenizedDataset) -> list[Prompt]:
         asked = (self._context.encoder.prompt(row.document, row.where) for row in validation.documents())

@@ -20,13 +20,14 @@ from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
 from finetune.data.report import data_report
 from finetune.errors import RecipeError, UnsupportedError, UsageError
+from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import TrainingContext, batch_plan_of
 from finetune.jobs.load.template_report import report_template
 from finetune.jobs.load.training_record import TrainingRecord
 from finetune.jobs.plan.estimate import estimated_peak
 from finetune.jobs.train.rank_consistency import QUANTIZED_BASE, broadcast_from_main, check_same_on_all_ranks
 from finetune.jobs.train.resume import check_same_quantized_weights, refuse_other_inputs
-from finetune.models.fingerprint import fingerprint, fingerprint_quantized
+from finetune.models.fingerprint import fingerprint_quantized
 from finetune.models.fsdp import sharded_trainable_params, trains_through_blocks
 from finetune.models.kernels.compiled import compile_blocks
 from finetune.models.kernels.fused import fuse
@@ -128,6 +129,8 @@ class PreparedRun:
         # In two stages: the fingerprint of quantized weights exists only after the base is loaded.
         check_same_on_all_ranks(facts)
         if checkpoint is not None:
+            record = BaseRecord.from_facts(context.folder, checkpoint.facts)
+            record.refuse_other(context.folder, recipe.distributed.strategy == "fsdp")
             refuse_other_inputs(checkpoint, facts, is_extended, recipe)
         read = DataRead(data_report(rows, plan))
         on_event(read)
@@ -173,7 +176,7 @@ def _facts(context: TrainingContext, rows: Datasets, order: BatchOrder) -> dict[
     first = next(rows.train.documents())
     return {
         "uses_chat_template": isinstance(first.document, Conversation),
-        "base": fingerprint(context.folder.path),
+        **BaseRecord.of(context.folder).facts,
         "data": rows.fingerprint,
         "units_per_step": order.units_per_step,
         "total_units": order.total_units,

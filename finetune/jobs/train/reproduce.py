@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import RefusedError, UsageError
-from finetune.jobs.load.training_record import TrainingRecord
+from finetune.jobs.load.training_record import TrainingRecord, trained_files
 from finetune.jobs.train.run import train
 from finetune.recipe.load import load_recipe
 from finetune.run.comparison import Difference, differences
@@ -64,6 +64,6 @@ def reproduce(
             hint="restore the data and base of the first run",
         )
     repeated = again.trained(recipe.adapter.trains_base)
-    names = sorted(file.name for file in weights.glob("*.safetensors"))
+    names = [file.name for file in trained_files(weights)]
     same = all(file_digest(weights / name) == file_digest(repeated / name) for name in names)
     return Reproduction(again.path, same, names, found)

@@ -30,7 +30,7 @@ SAME_INPUTS = {
     "data": "the rows (fingerprint)",
     "units_per_step": "rows or packs of one step, over all processes",
 }
-"""Facts of a checkpoint that must be the same when the run resumes."""
+"""Facts that must be the same on all ranks, and when a run resumes."""
 
 
 def recipe_of_run(run: RunDirectory, overrides: Sequence[str]) -> Recipe:
@@ -137,7 +137,7 @@ def _changed_files(run: RunDirectory, recipe: Recipe) -> list[str]:
 
 
 def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_extended: bool, recipe: Recipe) -> None:
-    """Check that base, rows and number of steps are those of the checkpoint.
+    """Check that rows and number of steps are those of the checkpoint.
 
     Args:
         checkpoint: To resume from.
@@ -149,7 +149,8 @@ def refuse_other_inputs(checkpoint: Checkpoint, facts: Mapping[str, Any], is_ext
         RefusedError: One of them differs, or the run would end before the checkpoint.
     """
     before, where = checkpoint.facts, str(checkpoint.path)
-    for name, words in SAME_INPUTS.items():
+    for name in ("data", "units_per_step"):  # the base is compared by its record
+        words = SAME_INPUTS[name]
         if facts[name] != before.get(name):
             raise RefusedError(
                 f"{words} changed since the checkpoint: {shortened(before.get(name))} -> {shortened(facts[name])}",

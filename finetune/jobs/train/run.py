@@ -6,10 +6,9 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict
 
-from finetune.data.dataset import Datasets
 from finetune.errors import as_out_of_memory
-from finetune.jobs.load.context import TrainingContext
-from finetune.jobs.load.training_record import base_record, kept_with_checkpoint
+from finetune.jobs.load.base_record import BaseRecord
+from finetune.jobs.load.training_record import kept_with_checkpoint
 from finetune.jobs.train.dry_run import dry_run, is_worth_it
 from finetune.jobs.train.oom import oom_error_with_hints
 from finetune.jobs.train.prepare import PreparedRun
@@ -23,7 +22,6 @@ from finetune.report.run_page import recording_errors
 from finetune.run.checkpoints import Checkpoint, Checkpoints
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import (
-    DataRead,
     EventHandler,
     RunResumed,
     TrainingFinished,
@@ -104,7 +102,7 @@ def _start(
             with written_aside(run.tokenizer) as folder:
                 prepared.context.tokenizer.save_pretrained(folder)
         on_event = stack.enter_context(tracked(recipe, run, on_event))
-        _record_inputs(run, prepared.context, prepared.rows, prepared.read, started)
+        _record_inputs(run, prepared, started)
     on_event(started)
     # The main rank cuts the metrics of an earlier attempt to where this one begins; the others read them after that.
     prepared.context.accelerator.wait_for_everyone()
@@ -137,13 +135,11 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
     return checkpoint, extends(found, recipe)
 
 
-def _record_inputs(
-    run: RunDirectory, context: TrainingContext, rows: Datasets, read: DataRead, started: TrainingStarted
-) -> None:
+def _record_inputs(run: RunDirectory, prepared: PreparedRun, started: TrainingStarted) -> None:
     """Write the provenance and the data report."""
-    recipe = context.recipe
+    context, rows = prepared.context, prepared.rows
     facts = {
-        "base": base_record(context).model_dump(),
+        "base": BaseRecord.from_facts(context.folder, prepared.facts).summary,
         **({"template_date": str(context.kept_date)} if context.kept_date else {}),
         "device": str(context.accelerator.device),
         "processes": context.accelerator.num_processes,
@@ -152,8 +148,8 @@ def _record_inputs(
     content = [
         record for split in (rows.train, rows.validation) for source in split.sources for record in source.content
     ]
-    write_json(run.provenance, provenance(dump_recipe(recipe), content, facts))
-    write_json(run.data_report, read.report)
+    write_json(run.provenance, provenance(dump_recipe(context.recipe), content, facts))
+    write_json(run.data_report, prepared.read.report)
 
 
 def _describe(run: RunDirectory, prepared: PreparedRun) -> TrainingStarted:

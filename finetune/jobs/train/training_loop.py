@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from finetune import formatting
+from finetune.errors import FinetuneError
+from finetune.jobs.load.base_record import BaseRecord
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.training_record import TrainingRecord
 from finetune.jobs.train.checkpointing import CheckpointManager
 from finetune.jobs.train.early_stopping import EarlyStopping
@@ -14,6 +20,8 @@ from finetune.jobs.train.lora_rank_log import LoraRankLogger
 from finetune.jobs.train.metrics_log import MetricsLogger
 from finetune.jobs.train.prepare import PreparedRun
 from finetune.models.writing.ends import write_ends
+from finetune.models.writing.rewrite import PREPROCESSORS, copy_settings, whole_config
+from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.run.directory import Attempt, RunDirectory
 from finetune.run.events import EventHandler, Phase, StepMetrics, TrainingFinished, ValidationResult
 from finetune.run.history import History
@@ -22,6 +30,8 @@ from finetune.train.diagnostics import TrainingDiagnostics
 from finetune.train.loop import fit
 from finetune.train.memory import peak_memory_bytes
 from finetune.train.weight_changes import TITLE, WeightChanges
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -169,7 +179,30 @@ def _write_trained(prepared: PreparedRun, folder: Path) -> None:
     with written_aside(folder) as aside:
         context.method.save(prepared.state.bare_model, aside)
         context.tokenizer.save_pretrained(aside)
-        record = TrainingRecord.of(context, facts["quantized_base"], facts["uses_chat_template"], facts["answer_ends"])
+        base = BaseRecord.from_facts(context.folder, facts)
+        if context.recipe.adapter.trains_base:
+            _carry_over(context, base, prepared.state.bare_model, aside)
+        record = TrainingRecord.of(
+            context, base, facts["quantized_base"], facts["uses_chat_template"], facts["answer_ends"]
+        )
         record.write(aside)
         if context.recipe.adapter.trains_base:
             write_ends(aside, record.answer_ends, aside)
+
+
+def _carry_over(context: TrainingContext, base: BaseRecord, model: Any, folder: Path) -> None:
+    """Add the tensors of the base that its class does not build to a trained model, unless the base has changed."""
+    try:
+        base.refuse_other(context.folder)
+        unbuilt = UnbuiltTensors.of(context.folder, context.section)
+        unbuilt.append_to(folder)
+        unbuilt.check_carried(folder)
+    except (FinetuneError, FileNotFoundError, EOFError) as error:  # the trained weights are worth more
+        logger.warning("tensors of the base that its class does not build are not carried over: %s", error)
+        return
+    if (config := whole_config(model.config, context.folder)) is not model.config:
+        config.dtype = model.dtype
+        config.save_pretrained(folder)
+        copy_settings(context.folder, PREPROCESSORS, folder)
+    if report := unbuilt.report(carried=True):
+        logger.warning("%s", formatting.unbuilt(report))

@@ -36,11 +36,13 @@ def family_template(family: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if missing := _missing(family, tokenizer):
         fitting = families_for(tokenizer)
+        added = ", ".join(f"{{token: '{token}', special: true}}" for token in missing)
         raise ModelError(
             f"the tokenizer lacks {', '.join(missing)}, which the templates of {family} write",
             where=f"model.chat_template: {family}",
             hint=(f"families for this tokenizer: {', '.join(fitting)}; or " if fitting else "")
-            + "name a template file",
+            + "name a template file"
+            + (f", or add them: model.new_tokens: [{added}]" if family in CONTROL_TOKENS else ""),
         )
     source = files(__package__).joinpath(f"{family}.jinja").read_text(encoding="utf-8").rstrip("\n")
     return "{{- bos_token }}\n" + source if _begins_texts(family, tokenizer) else source

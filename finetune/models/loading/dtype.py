@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from finetune.errors import EnvironmentFault
-from finetune.models.safetensors_io import SAFETENSORS_DTYPES, stored_tensors
+from finetune.models.safetensors_io import SAFETENSORS_DTYPES
+from finetune.models.weight_files import weight_files
 from finetune.recipe.sections.model import Dtype
 from finetune.recipe.sections.training import Precision
 
@@ -62,7 +63,7 @@ def weight_dtype(dtype: Dtype, compute: torch.dtype, trains_base: bool) -> torch
 
 def file_dtype(folder: Path) -> torch.dtype:
     """The narrowest dtype that represents every floating-point weight in a folder exactly; float32 at most."""
-    found = {SAFETENSORS_DTYPES.get(stored.dtype) for stored in stored_tensors(folder).values()}
+    found = {SAFETENSORS_DTYPES.get(stored.dtype) for stored in weight_files(folder).present_tensors().values()}
     known = [dtype for dtype in DTYPES.values() if dtype in found]
     return reduce(torch.promote_types, known) if known else torch.float32
 

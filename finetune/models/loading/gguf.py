@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import ModelError
 from finetune.storage.cache import cached
+from finetune.storage.opening import open_to_read
 
 LAYOUT = "1"
 """Part of the cache key: raise it when the conversion's output changes."""
@@ -63,7 +64,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256(LAYOUT.encode())
-    with file.open("rb") as stream:
+    with open_to_read(file) as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()[:16]

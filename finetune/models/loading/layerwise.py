@@ -29,8 +29,10 @@ from finetune.models.linear_layers import shape_of
 from finetune.models.loading.finite import check_finite
 from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.new_tokens import vocabulary_tensors
 from finetune.models.loading.quantized_checkpoint import stored_quantization
-from finetune.models.safetensors_io import anonymous_mmap, stored_tensors
+from finetune.models.safetensors_io import anonymous_mmap
+from finetune.models.weight_files import stored_tensors
 from finetune.quantizers.base import Quantized, Quantizer, is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.quantizers.layer import PackedQuantizer, QuantizedLinear
@@ -106,6 +108,7 @@ class StreamedModel:
         self.files = stored_tensors(folder.path)
         self.model = meta_model(read_config(folder), section, dtype).eval()
         self.model.name_or_path = self.model.config._name_or_path = folder.name
+        self._with_new_rows = set(vocabulary_tensors(self.model)) if folder.new_rows else set()
         self._stored = stored_quantization(folder)
         choose = OnLoadConfig.from_dict(self._stored.model_dump()).choose if self._stored else quantizers
         layers = quantizable_layers(self.model, with_head=self._stored is not None)
@@ -218,6 +221,8 @@ class StreamedModel:
             made = converter.convert(source.first, model=self.model, config=self.model.config)[name]
             tensor = made[0] if isinstance(made, list) else made
         check_finite(name, tensor, self.folder.path)
+        if self.folder.new_rows is not None and name in self._with_new_rows:
+            tensor = self.folder.new_rows.extended(tensor)
         return self._in_float32(tensor) if tensor.is_floating_point() else tensor.to(self.device)
 
     def _in_float32(self, tensor: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from finetune.errors import FinetuneError, ModelError, RefusedError, Unsupported
 from finetune.models.fsdp import shard_model
 from finetune.models.kernels.float32_compute import compute_in_float32
 from finetune.models.kernels.length_rotation import forget_earlier_lengths
+from finetune.models.layer_names import SHOWN
 from finetune.models.linear_layers import linear_layers, list_of_blocks
 from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.chat_template_guard import check_template_terminates
@@ -32,11 +33,12 @@ from finetune.models.loading.finite import check_finite_weights
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
 from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
+from finetune.models.loading.new_tokens import NewRows, add_tokens, extend_vocabulary
 from finetune.models.loading.quantized_checkpoint import check_same_quantization, stored_quantization
 from finetune.models.loading.template_settings import set_template
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
-from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.model import Model, NewToken
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,12 @@ def load_tokenizer(
     chat_template: str | None = None,
     arguments: Mapping[str, Any] = MappingProxyType({}),
     kept: KeptTokenizer = NOTHING_KEPT,
+    new_tokens: Sequence[NewToken] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, checked against the model's vocabulary.
 
-    Its attribute `today` is the date that its chat template writes.
+    Its attribute `today` is the date that its chat template writes, `new_rows` the rows that the model needs for new
+    tokens.
 
     Args:
         folder: The model's files.
@@ -79,6 +83,7 @@ def load_tokenizer(
         arguments: `data.template_arguments`.
         kept: The tokenizer that a run keeps, which is loaded instead of the model's. If the model's is another one by
             now, there is a warning.
+        new_tokens: `model.new_tokens`; None where the model gets no rows.
 
     Raises:
         ModelError: It cannot be read, has no character offsets, has more tokens than the model has embeddings, or its
@@ -88,10 +93,12 @@ def load_tokenizer(
     """
     if kept.folder is None:
         tokenizer = _read_tokenizer(folder.path)
+        new_rows = _with_new_tokens(tokenizer, folder, new_tokens)
         set_template(tokenizer, chat_template, arguments)
     else:
         tokenizer = _read_kept(kept.folder)
-        _warn_of_changes(tokenizer, folder, chat_template, arguments)
+        new_rows = _with_new_tokens(tokenizer, folder, new_tokens)
+        _warn_of_changes(tokenizer, folder, chat_template, arguments, new_tokens)
     where = str(kept.folder or folder.path)
     if not tokenizer.is_fast:
         raise ModelError(
@@ -99,17 +106,40 @@ def load_tokenizer(
             where=where,
             hint="convert it to a tokenizer.json (a fast tokenizer)",
         )
-    embeddings = folder.config().get("vocab_size")
-    if isinstance(embeddings, int) and len(tokenizer) > embeddings:
+    if new_tokens is None and (rows := folder.vocabulary) is not None and len(tokenizer) > rows:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {embeddings} embeddings",
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embeddings",
             where=where,
-            hint="use the tokenizer that belongs to this model",
+            hint="use the tokenizer that belongs to this model; model.new_tokens: [] adds embeddings for "
+            f"{_last_tokens(tokenizer, rows)}, which then train",
         )
     check_template_terminates(tokenizer, where)
+    tokenizer.new_rows = new_rows
     tokenizer.padding_side = "right"
     tokenizer.today = kept.today or date.today()
     return tokenizer
+
+
+def _with_new_tokens(
+    tokenizer: PreTrainedTokenizerBase, folder: ModelFolder, new_tokens: Sequence[NewToken] | None
+) -> NewRows | None:
+    """Add the tokens of a recipe, if it names any; returns the rows that the model needs for them."""
+    if new_tokens is None:
+        return None
+    try:
+        base = _read_tokenizer(folder.path)
+    except ModelError:  # the model has lost it since the run was trained
+        base = None
+    rows = folder.vocabulary
+    if rows is None:
+        rows = int(read_config(folder).get_text_config().vocab_size)
+    return add_tokens(tokenizer, base, new_tokens, rows)
+
+
+def _last_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
+    """The tokens without a row, in words."""
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= rows)
+    return ", ".join(beyond[:SHOWN]) + (", ..." if len(beyond) > SHOWN else "")
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -135,11 +165,16 @@ def _read_kept(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _warn_of_changes(
-    kept: PreTrainedTokenizerBase, folder: ModelFolder, chat_template: str | None, arguments: Mapping[str, Any]
+    kept: PreTrainedTokenizerBase,
+    folder: ModelFolder,
+    chat_template: str | None,
+    arguments: Mapping[str, Any],
+    new_tokens: Sequence[NewToken] | None,
 ) -> None:
     """Warn where the base's tokenizer, or a template that the recipe names, is no longer the one that a run keeps."""
     try:
         now = _read_tokenizer(folder.path)
+        _with_new_tokens(now, folder, new_tokens)
         set_template(now, chat_template, arguments)
     except FinetuneError:  # it has no usable one any more, and needs none
         return
@@ -217,7 +252,7 @@ def load_model(
     with errors_as_model_error(where):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder.path,
-            config=read_config(folder),
+            config=read_config(replace(folder, new_rows=None)),  # they are appended below
             dtype=weight_dtype,
             device_map={"": device},
             attn_implementation=attention_argument(section),
@@ -233,6 +268,8 @@ def load_model(
             f"{len(names)} weights are missing, {names[0]} among them", where=where, hint="fetch the whole model"
         )
     check_finite_weights(model, folder.path, getattr(getattr(model, "hf_quantizer", None), "non_finite", []))
+    if folder.new_rows is not None:
+        extend_vocabulary(model, folder.new_rows)
     if options and device.type == "cpu" and file_dtype(folder.path) is weight_dtype:
         _copy_mapped_weights(model)
     if compute_dtype is torch.float32 is not weight_dtype:

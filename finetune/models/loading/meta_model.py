@@ -20,13 +20,16 @@ from finetune.recipe.sections.model import Model
 
 
 def read_config(folder: ModelFolder) -> Any:
-    """The configuration of the model in a folder.
+    """The configuration of the model in a folder, with the rows of new tokens in its vocabulary.
 
     Raises:
         ModelError: transformers does not know the architecture, or would need code from the folder.
     """
     with errors_as_model_error(str(folder.path)):
-        return AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    if folder.new_rows is not None:
+        config.get_text_config().vocab_size = folder.new_rows.total
+    return config
 
 
 @contextmanager

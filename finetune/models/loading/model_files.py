@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import escape
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ModelError
 from finetune.models.loading.gguf import converted
-from finetune.models.safetensors_io import stored_tensors, tensors_in
+from finetune.models.loading.new_tokens import NewRows
+from finetune.models.safetensors_io import SINGLE
+from finetune.models.weight_files import read_object, stored_tensors, stray_note, weight_files
 from finetune.recipe.sections.model import Model
 
 logger = logging.getLogger(__name__)
 
-# Weights as safetensors, config and tokenizer, and the model card for its licence; never code, never pickles.
+# Config, tokenizer and index, and the model card for its licence; never code, never pickles.
 SMALL_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt"]
-WEIGHTS = ["*.safetensors"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 
 GENERATION_CONFIG = "generation_config.json"
@@ -44,23 +45,29 @@ class ModelFolder:
         path: The folder.
         name: The model's name as the recipe gives it.
         commit: For a hub model, the commit that was downloaded.
+        new_rows: Rows that the model gets when it is loaded, for tokens that a recipe adds; None for none.
     """
 
     path: Path
     name: str
     commit: str | None = None
+    new_rows: NewRows | None = None
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json.
 
         Raises:
-            ModelError: It is not JSON.
+            ModelError: It is no JSON object.
         """
-        try:
-            config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError("config.json is not valid JSON", where=str(self.path), hint="fetch it again") from error
-        return config
+        return read_object(self.path / "config.json")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embeddings in the files; None if config.json does not state them."""
+        config = self.config()
+        text = config.get("text_config")
+        found = (section.get("vocab_size") for section in (text, config) if isinstance(section, dict))
+        return next((rows for rows in found if isinstance(rows, int)), None)
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a linear layer as it is stored, before any quantization.
@@ -103,8 +110,16 @@ def find_model(section: Model, report_work: Callable[[str], None], weights: bool
         folder = ModelFolder(Path(section.name), section.name)
     _check_folder(folder)
     if weights:
-        _check_all_weights(folder.path)
+        _check_weights(folder.path)
     return folder
+
+
+def _check_weights(folder: Path) -> None:
+    """Check the headers and lengths of the weight files, and name files that only seem to be some."""
+    files = weight_files(folder)
+    files.tensors()
+    if note := stray_note(files):
+        logger.info("%s", note)
 
 
 def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> ModelFolder:
@@ -150,14 +165,7 @@ def _from_hub(section: Model, report_work: Callable[[str], None], weights: bool)
     where = f"model.name {section.name}"
     report_work(f"looking up {section.name}")
     try:
-        path = Path(
-            snapshot_download(
-                section.name,
-                revision=section.revision,
-                allow_patterns=[*SMALL_FILES, *(WEIGHTS if weights else [])],
-                ignore_patterns=UNWANTED_FILES,
-            )
-        )
+        path = _download(section, weights)
     except RevisionNotFoundError:
         raise ModelError(
             f"the hub model has no revision {section.revision!r}", where=where, hint="check model.revision"
@@ -177,6 +185,23 @@ def _from_hub(section: Model, report_work: Callable[[str], None], weights: bool)
     return ModelFolder(path, section.name, commit=path.name)
 
 
+def _download(section: Model, weights: bool) -> Path:
+    """The folder of a hub model; of its weights only those files that transformers would load.
+
+    Raises:
+        ModelError: Its index names anything but safetensors files of the folder.
+    """
+    wanted = [*SMALL_FILES, *([SINGLE] if weights else [])]
+    path = Path(
+        snapshot_download(
+            section.name, revision=section.revision, allow_patterns=wanted, ignore_patterns=UNWANTED_FILES
+        )
+    )
+    if weights and (lacking := weight_files(path).missing):  # the files of an index, from the same commit
+        snapshot_download(section.name, revision=path.name, allow_patterns=[escape(name) for name in lacking])
+    return path
+
+
 def _check_folder(folder: ModelFolder) -> None:
     if not folder.path.is_dir():
         raise ModelError(
@@ -194,31 +219,3 @@ def _check_folder(folder: ModelFolder) -> None:
             where=str(folder.path),
             hint="name a folder that save_pretrained wrote",
         )
-
-
-def _check_all_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        pickles = any(folder.glob("*.bin"))
-        raise ModelError(
-            "the model folder has no weights as safetensors" + (", only pickled ones" if pickles else ""),
-            where=str(folder),
-            hint=(
-                "pickles can run code and are not read: convert them with save_pretrained"
-                if pickles
-                else "copy the model's .safetensors files there"
-            ),
-        )
-    for file in sorted(folder.glob("*.safetensors")):
-        _check_weights(file)
-
-
-def _check_weights(file: Path) -> None:
-    """Check the header and the file's length, which follows from it."""
-    try:
-        tensors_in(file)
-    except (ValueError, OSError) as error:
-        raise ModelError(
-            f"the file is damaged or incomplete: {error}",
-            where=str(file),
-            hint="fetch it again; if it is a Git LFS pointer: git lfs pull",
-        ) from error

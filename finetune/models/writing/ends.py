@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from finetune.models.loading.load import generation_settings, named_ends
 from finetune.models.loading.model_files import GENERATION_CONFIG
 from finetune.storage.files import write_json
+from finetune.storage.opening import read_json
 
 
 def ends_with(source: Path, answer_ends: Sequence[int]) -> list[int]:
@@ -50,7 +50,7 @@ def _settings(source: Path) -> dict[str, Any]:
     # Not through `save_pretrained`: it refuses settings of published models that contradict each other.
     file = source / GENERATION_CONFIG
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(file)
         return found
     settings: dict[str, Any] = generation_settings(source).to_diff_dict()
     return settings

@@ -6,9 +6,10 @@ Tensors keep the names and layouts that they have in the base's files: every rea
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,17 +18,27 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.models.fsdp import all_gathered
 from finetune.models.loading.layerwise import StreamedModel
-from finetune.models.loading.model_files import GENERATION_CONFIG
+from finetune.models.loading.meta_model import read_config
+from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
 from finetune.models.loading.quantized_checkpoint import config_of
-from finetune.models.safetensors_io import SAFETENSORS_DTYPES, Planned, TensorWriter, tensor_writer
+from finetune.models.safetensors_io import SAFETENSORS_DTYPES, Planned, StoredTensor, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
 from finetune.quantizers.layer import QuantizedLinear
+
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Settings of what is beside the language model of a checkpoint."""
 
 MergeLayer = Callable[[nn.Module], nn.Module]
 """Maps an adapted layer to the merged layer, whose tensors have the names and shapes of the base's layer."""
 
 
-def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.dtype, folder: Path) -> None:
+def write_merged(
+    streamed: StreamedModel,
+    merge_layer: MergeLayer,
+    dtype: torch.dtype,
+    folder: Path,
+    further: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> None:
     """Write a merged model in a form that plain transformers loads.
 
     Args:
@@ -35,12 +46,13 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
         merge_layer: Merges the adapter into one of them.
         dtype: Dtype of every floating-point weight.
         folder: Where to write.
+        further: Tensors that are copied as they are: those of the base that its class does not build.
     """
     changed = {name for place in streamed.replaced() for name in streamed.tensors(place)}
     merged = _MergedWeights(streamed, merge_layer)
     # An adapter on one of two tied weights (embeddings and head) unties them: then both are written.
     untied = merged.untied(changed)
-    planned = {}
+    planned: dict[str, Planned] = {}
     for name, tensor in streamed.tensors().items():
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         if name in untied:
@@ -51,7 +63,7 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
             is_unchanged = streamed.sources[name].converter is None
             shapes = {file: tuple(tensor.shape) if is_unchanged else streamed.files[file].shape for file in files}
             planned |= {file: Planned(kind, shape) for file, shape in shapes.items()}
-    with tensor_writer(folder, planned) as writer:
+    with tensor_writer(folder, {**further, **planned}) as writer:
         # Merged layers first: `_write_unchanged` then writes what is still missing, from the base's files.
         for name, tensor in merged.tensors():
             if name in untied:
@@ -64,22 +76,29 @@ def write_merged(streamed: StreamedModel, merge_layer: MergeLayer, dtype: torch.
                 writer.put(name, streamed.weight(name))
             elif name not in streamed.tied:
                 _write_unchanged(streamed, name, writer)
-    config = streamed.model.config
-    config.dtype = dtype
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if untied:
-        config.tie_word_embeddings = False
-    _write_settings(streamed, folder)
+    own, whole = streamed.model.config, whole_config(streamed.model.config, streamed.folder)
+    for config in (own, whole):
+        config.dtype = dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if untied:
+            config.tie_word_embeddings = False
+    _write_settings(streamed, whole, folder)
 
 
-def write_merged_quantized(streamed: StreamedModel, merge_layer: MergeLayer, folder: Path) -> None:
+def write_merged_quantized(
+    streamed: StreamedModel,
+    merge_layer: MergeLayer,
+    folder: Path,
+    further: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> None:
     """Write a merged model with unchanged codes, as `load_model` loads it; other weights in the dtypes of their files.
 
     Args:
         streamed: The base, quantized, with an adapter around some quantized layers and no other.
         merge_layer: Merges the adapter into the minimums of one of them (QA-LoRA).
         folder: Where to write.
+        further: As for `write_merged`.
     """
     changed = streamed.replaced()
     quantizers: dict[str, Quantizer] = {}
@@ -94,7 +113,7 @@ def write_merged_quantized(streamed: StreamedModel, merge_layer: MergeLayer, fol
         elif name not in streamed.tied:
             stored = streamed.files[streamed.sources[name].files[0]]
             planned[name] = Planned(SAFETENSORS_DTYPES[stored.dtype], tuple(tensor.shape))
-    with tensor_writer(folder, planned) as writer:
+    with tensor_writer(folder, {**further, **planned}) as writer:
         for name, tensor in _MergedWeights(streamed, merge_layer).tensors():
             writer.put(name, tensor)
         for layer in sorted({name.rpartition(".")[0] for name in writer.missing}):
@@ -103,7 +122,7 @@ def write_merged_quantized(streamed: StreamedModel, merge_layer: MergeLayer, fol
                     if name in writer.missing:
                         writer.put(name, tensor)
     streamed.model.config.quantization_config = config_of(quantizers)
-    _write_settings(streamed, folder)
+    _write_settings(streamed, streamed.model.config, folder)
 
 
 def write_from_shards(model: Any, folder: Path) -> None:
@@ -180,9 +199,33 @@ def _write_unchanged(streamed: StreamedModel, name: str, writer: TensorWriter) -
         writer.put(file, streamed.weight(name) if source.converter is None else streamed.files[file].read())
 
 
-def _write_settings(streamed: StreamedModel, folder: Path) -> None:
-    streamed.model.config.architectures = [type(streamed.model).__name__]
-    streamed.model.config.save_pretrained(folder)
-    generation = streamed.folder.path / GENERATION_CONFIG
-    if generation.is_file():
-        shutil.copyfile(generation, folder / GENERATION_CONFIG)
+def whole_config(own: Any, base: ModelFolder) -> Any:
+    """The config of a written model: that of the checkpoint's own class, where the model is a part of it.
+
+    Of a vision-language checkpoint the language model is trained. Its tensors keep their names, so that with those of
+    the other parts and this config the whole checkpoint loads as before.
+
+    Args:
+        own: The model's config, which becomes a part of the result.
+        base: The checkpoint.
+    """
+    whole = read_config(base)
+    part = next((key for key in whole.sub_configs if type(getattr(whole, key, None)) is type(own)), None)
+    if part is None:
+        return own
+    setattr(whole, part, own)
+    return whole
+
+
+def _write_settings(streamed: StreamedModel, config: Any, folder: Path) -> None:
+    if config is streamed.model.config:
+        config.architectures = [type(streamed.model).__name__]
+    config.save_pretrained(folder)
+    copy_settings(streamed.folder, (GENERATION_CONFIG, *PREPROCESSORS), folder)
+
+
+def copy_settings(base: ModelFolder, names: Sequence[str], folder: Path) -> None:
+    """Copy those files of settings that a base has."""
+    for name in names:
+        if (base.path / name).is_file():
+            shutil.copyfile(base.path / name, folder / name)

@@ -5,16 +5,18 @@ Tensors are read and written one at a time, so that memory holds a few tensors a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from finetune.errors import RefusedError
-from finetune.models.safetensors_io import Planned, stored_tensors, tensor_writer
+from finetune.models.safetensors_io import Planned, StoredTensor, tensor_writer
+from finetune.models.weight_files import stored_tensors
 
 Rule = Literal["linear", "ties", "dare", "svd"]
 
@@ -60,7 +62,12 @@ class WeightMerge:
 
 
 def merge_weights(
-    base: Path, versions: Sequence[Path], combination: WeightMerge, dtype: torch.dtype, target: Path
+    base: Path,
+    versions: Sequence[Path],
+    combination: WeightMerge,
+    dtype: torch.dtype,
+    target: Path,
+    further: Mapping[str, StoredTensor] = MappingProxyType({}),
 ) -> None:
     """Write the merged weights as safetensors, with an index if there is more than one file.
 
@@ -70,6 +77,7 @@ def merge_weights(
         combination: The method of the merge.
         dtype: Dtype of the written weights.
         target: Folder to write to.
+        further: Tensors that are copied as they are.
 
     Raises:
         RefusedError: A version's weights are not those of the base, or the result is not finite.
@@ -85,7 +93,8 @@ def merge_weights(
                 where=str(version),
                 hint="merge runs over the same base",
             )
-    with tensor_writer(target, {name: Planned(dtype, start[name].shape) for name in sorted(start)}) as writer:
+    planned = {name: Planned(dtype, start[name].shape) for name in sorted(start)}
+    with tensor_writer(target, {**further, **planned}) as writer:
         for name in sorted(start):
             # In the base's float32: differences of bfloat16 weights would lose most of their digits.
             origin = start[name].read()

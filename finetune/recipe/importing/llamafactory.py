@@ -93,7 +93,11 @@ RULES: Mapping[str, Rule] = {
     "use_unsloth_gc": Switch(on={"training.gradient_checkpointing": "offload"}),
     "use_kt": Without(values.OWN_KERNELS, unless=(False,)),
     "rope_scaling": Without("ft reads it from the model's config.json"),
-    "resize_vocab": Without("ft keeps the vocabulary; adapter.trainable_tokens trains single tokens", unless=(False,)),
+    "resize_vocab": Without("model.new_tokens appends the rows that it needs"),
+    "add_tokens": values.new_tokens("add_special_tokens"),
+    "add_special_tokens": lambda context, value: values.new_tokens("add_special_tokens")(
+        context, context.at("add_tokens") or []
+    ),
     "finetuning_type": _method,
     "lora_rank": _rank,
     "lora_alpha": values.read_elsewhere,

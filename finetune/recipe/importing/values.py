@@ -212,6 +212,28 @@ def four_bit(context: Context, value: Any) -> Settings:
 _DOUBLE = ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization")
 
 
+def new_tokens(special: str | None) -> Any:
+    """The rule for a list of tokens to add.
+
+    Args:
+        special: The tool's key for a list of control tokens, which follow them.
+    """
+
+    def rule(context: Context, value: Any) -> Settings:
+        control = _texts(context.at(special)) if special else []
+        return {"model.new_tokens": [*_texts(value), *({"token": each, "special": True} for each in control)]}
+
+    return rule
+
+
+def _texts(value: Any) -> list[str]:
+    """The items of a list, which may be written as text with commas."""
+    items = value.split(",") if isinstance(value, str) else listed(value) if value else []
+    if not all(isinstance(item, str) and item.strip() for item in items):
+        raise NotCarried("expected a list of tokens")
+    return [item.strip() for item in items]
+
+
 def read_elsewhere(context: Context, value: Any) -> Settings:
     """A key that the rule of another key reads."""
     del context, value

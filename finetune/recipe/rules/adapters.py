@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.violation import Violation, quantizations
-from finetune.recipe.sections.adapter import AdaLora, Ia3, LabelsStart, Lora, LowRank, PromptTuning, QaLora
+from finetune.recipe.sections.adapter import (
+    AdaLora,
+    Full,
+    Ia3,
+    LabelsStart,
+    Lora,
+    LowRank,
+    PromptTuning,
+    QaLora,
+    TrainableTokens,
+)
 from finetune.recipe.sections.quantization import Groupwise, PluginQuantization
 
 
@@ -116,6 +126,36 @@ def embeddings_train_fully_or_by_token(recipe: Recipe) -> Violation | None:
             "trainable_tokens and modules_to_save cannot be combined",
             "leave out adapter.modules_to_save or adapter.trainable_tokens",
         )
+    return None
+
+
+def new_tokens_train(recipe: Recipe) -> Violation | None:
+    """Rows of new tokens start alike; a method must train them."""
+    adapter = recipe.adapter
+    trains = isinstance(adapter, LowRank | TrainableTokens | Full) and not isinstance(adapter, QaLora)
+    if recipe.model.new_tokens is not None and not trains:
+        return Violation(
+            "model.new_tokens",
+            f"{adapter.method} trains no embeddings, and the rows of new tokens would all stay as they start",
+            "set adapter.method to lora, adalora, trainable_tokens or full",
+        )
+    return None
+
+
+def new_tokens_are_distinct(recipe: Recipe) -> Violation | None:
+    """A token is added once."""
+    texts = recipe.model.new_texts
+    for index, text in enumerate(texts):
+        if text in texts[:index]:
+            return Violation(f"model.new_tokens.{index}", f"{text!r} is there twice", "leave one of them out")
+    return None
+
+
+def trainable_tokens_are_named(recipe: Recipe) -> Violation | None:
+    """The method has something to train."""
+    adapter = recipe.adapter
+    if isinstance(adapter, TrainableTokens) and not adapter.tokens and recipe.model.new_tokens is None:
+        return Violation("adapter.tokens", "no token trains", "name tokens here, or new ones in model.new_tokens")
     return None
 
 

@@ -75,7 +75,11 @@ class LowRank(Continuable):
         ),
     )
     trainable_tokens: list[str] = Field(
-        [], description="Tokens whose embeddings train as well; each must be a single token of the vocabulary."
+        [],
+        description=(
+            "Tokens whose rows of the embeddings and of an untied output head train as well; each must be a single "
+            "token of the vocabulary. model.new_tokens adds tokens that are not."
+        ),
     )
 
     @property
@@ -376,12 +380,17 @@ class Oft(Continuable):
 
 
 class TrainableTokens(Continuable):
-    """The embeddings of selected tokens and nothing else, for words that are rare in the base's training data."""
+    """The rows of selected tokens in embeddings and output head, for words that are rare in the base's training."""
 
     implementation: ClassVar[str] = "finetune.adapters.peft_methods:TrainableTokensMethod"
-    costs: ClassVar[str] = "width per token"
+    costs: ClassVar[str] = "width per token, twice with an untied output head"
     method: Literal["trainable_tokens"]
-    tokens: list[str] = Field(min_length=1, description="The tokens; each must be a single token of the vocabulary.")
+    tokens: list[str] = Field(
+        [],
+        description=(
+            "The tokens; each must be a single token of the vocabulary. Those of model.new_tokens train as well."
+        ),
+    )
 
     @property
     def named_tokens(self) -> list[str]:

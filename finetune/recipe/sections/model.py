@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, ValidationInfo, field_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from finetune.recipe.sections.section import OnResume, Section, absolute_to
 
@@ -17,6 +19,34 @@ TEMPLATE_FAMILIES = ("chatml", "llama3", "gemma", "mistral", "vicuna", "alpaca")
 
 
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
+class NewToken(Section):
+    """A token that the tokenizer gets, unless it has one with this text."""
+
+    on_resume: ClassVar[OnResume] = OnResume.FROZEN
+    token: str = Field(min_length=1, description="Its text, matched exactly wherever it occurs.")
+    special: bool = Field(
+        False,
+        description=(
+            "Whether it is a control token, as of a chat template: most engines leave these out of the text of an "
+            "answer."
+        ),
+    )
+
+
+class _OrText:
+    """Marks a list's items that a recipe may also write as the text of the token."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(core)]}
+
+
+def _from_text(written: Any) -> Any:
+    """The mapping of a token that is written as its text."""
+    if written == "":
+        raise ValueError("expected text that is not empty")
+    return {"token": written} if isinstance(written, str) else written
 
 
 class Model(Section):
@@ -39,6 +69,16 @@ class Model(Section):
             "Chat template in place of the base's: a Jinja file, or a family of models "
             f"({', '.join(TEMPLATE_FAMILIES)}) whose control tokens the tokenizer knows. It is saved with adapter, "
             "merged model and exports."
+        ),
+    )
+    new_tokens: list[Annotated[NewToken, BeforeValidator(_from_text), _OrText()]] | None = Field(
+        None,
+        description=(
+            "Tokens to add: texts, or mappings such as `{token: <tool>, special: true}`. Their rows of the embeddings "
+            "and of an untied output head start at the mean of the others (Hewitt 2021, Initializing New Word "
+            "Embeddings for Pretrained Language Models) and train with lora, adalora, trainable_tokens or full. Rows "
+            "without a token are used first; others are appended. A token that the tokenizer has keeps its row, which "
+            "trains too. `[]`: rows for the tokens that the tokenizer has and the model has not."
         ),
     )
     dtype: Dtype = Field(
@@ -84,6 +124,11 @@ class Model(Section):
                 f"expected a template file or a family of models ({', '.join(TEMPLATE_FAMILIES)}), found {template!r}"
             )
         return path
+
+    @property
+    def new_texts(self) -> list[str]:
+        """The texts of `new_tokens`."""
+        return [each.token for each in self.new_tokens or ()]
 
     @property
     def is_hub_id(self) -> bool:

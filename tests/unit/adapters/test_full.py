@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from finetune.adapters.full import FullMethod
 from finetune.errors import ModelError, RefusedError, UnsupportedError
@@ -60,6 +61,32 @@ def test_load_refuses_weights_of_another_shape(tmp_path: Path):
     METHOD.save(tiny_llama(), tmp_path)
     with pytest.raises(RefusedError):
         METHOD.load(tiny_llama(num_hidden_layers=1), tmp_path)
+
+
+def test_saved_experts_load_from_the_names_of_their_files(tmp_path: Path):
+    """The files have a tensor for each expert, the model one for all."""
+    config = Qwen3MoeConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(AutoModelForCausalLM.from_config(config).float().eval())
+    METHOD.save(models[0], tmp_path)
+    assert any("experts.3." in name for name in load_file(tmp_path / "model.safetensors"))
+    again = METHOD.load(models[1], tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, models[0](IDS).logits)
+
+
+def test_load_refuses_damaged_weights(tmp_path: Path):
+    METHOD.save(tiny_llama(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(RefusedError, match="damaged") as caught:
+        METHOD.load(tiny_llama(), tmp_path)
+    assert caught.value.where == str(file)
 
 
 def test_load_names_missing_weights(tmp_path: Path):

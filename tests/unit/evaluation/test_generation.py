@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from finetune.evaluation import generation
-from finetune.evaluation.generation import Sampling, before_end, end_tokens, generate
+from finetune.evaluation.generation import AnswerDecoder, Sampling, before_end, end_tokens, generate
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
 TEXT = "Grüße aus 東京 🗼, it's 5 o'clock .\n\n  - indented\n"
@@ -19,7 +19,7 @@ TEXT = "Grüße aus 東京 🗼, it's 5 o'clock .\n\n  - indented\n"
 def streamed(ids: list[int], ends: Sequence[int] = (257,)) -> list[str]:
     """The streamed pieces of an answer of these tokens, which transformers passes one by one."""
     pieces: list[str] = []
-    stream = generation._Stream(tiny_tokenizer(), ends, pieces.append)
+    stream = generation._Stream(AnswerDecoder(tiny_tokenizer(), ends), pieces.append)
     stream.put(torch.tensor([[256, 5, 6]]))
     for token in ids:
         stream.put(torch.tensor([token]))
@@ -100,6 +100,33 @@ def test_streamed_pieces_stop_before_the_end():
 )
 def test_end_tokens_are_those_of_tokenizer_settings_and_training(named: Any, trained: list[int], expected: list[int]):
     assert end_tokens(GenerationConfig(eos_token_id=named), tiny_tokenizer(), trained) == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "keeps", "expected"),
+    [
+        ([258, 64, 258, 65, 257, 66], True, "<|turn|>a<|turn|>b"),
+        ([258, 64, 258, 65, 257, 66], False, "ab"),
+        ([256, 64, 258, 256], True, "a<|turn|>"),  # a beginning of text is none
+        ([64, 259, 258, 259, 260, 66], True, "a<|turn|><x>c"),  # 259 pads
+        ([257, 64], True, ""),
+        ([64, 66, 65], True, "a"),  # 66 is an end of this training
+    ],
+)
+def test_answer_text_keeps_control_tokens_but_ends_padding_and_beginnings(ids: list[int], keeps: bool, expected: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["<x>"], special_tokens=True)
+    ends = [257, 66] if expected == "a" else [257]
+    assert AnswerDecoder(tokenizer, ends, keeps).text(ids) == expected
+
+
+def test_stop_string_may_contain_a_control_token():
+    decoder = AnswerDecoder(tiny_tokenizer(), [257])
+    for ids, has_stopped in (([64, 65], False), ([64, 258], True), ([257, 258], False)):
+        stop = generation._Stop(decoder, ["a<|turn|>"])
+        stop.written = len(ids) - 1  # one token before this pass
+        assert stop(torch.tensor([ids]), None).tolist() == [has_stopped]
 
 
 def test_before_end_is_all_of_an_answer_that_does_not_end():

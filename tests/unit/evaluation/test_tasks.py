@@ -16,6 +16,7 @@ from finetune.data.bad_rows import EMPTY
 from finetune.data.encode import Example
 from finetune.data.text_tokens import prompt_ids
 from finetune.errors import BadRow, DataError, RecipeError
+from finetune.evaluation.generation import AnswerDecoder
 from finetune.evaluation.tasks import Choose, Generate
 from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.load import load_tasks
@@ -41,6 +42,7 @@ def test_reasoning_is_not_part_of_the_scored_answer(answer: str, is_right: bool,
     section = {"name": "who", "kind": "generate", "data": {"path": str(tmp_path / "rows.jsonl"), "format": "chat"}}
     engine: Any = SimpleNamespace(
         tokenizer=family_tokenizer("qwen3"),
+        decoder=AnswerDecoder(family_tokenizer("qwen3"), []),
         limit=PositionLimit(None),
         label="fake",
         answers=lambda *arguments: [answer],
@@ -107,7 +109,7 @@ def rows_file(folder: Path, row: dict[str, Any]) -> str:
 def test_empty_reference_answer_is_refused(answer: dict[str, Any], tmp_path: Path):
     path = rows_file(tmp_path, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]})
     section = {"name": "a", "kind": "generate", "data": {"path": path, "format": "chat"}}
-    engine: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), positions=None, label="fake")
+    engine: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), limit=PositionLimit(None), label="fake")
     with pytest.raises(BadRow) as caught:
         Generate(TypeAdapter(GenerateTask).validate_python(section)).measure(engine, None, ignore)
     assert (caught.value.reason, caught.value.where) == (EMPTY, f"{path}:1")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.models.fingerprint import SAMPLE_BYTES, SAMPLES_PER_TENSOR, fingerprint
+from tests.fixtures.model_folders import write_model
 
 
 def weights() -> dict[str, Tensor]:
@@ -18,9 +18,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def fingerprint_of(folder: Path, *shards: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    folder.mkdir()
-    for number, shard in enumerate(shards, 1):
-        save_file(shard, folder / f"model-{number:05}-of-{len(shards):05}.safetensors", metadata)
+    write_model(folder, *shards, metadata=metadata)
     return fingerprint(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from finetune.errors import EnvironmentFault, FinetuneError, ModelError
 from finetune.models.loading.model_files import ModelFolder, find_model
+from finetune.models.weight_files import stored_tensors
 from finetune.recipe.sections.model import Model
+from tests.fixtures.model_folders import split, write_index
 
 CANARY = "from pathlib import Path\nPath(__file__).with_name('canary').touch()\n"
 
@@ -110,6 +115,18 @@ def test_find_model_refuses_an_adapter_folder(tiny_model: Path, tmp_path: Path):
     error = error_of(str(folder))
     assert "an adapter, not a model" in error.what
     assert "base model" in str(error.hint)
+
+
+def test_find_model_names_files_that_are_no_part_of_the_model(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = copy_of(tiny_model, tmp_path, without="nothing")
+    caplog.set_level(logging.INFO)
+    find(str(folder))
+    assert caplog.records == []
+    shutil.copyfile(folder / "model.safetensors", folder / "model_old.safetensors")
+    find(str(folder))
+    assert "model_old.safetensors is no part of the model" in caplog.text
 
 
 # .gguf files and packages
@@ -225,21 +242,80 @@ def test_cached_hub_model_without_weights_is_refused(hub_cache: Path, tiny_model
     assert "no weights as safetensors" in error_of("org/name").what
 
 
-def test_hub_download_excludes_code_and_pickles(monkeypatch: pytest.MonkeyPatch, tiny_model: Path):
-    from huggingface_hub.utils import filter_repo_objects
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A repository of the hub, and the folder that downloads come to: files that match the patterns of a call."""
+    repository, cache = tmp_path / "repository", tmp_path / "snapshots" / ("c" * 40)
+    shutil.copytree(tiny_model, repository)
 
-    asked: dict[str, list[str]] = {}
-
-    def download(name: str, **options: list[str]) -> str:
-        asked.update(options)
-        return str(tiny_model)
+    def download(
+        name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+    ) -> str:
+        assert name == "org/name"
+        assert revision in (None, cache.name)
+        names = [str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file()]
+        for each in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / each).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / each, cache / each)
+        return str(cache)
 
     monkeypatch.setattr("finetune.models.loading.model_files.snapshot_download", download)
+    return repository, cache
+
+
+UNWANTED = [
+    "modeling.py", "pytorch_model.bin", "model.pt", "original/consolidated.safetensors", "model.gguf",
+    "consolidated.safetensors", "model.fp16.safetensors", "onnx/model.safetensors", "model-00009-of-00009.safetensors",
+    "training_args.bin",
+]  # fmt: skip
+
+
+def add_unwanted(repository: Path) -> None:
+    for name in UNWANTED:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).touch()
+
+
+def test_hub_download_of_one_file_has_no_other_weights_code_or_pickles(hub: tuple[Path, Path]):
+    repository, cache = hub
+    kept = [*(file.name for file in repository.iterdir()), "tokenizer.model", "merges.txt"]
+    for name in kept:
+        (repository / name).touch()
+    add_unwanted(repository)
+    assert find("org/name").path == cache
+    assert sorted(file.name for file in cache.rglob("*")) == sorted(kept)
+
+
+@pytest.mark.parametrize("names", [("model-00001-of-00002", "model-00002-of-00002"), ("a[1]*", "consolidated-2")])
+def test_hub_download_of_shards_has_those_of_the_index(hub: tuple[Path, Path], names: tuple[str, str]):
+    repository, cache = hub
+    tensors = load_file(repository / "model.safetensors")
+    (repository / "model.safetensors").unlink()
+    add_unwanted(repository)
+    weight_map = {}
+    for name, shard in zip(names, split(tensors, 2), strict=True):
+        save_file(shard, repository / f"{name}.safetensors")
+        weight_map |= dict.fromkeys(shard, f"{name}.safetensors")
+    write_index(repository, weight_map)
     find("org/name")
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"]
-    unwanted = ["modeling.py", "pytorch_model.bin", "model.pt", "original/consolidated.safetensors", "model.gguf"]
-    patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
-    assert list(filter_repo_objects([*wanted, *unwanted], **patterns)) == wanted
+    assert sorted(file.stem for file in cache.glob("*.safetensors")) == sorted(names)
+    assert stored_tensors(cache).keys() == tensors.keys()
+
+
+def test_hub_download_without_weights_has_config_and_index_only(hub: tuple[Path, Path]):
+    _, cache = hub
+    find_model(Model(name="org/name"), report_work=lambda doing: None, weights=False)
+    assert (cache / "config.json").is_file()
+    assert list(cache.glob("*.safetensors")) == []
+
+
+def test_hub_index_that_names_a_pickle_is_refused_before_it_is_fetched(hub: tuple[Path, Path]):
+    repository, cache = hub
+    (repository / "model.safetensors").unlink()
+    (repository / "x.bin").touch()
+    write_index(repository, {"a": "x.bin"})
+    assert "'x.bin'" in error_of("org/name").what
+    assert not (cache / "x.bin").exists()
 
 
 def test_broken_config_is_a_model_error(tiny_model: Path, tmp_path: Path):

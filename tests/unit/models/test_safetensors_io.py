@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.models.safetensors_io import Planned, stored_tensors, tensor_writer, tensors_in
+from finetune.models.safetensors_io import Planned, tensor_writer, tensors_in
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.uint8).view(2, 3),
@@ -20,7 +20,7 @@ TENSORS = {
 
 def test_reader_and_writer_agree_with_the_safetensors_library(tmp_path: Path):
     save_file(TENSORS, tmp_path / "theirs.safetensors")
-    found = stored_tensors(tmp_path)
+    found = tensors_in(tmp_path / "theirs.safetensors")
     assert all(torch.equal(found[name].read(), tensor) for name, tensor in TENSORS.items())
     (tmp_path / "ours").mkdir()
     planned = {name: Planned(tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}

@@ -388,6 +388,8 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = ["training.batching=packed", "data.max_length=8"]
     if path == ("model", "chat_template"):
         value = "chatml"
+    if path[:2] == ("model", "new_tokens") and len(path) > 2:
+        before = ["model.new_tokens=[{token: <b>}]"]
     if path == ("quantization", "options") or value == "plugin":
         before = ["quantization={kind: plugin, name: other}"]
     if "hub" in path:

@@ -38,6 +38,15 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("adapter={method: lora, modules_to_save: [lm_head], trainable_tokens: [a]}",),
         "adapter.trainable_tokens",
     ),
+    "new_tokens_train": (
+        ("adapter={method: vera}", "model.new_tokens=[<a>]", "quantization={kind: none}"),
+        "model.new_tokens",
+    ),
+    "new_tokens_are_distinct": (
+        ("model.new_tokens=[<a>, {token: <b>}, {token: <a>, special: true}]",),
+        "model.new_tokens.2",
+    ),
+    "trainable_tokens_are_named": (("adapter={method: trainable_tokens}",), "adapter.tokens"),
     "module_rules_set_something": (("modules=[{match: '*.q_proj'}]",), "modules.0"),
     "soft_prompts_need_separate_rows": (
         ("adapter={method: p_tuning}", "training.batching=packed"),
@@ -134,6 +143,9 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "lora_variants_are_compatible": ("adapter={method: lora, initialization: loftq, dora: true}",),
     "qa_lora_excludes_other_weights": ("adapter={method: qa_lora, iec: true}", "quantization={kind: affine}"),
     "embeddings_train_fully_or_by_token": ("adapter={method: lora, trainable_tokens: [a]}",),
+    "new_tokens_train": ("adapter={method: adalora}", "model.new_tokens=[<a>]"),
+    "new_tokens_are_distinct": ("model.new_tokens=[<a>, '<a> ', {token: ' <a>'}]",),
+    "trainable_tokens_are_named": ("adapter={method: trainable_tokens}", "model.new_tokens=[]"),
     "module_rules_set_something": ("modules=[{match: '*.q_proj', adapter: {alpha: 4}}]",),
     "soft_prompts_need_separate_rows": ("adapter={method: p_tuning}", "training.batching=padded"),
     "prefix_tuning_excludes_checkpointing": (

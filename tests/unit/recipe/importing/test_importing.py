@@ -414,6 +414,20 @@ def test_import_of_other_template_names_key_of_recipe(tool: str, key: str, value
     assert reason in left.reason
 
 
+@pytest.mark.parametrize(
+    ("tool", "keys", "expected"),
+    [
+        ("axolotl", {"tokens": ["<a>", "<b>"]}, ["<a>", "<b>"]),
+        ("llamafactory", {"add_tokens": "<a>, <b>"}, ["<a>", "<b>"]),
+        ("llamafactory", {"add_special_tokens": "<c>", "add_tokens": "<a>", "resize_vocab": True}, ["<a>", "<c>!"]),
+    ],
+)
+def test_import_of_tokens_to_add_sets_new_tokens(tool: str, keys: dict[str, Any], expected: list[str], tmp_path: Path):
+    """`!` marks control tokens here."""
+    _, recipe = translated(tool, {**LEAST[tool], **keys}, tmp_path)
+    assert [each.token + "!" * each.special for each in recipe.model.new_tokens or ()] == expected
+
+
 @pytest.mark.parametrize("thinks", [True, False])
 def test_import_of_enable_thinking_sets_template_argument(thinks: bool, tmp_path: Path):
     _, recipe = translated("llamafactory", {**LEAST["llamafactory"], "enable_thinking": thinks}, tmp_path)
