@@ -36,10 +36,11 @@ def stopped_at(sections: dict[str, Any], run: RunDirectory, overrides: list[str]
 
     def report(event: Event) -> None:
         if is_time(event):
-            interruption.number = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
 
     recipe = as_recipe(sections, run.path.parent, overrides)
-    train(recipe, run, report, interruption)
+    with interruption.listening(pytest.fail):
+        train(recipe, run, report, interruption)
 
 
 def after_step(step: int) -> Callable[[Event], bool]:
