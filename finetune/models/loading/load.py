@@ -30,9 +30,10 @@ from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.chat_template_guard import check_template_terminates
 from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.finite import check_finite_weights
+from finetune.models.loading.folder_check import GENERATION_CONFIG
 from finetune.models.loading.layerwise import StreamedModel
-from finetune.models.loading.meta_model import errors_as_model_error, first_line, read_config
-from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
+from finetune.models.loading.meta_model import errors_as_model_error, read_config
+from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.new_tokens import NewRows, add_tokens, extend_vocabulary
 from finetune.models.loading.quantized_checkpoint import check_same_quantization, stored_quantization
 from finetune.models.loading.template_settings import set_template
@@ -144,10 +145,13 @@ def _last_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises `Exception` itself for a broken tokenizer.json
+        with errors_as_model_error(str(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer.encode("a b")  # a rule of tokenizer.json may be impossible only once it is applied
+            return tokenizer
+    except ModelError as error:
         raise ModelError(
-            f"the tokenizer cannot be loaded: {first_line(error)}",
+            error.what.replace("the model", "the tokenizer", 1),
             where=str(folder),
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error

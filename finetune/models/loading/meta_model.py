@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from finetune.errors import ModelError
+from finetune.errors import FinetuneError, ModelError, as_out_of_memory
 from finetune.models.kernels.length_rotation import forget_earlier_lengths
 from finetune.models.loading.attention import attention_argument
 from finetune.models.loading.model_files import ModelFolder
@@ -34,29 +33,38 @@ def read_config(folder: ModelFolder) -> Any:
 
 @contextmanager
 def errors_as_model_error(where: str) -> Iterator[None]:
-    """A context that turns transformers' errors about a model that it cannot load into a ModelError."""
+    """A context that turns what libraries raise while they build something from a model's folder into a ModelError.
+
+    They raise errors of any class for impossible values in a file. Errors of ft, of the device and of its memory pass.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if "mismatch" not in str(error):  # any other is a bug, or the device's memory
+    except FinetuneError:
+        raise
+    except BaseException as error:
+        # `PanicException`, which Rust libraries raise, is no Exception; KeyboardInterrupt passes.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(
-            "the shapes of the weights do not match config.json",
-            where=where,
-            hint="use the config.json that belongs to these weights",
-        ) from error
-    except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
-        raise ModelError(
-            f"the model cannot be loaded: {first_line(error)}",
-            where=where,
-            hint="it must be a causal language model of an architecture that the installed transformers knows",
-        ) from error
+        if as_out_of_memory(error) is not None or isinstance(error, torch.AcceleratorError):
+            raise
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            what, hint = (
+                "the shapes of the weights do not match config.json",
+                "use the config.json that belongs to these weights",
+            )
+        else:
+            what = f"the model cannot be loaded: {first_line(error)}"
+            hint = "it must be a causal language model of an architecture that the installed transformers knows"
+        raise ModelError(what, where=where, hint=hint) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its class if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, after its class where that says more; the class alone without one."""
+    text, kind = str(error).strip(), type(error).__name__
+    if not text:
+        return kind
+    line = text.splitlines()[0]
+    return line if isinstance(error, ValueError | OSError | ImportError) else f"{kind}: {line}"
 
 
 def with_blocks(config: Any, blocks: int) -> Any:

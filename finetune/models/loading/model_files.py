@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from finetune.errors import EnvironmentFault, ModelError
+from finetune.models.loading.folder_check import check_folder
 from finetune.models.loading.gguf import converted
 from finetune.models.loading.new_tokens import NewRows
 from finetune.models.safetensors_io import SINGLE
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 # Config, tokenizer and index, and the model card for its licence; never code, never pickles.
 SMALL_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -219,3 +218,4 @@ def _check_folder(folder: ModelFolder) -> None:
             where=str(folder.path),
             hint="name a folder that save_pretrained wrote",
         )
+    check_folder(folder.path)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.models.loading.folder_check import GENERATION_CONFIG
 from finetune.models.loading.load import generation_settings, named_ends
-from finetune.models.loading.model_files import GENERATION_CONFIG
 from finetune.storage.files import write_json
 from finetune.storage.opening import read_json
 

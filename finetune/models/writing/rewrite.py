@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.models.fsdp import all_gathered
+from finetune.models.loading.folder_check import GENERATION_CONFIG
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.meta_model import read_config
-from finetune.models.loading.model_files import GENERATION_CONFIG, ModelFolder
+from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import config_of
 from finetune.models.safetensors_io import SAFETENSORS_DTYPES, Planned, StoredTensor, TensorWriter, tensor_writer
 from finetune.quantizers.base import Quantizer
