@@ -166,12 +166,18 @@ def tensors_in(file: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(file: Path, offset: int, entry: Any) -> StoredTensor:
-    start, end = (offset + int(each) for each in entry["data_offsets"])
-    shape = tuple(int(size) for size in entry["shape"])
+    start, end = (offset + _whole(each) for each in entry["data_offsets"])
+    shape = tuple(map(_whole, entry["shape"]))
     dtype = SAFETENSORS_DTYPES.get(entry["dtype"])  # None: a dtype that is not read here
     if dtype is not None and dtype.itemsize * prod(shape) != end - start:
         raise ValueError(f"{end - start} bytes are not {entry['dtype']} of the shape {shape}")
     return StoredTensor(file, str(entry["dtype"]), shape, start, end)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number
 
 
 class Planned(NamedTuple):

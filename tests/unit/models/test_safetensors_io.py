@@ -66,3 +66,12 @@ def test_header_that_does_not_match_its_file_is_refused(tmp_path: Path, entry: s
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ValueError, match=r"header|begin"):
         tensors_in(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [[float("inf")], [1.0], ["1"], [True], [-1, -1], [None], 1, {"a": 1}])
+def test_shape_that_is_no_list_of_sizes_is_refused(tmp_path: Path, shape: object):
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(ValueError, match="header cannot be read"):
+        tensors_in(file)
