@@ -29,9 +29,10 @@ from finetune.run.checkpoints import Checkpoints
 from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
 from finetune.run.lock import is_locked, locked
+from finetune.run.outcome import read_outcome
 from finetune.run.provenance import now
 from finetune.run.signals import StopRequested, interrupted_exit_code
-from finetune.storage.files import UNFINISHED, disk_faults, json_object, write_json, write_text
+from finetune.storage.files import UNFINISHED, disk_faults, write_json, write_text
 from finetune.storage.opening import open_to_read, open_to_write, write_new
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class RunDirectory:
     @property
     def is_finished(self) -> bool:
         """Whether the run completed all its steps."""
-        return json_object(self.outcome).get("code") == 0
+        return read_outcome(self.outcome).get("code") == 0
 
     @property
     def is_locked(self) -> bool:
@@ -176,7 +177,7 @@ class RunDirectory:
     @property
     def _failed_before_first_step(self) -> bool:
         """Whether an attempt has ended with an error, and nothing was ever trained."""
-        outcome = json_object(self.outcome)
+        outcome = read_outcome(self.outcome)
         if not outcome.get("code") or outcome.get("step") or outcome.get("checkpoint") is not None:
             return False
         if Checkpoints(self.checkpoints).any_committed:
@@ -328,7 +329,7 @@ class RunDirectory:
         """
         if not self.outcome.is_file():
             return
-        known = json_object(self.outcome)
+        known = read_outcome(self.outcome)
         if known.get("code") == ProcessLost.exit_code:  # any other code is a root cause itself
             with suppress(EnvironmentFault):
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})

@@ -25,6 +25,7 @@ from finetune.jobs.train.run import train
 from finetune.recipe.diff import changes
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.sweep import Swept
 from finetune.report.sweep_page import sweep_page
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
@@ -135,6 +136,7 @@ class Sweep:
                     where=str(directory.path),
                     hint="undo the change, or choose another --sweep-dir",
                 )
+            self._refuse_other_trials()
             return
         if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
             raise RefusedError(
@@ -146,12 +148,28 @@ class Sweep:
             directory.path.mkdir(parents=True, exist_ok=True)
         write_text(directory.recipe, dump_recipe(self._loaded.recipe))
 
+    def _refuse_other_trials(self) -> None:
+        """Check that recorded trials have a value in the range of each key, as the sampler and the page expect."""
+        swept = {each.key: each for each in self.section.keys}
+        for trial in self.directory.trials():
+            keys = [key for key in swept.keys() | trial.values.keys() if not _holds(swept.get(key), trial.values, key)]
+            if keys:
+                raise RefusedError(
+                    f"trial {trial.number} has no value of the sweep for {min(keys)}",
+                    where=str(self.directory.record),
+                    hint="restore the file, or choose another --sweep-dir",
+                )
+
     def _recipe_of(self, values: Values, name: str) -> Recipe:
         """The recipe of a trial: without the section `sweep`, and with the trial's values."""
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         recipe = load_recipe(self._loaded.path, [*self._loaded.overrides, *overrides]).recipe
         where = recipe.run.model_copy(update={"name": name, "directory": str(self.directory.path)})
         return recipe.model_copy(update={"sweep": None, "run": where})
+
+
+def _holds(swept: Swept | None, values: Values, key: str) -> bool:
+    return swept is not None and key in values and swept.holds(values[key])
 
 
 def _ignoring(recipe: Recipe) -> Recipe:

@@ -1,0 +1,216 @@
+"""Run directories whose files are damaged at random places: every command ends in a result or a sentence.
+
+The files of a run come from other people, other versions, and disks that fail. The places and kinds of damage follow
+from a seed; `damage.py` has the kinds.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from finetune.errors import Stopped
+from finetune.jobs.train.run import train
+from finetune.recipe.load import load_recipe
+from finetune.run.directory import RunDirectory
+from finetune.run.events import CheckpointSaved, Event
+from finetune.run.signals import Interruption
+from tests.fixtures.recipes import write_recipe
+
+from .damage import copied, damaged
+
+SECONDS = 20
+CODES = {0, 2, 3, 5, 6, 7, 75}
+
+FINISHED = (
+    "run.json", "exit.json", "provenance.json", "data_report.json", "metrics.jsonl", "lock", "log.txt",
+    "recipe.resolved.yaml", "eval/results.json", "eval/generations.jsonl", "merged/merge.json", "exported/export.json",
+    "adapter/ft_adapter.json", "checkpoints/step-00000003/MANIFEST.json", "checkpoints/step-00000003/state.json",
+)  # fmt: skip
+STOPPED = (
+    "run.json", "exit.json", "provenance.json", "metrics.jsonl", "lock", "log.txt", "recipe.resolved.yaml",
+    "checkpoints/step-00000002/MANIFEST.json", "checkpoints/step-00000002/state.json",
+    "checkpoints/step-00000002/recipe.resolved.yaml",
+)  # fmt: skip
+SWEEP = (
+    "trials.jsonl", "sweep.yaml", "trial-001/exit.json", "trial-001/metrics.jsonl", "trial-001/run.json",
+    "trial-002/recipe.resolved.yaml", "trial-002/exit.json",
+)  # fmt: skip
+
+READING = ("runs", "runs clean", "report", "report both", "watch", "watch json", "diff", "diff json")
+"""Commands that only read: they take a few milliseconds."""
+
+WORKING = {
+    "finished": ("resume", "extend", "again", "eval", "eval checkpoint", "generate", "generate merged",
+                 "generate adapter", "merge", "export", "reproduce", "overwrite", "continue"),
+    "stopped": ("resume", "auto", "eval checkpoint", "generate adapter", "overwrite"),
+    "sweep": ("sweep",),
+}  # fmt: skip
+"""Commands that load the model, by what was damaged."""
+
+
+class Originals(NamedTuple):
+    """What is copied and damaged."""
+
+    recipe: Path
+    sweep_recipe: Path
+    finished: Path
+    stopped: Path
+    sweep: Path
+
+
+class TooLongError(Exception):
+    """A command was not done in time."""
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def raise_error(*_: Any) -> None:
+        raise TooLongError
+
+    before = signal.signal(signal.SIGALRM, raise_error)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def invoke(arguments: list[object]) -> Any:
+    with time_limit(SECONDS):
+        return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def complaint(arguments: list[object]) -> str | None:
+    """What is wrong with how a command ends; None if it ends as it should."""
+    try:
+        result = invoke(arguments)
+    except TooLongError:
+        return f"not done in {SECONDS} s"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        return "".join(traceback.format_exception(result.exception)[-6:])
+    if result.exit_code not in CODES:
+        return f"exit code {result.exit_code}: {result.stderr}"
+    if "Traceback" in result.stderr + result.stdout:
+        return result.stderr
+    return None
+
+
+@pytest.fixture(scope="module")
+def originals(tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Originals]:
+    """A finished run with all that commands add to it, a stopped one, and a sweep of two trials."""
+    folder = tmp_path_factory.mktemp("originals")
+    sections: dict[str, Any] = {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": "lora", "r": 4},
+        "data": {"train": [{"path": str(chat_file), "format": "chat"}], "validation_fraction": 0.2, "max_length": 128},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+        "training": {"precision": "float32", "max_steps": 3, "micro_batch_size": 2, "checkpoint_every_steps": 1},
+        "evaluation": {"every_steps": 1, "batch_size": 4, "generation_rows": 2, "max_new_tokens": 2},
+        "run": {"name": "run"},
+    }
+    recipe = write_recipe(sections, folder)
+    keys = [{"key": "optimizer.learning_rate", "draw": "log_uniform", "low": 1e-4, "high": 1e-1}]
+    (folder / "sweep").mkdir()
+    sweep_recipe = write_recipe({**sections, "sweep": {"keys": keys, "trials": 2}}, folder / "sweep")
+    finished, stopped, sweep = folder / "finished", folder / "stopped", folder / "trials"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FT_CACHE", str(folder / "cache"))
+        for arguments in (
+            ["train", recipe, "--run-dir", finished, "--quiet"],
+            ["eval", finished, "--against", "base", "--quiet"],
+            ["merge", finished, "--quiet"],
+            ["sweep", sweep_recipe, "--sweep-dir", sweep, "--quiet"],
+        ):
+            result = CliRunner().invoke(app, list(map(str, arguments)))
+            assert result.exit_code == 0, result.stderr
+        # The report of `ft export` has the keys of that of `ft merge`, and one of its own.
+        (finished / "exported").mkdir()
+        report = (finished / "merged" / "merge.json").read_text()
+        (finished / "exported" / "export.json").write_text(report.replace("{", '{"format": "gguf",', 1))
+        _train_until_stopped(recipe, stopped)
+        yield Originals(recipe, sweep_recipe, finished, stopped, sweep)
+
+
+def _train_until_stopped(recipe: Path, path: Path) -> None:
+    run = RunDirectory.create(path)
+    run.log.write_text("a line\n")
+    interruption = Interruption()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == 2:
+            interruption.number = 15
+
+    with pytest.raises(Stopped):
+        train(load_recipe(recipe).recipe, run, stop, interruption)
+
+
+def command(name: str, run: Path, originals: Originals) -> list[object]:
+    """The arguments of a command on a damaged run."""
+    out, other = run.parent / "out", originals.finished
+    checkpoint = next(iter(sorted(run.glob("checkpoints/*"), reverse=True)), run / "checkpoints" / "step-00000002")
+    few = ["--max-new-tokens", 1]
+    commands: dict[str, Callable[[], list[object]]] = {
+        "runs": lambda: ["runs", "--directory", run.parent],
+        "runs clean": lambda: ["runs", "clean", "--directory", run.parent, "--yes"],
+        "report": lambda: ["report", run],
+        "report both": lambda: ["report", other, run, "--output", out.with_suffix(".html"), "--overwrite"],
+        "watch": lambda: ["watch", run],
+        "watch json": lambda: ["watch", run, "--json"],
+        "diff": lambda: ["diff", run, other],
+        "diff json": lambda: ["diff", other, run, "--json"],
+        "resume": lambda: ["train", "--resume", run],
+        "extend": lambda: ["train", "--resume", run, "--set", "training.max_steps=4", "--quiet"],
+        "again": lambda: ["train", originals.recipe, "--run-dir", run, "--quiet"],
+        "auto": lambda: ["train", originals.recipe, "--resume", "auto", "--run-dir", run, "--quiet"],
+        "overwrite": lambda: ["train", originals.recipe, "--run-dir", run, "--overwrite", "--quiet"],
+        "continue": lambda: ["train", originals.recipe, "--set", f"adapter.continue_from={run}", "--run-dir", out,
+                             "--set", "training.max_steps=1", "--overwrite", "--quiet"],
+        "eval": lambda: ["eval", run, "--limit", 2, "--quiet"],
+        "eval checkpoint": lambda: ["eval", checkpoint, "--limit", 2, "--json"],
+        "generate": lambda: ["generate", run, "-p", "hello", *few],
+        "generate merged": lambda: ["generate", run / "merged", "-p", "hello", *few],
+        "generate adapter": lambda: ["generate", run / "adapter", "-p", "hello", *few],
+        "merge": lambda: ["merge", run, "--output", out, "--overwrite", "--quiet"],
+        "export": lambda: ["export", run, "--format", "adapter", "--output", out, "--overwrite", "--quiet"],
+        "reproduce": lambda: ["reproduce", run, "--run-dir", run.parent / "again", "--quiet"],
+        "sweep": lambda: ["sweep", originals.sweep_recipe, "--sweep-dir", run, "--quiet", "--set", "sweep.trials=3"],
+    }  # fmt: skip
+    return commands[name]()
+
+
+FILES = {"finished": FINISHED, "stopped": STOPPED, "sweep": SWEEP}
+
+
+def complaints(number: int, originals: Originals, folder: Path, working: int) -> list[str]:
+    """Damage a file of a run, and return what is wrong with the commands that meet it.
+
+    Args:
+        number: Of the try: it decides about the file, the damage and the commands.
+        originals: What is copied.
+        folder: For the copy.
+        working: How many of the commands that load the model are tried.
+    """
+    source = random.Random(f"run files {number}")
+    what = source.choice([*6 * ["finished"], *3 * ["stopped"], "sweep"])
+    file = source.choice(FILES[what])
+    folder.mkdir()
+    run = copied(getattr(originals, what), folder / "run")
+    done = damaged(run / file, source)
+    # A command may repair or remove what is damaged: those that only read come first.
+    names = (*(READING if what != "sweep" else ()), *source.sample(WORKING[what], min(working, len(WORKING[what]))))
+    found = []
+    for name in names:
+        if wrong := complaint(command(name, run, originals)):
+            found.append(f"{number}. {what}/{file}: {done}: {name}: {wrong}")
+    return found
