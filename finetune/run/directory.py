@@ -32,7 +32,7 @@ from finetune.run.lock import is_locked, locked
 from finetune.run.outcome import read_outcome
 from finetune.run.provenance import now
 from finetune.run.signals import StopRequested, interrupted_exit_code
-from finetune.storage.files import UNFINISHED, disk_faults, write_json, write_text
+from finetune.storage.files import UNFINISHED, check_writable, disk_faults, write_json, write_text
 from finetune.storage.opening import open_to_read, open_to_write, write_new
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,7 @@ class RunDirectory:
             self._rewind_metrics(metrics_bytes)
             if self.provenance.is_file():
                 self.provenance.rename(self._set_aside(self.provenance))
+        with disk_faults(self.outcome):
             self.outcome.unlink(missing_ok=True)
         write_text(self.recipe, recipe)
 
@@ -278,6 +279,7 @@ class RunDirectory:
 
         Raises:
             RefusedError: Another process trains the run, or a file or folder of the run is a symbolic link.
+            EnvironmentFault: The disk is full or read-only.
             Stopped: A signal ended the run after a checkpoint, from which it can resume.
             Interrupted: A signal ended the run before its first checkpoint.
         """
@@ -286,6 +288,8 @@ class RunDirectory:
             attempt = Attempt()
             is_new = not self.recipe.is_file()  # `begin` writes it
             try:
+                if self.is_writer:
+                    check_writable(self.outcome)  # before rows are read and a model is loaded
                 yield attempt
             except StopRequested as request:
                 raise self._stop(attempt, request, is_new) from None

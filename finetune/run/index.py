@@ -12,6 +12,7 @@ from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
 from finetune.run.events import BestCheckpoint, Recorded, StepMetrics, ValidationResult
 from finetune.run.history import recorded_events
+from finetune.storage.files import disk_faults
 
 State = Literal["training", "finished", "resumable", "failed", "never started"]
 
@@ -94,11 +95,16 @@ def removable(run: RunDirectory) -> list[Removable]:
 
 
 def remove(found: Removable) -> None:
-    """Delete the file or folder."""
-    if found.path.is_dir():
-        shutil.rmtree(found.path)
-    else:
-        found.path.unlink()
+    """Delete the file or folder.
+
+    Raises:
+        EnvironmentFault: It cannot be removed.
+    """
+    with disk_faults(found.path, "check permissions"):
+        if found.path.is_dir():
+            shutil.rmtree(found.path)
+        else:
+            found.path.unlink()
 
 
 def state_of(run: RunDirectory) -> State:

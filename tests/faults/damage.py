@@ -9,20 +9,26 @@ import random
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune.run.checkpoints import MANIFEST, sealed
 
 DEEP = "[" * 100_000
-LARGE = 10**400
 
-VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 5, 2**31, 2**63, 10**15, LARGE, -LARGE, 0.5, -0.0, 1e308, float("nan"), float("inf"),
-    float("-inf"), "", "text", "5", "\x1b[31m\u202e\ud800", "x" * 10_000, "../../etc/passwd", "2026-13-45",
-    [], {}, [[]], [{}], [None], [5], ["text"], {"a": 1}, {"": {}}, [[1, 2], [3]], {"value": [1]}, [True],
-]  # fmt: skip
+LARGE = 10**400
+VALUES: dict[str, Any] = {
+    **{repr(value): value for value in (
+        None, True, False, 0, 1, -1, 5, 2**31, 2**63, 10**15, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+        float("-inf"), "", "text", "5", "../../etc/passwd", "2026-13-45", [], {}, [[]], [{}], [None], [5], ["text"],
+        [True], {"a": 1}, {"": {}}, [[1, 2], [3]], {"value": [1]}, {"text": None}, {"text": "text"},
+    )},
+    "a large integer": LARGE,
+    "a large negative integer": -LARGE,
+    "a control character and half a surrogate": "\x1b[31m\u202e\ud800",
+    "a long text": "x" * 10_000,
+}  # fmt: skip
 """Values of all types of JSON, at the ends of their ranges."""
 
 LINES = [
@@ -50,7 +56,7 @@ def damaged(file: Path, source: random.Random) -> str:
 
 def _json(file: Path, source: random.Random) -> str:
     value = json.loads(file.read_bytes())
-    done = f"at {_mutate(value, source)}"
+    done = _mutate(value, source)
     file.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
     return done
 
@@ -64,31 +70,33 @@ def _line(file: Path, source: random.Random) -> str:
         done = f"line {place + 1} is {line[:40]!r}"
     else:
         value = json.loads(lines[place])
-        done = f"line {place + 1} at {_mutate(value, source)}"
+        done = f"line {place + 1}{_mutate(value, source)}"
         lines[place] = json.dumps(value)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
     return done
 
 
 def _mutate(value: Any, source: random.Random) -> str:
-    """Replace, remove or rename a random part of a JSON object; any part is as likely as any other."""
-    holder, key, path = source.choice(list(_parts(value, "")))
+    """Replace, remove or rename a random part of a JSON value, more often one near its top."""
+    holder, key, path = value, None, ""
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        if not keys:
+            return "nothing"
+        key = source.choice(keys)
+        path += f".{key}"
+        if not isinstance(holder[key], dict | list) or not holder[key] or source.random() < 0.4:
+            break
+        holder = holder[key]
     if isinstance(holder, dict) and source.random() < 0.2:
         del holder[key]
-        return f"{path}: removed"
+        return f"{path} removed"
     if isinstance(holder, dict) and source.random() < 0.1:
         holder[f"{key}é"] = holder.pop(key)
-        return f"{path}: renamed"
-    holder[key] = source.choice(VALUES)
-    return f"{path}: {str(holder[key] if holder[key] not in (LARGE, -LARGE) else 'large')[:30]!r}"
-
-
-def _parts(value: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
-    """Each part of a value: what holds it, its key there, and its path."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in keys:
-        yield value, key, f"{path}.{key}"
-        yield from _parts(value[key], f"{path}.{key}")
+        return f"{path} renamed"
+    name = source.choice(list(VALUES))
+    holder[key] = VALUES[name]
+    return f"{path} is {name}"
 
 
 def _bytes(file: Path, source: random.Random) -> str:

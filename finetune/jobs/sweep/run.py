@@ -92,7 +92,8 @@ class Sweep:
         if RunDirectory(trial.path).marker.is_file():
             return RunDirectory.open(trial.path)
         run = RunDirectory.create(trial.path)
-        write_text(run.recipe_as_written, self._loaded.text)
+        with run.removed_unless_attempted():
+            write_text(run.recipe_as_written, self._loaded.text)
         return run
 
     def train(
