@@ -31,7 +31,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
 from finetune.run.signals import Interruption
 from finetune.run.sweep_trials import SweepDirectory, Trial, Values
-from finetune.storage.files import disk_faults, write_text
+from finetune.storage.files import CHECK_DISK, check_writable, disk_faults, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Sweep:
     Raises:
         UsageError: The recipe has no section `sweep`.
         UnsupportedError: Optuna is not installed, or the recipe wants several processes.
-        RefusedError: The folder holds something else, or a sweep of another recipe.
+        RefusedError: The folder holds something else, or a sweep of another recipe, or its record is damaged.
+        EnvironmentFault: The disk is full or read-only.
     """
 
     def __init__(self, loaded: LoadedRecipe, path: Path) -> None:
@@ -138,6 +139,7 @@ class Sweep:
                     hint="undo the change, or choose another --sweep-dir",
                 )
             self._refuse_other_trials()
+            check_writable(directory.record)
             return
         if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
             raise RefusedError(
@@ -145,6 +147,7 @@ class Sweep:
                 where=str(directory.path),
                 hint="choose another --sweep-dir",
             )
+        check_writable(directory.record, f"{CHECK_DISK}, or choose another --sweep-dir")
         with disk_faults(directory.path):
             directory.path.mkdir(parents=True, exist_ok=True)
         write_text(directory.recipe, dump_recipe(self._loaded.recipe))
