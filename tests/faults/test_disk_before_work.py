@@ -6,6 +6,7 @@ processes see them, which takes a Linux that lets users do so.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -100,12 +101,7 @@ SCRIPT = """
 mount -t tmpfs -o size=64m tmpfs "$DISK" || exit 99
 cp -r "$RUN" "$DISK/run"; cp -r "$STOPPED" "$DISK/stopped"; cp -r "$SWEEP" "$DISK/sweep"
 mount -o remount,ro "$DISK"
-while read -r name; do
-  "$PYTHON" -m cli $name > "$OUT/shown.txt" 2>&1 < /dev/null
-  code=$?
-  grep -q Traceback "$OUT/shown.txt" && code=traceback
-  echo "$code $name" >> "$OUT/codes.txt"
-done < "$OUT/commands.txt"
+exec "$PYTHON" -m tests.faults.test_disk_before_work
 """
 
 ON_READ_ONLY_DISKS = {
@@ -141,24 +137,36 @@ def test_commands_on_a_read_only_disk_exit_with_7_or_do_without_it(originals: Or
     out.mkdir()
     _skip_without_mounts(disk)
     places = {"disk": disk, "out": out, "recipe": originals.recipe, "sweep_recipe": originals.sweep_recipe}
-    expected = {name.format(**places): str(code) for name, code in ON_READ_ONLY_DISKS.items()}
-    (out / "commands.txt").write_text("".join(f"{name}\n" for name in expected))
+    expected = {name.format(**places): code for name, code in ON_READ_ONLY_DISKS.items()}
     runs = {"RUN": originals.finished, "STOPPED": originals.stopped, "SWEEP": originals.sweep}
-    environment = {**runs, "DISK": disk, "OUT": out, "PYTHON": sys.executable, "PYTHONPATH": ROOT}
+    environment = {**runs, "DISK": disk, "PYTHON": sys.executable, "PYTHONPATH": ROOT}
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", SCRIPT],
         env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+        input=json.dumps(list(expected)),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    lines = (out / "codes.txt").read_text().splitlines()
-    assert {name: code for code, _, name in (line.partition(" ") for line in lines)} == expected
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def exit_codes(names: list[str]) -> dict[str, int | str]:
+    """The exit code of each command, or the exception that it raises."""
+    results = {name: invoke(*name.split()) for name in names}
+    return {
+        name: result.exit_code if isinstance(result.exception, (SystemExit, type(None))) else repr(result.exception)
+        for name, result in results.items()
+    }
 
 
 def _skip_without_mounts(folder: Path) -> None:
     command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(folder)]
     if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("this machine lets a user mount nothing")
+
+
+if __name__ == "__main__":  # in the namespace where the disk is mounted
+    sys.stdout.write(json.dumps(exit_codes(json.load(sys.stdin))))
