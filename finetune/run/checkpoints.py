@@ -39,12 +39,15 @@ LARGEST_MANIFEST = 1 << 20
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 
 
+_Earlier = TypedDict("_Earlier", {"in_conversation": Flag}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
 @with_other_keys
-class Facts(TypedDict, total=False):
-    """The identity of a run, and where it stood, in a manifest; `in_conversation` is of version 0.1."""
+class Facts(_Earlier, total=False):
+    """The identity of a run, and where it stood, in a manifest."""
 
     uses_chat_template: Flag
-    in_conversation: Flag
     base: str
     data: str
     units_per_step: Annotated[Integer, Field(ge=1)]

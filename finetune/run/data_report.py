@@ -20,8 +20,12 @@ class RecordedNote(TypedDict):
     where: str
 
 
+_Earlier = TypedDict("_Earlier", {"untrainable": Count}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
 @with_other_keys
-class SourceReport(TypedDict, total=False):
+class SourceReport(_Earlier, total=False):
     """The rows of one source."""
 
     source: Required[str]
@@ -36,7 +40,6 @@ class SourceReport(TypedDict, total=False):
     duplicates: Count
     in_validation: Count
     too_long: Count
-    untrainable: Count
     bad: dict[str, Count]
     lengths: dict[str, Count]
     notes: dict[str, RecordedNote]

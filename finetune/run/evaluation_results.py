@@ -28,14 +28,17 @@ class RecordedScore(OtherScore, total=False):
     against: OtherScore
 
 
+_Earlier = TypedDict("_Earlier", {"answers_by": str}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
 @with_other_keys
-class Results(TypedDict, total=False):
-    """The content of `results.json`; `answers_by` is `generation_backend` of earlier versions."""
+class Results(_Earlier, total=False):
+    """The content of `results.json`."""
 
     model: str
     against: str | None
     generation_backend: str
-    answers_by: str
     tasks: dict[str, dict[str, RecordedScore]]
 
 

@@ -16,12 +16,13 @@ class Fingerprinted(TypedDict, total=False):
     fingerprint: str
 
 
-@with_other_keys
-class VerificationReport(TypedDict, total=False):
-    """A verification report, and the facts of the training with which the model is asked.
+_Earlier = TypedDict("_Earlier", {"in_conversation": Flag}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
 
-    `in_conversation` is `uses_chat_template` of version 0.1.
-    """
+
+@with_other_keys
+class VerificationReport(_Earlier, total=False):
+    """A verification report, and the facts of the training with which the model is asked."""
 
     kl_divergence: Number
     top1_agreement: Number
@@ -35,7 +36,6 @@ class VerificationReport(TypedDict, total=False):
     base: Fingerprinted
     adapter: Fingerprinted
     uses_chat_template: Flag
-    in_conversation: Flag
     answer_ends: list[Count]
     today: str | None
 

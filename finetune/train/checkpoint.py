@@ -43,9 +43,13 @@ class _Values(TypedDict):
     values: dict[str, Number | Integer | Flag | None]
 
 
+_Earlier = TypedDict("_Earlier", {"held_out_step": Count | None, "held_out_before": float | None}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
 @with_other_keys
-class _Counters(TypedDict, total=False):
-    """The counters of a TrainState; `held_out` is of version 0.1."""
+class _Counters(_Earlier, total=False):
+    """The counters of a TrainState."""
 
     step: Count
     tokens: Count
@@ -53,8 +57,6 @@ class _Counters(TypedDict, total=False):
     loss: float | None
     validation_step: Count | None
     validation_loss_before: float | None
-    held_out_step: Count | None
-    held_out_before: float | None
 
 
 @with_other_keys

@@ -441,9 +441,9 @@ def test_manifest_that_lacks_a_fact_is_refused(fact: str, tiny_recipe: dict[str,
     [
         (lambda state: [state], r"state\.json is damaged"),
         (lambda state: {**state, "counters": {**state["counters"], "step": "1"}}, r"damaged at counters\.step"),
-        (lambda state: {**state, "counters": {**state["counters"], "step": 2}}, "the state is of step 2"),
+        (lambda state: {**state, "counters": {**state["counters"], "step": 7}}, "the state is of step 7"),
         (lambda state: {**state, "optimizer": 5}, r"damaged at optimizer"),
-        (lambda state: {**state, "optimizer": dict.fromkeys(state["optimizer"], {"tensors": [[]]})}, r"damaged at opt"),
+        (lambda state: {**state, "optimizer": {"layer": {"tensors": [[]]}}}, r"damaged at optimizer"),
         (lambda state: {**state, "scaler": {"scale": "large"}}, r"damaged at scaler\.scale"),
     ],
 )
