@@ -118,9 +118,12 @@ class _LogFile(logging.FileHandler):
 
     def _open(self) -> io.TextIOWrapper:
         """Open the file; called by `logging.FileHandler`, which would follow a symbolic link."""
+        from finetune.storage.files import disk_faults
         from finetune.storage.opening import open_to_write
 
-        return io.TextIOWrapper(open_to_write(Path(self.baseFilename), "ab"), encoding="utf-8")
+        path = Path(self.baseFilename)
+        with disk_faults(path):
+            return io.TextIOWrapper(open_to_write(path, "ab"), encoding="utf-8")
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record; people show the file on a terminal."""

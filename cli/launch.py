@@ -77,7 +77,8 @@ def _run_of_recipe(
         recipe = _unless_finished(run, loaded.recipe)
     else:
         run, recipe = RunDirectory.create(path, overwrite), loaded.recipe
-        write_text(run.recipe_as_written, loaded.text)
+        with run.removed_unless_attempted():
+            write_text(run.recipe_as_written, loaded.text)
     if launch is not None:
         publish_run_dir(launch, run.path)
     return run, recipe

@@ -19,11 +19,11 @@ def watch(
     """Follow a run from its files until its training ends. Ctrl-C leaves without stopping the run."""
     from finetune.run.directory import RunDirectory
     from finetune.run.index import summarize
+    from finetune.run.outcome import read_outcome
     from finetune.run.watch import watched
-    from finetune.storage.files import json_object
 
     directory = RunDirectory.open(run)
     with progress_display(quiet=False, as_json=as_json) as display:
         for event in watched(directory):
             display.event(event)
-    show_watched(summarize(directory), json_object(directory.outcome), run, as_json)
+    show_watched(summarize(directory), read_outcome(directory.outcome), run, as_json)

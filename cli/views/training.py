@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.formatting import count, counted, duration, memory
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.jobs.smoke_test import Smoke
     from finetune.run.events import TrainingFinished
     from finetune.run.index import RunSummary
+    from finetune.run.outcome import Outcome
 
 
 def show_training(finished: TrainingFinished, run: Path, as_json: bool) -> None:
@@ -40,7 +41,7 @@ def show_finished_already(run: Path, length: str, as_json: bool) -> None:
     show_result(f"nothing to do: {run} is finished\nto train longer: ft train --resume {run} --set {length}=...")
 
 
-def show_watched(summary: RunSummary, outcome: dict[str, Any], run: Path, as_json: bool) -> None:
+def show_watched(summary: RunSummary, outcome: Outcome, run: Path, as_json: bool) -> None:
     """Print the final state of a watched run, and how to resume it if it can be resumed."""
     if as_json:
         show_json({"event": "watched", "state": summary.state, "step": summary.step, "exit": outcome})

@@ -70,8 +70,8 @@ def _after(run: RunMetadata) -> str:
 
 def _scored(name: str) -> Callable[[RunMetadata], str]:
     def of(run: RunMetadata) -> str:
-        found = run.validation_scores.get(name, {})
-        return score(found.get("unit"), found.get("value"))
+        found = run.validation_scores.get(name)
+        return score(found.get("unit"), found.get("value")) if found else ""
 
     return of
 
@@ -87,16 +87,16 @@ def _of_last(run: RunMetadata, name: str, words: Callable[[Any], str]) -> str:
 
 def _answers(runs: Sequence[RunMetadata]) -> str:
     """Answers of the evaluated runs to the prompts that all of them were given."""
-    answered = [(run.name, {str(each.get("prompt")): each for each in run.answers}) for run in runs if run.answers]
+    answered = [(run.name, {each.get("prompt", ""): each for each in run.answers}) for run in runs if run.answers]
     if len(answered) < 2:
         return ""
     shared = [prompt for prompt in answered[0][1] if all(prompt in answers for _, answers in answered)]
     cards = []
     for prompt in shared[:SHOWN_ANSWERS]:
-        references = [str(each) for each in answered[0][1][prompt].get("references", [])]
+        references = answered[0][1][prompt].get("references", [])
         cells = [("reference", " | ".join(references), False)]
         for name, answers in answered:
-            text = str(answers[prompt].get("answer"))
+            text = answers[prompt].get("answer", "")
             cells.append((name, text, text.strip() in [each.strip() for each in references]))
         cards.append(answer_card(prompt, cells))
     return "".join(cards)

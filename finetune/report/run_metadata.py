@@ -13,11 +13,14 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.secrets import redacted
 from finetune.recipe.sections.evaluation import VALIDATION
+from finetune.run.data_report import DataReport, read_data_report
 from finetune.run.directory import RunDirectory
-from finetune.run.evaluation_results import read_results
-from finetune.run.history import History, records
+from finetune.run.evaluation_results import Answer, RecordedScore, Results, read_answers, read_results
+from finetune.run.history import History
 from finetune.run.index import State, state_of
-from finetune.storage.files import json_object
+from finetune.run.outcome import Outcome, read_outcome
+from finetune.run.provenance import Provenance, read_provenance
+from finetune.run.verification_report import AGREEMENT, VerificationReport, read_verification_report
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class RunMetadata:
     state: State
     recipe: Recipe
     history: History
-    provenance: Mapping[str, Any]
-    data_report: Mapping[str, Any]
-    outcome: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    answers: list[dict[str, Any]]
-    verifications: Mapping[str, Mapping[str, Any]]
+    provenance: Provenance
+    data_report: DataReport
+    outcome: Outcome
+    evaluation: Results
+    answers: list[Answer]
+    verifications: Mapping[str, VerificationReport]
     attempts: int
 
     @classmethod
@@ -58,7 +61,7 @@ class RunMetadata:
             RecipeError: Its resolved recipe is missing, damaged or of another version.
         """
         written = {
-            folder.name: json_object(folder / name)
+            folder.name: read_verification_report(folder / name)
             for folder, name in ((run.merged, "merge.json"), (run.exported, "export.json"))
         }
         return cls(
@@ -66,20 +69,19 @@ class RunMetadata:
             state=state_of(run),
             recipe=load_recipe(run.recipe).recipe,
             history=History.of(run),
-            provenance=json_object(run.provenance),
-            data_report=json_object(run.data_report),
-            outcome=json_object(run.outcome),
+            provenance=read_provenance(run.provenance),
+            data_report=read_data_report(run.data_report),
+            outcome=read_outcome(run.outcome),
             evaluation=read_results(run),
-            answers=list(records(run.evaluation / "generations.jsonl")),
-            verifications={folder: found for folder, found in written.items() if "kl_divergence" in found},
+            answers=read_answers(run),
+            verifications={folder: found for folder, found in written.items() if found.keys() >= AGREEMENT},
             attempts=1 + len(list(run.path.glob("provenance.attempt-*.json"))),
         )
 
     @property
-    def validation_scores(self) -> Mapping[str, Any]:
+    def validation_scores(self) -> Mapping[str, RecordedScore]:
         """Scores of `ft eval` on the validation rows, by metric."""
-        found: Mapping[str, Any] = self.evaluation.get("tasks", {}).get(VALIDATION, {})
-        return found
+        return self.evaluation.get("tasks", {}).get(VALIDATION, {})
 
     @property
     def base(self) -> str:

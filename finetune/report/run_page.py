@@ -12,8 +12,10 @@ from finetune.formatting import count, duration, in_html, memory
 from finetune.report import lora_ranks, training_curves
 from finetune.report.page import collapsible, document, section, table
 from finetune.report.run_metadata import RunMetadata, public
-from finetune.run.data_report import dropped_rows, notes_of
+from finetune.run.data_report import DataReport, dropped_rows, notes_of
 from finetune.run.directory import RunDirectory
+from finetune.run.evaluation_results import Answer, RecordedScore, Results
+from finetune.run.verification_report import VerificationReport
 from finetune.storage.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -94,15 +96,15 @@ def run_page(run: RunMetadata) -> str:
             section("LoRA ranks", _ranks(run)),
             section("Merge and export verification", *map(_verification, run.verifications.items())),
             section("Provenance", _provenance(run), _recipe(run)),
-            f"<footer>Written by ft {in_html(str(run.provenance.get('ft', '')))}.</footer>",
+            f"<footer>Written by ft {in_html(run.provenance.get('ft', ''))}.</footer>",
         ],
     )
 
 
 def _head(run: RunMetadata) -> str:
     kind = {"finished": " finished", "failed": " failed"}.get(run.state, "")
-    ended = str(run.outcome.get("ended", "")).replace("T", " ").replace("+00:00", " UTC")
-    message = str(run.outcome.get("message", ""))
+    ended = run.outcome.get("ended", "").replace("T", " ").replace("+00:00", " UTC")
+    message = run.outcome.get("message", "")
     why = f" · {in_html(message)}" if run.state != "finished" and message else ""
     return (
         f'<header><h1>{in_html(run.name)}</h1><p><span class="state{kind}">{run.state}</span> {in_html(ended)}{why}'
@@ -121,8 +123,8 @@ def _tiles(run: RunMetadata) -> str:
     scores, against = run.validation_scores, run.evaluation.get("against")
     for name, title in SCORES.items():
         if name in scores:
-            beside = score("share", scores[name]["against"]["value"]) if "against" in scores[name] else ""
-            tiles.append((title, score("share", scores[name]["value"]), f"{against}: {beside}" if beside else ""))
+            beside = score("share", scores[name].get("against", {}).get("value"))
+            tiles.append((title, score("share", scores[name].get("value")), f"{against}: {beside}" if beside else ""))
     if history.steps:
         step = history.steps[-1]
         tiles += [
@@ -149,7 +151,7 @@ def _planned(run: RunMetadata) -> str:
 def device(run: RunMetadata) -> str:
     """Device and number of processes of a run."""
     processes = run.provenance.get("processes", 1)
-    return str(run.provenance.get("device", "")) + (f", {processes} processes" if processes != 1 else "")
+    return run.provenance.get("device", "") + (f", {processes} processes" if processes != 1 else "")
 
 
 def _notes(run: RunMetadata) -> str:
@@ -167,7 +169,7 @@ def _notes(run: RunMetadata) -> str:
     return "".join([*kept, *odd])
 
 
-def _evaluation(results: Mapping[str, Any]) -> str:
+def _evaluation(results: Results) -> str:
     """A table for each task of `ft eval`."""
     against = results.get("against")
     tables = [_task(name, scores, against) for name, scores in results.get("tasks", {}).items()]
@@ -187,16 +189,16 @@ def answered_by(results: Mapping[str, Any]) -> str:
     )
 
 
-def _task(name: str, scores: Mapping[str, Any], against: str | None) -> str:
+def _task(name: str, scores: Mapping[str, RecordedScore], against: str | None) -> str:
     rows = []
     for metric, found in scores.items():
         unit, value = found.get("unit"), found.get("value")
         other = found.get("against", {}).get("value")
         change = None if value is None or other is None else value - other
-        spread = " to ".join(score(unit, found.get(end)) for end in ("low", "high"))
+        spread = " to ".join(score(unit, end) for end in (found.get("low"), found.get("high")))
         compared = [score(unit, other), score(unit, value), score(unit, change, "+")]
         rows.append([SCORES.get(metric, metric), *(compared if against else [score(unit, value), spread])])
-    counts = sorted({found["rows"] for found in scores.values() if found.get("rows")})
+    counts = sorted({number for found in scores.values() if (number := found.get("rows"))})
     caption = f"{name}: {' to '.join(map(str, counts))} rows" if counts else name
     columns = ["", against, "this run", "difference"] if against else ["", "this run", "95 % interval"]
     return f'<p class="dim">{in_html(caption)}</p>' + table(columns, rows)
@@ -218,15 +220,15 @@ def _answers(run: RunMetadata) -> str:
     return "".join(cards[:SHOWN_ANSWERS]) + rest + note
 
 
-def _card(answer: Mapping[str, Any], against: str | None) -> str:
-    references = [str(each) for each in answer.get("references", [])]
-    texts = [("this run", str(answer.get("answer")))]
+def _card(answer: Answer, against: str | None) -> str:
+    references = answer.get("references", [])
+    texts = [("this run", answer.get("answer", ""))]
     if against and "against" in answer:
-        texts.insert(0, (against, str(answer["against"].get("answer"))))
+        texts.insert(0, (against, answer["against"].get("answer", "")))
     answers = [("reference", " | ".join(references), False)] + [
         (title, text, text.strip() in [each.strip() for each in references]) for title, text in texts
     ]
-    return answer_card(str(answer.get("prompt", "")), answers)
+    return answer_card(answer.get("prompt", ""), answers)
 
 
 def answer_card(prompt: str, answers: Sequence[tuple[str, str, bool]]) -> str:
@@ -267,22 +269,24 @@ _DATA_COUNTS: list[tuple[str, str]] = [
 ]
 
 
-def _data_report(report: Mapping[str, Any]) -> str:
+def _data_report(report: DataReport) -> str:
     """Counts as rows and sources as columns, so that a table of one or two sources fits on a phone."""
     sources = [
         (title, source)
-        for key, title in (("train", "train"), ("validation", "validation"))
-        for source in report.get(key, {}).get("sources", [])
+        for title, split in (("train", report.get("train")), ("validation", report.get("validation")))
+        for source in (split or {}).get("sources", [])
     ]
     if not sources:
         return ""
-    head = ["", *(f"{title}: {public(str(source['source']))}" for title, source in sources)]
+    head = ["", *(f"{title}: {public(source['source'])}" for title, source in sources)]
     rows = [[words, *(_cell(source.get(key)) for _, source in sources)] for key, words in _DATA_COUNTS]
     dropped = [dropped_rows(source) for _, source in sources]
     for reason in dict.fromkeys(reason for counts in dropped for reason in counts):
         rows.append([f"dropped: {reason}", *(_cell(counts.get(reason, 0)) for counts in dropped)])
     for length in ("p50", "p99", "longest"):
-        rows.append([f"tokens per row, {length}", *(_cell(source["lengths"].get(length)) for _, source in sources)])
+        rows.append(
+            [f"tokens per row, {length}", *(_cell(source.get("lengths", {}).get(length)) for _, source in sources)]
+        )
     kept = [row for row in rows if any(cell not in ("0", "") for cell in row[1:]) or row[0].startswith("dropped")]
     packing = report.get("packing")
     packs = (
@@ -310,7 +314,7 @@ def _ranks(run: RunMetadata) -> str:
     return f'<div class="scroll">{lora_ranks.picture(history.ranks, history.steps[-1].total_steps)}</div>'
 
 
-def _verification(found: tuple[str, Mapping[str, Any]]) -> str:
+def _verification(found: tuple[str, VerificationReport]) -> str:
     folder, verification = found
     rows = [
         [
@@ -325,19 +329,19 @@ def _verification(found: tuple[str, Mapping[str, Any]]) -> str:
         ],
     ]
     rows += [
-        [f"fingerprint of the {part}", str(verification[part]["fingerprint"])]
-        for part in ("base", "adapter")
-        if isinstance(verification.get(part), Mapping) and "fingerprint" in verification[part]
+        [f"fingerprint of the {name}", part["fingerprint"]]
+        for name, part in (("base", verification.get("base")), ("adapter", verification.get("adapter")))
+        if part and "fingerprint" in part
     ]
     kind = verification.get("dtype") or verification.get("type") or verification.get("format", "")
-    return f"<h3>{in_html(folder)}/ <small>{in_html(str(kind))}</small></h3>" + table(["", ""], rows, numbers=False)
+    return f"<h3>{in_html(folder)}/ <small>{in_html(kind)}</small></h3>" + table(["", ""], rows, numbers=False)
 
 
 def _provenance(run: RunMetadata) -> str:
     found = run.provenance
     if not found:
         return ""
-    machine = [str(found[key]) for key in ("platform",) if found.get(key)]
+    machine = [found["platform"]] if found.get("platform") else []
     machine += [f"{found['processors']} processors"] if found.get("processors") else []
     versions = {"ft": found.get("ft"), "python": found.get("python"), **found.get("packages", {})}
     rows = [
@@ -346,9 +350,10 @@ def _provenance(run: RunMetadata) -> str:
         ["attempts", str(run.attempts)],
     ]
     base = found.get("base", {})
-    rows += [[f"base, {name}", str(base[name])] for name in ("commit", "fingerprint") if base.get(name)]
+    names = (("commit", base.get("commit")), ("fingerprint", base.get("fingerprint")))
+    rows += [[f"base, {name}", value] for name, value in names if value]
     rows += [
-        [public(str(each.get("file", "data set"))), f"sha256 {each['sha256']}"]
+        [public(each.get("file", "data set")), f"sha256 {each['sha256']}"]
         for each in found.get("data", [])
         if "sha256" in each
     ]

@@ -77,7 +77,7 @@ def _effect(swept: Swept, done: Sequence[Trial]) -> str:
     """A scatter chart of the trials by one swept value."""
     if isinstance(swept, Choice):
         choices = [as_text(choice) for choice in swept.choices]
-        places = {trial.number: choices.index(as_text(trial.values[swept.key])) for trial in done}
+        places = {trial.number: swept.choices.index(trial.values[swept.key]) for trial in done}
         along = Axis(lambda place: choices[round(place)], name=swept.key, integer=True)
         points = [(float(places[trial.number]), trial.loss or 0.0) for trial in done]
     else:

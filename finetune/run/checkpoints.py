@@ -16,12 +16,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
+
+from pydantic import Field, ValidationError
+from typing_extensions import TypedDict
 
 from finetune.errors import RefusedError
 from finetune.run.provenance import file_digest
 from finetune.storage.files import disk_faults, open_to_readers, sync
 from finetune.storage.opening import parse_json, read_bytes, write_new
+from finetune.storage.records import Count, Flag, Integer, adapter, with_other_keys
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +39,48 @@ LARGEST_MANIFEST = 1 << 20
 _NAME = re.compile(r"step-\d{8,}(-\d+)?")
 
 
+_Earlier = TypedDict("_Earlier", {"in_conversation": Flag}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
+@with_other_keys
+class Facts(_Earlier, total=False):
+    """The identity of a run, and where it stood, in a manifest."""
+
+    uses_chat_template: Flag
+    base: str
+    data: str
+    units_per_step: Annotated[Integer, Field(ge=1)]
+    total_units: Count
+    total_steps: Count
+    processes: Count
+    device: str
+    quantized_base: str | None
+    today: str | None
+    answer_ends: list[Count]
+    metrics_bytes: Count
+
+
+@with_other_keys
+class _Manifest(TypedDict):
+    """The content of a manifest."""
+
+    commit: Count
+    step: Count
+    files: dict[str, FileRecord]
+    facts: Facts
+
+
 class _DamagedError(Exception):
     """Reason why a checkpoint cannot be used."""
+
+
+@with_other_keys
+class FileRecord(TypedDict):
+    """Size and hash of a file."""
+
+    bytes: Count
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -55,13 +99,26 @@ class Checkpoint:
     path: Path
     commit: int
     step: int
-    files: Mapping[str, Mapping[str, Any]]
-    facts: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    facts: Facts
 
     @property
     def size_bytes(self) -> int:
         """Size of all files except the manifest."""
         return sum(record["bytes"] for record in self.files.values())
+
+    def refuse_lack_of(self, *facts: str) -> None:
+        """Check that the manifest has these facts.
+
+        Raises:
+            RefusedError: One is missing.
+        """
+        if missing := [fact for fact in facts if fact not in self.facts]:
+            raise RefusedError(
+                f"the checkpoint's manifest lacks {missing[0]}",
+                where=str(self.path / MANIFEST),
+                hint="remove it to resume from an earlier one",
+            )
 
 
 class Checkpoints:
@@ -109,7 +166,7 @@ class Checkpoints:
                 sync(self.folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        return Checkpoint(target, number, step, files, facts)
+        return Checkpoint(target, number, step, files, cast(Facts, facts))
 
     def find_resumable(self) -> Checkpoint | None:
         """The newest checkpoint whose files all have their size and hash; None if none was ever committed.
@@ -215,7 +272,7 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _hashed(file: Path) -> dict[str, Any]:
+def _hashed(file: Path) -> FileRecord:
     """Fsync a file, then read it back for its hash: this hashes the file and not what was meant to be written."""
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
@@ -276,16 +333,11 @@ def _manifest(folder: Path) -> Checkpoint:
             raise _DamagedError(f"{MANIFEST} does not match its hash")
         case {"format": int(version)} if version != FORMAT:
             raise _DamagedError(f"it has format {version}; this version of ft reads format {FORMAT}")
-        case {"commit": int(commit), "step": int(step), "files": dict(files), "facts": dict(facts)} if all(
-            map(_is_record, files.items())
-        ):
-            return Checkpoint(folder, commit, step, files, facts)
-    raise _DamagedError(f"{MANIFEST} is not a manifest of ft")
-
-
-def _is_record(item: tuple[str, Any]) -> bool:
-    """Whether this is a plain file name with size and hash: a manifest must not point outside its folder."""
-    match item:
-        case (name, {"bytes": int(), "sha256": str()}):
-            return Path(name).name == name
-    return False
+    try:
+        manifest = adapter(_Manifest).validate_python(written)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        raise _DamagedError(f"{MANIFEST} is not a manifest of ft" + (f", see {place}" if place else "")) from error
+    if any(Path(name).name != name for name in manifest["files"]):
+        raise _DamagedError(f"{MANIFEST} names a file outside of its folder")
+    return Checkpoint(folder, manifest["commit"], manifest["step"], manifest["files"], manifest["facts"])

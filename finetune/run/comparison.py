@@ -12,7 +12,7 @@ from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from finetune.run.evaluation_results import read_results
 from finetune.run.index import summarize
-from finetune.storage.files import json_object
+from finetune.run.provenance import read_provenance
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def _data(run: RunDirectory) -> dict[str, Any]:
     """The hash of every file, or the whole record of a hub data set, by its index among the sources."""
     return {
         f"{number}. {record.get('file', 'hub data set')}": record.get("sha256") or json.dumps(record, sort_keys=True)
-        for number, record in enumerate(json_object(run.provenance).get("data", []), start=1)
+        for number, record in enumerate(read_provenance(run.provenance).get("data", []), start=1)
     }
 
 
 def _versions(run: RunDirectory) -> dict[str, Any]:
-    provenance = json_object(run.provenance)
+    provenance = read_provenance(run.provenance)
     facts = {key: provenance.get(key) for key in ("ft", "python", "platform", "processors", "device", "processes")}
     base = provenance.get("base", {})
     return {**facts, **provenance.get("packages", {}), "base fingerprint": base.get("fingerprint")}
@@ -71,7 +71,7 @@ def _results(run: RunDirectory) -> dict[str, Any]:
         "validation loss": summary.validation_loss,
     }
     for task, scores in read_results(run).get("tasks", {}).items():
-        results |= {f"eval {task} {metric}": score["value"] for metric, score in scores.items()}
+        results |= {f"eval {task} {metric}": score.get("value") for metric, score in scores.items()}
     return results
 
 

@@ -3,9 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Required
+
+from typing_extensions import TypedDict
 
 from finetune.formatting import counted
+from finetune.storage.records import Count, Number, read_record, with_other_keys
+
+
+@with_other_keys
+class RecordedNote(TypedDict):
+    """A note on rows."""
+
+    count: Count
+    where: str
+
+
+_Earlier = TypedDict("_Earlier", {"untrainable": Count}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
+@with_other_keys
+class SourceReport(_Earlier, total=False):
+    """The rows of one source."""
+
+    source: Required[str]
+    format: str
+    read: Count
+    added: Count
+    truncated: Count
+    used: Count
+    tokens: Count
+    target_tokens: Count
+    cut_target_tokens: Count
+    duplicates: Count
+    in_validation: Count
+    too_long: Count
+    bad: dict[str, Count]
+    lengths: dict[str, Count]
+    notes: dict[str, RecordedNote]
+
+
+@with_other_keys
+class SplitReport(TypedDict, total=False):
+    """The rows of all sources of a split."""
+
+    used: Count
+    sources: list[SourceReport]
+
+
+@with_other_keys
+class PackingReport(TypedDict):
+    """The packs of a run."""
+
+    packs: Count
+    pack_length: Count
+    fill: Number
+
+
+@with_other_keys
+class DataReport(TypedDict, total=False):
+    """The content of `data_report.json`."""
+
+    train: SplitReport
+    validation: SplitReport
+    packing: PackingReport
+
+
+def read_data_report(file: Path) -> DataReport:
+    """The data report of a run, as far as it is recorded and undamaged."""
+    return read_record(file, DataReport)
 
 
 def bad_row_counts(report: Mapping[str, Any]) -> dict[str, int]:

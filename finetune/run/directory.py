@@ -29,9 +29,10 @@ from finetune.run.checkpoints import Checkpoints
 from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
 from finetune.run.lock import is_locked, locked
+from finetune.run.outcome import read_outcome
 from finetune.run.provenance import now
 from finetune.run.signals import StopRequested, interrupted_exit_code
-from finetune.storage.files import UNFINISHED, disk_faults, json_object, write_json, write_text
+from finetune.storage.files import UNFINISHED, check_writable, disk_faults, write_json, write_text
 from finetune.storage.opening import open_to_read, open_to_write, write_new
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class RunDirectory:
     @property
     def is_finished(self) -> bool:
         """Whether the run completed all its steps."""
-        return json_object(self.outcome).get("code") == 0
+        return read_outcome(self.outcome).get("code") == 0
 
     @property
     def is_locked(self) -> bool:
@@ -176,7 +177,7 @@ class RunDirectory:
     @property
     def _failed_before_first_step(self) -> bool:
         """Whether an attempt has ended with an error, and nothing was ever trained."""
-        outcome = json_object(self.outcome)
+        outcome = read_outcome(self.outcome)
         if not outcome.get("code") or outcome.get("step") or outcome.get("checkpoint") is not None:
             return False
         if Checkpoints(self.checkpoints).any_committed:
@@ -206,6 +207,7 @@ class RunDirectory:
             self._rewind_metrics(metrics_bytes)
             if self.provenance.is_file():
                 self.provenance.rename(self._set_aside(self.provenance))
+        with disk_faults(self.outcome):
             self.outcome.unlink(missing_ok=True)
         write_text(self.recipe, recipe)
 
@@ -277,6 +279,7 @@ class RunDirectory:
 
         Raises:
             RefusedError: Another process trains the run, or a file or folder of the run is a symbolic link.
+            EnvironmentFault: The disk is full or read-only.
             Stopped: A signal ended the run after a checkpoint, from which it can resume.
             Interrupted: A signal ended the run before its first checkpoint.
         """
@@ -285,6 +288,8 @@ class RunDirectory:
             attempt = Attempt()
             is_new = not self.recipe.is_file()  # `begin` writes it
             try:
+                if self.is_writer:
+                    check_writable(self.outcome)  # before rows are read and a model is loaded
                 yield attempt
             except StopRequested as request:
                 raise self._stop(attempt, request, is_new) from None
@@ -328,7 +333,7 @@ class RunDirectory:
         """
         if not self.outcome.is_file():
             return
-        known = json_object(self.outcome)
+        known = read_outcome(self.outcome)
         if known.get("code") == ProcessLost.exit_code:  # any other code is a root cause itself
             with suppress(EnvironmentFault):
                 write_json(self.outcome, {**known, "code": error.exit_code, "message": error.what})

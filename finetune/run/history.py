@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from finetune.run.directory import RunDirectory
 from finetune.run.events import (
@@ -22,6 +22,7 @@ from finetune.run.events import (
     ValidationResult,
 )
 from finetune.storage.opening import open_text, parse_json
+from finetune.storage.records import adapter
 
 
 @dataclass
@@ -48,7 +49,7 @@ class History:
     def of(cls, run: RunDirectory) -> History:
         """The history of a run so far; empty before its first event."""
         history = cls()
-        for event in events(records(run.metrics)):
+        for event in recorded_events(run):
             history.add(event)
         return history
 
@@ -72,6 +73,11 @@ class History:
         kinds[type(event)].append(event)
 
 
+def recorded_events(run: RunDirectory) -> Iterator[Recorded]:
+    """The events in `metrics.jsonl` of a run, in their order."""
+    return events(records(run.metrics))
+
+
 def records(file: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a JSONL file; none if the file is missing."""
     if file.is_file():
@@ -91,7 +97,7 @@ def parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
-    """Records as events; records of other versions of ft, whose fields do not fit, are skipped."""
+    """Records as events; records of other versions of ft, or of nobody, whose fields do not fit, are skipped."""
     for line in lines:
         kind = _kinds().get(str(line.get("event")))
         if kind is None:
@@ -100,16 +106,22 @@ def events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
         values = {each.name: line.get(each.name) for each in fields(kind)}
         filled = {name: math.nan if value is None else value for name, value in values.items()}
         try:
-            yield _readers()[kind].validate_python(filled)
+            event: Recorded = adapter(kind).validate_python(filled)
         except ValidationError:
             continue
+        if _is_possible(event):
+            yield event
+
+
+def _is_possible(event: Recorded) -> bool:
+    """Whether the integers of an event are counts of 64 bits, and its time is a time; losses may have no number."""
+    integers = [value for value in vars(event).values() if isinstance(value, int)]
+    if isinstance(event, RanksChosen):
+        integers += event.ranks.values()
+    seconds = event.seconds if isinstance(event, StepMetrics) else 0.0
+    return all(0 <= each < 1 << 63 for each in integers) and math.isfinite(seconds)
 
 
 @cache
 def _kinds() -> Mapping[str, type[Any]]:
     return {kind.kind: kind for kind in get_args(Recorded)}
-
-
-@cache
-def _readers() -> Mapping[type[Any], TypeAdapter[Any]]:
-    return {kind: TypeAdapter(kind) for kind in _kinds().values()}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunDirectory
-from finetune.run.events import BestCheckpoint, StepMetrics, ValidationResult
-from finetune.run.history import records
+from finetune.run.events import BestCheckpoint, Recorded, StepMetrics, ValidationResult
+from finetune.run.history import recorded_events
+from finetune.storage.files import disk_faults
 
 State = Literal["training", "finished", "resumable", "failed", "never started"]
 
@@ -59,13 +61,14 @@ def runs_in(folder: Path) -> list[RunDirectory]:
 
 def summarize(run: RunDirectory) -> RunSummary:
     """Read the summary of a run from its files."""
-    steps, validations = _last_lines(run)
+    last = {type(event): event for event in recorded_events(run)}
+    step, result = last.get(StepMetrics), last.get(BestCheckpoint) or last.get(ValidationResult)
     return RunSummary(
         path=run.path,
         state=state_of(run),
-        step=steps.get("step", 0),
-        loss=steps.get("loss"),
-        validation_loss=validations.get("loss"),
+        step=step.step if isinstance(step, StepMetrics) else 0,
+        loss=_loss(step),
+        validation_loss=_loss(result),
         size_bytes=_size(run.path),
     )
 
@@ -92,11 +95,16 @@ def removable(run: RunDirectory) -> list[Removable]:
 
 
 def remove(found: Removable) -> None:
-    """Delete the file or folder."""
-    if found.path.is_dir():
-        shutil.rmtree(found.path)
-    else:
-        found.path.unlink()
+    """Delete the file or folder.
+
+    Raises:
+        EnvironmentFault: It cannot be removed.
+    """
+    with disk_faults(found.path, "check permissions"):
+        if found.path.is_dir():
+            shutil.rmtree(found.path)
+        else:
+            found.path.unlink()
 
 
 def state_of(run: RunDirectory) -> State:
@@ -110,10 +118,10 @@ def state_of(run: RunDirectory) -> State:
     return "failed" if run.metrics.is_file() else "never started"
 
 
-def _last_lines(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last step record of `metrics.jsonl`, and the record with the result's validation loss; empty if missing."""
-    last = {str(line.get("event")): line for line in records(run.metrics)}
-    return last.get(StepMetrics.kind, {}), last.get(BestCheckpoint.kind) or last.get(ValidationResult.kind, {})
+def _loss(event: Recorded | None) -> float | None:
+    """The loss of an event; None if it has none, or one that is not finite."""
+    loss = getattr(event, "loss", None)
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _size(path: Path) -> int:

@@ -7,7 +7,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from finetune.formatting import value as as_text
 from finetune.recipe.renamed_keys import renamed_settings
@@ -16,9 +19,19 @@ from finetune.run.history import History, records
 from finetune.run.index import State, state_of
 from finetune.storage.files import disk_faults
 from finetune.storage.opening import open_to_write
+from finetune.storage.records import Integer, well_formed, with_other_keys
 
 Values = Mapping[str, Any]
 """A value for each swept key."""
+
+
+@with_other_keys
+class _TrialRecord(TypedDict, total=False):
+    """A line of `trials.jsonl`: the values of a trial, or the reason why it failed."""
+
+    trial: Annotated[Integer, Field(ge=1)]
+    values: dict[str, bool | int | float | str]
+    failure: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +79,11 @@ class SweepDirectory:
         values: dict[int, Values] = {}
         failures: dict[int, str] = {}
         for line in records(self.record):
-            match line:
-                case {"trial": int(number), "values": dict(found)}:
-                    values[number] = renamed_settings(found)
-                case {"trial": int(number), "failure": str(why)}:
-                    failures[number] = why
+            record = well_formed(line, _TrialRecord)
+            if "trial" in record and "values" in record:
+                values[record["trial"]] = renamed_settings(record["values"])
+            if "trial" in record and "failure" in record:
+                failures[record["trial"]] = record["failure"]
         return [self._trial(number, found, failures.get(number)) for number, found in sorted(values.items())]
 
     def begin(self, values: Values) -> Trial:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
+
+from pydantic import ValidationError
 
 from finetune.run.directory import RunDirectory
 from finetune.run.events import Event, Phase, TrainingStarted
 from finetune.run.history import events, parsed
-from finetune.storage.files import json_object
+from finetune.run.provenance import read_provenance
 from finetune.storage.opening import open_to_read
+from finetune.storage.records import adapter
 
 POLL_SECONDS = 1.0
 """Seconds between two reads of the files."""
@@ -42,9 +46,11 @@ def watched(run: RunDirectory, sleep: Callable[[float], None] = time.sleep) -> I
 
 def _start(run: RunDirectory) -> TrainingStarted | None:
     """The `started` event of a run; None before training starts, or if another version of ft wrote it."""
+    recorded = read_provenance(run.provenance).get("started")
     try:
-        return TrainingStarted(run_directory=str(run.path), **json_object(run.provenance)["started"])
-    except (KeyError, TypeError):
+        values = {**recorded, "run_directory": str(run.path)} if recorded else {}
+        return cast(TrainingStarted, adapter(TrainingStarted).validate_python(values))
+    except ValidationError:
         return None
 
 

@@ -82,11 +82,15 @@ def check_output(path: Path, overwrite: bool, option: str = "--output", *, is_fo
         raise RefusedError(
             f"the {kind} exists already", where=str(path), hint=f"choose another {option}, or add --overwrite"
         )
-    _check_writable(path, f"{CHECK_DISK}, or choose another {option}")
+    check_writable(path, f"{CHECK_DISK}, or choose another {option}")
 
 
-def _check_writable(path: Path, hint: str) -> None:
-    """Write a small file into the folder of an output, or into the nearest one above it that exists."""
+def check_writable(path: Path, hint: str = CHECK_DISK) -> None:
+    """Write a small file into the folder of a path, or into the nearest one above it that exists.
+
+    Raises:
+        EnvironmentFault: The disk is full or read-only, or the folder cannot be written.
+    """
     folder = next(each for each in path.absolute().parents if os.path.lexists(each))
     with disk_faults(path, hint), tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(bytes(PROBE_BYTES))

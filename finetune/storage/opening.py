@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from typing import Any, BinaryIO, TextIO, cast
 
 LARGEST_TEXT_BYTES = 1 << 28
 """Largest JSON or text file that is read in one piece; a tokenizer.json has up to 40 MB."""
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Two in a row are a character; one alone is none, and cannot be written into a file."""
 
 _WRITING = {
     "wb": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
@@ -88,15 +92,19 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text, in UTF-8 where it is bytes.
 
     Raises:
         ValueError: It is not JSON, not Unicode, or is nested too deeply for Python.
     """
     try:
-        return json.loads(text)
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(decoded)
+        if _ESCAPED_SURROGATE.search(decoded):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    return value
 
 
 def read_json(path: Path) -> Any:

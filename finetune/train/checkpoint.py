@@ -10,16 +10,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from finetune.adapters.base import trainable
 from finetune.errors import DivergedError, EnvironmentFault, RefusedError
 from finetune.models.fsdp import all_gathered, local_shard, read_like
 from finetune.models.safetensors_io import Planned, file_writer, tensors_in
 from finetune.storage.opening import read_json, write_new
+from finetune.storage.records import Count, Flag, Integer, Number, adapter, with_other_keys
 from finetune.train.state import TrainState
 
 TRAINED = "trained.safetensors"
@@ -31,6 +34,38 @@ COUNTERS = ("step", "tokens", "seconds", "loss", "validation_step", "validation_
 
 EARLIER_COUNTERS = {"validation_step": "held_out_step", "validation_loss_before": "held_out_before"}
 """Names of counters in checkpoints of version 0.1."""
+
+
+class _Values(TypedDict):
+    """The state of one parameter: names of its tensors, and its plain numbers."""
+
+    tensors: list[str]
+    values: dict[str, Number | Integer | Flag | None]
+
+
+_Earlier = TypedDict("_Earlier", {"held_out_step": Count | None, "held_out_before": float | None}, total=False)  # noqa: UP013
+"""Keys of earlier versions."""
+
+
+@with_other_keys
+class _Counters(_Earlier, total=False):
+    """The counters of a TrainState."""
+
+    step: Count
+    tokens: Count
+    seconds: Number
+    loss: float | None
+    validation_step: Count | None
+    validation_loss_before: float | None
+
+
+@with_other_keys
+class _SavedState(TypedDict):
+    """The content of `state.json`."""
+
+    counters: _Counters
+    scaler: dict[str, Number]
+    optimizer: dict[str, _Values]
 
 
 def write_state(state: TrainState, folder: Path | None) -> None:
@@ -75,16 +110,13 @@ def read_state(state: TrainState, folder: Path) -> None:
     for name in (TRAINED, OPTIMIZER, STATE):
         if not (folder / name).is_file():
             raise _lacking(name, folder)
-    written = read_json(folder / STATE)
-    for part in ("counters", "scaler", "optimizer"):
-        if part not in written:
-            raise _lacking(part, folder)
+    written = _saved_state(folder)
     counters = written["counters"]
     for name in COUNTERS:
         key = name if name in counters else EARLIER_COUNTERS.get(name, name)
         if key not in counters:
             raise _lacking(f"the counter {name}", folder)
-        setattr(state, name, counters[key])
+        setattr(state, name, counters[key])  # type: ignore[literal-required]
     model = state.bare_model
     state.method.restore(model, _read(folder / TRAINED, state.method.own_tensors(model).get))
     parameters = trainable(model)
@@ -92,6 +124,22 @@ def read_state(state: TrainState, folder: Path) -> None:
     _restore_optimizer(state, written["optimizer"], moments, folder)
     if state.scaler.is_enabled() and written["scaler"]:
         state.scaler.load_state_dict(written["scaler"])
+
+
+def _saved_state(folder: Path) -> _SavedState:
+    """Read `state.json`.
+
+    Raises:
+        RefusedError: It is damaged, or a part is missing or has another type.
+    """
+    try:
+        return cast(_SavedState, adapter(_SavedState).validate_python(read_json(folder / STATE)))
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        reason = f"is damaged at {place}" if place else "is damaged"
+    except (OSError, ValueError) as error:
+        reason = f"is damaged: {error}"
+    raise RefusedError(f"{STATE} {reason}", where=str(folder), hint="remove it to resume from an earlier one")
 
 
 def _optimizer_state(
@@ -117,7 +165,7 @@ def _optimizer_state(
 
 
 def _restore_optimizer(
-    state: TrainState, entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], folder: Path
+    state: TrainState, entries: Mapping[str, _Values], tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
     parameters = trainable(state.bare_model)
     listed = {f"{name}:{key}" for name, entry in entries.items() for key in entry["tensors"]}

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
+from finetune.errors import Stopped
+from finetune.jobs.train.run import train
+from finetune.recipe.load import load_recipe
+from finetune.run.directory import RunDirectory
+from finetune.run.events import CheckpointSaved, Event
+from finetune.run.signals import Interruption
 from tests.fixtures.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -117,3 +125,62 @@ def uninterrupted(server: Server, recipe: Path, tmp_path_factory: pytest.TempPat
     result = Result.of(run)
     assert [step for event, step, _ in result.losses if event == "step"] == list(range(1, 13))
     return result
+
+
+class Originals(NamedTuple):
+    """Run directories and their recipes, for tests to copy."""
+
+    recipe: Path
+    sweep_recipe: Path
+    finished: Path
+    stopped: Path
+    sweep: Path
+
+
+@pytest.fixture(scope="session")
+def originals(tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    """A finished run with all that commands add to it, a stopped one, and a sweep of two trials."""
+    folder = tmp_path_factory.mktemp("originals")
+    sections: dict[str, Any] = {
+        "model": {"name": str(tiny_model)},
+        "adapter": {"method": "lora", "r": 4},
+        "data": {"train": [{"path": str(chat_file), "format": "chat"}], "validation_fraction": 0.2, "max_length": 128},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+        "training": {"precision": "float32", "max_steps": 3, "micro_batch_size": 2, "checkpoint_every_steps": 1},
+        "evaluation": {"every_steps": 1, "batch_size": 4, "generation_rows": 2, "max_new_tokens": 2},
+        "run": {"name": "run"},
+    }
+    recipe = write_recipe(sections, folder)
+    keys = [{"key": "optimizer.learning_rate", "draw": "log_uniform", "low": 1e-4, "high": 1e-1}]
+    (folder / "sweep").mkdir()
+    sweep_recipe = write_recipe({**sections, "sweep": {"keys": keys, "trials": 2}}, folder / "sweep")
+    finished, stopped, sweep = folder / "finished", folder / "stopped", folder / "trials"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FT_CACHE", str(folder / "cache"))
+        for arguments in (
+            ["train", recipe, "--run-dir", finished, "--quiet"],
+            ["eval", finished, "--against", "base", "--quiet"],
+            ["merge", finished, "--quiet"],
+            ["sweep", sweep_recipe, "--sweep-dir", sweep, "--quiet"],
+        ):
+            result = CliRunner().invoke(app, list(map(str, arguments)))
+            assert result.exit_code == 0, result.stderr
+        # The report of `ft export` has the keys of that of `ft merge`, and one of its own.
+        (finished / "exported").mkdir()
+        report = (finished / "merged" / "merge.json").read_text()
+        (finished / "exported" / "export.json").write_text(report.replace("{", '{"format": "gguf",', 1))
+        _train_until_stopped(recipe, stopped)
+    return Originals(recipe, sweep_recipe, finished, stopped, sweep)
+
+
+def _train_until_stopped(recipe: Path, path: Path) -> None:
+    run = RunDirectory.create(path)
+    run.log.write_text("a line\n")
+    interruption = Interruption()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == 2:
+            interruption.number = 15
+
+    with pytest.raises(Stopped):
+        train(load_recipe(recipe).recipe, run, stop, interruption)

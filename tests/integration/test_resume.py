@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -401,6 +402,62 @@ def test_resume_with_a_changed_number_of_steps_by_other_keys_is_refused(tiny_rec
     manifest["facts"]["total_steps"] = 30
     (folder / "MANIFEST.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(RefusedError, match="had 30 steps and would have 3"):
+        train(as_recipe(tiny_recipe, tmp_path), run)
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    change(manifest)
+    (folder / "MANIFEST.json").write_text(json.dumps(sealed(manifest)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", "3"), ("step", True), ("total_steps", [3]), ("files", {"../state.json": {"bytes": 1, "sha256": ""}}),
+        ("files", {"state.json": 5}), ("commit", -1), ("facts", None), ("metrics_bytes", -5), ("answer_ends", ["1"]),
+    ],
+)  # fmt: skip
+def test_manifest_with_parts_of_another_type_is_a_damaged_checkpoint(
+    key: str, value: object, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    run = stopped_run(tiny_recipe, tmp_path)
+    (folder,) = run.checkpoints.iterdir()
+    change_manifest(folder, lambda all: (all if key in all else all["facts"]).update({key: value}))
+    with pytest.raises(RefusedError, match=r"MANIFEST\.json (is not a manifest of ft|names a file outside)"):
+        train(as_recipe(tiny_recipe, tmp_path), run)
+
+
+@pytest.mark.parametrize("fact", ["total_units", "metrics_bytes"])
+def test_manifest_that_lacks_a_fact_is_refused(fact: str, tiny_recipe: dict[str, Any], tmp_path: Path):
+    run = stopped_run(tiny_recipe, tmp_path)
+    (folder,) = run.checkpoints.iterdir()
+    change_manifest(folder, lambda manifest: manifest["facts"].pop(fact))
+    with pytest.raises(RefusedError, match=f"lacks {fact}"):
+        train(as_recipe(tiny_recipe, tmp_path), run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: [state], r"state\.json is damaged"),
+        (lambda state: {**state, "counters": {**state["counters"], "step": "1"}}, r"damaged at counters\.step"),
+        (lambda state: {**state, "counters": {**state["counters"], "step": 7}}, "the state is of step 7"),
+        (lambda state: {**state, "optimizer": 5}, r"damaged at optimizer"),
+        (lambda state: {**state, "optimizer": {"layer": {"tensors": [[]]}}}, r"damaged at optimizer"),
+        (lambda state: {**state, "scaler": {"scale": "large"}}, r"damaged at scaler\.scale"),
+    ],
+)
+def test_state_with_parts_of_another_type_is_refused(
+    change: Callable[[Any], Any], message: str, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    run = stopped_run(tiny_recipe, tmp_path)
+    (folder,) = run.checkpoints.iterdir()
+    content = json.dumps(change(json.loads((folder / "state.json").read_text()))).encode()
+    (folder / "state.json").write_bytes(content)
+    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_manifest(folder, lambda manifest: manifest["files"].update({"state.json": record}))
+    with pytest.raises(RefusedError, match=message):
         train(as_recipe(tiny_recipe, tmp_path), run)
 
 

@@ -115,6 +115,28 @@ def test_sweep_ends_when_all_values_were_tried(
 
 
 @needs_optuna
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"adapter.r": 4},
+        {"optimizer.learning_rate": "1e-2", "adapter.r": 4},
+        {"optimizer.learning_rate": [1e-2], "adapter.r": 4},
+        {"optimizer.learning_rate": 1e-2, "adapter.r": 10**9},
+        {"optimizer.learning_rate": 1e-2, "adapter.r": 4, "model.name": "other"},
+    ],
+)
+def test_sweep_with_recorded_values_that_are_not_of_its_keys_is_refused(
+    values: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    file, folder = swept(tiny_recipe, tmp_path), tmp_path / "sweep"
+    Sweep(load_recipe(file), folder).directory.begin(values)
+    with pytest.raises(RefusedError, match="trial 1 has no value of the sweep for") as refused:
+        Sweep(load_recipe(file), folder)
+    assert refused.value.where == str(folder / "trials.jsonl")
+
+
+@needs_optuna
 def test_sweep_resumes_with_more_trials_but_not_with_another_recipe(tiny_recipe: dict[str, Any], tmp_path: Path):
     folder = tmp_path / "sweep"
     first = run_all(swept(tiny_recipe, tmp_path, trials=1), folder)

@@ -20,9 +20,10 @@ from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
 from finetune.report.run_page import answered_by
-from finetune.run.evaluation_results import read_results
+from finetune.run.data_report import read_data_report
+from finetune.run.evaluation_results import Results, read_results
 from finetune.run.history import History
-from finetune.storage.files import json_object
+from finetune.run.provenance import read_provenance
 from finetune.storage.opening import read_text, write_new
 
 CARD = "README.md"
@@ -66,7 +67,7 @@ def write_card(
         "## Data",
         _data(trained),
         "## Training",
-        f"By ft {in_markdown(str(json_object(trained.run.provenance).get('ft', '')))}, with",
+        f"By ft {in_markdown(str(read_provenance(trained.run.provenance).get('ft', '')))}, with",
         _fenced(_recipe(trained), "yaml"),
         "## Metrics",
         _metrics(trained),
@@ -108,15 +109,14 @@ def licence_of(folder: ModelFolder, section: Model) -> str | None:
 
 
 def _data(trained: FineTunedRun) -> str:
-    report = json_object(trained.run.data_report)
+    report = read_data_report(trained.run.data_report)
     lines = []
-    for split, title in (("train", "Training"), ("validation", "Validation")):
-        counted = report.get(split) or {}
-        if counted.get("used"):
-            lines.append(f"{title}: {counted['used']} rows.")
+    for title, split in (("Training", report.get("train")), ("Validation", report.get("validation"))):
+        if split and split.get("used"):
+            lines.append(f"{title}: {split['used']} rows.")
     files = {
         in_markdown(f"{each['file']} (sha256 {each['sha256'][:16]})")
-        for each in json_object(trained.run.provenance).get("data", [])
+        for each in read_provenance(trained.run.provenance).get("data", [])
         if "file" in each and "sha256" in each
     }
     return "\n".join([*lines, *sorted(files)]) or "Not recorded."
@@ -156,17 +156,17 @@ def _metrics(trained: FineTunedRun) -> str:
     return "\n".join(lines) or "None were measured."
 
 
-def _evaluated(results: Mapping[str, Any]) -> list[str]:
+def _evaluated(results: Results) -> list[str]:
     """A table of the results of `ft eval`, if there are any."""
     if not results.get("tasks"):
         return []
-    against = results["against"]
+    against = results.get("against")
     other = f" {in_markdown(str(against))} |" if against else ""
     lines = ["", f"| |{other} this model | 95 % interval |", "|---|---|---|" + ("---|" if against else "")]
     for task, scores in results["tasks"].items():
         for metric, score in scores.items():
             cells = [_shown(score.get("against", {}).get("value"))] if against else []
-            cells += [_shown(score["value"]), f"{_shown(score['low'])} to {_shown(score['high'])}"]
+            cells += [_shown(score.get("value")), f"{_shown(score.get('low'))} to {_shown(score.get('high'))}"]
             lines.append(f"| {in_markdown(f'{task}: {metric}')} | {' | '.join(cells)} |")
     if note := answered_by(results):
         lines += ["", note]

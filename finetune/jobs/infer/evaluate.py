@@ -45,7 +45,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, ignore
 from finetune.run.provenance import file_digest
 from finetune.storage.cache import sources_digest
-from finetune.storage.files import write_json, written_aside
+from finetune.storage.files import check_output, write_json, written_aside
 from finetune.storage.opening import open_to_write
 
 logger = logging.getLogger(__name__)
@@ -94,11 +94,16 @@ def evaluate(
         on_event: Receives an event at every phase.
 
     Raises:
+        EnvironmentFault: The results cannot be written.
         DataError: There are no rows, or one cannot be used.
         UsageError: A task or a metric of a gate does not exist, or the model has no base; or losses of models with
             different tokens would be compared.
         FinetuneError: A model cannot be opened.
     """
+    run = RunDirectory(named.path) if named.kind is Kind.RUN else None
+    folder = options.output or (run.evaluation if run else None)
+    if folder is not None:
+        check_output(folder, overwrite=True, is_folder=True)
     finetuned = FineTunedModel.find(named, on_event)
     other = _in_one_type(finetuned, _other(finetuned, against, on_event))
     tasks = _tasks(named, finetuned, options.tasks, on_event)
@@ -119,8 +124,6 @@ def evaluate(
         scores=_scores(tasks, ours, theirs),
     )
     result.gates.extend(_gate_results(options.gates, result))
-    run = RunDirectory(named.path) if named.kind is Kind.RUN else None
-    folder = options.output or (run.evaluation if run else None)
     if folder is not None:
         with recording_errors(run) if run else nullcontext():
             _write(folder, result, tasks, ours, theirs)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -45,7 +44,7 @@ from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
-from finetune.storage.files import json_object
+from finetune.run.verification_report import VerificationReport, read_verification_report
 from finetune.train.checkpoint import TRAINED
 
 logger = logging.getLogger(__name__)
@@ -159,6 +158,7 @@ def _with_record(
 
 def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     checkpoint = read_checkpoint(named.path)
+    checkpoint.refuse_lack_of("base", "total_steps", "quantized_base", "device")
     facts = checkpoint.facts
     recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
     context = TrainingContext.of(recipe, on_event, kept=kept_with_checkpoint(checkpoint))
@@ -174,9 +174,11 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
         peft_bridge.store_as_base(model)
         return model.requires_grad_(False)
 
-    codes = facts["quantized_base"] and QuantizedRecord(device=facts["device"], fingerprint=facts["quantized_base"])
+    fingerprinted = facts["quantized_base"]
+    codes = QuantizedRecord(device=facts["device"], fingerprint=fingerprinted) if fingerprinted else None
     trained = LoadedAdapter(context.method, codes, attach_to, recipe.adapter.prompt_tokens, named.path)
-    return FineTunedModel(named.label, context, trained, recorded_chat_template(facts), recorded_ends(facts))
+    uses_chat_template = bool(recorded_chat_template(facts))
+    return FineTunedModel(named.label, context, trained, uses_chat_template, recorded_ends(facts))
 
 
 def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
@@ -185,14 +187,14 @@ def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     setup = ModelSetup.find(section, on_event, kept=KeptTokenizer(today=recorded_date(report)))
     keep_as_tokens(setup.tokenizer, recorded_tokens(report))
     recorded = recorded_chat_template(report)
-    uses_template = recorded if isinstance(recorded, bool) else bool(setup.tokenizer.chat_template)
+    uses_template = bool(setup.tokenizer.chat_template) if recorded is None else recorded
     return FineTunedModel(named.label, setup, None, uses_template, recorded_ends(report))
 
 
-def _verification_report(folder: Path) -> dict[str, Any]:
+def _verification_report(folder: Path) -> VerificationReport:
     """The report of a merged or exported model; empty for any other model."""
-    reports = (json_object(folder / name) for name in VERIFICATION_REPORTS)
-    return next((report for report in reports if isinstance(recorded_chat_template(report), bool)), {})
+    reports = (read_verification_report(folder / name) for name in VERIFICATION_REPORTS)
+    return next((report for report in reports if recorded_chat_template(report) is not None), VerificationReport())
 
 
 class SharedBase:

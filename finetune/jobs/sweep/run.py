@@ -25,12 +25,13 @@ from finetune.jobs.train.run import train
 from finetune.recipe.diff import changes
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.sweep import Swept
 from finetune.report.sweep_page import sweep_page
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
 from finetune.run.signals import Interruption
 from finetune.run.sweep_trials import SweepDirectory, Trial, Values
-from finetune.storage.files import disk_faults, write_text
+from finetune.storage.files import CHECK_DISK, check_writable, disk_faults, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Sweep:
     Raises:
         UsageError: The recipe has no section `sweep`.
         UnsupportedError: Optuna is not installed, or the recipe wants several processes.
-        RefusedError: The folder holds something else, or a sweep of another recipe.
+        RefusedError: The folder holds something else, or a sweep of another recipe, or its record is damaged.
+        EnvironmentFault: The disk is full or read-only.
     """
 
     def __init__(self, loaded: LoadedRecipe, path: Path) -> None:
@@ -91,7 +93,8 @@ class Sweep:
         if RunDirectory(trial.path).marker.is_file():
             return RunDirectory.open(trial.path)
         run = RunDirectory.create(trial.path)
-        write_text(run.recipe_as_written, self._loaded.text)
+        with run.removed_unless_attempted():
+            write_text(run.recipe_as_written, self._loaded.text)
         return run
 
     def train(
@@ -135,6 +138,8 @@ class Sweep:
                     where=str(directory.path),
                     hint="undo the change, or choose another --sweep-dir",
                 )
+            self._refuse_other_trials()
+            check_writable(directory.record)
             return
         if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
             raise RefusedError(
@@ -142,9 +147,22 @@ class Sweep:
                 where=str(directory.path),
                 hint="choose another --sweep-dir",
             )
+        check_writable(directory.record, f"{CHECK_DISK}, or choose another --sweep-dir")
         with disk_faults(directory.path):
             directory.path.mkdir(parents=True, exist_ok=True)
         write_text(directory.recipe, dump_recipe(self._loaded.recipe))
+
+    def _refuse_other_trials(self) -> None:
+        """Check that recorded trials have a value in the range of each key, as the sampler and the page expect."""
+        swept = {each.key: each for each in self.section.keys}
+        for trial in self.directory.trials():
+            keys = [key for key in swept.keys() | trial.values.keys() if not _holds(swept.get(key), trial.values, key)]
+            if keys:
+                raise RefusedError(
+                    f"trial {trial.number} has no value of the sweep for {min(keys)}",
+                    where=str(self.directory.record),
+                    hint="restore the file, or choose another --sweep-dir",
+                )
 
     def _recipe_of(self, values: Values, name: str) -> Recipe:
         """The recipe of a trial: without the section `sweep`, and with the trial's values."""
@@ -152,6 +170,10 @@ class Sweep:
         recipe = load_recipe(self._loaded.path, [*self._loaded.overrides, *overrides]).recipe
         where = recipe.run.model_copy(update={"name": name, "directory": str(self.directory.path)})
         return recipe.model_copy(update={"sweep": None, "run": where})
+
+
+def _holds(swept: Swept | None, values: Values, key: str) -> bool:
+    return swept is not None and key in values and swept.holds(values[key])
 
 
 def _ignoring(recipe: Recipe) -> Recipe:

@@ -19,7 +19,7 @@ from finetune.data.collate import BatchOrder
 from finetune.data.dataset import Datasets
 from finetune.data.documents import Conversation
 from finetune.data.report import data_report
-from finetune.errors import RecipeError, UnsupportedError, UsageError
+from finetune.errors import RecipeError, RefusedError, UnsupportedError, UsageError
 from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import TrainingContext, batch_plan_of
 from finetune.jobs.load.template_report import report_template
@@ -144,12 +144,22 @@ class PreparedRun:
         if checkpoint is not None:
             check_same_quantized_weights(checkpoint, facts)
             read_state(state, checkpoint.path)
+            _refuse_other_step(state, checkpoint)
         return cls(context, rows, read, preparation.batch_plan, order, state, planned_memory, facts)
 
     @property
     def is_main(self) -> bool:
         """Whether this process is the main one of the run, which writes its files."""
         return bool(self.context.accelerator.is_main_process)
+
+
+def _refuse_other_step(state: TrainState, checkpoint: Checkpoint) -> None:
+    if state.step != checkpoint.step:
+        raise RefusedError(
+            f"the state is of step {state.step}, and the manifest of step {checkpoint.step}",
+            where=str(checkpoint.path),
+            hint="remove it to resume from an earlier one",
+        )
 
 
 def _check_start(context: TrainingContext, is_resumed: bool) -> None:

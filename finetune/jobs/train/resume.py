@@ -16,8 +16,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.section import OnResume
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
-from finetune.run.provenance import file_digest
-from finetune.storage.files import json_object
+from finetune.run.provenance import file_digest, read_provenance
 from finetune.train.schedules import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,8 @@ def warn_of_finished_run(run: RunDirectory, recipe: Recipe, found: Sequence[Chan
 
 def _changed_files(run: RunDirectory, recipe: Recipe) -> list[str]:
     """The data files that differ from those that the run was trained on, by content; names may differ."""
-    records = [record for record in json_object(run.provenance).get("data", []) if "sha256" in record]
+    recorded = read_provenance(run.provenance).get("data", [])
+    records = [record for record in recorded if record.keys() >= {"file", "bytes", "sha256"}]
     if not records:
         return []
     known = {(record["bytes"], record["sha256"]) for record in records}

@@ -131,6 +131,7 @@ def _find_start(run: RunDirectory, recipe: Recipe, attempt: Attempt) -> tuple[Ch
     if checkpoint is None:
         logger.info("no checkpoint was saved: the run starts again from the beginning")
     else:
+        checkpoint.refuse_lack_of("total_units", "metrics_bytes")
         attempt.steps = attempt.checkpoint = checkpoint.step
     return checkpoint, extends(found, recipe)
 

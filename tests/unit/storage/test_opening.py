@@ -124,10 +124,27 @@ def test_file_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         read_text(file)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", "\udc80", b"\xff", "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "{",
+        "\udc80",
+        b"\xff",
+        "9" * 5000,
+        r'["\udc80"]',
+        rb'{"\uD83D \uDE00": 1}',
+        b'"\xed\xa0\x80"',
+    ],
+)
 def test_parse_json_of_anything_but_json_raises_value_error(text: str | bytes):
     with pytest.raises(ValueError, match=r"nested|Expecting|decode|surrogates|digits|delimiter"):
         parse_json(text)
+
+
+def test_parse_json_reads_escaped_pairs_of_surrogates_as_characters():
+    assert parse_json(rb'["\ud83d\ude00", "\\ud83d"]') == ["\N{GRINNING FACE}", r"\ud83d"]
 
 
 def same_content(file: Path) -> None:
