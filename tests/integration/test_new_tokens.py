@@ -263,8 +263,19 @@ def test_continue_from_a_run_with_the_same_new_tokens_starts_with_its_loss(secti
     later = {**recipe, "adapter": {**LORA, "continue_from": str(tmp_path / "first")}}
     _, second = trained(later, tmp_path, "second")
     assert second.validation_loss_before == pytest.approx(first.validation_loss, rel=1e-6)
-    with pytest.raises(RefusedError):
-        trained({**later, "model": {"name": str(folder), "new_tokens": [*NEW, "<third>"]}}, tmp_path, "third")
+
+
+@pytest.mark.parametrize("tokens", [[*NEW, "<third>"], NEW[::-1], ["<other>", NEW[1]], None], ids=str)
+def test_continue_from_a_run_with_other_new_tokens_is_refused_by_key(
+    sections: dict[str, Any], tmp_path: Path, tokens: list[Any] | None
+):
+    folder = write_base(tmp_path / "base", "tied")
+    recipe = with_model(sections, folder)
+    trained(recipe, tmp_path, "first")
+    later = {**recipe, "adapter": {**LORA, "continue_from": str(tmp_path / "first")}}
+    with pytest.raises(RefusedError, match="rows for the tokens") as caught:
+        trained({**later, "model": {"name": str(folder), "new_tokens": tokens}}, tmp_path, "second")
+    assert 'model.new_tokens to those of that run, in their order: ["<tool>", "</tool>"]' in (caught.value.hint or "")
 
 
 def test_merged_model_as_base_has_the_tokens_and_keeps_their_rows(
