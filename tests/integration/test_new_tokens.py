@@ -365,6 +365,28 @@ def test_recipe_is_checked_with_the_rows_of_new_tokens(sections: dict[str, Any],
         check_start_at_hand(as_recipe({**with_model(sections, folder, []), "adapter": named}, tmp_path), folder)
 
 
+@pytest.mark.parametrize(
+    ("template", "tokens", "key"),
+    [
+        ("chatml", ["<|im_start|>", {"token": "<|im_end|>", "special": True}], "model.new_tokens.0"),
+        ("gemma", ["<x>", {"token": "<start_of_turn>", "special": True}, "<end_of_turn>"], "model.new_tokens.2"),
+        (None, ["<|im_start|>", "<|im_end|>"], None),
+        ("chatml", [{"token": text, "special": True} for text in ("<|im_start|>", "<|im_end|>")], None),
+    ],
+)
+def test_control_token_of_a_family_that_is_added_as_a_word_is_refused_by_key(
+    sections: dict[str, Any], tmp_path: Path, template: str | None, tokens: list[Any], key: str | None
+):
+    folder = write_base(tmp_path / "base", "tied")
+    recipe = as_recipe(with_model(sections, folder, tokens, chat_template=template), tmp_path)
+    if key is None:
+        check_start_at_hand(recipe, folder)
+        return
+    with pytest.raises(RecipeError, match="is added as a word here") as caught:
+        check_start_at_hand(recipe, folder)
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
 def test_gguf_file_has_the_new_tokens_and_their_types(sections: dict[str, Any], tmp_path: Path):
     run, _ = trained(with_model(sections, write_base(tmp_path / "base", "untied")), tmp_path)
     result = export_gguf(run, tmp_path / "gguf")

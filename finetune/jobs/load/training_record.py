@@ -128,7 +128,7 @@ class TrainingRecord(Section):
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(folder.parent),
-                hint="resume it: ft train --resume RUN",
+                hint=f"resume it: ft train --resume {folder.parent}",
             )
         try:
             return cls.model_validate(read_json(file))
