@@ -64,6 +64,25 @@ def test_continue_from_adalora_starts_a_new_rank_schedule(tiny_recipe: dict[str,
 
 
 @pytest.mark.parametrize(
+    ("adapter", "key"),
+    [
+        ({"method": "lora", "r": 4}, "trainable_tokens"),
+        ({"method": "trainable_tokens"}, "tokens"),
+    ],
+    ids=["lora", "trainable_tokens"],
+)
+@pytest.mark.parametrize("tokens", [["b", "a"], ["c", "d"], ["a", "c"]], ids=str)
+def test_continue_from_rows_of_other_tokens_is_refused_by_key(
+    tiny_recipe: dict[str, Any], tmp_path: Path, adapter: dict[str, Any], key: str, tokens: list[str]
+):
+    sections = sections_of(tiny_recipe, {**adapter, key: ["a", "b"]}, "none")
+    run_of(sections, tmp_path, "first")
+    with pytest.raises(RefusedError, match="rows for the tokens") as caught:
+        run_of(sections, tmp_path, "second", continue_from=str(tmp_path / "first"), **{key: tokens})
+    assert f'adapter.{key} to those of that run, in their order: ["a", "b"]' in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
     ("change", "what"),
     [
         ({"adapter": {"method": "lora", "r": 2}}, "other shapes"),

@@ -263,8 +263,19 @@ def test_continue_from_a_run_with_the_same_new_tokens_starts_with_its_loss(secti
     later = {**recipe, "adapter": {**LORA, "continue_from": str(tmp_path / "first")}}
     _, second = trained(later, tmp_path, "second")
     assert second.validation_loss_before == pytest.approx(first.validation_loss, rel=1e-6)
-    with pytest.raises(RefusedError):
-        trained({**later, "model": {"name": str(folder), "new_tokens": [*NEW, "<third>"]}}, tmp_path, "third")
+
+
+@pytest.mark.parametrize("tokens", [[*NEW, "<third>"], NEW[::-1], ["<other>", NEW[1]], None], ids=str)
+def test_continue_from_a_run_with_other_new_tokens_is_refused_by_key(
+    sections: dict[str, Any], tmp_path: Path, tokens: list[Any] | None
+):
+    folder = write_base(tmp_path / "base", "tied")
+    recipe = with_model(sections, folder)
+    trained(recipe, tmp_path, "first")
+    later = {**recipe, "adapter": {**LORA, "continue_from": str(tmp_path / "first")}}
+    with pytest.raises(RefusedError, match="rows for the tokens") as caught:
+        trained({**later, "model": {"name": str(folder), "new_tokens": tokens}}, tmp_path, "second")
+    assert 'model.new_tokens to those of that run, in their order: ["<tool>", "</tool>"]' in (caught.value.hint or "")
 
 
 def test_merged_model_as_base_has_the_tokens_and_keeps_their_rows(
@@ -352,6 +363,28 @@ def test_recipe_is_checked_with_the_rows_of_new_tokens(sections: dict[str, Any],
     check_start_at_hand(as_recipe({**with_model(sections, folder), "adapter": named}, tmp_path), folder)
     with pytest.raises(RecipeError):
         check_start_at_hand(as_recipe({**with_model(sections, folder, []), "adapter": named}, tmp_path), folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "key"),
+    [
+        ("chatml", ["<|im_start|>", {"token": "<|im_end|>", "special": True}], "model.new_tokens.0"),
+        ("gemma", ["<x>", {"token": "<start_of_turn>", "special": True}, "<end_of_turn>"], "model.new_tokens.2"),
+        (None, ["<|im_start|>", "<|im_end|>"], None),
+        ("chatml", [{"token": text, "special": True} for text in ("<|im_start|>", "<|im_end|>")], None),
+    ],
+)
+def test_control_token_of_a_family_that_is_added_as_a_word_is_refused_by_key(
+    sections: dict[str, Any], tmp_path: Path, template: str | None, tokens: list[Any], key: str | None
+):
+    folder = write_base(tmp_path / "base", "tied")
+    recipe = as_recipe(with_model(sections, folder, tokens, chat_template=template), tmp_path)
+    if key is None:
+        check_start_at_hand(recipe, folder)
+        return
+    with pytest.raises(RecipeError, match="is added as a word here") as caught:
+        check_start_at_hand(recipe, folder)
+    assert [problem.key for problem in caught.value.problems] == [key]
 
 
 def test_gguf_file_has_the_new_tokens_and_their_types(sections: dict[str, Any], tmp_path: Path):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapters.base import AdapterMethod
 from finetune.errors import Problem, RecipeError
+from finetune.models.chat_templates.families import CONTROL_TOKENS
 from finetune.models.layer_names import nearest_part, shown
 from finetune.models.linear_layers import linear_layers, shape_of
 from finetune.models.loading.expected_model import expected_model
@@ -47,6 +48,7 @@ def check_start(
         UnsupportedError: A quantizer does not support a layer.
     """
     _refuse(broken_start_rules(recipe) if starts_here else ())
+    _refuse(_control_tokens_as_words(recipe.model))
     model = expected_model(folder, recipe.model, quantizers)
     _refuse([*_rule_violations(model, quantizers), *method.violations(model)])
     if (note := method.note(model)) is not None:
@@ -88,6 +90,17 @@ def check_rules_fit_model(section: Model, folder: ModelFolder, quantizers: Quant
 def _refuse(violations: Iterable[Violation]) -> None:
     if problems := [Problem(each.key, each.key, each.what, each.hint) for each in violations]:
         raise RecipeError(problems)
+
+
+def _control_tokens_as_words(section: Model) -> Iterator[Violation]:
+    """New tokens that a family's template writes as control tokens, and the recipe adds as words.
+
+    The words of a conversation could write them, and no answer would end with a control token.
+    """
+    for index, each in enumerate(section.new_tokens or ()):
+        if each.token in CONTROL_TOKENS.get(section.chat_template or "", ()) and not each.special:
+            what = f"{each.token!r} is a control token of {section.chat_template}, and is added as a word here"
+            yield Violation(f"model.new_tokens.{index}", what, f"write {{token: '{each.token}', special: true}}")
 
 
 def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator[Violation]:

@@ -52,7 +52,7 @@ class FineTunedRun:
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(run.path),
-                hint="resume it: ft train --resume RUN",
+                hint=f"resume it: ft train --resume {run.path}",
             )
         record = TrainingRecord.read(weights)
         context = TrainingContext.of(recipe, on_event, kept=record.kept(weights))

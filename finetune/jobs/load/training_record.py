@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.models.fingerprint import fingerprint_quantized
 from finetune.models.loading.load import KeptTokenizer
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.weight_files import weight_files
+from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.modules import ModuleRule
@@ -126,7 +128,7 @@ class TrainingRecord(Section):
             raise UsageError(
                 "the run has no trained weights: it did not finish",
                 where=str(folder.parent),
-                hint="resume it: ft train --resume RUN",
+                hint=f"resume it: ft train --resume {folder.parent}",
             )
         try:
             return cls.model_validate(read_json(file))
@@ -158,6 +160,25 @@ class TrainingRecord(Section):
                 where=str(weights / TRAINED_RECORD),
                 hint="train the run again",
             )
+
+    def refuse_other_tokens(self, weights: Path, recipe: Recipe) -> None:
+        """Check that a recipe trains rows of the same tokens, in the same order: an adapter has rows without names.
+
+        Raises:
+            RefusedError: It adds or names others.
+        """
+        by_name = "adapter.tokens" if recipe.adapter.method == "trainable_tokens" else "adapter.trainable_tokens"
+        pairs = {
+            "model.new_tokens": (self.model.new_texts, recipe.model.new_texts),
+            by_name: (self.adapter.named_tokens, recipe.adapter.named_tokens),
+        }
+        for key, (trained, named) in pairs.items():
+            if trained != named:
+                raise RefusedError(
+                    f"the adapter has rows for the tokens {trained}, this recipe names {named}",
+                    where=str(weights),
+                    hint=f"set {key} to those of that run, in their order: {json.dumps(trained, ensure_ascii=False)}",
+                )
 
     def refuse_other_quantization(self, setup: ModelSetup, base: nn.Module) -> None:
         """See `check_same_quantized_weights`."""

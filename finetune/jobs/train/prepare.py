@@ -363,6 +363,7 @@ def _load_initial_adapter(context: TrainingContext, model: nn.Module) -> None:
     folder = RunDirectory.open(Path(earlier)).trained(is_whole_model=False)
     record = TrainingRecord.read(folder)
     record.refuse_others(folder, context.folder, context.method)
+    record.refuse_other_tokens(folder, context.recipe)
     record.refuse_other_quantization(context, model)
     template = folder / "chat_template.jinja"
     if template.is_file() and read_text(template) != context.tokenizer.chat_template:
