@@ -49,9 +49,8 @@ def check_folder(folder: Path) -> None:
     for where, section in _sections(config):
         _check_numbers(section, f"{folder / CONFIG}, {where}" if where else str(folder / CONFIG))
     _check_method(config, folder / CONFIG)
-    vocabulary = config.get("vocab_size")
     if (file := folder / GENERATION_CONFIG).is_file():
-        _check_ends(read_object(file), vocabulary if isinstance(vocabulary, int) else LARGEST_SIZE, file)
+        _check_ends(read_object(file), file)
     if (file := folder / TOKENIZER).is_file():
         _check_ids(read_object(file), file)
 
@@ -98,13 +97,14 @@ def _check_method(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _check_ends(settings: Mapping[str, Any], vocabulary: int, file: Path) -> None:
-    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+def _check_ends(settings: Mapping[str, Any], file: Path) -> None:
+    # An id beyond the vocabulary is no fault: such a token is never generated. The padding of early Llamas is -1.
+    for key, low in (("eos_token_id", 0), ("bos_token_id", 0), ("pad_token_id", -1)):
         value = settings.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(each) is int and 0 <= each < vocabulary for each in ids):
+        if not all(type(each) is int and low <= each <= LARGEST_TOKEN_ID for each in ids):
             raise ModelError(
-                f"{key} is {str(value)[:60]}, expected ids of tokens from 0 to {vocabulary - 1}",
+                f"{key} is {str(value)[:60]}, expected ids of tokens from {low} to {LARGEST_TOKEN_ID}",
                 where=str(file),
                 hint="fetch the model again, or correct the key",
             )

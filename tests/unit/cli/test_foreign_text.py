@@ -84,6 +84,7 @@ def test_in_markdown_escapes_markup_and_keeps_names(text: str, marked: str):
 
 
 def test_results_notes_and_errors_are_visible(capsys: pytest.CaptureFixture[str]):
+    output.use_json(False)
     output.show_result(CLEAR)
     output.show_note(CLEAR, "1")
     output.show_error(DataError(CLEAR, where=CLEAR, hint=CLEAR))

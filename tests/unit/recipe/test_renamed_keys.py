@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,5 +192,6 @@ def test_task_named_validation_is_renamed_in_a_recorded_recipe_and_refused_in_a_
 def test_results_of_a_task_named_validation_stay_apart_from_the_validation_rows(tmp_path: Path):
     run = RunDirectory(tmp_path)
     run.evaluation.mkdir()
-    (run.evaluation / "results.json").write_text('{"tasks": {"held_out": {"loss": 1}, "validation": {"loss": 2}}}')
-    assert read_results(run)["tasks"] == {"validation": {"loss": 1}, "validation_task": {"loss": 2}}
+    ours, theirs = ({"loss": {"value": value}} for value in (1.0, 2.0))
+    (run.evaluation / "results.json").write_text(json.dumps({"tasks": {"held_out": ours, "validation": theirs}}))
+    assert read_results(run)["tasks"] == {"validation": ours, "validation_task": theirs}

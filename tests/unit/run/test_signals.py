@@ -78,11 +78,15 @@ def test_signal_that_ends_a_command_runs_its_clean_up_and_no_second_one_interrup
             os.kill(os.getpid(), number)
             cleaned_up.append(True)
 
-    with pytest.raises(StopRequested) as caught, ended_by_signals():
-        command()
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+    try:
+        with pytest.raises(StopRequested) as caught, ended_by_signals():
+            command()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert cleaned_up
     assert interrupted_exit_code(caught.value) == 128 + number
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_ignored_signal_stays_ignored():

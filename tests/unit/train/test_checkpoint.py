@@ -208,7 +208,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         )
         for counter in COUNTERS
     },
-    "no scaler": (lambda f: rewritten(f, lambda written: written.pop("scaler")), "lacks scaler"),
+    "no scaler": (lambda f: rewritten(f, lambda written: written.pop("scaler")), "damaged at scaler"),
     "a weight less": (lambda f: retensored(f / TRAINED, lambda t: t.pop(NAME)), f"lacks {NAME}"),
     "a weight more": (
         lambda f: retensored(f / TRAINED, lambda t: t.update(stranger=torch.ones(1))),
