@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals by which users and schedulers end a run, or announce the end of its time limit."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which users, terminals and schedulers end a run, or announce the end of its time limit."""
 
 
 class StopRequested(KeyboardInterrupt):
@@ -101,7 +101,9 @@ class Interruption:
         Thread(target=_leave_on_second_interrupt, args=(reading, leave), daemon=True).start()
         # The C-level handler writes each signal's number into the pipe at once, whatever the main thread executes.
         wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # SIGHUP is ignored under `nohup`, and stays so.
+        handled = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
+        handlers_before = {number: signal.signal(number, self._note) for number in handled}
         try:
             yield
         finally:

@@ -386,3 +386,19 @@ def test_processes_that_claim_one_directory_are_all_refused_but_one(tmp_path: Pa
         assert winner.wait(60) == 0
         assert (target / f"file-{index}").is_file()
         assert not any((target / f"file-{other}").exists() for other in range(4) if other != index)
+
+
+@pytest.mark.parametrize("name", ["lock", "log.txt", "metrics.jsonl", "checkpoints", "exit.json"])
+def test_run_with_a_symbolic_link_is_not_resumed_and_its_target_is_unchanged(tmp_path: Path, name: str):
+    run = RunDirectory.create(tmp_path / "run")
+    run.begin("seed: 1", 0)
+    end_of(run, 3, None)
+    target = tmp_path / "precious"
+    target.mkdir() if name == "checkpoints" else target.write_text("precious")
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(target)
+    resumed = RunDirectory.open(run.path)
+    with pytest.raises(RefusedError, match="symbolic link") as refused, resumed.attempt():
+        resumed.begin("seed: 1", 0)
+    assert refused.value.where == str(run.path / name)
+    assert list(target.iterdir()) == [] if name == "checkpoints" else target.read_text() == "precious"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,31 @@ def test_deferred_signal_sets_flag_until_poll(number: int):
     assert caught.value.number == number
 
 
+@pytest.fixture(autouse=True)
+def _hangup_is_not_ignored() -> Iterator[None]:
+    """As in a terminal; a test run under nohup would inherit an ignored SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_in_the_training_loop_is_deferred_in_a_command(number: int):
+    """The handler of the command must not raise in the middle of a step."""
+    interruption = Interruption()
+    with ended_by_signals(), interruption.listening(never), interruption.deferred():
+        os.kill(os.getpid(), number)
+        assert interruption.number == number
+
+
+def test_listening_leaves_an_ignored_hangup_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interruption = Interruption()
+    with interruption.listening(never):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert interruption.number is None
+
+
 def test_first_signal_is_recorded():
     interruption = Interruption()
     with interruption.listening(never), interruption.deferred():
@@ -78,13 +104,9 @@ def test_signal_that_ends_a_command_runs_its_clean_up_and_no_second_one_interrup
             os.kill(os.getpid(), number)
             cleaned_up.append(True)
 
-    before = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
-    try:
-        with pytest.raises(StopRequested) as caught, ended_by_signals():
-            command()
-        assert signal.getsignal(number) is signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
+    with pytest.raises(StopRequested) as caught, ended_by_signals():
+        command()
+    assert signal.getsignal(number) is signal.SIG_DFL
     assert cleaned_up
     assert interrupted_exit_code(caught.value) == 128 + number
 
