@@ -91,7 +91,7 @@ def test_interrupted_answer_is_kept_as_streamed(chat: Chat):
 
 def test_turn_without_an_answer_is_dropped(chat: Chat, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ModelSetup, "positions", PositionLimit(512, is_table=True))
-    with pytest.raises(DataError, match="room for"):
+    with pytest.raises(DataError, match="exceed the"):
         reply(chat, "x" * 600)
     assert chat.turns == []
     assert reply(chat, "Hi") == alone(chat, ("user", "Hi"))

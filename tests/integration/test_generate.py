@@ -253,7 +253,7 @@ def test_lines_of_a_text_file_are_prompts(runs: Path, tmp_path: Path):
         ({"prompt": 3}, "prompts.jsonl:1: column 'prompt' must be text"),
         ({"prompt": "half \ud83d"}, "prompts.jsonl:1"),
         ({"messages": [{"role": "system", "content": "Hi"}]}, "prompts.jsonl:1: the conversation has no question"),
-        ({"prompt": "x" * 300}, "prompts.jsonl:1: after its 320 tokens there is room for 189 more"),
+        ({"prompt": "x" * 300}, "prompts.jsonl:1: a prompt of 320 tokens and an answer of"),
     ],
 )
 def test_row_without_a_valid_prompt_is_an_error_with_its_line(

@@ -114,7 +114,8 @@ def test_row_that_fills_a_table_trains_validates_and_is_continued(table: Path, t
     assert full.exit_code == 0, full.output
     over = ft("generate", tmp_path / "runs/r", "-p", "x" * 40, "--max-new-tokens", "9", "-q")
     assert over.exit_code == 3
-    assert "room for 8 more" in over.output
+    assert "an answer of 9 exceed the 48 positions" in over.output
+    assert "set --max-new-tokens to 8 or less" in over.output
 
 
 @pytest.mark.parametrize(("prompt", "room"), [(40, 8), (46, 2)])

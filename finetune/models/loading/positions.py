@@ -107,12 +107,11 @@ class PositionLimit:
             return
         if self.is_table:
             tokens = lengths[longer[0]]
-            room = max((self.count or 0) - tokens, 0)
+            left = max((self.count or 0) - tokens, 0)
             raise DataError(
-                f"after its {tokens} tokens there is room for {room} more in the {self._positions} of the model, "
-                f"not for {new_tokens}",
+                f"a prompt of {tokens} tokens and an answer of {new_tokens} exceed the {self._positions} of the model",
                 where=place(longer[0]),
-                hint=f"set {key} to {room} or less" if room else "shorten the prompt, or drop the row",
+                hint=f"set {key} to {left} or less" if left else "shorten the prompt",
             )
         logger.warning(
             "%d of %d prompts with answers of %d tokens are longer than the %s of the model, which was not trained "

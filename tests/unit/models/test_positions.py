@@ -206,8 +206,9 @@ def test_rows_beyond_computed_positions_are_counted_in_a_warning(caplog: pytest.
 @pytest.mark.parametrize(("tokens", "room"), [(60, 4), (64, 0), (70, 0)])
 def test_prompt_without_room_is_an_error_with_the_room(tokens: int, room: int):
     limit = PositionLimit(64, is_table=True)
-    with pytest.raises(DataError, match=f"room for {room} more in the 64 positions of the model, not for 5") as error:
+    with pytest.raises(DataError, match=f"a prompt of {tokens} tokens and an answer of 5 exceed the 64 pos") as error:
         limit.check_room([3, tokens], "row {}".format, 5, "--max-new-tokens")
     assert error.value.where == "row 1"
+    assert error.value.hint == (f"set --max-new-tokens to {room} or less" if room else "shorten the prompt")
     limit.check_room([59], str, 5, "--max-new-tokens")
     PositionLimit(None).check_room([10_000], str, 5, "--max-new-tokens")
