@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ TABLES = {
 TARGETS = {"gpt2": "c_attn", "opt": "q_proj"}
 
 
-def texts(lengths: list[int], file: Path) -> Path:
+def texts(lengths: Sequence[int], file: Path) -> Path:
     """Rows of so many tokens with the end token, all different."""
     letters = "abcdefghijklmnop"
     rows = [
@@ -51,7 +52,7 @@ def texts(lengths: list[int], file: Path) -> Path:
     return file
 
 
-def recipe(folder: Path, model: Path, train: list[int], validation: list[int] = [], **sections: Any) -> Path:  # noqa: B006
+def recipe(folder: Path, model: Path, train: list[int], validation: Sequence[int] = (), **sections: Any) -> Path:
     data: dict[str, Any] = {"train": [{"path": str(texts(train, folder / "rows.jsonl"))}], "max_length": 256}
     if validation:
         data["validation"] = [{"path": str(texts(validation, folder / "held.jsonl"))}]
