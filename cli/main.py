@@ -16,9 +16,7 @@ from finetune.errors import (
     Interrupted,
     ProcessLost,
     Stopped,
-    as_disk_fault,
-    as_lost_process,
-    as_out_of_memory,
+    as_machine_fault,
 )
 from finetune.run import distributed
 from finetune.run.signals import ended_by_signals, interrupted_exit_code
@@ -66,7 +64,7 @@ class Commands(TyperGroup):
         except typer.Exit:
             raise
         except Exception as error:
-            known = as_out_of_memory(error) or as_lost_process(error) or as_disk_fault(error)
+            known = as_machine_fault(error)
             if known is not None:
                 raise typer.Exit(_show_and_exit_code(known)) from None
             if not distributed.has_launcher():

@@ -129,12 +129,23 @@ class OutOfMemoryError(FinetuneError):
     exit_code = 4
 
 
+# As PyTorch's allocators, CUDA's libraries, the C library (ENOMEM, for a file that cannot be mapped) and C++ say it.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "status_alloc_failed",
+    "cannot allocate memory",
+    "bad_alloc",
+)
+
+
 def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
-    """Convert an out-of-memory error of PyTorch or Python, on a GPU or a CPU; None for other errors."""
+    """Convert an out-of-memory error of PyTorch, Python or the system, on a GPU or a CPU; None for other errors."""
+    text = str(error).lower()
     is_out_of_memory = (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
+        or any(words in text for words in _OUT_OF_MEMORY)
     )
     if not is_out_of_memory:
         return None
@@ -203,6 +214,22 @@ def as_lost_process(error: BaseException) -> ProcessLost | None:
     if not is_loss:
         return None
     return ProcessLost("another process of the run has ended", hint="see what ended it")
+
+
+def as_process_limit(error: BaseException) -> EnvironmentFault | None:
+    """Convert the refusal of the system to start a thread or a process; None for other errors."""
+    is_refusal = "can't start new thread" in str(error) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)
+    if not is_refusal:
+        return None
+    return EnvironmentFault(
+        "the system starts no further thread or process",
+        hint="raise the limit of processes (ulimit -u) or of memory (ulimit -v), or end other programs",
+    )
+
+
+def as_machine_fault(error: BaseException) -> FinetuneError | None:
+    """Convert an error that the machine causes and no caller has converted; None for other errors, which are bugs."""
+    return as_out_of_memory(error) or as_lost_process(error) or as_disk_fault(error) or as_process_limit(error)
 
 
 class ProcessFailed(FinetuneError):

@@ -21,9 +21,7 @@ from finetune.errors import (
     RefusedError,
     Stopped,
     UsageError,
-    as_disk_fault,
-    as_lost_process,
-    as_out_of_memory,
+    as_machine_fault,
 )
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.distributed import Rank
@@ -301,7 +299,7 @@ class RunDirectory:
                 self._end(attempt, interrupted_exit_code(interrupt), "interrupted", is_new)
                 raise
             except Exception as error:
-                known = as_out_of_memory(error) or as_lost_process(error) or as_disk_fault(error)
+                known = as_machine_fault(error)
                 if known is None:  # a bug: keep the directory, its log may explain it
                     self._write_outcome(attempt, 1, f"{type(error).__name__}: {error}")
                     raise

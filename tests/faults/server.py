@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import finetune.jobs.export.merge
@@ -51,6 +53,13 @@ def slow_disk(seconds: float) -> None:
     checkpoints.sync = sync_slowly
 
 
+def limit_memory(more: int) -> None:
+    """Allow the process that many bytes of addresses beyond those that it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def run(request: dict[str, Any]) -> None:
     """Train in this process, which ends with it."""
     with open(os.devnull, "w") as nothing:
@@ -61,6 +70,8 @@ def run(request: dict[str, Any]) -> None:
         slow_disk(request["slow_disk"])
     if "kill_before" in request:
         kill_before(*request["kill_before"])
+    if "more_memory" in request:
+        limit_memory(request["more_memory"])
     try:
         app(request["arguments"])
     except SystemExit as end:

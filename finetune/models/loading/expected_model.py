@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from finetune.models.loading.meta_model import errors_as_model_error, meta_model, read_config
+from finetune.models.loading.library_errors import errors_as_model_error
+from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.quantized_checkpoint import stored_quantization
 from finetune.quantizers.choice import Quantizers

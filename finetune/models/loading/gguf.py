@@ -9,11 +9,13 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from finetune.errors import ModelError
+from finetune.models.loading.gguf_check import check_gguf
+from finetune.models.loading.library_errors import errors_as_model_error
 from finetune.storage.cache import cached
-from finetune.storage.opening import open_to_read
+from finetune.storage.opening import HashedFile
 
 LAYOUT = "1"
 """Part of the cache key: raise it when the conversion's output changes."""
@@ -25,36 +27,44 @@ def converted(file: Path, report_work: Callable[[str], None]) -> Path:
     float32 represents every dequantized value exactly.
 
     Raises:
-        ModelError: transformers cannot read the file.
+        ModelError: The file is damaged, transformers cannot read it, or it changed meanwhile.
         EnvironmentFault: The cache cannot be written.
+        OSError: The file cannot be read.
     """
+    source = HashedFile.read(file)
 
     def convert(folder: Path) -> None:
         report_work(f"converting {file.name} (once)")
         _convert(file, folder)
+        if not source.is_unchanged:
+            raise ModelError("the file changed while it was read", where=str(file), hint="run the command again")
 
-    return cached("gguf", f"{file.stem}-{_digest(file)}", convert)
+    digest = hashlib.sha256(f"{LAYOUT} {source.sha256}".encode()).hexdigest()
+    return cached("gguf", f"{file.stem}-{digest[:16]}", convert)
 
 
 def _convert(file: Path, folder: Path) -> None:
+    stored = check_gguf(file)
     try:
         # transformers shows a progress bar here that none of its settings turns off.
-        with redirect_stderr(io.StringIO()):
+        with errors_as_model_error(str(file)), redirect_stderr(io.StringIO()):
+            plain = _model_without_weights(file, stored)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
+    except ModelError as error:
         raise ModelError(
-            f"the file cannot be read as a model: {reason}",
+            error.what,
             where=str(file),
             hint="use a GGUF file of an architecture that transformers knows, or a folder of safetensors",
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{len(missing)} weights are missing, {missing[0]} among them", where=str(file), hint="fetch the file again"
+        )
     # transformers still marks the dequantized model as quantized, and refuses to save it. So the tensors are moved to a
     # second model, which was constructed without that mark.
-    config = loaded.config
-    del config.quantization_config
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()  # `assign` has given tied parameters one tensor each
     plain.generation_config = loaded.generation_config
@@ -62,9 +72,21 @@ def _convert(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256(LAYOUT.encode())
-    with open_to_read(file) as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
+def _model_without_weights(file: Path, stored: int) -> PreTrainedModel:
+    """The model of a file's configuration on the meta device.
+
+    Args:
+        file: The .gguf file.
+        stored: How many weights it stores. A configuration with more is refused before memory is allocated for them.
+    """
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (needed := sum(parameter.numel() for parameter in model.parameters())) > stored:
+        raise ModelError(
+            f"its configuration has {needed:,} weights, the file {stored:,}",
+            where=str(file),
+            hint="fetch the file again",
+        )
+    return model

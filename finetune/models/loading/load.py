@@ -32,7 +32,8 @@ from finetune.models.loading.dtype import file_dtype
 from finetune.models.loading.finite import check_finite_weights
 from finetune.models.loading.folder_check import GENERATION_CONFIG
 from finetune.models.loading.layerwise import StreamedModel
-from finetune.models.loading.meta_model import errors_as_model_error, read_config
+from finetune.models.loading.library_errors import errors_as_model_error
+from finetune.models.loading.meta_model import read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.loading.new_tokens import NewRows, add_tokens, extend_vocabulary
 from finetune.models.loading.quantized_checkpoint import check_same_quantization, stored_quantization

@@ -12,7 +12,8 @@ from torch import nn
 
 from finetune.errors import DataError
 from finetune.models.kernels.length_rotation import LengthRotation
-from finetune.models.loading.meta_model import errors_as_model_error, meta_model, read_config
+from finetune.models.loading.library_errors import errors_as_model_error
+from finetune.models.loading.meta_model import meta_model, read_config
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.sections.model import Model
 

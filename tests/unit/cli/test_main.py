@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -127,6 +128,8 @@ def test_interrupt_exits_with_130_without_a_traceback():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("unable to mmap 538090408 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory", "tokens.bin"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
     ids=lambda error: str(error)[:30] or "MemoryError",
@@ -136,6 +139,16 @@ def test_out_of_memory_exits_with_4_and_hints(error: BaseException):
     assert result.exit_code == 4
     assert result.stderr.startswith("error: out of memory\n")
     assert "training.micro_batch_size" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")]
+)
+def test_limit_of_processes_exits_with_7_and_names_it(error: BaseException):
+    result = command_that_raises(error)
+    assert result.exit_code == 7
+    assert result.stderr.startswith("error: the system starts no further thread or process\n")
+    assert "ulimit -u" in result.stderr
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("bug"), RuntimeError("a bug"), OSError("a bug")])

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import ModelError
+from finetune.models.loading.library_errors import errors_as_model_error
 from finetune.models.loading.load import load_tokenizer
-from finetune.models.loading.meta_model import errors_as_model_error
 from finetune.models.loading.model_files import ModelFolder, find_model
 from finetune.recipe.sections.model import Model
 

@@ -149,7 +149,7 @@ def test_find_model_names_a_missing_gguf_file(tmp_path: Path):
 def test_invalid_gguf_file_is_a_model_error_and_leaves_no_cache(tmp_path: Path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"not a model" * 100)
-    assert "cannot be read as a model" in error_of(str(file)).what
+    assert "does not begin with GGUF" in error_of(str(file)).what
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
