@@ -156,6 +156,13 @@ class FileState:
         found = os.stat(file) if isinstance(file, Path) else os.fstat(file.fileno())
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
+    def is_of(self, path: Path) -> bool:
+        """Whether the file at a path still has this state."""
+        try:
+            return FileState.of(path) == self
+        except OSError:
+            return False
+
 
 @dataclass(frozen=True)
 class HashedFile:
@@ -179,10 +186,7 @@ class HashedFile:
     @property
     def has_same_state(self) -> bool:
         """Whether the file was neither written nor replaced since, by its state."""
-        try:
-            return FileState.of(self.path) == self.state
-        except OSError:
-            return False
+        return self.state.is_of(self.path)
 
     @property
     def is_unchanged(self) -> bool:

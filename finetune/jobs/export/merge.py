@@ -107,8 +107,8 @@ def merge(
 
     Raises:
         UnsupportedError: The method cannot be merged, or not into quantized weights, or the base has none.
-        RefusedError: The base is not that of the training, the folder exists, or the merged model does not agree with
-            the trained one. Nothing is written then.
+        RefusedError: The base is not that of the training or changed meanwhile, the folder exists, or the merged model
+            does not agree with the trained one. Nothing is written then.
     """
     target = (output or run.merged).absolute()
     check_output(target, overwrite, is_folder=True)
@@ -124,6 +124,7 @@ def merge(
     unbuilt = UnbuiltTensors.of(context.folder, context.section)
     with recording_errors(run), written_aside(target) as folder:
         _write(trained, folder, dtype, unbuilt.tensors if is_final else {}, on_event)
+        context.folder.check_unchanged()
         if is_final:
             unbuilt.check_carried(folder)
         on_event(Phase("comparing merged and trained logits"))

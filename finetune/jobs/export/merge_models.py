@@ -107,6 +107,7 @@ def combine(
         start = folder / "base"
         start.mkdir()
         write_merged(opened[0].stream_base(on_event, dequantized=True), peft_bridge.merge_layer, torch.float32, start)
+        opened[0].context.folder.check_unchanged()
         on_event(Phase(f"combining {len(runs)} runs by {combination.rule}"))
         unbuilt = UnbuiltTensors.of(opened[0].context.folder, opened[0].context.section)
         merge_weights(start, parts, combination, DTYPES[dtype], folder, unbuilt.tensors)

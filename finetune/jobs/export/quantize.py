@@ -141,6 +141,7 @@ def quantize(recipe: Recipe, output: Path, overwrite: bool = False, on_event: Ev
             "quantization": recipe.quantization.model_dump(),
             "modules": [rule.model_dump() for rule in recipe.modules],
         }
+        context.folder.check_unchanged()  # errors were measured beside weights that were read once more
         write_json(folder / RECORD, {**inputs, **result.to_json()})
     return result
 

@@ -74,6 +74,7 @@ def calibrated_base(
             device,
             lambda done, total: on_event(Progress("quantizing", done, total, unit="blocks")),
         )
+        base.check_unchanged()
         save_quantized(model, folder)
         outputs = {name: error._asdict() for name, error in errors.items()}
         write_json(folder / RECORD, {"rows": len(rows), "tokens": sum(map(len, rows)), "output_errors": outputs})

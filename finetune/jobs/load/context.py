@@ -158,6 +158,7 @@ class ModelSetup:
 
         Raises:
             OutOfMemoryError: The model does not fit.
+            RefusedError: A file of its weights changed meanwhile.
         """
         folder = self.base_folder(on_event)
         kind = self.quantizers.section.kind
@@ -171,6 +172,7 @@ class ModelSetup:
                 compute_dtype=dtype or self.compute_dtype,
                 device=self.accelerator.device,
             )
+        self.folder.check_unchanged()
         # Loading may hold two copies of a weight; a run reports the peak of its own steps.
         reset_peak_memory(self.accelerator.device)
         return base
@@ -292,6 +294,7 @@ class TrainingContext(ModelSetup):
                 weight_dtype=dtype or self.weight_dtype,
                 device=self.accelerator.device,
             )
+        self.folder.check_unchanged()
         reset_peak_memory(self.accelerator.device)
         return base
 

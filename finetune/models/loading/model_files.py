@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from glob import escape
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -21,13 +21,14 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
-from finetune.errors import EnvironmentFault, ModelError
+from finetune.errors import EnvironmentFault, ModelError, RefusedError
 from finetune.models.loading.folder_check import check_folder
 from finetune.models.loading.gguf import converted
 from finetune.models.loading.new_tokens import NewRows
 from finetune.models.safetensors_io import SINGLE
 from finetune.models.weight_files import read_object, stored_tensors, stray_note, weight_files
 from finetune.recipe.sections.model import Model
+from finetune.storage.opening import FileState
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ class ModelFolder:
         name: The model's name as the recipe gives it.
         commit: For a hub model, the commit that was downloaded.
         new_rows: Rows that the model gets when it is loaded, for tokens that a recipe adds; None for none.
+        states: The files of its weights as they were when it was found, before anything of them was read.
     """
 
     path: Path
     name: str
     commit: str | None = None
     new_rows: NewRows | None = None
+    states: tuple[tuple[Path, FileState], ...] = field(default=(), compare=False, repr=False)
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json.
@@ -67,6 +70,20 @@ class ModelFolder:
         text = config.get("text_config")
         found = (section.get("vocab_size") for section in (text, config) if isinstance(section, dict))
         return next((rows for rows in found if isinstance(rows, int)), None)
+
+    def check_unchanged(self) -> None:
+        """Check, once weights have been read, that the files are those whose fingerprint was taken before.
+
+        Raises:
+            RefusedError: A file of the weights was written or replaced since the model was found.
+        """
+        for file, state in self.states:
+            if not state.is_of(file):
+                raise RefusedError(
+                    "the file changed while the model was read",
+                    where=str(file),
+                    hint="run the command again once nothing writes to the model's folder",
+                )
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a linear layer as it is stored, before any quantization.
@@ -108,17 +125,20 @@ def find_model(section: Model, report_work: Callable[[str], None], weights: bool
     else:
         folder = ModelFolder(Path(section.name), section.name)
     _check_folder(folder)
-    if weights:
-        _check_weights(folder.path)
-    return folder
+    return _with_checked_weights(folder) if weights else folder
 
 
-def _check_weights(folder: Path) -> None:
-    """Check the headers and lengths of the weight files, and name files that only seem to be some."""
-    files = weight_files(folder)
+def _with_checked_weights(folder: ModelFolder) -> ModelFolder:
+    """The folder with the states of its weight files.
+
+    Headers and lengths of the files are checked, and files that only seem to be weights are named.
+    """
+    files = weight_files(folder.path)
+    states = tuple((file, FileState.of(file)) for file in files.files if file.is_file())
     files.tensors()
     if note := stray_note(files):
         logger.info("%s", note)
+    return replace(folder, states=states)
 
 
 def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> ModelFolder:
