@@ -164,8 +164,15 @@ class Encoder:
         asked = self._as_rendered(document, where)
         ids = self._control.spans(self._render(asked, last, where, generation_prompt=True)).ids
         self._begin_once(ids, where)
+        if document.messages[last].tool_calls:
+            return Prompt(ids, (self._rendered_answer(asked.through(last), where),))
         references = document.references or (document.messages[last].content,)
         return Prompt(ids, tuple(self._reference(each, self._control.ids_of_words(each)) for each in references))
+
+    def _rendered_answer(self, conversation: Conversation, where: str) -> list[int]:
+        """The tokens of the last turn, which calls tools, as the chat template writes it."""
+        example = self._of_answer(conversation, where)
+        return [token for token, is_target in zip(example.ids, example.is_target, strict=True) if is_target]
 
     def _plain_prompt(self, document: PlainText) -> Prompt | None:
         if not document.prompt:

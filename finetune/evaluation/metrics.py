@@ -76,8 +76,8 @@ PERPLEXITY = Metric("perplexity", perplexity, unit="nats")
 
 
 def answer_metrics(section: Answers) -> list[AnswerMetric]:
-    """The metrics of a section, in its order."""
-    metrics = [_METRICS[name] for name in dict.fromkeys(section.metrics)]
+    """The metrics of a section that compare texts, in its order; those of calls are in `evaluation/calls`."""
+    metrics = [_METRICS[name] for name in dict.fromkeys(section.metrics) if name in _METRICS]
     if section.pattern is not None:
         metrics.append(_mean_of("pattern", partial(_is_found, re.compile(section.pattern)), is_binary=True))
     return metrics

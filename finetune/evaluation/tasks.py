@@ -11,11 +11,12 @@ from typing import Any, Generic, TypeVar
 
 from finetune.data.bad_rows import EMPTY
 from finetune.data.dataset import LocatedDocument, TokenizedDataset
-from finetune.data.documents import Conversation, PlainText
+from finetune.data.documents import Conversation, PlainText, ToolObject
 from finetune.data.encode import Encoder, Example, Prompt, TrainOn
 from finetune.data.formats.auto import with_fitting_format
 from finetune.data.tokenized_source import numbered_rows
 from finetune.errors import BadRow, DataError
+from finetune.evaluation.calls.scores import CALL_METRICS, call_columns, call_scores, calls_of
 from finetune.evaluation.engine import Engine, OnProgress
 from finetune.evaluation.generation import Sampling
 from finetune.evaluation.measurement import Column, Measurement
@@ -50,7 +51,8 @@ class Task(ABC):
 
     Attributes:
         name: Its name in results and gates.
-        metrics: Names of its metrics; None where they are known after the measurement only.
+        metrics: Names of its metrics; None where they are known after the measurement only. Those of calls are
+            measured only where rows have tools.
         has_loss: Whether it measures a loss per token. Models with different tokenizers cannot be compared by it.
     """
 
@@ -77,10 +79,28 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class _PromptRow:
-    """A prompt, and the location of its row."""
+    """A prompt, and the location of its row.
+
+    Attributes:
+        row: The location.
+        prompt: The prompt.
+        calls: The tool calls of the answer.
+        has_tools: Whether the row offers tools, or its answer calls one.
+    """
 
     row: str
     prompt: Prompt
+    calls: Sequence[ToolObject] = ()
+    has_tools: bool = False
+
+    @classmethod
+    def of(cls, located: LocatedDocument, prompt: Prompt) -> _PromptRow:
+        """From a row and its prompt."""
+        document = located.document
+        if not isinstance(document, Conversation):
+            return cls(located.where, prompt)
+        calls = document.messages[document.answers[-1]].tool_calls
+        return cls(located.where, prompt, calls, bool(calls or document.tools))
 
 
 class ValidationTask(Task):
@@ -100,7 +120,8 @@ class ValidationTask(Task):
         self.section = section
         self.train_on = train_on
         of_answers = answer_metrics(section) if section.generation_rows else []
-        self.metrics = [LOSS.name, PERPLEXITY.name, *(metric.name for metric in of_answers)]
+        names = [metric.name for metric in of_answers]
+        self.metrics = [LOSS.name, PERPLEXITY.name, *names, *(CALL_METRICS if section.generation_rows else ())]
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
@@ -120,7 +141,7 @@ class ValidationTask(Task):
             return prompts
         cut = sum(len(each.prompt.ids) > room for each in prompts)
         logger.warning("the beginning of %d of %d prompts is cut, to leave room for an answer", cut, len(prompts))
-        return [_PromptRow(each.row, Prompt(each.prompt.ids[-room:], each.prompt.references)) for each in prompts]
+        return [replace(each, prompt=replace(each.prompt, ids=each.prompt.ids[-room:])) for each in prompts]
 
 
 class _OnRows(Task, Generic[R]):
@@ -156,7 +177,7 @@ class Generate(_OnRows[GenerateTask]):
 
     def __init__(self, section: GenerateTask) -> None:
         super().__init__(section)
-        self.metrics = [metric.name for metric in answer_metrics(section)]
+        self.metrics = [*(metric.name for metric in answer_metrics(section)), *CALL_METRICS]
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
@@ -333,7 +354,7 @@ def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iter
     """The prompts of the rows that have one."""
     for each in documents:
         if (prompt := encoder.prompt(each.document, each.where)) is not None:
-            yield _PromptRow(each.where, prompt)
+            yield _PromptRow.of(each, prompt)
 
 
 def _check_rows(lengths: Sequence[int], places: Sequence[str], engine: Engine) -> None:
@@ -362,7 +383,7 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
     sampling = Sampling(section.max_new_tokens)
     answers = engine.answers([each.prompt.ids for each in prompts], sampling, on_progress)
     references = [[engine.decoder.reference(one) for one in each.prompt.references] for each in prompts]
-    columns = tuple(
+    texts = [
         Column.of(
             metric,
             [each.row for each in prompts],
@@ -373,18 +394,21 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
             ],
         )
         for metric in answer_metrics(section)
-    )
+    ]
+    calls = calls_of(prompts, references, answers, section, Encoder(engine.tokenizer, "last_turn"), engine.decoder)
     records: tuple[dict[str, Any], ...] = tuple(
         {
             "row": each.row,
             "prompt": engine.tokenizer.decode(each.prompt.ids),
             "references": accepted,
             "answer": answer,
-            "scores": {column.metric.name: column.row_score(index) for column in columns},
+            **({"calls": calls[index].record} if calls else {}),
+            "scores": {column.metric.name: column.row_score(index) for column in texts}
+            | (call_scores(calls[index], section) if calls else {}),
         }
         for index, (each, accepted, answer) in enumerate(zip(prompts, references, answers, strict=True))
     )
-    return Measurement(columns, records, {})
+    return Measurement((*texts, *call_columns(calls or (), section)), records, {})
 
 
 def _room(section: Answers, engine: Engine) -> int | None:

@@ -10,7 +10,10 @@ from pydantic import Field, field_validator
 from finetune.recipe.sections.data import Source
 from finetune.recipe.sections.section import OnResume, Section
 
-MetricName = Literal["exact_match", "f1", "accuracy", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid"]
+CallMetricName = Literal["call_decision", "call_format", "call_name", "call_arguments", "call_argument_f1"]
+
+TextMetricName = Literal["exact_match", "f1", "accuracy", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid"]
+MetricName = Literal[TextMetricName, CallMetricName]
 
 VALIDATION = "validation"
 """Name of the task that measures the validation rows of a recipe."""
@@ -37,7 +40,11 @@ class Answers(Section):
         description=(
             "Metrics of generated answers; text up to `</think>` is ignored. With several references the best score "
             "counts. `accuracy` is an exact match that ignores case, punctuation and articles; `bleu` and `chrf` "
-            "are corpus scores in [0, 100]."
+            "are corpus scores in [0, 100]. Rows with tools are scored by their calls too, all five unless some are "
+            "named. `call_decision`: the answer calls a tool if and only if the row does. Of rows that call: "
+            "`call_format`: well-formed calls in the form of the chat template; `call_name`: the same tools; "
+            "`call_arguments`: and the same arguments, exactly; `call_argument_f1`: F1 of single arguments, by key and "
+            "value. The order of calls does not matter."
         ),
     )
     pattern: str | None = Field(

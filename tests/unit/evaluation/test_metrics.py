@@ -18,7 +18,7 @@ from finetune.evaluation.metrics import (
     json_valid,
     token_f1,
 )
-from finetune.recipe.sections.evaluation import Answers, MetricName
+from finetune.recipe.sections.evaluation import Answers, TextMetricName
 
 TEXTS = ["", "the", "Paris", "the city of Paris", "Paris, France!", "a a b", "a b b", "日本 東京", "..."]
 
@@ -119,7 +119,7 @@ def test_pattern_metric_counts_answers_that_contain_it():
     assert scores_of([], rows, pattern=r"\b\d\b") == {"pattern": pytest.approx(1 / 3)}
 
 
-@pytest.mark.parametrize("name", get_args(MetricName))
+@pytest.mark.parametrize("name", get_args(TextMetricName))
 def test_metric_of_a_perfect_answer_is_its_maximum(name: str):
     text = '"one two three four"'
     (metric,) = answer_metrics(Answers.model_validate({"metrics": [name]}))
