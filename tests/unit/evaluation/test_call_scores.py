@@ -113,7 +113,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("family", WRITTEN)
-def test_reference_of_a_call_is_what_the_template_writes(family: str, tmp_path: Path):
+def test_reference_of_a_call_equals_the_text_of_the_template(family: str, tmp_path: Path):
     """A perfect answer scores 1, an empty one 0; the reference of words stays the text of the row."""
     rows = [row(calling(OSLO)), row({"content": "Cold."}), row(calling(OSLO))]
     found = measured(family, rows, [WRITTEN[family], "Cold.", ""], tmp_path)
