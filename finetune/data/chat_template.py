@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from finetune.data.documents import Message, ToolObject
 from finetune.data.thoughts import THOUGHT_TAGS, Tags
 from finetune.errors import BadRow, ModelError
 from finetune.models.chat_templates.families import families_for
+from finetune.models.chat_templates.prompt_text import INPUT_FIRST, INPUT_MARK
 from finetune.models.loading.chat_template_guard import TemplateLimit, render
 from finetune.models.loading.template_settings import parsed_template
 
@@ -66,7 +68,7 @@ class ChatTemplate:
         """
         self._require(has_tools=bool(tools), where=where)
         try:
-            return self._rendered(messages, tools, arguments or {}, generation_prompt, self.argument_form)
+            return self._rendered(self.joined(messages), tools, arguments or {}, generation_prompt, self.argument_form)
         except TemplateLimit as limit:
             raise ModelError(
                 f"the model's chat template {limit} for this row",
@@ -109,6 +111,26 @@ class ChatTemplate:
             if "'k'" not in text and "'n'" not in text and '\\"n' not in text:
                 return form
         return "object"
+
+    def joined(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, those with an input with it in their content: as the template's `input_mark` says, or below."""
+        mark, input_first = self._input_mark
+        return [
+            replace(
+                each,
+                content=mark.join((each.input, each.content) if input_first else (each.content, each.input)),
+                input="",
+            )
+            if each.input
+            else each
+            for each in messages
+        ]
+
+    @cached_property
+    def _input_mark(self) -> tuple[str, bool]:
+        found = [_assigned(source) for source in self.sources.values()]
+        mark = next((each[INPUT_MARK] for each in found if isinstance(each.get(INPUT_MARK), str)), "\n\n")
+        return mark, any(each.get(INPUT_FIRST) is True for each in found)
 
     def mentions(self, name: str) -> bool:
         """Whether the template reads a variable, or a key of a message, of this name."""
@@ -168,6 +190,19 @@ def _names_in(source: str) -> set[str]:
         return set(re.findall(r"\w+", source))
     names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
     return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+
+def _assigned(source: str) -> dict[str, Any]:
+    """The variables that a template sets to constants."""
+    try:
+        assigned = parsed_template(source).find_all(nodes.Assign)
+    except jinja2.TemplateError:
+        return {}
+    return {
+        each.target.name: each.node.value
+        for each in assigned
+        if isinstance(each.target, nodes.Name) and isinstance(each.node, nodes.Const)
+    }
 
 
 def _switches_in(source: str) -> set[str]:

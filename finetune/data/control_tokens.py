@@ -122,6 +122,7 @@ def _mapped(message: Message, change: Callable[[str], str]) -> Message:
     return replace(
         message,
         content=change(message.content),
+        input=change(message.input),
         reasoning=change(message.reasoning),
         tool_calls=tuple(changed(dict(call)) for call in message.tool_calls),
         extra=changed(dict(message.extra)),

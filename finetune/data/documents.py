@@ -32,6 +32,7 @@ class Message:
         train: Whether the tokens of the turn may be targets.
         reasoning: Reasoning before the content; chat templates that support it render it before the content.
         extra: Further keys of the turn, such as `name`, which the chat template gets as they are.
+        input: Further input that belongs to the content, as in Alpaca's rows; joined to it for the chat template.
     """
 
     role: str
@@ -41,6 +42,7 @@ class Message:
     train: bool = True
     reasoning: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    input: str = ""
 
     @property
     def is_system(self) -> bool:

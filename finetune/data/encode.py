@@ -456,8 +456,9 @@ class Encoder:
             self.report.note(key, where)
 
     def _as_rendered(self, conversation: Conversation, where: str) -> Conversation:
-        """The conversation as the chat template gets it, with roles that it knows and without control tokens."""
-        return self._as_words(self._with_known_roles(conversation, where), where)
+        """The conversation as the chat template gets it: inputs in contents, roles that it knows, no control tokens."""
+        joined = replace(conversation, messages=tuple(self.template.joined(conversation.messages)))
+        return self._as_words(self._with_known_roles(joined, where), where)
 
     def _with_known_roles(self, conversation: Conversation, where: str) -> Conversation:
         """The conversation with the role `system` in place of `developer`, unless the template knows that role."""

@@ -193,6 +193,6 @@ def _size_bytes(document: Document) -> int:
         return len((document.prompt + document.completion).encode())
     if isinstance(document, Conversation):
         tools = json.dumps([*document.tools, *(call for message in document.messages for call in message.tool_calls)])
-        turns = [message.reasoning + message.content for message in document.messages]
+        turns = [message.reasoning + message.content + message.input for message in document.messages]
         return len(tools) + sum(len(turn.encode()) + 8 * BYTES_A_TOKEN for turn in turns)  # and the header of each turn
     return len(document.ids) * BYTES_A_TOKEN

@@ -13,6 +13,7 @@ from finetune.recipe.sections.evaluation import Evaluation
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.modules import ModuleRule
 from finetune.recipe.sections.optimizer import AdamW, Optimizer
+from finetune.recipe.sections.prompt_text import PromptText
 from finetune.recipe.sections.quantization import NoQuantization, Quantization
 from finetune.recipe.sections.run import Run
 from finetune.recipe.sections.section import OnResume, Section
@@ -41,6 +42,12 @@ class Recipe(Section):
     sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(
         None, description="Keys and values that `ft sweep` searches; null for no sweep."
     )
+
+    @property
+    def chat_template(self) -> str | PromptText | None:
+        """The chat template in place of the base's: that of the model, or of the first source with a text."""
+        texts = [each.prompt_text for each in self.data.sources if each.prompt_text is not None]
+        return self.model.chat_template or next(iter(texts), None)
 
     @property
     def named_tokens(self) -> list[str]:

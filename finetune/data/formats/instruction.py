@@ -16,12 +16,11 @@ class InstructionFormat(ConversationFormat[InstructionSource]):
     """Rows as in the Alpaca data set."""
 
     def document(self, row: Row) -> Conversation:
-        """The instruction, with the input below it, as the user's turn and the output as the assistant's."""
+        """The instruction, with its input, as the user's turn and the output as the assistant's."""
         section = self.section
         instruction, given = row.text(section.instruction), row.optional_text(section.input)
-        user = f"{instruction}\n\n{given}" if given else instruction
         answer = answer_text(row.text(section.output), section.output, row)
-        messages = [*self._history(row), Message("user", user), Message("assistant", answer)]
+        messages = [*self._history(row), Message("user", instruction, input=given), Message("assistant", answer)]
         return self.conversation(row, messages, system=section.system)
 
     def _history(self, row: Row) -> Iterator[Message]:

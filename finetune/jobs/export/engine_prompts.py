@@ -114,6 +114,7 @@ def run_prompts(trained: FineTunedRun, on_event: EventHandler) -> list[RunPrompt
                 prompts.append(RunPrompt(document, document.prompt, asked.ids))
             elif isinstance(document, Conversation):
                 conversation = _before_answer(document)
+                conversation = replace(conversation, messages=tuple(template.joined(conversation.messages)))
                 text = template.render(
                     conversation.messages[:-1],
                     "the prompt",

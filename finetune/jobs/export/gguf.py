@@ -236,7 +236,7 @@ def _overrides(trained: FineTunedRun, folder: Path) -> str:
         if end != tokenizer.eos_token_id
     ][:1]
     template = ChatTemplate(tokenizer).sources.get(DEFAULT)
-    if template and record.uses_chat_template and (recipe.model.chat_template or recipe.data.template_arguments):
+    if template and record.uses_chat_template and (recipe.chat_template or recipe.data.template_arguments):
         write_new(folder / TEMPLATE, template)
         options.append(f"--jinja --chat-template-file {TEMPLATE}")
     return "".join(f" {option}" for option in options)

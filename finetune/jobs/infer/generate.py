@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.data.chat_template import ChatTemplate
 from finetune.data.documents import SYSTEM_ROLES, Conversation, Document, Message, PlainText
 from finetune.data.encode import Encoder
 from finetune.data.formats.auto import conversation_section
@@ -70,8 +71,8 @@ def questions_of(prompt: str, system: str | None, finetuned: Sequence[FineTunedM
 def questions_in(file: Path, system: str | None, finetuned: Sequence[FineTunedModel]) -> list[FileQuestion]:
     """The questions of a file, in its order: each row for the model in its column `adapter`, or else for all models.
 
-    A row has a column `prompt`, `text`, or turns as for training; an answer in the last message is left out, with
-    a warning.
+    A row has a column `prompt`, `text`, `instruction` (and `input`), or turns as for training; an answer in the last
+    message is left out, with a warning.
 
     Raises:
         DataError: A row has no question, or names an unknown model.
@@ -167,14 +168,15 @@ def _conversation(row: Row) -> Conversation:
     """The turns of a row, an answer at their end included."""
     section = conversation_section(row)
     if section is None and "messages" not in row.values:
-        column = next((name for name in ("prompt", "text") if name in row.values), None)
+        column = next((name for name in ("prompt", "text", "instruction") if name in row.values), None)
         if column is None:
             raise DataError(
                 f"the row has no prompt; its columns are: {excerpt(', '.join(row.values)) or 'none'}",
                 where=row.where,
-                hint="a row has a column prompt, text or messages",
+                hint="a row has a column prompt, text, instruction (with input, if any) or messages",
             )
-        return _opened(row.text(column), None)
+        given = row.optional_text("input") if column == "instruction" else ""
+        return Conversation((Message("user", row.text(column), input=given),))
     document = build(section or ChatSource(format="chat")).document(row)
     assert isinstance(document, Conversation), "the section is of conversations"
     return document
@@ -208,7 +210,7 @@ def _encoded(finetuned: FineTunedModel, encoder: Encoder, question: Question) ->
     """
     if not all(_is_unicode(message.content) for message in question.conversation.messages):
         raise DataError("the text has half of a surrogate pair in it", where=question.where, hint="write it as UTF-8")
-    prompt = encoder.prompt(_document(finetuned, question), question.where)
+    prompt = encoder.prompt(_document(finetuned, question, encoder.template), question.where)
     if prompt is None:
         raise DataError("the prompt is empty", where=question.where, hint="write the beginning of a text")
     return prompt.ids
@@ -237,7 +239,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _document(finetuned: FineTunedModel, question: Question) -> Document:
+def _document(finetuned: FineTunedModel, question: Question, template: ChatTemplate) -> Document:
     """The question in the format of the training rows: turns, or plain text."""
     messages = question.conversation.messages
     if finetuned.uses_chat_template:
@@ -248,7 +250,7 @@ def _document(finetuned: FineTunedModel, question: Question) -> Document:
             where=question.where,
             hint="prompt it with one text",
         )
-    return PlainText(messages[0].content, "")
+    return PlainText(template.joined(messages)[0].content, "")
 
 
 def _groups(base: SharedBase, questions: Sequence[Question], may_mix: bool) -> list[list[int]]:

@@ -45,6 +45,7 @@ from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.adapter import AdapterSection
 from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.prompt_text import PromptText
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.recipe.sections.training import Precision, Training
 from finetune.resolve import build
@@ -87,6 +88,7 @@ class ModelSetup:
         weights: bool = True,
         arguments: Mapping[str, Any] = MappingProxyType({}),
         kept: KeptTokenizer = NOTHING_KEPT,
+        chat_template: str | PromptText | None = None,
     ) -> ModelSetup:
         """Find a model; download or convert it first if necessary.
 
@@ -99,6 +101,7 @@ class ModelSetup:
             weights: Whether its weights are needed, or only its config and tokenizer.
             arguments: As in `data.template_arguments`.
             kept: Tokenizer and date that a run keeps.
+            chat_template: As in `Recipe.chat_template`; None for that of the section.
 
         Raises:
             ModelError: The model or its tokenizer cannot be used.
@@ -109,7 +112,7 @@ class ModelSetup:
         with accelerator.main_process_first():  # one process downloads or converts, the others read the cache
             folder = find_model(section, _phases(on_event), weights)
         computes_in = compute_dtype(precision, accelerator.device, section.dtype)
-        tokenizer = load_tokenizer(folder, section.chat_template, arguments, kept, section.new_tokens)
+        tokenizer = load_tokenizer(folder, chat_template or section.chat_template, arguments, kept, section.new_tokens)
         return ModelSetup(
             section=section,
             accelerator=accelerator,
@@ -222,6 +225,7 @@ class TrainingContext(ModelSetup):
             weights,
             recipe.data.template_arguments,
             kept,
+            recipe.chat_template,
         )
         keep_as_tokens(setup.tokenizer, recipe.named_tokens)
         return cls(**vars(setup), recipe=recipe, method=build(recipe.adapter, recipe.modules, setup.tokenizer))

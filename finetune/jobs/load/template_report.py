@@ -19,11 +19,19 @@ logger = logging.getLogger(__name__)
 def template_line(recipe: Recipe) -> str | None:
     """The recipe's settings for the chat template in one line; None where the base's is used as it is."""
     arguments = recipe.data.template_arguments
-    parts = [f"{recipe.model.chat_template} (model.chat_template)"] if recipe.model.chat_template else []
+    parts = [_named(recipe)] if recipe.chat_template else []
     if arguments:
         values = ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
         parts.append(f"{values} (data.template_arguments)")
     return "; ".join(parts) or None
+
+
+def _named(recipe: Recipe) -> str:
+    if recipe.model.chat_template:
+        return f"{recipe.model.chat_template} (model.chat_template)"
+    source = next(each for each in recipe.data.sources if each.prompt_text is not None)
+    text = source.prompt_text if isinstance(source.prompt_text, str) else "a text"
+    return f"{text} (template of {source.place})"
 
 
 def report_template(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, answer_ends: Iterable[int]) -> None:

@@ -120,7 +120,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
         FinetuneError: A mistake that would stop the training too.
     """
     folder = find_model(recipe.model, lambda doing: on_event(Phase(doing)), weights=False)
-    template, arguments = recipe.model.chat_template, recipe.data.template_arguments
+    template, arguments = recipe.chat_template, recipe.data.template_arguments
     tokenizer = load_tokenizer(folder, template, arguments, new_tokens=recipe.model.new_tokens)
     keep_as_tokens(tokenizer, recipe.named_tokens)
     on_event(Phase("reading the data"))

@@ -12,7 +12,9 @@ from importlib.resources import files
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import ModelError
+from finetune.models.chat_templates.prompt_text import as_chat_template
 from finetune.recipe.sections.model import TEMPLATE_FAMILIES
+from finetune.recipe.sections.prompt_text import PromptText
 
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -46,6 +48,22 @@ def family_template(family: str, tokenizer: PreTrainedTokenizerBase) -> str:
         )
     source = files(__package__).joinpath(f"{family}.jinja").read_text(encoding="utf-8").rstrip("\n")
     return "{{- bos_token }}\n" + source if _begins_texts(family, tokenizer) else source
+
+
+def text_template(prompt: PromptText, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of a text with placeholders, with the beginning of text where this tokenizer has one.
+
+    Raises:
+        ModelError: The tokenizer has no end token, which ends answers.
+    """
+    if not tokenizer.eos_token:
+        raise ModelError(
+            "the tokenizer lacks an end token, which ends the answers of a text template",
+            where="data.train: template",
+            hint="name the token in the model's tokenizer_config.json: eos_token",
+        )
+    source = as_chat_template(prompt)
+    return "{{- bos_token }}\n" + source if _begins_texts("", tokenizer) else source
 
 
 def _missing(family: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -41,6 +41,7 @@ from finetune.models.loading.template_settings import set_template
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.model import Model, NewToken
+from finetune.recipe.sections.prompt_text import PromptText
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ NOTHING_KEPT = KeptTokenizer()
 
 def load_tokenizer(
     folder: ModelFolder,
-    chat_template: str | None = None,
+    chat_template: str | PromptText | None = None,
     arguments: Mapping[str, Any] = MappingProxyType({}),
     kept: KeptTokenizer = NOTHING_KEPT,
     new_tokens: Sequence[NewToken] | None = None,
@@ -81,7 +82,7 @@ def load_tokenizer(
 
     Args:
         folder: The model's files.
-        chat_template: `model.chat_template`.
+        chat_template: `Recipe.chat_template`.
         arguments: `data.template_arguments`.
         kept: The tokenizer that a run keeps, which is loaded instead of the model's. If the model's is another one by
             now, there is a warning.
@@ -172,7 +173,7 @@ def _read_kept(folder: Path) -> PreTrainedTokenizerBase:
 def _warn_of_changes(
     kept: PreTrainedTokenizerBase,
     folder: ModelFolder,
-    chat_template: str | None,
+    chat_template: str | PromptText | None,
     arguments: Mapping[str, Any],
     new_tokens: Sequence[NewToken] | None,
 ) -> None:
@@ -185,12 +186,18 @@ def _warn_of_changes(
         return
     changed = []
     if now.chat_template != kept.chat_template:
-        changed.append(f"model.chat_template ({chat_template})" if chat_template else "the base's chat template")
+        changed.append(_template_of(chat_template))
     if _tokens_of(now) != _tokens_of(kept):
         changed.append("the base's tokenizer")
     if changed:
         verbs = ("has", "is") if len(changed) == 1 else ("have", "are")
         logger.warning("%s %s changed since the run was trained; the run's own %s used", " and ".join(changed), *verbs)
+
+
+def _template_of(chat_template: str | PromptText | None) -> str:
+    if isinstance(chat_template, PromptText):
+        return "the template of data.train"
+    return f"model.chat_template ({chat_template})" if chat_template else "the base's chat template"
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, str]]:

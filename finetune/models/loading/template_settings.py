@@ -16,8 +16,10 @@ from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.chat_templates.families import families_for, family_template
+from finetune.models.chat_templates.families import families_for, family_template, text_template
+from finetune.models.chat_templates.literals import jinja_string
 from finetune.recipe.sections.model import TEMPLATE_FAMILIES
+from finetune.recipe.sections.prompt_text import PromptText
 from finetune.storage.opening import read_text
 
 LARGEST_TEMPLATE = 1 << 20
@@ -36,12 +38,14 @@ DATE = "strftime_now"
 """The function with which a template writes today's date."""
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, arguments: Mapping[str, Any]) -> None:
+def set_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | PromptText | None, arguments: Mapping[str, Any]
+) -> None:
     """Set the chat template of a tokenizer as a recipe says.
 
     Args:
         tokenizer: The base's tokenizer; its attribute `chat_template` is replaced.
-        chat_template: `model.chat_template`: a file or a family; None keeps the base's.
+        chat_template: A file, a family or a text; None keeps the base's. See `Recipe.chat_template`.
         arguments: `data.template_arguments`, which become default values in the template.
 
     Raises:
@@ -54,12 +58,14 @@ def set_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, 
         tokenizer.chat_template = _with_defaults(tokenizer, arguments)
 
 
-def read_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of `model.chat_template`.
+def read_template(chat_template: str | PromptText, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text of a template.
 
     Raises:
         ModelError: As `set_template`.
     """
+    if isinstance(chat_template, PromptText):
+        return text_template(chat_template, tokenizer)
     if chat_template in TEMPLATE_FAMILIES:
         return family_template(chat_template, tokenizer)
     path = Path(chat_template)
@@ -172,21 +178,14 @@ def _literal(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            return _string(value)
+            return jinja_string(value)
         case Mapping():
-            return "{" + ", ".join(f"{_string(str(key))}: {_literal(each)}" for key, each in value.items()) + "}"
+            return "{" + ", ".join(f"{jinja_string(str(key))}: {_literal(each)}" for key, each in value.items()) + "}"
         case list() | tuple():
             return "[" + ", ".join(map(_literal, value)) + "]"
         case int() | float():
             return json.dumps(value, allow_nan=False)
     raise UsageError(f"a value of type {type(value).__name__} is no JSON", where="data.template_arguments")
-
-
-def _string(text: str) -> str:
-    # Braces and percent signs are escaped for engines that look for the end of a statement before they read strings.
-    # JSON's escapes of characters beyond the basic plane are pairs, which Jinja does not join: they stay as they are.
-    escaped = json.dumps(text, ensure_ascii=False)
-    return re.sub(r"[{}%#]", lambda match: f"\\u{ord(match.group()):04x}", escaped)
 
 
 class _Generation(Extension):

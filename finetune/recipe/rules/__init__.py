@@ -43,6 +43,7 @@ RULES: tuple[Rule, ...] = (
     data.sources_have_one_location,
     data.file_options_need_files,
     data.all_sources_have_weights_or_none,
+    data.prompts_have_one_form,
     data.template_arguments_are_variables,
     data.split_turns_excludes_train_on_all,
     data.pack_length_needs_packing,

@@ -56,6 +56,28 @@ def all_sources_have_weights_or_none(recipe: Recipe) -> Violation | None:
     return None
 
 
+def prompts_have_one_form(recipe: Recipe) -> Violation | None:
+    """A run has one chat template: that of the model, or one text of all its sources of instructions."""
+    with_text = [(key, source) for key, source in _sources(recipe) if source.prompt_text is not None]
+    if not with_text:
+        return None
+    key, first_text = with_text[0]
+    if recipe.model.chat_template:
+        return Violation(
+            f"{key}.template",
+            f"prompts have the form of model.chat_template: {recipe.model.chat_template} already",
+            "leave template or model.chat_template out",
+        )
+    other = next((each for each, source in with_text if source.prompt_text != first_text.prompt_text), None)
+    if other is None:
+        return None
+    return Violation(
+        f"{other}.template",
+        f"a run has one form of prompts, and {key} has another one",
+        f"write the template of {key}, template_without_input included, or leave it out: it holds for all rows",
+    )
+
+
 def template_arguments_are_variables(recipe: Recipe) -> Violation | None:
     """Names that a template cannot read, or whose values rendering sets itself."""
     if names := not_arguments(recipe.data.template_arguments):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from finetune.recipe.sections.prompt_text import ALPACA, PromptText, TextParts
 from finetune.recipe.sections.section import FilePath, OnResume, Section
 
 Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
@@ -97,6 +98,11 @@ class SourceSection(Section):
         return [key for key, field in fields if any(isinstance(each, _NamesColumn) for each in field.metadata)]
 
     @property
+    def prompt_text(self) -> str | PromptText | None:
+        """The form of its prompts, where the source sets one: a family of chat templates, or a text."""
+        return None
+
+    @property
     def place(self) -> str:
         """The source in short, for messages."""
         return self.path or (f"{self.hub.name}[{self.hub.split}]" if self.hub else "")
@@ -174,6 +180,43 @@ class InstructionSource(ConversationSource):
         "history", description="Column with earlier pairs of instruction and answer; may be absent."
     )
     system: str | None = Field(None, description="System message of every row.")
+    template: str | None = Field(
+        None,
+        description=(
+            "Form of the prompts in place of the chat template, for a base that has none: `alpaca` (Alpaca's wording), "
+            "or a text with the placeholders {instruction}, {input} and {system}; the output follows behind it. It is "
+            "the chat template of the run, for all its rows, and is saved with adapter, merged model and exports."
+        ),
+    )
+    template_without_input: str | None = Field(
+        None, description="The text for rows without an input, where `template` is a text with {input}."
+    )
+
+    @field_validator("template", "template_without_input")
+    @classmethod
+    def _has_placeholders(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None and text != ALPACA:
+            parts = TextParts.of(text)
+            if info.field_name == "template_without_input" and parts.mark is not None:
+                raise ValueError("this is the text of rows without an input: leave {input} out")
+        elif text is not None and info.field_name == "template_without_input":
+            raise ValueError("expected a text with {instruction}: `template: alpaca` has both wordings")
+        return text
+
+    @model_validator(mode="after")
+    def _second_text_has_a_use(self) -> Self:
+        if self.template_without_input is not None and (
+            self.template in (None, ALPACA) or TextParts.of(self.template or "").mark is None
+        ):
+            raise ValueError("`template_without_input` belongs to a `template` with {input}")
+        return self
+
+    @property
+    def prompt_text(self) -> str | PromptText | None:
+        """See the base class."""
+        return (
+            self.template if self.template in (None, ALPACA) else PromptText(self.template, self.template_without_input)
+        )
 
 
 class CompletionSource(ConversationSource):
@@ -350,6 +393,11 @@ class Data(Section):
     workers: Annotated[int | None, OnResume.MAY_CHANGE] = Field(
         None, ge=1, description="Processes that tokenize rows; by default one per core."
     )
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of training rows, then those of validation rows."""
+        return [*self.train, *self.validation]
 
     @field_validator("train", "validation", mode="before")
     @classmethod
