@@ -27,7 +27,7 @@ def generate(
         typer.Option(
             "--file",
             metavar="FILE",
-            help="File of prompts: rows with a column `prompt` or `messages`, or lines of .txt. "
+            help="File of prompts: rows with a column `prompt`, `instruction` or `messages`, or lines of .txt. "
             "A column `adapter` selects the run for each row.",
         ),
     ] = None,

@@ -126,6 +126,11 @@ class ChatTemplate:
             for each in messages
         ]
 
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the template has a form of its own for messages with an input."""
+        return any(INPUT_MARK in _assigned(source) for source in self.sources.values())
+
     @cached_property
     def _input_mark(self) -> tuple[str, bool]:
         found = [_assigned(source) for source in self.sources.values()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from finetune.data.bad_rows import MALFORMED
 from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.json_text import structured
 from finetune.data.rows import Row, describe
-from finetune.errors import DataError
+from finetune.errors import BadRow, DataError
 from finetune.recipe.sections.data import InstructionSource
 
 
@@ -19,6 +20,13 @@ class InstructionFormat(ConversationFormat[InstructionSource]):
         """The instruction, with its input, as the user's turn and the output as the assistant's."""
         section = self.section
         instruction, given = row.text(section.instruction), row.optional_text(section.input)
+        if not given and section.needs_input:
+            raise BadRow(
+                "the row has no input, and the template has no text for such rows",
+                reason=MALFORMED,
+                where=row.where,
+                hint="set template_without_input for the source: a text without {input}",
+            )
         answer = answer_text(row.text(section.output), section.output, row)
         messages = [*self._history(row), Message("user", instruction, input=given), Message("assistant", answer)]
         return self.conversation(row, messages, system=section.system)

@@ -16,6 +16,7 @@ import yaml
 
 from finetune import formatting
 from finetune.formatting import in_markdown, visible
+from finetune.jobs.export.card_prompts import prompt_forms
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
@@ -61,6 +62,8 @@ def write_card(
         f"# {in_markdown(trained.run.path.name)}",
         in_markdown(what),
         _fenced("\n".join(use)),
+        "## Prompts",
+        _prompts(trained),
         "## Base",
         in_markdown(f"{base}{f' at commit {commit}' if commit else ''}, fingerprint {trained.record.base.fingerprint}.")
         + ("\n" + in_markdown(f"Its licence: {licence}.") if licence else "\nIts files do not name a licence."),
@@ -77,10 +80,17 @@ def write_card(
     write_new(folder / CARD, "\n\n".join(parts) + "\n")
 
 
+def _prompts(trained: FineTunedRun) -> str:
+    forms = prompt_forms(trained)
+    parts = [f"{in_markdown(what)}\n\n{_fenced(text)}" if text else in_markdown(what) for what, text in forms]
+    return "\n\n".join(parts) or "The chat template refuses a message by itself: see chat_template.jinja."
+
+
 def _fenced(text: str, language: str = "") -> str:
     """A code block, whose fence is longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{visible(text).rstrip()}\n{fence}"
+    shown = visible(text).rstrip("\n")
+    return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def section_method(trained: FineTunedRun) -> str:

@@ -153,6 +153,8 @@ class OllamaTemplate:
         notes = []
         if turns.system is None:
             notes.append("The chat template has no system role: system messages are left out.")
+        if template.has_inputs:
+            notes.append("Messages with an input are asked in the words of those without one.")
         if template.mentions("tools"):
             notes.append("Tools are left out: llama-server --jinja renders them with the chat template of the file.")
         return cls(turns.without_begin(added_begin), text, tuple(notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ from finetune.data.sources import files_of
 from finetune.errors import DataError, UsageError
 from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
+from finetune.jobs.plan.prompt_form import choose_form
 from finetune.jobs.plan.starter_recipe import OBJECTIVES, Facts, starter_recipe
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import find_model
@@ -35,6 +37,8 @@ from finetune.recipe.sections.section import absolute_to
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.files import write_file
 from finetune.storage.opening import write_new
+
+logger = logging.getLogger(__name__)
 
 FEW_TEXTS = 20
 """Texts of fewer files are split into paragraphs, so that some of them can be validation rows."""
@@ -124,7 +128,7 @@ def write_recipe(
         UsageError: The objective does not suit the data.
         OutOfMemoryError: No change makes it fit.
         DataError: The model's chat template cannot render a row.
-        ModelError: There is no such model, or it has no chat template and rows are conversations.
+        ModelError: There is no such model, or it has no chat template and none that comes with ft fits it.
         EnvironmentFault: The hub cannot be reached, or the file cannot be written.
     """
     _refuse_mismatch(seen, objective)
@@ -171,7 +175,13 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
     folder = find_model(section, lambda doing: on_event(Phase(doing)), weights=False)
     on_event(Phase("inspecting the data"))
-    longest = longest_row(seen.sample, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    form = choose_form(seen, tokenizer)
+    if form is not None:
+        logger.info("%s", form.why)
+        form.applied_to(tokenizer)
+        seen = form.in_source(seen)
+    longest = longest_row(seen.sample, tokenizer)
     wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
     return Facts(
         seen=seen,
@@ -179,6 +189,7 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         objective=objective,
         longest_row=longest,
         row_tokens=min(wanted, position_limit(folder).count or wanted),
+        form=form,
     )
 
 

@@ -12,6 +12,7 @@ import yaml
 from finetune.data.inspect import SAMPLED_ROWS, DatasetSummary
 from finetune.formatting import count, memory
 from finetune.jobs.plan.fit_to_memory import Fitted
+from finetune.jobs.plan.prompt_form import PromptForm
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.yaml.writer import commented
 
@@ -63,6 +64,7 @@ class Facts:
         objective: One of `OBJECTIVES`.
         longest_row: Tokens of the longest sampled row.
         row_tokens: `data.max_length`.
+        form: Form of the prompts; None for rows that need no chat template.
     """
 
     seen: DatasetSummary
@@ -70,6 +72,7 @@ class Facts:
     objective: str
     longest_row: int
     row_tokens: int
+    form: PromptForm | None = None
 
 
 def batch_size(rows: int) -> int:
@@ -116,7 +119,7 @@ def _estimated(fitted: Fitted, row_tokens: int) -> str:
 
 def _sections(facts: Facts, folder: Path) -> dict[str, dict[str, Any]]:
     return {
-        "model": {"name": model_from(folder, facts.model)},
+        "model": _model(facts, folder),
         "quantization": {},
         "adapter": {"method": "lora", "r": RANK, "alpha": 2 * RANK, "target_modules": "all-linear"},
         "data": _data(facts, folder),
@@ -124,6 +127,11 @@ def _sections(facts: Facts, folder: Path) -> dict[str, dict[str, Any]]:
         "training": _training(facts),
         "evaluation": _evaluation(facts),
     }
+
+
+def _model(facts: Facts, folder: Path) -> dict[str, Any]:
+    template = facts.form and facts.form.chat_template
+    return {"name": model_from(folder, facts.model), **({"chat_template": template} if template else {})}
 
 
 def _data(facts: Facts, folder: Path) -> dict[str, Any]:
@@ -191,6 +199,8 @@ def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:
         remarks["data.max_length"] = "tokens; longer texts become several rows, each token is a target once"
     elif facts.longest_row > facts.row_tokens:
         remarks["data.overlength"] = "some rows are longer than the model's context: their prompt's beginning is cut"
+    if facts.form is not None and (facts.form.chat_template or facts.form.source_template):
+        remarks["model.chat_template" if facts.form.chat_template else "data.train"] = facts.form.why
     if any(isinstance(label, int) for label in facts.seen.labels):
         remarks["data.train"] = "labels are numbers in the file: name them in `labels`, the model generates names"
     return remarks

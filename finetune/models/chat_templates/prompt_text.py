@@ -51,7 +51,7 @@ def _user(own: TextParts, plain: TextParts | None, places_system: bool) -> Seque
     without = (
         f"{{{{- {_written(plain, places_system)} }}}}"
         if plain is not None
-        else "{{- raise_exception('This template needs an input: ' + input_mark + '... in the message') }}"
+        else "{{- raise_exception('This template has no text for messages without an input') }}"
     )
     return [
         f"        {{%- if {INPUT_MARK} in message['content'] %}}",

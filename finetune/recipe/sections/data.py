@@ -203,11 +203,18 @@ class InstructionSource(ConversationSource):
             raise ValueError("expected a text with {instruction}: `template: alpaca` has both wordings")
         return text
 
+    @property
+    def _text_has_input(self) -> bool:
+        return self.template not in (None, ALPACA) and TextParts.of(self.template).mark is not None
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the template has no text for rows without an input."""
+        return self._text_has_input and self.template_without_input is None
+
     @model_validator(mode="after")
     def _second_text_has_a_use(self) -> Self:
-        if self.template_without_input is not None and (
-            self.template in (None, ALPACA) or TextParts.of(self.template or "").mark is None
-        ):
+        if self.template_without_input is not None and not self._text_has_input:
             raise ValueError("`template_without_input` belongs to a `template` with {input}")
         return self
 

@@ -61,7 +61,7 @@ def test_chat_keeps_messages():
         (
             {"q": "Sum", "x": "1 2", "a": "3"},
             {"format": "instruction", "instruction": "q", "input": "x", "output": "a"},
-            Conversation((Message("user", "Sum\n\n1 2"), Message("assistant", "3"))),
+            Conversation((Message("user", "Sum", input="1 2"), Message("assistant", "3"))),
         ),
         (
             {"q": "1+2=", "a": "3"},
@@ -378,8 +378,8 @@ def test_auto_error_on_preferences_without_prompt_suggests_chosen_text():
     ("row", "turns"),
     [
         (
-            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
-            [("user", "a\n\nb"), ("assistant", "c")],
+            {"instruction": "a", "context": "", "response": "c", "category": "d"},
+            [("user", "a"), ("assistant", "c")],
         ),
         (
             {"system_prompt": "a", "question": "b", "response": "c"},

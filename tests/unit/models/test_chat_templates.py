@@ -89,6 +89,33 @@ def test_family_template_prompt_is_the_beginning_of_the_rendered_answer(family: 
     assert list(encoder.report.ends) == [tokenizer.convert_tokens_to_ids(end)]
 
 
+TOOL = {"type": "function", "function": {"name": "sum", "description": "Adds.", "parameters": {}}}
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_chatml_writes_tools_calls_and_results(system: bool):
+    """A row with tools is trained, no part of it is omitted, and its calls are JSON in tags."""
+    functions = [{"name": "sum", "arguments": {"a": a, "b": '"x"'}} for a in (1, 2)]
+    calls = tuple({"type": "function", "function": function} for function in functions)
+    turns = (
+        *(TALK[:2] if system else TALK[1:2]),
+        Message("assistant", "Let me add.", calls),
+        Message("tool", "3"),
+        Message("assistant", "Three."),
+    )
+    tokenizer = tokenizer_for("chatml")
+    (example,) = Encoder(tokenizer, "assistant").examples(Conversation(turns, tools=(TOOL,)), "here")
+    text = tokenizer.decode(example.ids)
+    assert text.count("<|im_start|>system") == 1
+    assert text.startswith("<|im_start|>system\nRhyme.\n\nYou can" if system else "<|im_start|>system\nYou can")
+    answer = (
+        'Let me add.\n<tool_call>\n{"name": "sum", "arguments": {"a": 1, "b": "\\"x\\""}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "sum", "arguments": {"a": 2, "b": "\\"x\\""}}\n</tool_call><|im_end|>'
+    )
+    trained = [token for token, is_target in zip(example.ids, example.is_target, strict=True) if is_target]
+    assert tokenizer.decode(trained) == f"{answer}Three.<|im_end|>"
+
+
 @pytest.mark.parametrize("family", ["vicuna", "alpaca"])
 def test_family_template_without_system_message_renders_the_usual_one(family: str):
     text = tokenizer_for(family).apply_chat_template([vars(turn) for turn in TALK[1:]], tokenize=False)

@@ -88,6 +88,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         "evaluation.patience",
     ),
     "pack_length_needs_packing": (("training.pack_length=4096",), "training.pack_length"),
+    "prompts_have_one_form": (
+        ("data.train.0={path: a.jsonl, format: instruction, template: alpaca}", "model.chat_template=alpaca"),
+        "data.train.0.template",
+    ),
     "template_arguments_are_variables": (("data.template_arguments={a-b: 1}",), "data.template_arguments"),
     "split_turns_excludes_train_on_all": (("data.split_turns=true", "data.train_on=all"), "data.train_on"),
     "sources_have_one_location": (("data.train.0.hub={name: org/name}",), "data.train.0"),
@@ -176,6 +180,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "early_stopping_needs_evaluations": ("evaluation.patience=2",),
     "early_stopping_needs_usable_steps": ("evaluation.patience=2",),
     "pack_length_needs_packing": ("training.pack_length=4096", "training.batching=packed"),
+    "prompts_have_one_form": ("data.train.0={path: a.jsonl, format: instruction, template: alpaca}",),
     "template_arguments_are_variables": ("data.template_arguments={enable_thinking: false}",),
     "split_turns_excludes_train_on_all": ("data.split_turns=true", "data.train_on=completion"),
     "sources_have_one_location": ("data.train.0={format: chat, hub: {name: org/name}}",),
