@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
 from finetune.data.bad_rows import EMPTY
@@ -86,12 +86,14 @@ class _PromptRow:
         prompt: The prompt.
         calls: The tool calls of the answer.
         has_tools: Whether the row offers tools, or its answer calls one.
+        has_earlier_calls: Whether an answer before the last one calls a tool.
     """
 
     row: str
     prompt: Prompt
     calls: Sequence[ToolObject] = ()
     has_tools: bool = False
+    has_earlier_calls: bool = False
 
     @classmethod
     def of(cls, located: LocatedDocument, prompt: Prompt) -> _PromptRow:
@@ -99,8 +101,8 @@ class _PromptRow:
         document = located.document
         if not isinstance(document, Conversation):
             return cls(located.where, prompt)
-        calls = document.messages[document.answers[-1]].tool_calls
-        return cls(located.where, prompt, calls, bool(calls or document.tools))
+        *earlier, calls = [document.messages[turn].tool_calls for turn in document.answers]
+        return cls(located.where, prompt, calls, bool(calls or document.tools), any(earlier))
 
 
 class ValidationTask(Task):
@@ -129,8 +131,9 @@ class ValidationTask(Task):
         places = [split.place(row) for row in range(len(split))]
         columns = _losses(places, list(split), engine, self._on_progress(engine, "loss", on_event))
         encoder = Encoder(engine.tokenizer, self.train_on)
-        first = islice(_prompt_rows(self.split.documents(), encoder), self.section.generation_rows)
-        prompts = self._cut(list(islice(first, limit)), engine)
+        asked = _prompts_by_row(self.split.documents(), encoder, self.section)
+        first = islice(asked, self.section.generation_rows)
+        prompts = self._cut(list(chain.from_iterable(islice(first, limit))), engine)
         answers = _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
         return Measurement((*columns, *answers.columns), answers.records, {})
 
@@ -182,7 +185,8 @@ class Generate(_OnRows[GenerateTask]):
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
         documents = map(_with_reference, self._documents(limit))
-        prompts = list(_prompt_rows(documents, Encoder(engine.tokenizer, "last_turn")))
+        encoder = Encoder(engine.tokenizer, "last_turn")
+        prompts = list(chain.from_iterable(_prompts_by_row(documents, encoder, self.section)))
         if not prompts:
             raise self._none_found()
         return _answers(prompts, self.section, engine, self._on_progress(engine, "answers", on_event))
@@ -350,11 +354,34 @@ def _with_reference(each: LocatedDocument) -> LocatedDocument:
     return each
 
 
-def _prompt_rows(documents: Iterable[LocatedDocument], encoder: Encoder) -> Iterator[_PromptRow]:
-    """The prompts of the rows that have one."""
+def _prompts_by_row(
+    documents: Iterable[LocatedDocument], encoder: Encoder, section: Answers
+) -> Iterator[list[_PromptRow]]:
+    """The prompts of each row that has one: of its last answer, or of all."""
     for each in documents:
-        if (prompt := encoder.prompt(each.document, each.where)) is not None:
-            yield _PromptRow.of(each, prompt)
+        parts = _parts(each) if section.turns == "all" else [each]
+        asked = [(part, prompt) for part in parts if (prompt := encoder.prompt(part.document, part.where)) is not None]
+        if asked:
+            yield [_PromptRow.of(part, prompt) for part, prompt in asked]
+
+
+def _warn_of_earlier_calls(prompts: Sequence[_PromptRow], section: Answers) -> None:
+    earlier = [each.row for each in prompts if each.has_earlier_calls] if section.turns == "last" else []
+    if earlier:
+        logger.warning(
+            "rows with tool calls before the last answer, which are not scored: %d (first: %s); `turns: all` in the "
+            "section with the metrics scores every answer",
+            len(earlier),
+            earlier[0],
+        )
+
+
+def _parts(each: LocatedDocument) -> list[LocatedDocument]:
+    """A conversation up to each of its answers; any other document as it is."""
+    if not isinstance(each.document, Conversation):
+        return [each]
+    parts = each.document.split_turns()
+    return [LocatedDocument(part, f"{each.where} turn {len(part.messages) - 1}") for part in parts]
 
 
 def _check_rows(lengths: Sequence[int], places: Sequence[str], engine: Engine) -> None:
@@ -395,6 +422,7 @@ def _answers(prompts: Sequence[_PromptRow], section: Answers, engine: Engine, on
         )
         for metric in answer_metrics(section)
     ]
+    _warn_of_earlier_calls(prompts, section)
     calls = calls_of(prompts, references, answers, section, Encoder(engine.tokenizer, "last_turn"), engine.decoder)
     records: tuple[dict[str, Any], ...] = tuple(
         {

@@ -174,6 +174,8 @@ def _evaluation(facts: Facts) -> dict[str, Any]:
     steps_an_epoch = facts.seen.rows // batch_size(facts.seen.rows)
     if _validation(facts) and facts.seen.is_whole and steps_an_epoch >= 10 * CHECKS_AN_EPOCH:
         evaluation["every_steps"] = steps_an_epoch // CHECKS_AN_EPOCH
+    if facts.objective == "tools":
+        evaluation["turns"] = "all"
     return {**evaluation, "max_new_tokens": OBJECTIVES[facts.objective].max_new_tokens}
 
 
@@ -186,6 +188,7 @@ def _remarks(facts: Facts, fitted: Fitted | None) -> dict[str, str]:
         "training.gradient_accumulation_steps": f"makes {batch_size(facts.seen.rows)} rows an optimizer step",
         "training.batching": "rows are packed into max_length tokens, without attention between them",
         "evaluation.max_new_tokens": "longest answer in ft eval",
+        "evaluation.turns": "every answer of a dialogue is scored, calls of tools on the way too",
         "evaluation.every_steps": f"about {CHECKS_AN_EPOCH} times an epoch",
     }
     if fitted is not None:

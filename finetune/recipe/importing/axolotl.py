@@ -76,6 +76,8 @@ def _format(context: Context, key: str, entry: Mapping[str, Any]) -> dict[str, A
         return {}
     if chosen == "text":
         return {"format": "text", **({"text": entry["field"]} if entry.get("field") else {})}
+    if strategy == "alpaca" and not context.at("chat_template"):
+        return {"format": chosen, "template": "alpaca"}
     if chosen != "chat":
         return {"format": chosen}
     return _turns(entry)

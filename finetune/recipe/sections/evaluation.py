@@ -50,6 +50,13 @@ class Answers(Section):
     pattern: str | None = Field(
         None, description="Regular expression; the metric `pattern` is the fraction of answers in which it is found."
     )
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description=(
+            "Answers of a conversation that are generated and scored. last: the last one. all: each one, after the "
+            "turns that the row has before it, for dialogues that call tools on the way."
+        ),
+    )
     max_new_tokens: int = Field(128, ge=1, description="Maximum length of a generated answer in tokens.")
 
     @field_validator("pattern")

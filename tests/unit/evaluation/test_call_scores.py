@@ -163,3 +163,38 @@ def test_argument_with_a_sign_of_the_template_is_compared_with_the_row(
     (record,) = measured("qwen2_5", [row(calling(odd))], [written], tmp_path).records
     assert record["scores"]["call_arguments"] == 1
     assert not caplog.text
+
+
+def dialogue() -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "Where?"},
+        {"role": "user", "content": "Oslo, 2 days."},
+        {"role": "assistant", **calling(OSLO)},
+        {"role": "tool", "content": "cold"},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    return {"messages": turns, "tools": TOOLS}
+
+
+def test_all_turns_of_a_dialogue_are_scored_where_named(tmp_path: Path):
+    """Each answer is asked after the turns of the row; the call on the way is one of them."""
+    answers = ["Where?", WRITTEN["qwen2_5"], "Warm."]
+    found = measured("qwen2_5", [dialogue(), dialogue()], [*answers, *answers], tmp_path, turns="all")
+    assert [record["row"].rpartition("jsonl")[2] for record in found.records[:3]] == [
+        ":1 turn 1", ":1 turn 3", ":1 turn 5"
+    ]  # fmt: skip
+    assert [record["scores"]["exact_match"] for record in found.records] == [1, 1, 0, 1, 1, 0]
+    assert [record["prompt"].count("<|im_start|>") for record in found.records[:3]] == [3, 5, 7]
+    columns = {column.metric.name: column for column in found.columns}
+    assert (columns["call_decision"].value, len(columns["call_decision"].rows)) == (1, 6)
+    assert (columns["call_arguments"].value, len(columns["call_arguments"].rows)) == (1, 2)
+
+
+def test_calls_before_the_last_answer_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    found = measured("qwen2_5", [row(calling(OSLO)), dialogue()], ["", "Cold."], tmp_path)
+    assert [record["scores"]["call_decision"] for record in found.records] == [0, 1]
+    assert f"1 (first: {tmp_path / 'rows.jsonl'}:2)" in caplog.text
+    caplog.clear()
+    measured("qwen2_5", [row(calling(OSLO))], [""], tmp_path)
+    assert not caplog.text
