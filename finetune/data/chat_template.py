@@ -174,9 +174,9 @@ class ChatTemplate:
             raise ModelError(
                 "the tokenizer has no chat template, and the rows are conversations",
                 where=where,
-                hint="set model.chat_template to a template file or to a family that this tokenizer has the tokens for "
-                f"({', '.join(families_for(self.tokenizer))}); or use the instruction-tuned version of the model, or "
-                "data of format completion or text",
+                hint="for instruction rows set template: alpaca, or a text, for the source; for others set "
+                "model.chat_template to a template file or to a family that this tokenizer has the tokens for "
+                f"({', '.join(families_for(self.tokenizer))}); or use the instruction-tuned version of the model",
             )
         if "default" not in self.sources and not (has_tools and "tool_use" in self.sources):
             raise ModelError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune.evaluation.calls.text import Malformed, after, is_end, json_at, literal, loose, match_end, pattern_of
 
+_KEY = r"[^\n\"'<>(){}\[\]]+?"
 _NAME = r"[^\s\"'<>(){}\[\],]+?"
 _FIRST_MARK = re.compile(r"<[^>]*>|\[[A-Z_]+\]|\S+")
 
@@ -200,7 +201,7 @@ class SpelledCalls(CallSyntax):
     def _arguments(self, text: str, at: int) -> tuple[dict[str, Any], int, bool]:
         """The arguments from the first key on, the position behind them, and whether the answer ends there."""
         arguments: dict[str, Any] = {}
-        key_pattern = re.compile(rf"\s*([^\n]+?){pattern_of(self.equals)}")
+        key_pattern = re.compile(rf"\s*({_KEY}){pattern_of(self.equals)}")
         while True:
             if (key := key_pattern.match(text, at)) is None or key[1] in arguments:
                 raise Malformed("an argument lacks its key, or has it twice")
@@ -218,9 +219,13 @@ class SpelledCalls(CallSyntax):
         raise Malformed("an argument does not end")
 
     def _signs(self, text: str, at: int) -> Iterator[tuple[int, int, str]]:
-        signs = [(name, sign) for name in ("comma", "between") if (sign := getattr(self, name)) is not None]
-        parts = [f"(?P<{name}>{pattern_of(sign)})" for name, sign in signs]
-        pattern = re.compile("|".join([*parts, rf"(?P<after>{pattern_of(self.after)}\s*\Z)"]), re.DOTALL)
+        """The signs that may end a value: begin, end and name. A comma counts where a key follows it."""
+        patterns = {"after": rf"{pattern_of(self.after)}\Z"}
+        if self.comma is not None:
+            patterns["comma"] = rf"{pattern_of(self.comma)}(?={_KEY}{pattern_of(self.equals)})"
+        if self.between is not None:
+            patterns["between"] = pattern_of(self.between)
+        pattern = re.compile("|".join(f"(?P<{name}>{each})" for name, each in patterns.items()))
         while (found := pattern.search(text, at)) is not None:
             yield found.start(), found.end(), str(found.lastgroup)
             at = found.start() + 1

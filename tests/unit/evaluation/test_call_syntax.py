@@ -200,6 +200,24 @@ def test_malformed_call_of_a_json_form_is_refused(answer: str):
         syntax_of("hermes").parse(answer)
 
 
+QUOTED = (
+    '[{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}="'
+    "{{ '%s' | format(v) }}\"{% if not loop.last %}, {% endif %}{% endfor %}){% if not loop.last %}, {% endif %}"
+    "{% endfor %}]"
+)
+
+
+def test_values_that_are_all_in_quotes_have_no_type(monkeypatch: pytest.MonkeyPatch):
+    """As one of Llama 4's templates writes them: numbers and lists are in quotes too."""
+    monkeypatch.setitem(FORMS, "quoted", QUOTED)
+    calls = called(("get_weather", {"city": "Oslo, north", "days": 3, "units": ["C", "F"]}), ("list_all", {}))
+    first, second = syntax_of("quoted").parse(Written("quoted")(calls))
+    assert {key: value.text for key, value in first.arguments.items()} == {
+        "city": "Oslo, north", "days": "3", 'units': '["C", "F"]'
+    }  # fmt: skip
+    assert second == Call("list_all", {})
+
+
 def test_order_of_keys_in_a_json_call_is_free():
     answer = '<tool_call>{"arguments": {"b": 1}, "name": "f"}</tool_call>'
     assert syntax_of("hermes").parse(answer) == [Call("f", {"b": 1})]
