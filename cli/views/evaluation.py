@@ -49,7 +49,8 @@ def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Sco
     for column in (*models, *compared, "95 % interval", *(["better/worse"] if has_flips else [])):
         table.add_column(column, justify="right", overflow="fold")
     for name, score in scores.items():
-        values = [score_text(score.unit, each.value) for each in (score.theirs, score.ours) if each]
+        measured = (score.theirs, score.ours) if evaluated.against else (score.ours,)
+        values = [score_text(score.unit, each.value) if each else "" for each in measured]
         change = [difference_text(score)] if evaluated.against else []
         # The interval belongs to the difference of the two models, or to the score where there is one model.
         spread = score.difference.change if score.difference else None if evaluated.against else score.ours
