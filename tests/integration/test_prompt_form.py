@@ -141,6 +141,9 @@ CHATML = ["<s>", *SPECIAL["qwen2_5"][1:]]
         (CHAT, SPECIAL["gemma3"], None, None, "gemma"),
         (CHAT, ["<s>", "</s>"], None, None, "vicuna"),
         ({**CHAT, "tools": [TOOL]}, CHATML, None, None, "chatml"),
+        ({**CHAT, "tools": [TOOL]}, CHATML, "{{ messages }}", None, "chatml"),
+        ({**CHAT, "tools": [TOOL]}, CHATML, "{{ messages }}{{ tools }}", None, None),
+        ({**CHAT, "tools": [TOOL]}, ["<s>", "</s>"], "{{ messages }}", None, None),
         ({"question": "a", "answer": "b"}, ["<s>", "</s>"], None, None, "alpaca"),
     ],
 )

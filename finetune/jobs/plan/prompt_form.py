@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.chat_template import ChatTemplate
 from finetune.data.inspect import DatasetSummary
 from finetune.errors import ModelError
 from finetune.models.chat_templates.families import CONTROL_TOKENS, families_for
@@ -56,7 +57,7 @@ def choose_form(seen: DatasetSummary, tokenizer: PreTrainedTokenizerBase) -> Pro
     if not isinstance(source, ConversationSource) or seen.format == "completion":
         return None
     if tokenizer.chat_template:
-        return PromptForm("prompts in the model's own chat template: its tokenizer has one")
+        return _own_form(seen, tokenizer)
     base = "the tokenizer has no chat template (a base)"
     if isinstance(source, InstructionSource) and tokenizer.eos_token:
         return PromptForm(
@@ -64,6 +65,19 @@ def choose_form(seen: DatasetSummary, tokenizer: PreTrainedTokenizerBase) -> Pro
         )
     family, reason = _family(seen, tokenizer)
     return PromptForm(f"prompts in the form of {family} (model.chat_template): {base}{reason}", None, family)
+
+
+def _own_form(seen: DatasetSummary, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """The form of a tokenizer with a chat template: that template, unless the rows have tools and it has none."""
+    lacks_tools = seen.has_tools and not ChatTemplate(tokenizer).mentions("tools")
+    if lacks_tools and WITH_TOOLS in families_for(tokenizer):
+        return PromptForm(
+            f"prompts in the form of {WITH_TOOLS} (model.chat_template): the rows have tools, which the model's own "
+            "chat template leaves out",
+            None,
+            WITH_TOOLS,
+        )
+    return PromptForm("prompts in the model's own chat template: its tokenizer has one")
 
 
 def _family(seen: DatasetSummary, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

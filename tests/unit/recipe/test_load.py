@@ -388,6 +388,11 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         before = ["training.batching=packed", "data.max_length=8"]
     if path == ("model", "chat_template"):
         value = "chatml"
+    if path[-1] == "template":
+        value = "alpaca"
+    if path[-1] == "template_without_input":
+        before = [each.replace("}", ", template: '{instruction} as {input}'}") for each in before]
+        value = "{instruction}"
     if path[:2] == ("model", "new_tokens") and len(path) > 2:
         before = ["model.new_tokens=[{token: <b>}]"]
     if path == ("quantization", "options") or value == "plugin":
@@ -449,6 +454,8 @@ def _task(path: KeyPath, before: list[str], value: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"hub": {"name": "org/name"}} if "hub" in path else {"path": "x"}
     if told[0] == "format" and "hub" not in path:
         data["format"] = told[1]
+    if path[-1] == "template_without_input":
+        data["template"] = "{instruction} as {input}"
     return {"name": "a", "kind": kind} | ({} if kind == "lm_eval" else {"data": data})
 
 
