@@ -45,7 +45,10 @@ def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Sco
     has_flips = any(score.difference and flips_text(score.difference) for score in scores.values())
     compared = ["difference"] if evaluated.against else []
     models = [evaluated.against, evaluated.label] if evaluated.against else [evaluated.label]
+    differ = len({score.rows for score in scores.values() if score.rows is not None}) > 1
     table.add_column("")
+    if differ:
+        table.add_column("rows", justify="right")
     for column in (*models, *compared, "95 % interval", *(["better/worse"] if has_flips else [])):
         table.add_column(column, justify="right", overflow="fold")
     for name, score in scores.items():
@@ -56,7 +59,12 @@ def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Sco
         spread = score.difference.change if score.difference else None if evaluated.against else score.ours
         flipped = [flips_text(score.difference) if score.difference else ""] if has_flips else []
         table.add_row(
-            name.replace("_", " "), *values, *change, interval_text(score.unit, spread, bool(change)), *flipped
+            name.replace("_", " "),
+            *([str(score.rows or "")] if differ else []),
+            *values,
+            *change,
+            interval_text(score.unit, spread, bool(change)),
+            *flipped,
         )
     return table
 
@@ -64,8 +72,10 @@ def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Sco
 def task_title(task: str, scores: Mapping[str, Score]) -> str:
     """`validation: 48 rows`; a range where the metrics of a task have different numbers of rows."""
     counts = sorted({score.rows for score in scores.values() if score.rows is not None})
-    *smaller, largest = counts or [0]
-    return f"{task}: {''.join(f'{each} to ' for each in smaller)}{counted(largest, 'row')}" if counts else task
+    if not counts:
+        return task
+    smallest = f"{counts[0]} to " if len(counts) > 1 else ""
+    return f"{task}: {smallest}{counted(counts[-1], 'row')}"
 
 
 def score_text(form: MetricUnit, value: float) -> str:

@@ -86,7 +86,7 @@ class EvaluationResult:
 
     @property
     def answered(self) -> int:
-        """Validation rows that were answered."""
+        """Answers to validation rows: one a row, or more with `turns: all`."""
         scores = self.scores.get(VALIDATION, {})
         return max((score.rows or 0 for name, score in scores.items() if name not in _LOSSES), default=0)
 
