@@ -314,6 +314,17 @@ def test_unknown_rows_become_a_placeholder(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("keys", "template"), [({}, "alpaca"), ({"chat_template": "chatml"}, None)], ids=["wording", "chat-template"]
+)
+def test_axolotl_type_alpaca_keeps_its_wording(keys: dict[str, Any], template: str | None, tmp_path: Path):
+    """A chat template that the configuration names is the form of all rows, as a run has one."""
+    (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
+    data = {"datasets": [{"path": str(tmp_path / "rows.json"), "type": "alpaca"}]}
+    _, recipe = translated("axolotl", {**LEAST["axolotl"], **data, **keys}, tmp_path)
+    assert recipe.data.train[0].prompt_text == template
+
+
+@pytest.mark.parametrize(
     ("content", "kind", "words"),
     [
         ("", UsageError, "holds no keys"),
