@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.data import Data
@@ -42,6 +42,12 @@ class Recipe(Section):
     sweep: Annotated[Sweep | None, OnResume.MAY_CHANGE] = Field(
         None, description="Keys and values that `ft sweep` searches; null for no sweep."
     )
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _empty_quantization_is_none(cls, section: Any) -> Any:
+        """`quantization: {}` is no quantization: a tagged union has no default tag."""
+        return {"kind": "none"} if section == {} else section
 
     @property
     def chat_template(self) -> str | PromptText | None:

@@ -145,7 +145,10 @@ class AdaLora(LowRank):
     method: Literal["adalora"]
     r: int = Field(12, ge=2, description="Initial rank of each layer, and its maximum.")
     target_r: int = Field(
-        8, ge=1, description="Final mean rank of the layers; the final budget is this times the number of layers."
+        8,
+        ge=1,
+        description="Final mean rank of the layers; the final budget is this times the number of layers. "
+        "By default 8, or two thirds of r if r is at most 8.",
     )
     orthogonal_weight: float = Field(
         0.1,
@@ -187,6 +190,15 @@ class AdaLora(LowRank):
         if falling >= 1 and initial + falling >= 2:
             return None
         return f"of {total_steps} steps {initial} come before ranks are pruned and {final} after: too few are left"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_is_below_r(cls, data: Any) -> Any:
+        """Choose a `target_r` that prunes something where only a small `r` is given."""
+        if not isinstance(data, dict) or "target_r" in data or not isinstance(rank := data.get("r"), int):
+            return data
+        default = cls.model_fields["target_r"].get_default()
+        return data if rank > default else {**data, "target_r": max(1, 2 * rank // 3)}
 
 
 class Phases(NamedTuple):

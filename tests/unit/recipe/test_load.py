@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -19,6 +19,7 @@ from finetune.recipe import load as load_module
 from finetune.recipe.load import dump_recipe, json_schema, load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import Shape, every_key, shape_at
+from finetune.recipe.sections.adapter import Adapter, AdapterSection
 from finetune.recipe.yaml.document import MAX_PROBLEMS, KeyPath, dotted, read_yaml
 from finetune.recipe.yaml.writer import block
 
@@ -606,3 +607,18 @@ def test_located_problem_is_not_located_again(load: Load):
     with pytest.raises(RecipeError) as caught, load(LOCATED).locating_errors():
         raise RecipeError([problem])
     assert caught.value.problems == (problem,)
+
+
+@pytest.mark.parametrize(("rank", "target"), [(2, 1), (4, 2), (8, 5), (9, 8), (12, 8), (64, 8)])
+def test_adalora_with_a_rank_alone_has_a_target_rank_below_it(good: str, load: Load, rank: int, target: int):
+    recipe = load(good, f"adapter={{method: adalora, r: {rank}}}", "training.max_steps=100").recipe
+    assert recipe.adapter.target_r == target
+
+
+@pytest.mark.parametrize("section", get_args(get_args(Adapter)[0]), ids=lambda kind: kind.__name__)
+def test_method_with_only_its_name_is_valid(good: str, load: Load, section: type[AdapterSection]):
+    (method,) = get_args(section.model_fields["method"].annotation)
+    new = "model.new_tokens=['<x>']" if method == "trainable_tokens" else "training.seed=1"
+    overrides = f"adapter={{method: {method}}}", "quantization={}", "training.max_steps=100", new
+    recipe = load(good, *overrides).recipe
+    assert (recipe.adapter.method, recipe.quantization.kind) == (method, "none")
