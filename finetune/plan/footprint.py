@@ -24,6 +24,7 @@ from finetune.models.kernels.float32_compute import compute_in_float32
 from finetune.models.kernels.fused import fuse, kernels_on
 from finetune.models.kernels.logit_transform import LogitTransform
 from finetune.models.kernels.packing_check import takes_packed_attention
+from finetune.models.kernels.parts import loops_shortened
 from finetune.models.kernels.recompute import saving_everything
 from finetune.models.linear_layers import ParameterCount, count_parameters, linear_layers, list_of_blocks
 from finetune.models.loading.dtype import autocast
@@ -227,7 +228,7 @@ def _traced(inputs: EstimateInputs, config: Any, train: Batch, validation: Batch
         return before
 
     try:
-        with trace() as trained:
+        with trace() as trained, loops_shortened(trained.shorten):
             trained.watch(model.get_output_embeddings())  # type: ignore[operator]
             with _autocast(inputs), embedding_noise(model, train, inputs.noise):
                 loss = chunked_cross_entropy(model.train(), train, transform, inputs.chunks)
@@ -235,7 +236,12 @@ def _traced(inputs: EstimateInputs, config: Any, train: Batch, validation: Batch
             (loss if penalty is None else loss + penalty).backward()
         evaluated = 0
         if validation is not None:
-            with trace() as measured, torch.no_grad(), _autocast(inputs):
+            with (
+                trace() as measured,
+                loops_shortened(measured.shorten),
+                torch.no_grad(),
+                _autocast(inputs),
+            ):
                 chunked_cross_entropy(model.eval(), validation, transform, inputs.chunks)
             evaluated = measured.peak
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as error:

@@ -24,6 +24,12 @@ FLOPS_UTILIZATION = 0.35
 SECONDS_A_SHAPE = 0.2
 """Minimum time for the measurement of one shape."""
 
+MEASURED_FLOPS = 1 << 33
+"""Largest matmul that is measured. The rows beyond change its speed by a few percent, and a long pass has a hundred
+times as many."""
+
+LEAST_TOKENS = 128
+
 
 class PassFlops(NamedTuple):
     """FLOPs of one forward and backward pass, a multiply-add counted as two.
@@ -66,17 +72,18 @@ def measured_speed(shapes: Counter[tuple[int, int]], tokens: int, dtype: torch.d
     """
     flops = seconds = 0.0
     for (out, into), count in shapes.items():
-        x_TI, weight_OI = torch.rand(tokens, into).to(dtype), torch.rand(out, into).to(dtype)
-        flops += count * 2.0 * tokens * out * into
+        measured = min(tokens, max(LEAST_TOKENS, MEASURED_FLOPS // (2 * out * into)))
+        x_TI, weight_OI = torch.rand(measured, into).to(dtype), torch.rand(out, into).to(dtype)
+        flops += count * 2.0 * measured * out * into
         seconds += count * _seconds(x_TI, weight_OI)
     return flops / seconds
 
 
 def _seconds(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> float:
     """Minimum time of one matmul."""
-    least, began = float("inf"), time.perf_counter()
     torch.nn.functional.linear(x_TI, weight_OI)  # the first call compiles a kernel for this shape
-    while time.perf_counter() - began < SECONDS_A_SHAPE:
+    least, began = float("inf"), time.perf_counter()
+    while least == float("inf") or time.perf_counter() - began < SECONDS_A_SHAPE:
         start = time.perf_counter()
         torch.nn.functional.linear(x_TI, weight_OI)
         least = min(least, time.perf_counter() - start)

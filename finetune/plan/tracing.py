@@ -8,7 +8,7 @@ bytes, and subtracts each storage when Python frees it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -20,6 +20,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+
+TRACED_ITERATIONS = 3
+"""Of a loop over parts: the first two and the last."""
 
 SMALL = 1 << 16
 """Factory functions return real tensors up to this many elements: scalars, tables and the like."""
@@ -134,6 +137,26 @@ class MemoryTrace(_Mixed):
         flops_before: list[int] = []
         module.register_forward_pre_hook(lambda *_: flops_before.append(self.flops))
         module.register_forward_hook(lambda *_: self._count_module(flops_before.pop()))
+
+    def shorten(self, iterations: Sequence[Any], size: Callable[[Any], int]) -> Iterator[Any]:
+        """Run the first two iterations of a loop and the last, and count the FLOPs of the others.
+
+        The first iteration runs without the tensors of one before it, the second with them, and each of the others
+        allocates no more than the one before. Their FLOPs are linear in their size, between the second and the last.
+        """
+        if len(iterations) <= TRACED_ITERATIONS:
+            yield from iterations
+            return
+        first, second, *others, last = iterations
+        yield first
+        began = self.flops
+        yield second
+        of_second = self.flops - began
+        yield last
+        of_last = self.flops - began - of_second
+        smallest, range_ = size(last), size(second) - size(last)
+        for each in others:
+            self.flops += of_last + ((of_second - of_last) * (size(each) - smallest) // range_ if range_ else 0)
 
     def _count_module(self, flops_before: int) -> None:
         self.module_flops += self.flops - flops_before

@@ -29,6 +29,7 @@ from finetune.models.kernels.logit_transform import (
     head_replaced,
 )
 from finetune.models.kernels.packing_check import mask_for
+from finetune.models.kernels.parts import row_parts
 from finetune.models.kernels.recompute import saving_inputs_only
 from finetune.train.noise import embedding_noise
 
@@ -285,8 +286,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden_NE.device)
         of_hidden_NE = torch.zeros_like(hidden_NE)
         of_weights = [torch.zeros_like(weight) for weight in weights]
-        chunks = (tensor.split(at_once) for tensor in (hidden_NE, labels_N, of_hidden_NE))
-        for part_NE, label_N, of_part_NE in zip(*chunks, strict=True):
+        for part_NE, label_N, of_part_NE in row_parts(at_once, hidden_NE, labels_N, of_hidden_NE):
             with torch.enable_grad() if is_needed else nullcontext():
                 part_NE = part_NE.detach().requires_grad_(is_needed)
                 logits_NV = logits(part_NE)
@@ -311,7 +311,7 @@ class _HeadLoss(torch.autograd.Function):
 def _to_gradient(logits_NV: Tensor, labels_N: Tensor, rows: int) -> Tensor:
     """Overwrite logits (N, V) by the gradient of the summed loss, some rows at a time; returns the loss, float32."""
     loss = torch.zeros((), device=logits_NV.device)
-    for rows_NV, label_N in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
+    for rows_NV, label_N in row_parts(rows, logits_NV, labels_N):
         log_probs_NV = functional.log_softmax(rows_NV, dim=-1, dtype=torch.float32)
         loss -= log_probs_NV.gather(1, label_N[:, None]).sum()
         # In place, without a second (N, V) tensor: exp() of the log-probabilities, minus 1 at the label.

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from finetune.models.fsdp import unsharded_weights
+from finetune.models.kernels.parts import row_parts
 from finetune.models.kernels.recompute import recomputable
 
 ELEMENTS_PER_THREAD = 1 << 17
@@ -264,5 +265,4 @@ def _activate_backward(activate: nn.Module, gradient: Tensor, x: Tensor, grad_x:
 def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Chunks of a few rows of all tensors: views, each tuple of the same rows."""
     elements = ELEMENTS_PER_THREAD * torch.get_num_threads()
-    rows = max(1, elements // max(tensor.shape[-1] for tensor in tensors))
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return row_parts(max(1, elements // max(tensor.shape[-1] for tensor in tensors)), *tensors)

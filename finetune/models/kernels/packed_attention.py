@@ -37,6 +37,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetune.models.kernels.parts import iterations
+
 NAME = "ft_packed"
 """The kernel's name in transformers' `AttentionInterface`."""
 
@@ -177,6 +179,10 @@ class _QueryBlock(NamedTuple):
     keys: slice
     branch_lengths: tuple[int, ...]
 
+    def key_count(self) -> int:
+        """K."""
+        return self.keys.stop - self.keys.start
+
     def probs(self, query_GND: Tensor, key_GKD: Tensor, scale: float, window: int | None) -> Tensor:
         """softmax(scale Q K^T) under the mask, shape (G, R * N, K); query_GND is of shape (G, R * N, D)."""
         groups, rows, keys = query_GND.shape[0], self.queries.stop - self.queries.start, key_GKD.shape[1]
@@ -193,7 +199,7 @@ class _QueryBlock(NamedTuple):
 
     def mask(self, dtype: torch.dtype, device: torch.device, window: int | None) -> Tensor:
         """The additive mask of the queries' scores over the keys: 0 or -inf, shape (N, K)."""
-        rows, keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+        rows, keys = self.queries.stop - self.queries.start, self.key_count()
         mask_NK = functional.pad(_diagonal_mask(self.branch_lengths, dtype, device), (keys - rows, 0))
         # Segments of several examples are merged only if the window hides none of their keys (`_merged_segments`).
         if window is not None and keys > window and len(self.branch_lengths) == 1:
@@ -391,7 +397,7 @@ class _PackedAttention(torch.autograd.Function):
                 key_SGD, value_SGD = (
                     heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key_SGD, value_SGD)
                 )
-            for block in segment.query_blocks(window):
+            for block in iterations(segment.query_blocks(window), _QueryBlock.key_count):
                 key_GKD, value_GKD = (heads[block.keys].transpose(0, 1) for heads in (key_SGD, value_SGD))
                 query_GND = _by_group(query, block.queries, len(key_GKD))
                 if by_kernel:
@@ -419,7 +425,7 @@ class _PackedAttention(torch.autograd.Function):
         for segment in segments:
             key_SGD, value_SGD = segment.gather_keys(key), segment.gather_keys(value)
             grad_key_SGD, grad_value_SGD = segment.grad_buffer(grad_key), segment.grad_buffer(grad_value)
-            for block in segment.query_blocks(window):
+            for block in iterations(segment.query_blocks(window), _QueryBlock.key_count):
                 query_GND = _by_group(query, block.queries, groups)
                 gradient_GND = _by_group(gradient, block.queries, groups)
                 key_GKD, value_GKD = (heads[block.keys].transpose(0, 1) for heads in (key_SGD, value_SGD))

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MistralConfig
 
 from finetune.adapters.base import trainable
 from finetune.data.collate import flattened, padded
 from finetune.data.encode import Example
+from finetune.models.kernels import fused, packed_attention
 from finetune.models.linear_layers import count_parameters
-from finetune.plan import footprint
+from finetune.plan import footprint, tracing
 from finetune.plan.footprint import EstimateInputs, passes, resident
 from finetune.plan.gpu_specs import GB
+from finetune.plan.tracing import MemoryTrace
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.adapter import Adapter
 from finetune.recipe.sections.model import Model
@@ -26,8 +28,9 @@ from finetune.recipe.sections.optimizer import Optimizer
 from finetune.recipe.sections.quantization import Quantization
 from finetune.recipe.sections.training import Checkpointing
 from finetune.resolve import build
+from finetune.train import loss
 from tests.fixtures import fake_liger
-from tests.fixtures.tiny import tiny_config, tiny_llama
+from tests.fixtures.tiny import SIZES, tiny_config, tiny_llama
 
 ROWS = [Example(list(range(1, 60)), [False] * 20 + [True] * 39)] * 4
 
@@ -91,6 +94,60 @@ def test_passes_extended_from_few_blocks_equal_those_of_all_blocks(monkeypatch: 
     extended = passes(six, flattened(ROWS), padded(ROWS, 0))
     monkeypatch.setattr(footprint, "FEW_BLOCKS", (5, 6))
     assert extended == passes(six, flattened(ROWS), padded(ROWS, 0))
+
+
+def long_rows(lengths: list[int], prefix: int = 0) -> list[Example]:
+    """Rows with a third of prompt; the first `prefix` tokens are the same in all."""
+    return [
+        Example([*range(5, 5 + prefix), *(index + 9 * row for index in range(10, 10 + length - prefix))], mask)
+        for row, length in enumerate(lengths)
+        for mask in [[False] * (length // 3) + [True] * (length - length // 3)]
+    ]
+
+
+LONG: dict[str, tuple[dict[str, Any], list[Example]]] = {
+    "one row": ({}, long_rows([230])),
+    "rows of several lengths": ({}, long_rows([7, 130, 61, 200])),
+    "a window": ({"config": MistralConfig(**SIZES, sliding_window=40)}, long_rows([190, 90])),
+    "16 bits": ({"compute_dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}, long_rows([150, 80])),
+    "trained head": ({"adapter": {"method": "full"}}, long_rows([150, 80])),
+    "recomputed": ({"checkpointing": True}, long_rows([150, 80])),
+    "compiled": ({"model": Model(name="tiny", kernels="compiled")}, long_rows([150, 80])),
+    "a GPU": ({"gpu_memory": 80 * 10**9}, long_rows([150, 80])),
+}
+
+
+@pytest.mark.parametrize("flattens", [True, False], ids=["flattened", "padded"])
+@pytest.mark.parametrize("kind", LONG)
+def test_passes_of_shortened_loops_equal_those_of_all_iterations(
+    kind: str, flattens: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """With parts so small that every loop has dozens."""
+    changes, rows = LONG[kind]
+    monkeypatch.setattr(packed_attention, "BLOCK", 8)
+    packed_attention._largest_causal_mask.cache_clear()
+    monkeypatch.setattr(fused, "ELEMENTS_PER_THREAD", 1 << 9)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 320 * 9)
+    monkeypatch.setattr(loss, "LOGITS_IN_CACHE", 320 * 2)
+    of = inputs(flattens_rows=flattens, **changes)
+    train = flattened(rows) if flattens else padded(rows, 0)
+
+    operations = []
+    monkeypatch.setattr(MemoryTrace, "_count", counting(MemoryTrace._count, operations))
+    shortened, ran = passes(of, train, padded(rows, 0)), len(operations)
+    operations.clear()
+    monkeypatch.setattr(tracing, "TRACED_ITERATIONS", sys.maxsize)
+    assert shortened == passes(of, train, padded(rows, 0))
+    packed_attention._largest_causal_mask.cache_clear()
+    assert of.on_gpu or ran < 0.6 * len(operations)  # a GPU's chunks are larger than this pass
+
+
+def counting(original: Any, calls: list[None]) -> Any:
+    def call(*arguments: Any) -> None:
+        calls.append(None)
+        original(*arguments)
+
+    return call
 
 
 def test_passes_of_attention_with_dropout_trace_the_models_attention():
