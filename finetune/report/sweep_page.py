@@ -38,7 +38,7 @@ def sweep_page(directory: SweepDirectory, recipe: Recipe) -> str:
         training_curves.STYLE + STYLE,
         [
             f"<header><h1>{in_html(name)}</h1><p>{len(trials)} of {recipe.sweep.trials} trials, each a training run; "
-            f"sampler {recipe.sweep.sampler}, seed {recipe.sweep.seed}</p></header>",
+            f"sampler {recipe.sweep.chosen_sampler}, seed {recipe.sweep.seed}</p></header>",
             _best(trials),
             section("Validation loss by value", _effects(recipe.sweep.keys, done)),
             section("Trials, the best first", table(*trial_table(trials))),

@@ -104,14 +104,69 @@ def test_sweep_continues_after_a_failing_trial(
         assert not bad.is_open
 
 
-@needs_optuna
+@pytest.mark.parametrize("sampler", [None, "grid", pytest.param("tpe", marks=needs_optuna)])
 def test_sweep_ends_when_all_values_were_tried(
+    tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, sampler: str | None
+):
+    caplog.set_level("INFO")
+    keys = [{"key": "adapter.r", "draw": "integer", "low": 2, "high": 4, "step": 2}]
+    sweep = {"trials": 9, "keys": keys, "sampler": sampler}
+    trials = run_all(write_recipe({**tiny_recipe, "sweep": sweep}, tmp_path), tmp_path / "sweep")
+    assert sorted(trial.values["adapter.r"] for trial in trials) == [2, 4]
+    assert "every combination of values was tried: 2 trials" in caplog.text
+
+
+GRID = [
+    {"key": "optimizer.learning_rate", "draw": "choice", "choices": [1e-3, 1e-2, 2e-2]},
+    {"key": "adapter.r", "draw": "choice", "choices": [2, 4]},
+]
+
+
+def proposals(file: Path, folder: Path) -> list[dict[str, Any]]:
+    """The values of all trials, none of which is trained."""
+    sweep, found = Sweep(load_recipe(file), folder), []
+    while (trial := sweep.next_trial()) is not None:
+        found.append(dict(trial.values))
+        sweep.directory.fail(trial, "not trained")
+    return found
+
+
+@pytest.mark.parametrize(
+    "sampler", [None, "grid", *(pytest.param(name, marks=needs_optuna) for name in ("tpe", "random"))]
+)
+def test_sweep_of_choices_proposes_each_combination_once(
+    tiny_recipe: dict[str, Any], tmp_path: Path, sampler: str | None
+):
+    sweep = {"trials": 6, "keys": GRID, "sampler": sampler}
+    found = proposals(write_recipe({**tiny_recipe, "sweep": sweep}, tmp_path), tmp_path / "sweep")
+    pairs = [(values["optimizer.learning_rate"], values["adapter.r"]) for values in found]
+    assert pairs[0] == (1e-2, 4)  # the recipe's own
+    assert sorted(pairs) == [(rate, rank) for rate in (1e-3, 1e-2, 2e-2) for rank in (2, 4)]
+    if sampler in (None, "grid"):
+        assert pairs[1:] == [pair for pair in sorted(pairs) if pair != (1e-2, 4)]
+
+
+def test_grid_with_fewer_trials_lists_the_combinations_that_are_left(
     tiny_recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    keys = [{"key": "adapter.r", "draw": "integer", "low": 2, "high": 4, "step": 2}]
-    trials = run_all(swept(tiny_recipe, tmp_path, keys, trials=9), tmp_path / "sweep")
-    assert sorted(trial.values["adapter.r"] for trial in trials) == [2, 4]
-    assert "every combination of values was tried" in caplog.text
+    caplog.set_level("INFO")
+    file = write_recipe({**tiny_recipe, "sweep": {"trials": 4, "keys": GRID, "sampler": "grid"}}, tmp_path)
+    assert len(proposals(file, tmp_path / "sweep")) == 4
+    assert (
+        "2 combinations without a trial: optimizer.learning_rate 0.02, adapter.r 2; optimizer.learning_rate 0.02, "
+        "adapter.r 4 -> raise sweep.trials to 6 for all"
+    ) in caplog.text
+    file = write_recipe({**tiny_recipe, "sweep": {"trials": 6, "keys": GRID, "sampler": "grid"}}, tmp_path)
+    assert len(proposals(file, tmp_path / "sweep")) == 2
+
+
+@needs_optuna
+def test_sweep_that_an_earlier_version_began_keeps_its_sampler(tiny_recipe: dict[str, Any], tmp_path: Path):
+    earlier = {"trials": 2, "keys": GRID, "sampler": "tpe"}
+    assert len(proposals(write_recipe({**tiny_recipe, "sweep": earlier}, tmp_path), tmp_path / "sweep")) == 2
+    file = write_recipe({**tiny_recipe, "sweep": {"trials": 6, "keys": GRID}}, tmp_path)
+    assert Sweep(load_recipe(file), tmp_path / "sweep").section.chosen_sampler == "tpe"
+    assert len(proposals(file, tmp_path / "sweep")) == 4
 
 
 @needs_optuna

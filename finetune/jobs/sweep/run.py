@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from finetune.errors import (
     UsageError,
 )
 from finetune.formatting import counted
-from finetune.jobs.sweep.sampler import refuse_missing_package, suggest
+from finetune.jobs.sweep.sampler import refuse_missing_package, suggest, untried
 from finetune.jobs.train.run import train
 from finetune.recipe.diff import changes
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -34,6 +35,9 @@ from finetune.run.sweep_trials import SweepDirectory, Trial, Values
 from finetune.storage.files import CHECK_DISK, check_writable, disk_faults, write_text
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 5
+"""Combinations without a trial that are listed."""
 
 TRIAL_ERRORS = (DivergedError, OutOfMemoryError, RecipeError, UnsupportedError)
 """Errors that a trial's values can cause: only the trial fails. Any other error ends the sweep."""
@@ -67,8 +71,8 @@ class Sweep:
                 where=str(loaded.path),
                 hint="set distributed.processes to 1; the best values can be trained with more",
             )
-        refuse_missing_package()
         self.section = loaded.recipe.sweep
+        refuse_missing_package(self.section)
         self.directory = SweepDirectory(path)
         self._loaded = loaded
         self._claim()
@@ -79,14 +83,26 @@ class Sweep:
         if opened := [trial for trial in trials if trial.is_open]:
             return opened[0]
         if len(trials) >= self.section.trials:
+            self._report_untried(trials)
             return None
         values = suggest(self._loaded.recipe, self.section, trials)
         if values is None:
-            logger.warning(
-                "every combination of values was tried; the sweep ends after %s", counted(len(trials), "trial")
-            )
+            logger.info("every combination of values was tried: %s", counted(len(trials), "trial"))
             return None
         return self.directory.begin(values)
+
+    def _report_untried(self, trials: Sequence[Trial]) -> None:
+        """List the combinations that the number of trials leaves out, if they can be counted."""
+        left = list(untried(self.section, trials))
+        if left:
+            shown = "; ".join(", ".join(f"{key} {value}" for key, value in values.items()) for values in left[:SHOWN])
+            logger.info(
+                "%s without a trial: %s%s -> raise sweep.trials to %d for all",
+                counted(len(left), "combination"),
+                shown,
+                "; ..." if len(left) > SHOWN else "",
+                len(trials) + len(left),
+            )
 
     def run_of(self, trial: Trial) -> RunDirectory:
         """The run directory of a trial; created if it does not exist."""
@@ -132,7 +148,10 @@ class Sweep:
         directory = self.directory
         if directory.recipe.is_file():
             begun = load_recipe(directory.recipe).recipe
-            if found := changes(_ignoring(begun), _ignoring(self._loaded.recipe)):
+            if begun.sweep is not None and self.section.sampler is None:  # versions up to 0.1 wrote tpe
+                self.section = self.section.model_copy(update={"sampler": begun.sweep.sampler})
+            now = self._loaded.recipe.model_copy(update={"sweep": self.section})
+            if found := changes(_ignoring(begun), _ignoring(now)):
                 raise RefusedError(
                     f"the sweep was started with another recipe: {'; '.join(map(str, found))}",
                     where=str(directory.path),

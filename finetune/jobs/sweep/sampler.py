@@ -1,9 +1,10 @@
-"""Values of the next trial of a sweep, from an Optuna sampler."""
+"""Values of the next trial of a sweep, from the grid of all combinations or from an Optuna sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 from finetune.errors import UnsupportedError
@@ -12,21 +13,26 @@ from finetune.recipe.sections.sweep import Choice, Integer, LogUniform, Sweep, S
 from finetune.run.sweep_trials import Trial, Values
 
 ATTEMPTS = 20
-"""Suggestions of values that were all tried before, after which a sweep ends."""
+"""Suggestions of values that were all tried before, after which the first combination that was not is taken."""
+
+MOST_COMBINATIONS = 100_000
+"""Largest grid that is searched for a combination that was not tried."""
 
 MAX_STARTUP_TRIALS = 10
 """Maximum number of random trials before TPE starts; a third of all trials if that is less."""
 
 
-def refuse_missing_package() -> None:
-    """Check that Optuna is installed.
+def refuse_missing_package(sweep: Sweep) -> None:
+    """Check that Optuna is installed, if the sampler needs it.
 
     Raises:
         UnsupportedError: It is not.
     """
-    if find_spec("optuna") is None:
+    if sweep.chosen_sampler != "grid" and find_spec("optuna") is None:
         raise UnsupportedError(
-            "the package optuna is not installed", where="sweep", hint="pip install optuna, or ft with its extra sweep"
+            "the package optuna is not installed",
+            where="sweep",
+            hint="pip install optuna, or ft with its extra sweep; sweep.sampler: grid needs no package",
         )
 
 
@@ -41,18 +47,31 @@ def suggest(recipe: Recipe, sweep: Sweep, trials: Sequence[Trial]) -> Values | N
         trials: All trials so far; none is open.
 
     Returns:
-        The values by key; None if the sampler suggests only values that were tried before.
+        The values by key; None if all combinations were tried, or a sampler suggests only values that were.
     """
     own = {swept.key: _value_at(recipe, swept.key) for swept in sweep.keys}
     if not trials and all(swept.holds(own[swept.key]) for swept in sweep.keys):
         return own
     tried = [dict(trial.values) for trial in trials]
-    for attempt in range(ATTEMPTS):
+    if sweep.combinations is not None and sweep.combinations <= len(tried):
+        return None
+    for attempt in range(0 if sweep.chosen_sampler == "grid" else ATTEMPTS):
         # Each attempt of each trial has a seed of its own; attempts of different trials never share one.
         values = _ask(sweep, trials, sweep.seed + len(trials) + attempt * sweep.trials)
         if values not in tried:
             return values
-    return None
+    return next(untried(sweep, trials), None)
+
+
+def untried(sweep: Sweep, trials: Sequence[Trial]) -> Iterator[Values]:
+    """The combinations of values without a trial, in the order of the grid; none of a space that is not finite."""
+    if sweep.combinations is None or sweep.combinations > MOST_COMBINATIONS:
+        return
+    tried = [dict(trial.values) for trial in trials]
+    names = [swept.key for swept in sweep.keys]
+    for combination in product(*(swept.values or () for swept in sweep.keys)):
+        if (values := dict(zip(names, combination, strict=True))) not in tried:
+            yield values
 
 
 def _ask(sweep: Sweep, trials: Sequence[Trial], seed: int) -> Values:
@@ -63,7 +82,7 @@ def _ask(sweep: Sweep, trials: Sequence[Trial], seed: int) -> Values:
     startup_trials = min(MAX_STARTUP_TRIALS, -(-sweep.trials // 3))
     sampler = (
         optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials)
-        if sweep.sampler == "tpe"
+        if sweep.chosen_sampler == "tpe"
         else optuna.samplers.RandomSampler(seed=seed)
     )
     study = optuna.create_study(sampler=sampler)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +17,11 @@ class SweptKey(Section):
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     key: str = Field(min_length=1, description="Dotted path of a key of the recipe, such as optimizer.learning_rate.")
     draw: str
+
+    @property
+    def values(self) -> Sequence[Any] | None:
+        """All values in their order; None for a continuous range."""
+        return None
 
     def holds(self, value: Any) -> bool:
         """Whether a value can be sampled."""
@@ -53,6 +60,11 @@ class Integer(Numbers):
     high: int = Field(description="Largest value.")
     step: int = Field(1, ge=1, description="Distance between values, starting at low.")
 
+    @property
+    def values(self) -> range:
+        """All integers of the range."""
+        return range(self.low, self.high + 1, self.step)
+
     def holds(self, value: Any) -> bool:
         """Whether a number lies in the range, a multiple of `step` above `low`."""
         return isinstance(value, int) and super().holds(value) and (value - self.low) % self.step == 0
@@ -63,6 +75,11 @@ class Choice(SweptKey):
 
     draw: Literal["choice"]
     choices: list[bool | int | float | str] = Field(min_length=1, description="Values: numbers, words, true or false.")
+
+    @property
+    def values(self) -> list[bool | int | float | str]:
+        """The choices, each once."""
+        return [value for index, value in enumerate(self.choices) if value not in self.choices[:index]]
 
     def holds(self, value: Any) -> bool:
         """Whether a value is among the choices."""
@@ -77,9 +94,24 @@ class Sweep(Section):
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
     trials: int = Field(16, ge=1, description="Number of runs, including one with the recipe's values.")
-    sampler: Literal["tpe", "random"] = Field(
-        "tpe",
-        description="tpe: tree-structured Parzen estimator, after some random trials (arXiv 2304.11127).",
+    sampler: Literal["grid", "tpe", "random"] | None = Field(
+        None,
+        description="grid: all combinations in order, the last key first. tpe: tree-structured Parzen estimator, after "
+        "some random trials (arXiv 2304.11127). By default grid if all combinations of the keys fit into the trials, "
+        "else tpe.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the sampler.")
     keys: list[Swept] = Field(min_length=1, description="Keys, each with its distribution.")
+
+    @property
+    def combinations(self) -> int | None:
+        """Number of combinations of values; None if a key has a continuous range."""
+        values = [key.values for key in self.keys]
+        return None if None in values else prod(len(each) for each in values if each is not None)
+
+    @property
+    def chosen_sampler(self) -> Literal["grid", "tpe", "random"]:
+        """The sampler, or the default for these keys."""
+        if self.sampler is not None:
+            return self.sampler
+        return "grid" if self.combinations is not None and self.combinations <= self.trials else "tpe"
