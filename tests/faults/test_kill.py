@@ -10,6 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
+
+from finetune.run.sweep_trials import SweepDirectory, Values
+from tests.fixtures.recipes import write_recipe
 
 from .conftest import Process, Result, Server
 
@@ -112,3 +116,42 @@ def test_run_killed_before_any_disk_change_ends_as_uninterrupted(
         number += 1
     print(f"{number - 1} moments")  # noqa: T201
     assert number > 50
+
+
+@pytest.fixture(scope="session")
+def sweep_recipe(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of two trials of three steps each."""
+    keys = [{"key": "adapter.r", "draw": "choice", "choices": [2, 4]}]
+    sections = {**yaml.safe_load(recipe.read_text()), "sweep": {"trials": 2, "keys": keys}}
+    sections["training"] |= {"epochs": 0.5, "checkpoints_kept": 1}
+    return write_recipe(sections, tmp_path_factory.mktemp("sweep-recipe"))
+
+
+def trial_facts(sweep: Path) -> list[tuple[Values, float | None]]:
+    """Values and loss of each trial; none has failed, is open, or has left something half-done."""
+    trials = SweepDirectory(sweep).trials()
+    assert not [path for path in sweep.rglob("*") if path.name.startswith(".")]
+    assert not [trial for trial in trials if trial.is_open or trial.failure]
+    return [(trial.values, trial.loss) for trial in trials]
+
+
+@pytest.fixture(scope="session")
+def finished_sweep(
+    server: Server, sweep_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[Values, float | None]]:
+    """The trials of a sweep that nothing happens to."""
+    sweep = tmp_path_factory.mktemp("finished-sweep") / "sweep"
+    assert server.start("sweep", sweep_recipe, "--sweep-dir", sweep).wait() == 0
+    facts = trial_facts(sweep)
+    assert len(facts) == 2
+    return facts
+
+
+@pytest.mark.parametrize("number", [1, 2, *random.Random(1).sample(range(3, 90), 4)])
+def test_sweep_killed_before_some_disk_changes_ends_as_uninterrupted(
+    number: int, server: Server, sweep_recipe: Path, finished_sweep: list[tuple[Values, float | None]], tmp_path: Path
+):
+    call = ["sweep", sweep_recipe, "--sweep-dir", tmp_path / "sweep"]
+    assert server.start(*call, kill_before=[number, str(tmp_path / "sweep")]).wait() == -signal.SIGKILL
+    assert server.start(*call).wait() == 0
+    assert trial_facts(tmp_path / "sweep") == finished_sweep
