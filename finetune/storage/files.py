@@ -71,9 +71,16 @@ def check_output(path: Path, overwrite: bool, option: str = "--output", *, is_fo
         is_folder: Whether the output is a folder. `overwrite` replaces no folder by a file, and no file by a folder.
 
     Raises:
-        RefusedError: The path is taken.
+        RefusedError: The path is taken, or names a device, a pipe or a link where a file would be written.
         EnvironmentFault: The disk is full or read-only, or the folder cannot be written.
     """
+    if not is_folder and (path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir()))):
+        # A file is written aside and renamed: the name of a device would become a plain file, for all programs.
+        raise RefusedError(
+            "it is a symbolic link, a device or a pipe, which a file would replace",
+            where=str(path),
+            hint=f"choose another {option}",
+        )
     if path.exists() and path.is_dir() is not is_folder:
         kind = "folder" if path.is_dir() else "file"
         raise RefusedError(f"a {kind} has this name already", where=str(path), hint=f"choose another {option}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,15 @@ def test_check_output_refuses_a_folder_that_cannot_be_written_and_leaves_nothing
     assert "--output" in str(refused.value.hint)
     check_output(tmp_path / "new" / "output", overwrite=False, is_folder=is_folder)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_check_output_never_replaces_a_link_a_pipe_or_a_device_with_a_file(tmp_path: Path, overwrite: bool):
+    (tmp_path / "page.html").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "page.html")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "link", tmp_path / "dangling", tmp_path / "pipe", Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(RefusedError, match="which a file would replace") as caught:
+            check_output(path, overwrite, "--html")
+        assert (caught.value.where, caught.value.hint) == (str(path), "choose another --html")
