@@ -36,10 +36,10 @@ def sweep(
     trials = Sweep(loaded, folder)
     interruption = Interruption()
     with interruption.listening(exit_immediately):
-        while (trial := trials.next_trial()) is not None:
-            show_trial(trial, trials.section.trials, as_json)
-            run = trials.run_of(trial)
-            log = event_handler(quiet, as_json, log=run.log, brief=trial.number > 1)
+        while (following := trials.next_run()) is not None:
+            trial, run = following
+            show_trial(trial, run, trials.section, as_json)
+            log = event_handler(quiet, as_json, log=trials.directory_of(run).log, brief=trial.number + run.repeat > 2)
             with log as on_event, loaded.locating_errors():
                 trials.train(trial, run, on_event, interruption)
     show_sweep(trials.directory, recipe, as_json)

@@ -24,6 +24,11 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded.refuse(broken_start_rules(plan))
     if plan.training.max_steps is not None:  # with epochs, the number of steps depends on the rows
         warn_about_steps(plan, plan.training.max_steps)
+    if plan.sweep is not None and plan.sweep.goal is not None:
+        from finetune.jobs.sweep.goal import Goal
+
+        with loaded.locating_errors():
+            Goal.of(plan)
     if (folder := local_model_folder(plan.model)) is not None:
         with event_handler(quiet=False, as_json=False), loaded.locating_errors():
             from finetune.jobs.load.model_check import check_start_at_hand

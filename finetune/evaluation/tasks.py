@@ -105,6 +105,14 @@ class _PromptRow:
         return cls(located.where, prompt, calls, bool(calls or document.tools), any(earlier))
 
 
+def validation_metrics(section: Evaluation) -> list[str]:
+    """Names of the metrics of validation rows."""
+    of_answers = (
+        [*(metric.name for metric in answer_metrics(section)), *CALL_METRICS] if section.generation_rows else []
+    )
+    return [LOSS.name, PERPLEXITY.name, *of_answers]
+
+
 class ValidationTask(Task):
     """The validation rows of a recipe: their loss, and answers to the first of them.
 
@@ -121,9 +129,7 @@ class ValidationTask(Task):
         self.split = split
         self.section = section
         self.train_on = train_on
-        of_answers = answer_metrics(section) if section.generation_rows else []
-        names = [metric.name for metric in of_answers]
-        self.metrics = [LOSS.name, PERPLEXITY.name, *names, *(CALL_METRICS if section.generation_rows else ())]
+        self.metrics = validation_metrics(section)
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""

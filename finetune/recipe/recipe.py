@@ -56,6 +56,11 @@ class Recipe(Section):
         return self.model.chat_template or next(iter(texts), None)
 
     @property
+    def sample_seed(self) -> int:
+        """Seed of samples of rows."""
+        return self.training.seed if self.data.sample_seed is None else self.data.sample_seed
+
+    @property
     def named_tokens(self) -> list[str]:
         """Tokens that are added or that train by name."""
         return [*self.model.new_texts, *self.adapter.named_tokens]

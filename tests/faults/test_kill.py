@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.recipe.load import load_recipe
 from finetune.run.sweep_trials import SweepDirectory, Values
 from tests.fixtures.recipes import write_recipe
 
@@ -129,9 +130,11 @@ def sweep_recipe(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def trial_facts(sweep: Path) -> list[tuple[Values, float | None]]:
     """Values and loss of each trial; none has failed, is open, or has left something half-done."""
-    trials = SweepDirectory(sweep).trials()
+    section = load_recipe(sweep / "sweep.yaml").recipe.sweep
+    assert section is not None
+    trials = SweepDirectory(sweep, section).trials()
     assert not [path for path in sweep.rglob("*") if path.name.startswith(".")]
-    assert not [trial for trial in trials if trial.is_open or trial.failure]
+    assert not [trial for trial in trials if trial.open_run or trial.failure]
     return [(trial.values, trial.loss) for trial in trials]
 
 

@@ -193,7 +193,7 @@ class TrainingContext(ModelSetup):
     recipe: Recipe
     method: AdapterMethod
     # A cell for the datasets, empty until `read_data` reads them: attributes of a frozen dataclass cannot be assigned.
-    # `dataclasses.replace` shares it with the copy, so a copy's recipe must have the same `data` and `training.seed`.
+    # `dataclasses.replace` shares it with the copy, so a copy's recipe must have the same `data` and `sample_seed`.
     _datasets: list[Datasets] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -250,7 +250,7 @@ class TrainingContext(ModelSetup):
         """
         if not self._datasets:
             on_event(Phase("reading the data"))
-            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.training.seed, on_event)
+            rows = read_data(self.recipe.data, self.tokenizer, self.recipe.sample_seed, on_event)
             self._datasets.append(rows)
         return self._datasets[0]
 
@@ -315,7 +315,7 @@ class TrainingContext(ModelSetup):
         if not self.quantizers.calibrated or stored_quantization(self.folder):
             return self.folder
         train = self.read_data(on_event).train
-        seed = self.recipe.training.seed
+        seed = self.recipe.sample_seed
         return calibrated_base(self.folder, self.quantizers, train, seed, self.accelerator.device, on_event)
 
 

@@ -124,7 +124,7 @@ def preview(recipe: Recipe, rows: int, on_event: EventHandler = ignore) -> Previ
     tokenizer = load_tokenizer(folder, template, arguments, new_tokens=recipe.model.new_tokens)
     keep_as_tokens(tokenizer, recipe.named_tokens)
     on_event(Phase("reading the data"))
-    data = read_data(recipe.data, tokenizer, recipe.training.seed, on_event)
+    data = read_data(recipe.data, tokenizer, recipe.sample_seed, on_event)
     check_positions(data, position_limit(folder), recipe.adapter.prompt_tokens)
     train = data.train
     report_template(folder, tokenizer, train.answer_ends)

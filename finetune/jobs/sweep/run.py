@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from finetune.errors import (
     UsageError,
 )
 from finetune.formatting import counted
+from finetune.jobs.sweep.goal import Goal
 from finetune.jobs.sweep.sampler import refuse_missing_package, suggest, untried
 from finetune.jobs.train.run import train
 from finetune.recipe.diff import changes
@@ -30,8 +32,9 @@ from finetune.recipe.sections.sweep import Swept
 from finetune.report.sweep_page import sweep_page
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler
+from finetune.run.history import History
 from finetune.run.signals import Interruption
-from finetune.run.sweep_trials import SweepDirectory, Trial, Values
+from finetune.run.sweep_trials import VALIDATION_LOSS, SweepDirectory, Trial, TrialRun, Values
 from finetune.storage.files import CHECK_DISK, check_writable, disk_faults, write_text
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class Sweep:
         path: The sweep's folder.
 
     Raises:
-        UsageError: The recipe has no section `sweep`.
+        UsageError: The recipe has no section `sweep`, or its goal is not measured.
         UnsupportedError: Optuna is not installed, or the recipe wants several processes.
         RefusedError: The folder holds something else, or a sweep of another recipe, or its record is damaged.
         EnvironmentFault: The disk is full or read-only.
@@ -73,14 +76,20 @@ class Sweep:
             )
         self.section = loaded.recipe.sweep
         refuse_missing_package(self.section)
-        self.directory = SweepDirectory(path)
+        with loaded.locating_errors():
+            self.goal = Goal.of(loaded.recipe)
+        self.directory = SweepDirectory(path, self.section, str(self.goal or VALIDATION_LOSS))
         self._loaded = loaded
         self._claim()
 
-    def next_trial(self) -> Trial | None:
-        """The interrupted trial, or else a new one; None if all are done."""
+    def next_run(self) -> tuple[Trial, TrialRun] | None:
+        """The interrupted run, or else the next one of its trial, or else the first of a new trial; None at the end."""
+        trial = self._next_trial()
+        return (trial, trial.open_run) if trial is not None and trial.open_run is not None else None
+
+    def _next_trial(self) -> Trial | None:
         trials = self.directory.trials()
-        if opened := [trial for trial in trials if trial.is_open]:
+        if opened := [trial for trial in trials if trial.open_run]:
             return opened[0]
         if len(trials) >= self.section.trials:
             self._report_untried(trials)
@@ -104,23 +113,23 @@ class Sweep:
                 len(trials) + len(left),
             )
 
-    def run_of(self, trial: Trial) -> RunDirectory:
-        """The run directory of a trial; created if it does not exist."""
-        if RunDirectory(trial.path).marker.is_file():
-            return RunDirectory.open(trial.path)
-        run = RunDirectory.create(trial.path)
-        with run.removed_unless_attempted():
-            write_text(run.recipe_as_written, self._loaded.text)
-        return run
+    def directory_of(self, run: TrialRun) -> RunDirectory:
+        """The directory of a run; created if it does not exist."""
+        if RunDirectory(run.path).marker.is_file():
+            return RunDirectory.open(run.path)
+        directory = RunDirectory.create(run.path)
+        with directory.removed_unless_attempted():
+            write_text(directory.recipe_as_written, self._loaded.text)
+        return directory
 
     def train(
-        self, trial: Trial, run: RunDirectory, on_event: EventHandler, interruption: Interruption | None = None
+        self, trial: Trial, run: TrialRun, on_event: EventHandler, interruption: Interruption | None = None
     ) -> None:
-        """Train a trial to its end, or record that its values cannot be trained.
+        """Train a run to its end and measure its goal, or record that the values of its trial cannot be trained.
 
         Args:
             trial: An open trial.
-            run: Its run directory.
+            run: Its open run.
             on_event: Receives the events of the run.
             interruption: Whether to save and stop.
 
@@ -128,21 +137,31 @@ class Sweep:
             Stopped: A signal ended it; it resumes when the sweep does.
             FinetuneError: An error that its values do not cause.
         """
+        directory = self.directory_of(run)
         try:
-            recipe = self._recipe_of(trial.values, trial.name)
-            train(recipe, run, on_event, interruption)
+            if not directory.is_finished:
+                train(self._recipe_of(trial, run), directory, on_event, interruption)
+                gc.collect()  # frees the model before the evaluation loads one
+            self._measure(trial, run, directory, on_event)
         except Stopped as stopped:
-            raise Stopped(stopped.what, where=trial.name, hint="resume with the same command") from None
+            raise Stopped(stopped.what, where=run.name, hint="resume with the same command") from None
         except TRIAL_ERRORS as failure:
-            logger.warning("%s has no result: %s", trial.name, failure.lines()[0])
+            logger.warning("%s has no result: %s", run.name, failure.lines()[0])
             self.directory.fail(trial, failure.lines()[0])
-            if not run.metrics.is_file():  # nothing was trained
+            if not directory.metrics.is_file():  # nothing was trained
                 shutil.rmtree(run.path, ignore_errors=True)
         finally:
             gc.collect()  # frees reference cycles of this trial's model before the next one loads
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        write_text(self.directory.page, sweep_page(self.directory, self._loaded.recipe))
+        write_text(self.directory.page, sweep_page(self.directory))
+
+    def _measure(self, trial: Trial, run: TrialRun, directory: RunDirectory, on_event: EventHandler) -> None:
+        """Record the goal of a finished run, or that it has none: such a trial would never end."""
+        if self.goal is not None and math.isfinite(score := self.goal.measure(directory, on_event)):
+            self.directory.score(trial, run, score)
+        elif self.goal is not None or History.of(directory).result is None:
+            self.directory.fail(trial, f"{run.name} has no finite {self.directory.goal}")
 
     def _claim(self) -> None:
         directory = self.directory
@@ -183,11 +202,16 @@ class Sweep:
                     hint="restore the file, or choose another --sweep-dir",
                 )
 
-    def _recipe_of(self, values: Values, name: str) -> Recipe:
-        """The recipe of a trial: without the section `sweep`, and with the trial's values."""
-        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    def _recipe_of(self, trial: Trial, run: TrialRun) -> Recipe:
+        """The recipe of a run: without the section `sweep`, with the trial's values and the seed of the repeat."""
+        overrides = [f"{key}={json.dumps(value)}" for key, value in trial.values.items()]
         recipe = load_recipe(self._loaded.path, [*self._loaded.overrides, *overrides]).recipe
-        where = recipe.run.model_copy(update={"name": name, "directory": str(self.directory.path)})
+        if run.repeat > 1:
+            seed = recipe.training.seed + run.repeat - 1
+            training = recipe.training.model_copy(update={"seed": seed})
+            data = recipe.data.model_copy(update={"sample_seed": recipe.sample_seed})  # the same rows in all repeats
+            recipe = recipe.model_copy(update={"training": training, "data": data})
+        where = recipe.run.model_copy(update={"name": run.name, "directory": str(self.directory.path)})
         return recipe.model_copy(update={"sweep": None, "run": where})
 
 
@@ -196,7 +220,7 @@ def _holds(swept: Swept | None, values: Values, key: str) -> bool:
 
 
 def _ignoring(recipe: Recipe) -> Recipe:
-    """A recipe without the values that may change when a sweep resumes: the number of trials, and the run's name."""
+    """A recipe without the values that may change when a sweep resumes: trials, repeats, and the run's name."""
     assert recipe.sweep is not None
-    sweep = recipe.sweep.model_copy(update={"trials": 1})
+    sweep = recipe.sweep.model_copy(update={"trials": 1, "repeats": 1})
     return recipe.model_copy(update={"sweep": sweep, "run": recipe.run.model_copy(update={"name": "sweep"})})

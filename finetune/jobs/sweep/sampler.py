@@ -85,12 +85,12 @@ def _ask(sweep: Sweep, trials: Sequence[Trial], seed: int) -> Values:
         if sweep.chosen_sampler == "tpe"
         else optuna.samplers.RandomSampler(seed=seed)
     )
-    study = optuna.create_study(sampler=sampler)
+    study = optuna.create_study(sampler=sampler, direction="maximize" if sweep.maximizes else "minimize")
     study.add_trials(
         [
-            optuna.trial.create_trial(params=dict(trial.values), distributions=distributions, value=trial.loss)
+            optuna.trial.create_trial(params=dict(trial.values), distributions=distributions, value=trial.scores.mean)
             for trial in trials
-            if trial.loss is not None
+            if trial.scores is not None
         ]
     )
     values: Values = study.ask(distributions).params

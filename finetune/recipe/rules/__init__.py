@@ -57,6 +57,7 @@ RULES: tuple[Rule, ...] = (
     sweep.swept_keys_exist,
     sweep.swept_ranges_are_not_empty,
     sweep.swept_keys_are_unique,
+    sweep.repeats_have_their_own_seeds,
     distributed.fsdp_excludes_int8,
     distributed.fsdp_needs_elementwise_optimizer,
 )

@@ -13,12 +13,12 @@ from finetune.recipe.yaml.document import dotted
 
 
 def sweep_needs_validation_rows(recipe: Recipe) -> Violation | None:
-    """Trials are ranked by validation loss."""
-    if recipe.sweep and not (recipe.data.validation or recipe.data.validation_fraction):
+    """Trials are ranked by validation loss, unless the sweep has another goal."""
+    if recipe.sweep and recipe.sweep.goal is None and not (recipe.data.validation or recipe.data.validation_fraction):
         return Violation(
             "sweep",
             "trials are compared by their validation loss, and there are no validation rows",
-            "name files in data.validation, or set data.validation_fraction to 0.05",
+            "name files in data.validation, set data.validation_fraction to 0.05, or name a metric in sweep.goal",
         )
     return None
 
@@ -51,4 +51,17 @@ def swept_keys_are_unique(recipe: Recipe) -> Violation | None:
     for index, key in enumerate(keys):
         if key in keys[:index]:
             return Violation(f"sweep.keys.{index}.key", f"{key} is swept twice", "leave one of them out")
+    return None
+
+
+def repeats_have_their_own_seeds(recipe: Recipe) -> Violation | None:
+    """Repeats differ in the seed: trials that differ in it too would repeat each other."""
+    if recipe.sweep and recipe.sweep.repeats > 1:
+        for index, swept in enumerate(recipe.sweep.keys):
+            if swept.key == "training.seed":
+                return Violation(
+                    f"sweep.keys.{index}.key",
+                    f"each trial is repeated with {recipe.sweep.repeats} values of training.seed, which is swept too",
+                    "leave the key or sweep.repeats out",
+                )
     return None

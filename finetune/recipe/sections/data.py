@@ -79,7 +79,7 @@ class SourceSection(Section):
         None,
         ge=1,
         description=(
-            "Number of rows to use, sampled with `training.seed`; by default all. Of a stream, the first ones."
+            "Number of rows to use, sampled with `data.sample_seed`; by default all. Of a stream, the first ones."
         ),
     )
     weight: float | None = Field(
@@ -348,6 +348,13 @@ class Data(Section):
         ge=0,
         lt=1,
         description="Fraction of the training rows to split off for validation instead, sampled with the seed.",
+    )
+    sample_seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**32,
+        description="Seed of samples of rows: `rows`, `weight`, `validation_fraction`, calibration. Null for "
+        "training.seed.",
     )
     max_length: int = Field(2048, ge=8, description="Maximum row length in tokens.")
     overlength: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = Field(

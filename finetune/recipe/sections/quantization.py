@@ -103,7 +103,7 @@ class Optq(Groupwise):
     calibration_rows: int = Field(
         128,
         ge=1,
-        description="Number of training rows for calibration, sampled with training.seed.",
+        description="Number of training rows for calibration, sampled with data.sample_seed.",
     )
     damping: float = Field(
         0.01,

@@ -10,6 +10,11 @@ from pydantic import Field
 
 from finetune.recipe.sections.section import OnResume, Section
 
+MOST_REPEATS = 10
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "brier_score")
+"""Endings of the names of metrics of which a lower value is better, in ft and in lm-evaluation-harness."""
+
 
 class SweptKey(Section):
     """Base class of the distributions of a swept key."""
@@ -90,10 +95,27 @@ Swept = Annotated[Uniform | LogUniform | Integer | Choice, Field(discriminator="
 
 
 class Sweep(Section):
-    """A sweep: trials are runs that differ in these keys, compared by validation loss."""
+    """A sweep: trials are runs that differ in these keys, compared by validation loss or by a metric of `ft eval`."""
 
     on_resume: ClassVar[OnResume] = OnResume.MAY_CHANGE
-    trials: int = Field(16, ge=1, description="Number of runs, including one with the recipe's values.")
+    trials: int = Field(16, ge=1, description="Number of trials, including one with the recipe's values.")
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=MOST_REPEATS,
+        description="Runs of each trial, with training.seed, training.seed + 1, and so on, on the same rows. Trials "
+        "are compared by the mean; with 3 or more its 95 % interval separates a difference from noise.",
+    )
+    goal: str | None = Field(
+        None,
+        pattern=r"^\S+$",
+        description="Metric that trials are compared by, evaluated after each run as by ft eval: task/metric such as "
+        "validation/exact_match, or the metric alone if one task has it. Null for the validation loss of the run.",
+    )
+    direction: Literal["minimize", "maximize"] | None = Field(
+        None,
+        description="Whether a low or a high goal is better; by default a low loss or perplexity, else a high one.",
+    )
     sampler: Literal["grid", "tpe", "random"] | None = Field(
         None,
         description="grid: all combinations in order, the last key first. tpe: tree-structured Parzen estimator, after "
@@ -110,8 +132,21 @@ class Sweep(Section):
         return None if None in values else prod(len(each) for each in values if each is not None)
 
     @property
+    def most_trials(self) -> int:
+        """Number of trials: no combination of values is tried twice."""
+        return min(self.trials, self.combinations or self.trials)
+
+    @property
     def chosen_sampler(self) -> Literal["grid", "tpe", "random"]:
         """The sampler, or the default for these keys."""
         if self.sampler is not None:
             return self.sampler
         return "grid" if self.combinations is not None and self.combinations <= self.trials else "tpe"
+
+    @property
+    def maximizes(self) -> bool:
+        """Whether a high goal is better."""
+        if self.direction is not None:
+            return self.direction == "maximize"
+        metric = (self.goal or "loss").rpartition("/")[2]
+        return not metric.endswith(LOWER_IS_BETTER)

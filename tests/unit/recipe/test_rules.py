@@ -104,6 +104,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
     "swept_keys_exist": ((SWEEP, "sweep.keys.0.key=adapter.rr"), "sweep.keys.0.key"),
     "swept_ranges_are_not_empty": ((SWEEP, "sweep.keys.0.high=4"), "sweep.keys.0.high"),
     "swept_keys_are_unique": ((SWEEP, "sweep.keys.1={key: adapter.r, draw: choice, choices: [1]}"), "sweep.keys.1.key"),
+    "repeats_have_their_own_seeds": (
+        (SWEEP, "sweep.repeats=2", "sweep.keys.0={key: training.seed, draw: choice, choices: [1]}"),
+        "sweep.keys.0.key",
+    ),
     "task_names_are_unique": (
         ("evaluation.tasks=[{name: a, kind: lm_eval}, {name: a, kind: loss, data: {path: x}}]",),
         "evaluation.tasks.1.name",
@@ -190,6 +194,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "swept_keys_exist": (SWEEP, "sweep.keys.0.key=data.train.1.weight"),
     "swept_ranges_are_not_empty": (SWEEP, "sweep.keys.0.high=5"),
     "swept_keys_are_unique": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
+    "repeats_have_their_own_seeds": (SWEEP, "sweep.keys.0={key: training.seed, draw: choice, choices: [1]}"),
     "task_names_are_unique": ("evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",),
     "tasks_have_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
     "fsdp_excludes_int8": ("distributed.strategy=fsdp",),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe.sections.sweep import Choice, Sweep, Uniform
+from finetune.recipe.sections.sweep import Choice, Sweep
 from finetune.report.comparison_page import comparison_page
 from finetune.report.run_metadata import RunMetadata
 from finetune.report.run_page import recording_errors, run_page
@@ -71,16 +71,39 @@ def test_hostile_run_name_is_escaped(tmp_path: Path):
 def test_hostile_sweep_values_are_escaped(tmp_path: Path):
     pages = []
     for index, text in enumerate(("words", HOSTILE)):
-        directory = SweepDirectory(tmp_path / str(index) / "sweep")
-        directory.path.mkdir(parents=True)
-        written_run(directory.begin({"adapter.target_modules": text, text: 2.0}).path, text)
-        directory.fail(directory.begin({"adapter.target_modules": text, text: 3.0}), text)
         swept = [Choice(key="adapter.target_modules", draw="choice", choices=[text]),
-                 Uniform(key=text, draw="uniform", low=0, high=1)]  # fmt: skip
-        recipe = RunMetadata.of(RunDirectory.open(directory.path / "trial-001")).recipe
-        pages.append(Markup(sweep_page(directory, recipe.model_copy(update={"sweep": Sweep(keys=swept)}))))
+                 Choice(key=text, draw="choice", choices=[text, 2.0, 3.0])]  # fmt: skip
+        directory = SweepDirectory(tmp_path / str(index) / "sweep", Sweep(keys=swept))
+        directory.path.mkdir(parents=True)
+        [run] = directory.begin({"adapter.target_modules": text, text: 2.0}).runs
+        written_run(run.path, text)
+        directory.fail(directory.begin({"adapter.target_modules": text, text: 3.0}), text)
+        pages.append(Markup(sweep_page(directory)))
     assert (pages[0].tags, pages[0].attributes) == (pages[1].tags, pages[1].attributes)
     assert HOSTILE in pages[1].text
+
+
+def test_sweep_page_shows_the_grid_with_untried_and_failed_combinations(tmp_path: Path):
+    swept = [Choice(key="optimizer.weight_decay", draw="choice", choices=[0.0, 0.5]),
+             Choice(key="adapter.r", draw="choice", choices=[2, 4]),
+             Choice(key="optimizer.learning_rate", draw="choice", choices=[0.125, 0.25])]  # fmt: skip
+    directory = SweepDirectory(tmp_path, Sweep(keys=swept, goal="validation/f1"), "validation/f1")
+    for number, values in enumerate([(0.0, 2, 0.125), (0.0, 2, 0.25), (0.0, 4, 0.125), (0.5, 4, 0.25)]):
+        trial = directory.begin(dict(zip((each.key for each in swept), values, strict=True)))
+        written_run(trial.runs[0].path)
+        if number == 2:
+            directory.fail(trial, "it diverged")
+        else:
+            directory.score(trial, trial.runs[0], 0.25 + 0.125 * number)
+    page = sweep_page(directory)
+    grid = page[page.index("<h2>Grid</h2>") : page.index("by value</h2>")]
+    cells = re.findall("<(?:td|h3)([^>]*)>([^<]*)<", grid)
+    assert [text for _, text in cells] == [
+        "weight_decay 0", "0.2500", "0.3750", "failed", "not tried",
+        "weight_decay 0.5", "not tried", "not tried", "not tried", "0.6250",
+    ]  # fmt: skip
+    assert [text for kind, text in cells if "best" in kind] == ["0.6250"]
+    assert "shade0" in cells[1][0]
 
 
 @pytest.mark.parametrize("several", [False, True])
