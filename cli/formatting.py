@@ -148,6 +148,9 @@ def data_table(report: dict[str, Any]) -> list[str]:
     lines = [_in_columns(above, widths), _in_columns(below, widths)]
     for name, cells, dropped in named:
         lines += [shortened(name), _in_columns(cells, widths), *_reasons(dropped)]
+    if shared := report["train"].get("prompts_in_validation"):
+        lines.append(f"{counted(shared, 'training row')} with the prompt of a validation row")
+        lines.append("  -> data.validation_by: prompt splits rows of one prompt to the same side")
     if packing := report.get("packing"):
         filled = f"{100 * packing['fill']:.1f} % filled"
         lines.append(f"{packing['packs']} packs of {packing['pack_length']} tokens, {filled}")

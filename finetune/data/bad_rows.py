@@ -15,6 +15,7 @@ WITHOUT_TARGETS = "without target tokens"
 EMPTY = "with an empty answer"
 CONTROL = "with control tokens"
 BEGINS_WITH_ANSWER = "with an answer that no message asks for"
+MARKED = "with an answer marked as bad"
 MALFORMED = "of another form than the format"
 
 SHOWN_PLACES = 5

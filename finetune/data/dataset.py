@@ -17,7 +17,7 @@ from finetune.data.bad_rows import BadRows, bad_rows_error, listed, merged
 from finetune.data.documents import Document
 from finetune.data.encode import Example
 from finetune.data.encoding_report import EncodingReport
-from finetune.data.mixing import rows_by_weight, sampled
+from finetune.data.mixing import rows_by_weight, sampled, sampled_prompts
 from finetune.data.seeds import derived_seed
 from finetune.data.token_store import RowCounts
 from finetune.data.tokenized_source import TokenizedSource
@@ -125,9 +125,26 @@ class TokenizedDataset(Sequence[Example]):
         Returns:
             The remaining examples and the sampled ones, each in their order.
         """
-        row_of_example = self._file_rows()
-        sample = sampled(int(row_of_example[-1]) + 1, validation_rows, seed)
-        is_sampled = np.isin(row_of_example, sample)
+        return self._split_at(sampled(self.file_rows, validation_rows, seed))
+
+    def split_by_prompt(self, fraction: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+        """Split off a random sample of prompts with all their file rows, stratified by source.
+
+        Args:
+            fraction: Fraction of the file rows of each source; prompts that would exceed it stay.
+            seed: Seed of the sample.
+
+        Returns:
+            The remaining examples and the sampled ones, each in their order.
+        """
+        # The first example of each file row stands for it: all have its prompt and its source.
+        first = np.unique(self._file_rows(), return_index=True)[1]
+        sources = (np.searchsorted(self._offsets, self._indices, side="right") - 1)[first]
+        prompts = self.column("prompts")[first].view(np.uint64)
+        return self._split_at(sampled_prompts(prompts, sources, fraction, seed))
+
+    def _split_at(self, sample: IntArray) -> tuple[TokenizedDataset, TokenizedDataset]:
+        is_sampled = np.isin(self._file_rows(), sample)
         remaining = TokenizedDataset(self.sources, self._indices[~is_sampled])
         return remaining, TokenizedDataset(self.sources, self._indices[is_sampled])
 
@@ -219,7 +236,16 @@ def read_data(
         raise DataError("there are no rows to train on", where=section.train[0].place, hint="check the file")
     if section.validation_fraction:
         wanted = max(1, round(train.file_rows * section.validation_fraction))
-        train, validation = train.train_validation_split(wanted, seed)
+        if section.validation_by == "prompt":
+            train, validation = train.split_by_prompt(section.validation_fraction, seed)
+        else:
+            train, validation = train.train_validation_split(wanted, seed)
+        if not len(validation):
+            raise DataError(
+                f"no prompt has so few rows that they are {section.validation_fraction:g} of all rows",
+                where="data.validation_by",
+                hint="set it to row, raise data.validation_fraction, or name files in data.validation",
+            )
         if not len(train):
             raise DataError(
                 f"data.validation_fraction: {section.validation_fraction} takes every row ({wanted}) for validation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -118,6 +119,22 @@ class Tokens:
 
 
 Document = Conversation | PlainText | Tokens
+
+
+def prompt_of(document: Document) -> str | None:
+    """What comes before the first answer, as one text that equal prompts have in common; None without a prompt.
+
+    In a conversation these are the messages before the first answer and the tools.
+    """
+    if isinstance(document, PlainText):
+        return document.prompt or None
+    if isinstance(document, Tokens):
+        begin = document.is_target.index(True) if any(document.is_target) else 0
+        return json.dumps(document.ids[:begin]) if begin > 1 else None  # a single token begins every text
+    if not document.answers or not document.answers[0]:
+        return None
+    before = [(each.role, each.content, each.input) for each in document.messages[: document.answers[0]]]
+    return json.dumps([before, document.tools], sort_keys=True, default=str)
 
 
 BOOKKEEPING_COLUMNS = frozenset((

@@ -33,6 +33,14 @@ from finetune.errors import BadRow
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 ControlTokenPolicy = Literal["text", "error"]
 
+INSIDE_WORD = (
+    "prompts and completions meet inside a word; end prompts with a separator, or set chat_template: true for their "
+    "source"
+)
+
+LAST_OF_SPACED_SCRIPTS = "\u0dff"
+"""Last character of the blocks of scripts that separate words by spaces, Latin through Sinhala; Thai is the next."""
+
 CHUNK_CHARACTERS = 200
 """Headers up to this length are tokenized once and remembered."""
 
@@ -195,6 +203,8 @@ class Encoder:
             raise BadRow("the completion is empty", reason=EMPTY, where=where, hint="give it one, or remove the row")
         if token := self._control.first(document.prompt + document.completion):
             self.report.note(f"rows of text train the control token {token}", where)
+        if is_inside_word(document.prompt, document.completion):
+            self.report.note(INSIDE_WORD, where)
         prompt = self._bare_ids(document.prompt) if document.prompt else []
         whole = self._bare_ids(document.prompt + document.completion)
         rest = whole[len(prompt) :]
@@ -522,6 +532,12 @@ class Encoder:
                 hint="tokenize the rows with the tokenizer of this model",
             )
         return list(ids)
+
+
+def is_inside_word(before: str, after: str) -> bool:
+    """Whether two texts meet between two letters or digits of scripts that separate words by spaces."""
+    seam = before[-1:] + after[:1]
+    return len(seam) == 2 and all(each.isalnum() and each <= LAST_OF_SPACED_SCRIPTS for each in seam)
 
 
 def _inside(tokens: Spans, answers: Sequence[_Answer]) -> np.ndarray:

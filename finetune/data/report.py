@@ -54,7 +54,14 @@ def _numbers(split: TokenizedDataset, validation: TokenizedDataset | None) -> di
     }
     if validation is not None:
         numbers["in_validation"] = int(np.isin(digests, validation.column("digests")).sum())
+        numbers["prompts_in_validation"] = _rows_of_validation_prompts(split, validation)
     return numbers
+
+
+def _rows_of_validation_prompts(split: TokenizedDataset, validation: TokenizedDataset) -> int:
+    """Number of examples whose prompt a validation row has, too."""
+    prompts, theirs = split.column("prompts"), validation.column("prompts")
+    return int(np.isin(prompts, theirs[theirs != 0]).sum())
 
 
 def _spread(lengths: np.ndarray) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Tokenized rows on disk: written once in order, read through memory maps.
 
-An example costs 4 bytes a token and about 30 bytes besides; nothing of it is held in memory.
+An example costs 4 bytes a token and about 40 bytes besides; nothing of it is held in memory.
 
 This is not `datasets.map`, for three reasons. Every row of a source is accounted for: read, added by splitting, kept,
 or dropped and why, with the places of the first dropped rows. The cache key is the content that tokens depend on
@@ -34,6 +34,7 @@ COLUMNS: dict[str, npt.DTypeLike] = {
     "targets": np.int32,  # number of target tokens of each example
     "rows": np.int64,  # index of the source's row that each example comes from
     "digests": np.uint64,  # hash of each example's token ids
+    "prompts": np.uint64,  # hash of the prompt of each example's row; 0 where the row has none
     "place_ends": np.int64,  # end of each example's place in `places`, in bytes
 }
 PLACES = "places"
@@ -183,7 +184,7 @@ class TokenStore(Sequence[Example]):
         too_long: Places of the first rows dropped because of their length.
         bad: Rows that cannot be used, by reason.
         report: What the encoder found in the rows.
-        ends, targets, rows, digests: One integer for each example, shape (examples,); see `COLUMNS`.
+        ends, targets, rows, digests, prompts: One integer for each example, shape (examples,); see `COLUMNS`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -202,6 +203,7 @@ class TokenStore(Sequence[Example]):
         self.targets = _column(folder, "targets")
         self.rows = _column(folder, "rows")
         self.digests = _column(folder, "digests")
+        self.prompts = _column(folder, "prompts")
         self._tokens = _column(folder, "tokens")
         self._place_ends = _column(folder, "place_ends")
         self._places = _mapped(folder / PLACES, np.uint8)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from finetune.data.bad_rows import MALFORMED, WITHOUT_TARGETS, BadRows, merged
-from finetune.data.documents import Conversation, Document, PlainText, Tokens
+from finetune.data.documents import Conversation, Document, PlainText, Tokens, prompt_of
 from finetune.data.encode import Encoder, Example
 from finetune.data.token_store import EncodedRows, RowCounts
 from finetune.errors import BadRow, DataError
@@ -31,6 +31,7 @@ class Truncation:
         self._section = section
         self._examples: list[Example] = []
         self._rows: list[int] = []
+        self._prompts: list[int] = []
         self._places: list[str] = []
         self._too_long: list[str] = []
         self._bad: dict[str, BadRows] = {}
@@ -58,6 +59,7 @@ class Truncation:
             self.add_bad(error, where)
             return
         self._read += 1
+        prompt = _prompt_digest(document)
         for part, full in encoded:
             for example in self._shortened(full, part, where):
                 # Tested after the cut: a cut at the end can remove all targets.
@@ -66,6 +68,7 @@ class Truncation:
                     continue
                 self._examples.append(example)
                 self._rows.append(row)
+                self._prompts.append(prompt)
                 self._places.append(where)
                 # Splitting loses no token, so its parts do not count as cut.
                 self._truncated += self._section.overlength != "split" and example is not full
@@ -109,6 +112,7 @@ class Truncation:
             "targets": targets,
             "rows": np.array(self._rows, np.int64),
             "digests": _digests(ids, lengths),
+            "prompts": np.array(self._prompts, np.uint64),
         }
         return EncodedRows(columns, lengths, self._places, counts, self._too_long, self._bad, self._encoder.report)
 
@@ -190,6 +194,15 @@ def _chunk(example: Example, start: int, stop: int) -> Example:
 
 def _is_without_prompt(document: Document) -> bool:
     return isinstance(document, Tokens) or (isinstance(document, PlainText) and not document.prompt)
+
+
+def _prompt_digest(document: Document) -> int:
+    """A 64-bit BLAKE2b hash of the prompt of a row; 0 for a row without one."""
+    prompt = prompt_of(document)
+    if prompt is None:
+        return 0
+    text = prompt.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def _digests(ids: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:

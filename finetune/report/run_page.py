@@ -266,6 +266,7 @@ _DATA_COUNTS: list[tuple[str, str]] = [
     ("cut_target_tokens", "target tokens truncated"),
     ("duplicates", "duplicates"),
     ("in_validation", "also in validation"),
+    ("prompts_in_validation", "with a validation prompt"),
 ]
 
 

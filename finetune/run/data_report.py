@@ -39,6 +39,7 @@ class SourceReport(_Earlier, total=False):
     cut_target_tokens: Count
     duplicates: Count
     in_validation: Count
+    prompts_in_validation: Count
     too_long: Count
     bad: dict[str, Count]
     lengths: dict[str, Count]

@@ -14,7 +14,8 @@ class CompletionFormat(ConversationFormat[CompletionSource]):
     def read_columns(self, row: Row) -> set[str]:
         """See the base class."""
         columns = super().read_columns(row)
-        return columns if self.section.chat_template else {self.section.prompt, self.section.completion}
+        texts = {self.section.prompt, self.section.completion, *self._marks(row)}
+        return columns if self.section.chat_template else texts
 
     def document(self, row: Row) -> Document:
         """The two texts concatenated, or as a user's and an assistant's turn."""
@@ -22,4 +23,5 @@ class CompletionFormat(ConversationFormat[CompletionSource]):
         completion = answer_text(row.text(column), column, row)
         if self.section.chat_template:
             return self.conversation(row, [Message("user", prompt), Message("assistant", completion)])
+        self.refuse_marked(row)
         return PlainText(prompt, completion)

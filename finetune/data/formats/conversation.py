@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from finetune.data.bad_rows import EMPTY
+from finetune.data.bad_rows import EMPTY, MARKED
 from finetune.data.documents import Conversation, Format, Message, ToolObject
 from finetune.data.json_text import parsed
 from finetune.data.readers.json_cursor import json_value
@@ -18,6 +18,9 @@ from finetune.recipe.sections.data import SYSTEM_COLUMNS, ConversationSource, no
 ARGUMENTS, DOCUMENTS = "chat_template_kwargs", "documents"
 """Columns with variables of the chat template, named as in `apply_chat_template`."""
 
+MARK_COLUMNS = ("label", "kto_tag")
+"""Columns that say whether an answer is good, in rows for KTO."""
+
 C = TypeVar("C", bound=ConversationSource)
 
 
@@ -26,7 +29,7 @@ class ConversationFormat(Format[C]):
 
     def read_columns(self, row: Row) -> set[str]:
         """See the base class."""
-        columns = {ARGUMENTS, *self._system_columns()}
+        columns = {ARGUMENTS, *self._system_columns(), *self._marks(row)}
         return super().read_columns(row) | (columns if _documents(row) is None else {*columns, DOCUMENTS})
 
     def conversation(
@@ -44,21 +47,50 @@ class ConversationFormat(Format[C]):
         Args:
             row: The row.
             messages: Its turns.
-            system: System message of every row that has none of its own.
+            system: System message of every row that has none of its own; by default the section's.
             tools: Definitions of the available tools.
             references: Accepted forms of the last answer.
             choices: Answers to choose from.
 
         Raises:
+            BadRow: The row is marked as a bad answer.
             DataError: The row has two different system messages, template arguments that are none, or a value that
                 JSON lacks.
         """
+        self.refuse_marked(row)
         conversation = Conversation(
-            tuple(self._with_system(row, messages, system)), tools, references, choices, template_arguments(row)
+            tuple(self._with_system(row, messages, system or self.section.system)),
+            tools,
+            references,
+            choices,
+            template_arguments(row),
         )
         if row.typing == "by_column":
             _refuse_values_without_json(conversation, row)
         return conversation
+
+    def refuse_marked(self, row: Row) -> None:
+        """Refuse an answer that its row marks as bad, as rows for KTO do: training would make it more likely.
+
+        Raises:
+            BadRow: The row has such a mark.
+        """
+        for column, is_good in self._marks(row).items():
+            if not is_good:
+                raise BadRow(
+                    f"the row marks its answer as bad: {column} is false",
+                    reason=MARKED,
+                    where=row.where,
+                    hint="leave such rows out with data.on_bad_row: drop, or remove the column if it means "
+                    "something else",
+                )
+
+    def _marks(self, row: Row) -> dict[str, bool]:
+        """Columns that mark the answer of a row as good or bad, and that the format does not read as data."""
+        found = {column: _truth(row.values[column]) for column in MARK_COLUMNS if column in row.values}
+        return {
+            column: mark for column, mark in found.items() if mark is not None and column not in self._named_columns
+        }
 
     def _with_system(self, row: Row, messages: Sequence[Message], default: str | None) -> list[Message]:
         """The turns after the row's system message, which is in a column or the first of them."""
@@ -82,6 +114,13 @@ class ConversationFormat(Format[C]):
     def _system_columns(self) -> tuple[str, ...]:
         column = self.section.system_column
         return SYSTEM_COLUMNS if column == SYSTEM_COLUMNS[0] else (column,)
+
+
+def _truth(value: object) -> bool | None:
+    """A truth value, also as text of a CSV file; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
 
 
 def _refuse_values_without_json(conversation: Conversation, row: Row) -> None:

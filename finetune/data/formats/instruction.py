@@ -29,7 +29,7 @@ class InstructionFormat(ConversationFormat[InstructionSource]):
             )
         answer = answer_text(row.text(section.output), section.output, row)
         messages = [*self._history(row), Message("user", instruction, input=given), Message("assistant", answer)]
-        return self.conversation(row, messages, system=section.system)
+        return self.conversation(row, messages)
 
     def _history(self, row: Row) -> Iterator[Message]:
         column = self.section.history

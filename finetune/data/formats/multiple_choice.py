@@ -28,7 +28,7 @@ class MultipleChoiceFormat(ConversationFormat[MultipleChoiceSource]):
         answers = labels if section.answer_with == "letter" else texts
         answer = answer_text(answers[right], section.choices, row)
         messages = [Message("user", user), Message("assistant", answer)]
-        return self.conversation(row, messages, system=section.system, references=(answer,), choices=tuple(answers))
+        return self.conversation(row, messages, references=(answer,), choices=tuple(answers))
 
     def _choices(self, row: Row, found: Any) -> tuple[list[str], list[str]]:
         """The texts of the choices, and their labels: letters unless the row has its own."""

@@ -24,7 +24,7 @@ class QaFormat(ConversationFormat[QaSource]):
         user = f"{context}\n\n{question}" if context else question
         answer = answer_text(answers[0], section.answers, row)
         messages = [Message("user", user), Message("assistant", answer)]
-        return self.conversation(row, messages, system=section.system, references=answers)
+        return self.conversation(row, messages, references=answers)
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         column = self.section.answers

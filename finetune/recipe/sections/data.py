@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -121,10 +122,11 @@ class ConversationSource(SourceSection):
     system_column: ColumnName = Field(
         SYSTEM_COLUMNS[0],
         description=(
-            "Column with a system message per row, which replaces `system` where the format has that key; may be "
-            "absent or empty. Its default stands for the column `system_prompt` too."
+            "Column with a system message per row, which replaces `system`; may be absent or empty. Its default stands "
+            "for the column `system_prompt` too."
         ),
     )
+    system: str | None = Field(None, description="System message of every row that has none of its own.")
 
 
 class ChatSource(ConversationSource):
@@ -162,9 +164,11 @@ class ShareGptSource(ConversationSource):
     @model_validator(mode="before")
     @classmethod
     def _system_was_a_column(cls, values: Any) -> Any:
-        """Read `system`, the name of `system_column` in earlier versions."""
+        """Read `system` with a column name, one word, as `system_column`: earlier versions had it in its place."""
         if not isinstance(values, dict) or not isinstance(values.get("system"), str) or "system_column" in values:
             return values  # pydantic reports what is wrong
+        if not re.fullmatch(r"[\w.-]+", values["system"]):
+            return values
         return {"system_column" if key == "system" else key: value for key, value in values.items()}
 
 
@@ -179,7 +183,6 @@ class InstructionSource(ConversationSource):
     history: ColumnName = Field(
         "history", description="Column with earlier pairs of instruction and answer; may be absent."
     )
-    system: str | None = Field(None, description="System message of every row.")
     template: str | None = Field(
         None,
         description=(
@@ -237,6 +240,12 @@ class CompletionSource(ConversationSource):
         False, description="Render as a user turn and an assistant turn; otherwise the two texts are concatenated."
     )
 
+    @model_validator(mode="after")
+    def _system_is_rendered(self) -> Self:
+        if self.system is not None and not self.chat_template:
+            raise ValueError("`system` has no effect on plain text: set `chat_template: true`, or leave it out")
+        return self
+
 
 class QaSource(ConversationSource):
     """Rows with a question, an optional context, and answers: the first is the target, all count as correct."""
@@ -250,7 +259,6 @@ class QaSource(ConversationSource):
     answers: ColumnName = Field(
         "answers", description='Column with the answers: a text, a list of texts, or `{"text": [...]}` as in SQuAD.'
     )
-    system: str | None = Field(None, description="System message of every row.")
 
 
 class MultipleChoiceSource(ConversationSource):
@@ -276,7 +284,6 @@ class MultipleChoiceSource(ConversationSource):
     answer_with: Literal["letter", "text"] = Field(
         "letter", description="Target answer: the letter of the choice, or its text."
     )
-    system: str | None = Field(None, description="System message of every row.")
 
 
 class ClassificationSource(ConversationSource):
@@ -348,6 +355,14 @@ class Data(Section):
         ge=0,
         lt=1,
         description="Fraction of the training rows to split off for validation instead, sampled with the seed.",
+    )
+    validation_by: Literal["row", "prompt"] = Field(
+        "row",
+        description=(
+            "Unit of the rows that validation_fraction splits off. row: single rows of all sources together. prompt: "
+            "all rows with the same prompt (in a conversation, what comes before the first answer), in proportion from "
+            "each source, so that no validation prompt is trained; rows without a prompt are split singly."
+        ),
     )
     sample_seed: int | None = Field(
         None,

@@ -110,8 +110,7 @@ def test_prompts_inside_a_token_are_counted_with_first_place(kind: str, prompt: 
     encoder = Encoder(tokenizer, "assistant")
     for number in range(3):
         encoder.examples(PlainText(prompt, completion), f"rows.jsonl:{number}")
-    ((text, note),) = encoder.report.notes.items()
-    assert "inside a token" in text
+    (note,) = (note for text, note in encoder.report.notes.items() if "inside a token" in text)
     assert (note.count, note.where) == (3, "rows.jsonl:0")
 
 
@@ -152,3 +151,25 @@ def test_control_tokens_in_text_are_counted_and_stay_control_tokens():
     ((text, note),) = encoder.report.notes.items()
     assert "<|turn|>" in text
     assert note.count == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "is_inside"),
+    [
+        ("The Plaza Hotel", "Browns Cambridge", True),
+        ("area: centre", "1 place", True),
+        ("Добрый", "день", True),
+        ("The Plaza Hotel", " Browns", False),
+        ("The Plaza Hotel\n", "Browns", False),
+        ("Answer:", "Browns", False),
+        ("你好", "世界", False),  # scripts without spaces between words
+        ("สวัสดี", "ครับ", False),
+        ("", "Browns", False),
+    ],
+)
+def test_prompt_and_completion_that_meet_inside_a_word_are_noted(prompt: str, completion: str, is_inside: bool):
+    encoder = Encoder(tokenizer_of("byte_level"), "assistant")
+    for number in range(2):
+        encoder.examples(PlainText(prompt, completion), f"rows.jsonl:{number}")
+    notes = [note for text, note in encoder.report.notes.items() if "inside a word" in text]
+    assert [(note.count, note.where) for note in notes] == [(2, "rows.jsonl:0")] * is_inside

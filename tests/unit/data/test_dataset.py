@@ -232,3 +232,55 @@ def test_weights_mix_sources_without_repeated_rows(tmp_path: Path):
 def test_weights_apply_after_rows_option(tmp_path: Path):
     texts = train_texts(source(tmp_path, "a", 60, rows=10, weight=1), source(tmp_path, "b", 40, weight=2))
     assert [sum(text.startswith(name) for text in texts) for name in "ab"] == [10, 20]
+
+
+def prompted(folder: Path, name: str, prompts: list[str]) -> str:
+    rows = [{"prompt": prompt, "completion": f"{name} {number}"} for number, prompt in enumerate(prompts)]
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_validation_by_prompt_trains_no_validation_prompt(tmp_path: Path, seed: int):
+    first = prompted(tmp_path, "a", [f"question {number % 20} " for number in range(100)])
+    second = prompted(tmp_path, "b", [f"question {number % 40} " for number in range(40)])
+    sources = [{"path": path, "format": "completion"} for path in (first, second)]
+    settings = {"train": sources, "validation_fraction": 0.2}
+    split = read(Data.model_validate({**settings, "validation_by": "prompt"}), seed)
+    train, validation = (set(each.column("prompts").tolist()) for each in (split.train, split.validation))
+    assert not train & validation
+    assert len(split.train) + len(split.validation) == 140
+    assert 20 <= len(split.validation) <= 36
+    assert {place.rpartition("/")[2][0] for place in map(split.validation.place, range(len(split.validation)))} == {
+        "a", "b",
+    }  # fmt: skip
+    by_row = read(Data.model_validate(settings), seed)
+    assert set(by_row.train.column("prompts").tolist()) & set(by_row.validation.column("prompts").tolist())
+
+
+def test_validation_by_prompt_keeps_all_answers_of_a_row_on_one_side(tmp_path: Path):
+    rows = [
+        [{"role": role, "content": f"{role} {row} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+        for row in range(10)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps({'messages': messages})}\n" for messages in rows))
+    source = {"path": str(file), "format": "chat"}
+    settings = {"validation_fraction": 0.3, "validation_by": "prompt", "split_turns": True}
+    split = read(Data.model_validate({"train": [source], **settings}))
+    assert len(split.validation) == 9
+    assert not set(split.train.column("rows").tolist()) & set(split.validation.column("rows").tolist())
+
+
+def test_validation_by_prompt_of_a_single_prompt_is_refused(tmp_path: Path):
+    path = prompted(tmp_path, "a", ["Continue: "] * 20)
+    settings = {"validation_fraction": 0.2, "validation_by": "prompt"}
+    with pytest.raises(DataError, match="no prompt has so few rows"):
+        read(Data.model_validate({"train": [{"path": path, "format": "completion"}], **settings}))
+
+
+def test_validation_by_prompt_splits_text_by_row(tmp_path: Path):
+    settings = {"validation_fraction": 0.25, "validation_by": "prompt"}
+    split = read(data(text_file(tmp_path, numbered(40)), **settings))
+    assert (len(split.train), len(split.validation)) == (30, 10)

@@ -6,9 +6,10 @@ import itertools
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from finetune.data.mixing import rows_by_weight, sampled
+from finetune.data.mixing import rows_by_weight, sampled, sampled_prompts
 
 
 def test_sampled_sets_are_uniform():
@@ -47,3 +48,46 @@ def test_rows_by_weight_use_up_scarcest_source():
         assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
         scarcest = min(range(len(sizes)), key=lambda index: sizes[index] / weights[index])
         assert counts[scarcest] == sizes[scarcest]
+
+
+def prompts_and_sources(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """300 rows of three sources: prompts of one to eight rows, some in two sources, some rows without a prompt."""
+    generator = np.random.default_rng(seed)
+    prompts = generator.integers(0, 80, 300).astype(np.uint64)
+    return prompts, np.sort(generator.choice(3, 300, p=[0.6, 0.3, 0.1]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_sampled_prompts_have_all_their_rows_in_proportion_of_each_source(seed: int, fraction: float):
+    prompts, sources = prompts_and_sources(seed)
+    taken = set(sampled_prompts(prompts, sources, fraction, seed).tolist())
+    for prompt in set(prompts.tolist()) - {0}:
+        rows = set(np.flatnonzero(prompts == prompt).tolist())
+        assert rows <= taken or not rows & taken
+    assert 0 < len(taken) <= fraction * 300 + 3
+    for source in range(3):
+        rows = set(np.flatnonzero(sources == source).tolist())
+        assert len(taken & rows) / len(rows) == pytest.approx(fraction, abs=0.1)
+
+
+def test_sampled_prompts_depend_on_the_seed_and_are_uniform():
+    prompts, sources = np.arange(1, 41, dtype=np.uint64), np.zeros(40, np.int64)
+    counts = Counter(row for seed in range(2000) for row in sampled_prompts(prompts, sources, 0.25, seed).tolist())
+    assert all(420 < counts[row] < 580 for row in range(40))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "fraction", "possible"),
+    [
+        ([5] * 10, 0.2, [[]]),  # one prompt alone cannot be on both sides
+        ([5] * 9 + [7], 0.05, [[9]]),  # the smallest prompt where none fits
+        ([5] * 6 + [7] * 4, 0.05, [[6, 7, 8, 9]]),
+        ([0] * 4, 0.25, [[0], [1], [2], [3]]),  # rows without a prompt are split singly
+        ([3, 3, 0, 3], 0.25, [[2]]),
+    ],
+)
+def test_sampled_prompts_of_few_prompts(prompts: list[int], fraction: float, possible: list[list[int]]):
+    for seed in range(4):
+        rows, sources = np.array(prompts, np.uint64), np.zeros(len(prompts), np.int64)
+        assert sampled_prompts(rows, sources, fraction, seed).tolist() in possible

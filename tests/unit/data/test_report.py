@@ -83,3 +83,15 @@ def test_report_packing_has_fill(tmp_path: Path):
     packing = report([train], batching="packed")["packing"]
     assert packing == {"packs": 3, "pack_length": 20, "fill": round(5 / 6, 4)}
     assert "packing" not in report([train])
+
+
+def test_report_counts_rows_with_the_prompt_of_a_validation_row(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{number % 5} ", "completion": str(number)} for number in range(20)]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    train = [{"path": str(file), "format": "completion"}]
+    by_row = report(train, validation_fraction=0.1)["train"]
+    assert by_row["in_validation"] == 0
+    assert by_row["prompts_in_validation"] == by_row["sources"][0]["prompts_in_validation"] == 6
+    assert report(train, validation_fraction=0.2, validation_by="prompt")["train"]["prompts_in_validation"] == 0
+    assert report([source(tmp_path, "a", ["one"] * 9)], validation_fraction=0.3)["train"]["prompts_in_validation"] == 0

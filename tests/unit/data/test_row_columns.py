@@ -10,8 +10,10 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.bad_rows import MARKED
 from finetune.data.documents import BOOKKEEPING_COLUMNS, Conversation, Message, PlainText
 from finetune.data.rows import Row
+from finetune.errors import BadRow
 from finetune.recipe.sections.data import NOT_ARGUMENTS, Source
 from finetune.resolve import build
 from tests.unit.data.test_formats import document, error_of, heard, turn
@@ -115,8 +117,10 @@ def test_sharegpt_reads_earlier_name_of_system_column():
     validate = TypeAdapter(Source).validate_python
     earlier, now = ({"format": "sharegpt", "path": "a", key: "rules"} for key in ("system", "system_column"))
     assert validate(earlier) == validate(now)
-    with pytest.raises(ValidationError):
-        validate({**earlier, **now})
+    message = validate({**earlier, "system": "You answer briefly."})
+    assert (message.system, message.system_column) == ("You answer briefly.", "system")
+    both = validate({**earlier, **now})
+    assert (both.system, both.system_column) == ("rules", "rules")
 
 
 @pytest.mark.parametrize("given", [{"enable_thinking": False, "n": 3}, '{"enable_thinking": false, "n": 3}'])
@@ -209,3 +213,48 @@ def test_auto_unread_columns_are_those_of_detected_format():
 def test_bookkeeping_columns_are_in_lower_case():
     assert all(name == name.lower() for name in BOOKKEEPING_COLUMNS)
     assert BOOKKEEPING_COLUMNS.isdisjoint({"system", "messages", "answer", "documents", "tools", "text", "label"})
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_system_of_the_section_is_that_of_every_row_without_one(name: str):
+    row, keys = ROWS[name]
+    plain = conversation(row, format=name, **keys)
+    keys = {**keys, "system": "You answer briefly."}
+    assert conversation(row, format=name, **keys).messages == (
+        Message("system", "You answer briefly."),
+        *plain.messages,
+    )
+    assert conversation({**row, "system": "Be loud."}, format=name, **keys).messages[0] == Message("system", "Be loud.")
+
+
+def test_first_message_of_a_row_replaces_the_system_message_of_the_section():
+    row = {"messages": [turn("system", "Be loud."), *CHAT["messages"]]}
+    assert conversation(row, format="chat", system="You answer briefly.").messages[0].content == "Be loud."
+
+
+def test_system_message_of_plain_text_is_refused():
+    with pytest.raises(ValidationError, match="chat_template: true"):
+        TypeAdapter(Source).validate_python({"path": "a", "format": "completion", "system": "You answer briefly."})
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "classification"])
+def test_answer_that_its_row_marks_as_bad_is_no_answer(name: str, column: str):
+    row, keys = ROWS[name]
+    good = {**row, column: True}
+    assert conversation(good, format=name, **keys) == conversation(row, format=name, **keys)
+    assert unread(good, format=name, **keys) == set()
+    for mark in (False, "false", "FALSE "):
+        error = error_of({**row, column: mark}, format=name, **keys)
+        assert isinstance(error, BadRow)
+        assert error.reason == MARKED
+    for other in (0, 1, "spam", None, [False]):  # a number or a word is no such mark
+        assert conversation({**row, column: other}, format=name, **keys) == conversation(row, format=name, **keys)
+
+
+def test_marked_completion_of_plain_text_is_no_answer():
+    row = {"prompt": "a", "completion": "b"}
+    assert document({**row, "label": True}, format="completion") == PlainText("a", "b")
+    assert isinstance(error_of({**row, "label": False}, format="completion"), BadRow)
+    # A column that the format reads as data is no mark.
+    assert document({**row, "label": "false"}, format="completion", completion="label") == PlainText("a", "false")

@@ -391,6 +391,9 @@ def test_override_sets_every_key(good: str, load: Load, path: KeyPath, before: l
         value = "chatml"
     if path[-1] == "template":
         value = "alpaca"
+    if path[-1] == "system":
+        value = "You answer briefly."
+        before = [each.replace("completion", "completion, chat_template: true") for each in before]
     if path[-1] == "template_without_input":
         before = [each.replace("}", ", template: '{instruction} as {input}'}") for each in before]
         value = "{instruction}"
