@@ -16,6 +16,7 @@ from .output import show_json, show_note, show_result
 from .prompts import ask
 
 if TYPE_CHECKING:
+    from finetune.jobs.init import Starter
     from finetune.plan.gpu_specs import GpuSpec
 
 
@@ -56,6 +57,13 @@ def init(
             help="Memory to fit into: a GPU such as 24GB or A100, or `here` (this machine, the default).",
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Before writing the recipe, tokenize all rows and run ft train --smoke, or leave both out.",
+        ),
+    ] = True,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -67,7 +75,7 @@ def init(
     gpu = _gpu(memory or HERE)  # fail before the first question
     data = data or _asked("--data", "Training rows (a file, a folder, or the id of a hub data set)")
     with event_handler(quiet, as_json) as on_event:
-        from finetune.jobs.plan.init import inspect_dataset, likely_objective, write_recipe
+        from finetune.jobs.init import inspect_dataset, likely_objective, write_recipe
         from finetune.jobs.plan.starter_recipe import OBJECTIVES
 
         seen = inspect_dataset(data, format, dict(map(_column, column or [])))
@@ -78,12 +86,36 @@ def init(
     if memory is None:
         gpu = _gpu(_asked("--memory", "Memory to fit into (a GPU such as 24GB or A100, or this machine)", HERE))
     with event_handler(quiet, as_json) as on_event:
-        fitted = write_recipe(seen, model, objective, gpu, output, on_event)
+        written = write_recipe(seen, model, objective, gpu, output, on_event, check)
     if as_json:
-        event = {"event": "recipe", "file": str(output), "aim": objective, "peak": fitted.after.peak}
-        show_json(event)
+        show_json(
+            {
+                "event": "recipe",
+                "file": str(output),
+                "aim": objective,
+                "peak": written.fitted.after.peak,
+                "longest_row": written.facts.longest_row,
+                "smoke": written.smoke and written.smoke.to_json(),
+            }
+        )
     else:
-        show_result(f"recipe: {output}\nnext: ft preview {output}   ft train {output}")
+        show_result(f"recipe: {output}\n{checked(written)}next: ft preview {output}   ft train {output}")
+
+
+def checked(written: Starter) -> str:
+    """What was checked, a line each; empty without checks."""
+    facts, lines = written.facts, []
+    if facts.objective == "classification" and facts.validation_rows:
+        lines.append(f"validation: {facts.accuracy_interval}")
+    if facts.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in facts.dropped_reasons.items())
+        lines.append(f"dropped rows: {reasons}")
+    if written.smoke:
+        lines.append(
+            f"checked: all rows tokenized, the longest has {facts.longest_row} tokens; smoke test passed "
+            f"({written.smoke.seconds:.0f} s)"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _column(argument: str) -> tuple[str, str]:

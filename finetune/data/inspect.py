@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.documents import Conversation, Document, PlainText
+from finetune.data.documents import Conversation, Document, PlainText, Tokens
 from finetune.data.encode import Encoder
 from finetune.data.formats.auto import detect
+from finetune.data.row_lengths import HEADER_TOKENS, text_of
 from finetune.data.rows import Row
 from finetune.data.sources import read_rows
 from finetune.errors import BadRow, DataError
@@ -45,6 +46,12 @@ class DatasetSummary:
     sample: Sequence[tuple[Document, str]] = field(repr=False)
     has_tools: bool
     answers_json: bool
+
+    def with_source(self, source: SourceSection) -> DatasetSummary:
+        """The summary with another section of the source; the documents of the sample follow it."""
+        to_document = build(source).document
+        rows = list(islice(read_rows(source), SAMPLED_ROWS))
+        return replace(self, source=source, sample=list(_usable(to_document, rows)))
 
     @property
     def format(self) -> str:
@@ -189,10 +196,7 @@ def _is_json_object(text: str) -> bool:
 
 
 def _size_bytes(document: Document) -> int:
-    if isinstance(document, PlainText):
-        return len((document.prompt + document.completion).encode())
-    if isinstance(document, Conversation):
-        tools = json.dumps([*document.tools, *(call for message in document.messages for call in message.tool_calls)])
-        turns = [message.reasoning + message.content + message.input for message in document.messages]
-        return len(tools) + sum(len(turn.encode()) + 8 * BYTES_A_TOKEN for turn in turns)  # and the header of each turn
-    return len(document.ids) * BYTES_A_TOKEN
+    if isinstance(document, Tokens):
+        return len(document.ids) * BYTES_A_TOKEN
+    turns = len(document.messages) if isinstance(document, Conversation) else 0
+    return len(text_of(document).encode(errors="replace")) + turns * HEADER_TOKENS * BYTES_A_TOKEN

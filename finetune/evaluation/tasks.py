@@ -154,18 +154,24 @@ class ValidationTask(Task):
 
 
 class _OnRows(Task, Generic[R]):
-    """A task on rows of a source.
+    """A task on rows of a source, or on the validation rows of a recipe.
 
     Args:
         section: Its section.
+        validation: The validation rows, for a section without a source.
     """
 
-    def __init__(self, section: R) -> None:
+    def __init__(self, section: R, validation: TokenizedDataset | None = None) -> None:
         self.section = section
         self.name = section.name
+        self._validation = validation
 
     def _documents(self, limit: int | None) -> Iterator[LocatedDocument]:
         source = self.section.data
+        if source is None:
+            assert self._validation is not None, "rules ask for validation rows"
+            yield from islice(self._validation.documents(), limit)
+            return
         to_document = build(source).document
         for _, row in islice(numbered_rows(source, SEED), limit):
             try:
@@ -176,7 +182,7 @@ class _OnRows(Task, Generic[R]):
     def _none_found(self) -> DataError:
         return DataError(
             f"the task {self.name} has no rows to measure",
-            where=self.section.data.place,
+            where=self.section.data.place if self.section.data else VALIDATION,
             hint="write rows with an answer: a last message of the assistant, an output or a completion",
         )
 
@@ -184,8 +190,8 @@ class _OnRows(Task, Generic[R]):
 class Generate(_OnRows[GenerateTask]):
     """Answers to the rows' prompts."""
 
-    def __init__(self, section: GenerateTask) -> None:
-        super().__init__(section)
+    def __init__(self, section: GenerateTask, validation: TokenizedDataset | None = None) -> None:
+        super().__init__(section, validation)
         self.metrics = [*(metric.name for metric in answer_metrics(section)), *CALL_METRICS]
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:

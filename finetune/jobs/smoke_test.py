@@ -19,7 +19,7 @@ from finetune.errors import UnsupportedError
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.peft_adapter import export_adapter
 from finetune.jobs.export.prompt_tokens import export
-from finetune.jobs.infer.evaluate import evaluate
+from finetune.jobs.infer.evaluate import EvaluationOptions, evaluate
 from finetune.jobs.load.model_check import check_start_at_hand
 from finetune.jobs.load.model_ref import resolve_model_refs
 from finetune.jobs.train.run import train
@@ -37,6 +37,8 @@ from finetune.run.events import EventHandler, Phase, ignore
 
 ROWS = 16
 STEPS = 4
+ANSWERED = 2
+"""Rows of each task of `ft eval`."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ def smoke(recipe: Recipe, on_event: EventHandler = ignore) -> Smoke:
         run = RunDirectory.create(Path(folder) / "run")
         finished = train(small, run, on_event)
         has_rows = bool(small.data.validation or small.data.validation_fraction)
-        answered = evaluate(resolve_model_refs([str(run.path)])[0], on_event=on_event).answered if has_rows else 0
+        answered = 0
+        if has_rows:
+            few = EvaluationOptions(limit=ANSWERED)
+            answered = evaluate(resolve_model_refs([str(run.path)])[0], few, on_event=on_event).answered
         written, difference = small.adapter.standalone_by, None
         if written == "merge":
             difference = merge(run, on_event=on_event).agreement.relative_difference
@@ -93,6 +98,13 @@ def smoke(recipe: Recipe, on_event: EventHandler = ignore) -> Smoke:
             adapter=_is_exported(run, Path(folder) / "adapter", on_event),
             seconds=time.perf_counter() - began,
         )
+
+
+def smoke_model_bytes(recipe: Recipe) -> int:
+    """Bytes of the random model of a smoke test."""
+    folder = find_model(recipe.model, lambda doing: None, weights=False)
+    few = meta_model(with_blocks(read_config(folder), BLOCKS), recipe.model, torch.float32)
+    return sum(parameter.numel() * parameter.element_size() for parameter in few.parameters())
 
 
 def _is_exported(run: RunDirectory, folder: Path, on_event: EventHandler) -> bool:
@@ -136,7 +148,7 @@ def truncated_recipe(recipe: Recipe, folder: Path, on_event: EventHandler) -> Re
         "evaluation": {
             "every_steps": None,
             "max_rows": ROWS,
-            "generation_rows": 2,
+            "generation_rows": ANSWERED,
             "max_new_tokens": 8,
             "patience": None,
         },

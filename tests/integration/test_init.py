@@ -83,8 +83,8 @@ def read_to_the_end(terminal: int) -> str:
     return b"".join(parts).decode()
 
 
-def init(data: str, model: object, *options: object) -> Result:
-    return ft("init", "--data", data, "--model", model, *options)
+def init(data: str, model: object, *options: object, check: bool = False) -> Result:
+    return ft("init", "--data", data, "--model", model, "--check" if check else "--no-check", *options)
 
 
 PAIRS = {

@@ -16,9 +16,9 @@ from finetune.errors import DataError, ModelError, RecipeError
 from finetune.jobs.export.gguf import export_gguf
 from finetune.jobs.export.merge import merge
 from finetune.jobs.load.context import TrainingContext
-from finetune.jobs.plan.prompt_form import choose_form
+from finetune.jobs.plan.prompt_form import PromptForm, choose_form
 from finetune.recipe.load import recipe_of
-from finetune.recipe.sections.data import AutoSource
+from finetune.recipe.sections.data import AutoSource, CompletionSource, InstructionSource
 from finetune.run.directory import RunDirectory
 from finetune.run.events import ignore
 from tests.fixtures.go_template import rendered
@@ -155,15 +155,45 @@ def test_form_of_prompts_follows_from_the_tokenizer(
     tokenizer.chat_template = template
     form = choose_form(summarize_source(AutoSource(path=str(tmp_path / "rows.jsonl"))), tokenizer)
     assert form is not None
-    assert (form.source_template, form.chat_template) == (source, model)
+    assert (form.source and form.source.prompt_text, form.chat_template) == (source, model)
     assert "template" in form.why
 
 
-@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a:", "completion": "b"}])
 def test_rows_of_text_have_no_form_of_prompts(row: dict[str, Any], tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     seen = summarize_source(AutoSource(path=str(tmp_path / "rows.jsonl")))
     assert choose_form(seen, byte_tokenizer(["<s>", "</s>"], "")) is None
+
+
+def completions(prompt: str, template: str | None, folder: Path) -> PromptForm | None:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "Browns", "system": "Be brief."}))
+    tokenizer = byte_tokenizer(["<s>", "</s>"], "")
+    tokenizer.chat_template = template
+    return choose_form(summarize_source(AutoSource(path=str(folder / "rows.jsonl"), rows=1)), tokenizer)
+
+
+def test_completions_become_turns_of_an_instruct_model(tmp_path: Path):
+    form = completions("Which hotel?", "{{ messages }}", tmp_path)
+    assert form is not None
+    assert form.source == CompletionSource(
+        format="completion", path=str(tmp_path / "rows.jsonl"), rows=1, chat_template=True
+    )
+
+
+def test_completions_that_meet_inside_a_word_get_a_separator_on_a_base(tmp_path: Path):
+    assert completions("Which hotel?", None, tmp_path) is None
+    form = completions("name hotel", None, tmp_path)
+    assert form is not None
+    assert isinstance(form.source, InstructionSource)
+    assert form.source.model_dump(exclude_unset=True) == {
+        "format": "instruction",
+        "path": str(tmp_path / "rows.jsonl"),
+        "rows": 1,
+        "instruction": "prompt",
+        "output": "completion",
+        "template": "{instruction}\n\n",
+    }
 
 
 def test_tools_on_a_base_without_tokens_for_turns_are_refused(tmp_path: Path):

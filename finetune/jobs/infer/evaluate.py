@@ -38,7 +38,14 @@ from finetune.jobs.load.vllm import vllm_generator
 from finetune.models.fingerprint import fingerprint, fingerprint_files
 from finetune.models.loading.load import generation_settings
 from finetune.recipe.load import load_tasks
-from finetune.recipe.sections.evaluation import VALIDATION, Evaluation, HarnessTask, TaskSection, current_task_name
+from finetune.recipe.sections.evaluation import (
+    VALIDATION,
+    Evaluation,
+    HarnessTask,
+    RowsTask,
+    TaskSection,
+    current_task_name,
+)
 from finetune.report.run_page import recording_errors
 from finetune.resolve import build
 from finetune.run.directory import RunDirectory
@@ -175,7 +182,7 @@ def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_
         validation = [task for task in [_validation(context, on_event)] if task]
         if not validation and not own:
             raise _nothing_to_measure(named, context)
-        return [*validation, *map(build, own.values())]
+        return [*validation, *(_built(section, context, on_event) for section in own.values())]
     tasks: list[Task] = []
     current = list(map(current_task_name, names))
     for index, name in enumerate(current):
@@ -187,12 +194,22 @@ def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_
                 raise _nothing_to_measure(named, context)
             tasks.append(task)
         elif name in own:
-            tasks.append(build(own[name]))
+            tasks.append(_built(own[name], context, on_event))
         else:
             tasks += map(build, _named_elsewhere(name))
     if twice := next((task.name for task in tasks if [each.name for each in tasks].count(task.name) > 1), None):
         raise UsageError("two tasks have this name", where=f"--tasks {twice}", hint="rename one of them")
     return tasks
+
+
+def _built(section: TaskSection, context: TrainingContext | None, on_event: EventHandler) -> Task:
+    """A task of a recipe, with the validation rows where it has no rows of its own."""
+    if not isinstance(section, RowsTask) or section.data is not None:
+        task: Task = build(section)
+        return task
+    assert context is not None, "a recipe has tasks without rows"
+    on_validation: Task = build(section, context.read_data(on_event).validation)
+    return on_validation
 
 
 def _named_elsewhere(name: str) -> list[TaskSection]:

@@ -53,6 +53,7 @@ RULES: tuple[Rule, ...] = (
     evaluation.early_stopping_needs_usable_steps,
     evaluation.task_names_are_unique,
     evaluation.tasks_have_one_source,
+    evaluation.tasks_have_rows,
     sweep.sweep_needs_validation_rows,
     sweep.swept_keys_exist,
     sweep.swept_ranges_are_not_empty,

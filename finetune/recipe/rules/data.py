@@ -137,9 +137,11 @@ def soft_prompts_need_separate_rows(recipe: Recipe) -> Violation | None:
 
 
 def task_sources(tasks: Sequence[TaskSection]) -> list[tuple[str, SourceSection]]:
-    """The sources of tasks, each with its dotted key."""
+    """The sources of tasks that have one, each with its dotted key."""
     return [
-        (f"evaluation.tasks.{index}.data", task.data) for index, task in enumerate(tasks) if isinstance(task, RowsTask)
+        (f"evaluation.tasks.{index}.data", task.data)
+        for index, task in enumerate(tasks)
+        if isinstance(task, RowsTask) and task.data is not None
     ]
 
 

@@ -8,7 +8,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.data import task_sources, with_unused_option, without_one_location
 from finetune.recipe.rules.violation import Violation, first
 from finetune.recipe.sections.data import SourceSection
-from finetune.recipe.sections.evaluation import EARLIER_TASK_NAMES, VALIDATION, TaskSection
+from finetune.recipe.sections.evaluation import EARLIER_TASK_NAMES, VALIDATION, RowsTask, TaskSection
 
 
 def evaluation_needs_validation_rows(recipe: Recipe) -> Violation | None:
@@ -56,11 +56,27 @@ def tasks_have_one_source(recipe: Recipe) -> Violation | None:
     return first(_weighted(key, source) for key, source in task_sources(recipe.evaluation.tasks))
 
 
+def tasks_have_rows(recipe: Recipe) -> Violation | None:
+    """A task without a source measures the validation rows."""
+    if recipe.data.validation or recipe.data.validation_fraction:
+        return None
+    return _without_rows(recipe.evaluation.tasks, "the recipe has no validation rows", "or set data.validation")
+
+
 def broken_tasks(tasks: Sequence[TaskSection]) -> Violation | None:
     """The first problem in the tasks of a file of tasks."""
     checks = (without_one_location, with_unused_option, _weighted)
     found = first(check(key, source) for key, source in task_sources(tasks) for check in checks)
-    return _taken_name(tasks) or found
+    hint = "or move the task into a recipe"
+    return _taken_name(tasks) or _without_rows(tasks, "a file of tasks has no validation rows", hint) or found
+
+
+def _without_rows(tasks: Sequence[TaskSection], why: str, hint: str) -> Violation | None:
+    for index, task in enumerate(tasks):
+        if isinstance(task, RowsTask) and task.data is None:
+            what = f"the task {task.name} has no source, and {why}"
+            return Violation(f"evaluation.tasks.{index}", what, f"add data: {{path: rows.jsonl}}, {hint}")
+    return None
 
 
 def _weighted(key: str, source: SourceSection) -> Violation | None:

@@ -81,7 +81,9 @@ class TaskSection(Section):
 class RowsTask(TaskSection):
     """A task on rows of a source."""
 
-    data: Source = Field(description="The rows: a source as in `data.train`.")
+    data: Source | None = Field(
+        None, description="The rows: a source as in `data.train`. Null for the validation rows of the recipe."
+    )
 
     @field_validator("data", mode="before")
     @classmethod

@@ -116,6 +116,10 @@ BREAKING: dict[str, tuple[tuple[str, ...], str]] = {
         ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, weight: 2}}]",),
         "evaluation.tasks.0.data.weight",
     ),
+    "tasks_have_rows": (
+        ("data.validation=[]", "evaluation.every_steps=null", "evaluation.tasks=[{name: a, kind: loss}]"),
+        "evaluation.tasks.0",
+    ),
     "fsdp_excludes_int8": (("distributed.strategy=fsdp", "quantization={kind: int8}"), "quantization.kind"),
     "fsdp_needs_elementwise_optimizer": (
         (
@@ -196,6 +200,7 @@ KEEPING: dict[str, tuple[str, ...]] = {
     "swept_keys_are_unique": (SWEEP, "sweep.keys.1={key: adapter.alpha, draw: choice, choices: [1]}"),
     "repeats_have_their_own_seeds": (SWEEP, "sweep.keys.0={key: training.seed, draw: choice, choices: [1]}"),
     "task_names_are_unique": ("evaluation.tasks=[{name: a, kind: lm_eval}, {name: b, kind: loss, data: {path: x}}]",),
+    "tasks_have_rows": ("evaluation.tasks=[{name: a, kind: loss}]",),
     "tasks_have_one_source": ("evaluation.tasks=[{name: a, kind: loss, data: {path: x, rows: 2}}]",),
     "fsdp_excludes_int8": ("distributed.strategy=fsdp",),
     "fsdp_needs_elementwise_optimizer": ("distributed.strategy=fsdp", "optimizer={name: lion_8bit}"),

@@ -8,24 +8,38 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from finetune.data.inspect import DatasetSummary, estimated_longest_row, longest_row, summarize_source
+from finetune.data.inspect import (
+    COUNTED_ROWS,
+    DatasetSummary,
+    estimated_longest_row,
+    longest_row,
+    summarize_source,
+)
 from finetune.data.readers.files import is_plain_text
+from finetune.data.row_lengths import RowStatistics, measure_rows
 from finetune.data.sources import files_of
 from finetune.errors import DataError, UsageError
+from finetune.formatting import memory
 from finetune.jobs.plan.estimate import MemoryPlanner
 from finetune.jobs.plan.fit_to_memory import Fitted, fit
+from finetune.jobs.plan.preview import preview
 from finetune.jobs.plan.prompt_form import choose_form
 from finetune.jobs.plan.starter_recipe import OBJECTIVES, Facts, starter_recipe
+from finetune.jobs.smoke_test import Smoke, smoke, smoke_model_bytes
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import find_model
 from finetune.models.loading.positions import position_limit
 from finetune.plan.gpu_specs import GpuSpec
+from finetune.plan.machine import memory_bytes
 from finetune.recipe.error_messages import nearest
 from finetune.recipe.importing.values import is_local
 from finetune.recipe.load import recipe_of
@@ -34,7 +48,7 @@ from finetune.recipe.schema import every_key
 from finetune.recipe.sections.data import Source, SourceSection, TextSource, TokenizedSource
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.section import absolute_to
-from finetune.run.events import EventHandler, Phase, ignore
+from finetune.run.events import EventHandler, Phase, Progress, ignore
 from finetune.storage.files import write_file
 from finetune.storage.opening import write_new
 
@@ -42,6 +56,15 @@ logger = logging.getLogger(__name__)
 
 FEW_TEXTS = 20
 """Texts of fewer files are split into paragraphs, so that some of them can be validation rows."""
+
+FEW_PROMPTS = 20
+"""Different prompts below which validation rows are split off by row."""
+
+CHECKED_ROWS = 10_000
+"""Rows that are tokenized of a data set too long to be read to its end."""
+
+SMOKE_COPIES = 3
+"""Copies of its model that a smoke test has in memory at a time: trained, merged, and the logits of both."""
 
 LONG_ROW_TOKENS = 4096
 TEXT_ROW_TOKENS = 2048
@@ -108,10 +131,34 @@ def likely_objective(seen: DatasetSummary) -> str:
     return "long-context" if estimated_longest_row(seen.sample) > LONG_ROW_TOKENS else "chat"
 
 
+@dataclass(frozen=True)
+class Starter:
+    """A recipe that was written.
+
+    Attributes:
+        facts: What it was written from.
+        fitted: The changes that made it fit into the memory, and its plan.
+        smoke: Result of the smoke test; None where it was left out.
+    """
+
+    facts: Facts
+    fitted: Fitted
+    smoke: Smoke | None
+
+
 def write_recipe(
-    seen: DatasetSummary, model: str, objective: str, gpu: GpuSpec | None, output: Path, on_event: EventHandler = ignore
-) -> Fitted:
-    """Write a valid recipe that fits into the memory by its plan, with rows of up to `data.max_length`.
+    seen: DatasetSummary,
+    model: str,
+    objective: str,
+    gpu: GpuSpec | None,
+    output: Path,
+    on_event: EventHandler = ignore,
+    checks: bool = True,
+) -> Starter:
+    """Write a recipe that fits into the memory by its plan, with rows of up to `data.max_length`.
+
+    Before it is written, all rows are tokenized as training will do it, and a smoke test trains, evaluates and merges
+    a random model of two blocks.
 
     Args:
         seen: The dataset.
@@ -120,14 +167,12 @@ def write_recipe(
         gpu: The GPU to fit into; None for this machine.
         output: The recipe's file, which is replaced.
         on_event: Receives a `Phase` before each slow part.
-
-    Returns:
-        The changes that made the recipe fit, and its plan.
+        checks: Whether to tokenize the rows and to run the smoke test.
 
     Raises:
         UsageError: The objective does not suit the data.
         OutOfMemoryError: No change makes it fit.
-        DataError: The model's chat template cannot render a row.
+        DataError: No row can be used.
         ModelError: There is no such model, or it has no chat template and none that comes with ft fits it.
         EnvironmentFault: The hub cannot be reached, or the file cannot be written.
     """
@@ -137,10 +182,54 @@ def write_recipe(
     with tempfile.TemporaryDirectory(prefix="ft-init-") as folder:
         planner = MemoryPlanner.of(_on_longest_rows(loaded.recipe, Path(folder)), gpu, on_event)
         fitted = fit(planner, loaded)
+    if checks:
+        facts = _with_dropped_rows(facts, recipe_of(starter_recipe(facts, output, fitted), output).recipe, on_event)
     text = starter_recipe(facts, output, fitted)
-    recipe_of(text, output)
+    recipe = recipe_of(text, output).recipe
+    passed = _smoke_test(recipe, on_event) if checks else None
     write_file(output, text)
-    return fitted
+    return Starter(facts, fitted, passed)
+
+
+def _with_dropped_rows(facts: Facts, recipe: Recipe, on_event: EventHandler) -> Facts:
+    """The facts with the rows that cannot be used, found by tokenizing all rows as training will.
+
+    Of a data set that was not read to its end, a sample of rows is tokenized.
+    """
+    lenient: dict[str, Any] = {"on_bad_row": "drop", "max_dropped": 1.0}
+    if not facts.seen.is_whole:
+        lenient["train"] = [each.model_copy(update={"rows": CHECKED_ROWS}) for each in recipe.data.train]
+    report = preview(recipe.model_copy(update={"data": recipe.data.model_copy(update=lenient)}), 1, on_event)
+    found = report.data_report["train"]
+    bad = {reason: count for reason, count in found["bad"].items() if count}
+    return replace(facts, dropped=sum(bad.values()) / (found["read"] + found["added"]), dropped_reasons=bad)
+
+
+def _smoke_test(recipe: Recipe, on_event: EventHandler) -> Smoke | None:
+    """Run the smoke test; None where this machine's memory is too small for it."""
+    needed, there = SMOKE_COPIES * smoke_model_bytes(recipe), memory_bytes()
+    if there is not None and needed > there:
+        logger.warning(
+            "the smoke test is left out: its model of two blocks needs %s of %s; ft train --smoke runs it elsewhere",
+            memory(needed),
+            memory(there),
+        )
+        return None
+    on_event(Phase("testing the recipe: training, evaluating and merging a random model of two blocks"))
+    with warnings_only():  # its rows, and what it says about them, are few
+        return smoke(recipe)
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Within the block, remarks of the package are neither shown nor recorded; errors are."""
+    ours = logging.getLogger("finetune")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def _on_longest_rows(recipe: Recipe, folder: Path) -> Recipe:
@@ -175,14 +264,19 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
     section = Model.model_validate({"name": model}, context={"folder": Path.cwd()})
     folder = find_model(section, lambda doing: on_event(Phase(doing)), weights=False)
     on_event(Phase("inspecting the data"))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, new_tokens=())  # tokens without a row are no error here
     form = choose_form(seen, tokenizer)
     if form is not None:
         logger.info("%s", form.why)
         form.applied_to(tokenizer)
         seen = form.in_source(seen)
     longest = longest_row(seen.sample, tokenizer)
-    wanted = TEXT_ROW_TOKENS if isinstance(seen.source, TextSource) else _next_length(longest)
+    if isinstance(seen.source, TextSource):
+        rows, wanted = None, TEXT_ROW_TOKENS
+    else:
+        rows = measure_rows(seen.source, COUNTED_ROWS, tokenizer, _progress(seen, on_event))
+        longest = max(longest, rows.longest)
+        wanted = _next_length(longest)
     return Facts(
         seen=seen,
         model=model,
@@ -190,7 +284,18 @@ def _facts(seen: DatasetSummary, model: str, objective: str, on_event: EventHand
         longest_row=longest,
         row_tokens=min(wanted, position_limit(folder).count or wanted),
         form=form,
+        splits_prompts=rows is not None and _can_split(rows),
+        has_new_tokens=tokenizer.new_rows is not None,
     )
+
+
+def _progress(seen: DatasetSummary, on_event: EventHandler) -> Callable[[int], None]:
+    return lambda done: on_event(Progress("measuring the rows", done, seen.rows))
+
+
+def _can_split(rows: RowStatistics) -> bool:
+    """Whether a twentieth of the rows is at least one prompt, and no prompt has most of them."""
+    return rows.prompts >= FEW_PROMPTS and rows.prompts > rows.most_of_a_prompt
 
 
 def _next_length(tokens: int) -> int:
