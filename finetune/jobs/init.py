@@ -216,7 +216,7 @@ def _smoke_test(recipe: Recipe, on_event: EventHandler) -> Smoke | None:
         )
         return None
     on_event(Phase("testing the recipe: training, evaluating and merging a random model of two blocks"))
-    with warnings_only():  # its rows, and what it says about them, are few
+    with warnings_only():  # its rows are few: remarks on them are not those of the run
         return smoke(recipe)
 
 

@@ -460,6 +460,8 @@ def _task(path: KeyPath, before: list[str], value: Any) -> dict[str, Any]:
         data["format"] = told[1]
     if path[-1] == "template_without_input":
         data["template"] = "{instruction} as {input}"
+    if path[-1] == "system" and data.get("format") == "completion":
+        data["chat_template"] = True
     return {"name": "a", "kind": kind} | ({} if kind == "lm_eval" else {"data": data})
 
 
