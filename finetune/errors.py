@@ -30,9 +30,9 @@ class FinetuneError(Exception):
         self.hint = hint
 
     def lines(self) -> list[str]:
-        """The message: one line for the problem, one for the fix."""
+        """The message: a line for the problem, one for the fix; several fixes have a line each."""
         first = f"{self.where}: {self.what}" if self.where else self.what
-        return [first, *([f"  -> {self.hint}"] if self.hint else [])]
+        return [first, *(f"  -> {fix}" for fix in (self.hint or "").splitlines())]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

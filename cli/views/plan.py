@@ -52,7 +52,7 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = [
         f"device       {plan.device}" + (f", {memory(plan.capacity)}" if plan.capacity else ""),
         *([f"processes    {plan.processes}, {plan.strategy}; memory is per process"] if plan.processes > 1 else []),
-        f"parameters   {count(plan.total)}, of which {count(plan.trainable)} are trainable ({100 * share:.2g} %)",
+        f"parameters   {count(plan.total)}, of which {count(plan.trainable)} are trainable ({100 * share:.3g} %)",
         f"rows         {work.rows:,}: {count(work.tokens)} tokens per epoch, {count(work.targets)} target tokens in "
         "the run",
         *([f"shared       {100 * work.shared:.2g} % of tokens, saved by prefix sharing"] if work.shared else []),
@@ -70,7 +70,7 @@ def plan_lines(plan: Plan) -> list[str]:
     lines.append(f"{'evaluating':<13} {memory_text(plan.while_evaluating):>9}")
     if plan.pinned:
         lines.append(f"{'pinned':<13} {memory_text(plan.pinned):>9}{'':<14}block inputs offloaded to host memory")
-    return [*lines, "", *_totals(plan)]
+    return [*lines, "", *_totals(plan), "", "each number: ft explain plan"]
 
 
 def _totals(plan: Plan) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from finetune.errors import OutOfMemoryError, RecipeError, UnsupportedError
+from finetune.formatting import memory
 from finetune.jobs.plan.estimate import MemoryPlanner, Plan
 from finetune.recipe.load import LoadedRecipe, dump_recipe, load_recipe, recipe_of
 from finetune.recipe.recipe import Recipe
@@ -19,6 +21,12 @@ SMALLEST_RANK = 4
 
 Changes = dict[str, str]
 """New values of a recipe by key."""
+
+SHOWN_PARTS = 3
+"""Largest parts of a plan that the error about a run that does not fit names."""
+
+LORA = "{method: lora, r: 16, alpha: 32, target_modules: all-linear}"
+NF4 = "{kind: nf4, double_quant: true}"
 
 OPTIMIZERS_IN_8_BITS = {"adamw": "adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit"}
 
@@ -54,11 +62,12 @@ def fit(planner: MemoryPlanner, loaded: LoadedRecipe) -> Fitted:
 
     The changes in order, each tried only if those before do not suffice: smaller micro-batches with more accumulation,
     so that the rows of a step stay the same; selective gradient checkpointing; full gradient checkpointing; on a GPU,
-    offloaded checkpoints; 8-bit moments; an NF4 base; half the rank, then a quarter. Changes before the 8-bit moments
-    leave the result the same up to rounding. The evaluation batch size is lowered if only evaluation does not fit.
+    offloaded checkpoints; 8-bit moments; weights in bfloat16; an NF4 base; half the rank, then a quarter. Changes
+    before the 8-bit moments leave the result the same up to rounding. The evaluation batch size is lowered if only
+    evaluation does not fit.
 
     Raises:
-        OutOfMemoryError: No change suffices.
+        OutOfMemoryError: No change suffices. It names the largest parts, and what other methods would reach.
     """
     before = planner.plan(loaded.recipe, measures_time=False)
     if before.fits is not False:  # None: the capacity is unknown, so nothing has to fit
@@ -71,19 +80,88 @@ def fit(planner: MemoryPlanner, loaded: LoadedRecipe) -> Fitted:
         *sizes, smallest = _micro_batch_sizes(loaded.recipe)
         if (least := fitting(smallest)) is not None:  # larger micro-batches fit only if the smallest does
             return next(filter(None, map(fitting, sizes)), least)
+    raise _does_not_fit(planner, loaded, before)
+
+
+def _does_not_fit(planner: MemoryPlanner, loaded: LoadedRecipe, before: Plan) -> OutOfMemoryError:
     capacity = (before.capacity or 0) / 1e9
-    raise OutOfMemoryError(
-        f"nothing that ft can change by itself makes the run fit into {before.device} of {capacity:.3g} GB",
+    largest = sorted(before.parts.items(), key=lambda part: -part[1])[:SHOWN_PARTS]
+    parts = ", ".join(f"{name} {memory(size)}" for name, size in largest)
+    reached = [
+        f"{memory(each.needed)}{', which fits,' * each.fits} with {each.flags}"
+        for each in alternatives(planner, loaded)
+    ]
+    hint = "lower data.max_length, or name a smaller model"
+    return OutOfMemoryError(
+        f"no change that keeps the method makes the run fit into {before.device} of {capacity:.3g} GB; it needs "
+        f"{memory(before.needed)}: {parts}",
         where=str(loaded.path),
-        hint="lower data.max_length, or name a smaller model",
+        hint="\n".join([*reached, hint]),
     )
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Settings with which another result is trained, in less memory.
+
+    Attributes:
+        changes: Keys and their new values.
+        needed: Bytes that the run needs then.
+        fits: Whether that is available.
+    """
+
+    changes: Changes
+    needed: int
+    fits: bool
+
+    @property
+    def flags(self) -> str:
+        """The changes as options of `ft plan` and `ft train`."""
+        return " ".join(shlex.join(["--set", f"{key}={new}"]) for key, new in self.changes.items())
+
+
+def alternatives(planner: MemoryPlanner, loaded: LoadedRecipe) -> list[Alternative]:
+    """What a recipe needs with everything that saves memory, step by step, each on top of those before.
+
+    These are: the smallest micro-batches with recomputed blocks, 8-bit moments and weights in bfloat16; LoRA in place
+    of full fine-tuning; and a base in NF4.
+    """
+    recipe = loaded.recipe
+    saving: Changes = _micro_batches(recipe, 1)
+    if not recipe.training.recomputes_blocks:
+        saving["training.gradient_checkpointing"] = "true"
+    if recipe.optimizer.name in OPTIMIZERS_IN_8_BITS:
+        saving["optimizer.name"] = OPTIMIZERS_IN_8_BITS[recipe.optimizer.name]
+    lora, nf4 = {"adapter": LORA}, {"quantization": NF4}
+    steps = [saving | ({"model.dtype": "bfloat16"} if _stores_float32(recipe) else {})]
+    if recipe.adapter.trains_base:
+        steps.append({**saving, **lora})
+    if not recipe.quantization.quantizes:
+        steps.append({**steps[-1], **nf4} if "model.dtype" not in steps[-1] else {**saving, **nf4})
+    found = []
+    for changes in filter(None, steps):
+        try:
+            changed = recipe_of(loaded.text, loaded.path, [*loaded.overrides, *_as_overrides(changes)]).recipe
+            plan = planner.plan(changed, measures_time=False)
+        except (RecipeError, UnsupportedError):  # the recipe's other settings forbid it
+            continue
+        found.append(Alternative(changes, plan.needed, bool(plan.fits)))
+    return found
+
+
+def _as_overrides(changes: Changes) -> list[str]:
+    return [f"{key}={new}" for key, new in changes.items()]
+
+
+def _stores_float32(recipe: Recipe) -> bool:
+    """Whether weights are stored in float32: full fine-tuning does so by default."""
+    return recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and recipe.adapter.trains_base)
 
 
 def _fitting(planner: MemoryPlanner, loaded: LoadedRecipe, changes: Changes, before: Plan) -> Fitted | None:
     """The changed recipe if it fits; None if it does not, or if the recipe's other settings forbid the change."""
-    overrides = [*loaded.overrides, *(f"{key}={new}" for key, new in changes.items())]
     try:
-        recipe = recipe_of(loaded.text, loaded.path, overrides).recipe
+        recipe = recipe_of(loaded.text, loaded.path, [*loaded.overrides, *_as_overrides(changes)]).recipe
         if planner.least(recipe) > (before.capacity or 0):  # cheap: traces no pass
             return None
         after = planner.plan(recipe, measures_time=False)
@@ -106,6 +184,8 @@ def larger_changes(recipe: Recipe, on_gpu: bool) -> Iterator[Changes]:
         single.append({"training.gradient_checkpointing": "offload"})
     if recipe.optimizer.name in OPTIMIZERS_IN_8_BITS:
         single.append({"optimizer.name": OPTIMIZERS_IN_8_BITS[recipe.optimizer.name]})
+    if _stores_float32(recipe):
+        single.append({"model.dtype": "bfloat16"})
     if not recipe.quantization.quantizes:
         single.append({"quantization.kind": "nf4"})
     if isinstance(recipe.adapter, LowRank):

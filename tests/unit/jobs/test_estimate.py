@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.views.plan import PARTS
+from cli.views.plan_explained import NUMBERS
 from finetune.errors import OutOfMemoryError
+from finetune.formatting import memory
 from finetune.jobs.plan.estimate import ESTIMATED_FROM_STEPS, MemoryPlanner
-from finetune.jobs.plan.fit_to_memory import fit, larger_changes, write
+from finetune.jobs.plan.fit_to_memory import alternatives, fit, larger_changes, write
 from finetune.jobs.train import prepare
 from finetune.plan.gpu_specs import GpuSpec
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import LoadedRecipe, load_recipe
+from finetune.recipe.schema import every_key
+from finetune.recipe.yaml.document import dotted
 from tests.fixtures.recipes import as_recipe, write_recipe
+from tests.fixtures.tiny import tiny_config, tiny_tokenizer
 
 
 def ft(*arguments: object) -> tuple[int, str, str]:
@@ -167,8 +175,60 @@ def test_fit_lowers_micro_batches_first_and_keeps_the_rows_of_a_step(recipe: Pat
 
 def test_fit_raises_out_of_memory_if_no_change_suffices(recipe: Path):
     planner, loaded = sized(recipe, 0.1, "training.gradient_checkpointing=true", "optimizer.name=adamw_8bit")
-    with pytest.raises(OutOfMemoryError, match="nothing that ft can change"):
+    with pytest.raises(OutOfMemoryError, match="no change that keeps the method") as raised:
         fit(planner, loaded)
+    assert "libraries" in str(raised.value.what)
+
+
+@pytest.fixture
+def full(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """Full fine-tuning of a model whose weights are much larger than its activations."""
+    model = tmp_path / "wide"
+    tiny_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=4).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    training = {**tiny_recipe["training"], "gradient_checkpointing": True, "micro_batch_size": 1}
+    sections = {**tiny_recipe, "model": {"name": str(model)}, "adapter": {"method": "full"}, "training": training}
+    return write_recipe(sections, tmp_path)
+
+
+def with_capacity(file: Path, size_bytes: int) -> tuple[MemoryPlanner, LoadedRecipe]:
+    loaded = load_recipe(file)
+    return MemoryPlanner.of(loaded.recipe, GpuSpec("a GPU", size_bytes, None)), loaded
+
+
+def test_fit_of_full_fine_tuning_stores_weights_in_bfloat16_and_moments_in_8_bits(full: Path):
+    planner, _ = with_capacity(full, 10**12)
+    # Bytes a parameter: 4 + 4 + 8 in float32; 4 + 4 + 2 with 8-bit moments; 2 + 2 + 4 in bfloat16; 2 + 2 + 2 with both.
+    in_8_bits, in_bfloat16 = "optimizer.name=adamw_8bit", "model.dtype=bfloat16"
+    sizes = [
+        planner.plan(load_recipe(full, settings).recipe).needed
+        for settings in ((), (in_8_bits,), (in_bfloat16,), (in_8_bits, in_bfloat16))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    expected = [{}, {"optimizer.name": "adamw_8bit"}, {"model.dtype": "bfloat16"},
+                {"optimizer.name": "adamw_8bit", "model.dtype": "bfloat16"}]  # fmt: skip
+    for size, changes in zip(sizes, expected, strict=True):
+        planner, loaded = with_capacity(full, size)
+        assert fit(planner, loaded).changes == changes
+
+
+def test_fit_that_no_change_of_full_fine_tuning_reaches_names_what_an_adapter_needs(full: Path):
+    planner, loaded = with_capacity(full, alternatives(*with_capacity(full, 10**12))[-1].needed)
+    with pytest.raises(OutOfMemoryError) as raised:
+        fit(planner, loaded)
+    found = alternatives(planner, loaded)
+    keys = [set(each.changes) & {"model.dtype", "adapter", "quantization"} for each in found]
+    assert keys == [{"model.dtype"}, {"adapter"}, {"adapter", "quantization"}]
+    needed = [each.needed for each in found]
+    assert needed == sorted(needed, reverse=True)
+    assert [each.fits for each in found] == [False, False, True]
+    for each in found:
+        fits = ", which fits," * each.fits
+        assert f"{memory(each.needed)}{fits} with {each.flags}" in str(raised.value.hint)
+        # The options are those of a command: its plan has the figure.
+        again = load_recipe(full, shlex.split(each.flags.replace("--set ", ""))).recipe
+        assert planner.plan(again, measures_time=False).needed == each.needed
+    assert "weights" in raised.value.what
 
 
 def test_larger_changes_are_ordered_by_their_cost(tiny_recipe: dict[str, Any], tmp_path: Path):
@@ -188,3 +248,21 @@ def test_larger_changes_are_ordered_by_their_cost(tiny_recipe: dict[str, Any], t
     assert for_gpu[:5] == [*changes[:3], offloaded, changes[3]]
     assert {**offloaded, "optimizer.name": "adamw_8bit"} in for_gpu
     assert [change for change in for_gpu if "offload" not in change.values()] == changes
+
+
+def test_every_number_of_a_plan_is_explained(recipe: Path):
+    code, explained, _ = ft("explain", "plan")
+    assert code == 0
+    _, out, _ = ft("plan", recipe)
+    labels = [line.partition("  ")[0] for line in out.splitlines() if line]
+    for label in labels:
+        name = re.sub(r"( \d.*|:.*)$", "", label)
+        assert name == "each number" or f"\n{name}\n" in explained, label
+    assert set(PARTS) <= set(NUMBERS)
+
+
+def test_settings_that_lower_a_number_are_keys_of_the_recipe():
+    known = {dotted(path) for path in every_key()}
+    for each in NUMBERS.values():
+        for word in re.findall(r"[a-z]+\.[a-z_]+", each.lowered_by):
+            assert word in known
