@@ -12,7 +12,7 @@ GPU_PYTHON ?= $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: help quickstart test test-fast test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shards pictures lint types check fmt gpu wheel clean
+.PHONY: help quickstart test test-fast test-slow test-faults bench bench-growth bench-data bench-generation bench-quantizers bench-methods bench-plan bench-gpu bench-shards pictures docs site lint types check fmt gpu wheel clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,7 +60,14 @@ bench-plan: $(VENV)/dev $(VENV)/quickstart  ## Planned and measured memory of ev
 
 # BENCH_GPU="--device cpu --tiny" is a dry run without a GPU, BENCH_GPU="--trl PYTHON" names an interpreter that has trl.
 PART ?= 1
-bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## Speed, memory and a trace beside TRL on a GPU, PART=1, 2 or 3: ten minutes each
+bench-docs: $(VENV)/dev  ## The generated parts of docs/
+	PYTHONPATH=. $(BIN)/python docs/generate.py
+
+site: $(VENV)/dev  ## A static site of docs/ in build/site; a warning fails
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## Speed, memory and a trace beside TRL on a GPU, PART=1, 2 or 3: ten minutes each
 	$(GPU_PYTHON) -m tests.benchmarks.gpu --part $(PART) --page $(BENCH_GPU)
 
 bench-shards: $(VENV)/dev  ## Memory per process and bytes sent, by strategy and number of processes
@@ -71,7 +78,7 @@ pictures: $(VENV)/dev $(VENV)/quickstart  ## Pictures of README from a real run,
 		--set evaluation.every_steps=4 --set evaluation.sample_rows=1
 	$(BIN)/ft eval runs/bookings --against base
 	$(BIN)/ft merge runs/bookings
-	$(BIN)/python -m tests.pictures runs/bookings recipes/pictures --step 19 --browser "$(BROWSER)"
+	$(BIN)/python -m tests.pictures runs/bookings docs/pictures --step 19 --browser "$(BROWSER)"
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## The tests that need a CUDA device; on a bare machine with GPU_PYTHON=python3
 	$(GPU_PYTHON) -m tests.gpu $(GPU_FLAGS)

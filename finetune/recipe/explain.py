@@ -98,6 +98,11 @@ def sections() -> dict[str, str]:
     return {key: _purpose(field) for key, field in Recipe.model_fields.items()}
 
 
+def all_keys() -> list[str]:
+    """Every key of a recipe as a dotted path without list indices, in the order of the schema."""
+    return list(_keys())
+
+
 def explain_key(name: str) -> list[Explanation]:
     """Explain a key.
 

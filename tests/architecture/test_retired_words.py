@@ -179,7 +179,7 @@ def on_one_line(text: str) -> str:
 def searched() -> list[Path]:
     """Code and documentation, without the changelog, whose entries are history."""
     code = [file for folder in ("cli", "finetune") for file in (ROOT / folder).rglob("*.py")]
-    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes" / "guides").glob("*.md")]
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
     return sorted([*code, *pages, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md"))])
 
 

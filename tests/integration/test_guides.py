@@ -18,7 +18,7 @@ from finetune.recipe.explain import explain_key
 from finetune.resolve import build
 
 ROOT = Path(__file__).parents[2]
-GUIDES = sorted(file for file in (ROOT / "recipes" / "guides").glob("*.md") if file.name != "README.md")
+GUIDES = sorted(file for file in (ROOT / "docs" / "guides").glob("*.md") if file.name != "README.md")
 SMALLER = [
     "training.max_steps=2", "training.precision=float32", "evaluation.generation_rows=2", "evaluation.max_rows=2",
     "evaluation.max_new_tokens=4",
@@ -80,7 +80,7 @@ def test_guide_links_resolve(guide: Path):
 
 
 def test_guide_table_lists_every_guide():
-    table = (ROOT / "recipes" / "guides" / "README.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs" / "guides" / "README.md").read_text(encoding="utf-8")
     for guide in GUIDES:
         assert f"[{guide.name}]({guide.name})" in table
 
