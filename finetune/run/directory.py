@@ -158,6 +158,10 @@ class RunDirectory:
             path = wanted.with_name(f"{wanted.name}-{number}")
         return path
 
+    def export_folder(self, format: str, type: str = "") -> Path:
+        """Default folder of an export: each format, and each type of its weights, has one."""
+        return self.exported / (f"{format}-{type}" if type else format)
+
     def trained(self, is_whole_model: bool) -> Path:
         """Folder of the trained weights: `adapter/`, or `model/` after full fine-tuning."""
         return self.path / ("model" if is_whole_model else "adapter")

@@ -439,8 +439,8 @@ def test_gguf_file_leaves_unbuilt_tensors_out_and_says_so(
     result = CliRunner().invoke(app, ["export", str(run.path), "--format", "gguf"])
     assert result.exit_code == 0, result.output
     assert "left out" in " ".join(result.output.split())
-    assert json.loads((run.exported / "export.json").read_text())["unbuilt"]["carried"] is False
-    assert "left out" in (run.exported / "README.md").read_text()
+    assert json.loads((run.export_folder("gguf", "f16") / "export.json").read_text())["unbuilt"]["carried"] is False
+    assert "left out" in (run.export_folder("gguf", "f16") / "README.md").read_text()
 
 
 def test_exported_prompt_has_unbuilt_tensors(tiny_recipe: dict[str, Any], tmp_path: Path, base_with_more: Path):

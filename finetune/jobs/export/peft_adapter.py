@@ -8,13 +8,15 @@ from pathlib import Path
 
 from finetune.jobs.export.engine_prompts import compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
+from finetune.jobs.export.opening import open_for_output
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.writing.ends import write_ends
 from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.recipe.vllm_support import vllm_lora_rank
 from finetune.run.directory import TRAINED_RECORD, RunDirectory
 from finetune.run.events import EventHandler, ignore
-from finetune.storage.files import check_output, written_aside
+from finetune.storage.files import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,9 @@ def export_adapter(
         UnsupportedError: vLLM would reject it, or compute something else than was trained.
         RefusedError: The base is not that of the training, or the folder exists.
     """
-    target = (output or run.exported).absolute()
-    check_output(target, overwrite, is_folder=True)
-    trained = FineTunedRun.open(run, on_event)
-    recipe = trained.context.recipe
-    rank = vllm_lora_rank(recipe.adapter, recipe.modules, recipe.model.new_tokens is not None)
+    target = (output or run.export_folder("adapter")).absolute()
+    trained = open_for_output(run, target, overwrite, _rank, on_event)
+    rank = _rank(trained.context)
     base = public_name(trained.context.section)
     name = run.path.name
     part = _part_of_checkpoint(trained)
@@ -55,6 +55,16 @@ def export_adapter(
         stored = "" if kind == "none" else f", which was quantized to {kind} in training"
         write_card(trained, folder, f"A LoRA adapter for {base}{stored}.{part}", [serve], relation="adapter")
     return target
+
+
+def _rank(context: TrainingContext) -> int:
+    """The --max-lora-rank with which vLLM serves the adapter.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    recipe = context.recipe
+    return vllm_lora_rank(recipe.adapter, recipe.modules, recipe.model.new_tokens is not None)
 
 
 def _part_of_checkpoint(trained: FineTunedRun) -> str:

@@ -18,6 +18,7 @@ from finetune.data.text_tokens import Affixes
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, run_prompts
 from finetune.jobs.export.engines import RunPrompt, Vllm
+from finetune.jobs.export.opening import open_for_output
 from finetune.jobs.export.verification import BOUNDS, check_agreement, verification_rows
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.jobs.load.training_record import facts_for_prompts
@@ -28,7 +29,7 @@ from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.files import write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def export(
 
     Args:
         run: A finished run.
-        output: Folder to write, by default the run's `exported/`.
+        output: Folder to write, by default one of this type in the run's `exported/`.
         dtype: Of the written weights.
         overwrite: Replace an existing folder.
         on_event: Receives an event at every phase.
@@ -90,10 +91,8 @@ def export(
         RefusedError: The base is not that of the training, the folder exists, or the exported model does not agree with
             the trained one. Nothing is written then.
     """
-    target = (output or run.exported).absolute()
-    check_output(target, overwrite, is_folder=True)
-    trained = FineTunedRun.open(run, on_event)
-    trained.context.method.check_prompt_export()
+    target = (output or run.export_folder("prompt", dtype)).absolute()
+    trained = open_for_output(run, target, overwrite, lambda context: context.method.check_prompt_export(), on_event)
     known = len(trained.context.tokenizer)
     examples = verification_rows(trained, on_event).rows
     prompts = run_prompts(trained, on_event)  # before the tokenizer gets the new tokens

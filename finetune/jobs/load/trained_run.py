@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,13 +50,20 @@ class FineTunedRun:
     record: TrainingRecord
 
     @classmethod
-    def open(cls, run: RunDirectory, on_event: EventHandler, dtype: Dtype | None = None) -> FineTunedRun:
+    def open(
+        cls,
+        run: RunDirectory,
+        on_event: EventHandler,
+        dtype: Dtype | None = None,
+        check: Callable[[TrainingContext], object] | None = None,
+    ) -> FineTunedRun:
         """Open a run and check that its base is unchanged.
 
         Args:
             run: Its directory.
             on_event: Receives a `Phase`.
             dtype: To compute in, in place of the type of the training.
+            check: Called before any file of weights is read; raises if the caller has no use for the run.
 
         Raises:
             UsageError: The run has no trained weights.
@@ -73,6 +81,8 @@ class FineTunedRun:
             )
         record = TrainingRecord.read(weights)
         context = TrainingContext.of(recipe, on_event, kept=record.kept(weights))
+        if check is not None:
+            check(context)
         record.refuse_others(weights, context.folder, context.method, recipe.distributed.strategy == "fsdp")
         return cls(run, context, weights, record)
 
