@@ -21,6 +21,7 @@ from finetune.adapters.lora import LowRankMethod
 from finetune.data.chat_template import ChatTemplate
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.export.card_usage import gguf_adapter_usage, gguf_usage
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, engine_adds_bos, run_prompts
 from finetune.jobs.export.engines import LlamaCpp, Ollama, RunPrompt
 from finetune.jobs.export.merge import check_fits_quantized, merge
@@ -125,10 +126,8 @@ def export_gguf(
         check_agreement(result, kind, hint="choose --dtype f16")
         shutil.rmtree(part)
         write_json(folder / "export.json", result.to_json())
-        name = run.path.name
-        use = [f"llama-server -m ./{name}/{MODEL}", f"ollama create {name} -f ./{name}/Modelfile"]
         what = f"{result.merge['base']['name']}, fine-tuned and written for llama.cpp, in {kind}."
-        write_card(trained, folder, what, use, result.to_json(), relation="quantized")
+        write_card(trained, folder, what, gguf_usage(trained, MODEL), result.to_json(), relation="quantized")
     return result
 
 
@@ -217,8 +216,8 @@ def export_gguf_adapter(
     with recording_errors(run), written_aside(target) as folder, _naming_options():
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
         what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.context.section)}."
-        command = f"llama-server -m base.gguf --lora {ADAPTER}{_overrides(trained, folder)}"
-        write_card(trained, folder, what, [command], relation="adapter")
+        usage = gguf_adapter_usage(trained, ADAPTER, _overrides(trained, folder))
+        write_card(trained, folder, what, usage, relation="adapter")
     return target
 
 

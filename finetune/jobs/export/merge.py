@@ -17,6 +17,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.export.card_usage import model_usage, quantized_usage
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.opening import open_for_output
@@ -143,9 +144,10 @@ def merge(
         )
         check_agreement(result, dtype)
         write_json(folder / "merge.json", result.to_json())
-        use = "ft generate" if dtype == QUANTIZED else "vllm serve"
-        what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
-        write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
+        usage = quantized_usage() if dtype == QUANTIZED else model_usage(trained)
+        stored = "the quantized weights of the base" if dtype == QUANTIZED else dtype
+        what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {stored}."
+        write_card(trained, folder, what, usage, result.to_json())
     return result
 
 
