@@ -189,7 +189,7 @@ def test_model_card_has_facts_of_the_run_and_no_path(tiny_recipe: dict[str, Any]
         f"{validation[0]:.4f} before training, {validation[-1]:.4f} after step 3",
         f"{result.agreement.kl_divergence:.2e}",
         "learning_rate: 0.01",
-        "chat_template: own.jinja",
+        "chat_template: chat_template.jinja",
         "do not name a licence",
     ):
         assert fact in card
@@ -206,9 +206,8 @@ def test_model_card_shows_names_of_others_as_text(tiny_recipe: dict[str, Any], t
     card = (run.merged / "README.md").read_text()
     assert f"# {in_markdown(name)}\n" in card
     assert "\u202e" not in card
-    before, commands, after = card.split("\n````\n")  # longer than the fence in the name
-    assert "```" in commands
-    assert not any("<img" in text.replace("\\<img", "") for text in (before, after))
+    assert "<img" not in card.replace("\\<img", "")
+    assert "--served-model-name run-img-src-x-onerror-y-a-javascript-b\n" in card
 
 
 def test_model_card_has_the_licence_of_the_base(tiny_recipe: dict[str, Any], tmp_path: Path):
