@@ -75,7 +75,7 @@ def _instead_of_run(run: Path) -> str:
     if (run / "model" / "config.json").is_file():
         return f"set model.name to {run / 'model'}, the trained weights of the run"
     if not (run / "adapter").is_dir():
-        return f"the run has no trained weights yet; finish it: ft train --resume {run}"
+        return f"the run has no trained weights yet: it is in training, or ft train --resume {run} finishes it"
     record = _record(run / "adapter" / "ft_adapter.json")
     model, section = record.get("model"), record.get("adapter")
     base = model.get("name") if isinstance(model, dict) else None

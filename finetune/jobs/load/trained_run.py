@@ -74,11 +74,7 @@ class FineTunedRun:
         recipe = in_dtype(load_recipe(run.recipe).recipe, dtype)
         weights = run.trained(recipe.adapter.trains_base)
         if not weights.is_dir():
-            raise UsageError(
-                "the run has no trained weights: it did not finish",
-                where=str(run.path),
-                hint=f"resume it: ft train --resume {run.path}",
-            )
+            raise run.unfinished()
         record = TrainingRecord.read(weights)
         context = TrainingContext.of(recipe, on_event, kept=record.kept(weights))
         if check is not None:
