@@ -23,7 +23,8 @@ from finetune.jobs.export.prompt_tokens import export as export_prompt
 from finetune.recipe.load import load_recipe
 from finetune.run.directory import RunDirectory
 from tests.fixtures.card_commands import blocks, run_commands
-from tests.fixtures.tiny import CHAT_TEMPLATE, chat_rows
+from tests.fixtures.merging import merging_tokenizer
+from tests.fixtures.tiny import CHAT_TEMPLATE, chat_rows, write_tiny_model
 from tests.integration.test_merging import run_of
 
 FOUR_BITS = {"quantization": {"kind": "affine", "bits": 4, "group_size": 32}, "adapter": {"method": "qa_lora", "r": 4}}
@@ -86,6 +87,45 @@ def test_every_command_of_a_card_of_plain_text_works(
         (command, *_) = blocks(folder / "README.md", "sh")
         assert result.prompt in command
         assert "`prompt` of export.json" in (folder / "README.md").read_text()
+
+
+def gguf_file(tiny_recipe: dict[str, Any], folder: Path) -> Path:
+    """A model as a GGUF file; its tokenizer has merges, without which transformers reads none."""
+    write_tiny_model(folder / "first-base", vocab_size=448)
+    tokenizer = merging_tokenizer("byte_level", CHAT_TEMPLATE)
+    tokenizer.add_tokens("<|endoftext|>", special_tokens=True)  # transformers adds it to tokenizers of GGUF files
+    tokenizer.save_pretrained(folder / "first-base")
+    run = run_of({**tiny_recipe, "model": {"name": str(folder / "first-base")}}, folder, "first")
+    return export_gguf(run, folder / "gguf").folder / "model.gguf"
+
+
+def test_every_command_of_a_card_over_a_gguf_file_works(
+    tiny_recipe: dict[str, Any], chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """vLLM does not load such a base, and no command says so."""
+    base = gguf_file(tiny_recipe, tmp_path)
+    run = run_of({**tiny_recipe, "model": {"name": str(base)}}, tmp_path)
+    for name, write in {"adapter": export_adapter, "gguf-adapter": export_gguf_adapter}.items():
+        folder = published(write(run), tmp_path / name, base, chat_file)
+        monkeypatch.chdir(folder)
+        expected = ["ft train", "python"] if name == "adapter" else ["llama-server -m", "ft train"]
+        assert run_commands(folder) == expected
+        assert "`model.gguf` is the base" in (folder / "README.md").read_text()
+
+
+def test_card_over_a_package_locates_its_file(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The package is not imported: here that is an error."""
+    package = tmp_path / "site" / "tiny_package"
+    shutil.copytree(gguf_file(tiny_recipe, tmp_path).parent, package / "models")
+    (package / "__init__.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(str(package.parent))
+    run = run_of({**tiny_recipe, "model": {"name": "package://tiny_package/models/model.gguf"}}, tmp_path)
+    folder = export_adapter(run)
+    monkeypatch.chdir(folder)
+    assert run_commands(folder, skipped=("ft train",)) == ["python"]
+    assert "`model.gguf` is the base, a file of the Python package tiny_package." in (folder / "README.md").read_text()
 
 
 def test_recipe_of_a_card_trains_the_same_weights(

@@ -1,4 +1,4 @@
-"""`ft reproduce` of a run that was changed when it was resumed says what changed; a run in training names its process."""
+"""`ft reproduce` says what changed when a run was resumed, and commands on a run in training name its process."""
 
 from __future__ import annotations
 

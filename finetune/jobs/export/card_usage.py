@@ -103,21 +103,22 @@ def _package(section: Model) -> str:
 
 def _peft(section: Model, base: str = "") -> str:
     """A program that loads the adapter over its base."""
-    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if section.name.startswith("package://"):
-        inside = section.name.removeprefix("package://").partition("/")[2].rpartition("/")[0]
-        imports = ["from importlib.resources import files", "", *imports]
-        where = f"str(files({json.dumps(_package(section))}){f' / {json.dumps(inside)}' if inside else ''})"
-        load = f"{where}, gguf_file={json.dumps(Path(section.name).name)}"
+        file = section.name.removeprefix("package://").partition("/")[2]
+        # Located, not imported: importing a package may need others.
+        lines = ["from importlib.util import find_spec", "", *lines]
+        lines.append(f"folder = find_spec({json.dumps(_package(section))}).submodule_search_locations[0]")
+        load = f"folder, gguf_file={json.dumps(file)}"
     elif section.name.endswith(".gguf"):
         load = f'".", gguf_file={json.dumps(Path(section.name).name)}'
     else:
         load = json.dumps(base)
     return "\n".join(
         [
-            *imports,
-            "",
+            *lines,
+            f"base = AutoModelForCausalLM.from_pretrained({load})",
+            'model = PeftModel.from_pretrained(base, ".")',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({load}), ".")',
         ]
     )
