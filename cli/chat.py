@@ -10,7 +10,7 @@ from finetune.errors import FinetuneError
 from finetune.run.signals import Interruption, StopRequested
 
 from .event_log import event_handler
-from .options import MODEL_REF, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
+from .options import MODEL_REF, Dtype, MaxNewTokens, Quiet, Seed, System, Temperature, TopP
 from .output import exit_immediately, show_error, show_note
 from .prompts import read_line, stdin_is_terminal, streamed_answer
 
@@ -30,6 +30,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    dtype: Dtype = None,
     quiet: Quiet = False,
 ) -> None:
     """Chat with a run or a model."""
@@ -40,7 +41,8 @@ def chat(
         from finetune.evaluation.generation import Sampling
         from finetune.jobs.infer.chat import Chat
 
-        talk = Chat.open(found, system, Sampling(max_new_tokens, temperature, top_p, seed), on_event)
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        talk = Chat.open(found, system, sampling, on_event, dtype.value if dtype else None)
     if stdin_is_terminal():
         show_note(COMMANDS)
     while (line := read_line("> ")) is not None:

@@ -11,7 +11,7 @@ import typer
 from finetune.errors import RefusedError
 
 from .event_log import event_handler
-from .options import MODEL_REF, AsJson, Overwrite, Quiet
+from .options import MODEL_REF, AsJson, Dtype, Overwrite, Quiet
 from .views.evaluation import show_evaluation
 
 
@@ -58,6 +58,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Largest batch of ft; smaller if memory is short.")
     ] = None,
+    dtype: Dtype = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +85,9 @@ def evaluate(
         from finetune.jobs.infer.evaluate import evaluate as evaluate_job
 
         names = tuple(part for text in tasks or () for part in text.split(",") if part)
-        options = EvaluationOptions(names, limit, wanted, engine.value, batch_size, output)
+        options = EvaluationOptions(
+            names, limit, wanted, engine.value, batch_size, output, dtype.value if dtype else None
+        )
         evaluated = evaluate_job(found[0], options, "base" if against == "base" else (*found, None)[1], on_event)
     show_evaluation(evaluated, as_json)
     evaluated.refuse_failed_gates()

@@ -53,7 +53,14 @@ def export(
         ),
     ] = ExportFormat.prompt,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write. Default: exported/ in the run.")
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            show_default=False,
+            help="Folder to write. Default: exported/FORMAT or exported/FORMAT-DTYPE in the run, such as "
+            "exported/gguf-q8_0.",
+        ),
     ] = None,
     dtype: Annotated[
         ExportedType | None,
@@ -81,6 +88,10 @@ def export(
     kind = _type(format, dtype)
     if public and push is None:
         raise UsageError("--public needs a repository of the hub", where="--public", hint="add --push ORG/NAME")
+    if push is not None:
+        from finetune.jobs.export.hub_push import check_repository
+
+        check_repository(push)
     verification = None
     with event_handler(quiet, as_json) as on_event:
         if format is ExportFormat.prompt:

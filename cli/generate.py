@@ -11,7 +11,7 @@ import typer
 from finetune.errors import UsageError
 
 from .event_log import event_handler
-from .options import MODEL_REF, AsJson, MaxNewTokens, Overwrite, Quiet, Seed, System, Temperature, TopP
+from .options import MODEL_REF, AsJson, Dtype, MaxNewTokens, Overwrite, Quiet, Seed, System, Temperature, TopP
 from .output import stdout_is_terminal
 from .prompts import show_answers, show_answers_file, streamed_answer
 
@@ -43,6 +43,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")] = 16,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -67,7 +68,8 @@ def generate(
         from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        finetuned = [FineTunedModel.find(each, on_event) for each in found]
+        finetuned = [FineTunedModel.find(each, on_event, dtype.value if dtype else None) for each in found]
+        finetuned[0].note_generation_dtype()
         if base:
             finetuned.insert(0, finetuned[0].untuned)
         if file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,25 @@ TopP = Annotated[
         min=0.0,
         max=1.0,
         help="Nucleus sampling: sample from the top tokens up to this probability.",
+    ),
+]
+
+
+class ComputeDtype(StrEnum):
+    """Types that a model can compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Dtype = Annotated[
+    ComputeDtype | None,
+    typer.Option(
+        "--dtype",
+        show_default=False,
+        help="Type to compute in, also of weights that are not quantized. Default: that of the training; for a model "
+        "the one that suits this machine.",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")]

@@ -28,6 +28,8 @@ def reproduce(
     from finetune.run.directory import RunDirectory
 
     first = RunDirectory.open(run)
+    if not first.is_finished:
+        raise first.unfinished("the run is not finished")
     again = RunDirectory.create(run_dir or RunDirectory.free_path(run.with_name(f"{run.name}-again")))
     with event_handler(quiet, as_json, log=again.log) as on_event:
         from finetune.jobs.train.reproduce import reproduce as reproduce_job
@@ -38,8 +40,10 @@ def reproduce(
             result = reproduce_job(first, again, on_event, interruption)
     show_reproduction(result, as_json)
     if not result.is_identical:
+        reasons = "; ".join(result.reasons)
+        hint = "compare versions and thread counts with ft diff"
+        if result.changed:
+            hint = "a run repeats bit for bit only if it was not changed when it was resumed: reproduce the second one"
         raise CheckFailedError(
-            "the weights differ",
-            where=str(result.run_directory),
-            hint="compare versions and thread counts with ft diff",
+            "the weights differ" + (f": {reasons}" if reasons else ""), where=str(result.run_directory), hint=hint
         )

@@ -92,8 +92,8 @@ def train(
             # A run killed between its last step and its report is finished but has no page yet: this writes it.
             with recording_errors(run):
                 run.remove_leftovers()
-            from finetune.jobs.train.resume import length_key
             from finetune.recipe.load import load_recipe
+            from finetune.run.attempts import length_key
 
             length = length_key(load_recipe(run.recipe).recipe)
             show_finished_already(run.path, length, as_json)

@@ -76,15 +76,32 @@ def value(tried: object) -> str:
     return f"{tried:.4g}" if isinstance(tried, float) else str(tried)
 
 
-def unbuilt(report: Mapping[str, Any], quote: str = "") -> str:
+def engine_prompts(report: Mapping[str, Any], by: bool = False) -> str:
+    """In how many prompts an engine has the tokens of the training, and the first prompt with others.
+
+    Args:
+        report: The engine's entry in a verification report.
+        by: Whether to say how its tokens were found.
+    """
+    same, first = report["prompts"] - report["differing"], report["first"]
+    found = f"{report['engine']}: {same} of {counted(report['prompts'], 'prompt')} have the tokens of the training"
+    found += f" (by {report['by']})" if by else ""
+    if first is None:
+        return f"{found}."
+    return (
+        f"{found}. The first with others is {json.dumps(first['prompt'], ensure_ascii=False)}: token "
+        f"{first['position']} is {first['engine'] or 'missing'}, in training {first['trained'] or 'missing'}."
+    )
+
+
+def unbuilt(report: Mapping[str, Any]) -> str:
     """A report on the tensors of a base that its class does not build, as a sentence.
 
     Args:
         report: Class, number of tensors, bytes, patterns of names, and whether they are carried over.
-        quote: Around each pattern.
     """
     patterns, number = report["names"], report["tensors"]
-    shown = ", ".join(f"{quote}{each.replace('`', '')}{quote}" for each in patterns[:SHOWN_PATTERNS])
+    shown = ", ".join(patterns[:SHOWN_PATTERNS])
     if len(patterns) > SHOWN_PATTERNS:
         shown += f" and {len(patterns) - SHOWN_PATTERNS} more"
     done = "copied bit for bit, and not trained with the rest" if report["carried"] else "left out"

@@ -29,6 +29,7 @@ def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
 
     for task, scores in evaluated.scores.items():
         Console().print(_scores_table(task_title(task, scores), evaluated, scores))
+    show_result(_dtypes(evaluated))
     if note := answered_by(evaluated.to_json()):
         show_result(note)
     for gate in evaluated.gates:
@@ -36,6 +37,12 @@ def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
         show_result(f"gate {gate.gate}: {sign}, {gate.measured} is {gate.value:.4g}")
     if evaluated.folder:
         show_result(f"results and answers: {evaluated.folder}")
+
+
+def _dtypes(evaluated: EvaluationResult) -> str:
+    """The types of the computation."""
+    losses, answers = evaluated.compute_dtype, evaluated.generation_dtype
+    return f"computed in {losses}" + (f", answers generated in {answers}" if answers != losses else "")
 
 
 def _scores_table(title: str, evaluated: EvaluationResult, scores: dict[str, Score]) -> Table:

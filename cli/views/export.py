@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune.formatting import unbuilt
+from finetune.formatting import engine_prompts, unbuilt
 
 from ..output import show_json, show_result
 
@@ -17,6 +17,9 @@ def show_merge(verification: dict[str, Any], folder: Path, as_json: bool) -> Non
         return
     lines = [f"merged model: {folder} ({verification['dtype']})", _agreement(verification), *_engines(verification)]
     lines += _unbuilt(verification)
+    if verification["dtype"] == "quantized":
+        lines.append("loads in ft only; for transformers and vLLM: ft merge --dtype bfloat16")
+    lines.append(f"usage: {folder / 'README.md'}")
     show_result("\n".join(lines))
 
 
@@ -59,8 +62,7 @@ def show_export(
             else "start every text with `prompt` of export.json, and add no special tokens to it"
         )
         lines.append(f"the trained prompt is stored as new vocabulary tokens: {usage}")
-    else:
-        lines.append(f"usage: {folder / 'README.md'}")
+    lines.append(f"usage: {folder / 'README.md'}")
     if address:
         lines.append(f"on the hub: {address}")
     show_result("\n".join(lines))
@@ -82,12 +84,11 @@ def _agreement(verification: dict[str, Any]) -> str:
 
 
 def _engines(verification: dict[str, Any]) -> list[str]:
-    """One line: in how many prompts engines have the tokens of the training."""
-    counts = [
-        f"{engine['engine']} {engine['prompts'] - engine['differing']} of {engine['prompts']}"
-        for engine in verification["engines"]
-    ]
-    return [f"prompts with the tokens of the training: {', '.join(counts)}"] if counts else []
+    """In how many prompts engines have the tokens of the training, and the first prompt with others."""
+    engines = verification["engines"]
+    same = [f"{each['engine']} {each['prompts']} of {each['prompts']}" for each in engines if not each["differing"]]
+    lines = [f"prompts with the tokens of the training: {', '.join(same)}"] if same else []
+    return lines + [engine_prompts(each) for each in engines if each["differing"]]
 
 
 def _unbuilt(report: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from finetune.errors import EnvironmentFault, UnsupportedError, UsageError
 from finetune.evaluation.engine import Generator, OnAnswers
 from finetune.evaluation.generation import AnswerDecoder, Sampling, end_tokens, up_to
+from finetune.models.loading.dtype import dtype_name
 from finetune.models.loading.load import generation_settings
 from finetune.run.events import EventHandler, Phase, ignore
 from finetune.storage.cache import cache_folder
@@ -192,7 +193,7 @@ class VllmGenerator(Generator):
             return LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(self.folder),
-                    dtype=str(self.dtype).removeprefix("torch."),
+                    dtype=dtype_name(self.dtype),
                     max_model_len=room,
                     load_format="safetensors",
                     trust_remote_code=False,

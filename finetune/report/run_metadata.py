@@ -60,10 +60,9 @@ class RunMetadata:
         Raises:
             RecipeError: Its resolved recipe is missing, damaged or of another version.
         """
-        written = {
-            folder.name: read_verification_report(folder / name)
-            for folder, name in ((run.merged, "merge.json"), (run.exported, "export.json"))
-        }
+        exports = sorted(run.exported.glob("*/export.json"))
+        files = [run.merged / "merge.json", run.exported / "export.json", *exports]  # the second: of versions up to 0.1
+        written = {str(file.parent.relative_to(run.path)): read_verification_report(file) for file in files}
         return cls(
             name=run.path.name,
             state=state_of(run),

@@ -26,7 +26,7 @@ from finetune.errors import (
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.distributed import Rank
 from finetune.run.events import Recorded
-from finetune.run.lock import is_locked, locked
+from finetune.run.lock import holder_of, is_locked, locked
 from finetune.run.outcome import read_outcome
 from finetune.run.provenance import now
 from finetune.run.signals import StopRequested, interrupted_exit_code
@@ -157,6 +157,10 @@ class RunDirectory:
             number += 1
             path = wanted.with_name(f"{wanted.name}-{number}")
         return path
+
+    def export_folder(self, format: str, type: str = "") -> Path:
+        """Default folder of an export: each format, and each type of its weights, has one."""
+        return self.exported / (f"{format}-{type}" if type else format)
 
     def trained(self, is_whole_model: bool) -> Path:
         """Folder of the trained weights: `adapter/`, or `model/` after full fine-tuning."""
@@ -339,13 +343,28 @@ class RunDirectory:
     @property
     def resume_command(self) -> str:
         """A hint with the command that resumes the run on the same number of processes."""
-        here = Path.cwd()
-        path = self.path.relative_to(here) if here in self.path.parents else self.path
         rank = Rank.here()
         more = f" --processes {rank.count_here}" if rank.count_here > 1 else ""
         if rank.count > rank.count_here:
             more += f" --nodes {rank.count // rank.count_here} --rendezvous HOST:PORT"
-        return f"resume it: ft train --resume {path}{more}"
+        return f"resume it: ft train --resume {self._short_path}{more}"
+
+    @property
+    def _short_path(self) -> Path:
+        """The path for commands: relative to the working directory where it is below it."""
+        here = Path.cwd()
+        return self.path.relative_to(here) if here in self.path.parents else self.path
+
+    def unfinished(self, what: str = "the run has no trained weights: it did not finish") -> UsageError:
+        """The error of a command that needs a finished run.
+
+        Args:
+            what: The problem, unless a process trains the run.
+        """
+        if self.is_locked:
+            who, way = holder_of(self.lock), f"wait until it is finished: ft watch {self._short_path}"
+            return UsageError(f"the run is in training, by {who}", where=str(self.path), hint=way)
+        return UsageError(what, where=str(self.path), hint=self.resume_command)
 
     def _end(self, attempt: Attempt, code: int, message: str, is_new: bool) -> None:
         if not self.is_writer:

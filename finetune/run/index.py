@@ -83,8 +83,8 @@ def removable(run: RunDirectory) -> list[Removable]:
         return []
     found = [
         (entry, "left by a killed process")
-        for folder in (run.path, run.checkpoints)
-        if folder.is_dir()
+        for folder in (run.path, run.checkpoints, run.exported)
+        if folder.is_dir() and not folder.is_symlink()
         for entry in folder.iterdir()
         if entry.name.startswith(".") and not entry.is_symlink()
     ]

@@ -38,6 +38,15 @@ def is_locked(file: Path) -> bool:
     return False
 
 
+def holder_of(file: Path) -> str:
+    """The process that holds the lock, in words."""
+    try:
+        holder = read_json(file)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # the holder has not written yet, or something else wrote there
+        return "another process"
+
+
 def locked(file: Path) -> BinaryIO:
     """Take the lock of a run, which lasts until the returned file is closed or the process ends, even by SIGKILL.
 
@@ -99,11 +108,5 @@ def _acquire(stream: BinaryIO, file: Path) -> None:
 
 
 def _held_by_another(file: Path) -> RefusedError:
-    try:
-        holder = read_json(file)
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # the holder has not written yet, or something else wrote there
-        who = "another process"
-    return RefusedError(
-        f"the run is being trained by {who}", where=str(file.parent), hint="wait for it, or stop that process"
-    )
+    what = f"the run is being trained by {holder_of(file)}"
+    return RefusedError(what, where=str(file.parent), hint="wait for it, or stop that process")

@@ -166,9 +166,9 @@ def originals(tiny_model: Path, chat_file: Path, tmp_path_factory: pytest.TempPa
             result = CliRunner().invoke(app, list(map(str, arguments)))
             assert result.exit_code == 0, result.stderr
         # The report of `ft export` has the keys of that of `ft merge`, and one of its own.
-        (finished / "exported").mkdir()
+        (finished / "exported" / "gguf-f16").mkdir(parents=True)
         report = (finished / "merged" / "merge.json").read_text()
-        (finished / "exported" / "export.json").write_text(report.replace("{", '{"format": "gguf",', 1))
+        (finished / "exported" / "gguf-f16" / "export.json").write_text(report.replace("{", '{"format": "gguf",', 1))
         _train_until_stopped(recipe, stopped)
     return Originals(recipe, sweep_recipe, finished, stopped, sweep)
 

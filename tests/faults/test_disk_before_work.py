@@ -42,7 +42,7 @@ def commands(run: Path, stopped: Path, originals: Originals, new: Path) -> dict[
         "eval": (["eval", run], run / "eval"),
         "eval --output": (["eval", run, "--output", new], new),
         "merge": (["merge", run, "--overwrite"], run / "merged"),
-        "export": (["export", run, "--format", "adapter", "--overwrite"], run / "exported"),
+        "export": (["export", run, "--format", "adapter", "--overwrite"], run / "exported" / "adapter"),
         "generate --output": (["generate", run, "-p", "hello", "--output", new], new),
         "reproduce": (["reproduce", run, "--run-dir", new], new),
     }

@@ -34,8 +34,9 @@ CODES = {0, 2, 3, 5, 6, 7, 75}
 
 FINISHED = (
     "run.json", "exit.json", "provenance.json", "data_report.json", "metrics.jsonl", "lock", "log.txt",
-    "recipe.resolved.yaml", "eval/results.json", "eval/generations.jsonl", "merged/merge.json", "exported/export.json",
-    "adapter/ft_adapter.json", "checkpoints/step-00000003/MANIFEST.json", "checkpoints/step-00000003/state.json",
+    "recipe.resolved.yaml", "eval/results.json", "eval/generations.jsonl", "merged/merge.json",
+    "exported/gguf-f16/export.json", "adapter/ft_adapter.json", "checkpoints/step-00000003/MANIFEST.json",
+    "checkpoints/step-00000003/state.json",
 )  # fmt: skip
 STOPPED = (
     "run.json", "exit.json", "provenance.json", "metrics.jsonl", "lock", "log.txt", "recipe.resolved.yaml",

@@ -103,8 +103,8 @@ def test_written_models_end_answers_as_the_rows_do(tiny_recipe: dict[str, Any], 
     adapter = export_adapter(run, tmp_path / "adapter")
     assert ends_in(adapter) == [STOP, OVER]
     card = (adapter / "README.md").read_text()
-    assert "--tokenizer ./run" in card
-    assert "--generation-config ./run" in card
+    assert "--tokenizer ." in card
+    assert "--generation-config ." in card
     written = export_gguf(run, tmp_path / "gguf").folder
     assert stops_in(written) == ["<|stop|>", "<|over|>"]
     fields = fields_of(written)

@@ -56,7 +56,7 @@ def test_q4_1_contains_the_merged_codes_and_scales_unchanged(tiny_recipe: dict[s
     run = run_of({**tiny_recipe, **FOUR_BITS}, tmp_path)
     stored = load_file(merge(run).folder / "model.safetensors")
     export_gguf(run, kind="q4_1")
-    read = {tensor.name: tensor for tensor in gguf.GGUFReader(run.exported / "model.gguf").tensors}
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(run.export_folder("gguf", "q4_1") / "model.gguf").tensors}
     found = torch.from_numpy(gguf.dequantize(read["blk.0.ffn_down.weight"].data, gguf.GGMLQuantizationType.Q4_1))
     layer = "model.layers.0.mlp.down_proj"
     packed = stored[f"{layer}.weight"]
@@ -96,7 +96,7 @@ def test_gguf_file_beyond_the_bound_is_not_written(
     monkeypatch.setitem(export_module.BOUNDS, "f16", 1e-9)
     with pytest.raises(RefusedError, match="differ"):
         export_gguf(run)
-    assert not run.exported.exists()
+    assert not list(run.exported.iterdir())
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4, "rslora": True}, {"method": "lora", "iec": True}])
@@ -189,7 +189,7 @@ def test_model_card_has_facts_of_the_run_and_no_path(tiny_recipe: dict[str, Any]
         f"{validation[0]:.4f} before training, {validation[-1]:.4f} after step 3",
         f"{result.agreement.kl_divergence:.2e}",
         "learning_rate: 0.01",
-        "chat_template: own.jinja",
+        "chat_template: chat_template.jinja",
         "do not name a licence",
     ):
         assert fact in card
@@ -206,9 +206,8 @@ def test_model_card_shows_names_of_others_as_text(tiny_recipe: dict[str, Any], t
     card = (run.merged / "README.md").read_text()
     assert f"# {in_markdown(name)}\n" in card
     assert "\u202e" not in card
-    before, commands, after = card.split("\n````\n")  # longer than the fence in the name
-    assert "```" in commands
-    assert not any("<img" in text.replace("\\<img", "") for text in (before, after))
+    assert "<img" not in card.replace("\\<img", "")
+    assert "--served-model-name run-img-src-x-onerror-y-a-javascript-b\n" in card
 
 
 def test_model_card_has_the_licence_of_the_base(tiny_recipe: dict[str, Any], tmp_path: Path):
@@ -255,7 +254,7 @@ def test_push_is_private_by_default(tiny_recipe: dict[str, Any], tmp_path: Path,
     code, shown, _ = ft("export", run.path, "--format", "adapter", "--push", "me/mine", *more)
     assert code == 0
     assert hub.calls[0] == ("create", {"name": "me/mine", "private": not public, "exist_ok": True})
-    assert hub.calls[1][1]["folder_path"] == run.exported
+    assert hub.calls[1][1]["folder_path"] == run.export_folder("adapter")
     assert shown["address"] == "https://hub.invalid/me/mine"
 
 
@@ -266,7 +265,7 @@ def test_failed_push_is_a_warning_and_keeps_the_export(tiny_recipe: dict[str, An
     assert code == 0
     assert shown["address"] is None
     assert "no route to the hub" in log
-    assert (run.exported / "model.gguf").is_file()
+    assert (run.export_folder("gguf", "f16") / "model.gguf").is_file()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_export_beyond_the_bound_is_not_written(
     monkeypatch.setitem(export_module.BOUNDS, "bfloat16", 1e-9)
     with pytest.raises(RefusedError, match="differ"):
         export(run, dtype="bfloat16")
-    assert not run.exported.exists()
+    assert not list(run.exported.iterdir())
 
 
 def test_export_json_has_folder_and_agreement(tiny_recipe: dict[str, Any], tmp_path: Path):

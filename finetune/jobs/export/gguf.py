@@ -21,25 +21,29 @@ from finetune.adapters.lora import LowRankMethod
 from finetune.data.chat_template import ChatTemplate
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.export.card_usage import gguf_adapter_usage, gguf_usage
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, engine_adds_bos, run_prompts
 from finetune.jobs.export.engines import LlamaCpp, Ollama, RunPrompt
 from finetune.jobs.export.merge import check_fits_quantized, merge
 from finetune.jobs.export.model_card import public_name, write_card
 from finetune.jobs.export.ollama import OllamaTemplate, modelfile
+from finetune.jobs.export.opening import open_for_output
 from finetune.jobs.export.verification import QUANTIZED, check_agreement, verification_rows, written_logits
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.linear_layers import modules_with_weight
+from finetune.models.loading.expected_model import expected_model
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.models.writing.ends import ends_with
-from finetune.models.writing.gguf import GgufType, GgufTypeError, write_gguf, write_gguf_adapter
+from finetune.models.writing.gguf import GgufType, GgufTypeError, check_gguf, write_gguf, write_gguf_adapter
 from finetune.models.writing.gguf_vocabulary import DEFAULT, GgufVocabulary
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.sections.quantization import NoQuantization
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.files import write_json, written_aside
 from finetune.storage.opening import write_new
 
 logger = logging.getLogger(__name__)
@@ -91,7 +95,7 @@ def export_gguf(
 
     Args:
         run: A finished run whose method can be merged.
-        output: Folder to write, by default the run's `exported/`.
+        output: Folder to write, by default one of this type in the run's `exported/`.
         kind: Type of the weight matrices; q4_1 copies the codes of a 4-bit base with a qa_lora adapter.
         overwrite: Replace an existing folder.
         on_event: Receives an event at every phase.
@@ -101,11 +105,8 @@ def export_gguf(
         RefusedError: The base is not that of the training, the folder exists, or the file does not agree with the
             model. Nothing is written then.
     """
-    target = (output or run.exported).absolute()
-    check_output(target, overwrite, is_folder=True)
-    trained = FineTunedRun.open(run, on_event)
-    if kind == "q4_1":
-        check_fits_quantized(trained.context.method, f"--dtype {kind}", "choose f16 or q8_0")
+    target = (output or run.export_folder("gguf", kind)).absolute()
+    trained = open_for_output(run, target, overwrite, lambda context: _check_support(context, kind), on_event)
     with recording_errors(run), written_aside(target) as folder:
         part = folder / "merged"
         # Through a verified merge, so that the comparison below sees the rounding of the file type only.
@@ -125,11 +126,20 @@ def export_gguf(
         check_agreement(result, kind, hint="choose --dtype f16")
         shutil.rmtree(part)
         write_json(folder / "export.json", result.to_json())
-        name = run.path.name
-        use = [f"llama-server -m ./{name}/{MODEL}", f"ollama create {name} -f ./{name}/Modelfile"]
         what = f"{result.merge['base']['name']}, fine-tuned and written for llama.cpp, in {kind}."
-        write_card(trained, folder, what, use, result.to_json(), relation="quantized")
+        write_card(trained, folder, what, gguf_usage(trained, MODEL), result.to_json(), relation="quantized")
     return result
+
+
+def _check_support(context: TrainingContext, kind: GgufType) -> None:
+    """Check that the model can be written as GGUF in this type: method, quantization, architecture and tokenizer."""
+    context.method.check_merge()
+    if kind == "q4_1":
+        check_fits_quantized(context.method, f"--dtype {kind}", "choose f16 or q8_0")
+    model = expected_model(context.folder, context.section, context.quantizers)
+    with _naming_options(kind):
+        check_gguf(model, kind)
+        GgufVocabulary.of(context.tokenizer, model.config.vocab_size)
 
 
 def _streamed(trained: FineTunedRun, merged: Path) -> StreamedModel:
@@ -183,22 +193,9 @@ def export_gguf_adapter(
         UnsupportedError: It is not plain LoRA, or the base's architecture cannot be written as GGUF here.
         RefusedError: The base is not that of the training, or the folder exists.
     """
-    target = (output or run.exported).absolute()
-    check_output(target, overwrite, is_folder=True)
-    trained = FineTunedRun.open(run, on_event)
-    method, section = trained.context.method, trained.context.recipe.adapter
-    further = [
-        f"adapter.{key}" for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)
-    ]
-    if trained.context.recipe.model.new_tokens is not None:
-        further.append("model.new_tokens")
-    if not isinstance(method, LowRankMethod) or further:
-        what = further[0] if further else f"adapter.method: {section.method}"
-        raise UnsupportedError(
-            "a GGUF adapter can contain low-rank updates only",
-            where=what,
-            hint="export the full model: --format gguf",
-        )
+    target = (output or run.export_folder("gguf-adapter")).absolute()
+    trained = open_for_output(run, target, overwrite, _check_adapter_support, on_event)
+    method = trained.context.method
     on_event(Phase(f"writing {ADAPTER}"))
     streamed = trained.stream_base(on_event, dequantized=False)
     tied = modules_with_weight(streamed.model, streamed.model.get_input_embeddings().weight)
@@ -219,9 +216,28 @@ def export_gguf_adapter(
     with recording_errors(run), written_aside(target) as folder, _naming_options():
         write_gguf_adapter(factors, streamed.model.config, folder / ADAPTER, run.path.name)
         what = f"A LoRA adapter in GGUF, for a GGUF file of {public_name(trained.context.section)}."
-        command = f"llama-server -m base.gguf --lora {ADAPTER}{_overrides(trained, folder)}"
-        write_card(trained, folder, what, [command], relation="adapter")
+        usage = gguf_adapter_usage(trained, ADAPTER, _overrides(trained, folder))
+        write_card(trained, folder, what, usage, relation="adapter")
     return target
+
+
+def _check_adapter_support(context: TrainingContext) -> None:
+    """Check that a GGUF file can hold all that the run trained, and names the layers of the base."""
+    section = context.recipe.adapter
+    further = [
+        f"adapter.{key}" for key in ("dora", "modules_to_save", "trainable_tokens") if getattr(section, key, None)
+    ]
+    if context.recipe.model.new_tokens is not None:
+        further.append("model.new_tokens")
+    if not isinstance(context.method, LowRankMethod) or further:
+        what = further[0] if further else f"adapter.method: {section.method}"
+        raise UnsupportedError(
+            "a GGUF adapter can contain low-rank updates only",
+            where=what,
+            hint="export the full model: --format gguf",
+        )
+    with _naming_options():
+        check_gguf(expected_model(context.folder, context.section, context.quantizers))
 
 
 def _overrides(trained: FineTunedRun, folder: Path) -> str:

@@ -7,10 +7,26 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
+from finetune.errors import UsageError
 from finetune.run.events import EventHandler, Phase
 
 logger = logging.getLogger(__name__)
+
+
+def check_repository(name: str) -> None:
+    """Check, before anything is exported, that the hub can have a repository of this name.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(
+            f"the hub has no repositories of such a name: {error}", where=f"--push {name}", hint="write ORG/NAME"
+        ) from error
 
 
 def push(folder: Path, repository: str, public: bool, on_event: EventHandler) -> str | None:

@@ -17,8 +17,10 @@ from finetune.adapters.base import AdapterMethod
 from finetune.data.encode import Example
 from finetune.errors import UnsupportedError
 from finetune.evaluation.agreement import Agreement, agreement
+from finetune.jobs.export.card_usage import model_usage, quantized_usage
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare_vllm
 from finetune.jobs.export.model_card import public_name, write_card
+from finetune.jobs.export.opening import open_for_output
 from finetune.jobs.export.verification import (
     BOUNDS,
     QUANTIZED,
@@ -27,6 +29,7 @@ from finetune.jobs.export.verification import (
     verification_rows,
     written_logits,
 )
+from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.jobs.load.training_record import facts_for_prompts, trained_files
 from finetune.models.fingerprint import fingerprint_files
@@ -38,7 +41,7 @@ from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.files import write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,9 @@ def merge(
             does not agree with the trained one. Nothing is written then.
     """
     target = (output or run.merged).absolute()
-    check_output(target, overwrite, is_folder=True)
-    trained = FineTunedRun.open(run, on_event)
+    trained = open_for_output(run, target, overwrite, lambda context: _check_support(context, dtype), on_event)
     context = trained.context
-    context.method.check_merge()
     dtype = dtype or (QUANTIZED if context.method.fits_quantized else "float32")
-    if dtype == QUANTIZED:
-        check_fits_quantized(context.method, "--dtype", "choose float32, bfloat16 or float16")
     verification = verification_rows(trained, on_event)
     reference = _trained_logits(trained, verification.rows, on_event)
     # Written aside: the folder gets its final name only if the model has passed the verification.
@@ -145,10 +144,18 @@ def merge(
         )
         check_agreement(result, dtype)
         write_json(folder / "merge.json", result.to_json())
-        use = "ft generate" if dtype == QUANTIZED else "vllm serve"
-        what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {dtype}."
-        write_card(trained, folder, what, [f"{use} ./{run.path.name}"], result.to_json())
+        usage = quantized_usage() if dtype == QUANTIZED else model_usage(trained)
+        stored = "the quantized weights of the base" if dtype == QUANTIZED else dtype
+        what = f"{result.base['name']}, fine-tuned with {context.recipe.adapter.method} and merged, in {stored}."
+        write_card(trained, folder, what, usage, result.to_json())
     return result
+
+
+def _check_support(context: TrainingContext, dtype: str | None) -> None:
+    """Check that the method can be merged, in this type."""
+    context.method.check_merge()
+    if dtype == QUANTIZED:
+        check_fits_quantized(context.method, "--dtype", "choose float32, bfloat16 or float16")
 
 
 def check_fits_quantized(method: AdapterMethod, where: str, hint: str) -> None:

@@ -16,6 +16,7 @@ from finetune.evaluation.agreement import Agreement, agreement
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare_vllm
 from finetune.jobs.export.merge import merge
 from finetune.jobs.export.model_card import CARD
+from finetune.jobs.export.opening import open_for_output
 from finetune.jobs.export.verification import verification_rows, written_logits
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.dtype import DTYPES
@@ -25,7 +26,7 @@ from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.models.writing.weight_merging import WeightMerge, merge_weights
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.files import write_json, written_aside
 from finetune.storage.opening import read_json
 
 
@@ -96,8 +97,9 @@ def combine(
         RefusedError: The runs have different bases, a merge does not agree with its run, or the folder exists.
     """
     target = output.absolute()
-    check_output(target, overwrite, is_folder=True)
-    opened = [FineTunedRun.open(run, on_event) for run in runs]
+    opened = [
+        open_for_output(run, target, overwrite, lambda context: context.method.check_merge(), on_event) for run in runs
+    ]
     _refuse_other_bases(opened)
     with written_aside(target) as folder:
         parts = [folder / f"part-{index}" for index in range(len(runs))]

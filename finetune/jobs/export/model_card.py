@@ -17,6 +17,8 @@ import yaml
 from finetune import formatting
 from finetune.formatting import in_markdown, visible
 from finetune.jobs.export.card_prompts import prompt_forms
+from finetune.jobs.export.card_recipe import card_recipe
+from finetune.jobs.export.card_usage import Usage
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.models.loading.model_files import ModelFolder, file_in_package
 from finetune.recipe.sections.model import Model
@@ -28,14 +30,14 @@ from finetune.run.provenance import read_provenance
 from finetune.storage.opening import read_text, write_new
 
 CARD = "README.md"
-SECTIONS = ("quantization", "adapter", "optimizer", "training")
+TEMPLATE = "chat_template.jinja"
 
 
 def write_card(
     trained: FineTunedRun,
     folder: Path,
     what: str,
-    use: Sequence[str],
+    usage: Sequence[Usage],
     verification: Mapping[str, Any] | None = None,
     relation: str = "finetune",
 ) -> None:
@@ -45,7 +47,7 @@ def write_card(
         trained: The run.
         folder: The folder of the card.
         what: A sentence about the model.
-        use: Commands or code that use it.
+        usage: Ways to use it.
         verification: Its verification report.
         relation: `base_model_relation` of the hub: `finetune`, `adapter` or `quantized`.
     """
@@ -61,7 +63,8 @@ def write_card(
         f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
         f"# {in_markdown(trained.run.path.name)}",
         in_markdown(what),
-        _fenced("\n".join(use)),
+        "## Use",
+        *_usage(usage),
         "## Prompts",
         _prompts(trained),
         "## Base",
@@ -70,14 +73,20 @@ def write_card(
         "## Data",
         _data(trained),
         "## Training",
-        f"By ft {in_markdown(str(read_provenance(trained.run.provenance).get('ft', '')))}, with",
-        _fenced(_recipe(trained), "yaml"),
+        *_training(trained),
         "## Metrics",
         _metrics(trained),
     ]
     if verification is not None:
         parts += ["## Verification", _verification(verification)]
     write_new(folder / CARD, "\n\n".join(parts) + "\n")
+
+
+def _usage(usage: Sequence[Usage]) -> list[str]:
+    parts = []
+    for each in usage:
+        parts += [" ".join([each.what, "In this folder:"]).strip(), _fenced(each.code, each.language)]
+    return parts
 
 
 def _prompts(trained: FineTunedRun) -> str:
@@ -132,24 +141,24 @@ def _data(trained: FineTunedRun) -> str:
     return "\n".join([*lines, *sorted(files)]) or "Not recorded."
 
 
-def _recipe(trained: FineTunedRun) -> str:
-    recipe = trained.context.recipe
-    template = recipe.model.chat_template
-    shown: dict[str, Any] = {"model": {"chat_template": template}} if template else {}
-    for name in SECTIONS:
-        section = getattr(recipe, name).model_dump(mode="json", exclude_defaults=True)
-        section.pop("continue_from", None)  # a run of this machine
-        shown |= {name: section} if section else {}
-    return str(yaml.safe_dump(_without_folders(shown), sort_keys=False))
-
-
-def _without_folders(value: Any) -> Any:
-    """A value of a recipe with the name of a file or folder in place of its path."""
-    if isinstance(value, dict):
-        return {key: _without_folders(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _training(trained: FineTunedRun) -> list[str]:
+    """The version and the recipe, and what it leaves out."""
+    recipe, provenance = trained.context.recipe, read_provenance(trained.run.provenance)
+    own = TEMPLATE if (trained.weights / TEMPLATE).is_file() else None
+    computed = provenance.get("started", {}).get("compute_dtype")
+    is_public = recipe.model.is_hub_id or recipe.model.name.startswith("package://")
+    named = "the files of data" if is_public else "the base and the files of data"
+    parts = [
+        f"By ft {in_markdown(str(provenance.get('ft', '')))}"
+        + (f", computing in {in_markdown(str(computed))}" if computed else "")
+        + ", with this recipe:",
+        _fenced(card_recipe(recipe, own), "yaml"),
+    ]
+    if earlier := getattr(recipe.adapter, "continue_from", None):
+        name = in_markdown(Path(earlier).name)
+        parts.append(f"The run started from the adapter of the run {name}, which the recipe leaves out.")
+    parts += [f"Saved as recipe.yaml, with {named} beside it, it trains again:", _fenced("ft train recipe.yaml", "sh")]
+    return parts
 
 
 def _metrics(trained: FineTunedRun) -> str:
@@ -198,10 +207,6 @@ def _verification(verification: Mapping[str, Any]) -> str:
         f"| largest logit difference | {verification['largest_difference']:.2e}, "
         f"{verification['relative_difference']:.2e} of the largest logit (bound {verification['bound']:.0e}) |"
     )
-    prompts = [
-        f"{engine['engine']}: {engine['prompts'] - engine['differing']} of {engine['prompts']} prompts have the tokens "
-        f"of the training (by {engine['by']})."
-        for engine in verification["engines"]
-    ]
-    unbuilt = [f"{formatting.unbuilt(verification['unbuilt'], quote='`')}."] if verification["unbuilt"] else []
+    prompts = [in_markdown(formatting.engine_prompts(engine, by=True)) for engine in verification["engines"]]
+    unbuilt = [in_markdown(formatting.unbuilt(verification["unbuilt"])) + "."] if verification["unbuilt"] else []
     return "\n\n".join([logits, *prompts, *unbuilt])

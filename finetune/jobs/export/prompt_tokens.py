@@ -16,8 +16,11 @@ from finetune.adapters.base import PromptTokens
 from finetune.data.encode import Example
 from finetune.data.text_tokens import Affixes
 from finetune.evaluation.agreement import Agreement, agreement, logits_of
+from finetune.jobs.export.card_usage import model_usage
 from finetune.jobs.export.engine_prompts import PromptAgreement, as_json, compare, run_prompts
 from finetune.jobs.export.engines import RunPrompt, Vllm
+from finetune.jobs.export.model_card import public_name, write_card
+from finetune.jobs.export.opening import open_for_output
 from finetune.jobs.export.verification import BOUNDS, check_agreement, verification_rows
 from finetune.jobs.load.trained_run import FineTunedRun
 from finetune.jobs.load.training_record import facts_for_prompts
@@ -28,7 +31,7 @@ from finetune.models.writing.unbuilt import UnbuiltTensors
 from finetune.report.run_page import recording_errors
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase, ignore
-from finetune.storage.files import check_output, write_json, written_aside
+from finetune.storage.files import write_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class ExportResult:
         answer_ends: Ids of the tokens that end trained answers.
         today: The date that the chat template wrote in training; None where it writes none.
         named_tokens: Tokens that were added or trained by name: words, also where they are control tokens.
+        held_out: Whether the compared rows are validation rows.
         bound: The largest allowed `agreement.relative_difference`.
         agreement: Logits of the model, read back from disk, after the new tokens, against those of the base with its
             soft prompt; both in float32 and over the tokens of the base's tokenizer.
@@ -57,6 +61,7 @@ class ExportResult:
     answer_ends: list[int]
     today: str | None
     named_tokens: list[str]
+    held_out: bool
     bound: float
     agreement: Agreement
     engines: list[PromptAgreement]
@@ -80,7 +85,7 @@ def export(
 
     Args:
         run: A finished run.
-        output: Folder to write, by default the run's `exported/`.
+        output: Folder to write, by default one of this type in the run's `exported/`.
         dtype: Of the written weights.
         overwrite: Replace an existing folder.
         on_event: Receives an event at every phase.
@@ -90,12 +95,11 @@ def export(
         RefusedError: The base is not that of the training, the folder exists, or the exported model does not agree with
             the trained one. Nothing is written then.
     """
-    target = (output or run.exported).absolute()
-    check_output(target, overwrite, is_folder=True)
-    trained = FineTunedRun.open(run, on_event)
-    trained.context.method.check_prompt_export()
+    target = (output or run.export_folder("prompt", dtype)).absolute()
+    trained = open_for_output(run, target, overwrite, lambda context: context.method.check_prompt_export(), on_event)
     known = len(trained.context.tokenizer)
-    examples = verification_rows(trained, on_event).rows
+    verification = verification_rows(trained, on_event)
+    examples = verification.rows
     prompts = run_prompts(trained, on_event)  # before the tokenizer gets the new tokens
     on_event(Phase("computing the trained model's logits"))
     # Only the tokens of the base: the exported vocabulary has the prompt's tokens after them.
@@ -123,6 +127,7 @@ def export(
             if trained.record.uses_chat_template
             else exported_prompt.text + _begin_of_text(trained.context.tokenizer),
             **facts_for_prompts(trained.record),
+            held_out=verification.held_out,
             bound=BOUNDS[dtype],
             agreement=agreement(reference, found),
             engines=_compare_engines(trained, folder, exported_prompt, prompts),
@@ -130,7 +135,20 @@ def export(
         )
         check_agreement(result, dtype)
         write_json(folder / "export.json", result.to_json())
+        _write_card(trained, folder, result)
     return result
+
+
+def _write_card(trained: FineTunedRun, folder: Path, result: ExportResult) -> None:
+    recipe = trained.context.recipe
+    base, adapter = public_name(recipe.model), recipe.adapter
+    where = ", which the chat template writes" if result.uses_chat_template else ""
+    what = (
+        f"{base}, with a prompt of {adapter.prompt_tokens} tokens that {adapter.method} trained, in {result.dtype}. "
+        f"They are new tokens of the vocabulary{where}."
+    )
+    usage = model_usage(trained, "" if result.uses_chat_template else result.prompt)
+    write_card(trained, folder, what, usage, result.to_json())
 
 
 def _trained_logits(trained: FineTunedRun, examples: Sequence[Example], on_event: EventHandler) -> list[Tensor]:

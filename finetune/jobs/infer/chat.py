@@ -8,6 +8,7 @@ from finetune.evaluation.generation import OnText, Sampling
 from finetune.jobs.infer.generate import Question, answer
 from finetune.jobs.load.finetuned_model import FineTunedModel, SharedBase
 from finetune.jobs.load.model_ref import ModelRef
+from finetune.recipe.sections.model import Dtype
 from finetune.run.events import EventHandler
 
 
@@ -29,14 +30,22 @@ class Chat:
         self.turns: list[Message] = []
 
     @classmethod
-    def open(cls, named: ModelRef, system: str | None, sampling: Sampling, on_event: EventHandler) -> Chat:
+    def open(
+        cls,
+        named: ModelRef,
+        system: str | None,
+        sampling: Sampling,
+        on_event: EventHandler,
+        dtype: Dtype | None = None,
+    ) -> Chat:
         """Find and load the model.
 
         Raises:
             UsageError: It was trained on plain text, without turns.
             FinetuneError: It cannot be opened.
         """
-        finetuned = FineTunedModel.find(named, on_event)
+        finetuned = FineTunedModel.find(named, on_event, dtype)
+        finetuned.note_generation_dtype()
         if not finetuned.uses_chat_template:
             raise UsageError(
                 "it was trained on plain text, without turns",

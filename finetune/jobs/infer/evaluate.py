@@ -14,7 +14,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 import finetune.adapters
@@ -36,6 +35,7 @@ from finetune.jobs.load.model_ref import Kind, ModelRef
 from finetune.jobs.load.training_record import trained_files
 from finetune.jobs.load.vllm import vllm_generator
 from finetune.models.fingerprint import fingerprint, fingerprint_files
+from finetune.models.loading.dtype import dtype_name
 from finetune.models.loading.load import generation_settings
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import (
@@ -46,6 +46,7 @@ from finetune.recipe.sections.evaluation import (
     TaskSection,
     current_task_name,
 )
+from finetune.recipe.sections.model import Dtype
 from finetune.report.run_page import recording_errors
 from finetune.resolve import build
 from finetune.run.directory import RunDirectory
@@ -76,6 +77,7 @@ class EvaluationOptions:
         engine: Generates the answers; losses and choices are always ft's.
         batch_size: Most rows of one forward pass of ft; None for the recipe's.
         output: The folder for results; None for a run's own, and for none where it is no run.
+        dtype: To compute in; None for the type of the training, or of the one that suits the device.
     """
 
     tasks: tuple[str, ...] = ()
@@ -84,6 +86,7 @@ class EvaluationOptions:
     engine: Literal["ft", "vllm"] = "ft"
     batch_size: int | None = None
     output: Path | None = None
+    dtype: Dtype | None = None
 
 
 def evaluate(
@@ -111,8 +114,8 @@ def evaluate(
     folder = options.output or (run.evaluation if run else None)
     if folder is not None:
         check_output(folder, overwrite=True, is_folder=True)
-    finetuned = FineTunedModel.find(named, on_event)
-    other = _in_one_type(finetuned, _other(finetuned, against, on_event))
+    finetuned = FineTunedModel.find(named, on_event, options.dtype)
+    other = _in_one_type(finetuned, _other(finetuned, against, options.dtype, on_event))
     tasks = _tasks(named, finetuned, options.tasks, on_event)
     _refuse_idle_gates(options.gates, tasks)
     if other:
@@ -127,7 +130,8 @@ def evaluate(
         label=named.label,
         against=other.label if other else None,
         generation_backend=(generators[-1] or ModelGenerator).name,
-        compute_dtype=_name_of(finetuned.setup.compute_dtype),
+        compute_dtype=dtype_name(finetuned.setup.compute_dtype),
+        generation_dtype=dtype_name(finetuned.setup.compute_dtype if generators[-1] else finetuned.generation_dtype),
         scores=_scores(tasks, ours, theirs),
     )
     result.gates.extend(_gate_results(options.gates, result))
@@ -138,10 +142,13 @@ def evaluate(
 
 
 def _other(
-    finetuned: FineTunedModel, against: ModelRef | Literal["base"] | None, on_event: EventHandler
+    finetuned: FineTunedModel,
+    against: ModelRef | Literal["base"] | None,
+    dtype: Dtype | None,
+    on_event: EventHandler,
 ) -> FineTunedModel | None:
     if isinstance(against, ModelRef):
-        return FineTunedModel.find(against, on_event)
+        return FineTunedModel.find(against, on_event, dtype)
     if against == "base" and finetuned.trained is None:
         raise UsageError(
             "this is a plain model, which has no base",
@@ -163,15 +170,11 @@ def _in_one_type(finetuned: FineTunedModel, other: FineTunedModel | None) -> Fin
         logger.warning(
             "%s computes in %s here, as %s does; by itself it computes in %s",
             other.label,
-            _name_of(setup.compute_dtype),
+            dtype_name(setup.compute_dtype),
             finetuned.label,
-            _name_of(theirs.compute_dtype),
+            dtype_name(theirs.compute_dtype),
         )
     return replace(other, setup=replace(theirs, compute_dtype=setup.compute_dtype, weight_dtype=weights))
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tasks(named: ModelRef, finetuned: FineTunedModel, names: Sequence[str], on_event: EventHandler) -> list[Task]:

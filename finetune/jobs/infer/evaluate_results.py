@@ -70,7 +70,8 @@ class EvaluationResult:
         against: The model that it was compared with.
         generation_backend: The generator of the answers: ft, or another engine with its version. Losses and choices
             are always ft's.
-        compute_dtype: The type in which all models computed.
+        compute_dtype: The type in which all models computed losses and choices.
+        generation_dtype: The type in which they generated answers.
         scores: By task and metric.
         gates: The result of each condition.
         folder: Where results and answers are; None where they were not written.
@@ -80,6 +81,7 @@ class EvaluationResult:
     against: str | None
     generation_backend: str
     compute_dtype: str
+    generation_dtype: str
     scores: dict[str, dict[str, Score]]
     gates: list[GateResult] = field(default_factory=list)
     folder: Path | None = None
@@ -100,6 +102,7 @@ class EvaluationResult:
             "against": self.against,
             "generation_backend": self.generation_backend,
             "compute_dtype": self.compute_dtype,
+            "generation_dtype": self.generation_dtype,
             "confidence": CONFIDENCE,
             "tasks": tasks,
             "gates": [{**asdict(gate), "value": _finite_or_none(gate.value)} for gate in self.gates],

@@ -9,6 +9,7 @@ from datetime import date
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,11 +17,11 @@ from finetune.adapters import peft_bridge
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.soft_prompt import EmbeddedPromptMethod
 from finetune.adapters.soft_prompt_model import EmbeddedPromptModel, PromptChoiceModel
-from finetune.errors import RefusedError, UnsupportedError
+from finetune.errors import EnvironmentFault, RefusedError, UnsupportedError
 from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.jobs.load.model_ref import Kind, ModelRef
-from finetune.jobs.load.trained_run import FineTunedRun
+from finetune.jobs.load.trained_run import FineTunedRun, in_dtype
 from finetune.jobs.load.training_record import (
     QuantizedRecord,
     TrainingRecord,
@@ -33,12 +34,12 @@ from finetune.jobs.load.training_record import (
 )
 from finetune.models.fingerprint import fingerprint
 from finetune.models.kernels.packing_check import prefix_sharing_blocker, use_packing_attention
-from finetune.models.loading.dtype import autocast
+from finetune.models.loading.dtype import PRECISION, autocast, dtype_name
 from finetune.models.loading.load import KeptTokenizer
 from finetune.models.loading.new_tokens import keep_as_tokens
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.load import load_recipe
-from finetune.recipe.sections.model import Model
+from finetune.recipe.sections.model import Dtype, Model
 from finetune.recipe.sections.section import Section
 from finetune.resolve import build
 from finetune.run.checkpoints import read_checkpoint
@@ -91,8 +92,13 @@ class FineTunedModel:
     answer_ends: tuple[int, ...] = ()
 
     @classmethod
-    def find(cls, named: ModelRef, on_event: EventHandler) -> FineTunedModel:
+    def find(cls, named: ModelRef, on_event: EventHandler, dtype: Dtype | None = None) -> FineTunedModel:
         """Open a reference, and check that its base is the one of the training.
+
+        Args:
+            named: The reference.
+            on_event: Receives a `Phase`.
+            dtype: To compute in, in place of the type of the training, or of the one that suits the device.
 
         Raises:
             FinetuneError: It cannot be opened, or its base has changed.
@@ -103,7 +109,12 @@ class FineTunedModel:
             Kind.WEIGHTS: _from_weights,
             Kind.MODEL: _of_model,
         }
-        found = find[named.kind](named, on_event)
+        try:
+            found = find[named.kind](named, on_event, dtype)
+        except EnvironmentFault as fault:
+            if fault.where == PRECISION:  # the run has it, or the option
+                fault.where, fault.hint = "--dtype", "choose float32 or bfloat16"
+            raise
         if (today := found.setup.kept_date) not in (None, date.today()):
             logger.info("the chat template writes a date: %s, that of the training", today)
         return found
@@ -112,6 +123,17 @@ class FineTunedModel:
     def untuned(self) -> FineTunedModel:
         """The base alone."""
         return FineTunedModel("base", self.setup, None, self.uses_chat_template, self.answer_ends)
+
+    @property
+    def generation_dtype(self) -> torch.dtype:
+        """The type that it generates in: no autocast, so that float32 weights generate in float32."""
+        is_full = self.setup.compute_dtype is torch.float32
+        return torch.float32 if is_full else self.setup.weight_dtype
+
+    def note_generation_dtype(self) -> None:
+        """Log the type that it generates in."""
+        name = dtype_name(self.generation_dtype)
+        logger.info("computing in %s%s", name, "" if name == "float32" else " (--dtype float32: full precision)")
 
     @property
     def prompt_tokens(self) -> int:
@@ -124,14 +146,17 @@ class FineTunedModel:
         return self.trained is not None and isinstance(self.trained.method, EmbeddedPromptMethod)
 
 
-def _of_run(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
-    run = FineTunedRun.open(RunDirectory.open(named.path), on_event)
+def _of_run(named: ModelRef, on_event: EventHandler, dtype: Dtype | None) -> FineTunedModel:
+    run = FineTunedRun.open(RunDirectory.open(named.path), on_event, dtype)
     return _with_record(named.label, run.context, run.context.method, run.record, run.weights)
 
 
-def _from_weights(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
+def _from_weights(named: ModelRef, on_event: EventHandler, dtype: Dtype | None) -> FineTunedModel:
     """The model of a folder of weights, over the base that its record names."""
     record = TrainingRecord.read(named.path)
+    if dtype is not None:
+        section = record.model.model_copy(update={"dtype": dtype})
+        record = record.model_copy(update={"model": section, "precision": dtype})
     if record.adapter.trains_base:  # the folder holds a full model
         section = record.model.model_copy(update={"name": str(named.path), "revision": None, "new_tokens": None})
         kept = record.kept(named.path)
@@ -156,11 +181,11 @@ def _with_record(
     return FineTunedModel(label, setup, trained, record.uses_chat_template, tuple(record.answer_ends))
 
 
-def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
+def _of_checkpoint(named: ModelRef, on_event: EventHandler, dtype: Dtype | None) -> FineTunedModel:
     checkpoint = read_checkpoint(named.path)
     checkpoint.refuse_lack_of("base", "total_steps", "quantized_base", "device")
     facts = checkpoint.facts
-    recipe = load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe
+    recipe = in_dtype(load_recipe(named.path / RunDirectory(named.path).recipe.name).recipe, dtype)
     context = TrainingContext.of(recipe, on_event, kept=kept_with_checkpoint(checkpoint))
     record = BaseRecord.from_facts(context.folder, facts)
     record.refuse_other(context.folder, recipe.distributed.strategy == "fsdp")
@@ -181,10 +206,12 @@ def _of_checkpoint(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
     return FineTunedModel(named.label, context, trained, uses_chat_template, recorded_ends(facts))
 
 
-def _of_model(named: ModelRef, on_event: EventHandler) -> FineTunedModel:
-    section = Model.model_validate({"name": named.given}, context={"folder": Path.cwd()})
+def _of_model(named: ModelRef, on_event: EventHandler, dtype: Dtype | None) -> FineTunedModel:
+    written = {"name": named.given, "dtype": dtype or "auto"}
+    section = Model.model_validate(written, context={"folder": Path.cwd()})
     report = _verification_report(named.path)
-    setup = ModelSetup.find(section, on_event, kept=KeptTokenizer(today=recorded_date(report)))
+    kept = KeptTokenizer(today=recorded_date(report))
+    setup = ModelSetup.find(section, on_event, precision=dtype or "auto", kept=kept)
     keep_as_tokens(setup.tokenizer, recorded_tokens(report))
     recorded = recorded_chat_template(report)
     uses_template = bool(setup.tokenizer.chat_template) if recorded is None else recorded
@@ -279,7 +306,7 @@ def _refuse_other_bases(finetuned: Sequence[FineTunedModel]) -> None:
             raise RefusedError(
                 f"its base differs from that of {first.label}: {', '.join(differing)}",
                 where=other.label,
-                hint="name models over one base, stored in one way; run the others separately",
+                hint="name models over one base, stored in one way (--dtype sets the type), or run them separately",
             )
     replacing = next((each for each in finetuned if each.trained and each.trained.method.section.trains_base), None)
     if replacing and any(each.trained for each in finetuned if each is not replacing):
@@ -300,8 +327,8 @@ def _base_facts(finetuned: FineTunedModel) -> dict[str, str]:
         "quantization of single layers": "; ".join(
             f"{rule.match}: {_summary(rule.quantization)}" for rule in quantizers.modules if rule.quantization
         ),
-        "type": str(setup.weight_dtype).removeprefix("torch."),
-        "computing in": str(setup.compute_dtype).removeprefix("torch."),
+        "type": dtype_name(setup.weight_dtype),
+        "computing in": dtype_name(setup.compute_dtype),
         "attention": setup.section.attention,
         "rows of new tokens": str(setup.folder.new_rows and setup.folder.new_rows.trained),
     }

@@ -88,9 +88,7 @@ def _resolved(name: str) -> ModelRef:
 def _refuse_unfinished(run: RunDirectory) -> None:
     if any(run.trained(is_whole_model).is_dir() for is_whole_model in (False, True)):
         return
-    checkpoints = Checkpoints(run.checkpoints).folders()
-    raise UsageError(
-        "the run has no trained weights: it did not finish",
-        where=str(run.path),
-        hint=run.resume_command + (f", or name a checkpoint, such as {checkpoints[-1]}" if checkpoints else ""),
-    )
+    error = run.unfinished()
+    if checkpoints := Checkpoints(run.checkpoints).folders():
+        error.hint = f"{error.hint}, or name a checkpoint, such as {checkpoints[-1]}"
+    raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,20 @@ from finetune.models.fingerprint import fingerprint_layers
 from finetune.models.loading.layerwise import StreamedModel
 from finetune.models.loading.model_files import ModelFolder
 from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections.model import Dtype
 from finetune.run.directory import RunDirectory
 from finetune.run.events import EventHandler, Phase
+
+
+def in_dtype(recipe: Recipe, dtype: Dtype | None) -> Recipe:
+    """A recipe whose weights have a dtype and compute in it; unchanged without one."""
+    if dtype is None:
+        return recipe
+    model = recipe.model.model_copy(update={"dtype": dtype})
+    return recipe.model_copy(
+        update={"model": model, "training": recipe.training.model_copy(update={"precision": dtype})}
+    )
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,20 @@ class FineTunedRun:
     record: TrainingRecord
 
     @classmethod
-    def open(cls, run: RunDirectory, on_event: EventHandler) -> FineTunedRun:
+    def open(
+        cls,
+        run: RunDirectory,
+        on_event: EventHandler,
+        dtype: Dtype | None = None,
+        check: Callable[[TrainingContext], object] | None = None,
+    ) -> FineTunedRun:
         """Open a run and check that its base is unchanged.
+
+        Args:
+            run: Its directory.
+            on_event: Receives a `Phase`.
+            dtype: To compute in, in place of the type of the training.
+            check: Called before any file of weights is read; raises if the caller has no use for the run.
 
         Raises:
             UsageError: The run has no trained weights.
@@ -46,16 +71,14 @@ class FineTunedRun:
         """
         if not run.recipe.is_file():
             raise UsageError("the run never started", where=str(run.path), hint="train it: ft train")
-        recipe = load_recipe(run.recipe).recipe
+        recipe = in_dtype(load_recipe(run.recipe).recipe, dtype)
         weights = run.trained(recipe.adapter.trains_base)
         if not weights.is_dir():
-            raise UsageError(
-                "the run has no trained weights: it did not finish",
-                where=str(run.path),
-                hint=f"resume it: ft train --resume {run.path}",
-            )
+            raise run.unfinished()
         record = TrainingRecord.read(weights)
         context = TrainingContext.of(recipe, on_event, kept=record.kept(weights))
+        if check is not None:
+            check(context)
         record.refuse_others(weights, context.folder, context.method, recipe.distributed.strategy == "fsdp")
         return cls(run, context, weights, record)
 

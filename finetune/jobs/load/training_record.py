@@ -13,7 +13,7 @@ from torch import nn
 
 from finetune.adapters.base import AdapterMethod
 from finetune.adapters.peft_bridge import NATIVE_WEIGHTS, STOCK_WEIGHTS
-from finetune.errors import RefusedError, UsageError
+from finetune.errors import RefusedError
 from finetune.jobs.load.base_record import BaseRecord
 from finetune.jobs.load.context import ModelSetup, TrainingContext
 from finetune.models.fingerprint import fingerprint_quantized
@@ -125,11 +125,7 @@ class TrainingRecord(Section):
         """
         file = folder / TRAINED_RECORD
         if not file.is_file():
-            raise UsageError(
-                "the run has no trained weights: it did not finish",
-                where=str(folder.parent),
-                hint=f"resume it: ft train --resume {folder.parent}",
-            )
+            raise RunDirectory(folder.parent).unfinished()
         try:
             return cls.model_validate(read_json(file))
         except (ValueError, ValidationError) as error:

@@ -14,6 +14,7 @@ from finetune.recipe.diff import Change, changes
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.sections.section import OnResume
+from finetune.run.attempts import length_key
 from finetune.run.checkpoints import Checkpoint
 from finetune.run.directory import RunDirectory
 from finetune.run.provenance import file_digest, read_provenance
@@ -79,11 +80,6 @@ def extends(found: Sequence[Change], recipe: Recipe) -> bool:
     return any(
         change.on_resume is OnResume.EXTENDS and not (has_steps and change.key == "training.epochs") for change in found
     )
-
-
-def length_key(recipe: Recipe) -> str:
-    """The key that sets the length of the run."""
-    return "training.epochs" if recipe.training.max_steps is None else "training.max_steps"
 
 
 def way_on(recipe: Recipe, run: Path) -> str:

@@ -15,6 +15,7 @@ from finetune.jobs.train.prepare import PreparedRun
 from finetune.jobs.train.resume import extends, permitted_changes
 from finetune.jobs.train.training_loop import TrainingLoop
 from finetune.models.linear_layers import count_parameters
+from finetune.models.loading.dtype import dtype_name
 from finetune.models.loading.load import NOTHING_KEPT, KeptTokenizer
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.recipe import Recipe
@@ -167,6 +168,6 @@ def _describe(run: RunDirectory, prepared: PreparedRun) -> TrainingStarted:
         validation_rows=read.report["validation"]["used"],
         target_tokens=read.report["train"]["target_tokens"],
         total_steps=prepared.order.total_steps,
-        compute_dtype=str(context.compute_dtype).removeprefix("torch."),
+        compute_dtype=dtype_name(context.compute_dtype),
         planned_memory_bytes=prepared.planned_memory,
     )

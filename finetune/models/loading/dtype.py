@@ -16,6 +16,9 @@ from finetune.recipe.sections.training import Precision
 
 logger = logging.getLogger(__name__)
 
+PRECISION = "training.precision"
+"""The key of the compute dtype."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that recipes and commands use."""
 
@@ -32,21 +35,23 @@ def compute_dtype(precision: Precision, device: torch.device, stored: Dtype = "a
         EnvironmentFault: float16 on a CPU, where kernels for it are missing or slow.
     """
     if precision == "float16" and device.type == "cpu":
-        raise EnvironmentFault(
-            "float16 training needs a GPU", where="training.precision", hint="set it to auto, bfloat16 or float32"
-        )
+        raise EnvironmentFault("float16 needs a GPU", where=PRECISION, hint="set it to auto, bfloat16 or float32")
     if precision == "bfloat16" and not _has_bfloat16(device):
         logger.warning(
-            "training.precision: this %s emulates bfloat16, which makes it many times slower than %s",
+            "%s: this %s emulates bfloat16, which makes it many times slower than %s",
+            PRECISION,
             device.type,
-            str(_without_bfloat16(device)).removeprefix("torch."),
+            dtype_name(_without_bfloat16(device)),
         )
     if precision != "auto":
         return DTYPES[precision]
     is_mixed = stored == "float16" and device.type == "cpu"
-    chosen = torch.bfloat16 if _has_bfloat16(device) and not is_mixed else _without_bfloat16(device)
-    logger.info("training.precision: auto is %s on this %s", str(chosen).removeprefix("torch."), device.type)
-    return chosen
+    return torch.bfloat16 if _has_bfloat16(device) and not is_mixed else _without_bfloat16(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that recipes and commands use."""
+    return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:

@@ -27,7 +27,8 @@ from finetune.models.loading.gguf import converted
 from finetune.models.loading.new_tokens import NewRows
 from finetune.models.safetensors_io import SINGLE
 from finetune.models.weight_files import read_object, stored_tensors, stray_note, weight_files
-from finetune.recipe.sections.model import Model
+from finetune.recipe.local_model import trained_weights_reason
+from finetune.recipe.sections.model import RUN_MARKER, Model
 from finetune.storage.opening import FileState
 
 logger = logging.getLogger(__name__)
@@ -193,13 +194,15 @@ def _from_hub(section: Model, report_work: Callable[[str], None], weights: bool)
         raise ModelError(
             "neither a local folder nor a model that the hub shows to you",
             where=where,
-            hint="check the spelling; for a gated or private model set HF_TOKEN",
+            hint="check the spelling; a folder is relative to that of the recipe; for a gated or private model set "
+            "HF_TOKEN",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise EnvironmentFault(
-            f"the model is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            "there is no folder of this name and no copy of such a hub model, and the hub cannot be reached "
+            f"({type(error).__name__})",
             where=where,
-            hint="check the network and HF_HUB_OFFLINE, or give a folder or .gguf file as model.name",
+            hint="check the path, which is relative to the folder of the recipe, or the network and HF_HUB_OFFLINE",
         ) from error
     return ModelFolder(path, section.name, commit=path.name)
 
@@ -223,15 +226,12 @@ def _download(section: Model, weights: bool) -> Path:
 
 def _check_folder(folder: ModelFolder) -> None:
     if not folder.path.is_dir():
-        raise ModelError(
-            "there is no such folder", where=str(folder.path), hint="check the path, or model.name in the recipe"
-        )
-    if (folder.path / "adapter_config.json").is_file():
-        raise ModelError(
-            "this folder holds an adapter, not a model",
-            where=str(folder.path),
-            hint="name the adapter's base model in model.name",
-        )
+        runs = sorted(file.parent.name for file in folder.path.parent.glob(f"*/{RUN_MARKER}"))
+        listed = f"; runs in {folder.path.parent}: {', '.join(runs)}" if runs else ""
+        hint = f"check the path, or model.name in the recipe{listed}"
+        raise ModelError("there is no such folder", where=str(folder.path), hint=hint)
+    if (reason := trained_weights_reason(folder.path)) is not None:
+        raise ModelError(reason.what, where=str(folder.path), hint=reason.hint)
     if not (folder.path / "config.json").is_file():
         raise ModelError(
             "no config.json in the model folder",

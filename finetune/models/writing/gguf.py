@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from finetune.errors import UnsupportedError
 from finetune.models.loading.layerwise import StreamedModel
@@ -117,6 +118,25 @@ class GgufNameMap:
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
+
+
+def check_gguf(model: PreTrainedModel, kind: GgufType | None = None) -> None:
+    """Check before weights are read that a model, or an adapter for it, can be written.
+
+    Args:
+        model: The model as it is loaded, with quantized layers; on the meta device.
+        kind: Type of the weight matrices; None for an adapter.
+
+    Raises:
+        UnsupportedError: The architecture or a tensor of it is not supported.
+        GgufTypeError: The layers are not quantized in the format of Q4_1.
+    """
+    name_map = GgufNameMap(model.config)
+    for name, _ in model.named_parameters():  # tied ones once
+        name_map.name(name)
+    for name, layer in model.named_modules():
+        if kind == "q4_1" and isinstance(layer, QuantizedLinear):
+            _check_q4_1(name, layer)
 
 
 def write_gguf(streamed: StreamedModel, vocabulary: GgufVocabulary, kind: GgufType, file: Path, name: str) -> None:
@@ -234,13 +254,8 @@ def _q4_1(streamed: StreamedModel, layer: str, rows: Tensor | None) -> npt.NDArr
     Byte k of a block holds code k in its low half and code k + 16 in its high half.
     """
     quantized = streamed.quantized_layer(layer)
-    quantizer = quantized.quantizer
-    if not isinstance(quantizer, AffineQuantizer) or (quantizer.bits, quantizer.group_size) != (4, GGUF_Q4_1_GROUP):
-        raise GgufTypeError(
-            f"the layer {layer} is not quantized to 4 bits in groups of {GGUF_Q4_1_GROUP}, as Q4_1 is",
-            hint="choose f16 or q8_0, or train qa_lora over such a base",
-        )
     assert isinstance(quantized, QuantizedLinear)
+    _check_q4_1(layer, quantized)
     tensors = {name: tensor.cpu() for name, tensor in quantized.packed().items()}
     count = quantized.out_features * quantized.in_features
     codes_OGK = unpack_bits(tensors["weight"], 4, count).view(quantized.out_features, -1, GGUF_Q4_1_GROUP)
@@ -250,6 +265,16 @@ def _q4_1(streamed: StreamedModel, layer: str, rows: Tensor | None) -> npt.NDArr
     ordered = blocks_OGB if rows is None else blocks_OGB[rows]
     array: npt.NDArray[np.uint8] = ordered.flatten(1).contiguous().numpy()
     return array
+
+
+def _check_q4_1(name: str, layer: QuantizedLinear) -> None:
+    """Check that a layer's codes are those of Q4_1."""
+    quantizer = layer.quantizer
+    if not isinstance(quantizer, AffineQuantizer) or (quantizer.bits, quantizer.group_size) != (4, GGUF_Q4_1_GROUP):
+        raise GgufTypeError(
+            f"the layer {name} is not quantized to 4 bits in groups of {GGUF_Q4_1_GROUP}, as Q4_1 is",
+            hint="choose f16 or q8_0, or train qa_lora over such a base",
+        )
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
+from finetune.recipe.local_model import trained_weights_reason
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.violation import Violation
 from finetune.recipe.sections.model import Model
@@ -44,7 +46,17 @@ def sixteen_bit_types_agree(recipe: Recipe) -> Violation | None:
     return None
 
 
-START_RULES: tuple[Callable[[Recipe], Violation | None], ...] = (attention_is_installed, sixteen_bit_types_agree)
+def base_is_a_model(recipe: Recipe) -> Violation | None:
+    """A run or an adapter is no base."""
+    reason = None if recipe.model.is_hub_id else trained_weights_reason(Path(recipe.model.name))
+    return reason and Violation("model.name", *reason)
+
+
+START_RULES: tuple[Callable[[Recipe], Violation | None], ...] = (
+    attention_is_installed,
+    base_is_a_model,
+    sixteen_bit_types_agree,
+)
 
 
 def broken_start_rules(recipe: Recipe) -> list[Violation]:

@@ -18,6 +18,9 @@ TEMPLATE_FAMILIES = ("chatml", "llama3", "gemma", "mistral", "vicuna", "alpaca")
 """Chat templates that come with ft: `finetune/models/chat_templates/<family>.jinja`."""
 
 
+RUN_MARKER = "run.json"
+"""File that every run directory has."""
+
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
@@ -103,11 +106,13 @@ class Model(Section):
     @field_validator("name")
     @classmethod
     def _make_local_absolute(cls, name: str, info: ValidationInfo) -> str:
-        """Make local names absolute; `org/name` is a hub id unless such a folder exists."""
+        """Make local names absolute; `org/name` is a hub id unless it is a folder, or `org` is a folder of runs."""
         if not info.context or name.startswith("package://"):
             return name
         path = absolute_to(name, info.context["folder"])
         is_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or os.path.isdir(path)
+        # A name beside runs is that of a run, misspelled or removed.
+        is_local = is_local or ("/" in name and any(Path(path).parent.glob(f"*/{RUN_MARKER}")))
         return path if is_local else name
 
     @field_validator("chat_template")

@@ -16,7 +16,7 @@ def test_score_of_one_model_only_stays_in_its_column():
         "exact_match": Score("share", 4, all_right, half, None),
         "call_name": Score("share", 4, all_right, None, None),
     }
-    result = EvaluationResult("run", "base", "ft", "float32", {"validation": scores})
+    result = EvaluationResult("run", "base", "ft", "float32", "float32", {"validation": scores})
     table = _scores_table("validation", result, scores)
     columns = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
     assert columns["base"] == ["50.0 %", ""]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -46,13 +44,6 @@ def test_auto_precision_on_a_gpu_is_a_native_16_bit_dtype(
 ):
     a_gpu(monkeypatch, bfloat16)
     assert compute_dtype("auto", GPU) is expected
-
-
-def test_auto_precision_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    a_cpu_with(monkeypatch)
-    with caplog.at_level(logging.INFO, "finetune"):
-        compute_dtype("auto", CPU)
-    assert "training.precision: auto is float32 on this cpu" in caplog.text
 
 
 def test_auto_precision_on_this_machine_is_decided():

@@ -114,7 +114,7 @@ def test_find_model_refuses_an_adapter_folder(tiny_model: Path, tmp_path: Path):
     (folder / "adapter_config.json").write_text("{}")
     error = error_of(str(folder))
     assert "an adapter, not a model" in error.what
-    assert "base model" in str(error.hint)
+    assert "base of the adapter" in str(error.hint)
 
 
 def test_find_model_names_files_that_are_no_part_of_the_model(
