@@ -64,7 +64,13 @@ def _key_rows(key: str, section: str) -> Iterator[list[str]]:
             continue  # a section: its keys follow
         kinds = f" ({', '.join(meaning.kinds)})" if meaning.kinds else ""
         values = ", ".join(explanation.choices) if explanation.choices else meaning.values
-        yield [code(name) + cell(kinds), cell(values), _default(meaning), cell(meaning.what), cell(meaning.on_resume.partition(":")[0])]
+        yield [
+            code(name) + cell(kinds),
+            cell(values),
+            _default(meaning),
+            cell(meaning.what),
+            cell(meaning.on_resume.partition(":")[0]),
+        ]
 
 
 def _default(meaning: Meaning) -> str:
@@ -129,7 +135,9 @@ def _choices(key: str) -> str:
 
 def exit_codes() -> str:
     """The exit codes, from the classes of errors."""
-    kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.FinetuneError)]
+    kinds = [
+        each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.FinetuneError)
+    ]
     by_code: dict[int, list[str]] = {}
     for kind in kinds:
         if kind is not errors.FinetuneError:
