@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.evaluation.metrics import Metric
 from finetune.evaluation.overlap import Numbers
+
+if TYPE_CHECKING:
+    from finetune.evaluation.classes import Classes
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -56,11 +59,13 @@ class Measurement:
         columns: The metrics with counts per row.
         records: The prediction for each row, as JSON values; each names its `row`.
         further: Scores without counts per row.
+        classes: References and answers as labels, where the rows are a classification.
     """
 
     columns: tuple[Column, ...]
     records: tuple[dict[str, Any], ...]
     further: dict[str, float]
+    classes: Classes | None = None
 
 
 @dataclass(frozen=True)
