@@ -34,8 +34,9 @@ def class_tables(task: str, classes: RecordedClasses, against: str | None, is_wr
 
 
 def outside_text(classes: RecordedClasses) -> str:
-    """How many answers are no label."""
-    return f"answers that are no label: {classes.get('outside', 0)} of {counted(classes.get('rows', 0), 'row')}"
+    """How many answers are no label; empty if all are."""
+    outside = classes.get("outside", 0)
+    return f"answers that are no label: {outside} of {counted(classes.get('rows', 0), 'row')}" if outside else ""
 
 
 def _by_label(task: str, classes: RecordedClasses, against: str | None, is_written: bool) -> Table:

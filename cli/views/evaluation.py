@@ -33,7 +33,8 @@ def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
         Console().print(_scores_table(task_title(task, scores), evaluated, scores))
         if task in classes:
             Console().print(*class_tables(task, classes[task], evaluated.against, bool(evaluated.folder)), sep="\n")
-            show_result(outside_text(classes[task]))
+            if note := outside_text(classes[task]):
+                show_result(note)
     if note := answered_by(evaluated.to_json()):
         show_result(note)
     for gate in evaluated.gates:

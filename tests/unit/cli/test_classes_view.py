@@ -63,3 +63,4 @@ def test_tables_of_a_comparison_have_the_f1_of_both_models():
     assert ["a", "100.0", "%", "100.0", "%", "100.0", "%", "66.7", "%", "1"] in lines
     assert "F1 of base" in shown
     assert "wrong answers" not in shown
+    assert not outside_text(ours)
