@@ -43,7 +43,7 @@ def macro_f1(counts_C: Numbers) -> float:
     return float((2 * correct_K[occurring_K] / (support_K + predicted_K)[occurring_K]).mean())
 
 
-MACRO_F1 = Metric("macro_f1", macro_f1)
+MACRO_F1 = Metric("macro_f1", macro_f1, is_biased=True)
 
 
 @dataclass(frozen=True)

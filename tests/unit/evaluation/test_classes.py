@@ -110,8 +110,29 @@ def test_interval_of_macro_f1_equals_a_bootstrap_of_rows():
     labels, references, answers = case(5, 4, 200, 4)
     pairs, draw = list(zip(references, answers, strict=True)), random.Random(1)
     values = [macro_by_definition(labels, *zip(*draw.choices(pairs, k=200), strict=True)) for _ in range(1500)]
-    found = interval(classes_of(labels, references, answers).column)
-    assert (found.low, found.high) == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.012)
+    column = classes_of(labels, references, answers).column
+    found, (low, high) = interval(column), np.arcsin(np.sqrt(np.quantile(values, [0.025, 0.975])))
+    middle = np.arcsin(np.sqrt(column.value))
+    assert (found.low, found.high) == pytest.approx(np.sin([2 * middle - high, 2 * middle - low]) ** 2, abs=0.012)
+
+
+@pytest.mark.parametrize(("count", "rows", "right"), [(30, 120, 0.7), (3, 60, 0.95)])
+def test_interval_of_macro_f1_covers_the_true_value_of_many_and_of_few_labels(count: int, rows: int, right: float):
+    labels, draw, covered = [str(number) for number in range(count)], random.Random(0), 0
+    for _ in range(60):
+        references = draw.choices(labels, k=rows)
+        answers = [each if draw.random() < right else draw.choice(labels) for each in references]
+        found = interval(classes_of(labels, references, answers).column)
+        # Every label has the same precision and recall.
+        covered += found.low <= right + (1 - right) / count <= found.high
+    assert covered >= 53
+
+
+@pytest.mark.parametrize(("answers", "low", "high"), [("abab", 0.5101, 1), ("baba", 0, 0.4899)])
+def test_interval_of_macro_f1_of_rows_that_are_all_right_or_all_wrong_is_wilsons(answers: str, low: float, high: float):
+    """z^2 / (n + z^2) for n = 4 rows."""
+    found = interval(classes_of(["a", "b"], list("abab"), list(answers)).column)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_difference_of_macro_f1_is_paired_by_row():
