@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from finetune.data.dataset import LocatedDocument
+from finetune.data.dataset import LocatedDocument, TokenizedDataset
 from finetune.data.documents import Conversation, PlainText
 from finetune.data.encode import Encoder, Example
 from finetune.data.rows import excerpt
@@ -46,6 +46,11 @@ class _Question:
             return (self.document.completion.strip(),)
         return self.document.references or (self.document.messages[-1].content,)
 
+    @property
+    def has_label(self) -> bool:
+        """Whether the answer is a label, which means the same in every row."""
+        return isinstance(self.document, Conversation) and self.document.has_label
+
     def answered(self, choice: str) -> Conversation | PlainText:
         """The question with another answer; in plain text with the row's own space before it."""
         if isinstance(self.document, PlainText):
@@ -68,10 +73,12 @@ class Choose(OnRows[ChooseTask]):
     labels: macro-F1 and the confusion matrix compare the answer of the highest likelihood with the row's label.
     """
 
-    def __init__(self, section: ChooseTask) -> None:
-        super().__init__(section)
-        of_labels = [MACRO_F1.name] if self._labels else []
-        self.metrics = [ACCURACY.name, ACCURACY_BY_LENGTH.name, *of_labels]
+    def __init__(self, section: ChooseTask, validation: TokenizedDataset | None = None) -> None:
+        super().__init__(section, validation)
+        source = section.data
+        # Of validation rows it is known after the measurement only.
+        may_have_labels = section.choices or source is None or isinstance(source, ClassificationSource)
+        self.metrics = [ACCURACY.name, ACCURACY_BY_LENGTH.name, *([MACRO_F1.name] if may_have_labels else [])]
 
     def measure(self, engine: Engine, limit: int | None, on_event: EventHandler) -> Measurement:
         """See the base class."""
@@ -95,16 +102,10 @@ class Choose(OnRows[ChooseTask]):
         of_classes = [classes.column] if classes else []
         return Measurement((*columns, *of_classes), tuple(records), {}, classes)
 
-    @property
-    def _labels(self) -> list[str]:
-        """The choices of all rows; empty where each row has its own."""
-        source = self.section.data
-        labels = self.section.choices or (source.labels if isinstance(source, ClassificationSource) else [])
-        return list(dict.fromkeys(labels)) if len(labels) <= MOST_LABELS else []
-
     def _classes(self, questions: Sequence[_Question], answers: Sequence[str]) -> Classes | None:
-        labels = self._labels
-        if not labels or any(len(set(each.references)) > 1 for each in questions):
+        labels = list(dict.fromkeys(choice for each in questions for choice in each.choices))
+        are_labels = bool(self.section.choices) or all(each.has_label for each in questions)
+        if not are_labels or len(labels) > MOST_LABELS or any(len(set(each.references)) > 1 for each in questions):
             return None
         references = [each.references[0] for each in questions]
         return Classes.of(labels, [each.where for each in questions], references, answers)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from finetune.data.dataset import LocatedDocument
+from finetune.data.documents import Conversation, Message
 from finetune.data.encode import Example
 from finetune.errors import DataError
 from finetune.evaluation.choices import Choose
@@ -263,6 +265,24 @@ def test_choices_of_all_rows_are_labels(in_task: bool, tmp_path: Path):
     assert found.classes is not None
     assert (found.classes.references, found.classes.answers) == ((0, 1), (0, 2))
     assert macro_of(found) == pytest.approx(1 / 3)
+
+
+def test_choices_of_validation_rows_of_a_classification_are_labels(tmp_path: Path):
+    messages = [(Message("user", text), Message("assistant", label)) for text, label in (("a", "good"), ("b", "bad"))]
+    documents = [
+        LocatedDocument(Conversation(each, choices=("good", "bad"), has_label=True), f"f:{row}")
+        for row, each in enumerate(messages)
+    ]
+    validation: Any = SimpleNamespace(documents=lambda: iter(documents))
+    task = Choose(TypeAdapter(ChooseTask).validate_python({"name": "t", "kind": "choose"}), validation)
+    log_probs = [SimpleNamespace(log_prob=value) for value in (-1.0, -2.0, -1.0, -2.0)]
+    engine: Any = SimpleNamespace(
+        tokenizer=family_tokenizer("qwen3"), limit=PositionLimit(None), label="fake", likelihoods=lambda *_: log_probs
+    )
+    found = task.measure(engine, None, ignore)
+    assert "macro_f1" in (task.metrics or ())
+    assert found.classes is not None
+    assert (found.classes.labels, found.classes.answers) == (("good", "bad"), (0, 0))
 
 
 def test_choices_of_each_row_are_no_labels(tmp_path: Path):
