@@ -143,8 +143,8 @@ def _reflected(spread: Interval) -> Interval:
     """The basic bootstrap interval of a score in [0, 1], from that of percentiles; on the scale arcsin(sqrt(score)).
 
     Resamples of few rows miss labels as the rows themselves do, so that their macro-F1 is too low by about as much: the
-    percentiles of 300 rows with 77 labels cover the true value in 39 % of samples, their reflections in 94 %. On the
-    scale of scores, intervals near 1 would be too short.
+    percentiles of 300 rows with 77 labels covered the true value in 39 of 100 simulated samples, their reflections in
+    94. On the scale of scores itself, intervals near 1 are too short.
 
     Source: Davison and Hinkley 1997, Bootstrap Methods and their Application, equation 5.6 and section 5.2.1.
     """
