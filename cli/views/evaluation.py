@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from finetune.formatting import counted
 
 from ..output import show_json, show_result
+from .classes import class_tables, outside_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,8 +28,13 @@ def show_evaluation(evaluated: EvaluationResult, as_json: bool) -> None:
 
     from ..terminal import Console
 
+    classes = evaluated.to_json()["classes"]
     for task, scores in evaluated.scores.items():
         Console().print(_scores_table(task_title(task, scores), evaluated, scores))
+        if task in classes:
+            Console().print(*class_tables(task, classes[task], evaluated.against, bool(evaluated.folder)), sep="\n")
+            if note := outside_text(classes[task]):
+                show_result(note)
     show_result(_dtypes(evaluated))
     if note := answered_by(evaluated.to_json()):
         show_result(note)

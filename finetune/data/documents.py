@@ -60,6 +60,7 @@ class Conversation:
         tools: Definitions of the available tools, in OpenAI's form.
         references: Accepted forms of the last answer, where the data set gives several.
         choices: Answers to choose from, where the row offers them; the last answer is one of them.
+        has_label: Whether the last answer is a label, which means the same in every row.
         template_arguments: Variables that the row sets for the chat template, such as `enable_thinking`.
     """
 
@@ -68,6 +69,7 @@ class Conversation:
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    has_label: bool = False
 
     @property
     def answers(self) -> list[int]:

@@ -71,7 +71,7 @@ class Harness(Task):
             tasks = self._manager.load([self.name])
             _prepare(tasks["tasks"].values(), self.section.shots)
             found = harness_evaluate(
-                lm=InMemory(engine, self._on_progress(engine, "requests", on_event)),
+                lm=InMemory(engine, self.on_progress(engine, "requests", on_event)),
                 task_dict=tasks,
                 limit=limit,
                 apply_chat_template=engine.uses_chat_template if chat_template is None else chat_template,

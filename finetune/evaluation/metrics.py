@@ -37,12 +37,14 @@ class Metric:
         score: The score, given the sum of the rows' counts, shape (C,).
         unit: Its unit.
         is_binary: Whether each row scores 0 or 1.
+        is_biased: Whether samples of few rows have lower scores on average, so that resamples have too.
     """
 
     name: str
     score: Callable[[Numbers], float]
     unit: MetricUnit = "share"
     is_binary: bool = False
+    is_biased: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune.formatting import count, duration, in_html, memory
+from finetune.recipe.sections.evaluation import VALIDATION
 from finetune.report import training_curves
 from finetune.report.page import document, section, table
 from finetune.report.run_metadata import RunMetadata
@@ -47,7 +48,8 @@ def _results(runs: Sequence[RunMetadata]) -> str:
         ("method", lambda run: run.method),
         ("validation loss before", _before),
         ("validation loss", _after),
-        *((title, _scored(name)) for name, title in SCORES.items()),
+        *((title, _scored(VALIDATION, name)) for name, title in SCORES.items()),
+        *_scores_of_tasks(runs),
         ("steps", lambda run: _of_last(run, "step", str)),
         ("time", lambda run: _of_last(run, "seconds", duration)),
         ("tokens", lambda run: _of_last(run, "tokens", count)),
@@ -68,9 +70,21 @@ def _after(run: RunMetadata) -> str:
     return f"{run.history.result[1]:.4f}" if run.history.result else ""
 
 
-def _scored(name: str) -> Callable[[RunMetadata], str]:
+def _scores_of_tasks(runs: Sequence[RunMetadata]) -> list[tuple[str, Callable[[RunMetadata], str]]]:
+    """The metrics of `ft eval` in tasks beside the validation rows."""
+    measured = [
+        (task, name)
+        for run in runs
+        for task, scores in run.evaluation.get("tasks", {}).items()
+        for name in scores
+        if task != VALIDATION
+    ]
+    return [(f"{task}: {SCORES.get(name, name)}", _scored(task, name)) for task, name in dict.fromkeys(measured)]
+
+
+def _scored(task: str, name: str) -> Callable[[RunMetadata], str]:
     def of(run: RunMetadata) -> str:
-        found = run.validation_scores.get(name)
+        found = run.evaluation.get("tasks", {}).get(task, {}).get(name)
         return score(found.get("unit"), found.get("value")) if found else ""
 
     return of

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.errors import EnvironmentFault, RecipeError
 from finetune.formatting import count, duration, in_html, memory
-from finetune.report import lora_ranks, training_curves
+from finetune.report import classification, lora_ranks, training_curves
 from finetune.report.page import collapsible, document, section, table
 from finetune.report.run_metadata import RunMetadata, public
 from finetune.run.data_report import DataReport, dropped_rows, notes_of
@@ -45,7 +45,7 @@ footer { margin: 3rem 0 1rem; color: var(--dim); font-size: .85rem; }
 @media print { .printed::details-content { content-visibility: visible; block-size: auto; } }
 """
 
-SCORES = {"exact_match": "exact match", "f1": "F1"}
+SCORES = {"exact_match": "exact match", "f1": "F1", "macro_f1": "macro-F1"}
 """Metrics of `ft eval` that are shown as tiles."""
 
 SHOWN_ANSWERS = 5
@@ -84,7 +84,7 @@ def run_page(run: RunMetadata) -> str:
     """The page."""
     return document(
         f"{run.name}: report of a training run",
-        training_curves.STYLE + STYLE,
+        training_curves.STYLE + STYLE + classification.STYLE,
         [
             _head(run),
             _tiles(run),
@@ -172,7 +172,11 @@ def _notes(run: RunMetadata) -> str:
 def _evaluation(results: Results) -> str:
     """A table for each task of `ft eval`."""
     against = results.get("against")
-    tables = [_task(name, scores, against) for name, scores in results.get("tasks", {}).items()]
+    tables, classes = [], results.get("classes", {})
+    for name, scores in results.get("tasks", {}).items():
+        tables.append(_task(name, scores, against))
+        if name in classes:
+            tables.append(classification.classification(name, classes[name], against))
     if note := answered_by(results):
         tables.append(f'<p class="dim">{in_html(note)}</p>')
     return "".join(tables)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Required
+
 from typing_extensions import TypedDict
 
 from finetune.recipe.sections.evaluation import RENAMED_TASK, VALIDATION, current_task_name
@@ -33,6 +35,36 @@ _Earlier = TypedDict("_Earlier", {"answers_by": str}, total=False)  # noqa: UP01
 
 
 @with_other_keys
+class RecordedClass(TypedDict, total=False):
+    """The figures of a label; None where they are undefined."""
+
+    label: Required[str]
+    precision: Number | None
+    recall: Number | None
+    f1: Number | None
+    support: Required[Count]
+    predicted: Required[Count]
+    outside: Count
+
+
+@with_other_keys
+class OtherClasses(TypedDict, total=False):
+    """The labels of a task: a table, and how often each reference (outer key) was answered with each label."""
+
+    rows: Count
+    outside: Count
+    per_class: list[RecordedClass]
+    confusion: dict[str, dict[str, Count]]
+
+
+@with_other_keys
+class RecordedClasses(OtherClasses, total=False):
+    """The same, with the answers of the model that was compared with."""
+
+    against: OtherClasses
+
+
+@with_other_keys
 class Results(_Earlier, total=False):
     """The content of `results.json`."""
 
@@ -40,6 +72,7 @@ class Results(_Earlier, total=False):
     against: str | None
     generation_backend: str
     tasks: dict[str, dict[str, RecordedScore]]
+    classes: dict[str, RecordedClasses]
 
 
 @with_other_keys

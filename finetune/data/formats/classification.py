@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.data.documents import Conversation, Message
 from finetune.data.formats.conversation import ConversationFormat, answer_text
 from finetune.data.rows import LabelName, Row, describe, excerpt
@@ -17,7 +19,8 @@ class ClassificationFormat(ConversationFormat[ClassificationSource]):
         section = self.section
         messages = [Message("user", row.text(section.text)), Message("assistant", self._label(row))]
         system = section.system and section.system.replace("{labels}", ", ".join(section.labels))
-        return self.conversation(row, messages, system=system, choices=tuple(section.labels))
+        conversation = self.conversation(row, messages, system=system, choices=tuple(section.labels))
+        return replace(conversation, has_label=True)
 
     def _label(self, row: Row) -> str:
         column, labels = self.section.label, self.section.labels

@@ -28,7 +28,7 @@ from finetune.evaluation.generation import AnswerDecoder, end_tokens
 from finetune.evaluation.measurement import Interval, Measurement, difference, interval
 from finetune.evaluation.prediction_cache import PredictionCache
 from finetune.evaluation.tasks import Task, ValidationTask
-from finetune.jobs.infer.evaluate_results import EvaluationResult, GateResult, Score
+from finetune.jobs.infer.evaluate_results import ComparedClasses, EvaluationResult, GateResult, Score
 from finetune.jobs.load.context import TrainingContext
 from finetune.jobs.load.finetuned_model import FineTunedModel, LoadedAdapter, SharedBase
 from finetune.jobs.load.model_ref import Kind, ModelRef
@@ -133,6 +133,7 @@ def evaluate(
         compute_dtype=dtype_name(finetuned.setup.compute_dtype),
         generation_dtype=dtype_name(finetuned.setup.compute_dtype if generators[-1] else finetuned.generation_dtype),
         scores=_scores(tasks, ours, theirs),
+        classes=_classes(tasks, ours, theirs),
     )
     result.gates.extend(_gate_results(options.gates, result))
     if folder is not None:
@@ -360,6 +361,16 @@ def _scores(
     tasks: Sequence[Task], ours: Sequence[Measurement], theirs: Sequence[Measurement] | None
 ) -> dict[str, dict[str, Score]]:
     return {task.name: _scores_of(mine, other) for task, mine, other in zip_longest(tasks, ours, theirs or ())}
+
+
+def _classes(
+    tasks: Sequence[Task], ours: Sequence[Measurement], theirs: Sequence[Measurement] | None
+) -> dict[str, ComparedClasses]:
+    return {
+        task.name: ComparedClasses(mine.classes, other.classes if other else None)
+        for task, mine, other in zip_longest(tasks, ours, theirs or ())
+        if mine.classes
+    }
 
 
 def _scores_of(ours: Measurement, theirs: Measurement | None) -> dict[str, Score]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import CheckFailedError
+from finetune.evaluation.classes import Classes
 from finetune.evaluation.measurement import CONFIDENCE, Interval, PairedDifference
 from finetune.evaluation.metrics import LOSS, PERPLEXITY, MetricUnit
 from finetune.recipe.sections.evaluation import VALIDATION
@@ -45,6 +46,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class ComparedClasses:
+    """The labels of a task, and the answers of both models.
+
+    Attributes:
+        ours: The answers.
+        theirs: Those of the other model, if there is one.
+    """
+
+    ours: Classes
+    theirs: Classes | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Tables and confusion matrices."""
+        return {**self.ours.to_json(), **({"against": self.theirs.to_json()} if self.theirs else {})}
+
+
+@dataclass(frozen=True)
 class GateResult:
     """Whether a result met a condition.
 
@@ -75,6 +93,7 @@ class EvaluationResult:
         scores: By task and metric.
         gates: The result of each condition.
         folder: Where results and answers are; None where they were not written.
+        classes: By task, for those whose rows have labels.
     """
 
     label: str
@@ -85,6 +104,7 @@ class EvaluationResult:
     scores: dict[str, dict[str, Score]]
     gates: list[GateResult] = field(default_factory=list)
     folder: Path | None = None
+    classes: dict[str, ComparedClasses] = field(default_factory=dict)
 
     @property
     def answered(self) -> int:
@@ -105,6 +125,7 @@ class EvaluationResult:
             "generation_dtype": self.generation_dtype,
             "confidence": CONFIDENCE,
             "tasks": tasks,
+            "classes": {task: classes.to_json() for task, classes in self.classes.items()},
             "gates": [{**asdict(gate), "value": _finite_or_none(gate.value)} for gate in self.gates],
         }
 

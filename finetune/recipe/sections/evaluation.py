@@ -13,7 +13,8 @@ from finetune.recipe.sections.section import OnResume, Section
 CallMetricName = Literal["call_decision", "call_format", "call_name", "call_arguments", "call_argument_f1"]
 
 TextMetricName = Literal["exact_match", "f1", "accuracy", "rouge1", "rouge2", "rouge_l", "bleu", "chrf", "json_valid"]
-MetricName = Literal[TextMetricName, CallMetricName]
+ClassMetricName = Literal["macro_f1"]
+MetricName = Literal[TextMetricName, ClassMetricName, CallMetricName]
 
 VALIDATION = "validation"
 """Name of the task that measures the validation rows of a recipe."""
@@ -40,7 +41,9 @@ class Answers(Section):
         description=(
             "Metrics of generated answers; text up to `</think>` is ignored. With several references the best score "
             "counts. `accuracy` is an exact match that ignores case, punctuation and articles; `bleu` and `chrf` "
-            "are corpus scores in [0, 100]. Rows with tools are scored by their calls too, all five unless some are "
+            "are corpus scores in [0, 100]. `macro_f1`: the mean of the F1 of each label; it is measured beside "
+            "`exact_match` where rows have format `classification`, or few answers that repeat, and wherever it is "
+            "named. Rows with tools are scored by their calls too, all five unless some are "
             "named. `call_decision`: the answer calls a tool if and only if the row does. Of rows that call: "
             "`call_format`: well-formed calls in the form of the chat template; `call_name`: the same tools; "
             "`call_arguments`: and the same arguments, exactly; `call_argument_f1`: F1 of single arguments, by key and "
@@ -102,9 +105,16 @@ class GenerateTask(RowsTask, Answers):
 class ChooseTask(RowsTask):
     """Multiple choice: the choice with the highest log-probability, compared with the correct one."""
 
-    implementation: ClassVar[str] = "finetune.evaluation.tasks:Choose"
+    implementation: ClassVar[str] = "finetune.evaluation.choices:Choose"
     kind: Literal["choose"]
-    choices: list[str] = Field([], description="The choices; by default those of each row of format `multiple_choice`.")
+    choices: list[str] = Field(
+        [],
+        description=(
+            "The choices of all rows; by default the `labels` of a source of format `classification`, or those of "
+            "each row of format `multiple_choice`. Choices of all rows are labels: `ft eval` measures macro-F1, a "
+            "table by label and a confusion matrix."
+        ),
+    )
 
 
 class LossTask(RowsTask):

@@ -291,6 +291,7 @@ def test_classification_label_is_name_or_index(label: Any):
     assert found == Conversation(
         (Message("system", "One of: bad, good"), Message("user", "Great"), Message("assistant", "good")),
         choices=("bad", "good"),
+        has_label=True,
     )
 
 

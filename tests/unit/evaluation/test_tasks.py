@@ -16,8 +16,9 @@ from finetune.data.bad_rows import EMPTY
 from finetune.data.encode import Example
 from finetune.data.text_tokens import prompt_ids
 from finetune.errors import BadRow, DataError, RecipeError
+from finetune.evaluation.choices import Choose
 from finetune.evaluation.generation import AnswerDecoder
-from finetune.evaluation.tasks import Choose, Generate
+from finetune.evaluation.tasks import Generate
 from finetune.models.loading.positions import PositionLimit
 from finetune.recipe.load import load_tasks
 from finetune.recipe.sections.evaluation import ChooseTask, GenerateTask

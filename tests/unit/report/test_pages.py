@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finetune.evaluation.classes import Classes
 from finetune.recipe.sections.sweep import Choice, Sweep
 from finetune.report.comparison_page import comparison_page
 from finetune.report.run_metadata import RunMetadata
@@ -144,6 +147,59 @@ def test_run_page_counts_dropped_rows_by_reason_of_this_version_and_earlier_ones
         "malformed": ["5", "0"],
         "without target tokens": ["0", "2"],
     }
+
+
+def written_classes(tmp_path: Path, labels: list[str], answers: dict[str, dict[str, int]]) -> RunDirectory:
+    """A run with the answers to rows of a task, by label; those to "" are no label."""
+    run = written_run(tmp_path / "run")
+    references = [label for label, given in answers.items() for number in given.values() for _ in range(number)]
+    given = [answer for each in answers.values() for answer, number in each.items() for _ in range(number)]
+    classes = Classes.of(labels, [f"f:{row}" for row in range(len(given))], references, given)
+    results = {
+        "tasks": {"topic": {"macro_f1": {"value": 0.25, "unit": "share"}}},
+        "classes": {"topic": classes.to_json()},
+    }
+    (run.evaluation / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def test_run_page_has_figures_confused_pairs_and_matrix_of_all_labels(tmp_path: Path):
+    labels = [f"label_{number}" for number in range(77)]
+    answers = {label: {label: 10} for label in labels[:60]} | {"label_1": {"label_1": 2, "label_5": 7, "": 1}}
+    page = page_of(written_classes(tmp_path, labels, answers))
+    assert "<td>macro-F1" not in page
+    assert '<th scope="row">macro-F1</th>' in page
+    assert "All 77 labels" in page
+    rows = dict(re.findall(r'<tr><th scope="row">(label_\d+)</th>(.*?)</tr>', page))
+    cells = {label: re.findall(r"<td>([^<]*)</td>", row) for label, row in rows.items()}
+    assert cells["label_5"] == ["58.8 %", "100.0 %", "74.1 %", "10", "17"]
+    assert cells["label_70"] == ["–", "–", "–", "0", "0"]
+    assert page.index("7 of 10") < page.index("1 of 10")
+    matrix = dict(re.findall(r'<tr><th scope="row">\d+ (label_\d+)</th>(.*?)</tr>', page))
+    counts = {label: [cell or "0" for cell in re.findall(r"<td[^>]*>(\d*)</td>", row)] for label, row in matrix.items()}
+    assert [len(counts[label]) for label in labels] == [78] * 77
+    assert {place: number for place, number in enumerate(counts["label_1"]) if number != "0"} == {
+        1: "2",
+        5: "7",
+        77: "1",
+    }
+    assert page.count('class="correct"') == 60
+
+
+@pytest.mark.parametrize("damage", [{"per_class": 5}, {"per_class": [{"label": "a"}]}, {"confusion": {"a": 3}}, []])
+def test_run_page_of_damaged_figures_of_labels_is_written(tmp_path: Path, damage: Any):
+    run = written_classes(tmp_path, ["a", "b"], {"a": {"a": 1, "b": 2}})
+    file = run.evaluation / "results.json"
+    results = json.loads(file.read_text())
+    results["classes"]["topic"] = {**results["classes"]["topic"], **damage} if isinstance(damage, dict) else damage
+    file.write_text(json.dumps(results))
+    assert "macro-F1" in page_of(run)
+
+
+def test_comparison_page_has_macro_f1_of_tasks(tmp_path: Path):
+    run = written_classes(tmp_path, ["a", "b"], {"a": {"a": 1}})
+    page = comparison_of(run, run)
+    assert re.search(r'<th scope="row">topic: macro-F1</th><td>25.0 %</td><td>25.0 %</td>', page)
 
 
 def test_run_page_limits_answers_and_names_file_of_the_rest(tmp_path: Path):
