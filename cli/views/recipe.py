@@ -52,9 +52,10 @@ def show_explanations(explained: Sequence[tuple[Explanation, Values]], as_json: 
 def show_import(made: Imported, file: Path, as_json: bool) -> None:
     """Print the file of a translated recipe, and the keys that were not carried over."""
     if as_json:
-        show_json({"event": "imported", "file": str(file), "carried": made.carried})
+        facts = {"carried": made.carried, "assumed": made.assumed, "renamed": made.renamed}
+        show_json({"event": "imported", "file": str(file), **facts})
         for each in made.left:
-            show_json({"event": "not_carried", **asdict(each)})
+            show_json({"event": "not_carried", **asdict(each), "effect": each.effect.value})
         return
     show_result("\n".join(import_lines(made, file, shutil.get_terminal_size().columns)))
 
@@ -114,12 +115,24 @@ def explanation_lines(keys: Sequence[str], explanation: Explanation, values: Val
 
 def import_lines(made: Imported, file: Path, width: int) -> list[str]:
     """The file of a translated recipe, and every key that was not carried over."""
+    from finetune.recipe.importing.translation import Effect
+    from finetune.recipe.yaml.writer import flow
+
     lines = [f"recipe: {file} ({made.carried} keys of {made.tool}'s file carried over)"]
-    if made.left:
-        lines.append("not carried over:")
-    for each in made.left:
-        place = f"line {each.line}: " if each.line else ""
-        lines += _wrapped(f"{place}{each.key}: {each.reason}", width, " " * 4, " " * 8)
+    for effect in Effect:
+        found = made.left_with(effect)
+        lines += [f"not carried over, {effect.value}:"] if found else []
+        for each in found:
+            place = f"line {each.line}: " if each.line else ""
+            lines += _wrapped(f"{place}{each.key}: {each.reason}", width, " " * 4, " " * 8)
+    if made.assumed:
+        lines.append(f"not in the file, {made.tool}'s defaults are assumed:")
+        text = ", ".join(f"{key}: {flow(value)}" for key, value in made.assumed.items())
+        lines += _wrapped(text, width, " " * 4, " " * 4)
+    if made.renamed:
+        lines.append("under another name:")
+        text = ", ".join(f"{theirs} -> {ours}" for theirs, ours in made.renamed.items())
+        lines += _wrapped(text, width, " " * 4, " " * 4)
     return [*lines, f"next: ft validate {file}   ft preview {file}"]
 
 

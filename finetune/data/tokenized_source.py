@@ -103,25 +103,26 @@ class TokenizedSource:
 def numbered_rows(source: SourceSection, seed: int) -> Iterator[NumberedRow]:
     """The rows that a recipe takes from a source, each with its index in the source.
 
-    With `rows`, a uniform sample is taken. It needs the number of rows, so the source is read twice: once to
-    count, once for the sample. From a stream, which may be too long to count, the first rows are taken.
+    With `rows` or `max_rows`, a uniform sample is taken. It needs the number of rows, so the source is read twice: once
+    to count, once for the sample. From a stream, which may be too long to count, the first rows are taken.
 
     Raises:
         DataError: A row cannot be read, or the source has fewer rows than requested.
     """
-    if source.rows is None:
+    wanted = source.rows or source.max_rows
+    if wanted is None:
         yield from enumerate(read_rows(source))
         return
     if source.hub and source.hub.stream:
         count = 0
-        for number, row in enumerate(islice(read_rows(source), source.rows)):
+        for number, row in enumerate(islice(read_rows(source), wanted)):
             yield number, row
             count = number + 1
     else:
         count = sum(1 for _ in read_rows(source))
-        sample = sampled(count, source.rows, seed).tolist()
+        sample = sampled(count, wanted, seed).tolist()
         yield from zip(sample, rows_at(source, sample), strict=True)
-    if count < source.rows:
+    if source.rows is not None and count < source.rows:
         raise DataError(
             f"the source has {counted(count, 'row')}, fewer than rows: {source.rows}",
             where=source.place,
@@ -165,7 +166,7 @@ def _key(
         "content": content,
         "source": source.model_dump(exclude={"weight"}),
         "options": section.model_dump(include=set(SHAPING_OPTIONS)),
-        "seed": seed if source.rows else None,
+        "seed": seed if source.rows or source.max_rows else None,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": tokenizer.special_tokens_map,
         "named_tokens": sorted(getattr(tokenizer, "named_tokens", ())),

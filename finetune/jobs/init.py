@@ -198,7 +198,7 @@ def _with_dropped_rows(facts: Facts, recipe: Recipe, on_event: EventHandler) -> 
     """
     lenient: dict[str, Any] = {"on_bad_row": "drop", "max_dropped": 1.0}
     if not facts.seen.is_whole:
-        lenient["train"] = [each.model_copy(update={"rows": CHECKED_ROWS}) for each in recipe.data.train]
+        lenient["train"] = [each.model_copy(update={"max_rows": CHECKED_ROWS}) for each in recipe.data.train]
     report = preview(recipe.model_copy(update={"data": recipe.data.model_copy(update=lenient)}), 1, on_event)
     found = report.data_report["train"]
     bad = {reason: count for reason, count in found["bad"].items() if count}

@@ -164,7 +164,12 @@ def _few(sources: Sequence[SourceSection]) -> list[SourceSection]:
     """The sources, limited to about ROWS rows in total."""
     each = -(-ROWS // max(1, len(sources)))
     return [
-        source.model_copy(update={"rows": sum(1 for _ in islice(read_rows(source), min(each, source.rows or each)))})
+        source.model_copy(
+            update={
+                "rows": sum(1 for _ in islice(read_rows(source), min(each, source.rows or source.max_rows or each))),
+                "max_rows": None,
+            }
+        )
         for source in sources
     ]
 

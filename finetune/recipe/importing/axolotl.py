@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.importing import transformers_arguments, values
-from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
+from finetune.recipe.importing.translation import Context, Effect, NotCarried, Rule, Settings, Switch, To, Tool, Without
 
 FORMATS = {
     "alpaca": "instruction",
@@ -59,9 +59,29 @@ def _source(context: Context, key: str, entry: Any) -> dict[str, Any]:
     if entry.get("ds_type") and "hub" in source and name == entry["ds_type"]:
         raise NotCarried("name the files in data.train")
     source |= _format(context, key, entry)
+    message = context.at("default_system_message")
+    if isinstance(message, str) and source.get("format") in ("chat", "sharegpt", "instruction", "qa"):
+        source.setdefault("system", message)
     known = (*_ROW_KEYS, *_COLUMN_KEYS, *_TURN_KEYS)
-    context.leave_others(key, entry, known, "ft has no such key; which turns train is data.train_on")
+    _template_of_entry(context, key, entry.get("chat_template"))
+    for name in ("roles_to_train", "train_on_eos", "roles"):
+        if entry.get(name) is not None:
+            context.leave(f"{key}.{name}", "which turns train is data.train_on; the end of a trained turn always does")
+    further = ("chat_template", "roles_to_train", "train_on_eos", "roles")
+    context.leave_others(key, entry, (*known, *further), "ft has no such key")
     return source
+
+
+def _template_of_entry(context: Context, key: str, value: Any) -> None:
+    """The template of a data set, which is that of the run here, as long as nothing else sets one."""
+    if value is None or value == "tokenizer_default":
+        return
+    named = TEMPLATES.get(str(value))
+    if named is None or context.at("chat_template") is not None:
+        context.leave(f"{key}.chat_template", f"{value}: {values.NO_TEMPLATE}")
+        return
+    context.settings.setdefault("model.chat_template", named)
+    context.origins.setdefault("model.chat_template", f"{key}.chat_template")
 
 
 def _format(context: Context, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +176,28 @@ def _template(context: Context, value: Any) -> Settings:
     return values.template_of(TEMPLATES)(context, value)  # type: ignore[no-any-return]
 
 
+def _sequence_len(context: Context, value: Any) -> Settings:
+    """The longest row; longer ones are dropped unless `excess_length_strategy` says otherwise."""
+    if context.at("excess_length_strategy") is not None:
+        return {"data.max_length": value}
+    entries = context.at("datasets") or [{"type": "pretrain"}]
+    kinds = {str(entry.get("type")) for entry in entries if isinstance(entry, Mapping)}
+    is_text = kinds <= {"completion", "pretrain"}
+    return {"data.max_length": value, "data.overlength": "split" if is_text else "drop"}
+
+
+def _special_tokens(context: Context, value: Any) -> Settings:
+    """Names of special tokens; padding has no influence here."""
+    named = {name: token for name, token in values.mapping(value).items() if token and name != "pad_token"}
+    for name, token in named.items():
+        end = "the trained model ends answers with the end of turn of its chat template, or its own end token"
+        reason = end if name == "eos_token" else "ft keeps the tokenizer's; model.new_tokens adds tokens"
+        context.leave(f"special_tokens.{name}", f"{token}: {reason}")
+    if not named:
+        raise NotCarried("padding is never a target, whatever the token", Effect.NONE)
+    return {}
+
+
 def _plugins(context: Context, value: Any) -> Settings:
     for plugin in values.listed(value):
         context.leave("plugins", f"{str(plugin).rpartition('.')[2]}: a recipe cannot name code")
@@ -179,9 +221,11 @@ RULES: Mapping[str, Rule] = {
     "revision_of_model": To("model.revision"),
     "model_type": Without("ft reads it from config.json"),
     "tokenizer_type": Without("ft reads it from tokenizer_config.json"),
-    "tokenizer_config": Without("ft uses the model's tokenizer"),
+    "tokenizer_config": Without("ft uses the model's tokenizer", effect=Effect.RESULT),
     "tokenizer_use_fast": Without("ft always uses fast tokenizers", unless=(True,)),
-    "tokenizer_use_mistral_common": Without("the tokenizer in the model's folder", unless=(False,)),
+    "tokenizer_use_mistral_common": Without(
+        "the tokenizer in the model's folder", unless=(False,), effect=Effect.RESULT
+    ),
     "is_llama_derived_model": Without("ft reads it from config.json"),
     "is_falcon_derived_model": Without("ft reads it from config.json"),
     "is_mistral_derived_model": Without("ft reads it from config.json"),
@@ -190,8 +234,8 @@ RULES: Mapping[str, Rule] = {
     "load_in_4bit": values.four_bit,
     "bnb_4bit_use_double_quant": values.read_elsewhere,
     "load_in_8bit": Switch(on={"quantization.kind": "int8"}),
-    "gptq": Without("use an unquantized base, and quantization: {kind: optq}", unless=(False,)),
-    "bnb_config_kwargs": Without("write quantization: {kind: nf4, double_quant: true}"),
+    "gptq": Without("use an unquantized base, and quantization: {kind: optq}", unless=(False,), effect=Effect.RESULT),
+    "bnb_config_kwargs": Without("write quantization: {kind: nf4, double_quant: true}", effect=Effect.RESULT),
     "adapter": _adapter,
     "lora_r": _lora("adapter.r"),
     "lora_alpha": _lora("adapter.alpha"),
@@ -200,7 +244,7 @@ RULES: Mapping[str, Rule] = {
     "lora_target_modules": _target_modules,
     "lora_modules_to_save": _lora("adapter.modules_to_save"),
     "lora_fan_in_fan_out": Without("ft detects it per layer", unless=(False,)),
-    "lora_model_dir": Without("write adapter.continue_from: RUN, a run of ft"),
+    "lora_model_dir": Without("write adapter.continue_from: RUN, a run of ft", effect=Effect.RESULT),
     "lora_mlp_kernel": Without(values.OWN_KERNELS),
     "lora_qkv_kernel": Without(values.OWN_KERNELS),
     "lora_o_kernel": Without(values.OWN_KERNELS),
@@ -210,18 +254,20 @@ RULES: Mapping[str, Rule] = {
     "peft_target_modules": values.targets,
     "peft_feedforward_modules": To("adapter.feedforward_modules"),
     "peft_fan_in_fan_out": Without("ft detects it per layer", unless=(False,)),
-    "peft_layers_to_transform": Without("write modules: [{match: ..., adapter: {skip: true}}]"),
-    "unfrozen_parameters": Without("write adapter: {method: full, train: [patterns]}"),
-    "relora_steps": Without("ft has no ReLoRA"),
+    "peft_layers_to_transform": Without("write modules: [{match: ..., adapter: {skip: true}}]", effect=Effect.RESULT),
+    "unfrozen_parameters": Without("write adapter: {method: full, train: [patterns]}", effect=Effect.RESULT),
+    "relora_steps": Without("ft has no ReLoRA", effect=Effect.RESULT),
     "datasets": _data_sets("train"),
     "pretraining_dataset": _streamed,
     "test_datasets": _data_sets("validation"),
     "dataset_prepared_path": Without("set the environment variable FT_CACHE"),
     "dataset_processes": Without(values.LOADING),
-    "dataset_exact_deduplication": Without("duplicates are counted in data_report.json", unless=(False,)),
-    "shuffle_merged_datasets": Without("rows are shuffled in every epoch", unless=(True,)),
+    "dataset_exact_deduplication": Without(
+        "duplicates are counted in data_report.json", unless=(False,), effect=Effect.RESULT
+    ),
+    "shuffle_merged_datasets": Without("rows are shuffled in every epoch", unless=(True,), effect=Effect.RESULT),
     "val_set_size": values.fraction_or_rows,
-    "sequence_len": To("data.max_length"),
+    "sequence_len": _sequence_len,
     "excess_length_strategy": To("data.overlength"),
     "sample_packing": Switch(on={"training.batching": "packed"}),
     "eval_sample_packing": Without("validation rows are not packed", unless=(False,)),
@@ -231,9 +277,9 @@ RULES: Mapping[str, Rule] = {
     "chat_template": _template,
     "chat_template_jinja": values.template_file,
     "chat_template_kwargs": To("data.template_arguments"),
-    "default_system_message": Without("write system in the source, where its format has one"),
+    "default_system_message": values.read_elsewhere,
     "eot_tokens": Without("the end-of-turn token of the template is a target token"),
-    "special_tokens": Without("ft keeps the tokenizer's; model.new_tokens adds tokens", unless=({},)),
+    "special_tokens": _special_tokens,
     "tokens": values.new_tokens(None),
     "resize_token_embeddings_to_32x": Without("model.new_tokens appends the rows that it needs", unless=(False,)),
     "micro_batch_size": To("training.micro_batch_size"),
@@ -241,15 +287,15 @@ RULES: Mapping[str, Rule] = {
     "num_epochs": To("training.epochs"),
     "optimizer": To("optimizer.name"),
     "lr_scheduler": To("optimizer.schedule"),
-    "cosine_min_lr_ratio": Without("schedules end at 0"),
+    "cosine_min_lr_ratio": Without("schedules end at 0", effect=Effect.RESULT),
     # The fastest kernel that is installed: flash attention on a GPU, and none of its packages is needed.
     "flash_attention": Switch(on={"model.attention": "auto"}),
     "sdp_attention": Switch(on={"model.attention": "sdpa"}),
     "eager_attention": Switch(on={"model.attention": "eager"}),
     "flex_attention": Without("write model.attention: sdpa", unless=(False,)),
     "xformers_attention": Without("write model.attention: sdpa", unless=(False,)),
-    "s2_attention": Without("ft keeps the model's attention", unless=(False,)),
-    "scaling_softmax": Without("ft keeps the model's attention", unless=(False,)),
+    "s2_attention": Without("ft keeps the model's attention", unless=(False,), effect=Effect.RESULT),
+    "scaling_softmax": Without("ft keeps the model's attention", unless=(False,), effect=Effect.RESULT),
     "flash_attn_cross_entropy": Without(values.OWN_KERNELS, unless=(False,)),
     "flash_attn_rms_norm": Without(values.OWN_KERNELS, unless=(False,)),
     "flash_attn_fuse_qkv": Without(values.OWN_KERNELS, unless=(False,)),
@@ -273,13 +319,13 @@ RULES: Mapping[str, Rule] = {
     "wandb_log_model": Without(WANDB, unless=("", "false")),
     "mlflow_experiment_name": lambda context, value: {"trackers": [{"name": "mlflow", "experiment": value}]},
     "mlflow_tracking_uri": Without("set the environment variable MLFLOW_TRACKING_URI"),
-    "fsdp_version": Without(values.DISTRIBUTED),
-    "context_parallel_size": Without(values.DISTRIBUTED, unless=(1,)),
-    "tensor_parallel_size": Without(values.DISTRIBUTED, unless=(1,)),
-    "dp_shard_size": Without(values.DISTRIBUTED, unless=(1,)),
-    "dp_replicate_size": Without(values.DISTRIBUTED, unless=(1,)),
+    "fsdp_version": Without(values.DISTRIBUTED, effect=Effect.UNSUPPORTED),
+    "context_parallel_size": Without(values.DISTRIBUTED, unless=(1,), effect=Effect.UNSUPPORTED),
+    "tensor_parallel_size": Without(values.DISTRIBUTED, unless=(1,), effect=Effect.UNSUPPORTED),
+    "dp_shard_size": Without(values.DISTRIBUTED, unless=(1,), effect=Effect.UNSUPPORTED),
+    "dp_replicate_size": Without(values.DISTRIBUTED, unless=(1,), effect=Effect.UNSUPPORTED),
     "debug": Without("a command: ft preview", unless=(False,)),
-    "fp8": Without("training.precision: bfloat16", unless=(False,)),
+    "fp8": Without("training.precision: bfloat16", unless=(False,), effect=Effect.UNSUPPORTED),
 }
 
 DEFAULTS: Mapping[str, Any] = {

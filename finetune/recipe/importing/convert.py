@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.errors import Problem, RecipeError, UnsupportedError, UsageError
 from finetune.recipe.importing import axolotl, llamafactory, torchtune, trl
-from finetune.recipe.importing.translation import Context, Left, Tool, translated
+from finetune.recipe.importing.translation import Context, Effect, Left, Tool, default_of, translated
 from finetune.recipe.load import recipe_of
 from finetune.recipe.paths import model_from, reached_from
 from finetune.recipe.recipe import Recipe
@@ -42,11 +42,13 @@ class NotCarriedOver:
         line: Line of the key; None for a key that the file lacks and ft needs.
         key: The key, dotted.
         reason: The reason, and the nearest equivalent here.
+        effect: Its effect on the result.
     """
 
     line: int | None
     key: str
     reason: str
+    effect: Effect
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,20 @@ class Imported:
         text: The recipe.
         carried: Number of keys that are in the recipe or match what ft does anyway.
         left: The other keys.
+        renamed: Keys that have another name here: theirs, and ours.
+        assumed: Values of keys that the file does not set, from the defaults of the tool, by our key.
     """
 
     tool: str
     text: str
     carried: int
     left: tuple[NotCarriedOver, ...]
+    renamed: Mapping[str, str]
+    assumed: Mapping[str, Any]
+
+    def left_with(self, effect: Effect) -> list[NotCarriedOver]:
+        """The keys that are not carried over, of one group."""
+        return [each for each in self.left if each.effect is effect]
 
 
 def imported(tool_name: str, file: Path, output: Path) -> Imported:
@@ -99,7 +109,12 @@ def imported(tool_name: str, file: Path, output: Path) -> Imported:
     left = sorted((_placed(each, document) for each in _each_once(context.left)), key=lambda each: each.line or 0)
     sources = {key for key, value in config.items() if value is not None}
     carried = len(sources - {each.key.partition(".")[0] for each in left})
-    return Imported(tool.name, text, carried, tuple(left))
+    settings = {key: origin for key, origin in context.origins.items() if key in context.settings}
+    assumed = {key: context.settings[key] for key, origin in settings.items() if origin == default_of(tool)}
+    renamed = {
+        origin: key for key, origin in settings.items() if key not in assumed and origin != key.rpartition(".")[2]
+    }
+    return Imported(tool.name, text, carried, tuple(left), renamed, assumed)
 
 
 def _read(file: Path) -> Document:
@@ -130,9 +145,10 @@ def _valid(tool: Tool, file: Path, context: Context, output: Path) -> str:
 def _comments(tool: Tool, context: Context) -> dict[str, str]:
     """For each key, a comment with the other tool's key and differences in meaning."""
     comments = {key: origin for key, origin in context.origins.items() if key in context.settings}
-    meant = {"training.gradient_accumulation_steps": f"{tool.name} counts them per process, ft over all processes"}
-    if "data.overlength" not in context.settings:
-        meant["data.max_length"] = f"{tool.name} cuts or drops longer rows, ft stops: see data.overlength"
+    meant = {
+        "training.gradient_accumulation_steps": f"{tool.name} counts them per process, ft over all processes",
+        "data.overlength": f"as {tool.name} does; the table of rows counts them",
+    }
     return {key: f"{origin}; {meant[key]}" if key in meant else origin for key, origin in comments.items()}
 
 
@@ -187,12 +203,14 @@ def _near(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _head(tool: Tool, file: Path, context: Context, output: Path) -> list[str]:
-    left = [f"  {each.key}: {each.reason}" for each in _each_once(context.left)]
-    return [
+    lines = [
         f"Translated from {tool.name}'s {file.name} by ft import; the comment of a key is its source.",
         f"Command: ft train {output}",
-        *(["Not carried over:", *left] if left else []),
     ]
+    for effect in Effect:
+        left = [f"  {each.key}: {each.reason}" for each in _each_once(context.left) if each.effect is effect]
+        lines += [f"Not carried over, {effect.value}:", *left] if left else []
+    return lines
 
 
 def _each_once(left: list[Left]) -> list[Left]:
@@ -204,4 +222,4 @@ def _placed(left: Left, document: Document) -> NotCarriedOver:
     while segments and tuple(segments) not in document.places:
         segments.pop()
     line = document.places[tuple(segments)].key.line if segments else None
-    return NotCarriedOver(line, left.key, left.reason)
+    return NotCarriedOver(line, left.key, left.reason, left.effect)

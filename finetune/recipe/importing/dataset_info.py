@@ -51,7 +51,7 @@ def registered(context: Context, name: str, folder: str, is_text: bool) -> dict[
         raise NotCarried(f"{name} has ranked answers")
     key = f"{REGISTER}: {name}"
     context.leave_others(key, entry, _PLACE_KEYS, "ft has no such key")
-    rows = {"rows": entry["num_samples"]} if isinstance(entry.get("num_samples"), int) else {}
+    rows = {"max_rows": entry["num_samples"]} if isinstance(entry.get("num_samples"), int) else {}
     return {**_place(entry, folder), **_format(context, key, entry, is_text), **rows}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.importing import values
-from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
+from finetune.recipe.importing.translation import Context, Effect, NotCarried, Rule, Settings, Switch, To, Tool, Without
 
 OTHER_TRAININGS = {
     "reward_fn": "rewards of generated answers",
@@ -199,6 +199,12 @@ def _precision(context: Context, value: Any) -> Settings:
     return {"model.dtype": names[str(value)], "training.precision": names[str(value)]}
 
 
+def _longest(context: Context, value: Any) -> Settings:
+    """The longest row; longer ones are cut at their end."""
+    del context
+    return {"data.max_length": value, "data.overlength": "truncate"}
+
+
 def _refuse(config: Mapping[str, Any]) -> str | None:
     for key, learned in OTHER_TRAININGS.items():
         if config.get(key) is not None:
@@ -215,14 +221,14 @@ RULES: Mapping[str, Rule] = {
     "model._component_": _model,
     "model.lora_attn_modules": _targets,
     "model.apply_lora_to_mlp": values.read_elsewhere,
-    "model.apply_lora_to_output": Without("the output head is not adapted", unless=(False,)),
+    "model.apply_lora_to_output": Without("the output head is not adapted", unless=(False,), effect=Effect.RESULT),
     "model.lora_rank": To("adapter.r"),
     "model.lora_alpha": To("adapter.alpha"),
     "model.lora_dropout": To("adapter.dropout"),
     "model.use_dora": To("adapter.dora"),
     "model.quantize_base": Switch(on={"quantization.kind": "nf4"}),
-    "tokenizer.max_seq_len": To("data.max_length"),
-    "tokenizer.prompt_template": Without(values.NO_TEMPLATE),
+    "tokenizer.max_seq_len": _longest,
+    "tokenizer.prompt_template": Without(values.NO_TEMPLATE, effect=Effect.RESULT),
     "tokenizer._component_": Without("ft uses the tokenizer in the model's folder"),
     "tokenizer.path": Without("ft uses the tokenizer in the model's folder"),
     "tokenizer.merges_file": Without("ft uses the tokenizer in the model's folder"),
@@ -263,10 +269,10 @@ RULES: Mapping[str, Rule] = {
     "dtype": _precision,
     "enable_activation_checkpointing": values.checkpointing("enable_activation_offloading"),
     "enable_activation_offloading": values.offloading("enable_activation_checkpointing"),
-    "fsdp_cpu_offload": Without(values.DISTRIBUTED, unless=(False,)),
-    "fsdp_reshard_after_forward": Without(values.DISTRIBUTED),
-    "custom_sharded_layers": Without(values.DISTRIBUTED),
-    "tensor_parallel_dim": Without(values.DISTRIBUTED, unless=(1,)),
+    "fsdp_cpu_offload": Without(values.DISTRIBUTED, unless=(False,), effect=Effect.UNSUPPORTED),
+    "fsdp_reshard_after_forward": Without(values.DISTRIBUTED, effect=Effect.UNSUPPORTED),
+    "custom_sharded_layers": Without(values.DISTRIBUTED, effect=Effect.UNSUPPORTED),
+    "tensor_parallel_dim": Without(values.DISTRIBUTED, unless=(1,), effect=Effect.UNSUPPORTED),
     "mixed_precision": Without("training.precision: bfloat16"),
     "output_dir": values.output_dir,
     "name": To("run.name"),

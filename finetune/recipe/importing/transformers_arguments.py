@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from finetune.recipe.importing import values
-from finetune.recipe.importing.translation import Rule, Switch, To, Without
+from finetune.recipe.importing.translation import Effect, Rule, Switch, To, Without
 
 ARGUMENTS: Mapping[str, Rule] = {
     "model_name_or_path": To("model.name"),
     "model_revision": To("model.revision"),
-    "trust_remote_code": Without(values.NO_CODE, unless=(False,)),
+    "trust_remote_code": Without(values.NO_CODE, unless=(False,), effect=Effect.UNSUPPORTED),
     "output_dir": values.output_dir,
     "overwrite_output_dir": Without("a command-line option: ft train --overwrite", unless=(False,)),
     "run_name": To("run.name"),
@@ -36,7 +36,7 @@ ARGUMENTS: Mapping[str, Rule] = {
     "learning_rate": To("optimizer.learning_rate"),
     "weight_decay": To("optimizer.weight_decay"),
     "lr_scheduler_type": To("optimizer.schedule"),
-    "lr_scheduler_kwargs": Without("schedules end at 0 and have no options"),
+    "lr_scheduler_kwargs": Without("schedules end at 0 and have no options", effect=Effect.RESULT),
     "warmup_ratio": values.warmup_ratio,
     "warmup_steps": values.warmup_steps,
     "adam_beta1": values.beta(0),
@@ -53,9 +53,9 @@ ARGUMENTS: Mapping[str, Rule] = {
     "gradient_checkpointing_kwargs": Without("ft checkpoints without reentrance", unless=({"use_reentrant": False},)),
     "torch_compile": values.compiled,
     "use_liger_kernel": Without(values.OWN_KERNELS),
-    "deepspeed": Without(values.DISTRIBUTED),
-    "fsdp": Without(values.DISTRIBUTED, unless=("", [])),
-    "fsdp_config": Without(values.DISTRIBUTED),
+    "deepspeed": Without(values.DISTRIBUTED, effect=Effect.UNSUPPORTED),
+    "fsdp": Without(values.DISTRIBUTED, unless=("", []), effect=Effect.UNSUPPORTED),
+    "fsdp_config": Without(values.DISTRIBUTED, effect=Effect.UNSUPPORTED),
     "ddp_timeout": Without("rows are tokenized before the processes synchronize"),
     "ddp_find_unused_parameters": Without("ft all-reduces gradients itself", unless=(False,)),
     "local_rank": Without("a command-line option: ft train --processes"),
@@ -71,8 +71,10 @@ ARGUMENTS: Mapping[str, Rule] = {
     "eval_steps": values.steps("evaluation.every_steps"),
     "per_device_eval_batch_size": To("evaluation.batch_size"),
     "eval_accumulation_steps": Without("logits are not stored"),
-    "load_best_model_at_end": Without("evaluation.patience keeps the weights of the lowest loss", unless=(False,)),
-    "metric_for_best_model": Without("always the validation loss: evaluation.patience"),
+    "load_best_model_at_end": Without(
+        "evaluation.patience keeps the weights of the lowest loss", unless=(False,), effect=Effect.RESULT
+    ),
+    "metric_for_best_model": Without("always the validation loss: evaluation.patience", effect=Effect.RESULT),
     "logging_steps": Without(values.SECONDS),
     "logging_strategy": Without(values.SECONDS),
     "logging_first_step": Without(values.SECONDS),

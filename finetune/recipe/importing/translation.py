@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+from finetune.recipe.error_messages import nearest
 from finetune.recipe.other_tools import translated_key, translated_value
 
 Settings = Mapping[str, Any]
@@ -42,6 +44,14 @@ class Switch:
     off: Settings = field(default_factory=dict)
 
 
+class Effect(Enum):
+    """Effect on the result of a key that is not carried over."""
+
+    RESULT = "changes the result"
+    UNSUPPORTED = "not supported"
+    NONE = "no effect here"
+
+
 @dataclass(frozen=True)
 class Without:
     """The key has no equivalent here.
@@ -49,10 +59,12 @@ class Without:
     Attributes:
         reason: The reason, and the nearest equivalent.
         unless: Values that match what ft does anyway; with them, the key counts as carried over.
+        effect: Its effect on the result.
     """
 
     reason: str
     unless: tuple[Any, ...] = ()
+    effect: Effect = Effect.NONE
 
 
 Compute = Callable[["Context", Any], Settings]
@@ -62,7 +74,16 @@ Rule = To | Switch | Without | Compute
 
 
 class NotCarried(Exception):
-    """A value that cannot be translated, with the reason."""
+    """A value that cannot be translated, with the reason.
+
+    Args:
+        reason: The reason, and the nearest equivalent here.
+        effect: Its effect on the result.
+    """
+
+    def __init__(self, reason: str, effect: Effect = Effect.RESULT) -> None:
+        super().__init__(reason)
+        self.effect = effect
 
 
 @dataclass(frozen=True)
@@ -72,10 +93,12 @@ class Left:
     Attributes:
         key: Dotted key of the tool.
         reason: The reason, and the nearest equivalent here.
+        effect: Its effect on the result.
     """
 
     key: str
     reason: str
+    effect: Effect = Effect.RESULT
 
 
 @dataclass(frozen=True)
@@ -118,15 +141,20 @@ class Context:
             found = found.get(segment) if isinstance(found, Mapping) else None
         return found
 
-    def leave(self, key: str, reason: str) -> None:
+    def leave(self, key: str, reason: str, effect: Effect = Effect.RESULT) -> None:
         """Record that a key is not carried over."""
-        self.left.append(Left(key, reason))
+        self.left.append(Left(key, reason, effect))
 
     def leave_others(self, key: str, mapping: Mapping[str, Any], known: Sequence[str], reason: str) -> None:
         """Record the same for all keys of a mapping except the known ones."""
         for name, value in mapping.items():
             if name not in known and value is not None:
                 self.leave(f"{key}.{name}", reason)
+
+
+def default_of(tool: Tool) -> str:
+    """The origin of a setting that a configuration does not make."""
+    return f"default of {tool.name}"
 
 
 def translated(tool: Tool, config: Mapping[str, Any]) -> Context:
@@ -138,14 +166,14 @@ def translated(tool: Tool, config: Mapping[str, Any]) -> Context:
     for key, value in _entries("", context.config, tool.rules):
         rule = tool.rules.get(key)
         try:
-            settings = _applied(rule, key, value, context)
+            settings = _applied(rule, key, value, context, tool)
         except NotCarried as reason:
             if key.partition(".")[0] in config:  # defaults of the tool are not listed
-                context.leave(key, str(reason))
+                context.leave(key, str(reason), reason.effect)
             continue
         for ours, setting in settings.items():
             context.settings[ours] = setting
-            context.origins[ours] = key if key.partition(".")[0] in config else f"default of {tool.name}"
+            context.origins[ours] = key if key.partition(".")[0] in config else default_of(tool)
     return context
 
 
@@ -159,22 +187,25 @@ def _entries(path: str, config: Mapping[str, Any], rules: Mapping[str, Rule]) ->
             yield key, value
 
 
-def _applied(rule: Rule | None, key: str, value: Any, context: Context) -> Settings:
+def _applied(rule: Rule | None, key: str, value: Any, context: Context, tool: Tool) -> Settings:
     match rule:
         case None:
-            raise NotCarried(_unknown(key))
+            raise NotCarried(_unknown(key, tool))
         case To():
             return {rule.key: _value(rule, value)}
         case Switch():
             return rule.on if _is_yes(value) else rule.off
         case Without():
-            if value in rule.unless:
+            if value in rule.unless or value in ({}, [], ""):
                 return {}
-            raise NotCarried(rule.reason)
+            raise NotCarried(rule.reason, rule.effect)
     return rule(context, value)
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, tool: Tool) -> str:
+    """Why a key without a rule is not carried over: a misspelling of another one, or unknown to ft."""
+    if near := nearest(key, list(tool.rules)):
+        return f"{tool.name} has no such key: {near} is meant?"
     hint = translated_key(key.rpartition(".")[2])
     return f"not translated; {hint}" if hint else "ft has no such key"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.importing import transformers_arguments, values
-from finetune.recipe.importing.translation import Context, NotCarried, Rule, Settings, Switch, To, Tool, Without
+from finetune.recipe.importing.translation import Context, Effect, NotCarried, Rule, Settings, Switch, To, Tool, Without
 
 OTHER_TRAININGS = {
     "beta": "preferences or rewards",
@@ -64,6 +64,12 @@ def _lora(key: str) -> Any:
     return rule
 
 
+def _longest(context: Context, value: Any) -> Settings:
+    """The longest row; longer ones are cut at their end."""
+    del context
+    return {"data.max_length": value, "data.overlength": "truncate"}
+
+
 def _refuse(config: Mapping[str, Any]) -> str | None:
     found = next((key for key in OTHER_TRAININGS if config.get(key) is not None), None)
     return f"{found} belongs to a trainer that learns from {OTHER_TRAININGS[found]}" if found else None
@@ -94,15 +100,17 @@ RULES: Mapping[str, Rule] = {
     "dataset_test_split": values.read_elsewhere,
     "data_files": values.read_elsewhere,
     "dataset_streaming": Without("write data.train.0.hub.stream: true", unless=(False,)),
-    "dataset_text_field": Without("write data.train.0: {format: text, text: <column>}", unless=("text",)),
-    "dataset_kwargs": Without("a source of data.train has other options"),
+    "dataset_text_field": Without(
+        "write data.train.0: {format: text, text: <column>}", unless=("text",), effect=Effect.RESULT
+    ),
+    "dataset_kwargs": Without("a source of data.train has other options", effect=Effect.RESULT),
     "dataset_num_proc": Without(values.LOADING),
     "chat_template": values.template_file,
     "chat_template_path": values.template_file,
-    "eos_token": Without("ft keeps the tokenizer's; its template ends turns"),
+    "eos_token": Without("ft keeps the tokenizer's; its template ends turns", effect=Effect.RESULT),
     "pad_token": Without("ft masks padding by position, whatever the token"),
-    "max_length": To("data.max_length"),
-    "max_seq_length": To("data.max_length"),
+    "max_length": _longest,
+    "max_seq_length": _longest,
     "packing": Switch(on={"training.batching": "packed"}),
     "packing_strategy": Without("ft packs by best fit", unless=("bfd",)),
     "eval_packing": Without("validation rows are not packed"),

@@ -83,6 +83,9 @@ class SourceSection(Section):
             "Number of rows to use, sampled with `data.sample_seed`; by default all. Of a stream, the first ones."
         ),
     )
+    max_rows: int | None = Field(
+        None, ge=1, description="Use at most so many rows, sampled as `rows`; all if the source has fewer."
+    )
     weight: float | None = Field(
         None,
         gt=0,
@@ -91,6 +94,12 @@ class SourceSection(Section):
             "until the first source is exhausted."
         ),
     )
+
+    @model_validator(mode="after")
+    def _has_one_number_of_rows(self) -> Self:
+        if self.rows is not None and self.max_rows is not None:
+            raise ValueError("`rows` is an exact number and `max_rows` the largest: leave one of them out")
+        return self
 
     @classmethod
     def column_keys(cls) -> list[str]:

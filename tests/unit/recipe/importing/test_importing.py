@@ -112,7 +112,7 @@ def test_llamafactory_file_becomes_equivalent_recipe(tmp_path: Path, monkeypatch
         "model.name": "example-org/base-8b-instruct", "quantization.kind": "nf4", "quantization.double_quant": True,
         "adapter.method": "lora", "adapter.r": 12, "adapter.alpha": 24, "adapter.loraplus_ratio": 16,
         "adapter.target_modules": ["q_proj", "v_proj"],
-        "data.train.0.path": str(tmp_path / "corpora/tickets_en.json"), "data.train.0.rows": 500,
+        "data.train.0.path": str(tmp_path / "corpora/tickets_en.json"), "data.train.0.max_rows": 500,
         "data.train.1.path": str(tmp_path / "corpora/tickets_de.json"),
         "data.max_length": 1536, "data.validation_fraction": 0.05,
         "training.micro_batch_size": 2, "training.gradient_accumulation_steps": 4, "training.epochs": 2,
