@@ -75,3 +75,15 @@ def test_folders_of_the_architecture_page_are_those_of_the_package():
     tree = text.partition("```\n")[2].partition("```")[0]
     named = set(re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE))
     assert named == {path.name for path in (ROOT / "finetune").iterdir() if (path / "__init__.py").is_file()}
+
+
+def test_design_decisions_are_in_the_index_with_reason_and_consequence():
+    index = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    pages = sorted((ROOT / "docs" / "design").glob("*.md"))
+    assert len(pages) >= 90
+    assert [page.name[:3] for page in pages] == [f"{number:03d}" for number in range(1, len(pages) + 1)]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert index.count(f"](design/{page.name})") == 1, page.name
+        assert re.search(r"^\d{4}-\d\d-\d\d", text, flags=re.MULTILINE), page.name
+        assert all(f"**{part}.**" in text for part in ("Decision", "Reason", "Consequence")), page.name
