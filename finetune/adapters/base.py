@@ -75,6 +75,14 @@ class AdapterMethod(ABC):
         """What a user should know of how the section applies to this base, in words; None if there is nothing."""
         return None
 
+    def trains_experts(self, model: PreTrainedModel) -> bool:
+        """Whether the method adapts the experts of a mixture as far as the recipe asks for them.
+
+        A method that does not name layers, such as a soft prompt, leaves none out.
+        """
+        del model
+        return getattr(self.section, "target_modules", None) is None
+
     @abstractmethod
     def attach(self, model: PreTrainedModel, total_steps: int) -> nn.Module:
         """Add the method's trainable parameters to `model` and freeze all other weights.

@@ -28,7 +28,7 @@ from finetune.adapters.name_checks import (
     token_violations,
     twice_trained_violations,
 )
-from finetune.adapters.targets import adaptation_note, find_targets
+from finetune.adapters.targets import ALL_LINEAR, adaptation_note, find_targets, targets_experts
 from finetune.adapters.token_rows import merged_ids
 from finetune.models.linear_layers import LINEAR_KINDS, LINEAR_TYPES, LayerKind, linear_layers
 from finetune.quantizers.base import is_quantized
@@ -75,9 +75,31 @@ class LowRankMethod(AdapterMethod):
             yield from new_token_violations(model, named, section.modules_to_save)
         yield from rule_violations(self.modules, model, named)
         yield from twice_trained_violations(model, section.target_modules, section.modules_to_save, self.kinds)
+        yield from self._expert_violations(model)
         if named and not self._adapted(named):
             what = "no layer is left to adapt: modules skips them, or modules_to_save trains them in full"
             yield Violation("adapter.target_modules", what, "name other layers")
+
+    def trains_experts(self, model: PreTrainedModel) -> bool:
+        """Whether experts are adapted, or the targets are names of other layers."""
+        targets = self.section.target_modules
+        is_named = targets == ALL_LINEAR or any(targets_experts(target) for target in targets)
+        return not is_named or bool(peft_bridge.expert_parameters(model, self._config(linear_layers(model))))
+
+    def _expert_violations(self, model: PreTrainedModel) -> Iterator[Violation]:
+        """Experts among the targets of a method that does not train them, or whose adapter would lack them."""
+        experts = peft_bridge.expert_parameters(model, self._config(linear_layers(model)))
+        if not experts:
+            return
+        hint = "name layers without experts, such as adapter.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+        what = f"the weights of experts ({', '.join(experts)}) are among the targets, and {{}} does not train them"
+        if self.layer is not LowRankLinear:
+            name = self.section.method if self.section.method != "lora" else "this form of lora"
+            yield Violation("adapter.target_modules", what.format(name), f"{hint}; plain lora trains them")
+        elif getattr(self.section, "dora", False):
+            yield Violation("adapter.dora", what.format("dora"), f"leave it out, or {hint}")
+        elif self.section.dropout:
+            yield Violation("adapter.dropout", what.format("an adapter with dropout"), f"set it to 0, or {hint}")
 
     def _adapted(self, named: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Those of the named layers that no rule skips and that `modules_to_save` does not train in full."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,6 +101,22 @@ def attach(model: PreTrainedModel, config: PeftConfig, kinds: Collection[LayerKi
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def expert_parameters(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """Endings of the stacked weights of experts that PEFT adapts for a configuration.
+
+    PEFT maps the names of experts in checkpoints, and `all-linear`, to the 3-D parameters of transformers 5.
+
+    Raises:
+        UnsupportedError: The names are some of those that one fused weight stands for.
+    """
+    wanted = copy(config)
+    try:
+        convert_peft_config_for_transformers(wanted, model, None)
+    except ValueError as error:
+        raise UnsupportedError(str(error), where="adapter.target_modules", hint="name all of them, or none") from error
+    return sorted(getattr(wanted, "target_parameters", None) or ())
 
 
 def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, key: str) -> list[int]:

@@ -15,6 +15,15 @@ from finetune.quantizers.direct_weights import is_read_directly
 ALL_LINEAR = "all-linear"
 
 
+EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+"""Endings of the names of experts in checkpoints."""
+
+
+def targets_experts(target: str) -> bool:
+    """Whether an entry of `target_modules` may name experts."""
+    return target.rpartition(".")[2] in EXPERT_NAMES
+
+
 class Targets(NamedTuple):
     """The layers that a recipe's `target_modules` name.
 

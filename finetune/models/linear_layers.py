@@ -55,6 +55,20 @@ def _maps_vectors(layer: nn.Linear) -> bool:
     return isinstance(mapped, torch.Tensor) and mapped.shape == (1, layer.out_features)
 
 
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that hold a matrix for each of several experts, shape (experts, ..., ...), by name.
+
+    transformers 5 keeps the experts of a mixture so; no linear layer computes with them.
+    """
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {
+        f"{name}.{own}": parameter
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, convolutions)
+    }
+
+
 def shape_of(layer: Any) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer, also of a quantized or transposed one (`Conv1D`)."""
     if is_quantized(layer):

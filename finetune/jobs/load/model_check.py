@@ -14,7 +14,7 @@ from finetune.adapters.base import AdapterMethod
 from finetune.errors import Problem, RecipeError
 from finetune.models.chat_templates.families import CONTROL_TOKENS
 from finetune.models.layer_names import nearest_part, shown
-from finetune.models.linear_layers import linear_layers, shape_of
+from finetune.models.linear_layers import count_parameters, linear_layers, shape_of, stacked_weights
 from finetune.models.loading.expected_model import expected_model
 from finetune.models.loading.load import load_tokenizer
 from finetune.models.loading.model_files import ModelFolder
@@ -28,6 +28,9 @@ from finetune.recipe.sections.modules import sets_something
 from finetune.resolve import build
 
 logger = logging.getLogger(__name__)
+
+SMALL_SHARE = 0.05
+"""Share of all weights up to which experts that are neither quantized nor adapted are not reported."""
 
 
 def check_start(
@@ -55,6 +58,8 @@ def check_start(
         logger.info("adapter.target_modules: %s", note)
     if (note := _unquantized_note(model, quantizers)) is not None:
         logger.info("quantization: %s", note)
+    for key, note in _expert_notes(recipe, model, method):
+        logger.warning("%s: %s", key, note)
 
 
 def check_start_at_hand(recipe: Recipe, folder: Path, starts_here: bool = True) -> None:
@@ -119,6 +124,20 @@ def _rule_violations(model: PreTrainedModel, quantizers: Quantizers) -> Iterator
         if not sets_something(quantizers.modules, rule, layers):
             what = f"earlier rules set the same for every layer that {rule.match!r} matches"
             yield Violation(key, what, "put it before them, or leave it out")
+
+
+def _expert_notes(recipe: Recipe, model: PreTrainedModel, method: AdapterMethod) -> Iterator[tuple[str, str]]:
+    """Shares of the weights that are experts which the recipe asks for and which it neither quantizes nor adapts."""
+    stacked = stacked_weights(model)
+    total = count_parameters(model).total
+    share = sum(weight.numel() for weight in stacked.values()) / total
+    if share <= SMALL_SHARE:
+        return
+    kinds = shown(list(stacked))
+    if recipe.quantization.quantizes:
+        yield "quantization", f"the experts are not quantized: {kinds}, {share:.0%} of all weights"
+    if not recipe.adapter.trains_base and not method.trains_experts(model):
+        yield "adapter.target_modules", f"the experts are not adapted: {kinds}, {share:.0%} of all weights"
 
 
 def _unquantized_note(model: PreTrainedModel, quantizers: Quantizers) -> str | None:
