@@ -99,6 +99,7 @@ def test_import_groups_keys_and_shows_assumed_defaults(folder: Path):
     assert "fsdp: " not in text  # an empty list says nothing
     assert "Axolotl's defaults are assumed: data.max_length: 512, data.overlength: drop" in text
     assert "base_model -> model.name" in text
+    assert "lora_r -> adapter.r" in text
     written = (folder / "recipe.yaml").read_text()
     assert "max_length: 512   # default of Axolotl" in written
     assert "Not carried over, changes the result:" in written
@@ -112,3 +113,8 @@ def test_largest_number_of_rows_stays_a_cap(folder: Path):
         shown = ft("preview", "recipe.yaml", "--set", f"data.train.0.max_rows={wanted}", "--json")
         report = json.loads(shown.stdout.splitlines()[-1])["ledger"]
         assert report["train"]["used"] + report["validation"]["used"] == used
+
+
+def test_key_that_makes_two_settings_is_shown_with_the_first(folder: Path):
+    made = brought(CONFIGURATIONS["axolotl-lora"])
+    assert "sequence_len -> data.max_length" in " ".join(made.stdout.split())

@@ -111,9 +111,10 @@ def imported(tool_name: str, file: Path, output: Path) -> Imported:
     carried = len(sources - {each.key.partition(".")[0] for each in left})
     settings = {key: origin for key, origin in context.origins.items() if key in context.settings}
     assumed = {key: context.settings[key] for key, origin in settings.items() if origin == default_of(tool)}
-    renamed = {
-        origin: key for key, origin in settings.items() if key not in assumed and origin != key.rpartition(".")[2]
-    }
+    renamed: dict[str, str] = {}
+    for key, origin in settings.items():
+        if key not in assumed and origin != key.rpartition(".")[2]:
+            renamed.setdefault(origin, key)  # the first of several: a longest row, before what becomes of longer ones
     return Imported(tool.name, text, carried, tuple(left), renamed, assumed)
 
 
