@@ -180,7 +180,8 @@ def _sequence_len(context: Context, value: Any) -> Settings:
     """The longest row; longer ones are dropped unless `excess_length_strategy` says otherwise."""
     if context.at("excess_length_strategy") is not None:
         return {"data.max_length": value}
-    entries = context.at("datasets") or [{"type": "pretrain"}]
+    found = context.at("datasets") or {"type": "pretrain"}
+    entries = found if isinstance(found, list) else [found]
     kinds = {str(entry.get("type")) for entry in entries if isinstance(entry, Mapping)}
     is_text = kinds <= {"completion", "pretrain"}
     return {"data.max_length": value, "data.overlength": "split" if is_text else "drop"}

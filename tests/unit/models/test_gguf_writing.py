@@ -16,10 +16,9 @@ from finetune.quantizers.hqq import HqqQuantizer
 from finetune.recipe.sections.quantization import Hqq
 
 
-def write_q4_1_of_other_codes() -> Any:
-    quantizer = HqqQuantizer(Hqq(kind="hqq", bits=2))
-    streamed: Any = SimpleNamespace(quantized_layer=lambda name: SimpleNamespace(quantizer=quantizer))
-    return gguf._q4_1(streamed, "model.layers.0.mlp.up_proj", None)
+def check_q4_1_of_other_codes() -> None:
+    layer: Any = SimpleNamespace(quantizer=HqqQuantizer(Hqq(kind="hqq", bits=2)))
+    gguf._check_q4_1("model.layers.0.mlp.up_proj", layer)
 
 
 def test_gguf_writer_errors_name_no_option():
@@ -27,13 +26,13 @@ def test_gguf_writer_errors_name_no_option():
         GgufNameMap(GPT2Config())
     assert caught.value.where is None
     with pytest.raises(GgufTypeError, match="up_proj") as caught:
-        write_q4_1_of_other_codes()
+        check_q4_1_of_other_codes()
     assert caught.value.where is None
 
 
 def test_gguf_export_adds_the_option_to_errors():
     with pytest.raises(UnsupportedError) as caught, _naming_options("q4_1"):
-        write_q4_1_of_other_codes()
+        check_q4_1_of_other_codes()
     assert caught.value.where == "--dtype q4_1"
     with pytest.raises(UnsupportedError) as caught, _naming_options("q4_1"):
         GgufNameMap(GPT2Config())
