@@ -112,7 +112,7 @@ def test_init_renders_completions_as_turns_of_an_instruct_model(folder: Path, ti
 
 def test_init_splits_rows_of_one_prompt_to_one_side(folder: Path, tiny_model: Path):
     rows = [turns(f"Question {number % 40}", f"Answer {number}.") for number in range(200)]
-    assert init(rows, tiny_model).exit_code == 0
+    assert init(rows, tiny_model, "--no-check").exit_code == 0
     assert written().data.validation_by == "prompt"
     shown = CliRunner().invoke(app, ["preview", "recipe.yaml", "--json"])
     report = json.loads(shown.stdout.splitlines()[-1])["ledger"]
@@ -121,7 +121,8 @@ def test_init_splits_rows_of_one_prompt_to_one_side(folder: Path, tiny_model: Pa
 
 
 def test_init_splits_rows_of_a_single_prompt_by_row(folder: Path, tiny_model: Path):
-    assert init([turns("Continue", f"Answer {number}.") for number in range(40)], tiny_model).exit_code == 0
+    rows = [turns("Continue", f"Answer {number}.") for number in range(40)]
+    assert init(rows, tiny_model, "--no-check").exit_code == 0
     assert written().data.validation_by == "row"
 
 

@@ -88,7 +88,7 @@ def test_trials_are_runs_of_their_values_and_the_first_is_the_unchanged_recipe(
 
 
 @needs_optuna
-@pytest.mark.parametrize("stop_in", [1, 3])
+@pytest.mark.parametrize("stop_in", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_sweep_ends_as_uninterrupted(tiny_recipe: dict[str, Any], tmp_path: Path, stop_in: int):
     file = swept(tiny_recipe, tmp_path)
     with pytest.raises(Stopped) as stopped:
@@ -302,6 +302,7 @@ def test_repeats_train_with_other_seeds_on_the_same_rows(tiny_recipe: dict[str, 
         assert trial.scores.low is not None
 
 
+@pytest.mark.slow
 def test_repeats_may_be_raised_when_a_sweep_resumes(tiny_recipe: dict[str, Any], tmp_path: Path):
     once = run_all(write_recipe(with_goal(tiny_recipe, None), tmp_path), tmp_path / "sweep")
     twice = run_all(write_recipe(with_goal(tiny_recipe, None, repeats=2), tmp_path), tmp_path / "sweep")
@@ -310,6 +311,7 @@ def test_repeats_may_be_raised_when_a_sweep_resumes(tiny_recipe: dict[str, Any],
     assert facts(twice) == facts(whole)
 
 
+@pytest.mark.slow
 def test_stopped_sweep_with_repeats_and_a_goal_ends_as_uninterrupted(tiny_recipe: dict[str, Any], tmp_path: Path):
     file = write_recipe(with_goal(tiny_recipe, "copy/loss", repeats=2), tmp_path)
     with pytest.raises(Stopped):
