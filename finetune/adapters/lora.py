@@ -84,11 +84,11 @@ class LowRankMethod(AdapterMethod):
         """Whether experts are adapted, or the targets are names of other layers."""
         targets = self.section.target_modules
         is_named = targets == ALL_LINEAR or any(targets_experts(target) for target in targets)
-        return not is_named or bool(peft_bridge.expert_parameters(model, self._config(linear_layers(model))))
+        return not is_named or bool(peft_bridge.expert_parameters(model, targets))
 
     def _expert_violations(self, model: PreTrainedModel) -> Iterator[Violation]:
         """Experts among the targets of a method that does not train them, or whose adapter would lack them."""
-        experts = peft_bridge.expert_parameters(model, self._config(linear_layers(model)))
+        experts = peft_bridge.expert_parameters(model, self.section.target_modules)
         if not experts:
             return
         hint = "name layers without experts, such as adapter.target_modules: [q_proj, k_proj, v_proj, o_proj]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from copy import copy
 from pathlib import Path
 
 import torch
@@ -103,20 +102,20 @@ def attach(model: PreTrainedModel, config: PeftConfig, kinds: Collection[LayerKi
     return wrapped
 
 
-def expert_parameters(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """Endings of the stacked weights of experts that PEFT adapts for a configuration.
+def expert_parameters(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Endings of the stacked weights of experts that PEFT's LoRA adapts for `target_modules`.
 
     PEFT maps the names of experts in checkpoints, and `all-linear`, to the 3-D parameters of transformers 5.
 
     Raises:
         UnsupportedError: The names are some of those that one fused weight stands for.
     """
-    wanted = copy(config)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=as_targets(targets))
     try:
-        convert_peft_config_for_transformers(wanted, model, None)
+        convert_peft_config_for_transformers(config, model, None)
     except ValueError as error:
         raise UnsupportedError(str(error), where="adapter.target_modules", hint="name all of them, or none") from error
-    return sorted(getattr(wanted, "target_parameters", None) or ())
+    return sorted(config.target_parameters or ())
 
 
 def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, key: str) -> list[int]:

@@ -215,3 +215,28 @@ def test_init_writes_a_template_for_a_base_that_previews(tmp_path: Path, monkeyp
     shown = CliRunner().invoke(app, ["preview", "recipe.yaml"])
     assert shown.exit_code == 0, shown.output
     assert "### Response:" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "code"),
+    [
+        ({"format": "chat"}, [], 2),
+        ({"format": "instruction"}, [], 2),
+        ({"format": "completion", "chat_template": True}, [], 2),
+        ({"format": "completion"}, [], 0),
+        ({"format": "text"}, [], 0),
+        ({"format": "auto"}, [], 0),  # the rows say what they are
+        ({"format": "instruction", "template": "alpaca"}, [], 0),
+        ({"format": "chat"}, ["model.chat_template=vicuna"], 0),
+    ],
+)
+def test_validate_refuses_conversations_over_a_base_without_template(
+    source: dict[str, Any], settings: list[str], code: int, tmp_path: Path
+):
+    write_base(tmp_path / "base")
+    sections = {"model": {"name": "base"}, "adapter": {"method": "lora"}, "data": {"train": [{"path": "x", **source}]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections))
+    changes = [part for each in settings for part in ("--set", each)]
+    found = CliRunner().invoke(app, ["validate", str(tmp_path / "recipe.yaml"), *changes])
+    assert found.exit_code == code, found.output
+    assert ("data.train.0" in found.stderr and "template: alpaca" in found.stderr) == (code == 2)

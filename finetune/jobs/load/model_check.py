@@ -17,12 +17,13 @@ from finetune.models.layer_names import nearest_part, shown
 from finetune.models.linear_layers import count_parameters, linear_layers, shape_of, stacked_weights
 from finetune.models.loading.expected_model import expected_model
 from finetune.models.loading.load import load_tokenizer
-from finetune.models.loading.model_files import ModelFolder
+from finetune.models.loading.model_files import ModelFolder, has_chat_template
 from finetune.quantizers.base import is_quantized
 from finetune.quantizers.choice import Quantizers
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules.start import broken_start_rules
 from finetune.recipe.rules.violation import Violation
+from finetune.recipe.sections.data import ConversationSource
 from finetune.recipe.sections.model import Model
 from finetune.recipe.sections.modules import sets_something
 from finetune.resolve import build
@@ -79,6 +80,7 @@ def check_start_at_hand(recipe: Recipe, folder: Path, starts_here: bool = True) 
     if needs_tokenizer and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(files, new_tokens=new_tokens)
         files = replace(files, new_rows=tokenizer.new_rows)
+    _refuse(_conversations_without_template(recipe, folder))
     method = build(recipe.adapter, recipe.modules, tokenizer)
     check_start(recipe, files, Quantizers(recipe.quantization, recipe.modules), method, starts_here)
 
@@ -95,6 +97,22 @@ def check_rules_fit_model(section: Model, folder: ModelFolder, quantizers: Quant
 def _refuse(violations: Iterable[Violation]) -> None:
     if problems := [Problem(each.key, each.key, each.what, each.hint) for each in violations]:
         raise RecipeError(problems)
+
+
+def _conversations_without_template(recipe: Recipe, folder: Path) -> Iterator[Violation]:
+    """The first source of conversations of a recipe that sets no chat template, over a base that has none."""
+    if recipe.chat_template is not None or has_chat_template(folder) is not False:
+        return
+    for split in ("train", "validation"):
+        for index, source in enumerate(getattr(recipe.data, split)):
+            if isinstance(source, ConversationSource) and source.needs_chat_template:
+                yield Violation(
+                    f"data.{split}.{index}",
+                    "the rows are conversations, and the base has no chat template",
+                    "set model.chat_template to a family or a file; for instruction rows set template: alpaca, or a "
+                    "text, for the source",
+                )
+                return
 
 
 def _control_tokens_as_words(section: Model) -> Iterator[Violation]:

@@ -29,6 +29,7 @@ from finetune.models.safetensors_io import SINGLE
 from finetune.models.weight_files import read_object, stored_tensors, stray_note, weight_files
 from finetune.recipe.local_model import trained_weights_reason
 from finetune.recipe.sections.model import RUN_MARKER, Model
+from finetune.storage.files import json_object
 from finetune.storage.opening import FileState
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,15 @@ def _from_gguf(name: str, file: Path, report_work: Callable[[str], None]) -> Mod
     if not file.is_file():
         raise ModelError("there is no such file", where=str(file), hint="check the path, or model.name in the recipe")
     return ModelFolder(converted(file, report_work), name)
+
+
+def has_chat_template(folder: Path) -> bool | None:
+    """Whether the tokenizer in a folder has a chat template; None without the files of a tokenizer."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    beside = (folder / "chat_template.jinja", folder / "chat_template.json", folder / "additional_chat_templates")
+    in_config = json_object(folder / "tokenizer_config.json").get("chat_template")
+    return bool(in_config) or any(each.exists() for each in beside)
 
 
 def file_in_package(reference: str) -> Path:

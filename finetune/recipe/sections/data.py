@@ -128,6 +128,11 @@ class AutoSource(SourceSection):
 class ConversationSource(SourceSection):
     """A source whose rows become conversations."""
 
+    @property
+    def needs_chat_template(self) -> bool:
+        """Whether a chat template renders the rows."""
+        return True
+
     system_column: ColumnName = Field(
         SYSTEM_COLUMNS[0],
         description=(
@@ -248,6 +253,11 @@ class CompletionSource(ConversationSource):
     chat_template: bool = Field(
         False, description="Render as a user turn and an assistant turn; otherwise the two texts are concatenated."
     )
+
+    @property
+    def needs_chat_template(self) -> bool:
+        """See the base class."""
+        return self.chat_template
 
     @model_validator(mode="after")
     def _system_is_rendered(self) -> Self:
